@@ -1,0 +1,430 @@
+"""PanEcho: the video encoder, in plain torch.
+
+A clip of L frames becomes one 768-vector, the clip embedding:
+
+    (B, 3, L, H, W) -> L images -> ConvNeXt-Tiny each -> (B, L, 768) + positions
+                    -> 4-layer transformer -> mean over images -> (B, 768)
+
+and 40 linear heads read it (EF, valve disease, ...). The state-dict names are those of the
+published weights (image encoder: torchvision's ConvNeXt-Tiny), so that the release loads as it is.
+Reference: Holste et al., "Complete AI-Enabled Echocardiography Interpretation With Multitask Deep
+Learning", JAMA 2025; Liu et al., "A ConvNet for the 2020s", CVPR 2022.
+
+Inputs are normalised with `MEAN` and `STD`; see `embed/video.py` for the channel order that the
+released study-level models expect.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from embed.common import UserError, sha256_file
+
+WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
+EMBED_DIM = 768  # numbers in a clip embedding
+MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
+STD = (0.229, 0.224, 0.225)
+CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of each stage
+
+TASKS = json.loads(Path(__file__).with_name("panecho_tasks.json").read_text())
+"""The 40 heads in order: name, type, class_names in output order, mean over the training labels."""
+
+POSITIVE_IS_SECOND = {  # binary heads trained on the normal class: 1 - sigmoid is the abnormal one
+    "MVStenosis",
+    "AVStructure",
+    "RASize",
+    "RVSystolicFunction",
+    "LVWallThickness-increased-modsev",
+    "LVWallThickness-increased-any",
+    "pericardial-effusion",
+}
+
+
+class WeightsError(UserError):
+    """A weights file that cannot be used; the message names the file and the remedy."""
+
+
+# ---------------------------------------------------------------------------------- image encoder
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7x7, LayerNorm, two pointwise layers with GELU, layer scale, residual."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), 1e-6))
+        self.block = nn.Sequential(  # indices 1 and 4, 6 hold no weights: names as torchvision's
+            nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim),
+            nn.Identity(),
+            nn.LayerNorm(dim, eps=1e-6),
+            nn.Linear(dim, 4 * dim),
+            nn.GELU(),
+            nn.Linear(4 * dim, dim),
+        )
+
+    def forward(self, x):  # (B, C, H, W)
+        depthwise, pointwise = self.block[0], self.block[2:]
+        y = pointwise(depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C)
+        y = y * self.layer_scale.view(-1)
+        return x + y.permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    """ConvNeXt-Tiny up to its final LayerNorm: (B, 3, H, W) -> (B, 768)."""
+
+    def __init__(self):
+        super().__init__()
+        width = CONVNEXT_TINY[0][0]
+        layers = [nn.Sequential(nn.Conv2d(3, width, 4, stride=4), LayerNorm2d(width, eps=1e-6))]
+        for stage, (dim, blocks) in enumerate(CONVNEXT_TINY):
+            if stage:
+                before = CONVNEXT_TINY[stage - 1][0]
+                downsample = (LayerNorm2d(before, eps=1e-6), nn.Conv2d(before, dim, 2, stride=2))
+                layers.append(nn.Sequential(*downsample))
+            layers.append(nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(blocks))))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(LayerNorm2d(EMBED_DIM, eps=1e-6), nn.Flatten(1))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        x = self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.classifier(x.mean((2, 3), keepdim=True))
+
+
+class ImageEncoder(nn.Module):
+    """One image to one feature vector: (B, 3, H, W) -> (B, 768)."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = ConvNeXt()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+# --------------------------------------------------------------------------------- video encoder
+
+
+def frame_positions(n_frames, dim=EMBED_DIM):
+    """Sinusoidal position code (1, n_frames, dim) of Vaswani et al., 2017."""
+    position = torch.arange(n_frames, device="cpu").unsqueeze(1)
+    rate = torch.exp(torch.arange(0, dim, 2, device="cpu") * (-math.log(10000.0) / dim))
+    code = torch.zeros(1, n_frames, dim, device="cpu")
+    code[0, :, 0::2] = torch.sin(position * rate)
+    code[0, :, 1::2] = torch.cos(position * rate)
+    return code
+
+
+def clip_planes(clip_len):
+    """Which planes make a clip's images: an int array (clip_len, 3, 2) of (channel, frame).
+
+    The published model lays a clip's memory (3 channels, L frames) out as L images of 3 planes
+    without moving the axes, and its weights were trained so: an image holds three successive
+    frames of one colour channel, not one frame's three colours. Image j's plane i is entry
+    3 j + i of the channel-major list, that is channel (3 j + i) // L of frame (3 j + i) % L.
+    """
+    return np.stack(np.divmod(np.arange(3 * clip_len).reshape(clip_len, 3), clip_len), axis=-1)
+
+
+class FrameTransformer(nn.Module):
+    """The PanEcho backbone: clips (B, 3, L, H, W), any L, -> clip embeddings (B, 768).
+
+    `encode_images` and `encode_clips` are its two halves, for callers that share images
+    between clips.
+    """
+
+    def __init__(self, clip_len=16):
+        super().__init__()
+        self.encoder = ImageEncoder()
+        layer = nn.TransformerEncoderLayer(
+            EMBED_DIM, nhead=8, dim_feedforward=768, dropout=0.0, batch_first=True
+        )
+        self.transformer = nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        # Computed, not learned: kept out of the state dict so that any clip length loads.
+        self.register_buffer("positions", frame_positions(clip_len), persistent=False)
+
+    def encode_images(self, images):
+        """Normalised images (N, 3, H, W), see `clip_planes`, -> image features (N, 768)."""
+        return self.encoder(images)
+
+    def encode_clips(self, features):
+        """Image features (B, L, 768) in clip order -> clip embeddings (B, 768)."""
+        L = features.shape[1]
+        if self.positions.shape[1] < L:
+            self.positions = frame_positions(L).to(self.positions)
+        return self.transformer(features + self.positions[:, :L]).mean(dim=1)
+
+    def forward(self, x):
+        B, C, L, H, W = x.shape
+        images = x.reshape(B * L, C, H, W)  # no axis moved, as the released weights were trained
+        return self.encode_clips(self.encode_images(images).view(B, L, -1))
+
+
+class PanEcho(nn.Module):
+    """Backbone and task heads: clips (B, 3, L, H, W) -> dict of task name to (B, n) outputs.
+
+    With `activations` binary tasks are probabilities (of the abnormal class), multi-class tasks
+    are softmaxes in the order of `class_names`, regression tasks are in their own unit.
+    """
+
+    def __init__(self, tasks="all", activations=True, clip_len=16):
+        super().__init__()
+        self.tasks = select_tasks(tasks)
+        self.activations = activations
+        self.encoder = FrameTransformer(clip_len)
+        for task in self.tasks:
+            n_out = len(task["class_names"]) if task["type"].startswith("multi") else 1
+            head = nn.Sequential(nn.Dropout(0.25), nn.Linear(EMBED_DIM, n_out))
+            if n_out == 1:
+                nn.init.constant_(head[1].bias, task["mean"])
+            self.add_module(f"{task['name']}_head", head)
+
+    def forward(self, x):
+        return self.read(self.encoder(x))
+
+    def read(self, embeddings):
+        """Clip embeddings (B, 768) -> dict of task name to (B, n) outputs."""
+        out = {}
+        for task in self.tasks:
+            logits = self.get_submodule(f"{task['name']}_head")(embeddings)
+            out[task["name"]] = activate(logits, task) if self.activations else logits
+        return out
+
+
+def select_tasks(tasks):
+    """`'all'`, a task name or a list of names -> the entries of TASKS, in TASKS' order."""
+    if tasks == "all":
+        return TASKS
+    wanted = [tasks] if isinstance(tasks, str) else list(tasks)
+    unknown = sorted(set(wanted) - {t["name"] for t in TASKS})
+    if unknown:
+        names = ", ".join(t["name"] for t in TASKS)
+        raise ValueError(f"unknown PanEcho task {', '.join(unknown)}; the tasks are: {names}")
+    return [t for t in TASKS if t["name"] in wanted]
+
+
+def activate(logits, task):
+    """One head's logits (B, n) -> probabilities; regression outputs pass unchanged."""
+    if task["type"] == "regression":
+        return logits
+    if task["type"].startswith("multi"):
+        return logits.softmax(dim=1)
+    return 1 - logits.sigmoid() if task["name"] in POSITIVE_IS_SECOND else logits.sigmoid()
+
+
+# --------------------------------------------------------------------------------------- weights
+
+
+def without_weights(**kwargs):
+    """A PanEcho whose parameters are still to be assigned: no time goes into drawing them."""
+    with torch.device("meta"):
+        return PanEcho(**kwargs)
+
+
+def random_weights():
+    """An untrained full model's state dict, the same on every machine: for tries without weights.
+
+    Each tensor is drawn by numpy from a seed made of its name; weights are scaled by fan-in and
+    the layer scale is near 0.1, so that features vary with the image (torchvision's own
+    initialisation, layer scale 1e-6, makes the blocks all but vanish).
+    """
+    state = {}
+    for name, tensor in without_weights().state_dict().items():
+        r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.shape)
+        if "layer_scale" in name:
+            w = 0.1 + 0.01 * r
+        elif name.endswith("bias"):
+            w = 0.03 * r
+        elif tensor.ndim == 1:
+            w = 1 + 0.03 * r
+        else:
+            w = r / np.sqrt(np.prod(tensor.shape[1:]))
+        state[name] = torch.from_numpy(w.astype(np.float32))
+    return state
+
+
+def cached_weights():
+    """Where a downloaded weights file lies: torch.hub's cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / "panecho.pt"
+
+
+def download(url, path, progress=True):
+    """Fetch `url` to `path`, resuming a partial download; returns the path.
+
+    The file appears under its name only when complete. Raises WeightsError when the server
+    cannot be reached or the connection drops; what came is kept and the next call goes on there.
+    """
+    from tqdm import tqdm
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            if start and reply.status != 206:  # the server ignored the range: begin anew
+                start = 0
+            expected = start + int(reply.headers.get("Content-Length") or 0)
+            with (
+                open(part, "ab" if start else "wb") as f,
+                tqdm(
+                    desc=f"download {path.name}",
+                    initial=start,
+                    total=expected or None,
+                    unit="B",
+                    unit_scale=True,
+                    disable=not progress,
+                ) as bar,
+            ):
+                while chunk := reply.read(1 << 20):
+                    f.write(chunk)
+                    bar.update(len(chunk))
+    except (OSError, urllib.error.URLError) as error:
+        raise WeightsError(
+            f"could not download {url}: {error}. Fetch it on a machine with a network, put it at "
+            f"{path.name} and name it with --weights, or run the command again to resume."
+        ) from error
+    if expected and part.stat().st_size < expected:
+        raise WeightsError(
+            f"the download of {url} stopped at {part.stat().st_size} of {expected} bytes; "
+            "run the command again to resume."
+        )
+    os.replace(part, path)
+    return path
+
+
+def find_weights(source="panecho", progress=True):
+    """`--weights` as typed (a file, a URL or 'panecho' for the release) -> path of the file.
+
+    A download lands in torch.hub's cache with its SHA-256 beside it (`panecho.pt.sha256`); a
+    cached file that no longer has that digest is refused.
+    """
+    if source == "panecho" or str(source).startswith(("http://", "https://")):
+        url = WEIGHTS_URL if source == "panecho" else source
+        path = cached_weights() if source == "panecho" else url_cache(url)
+        if not path.exists():
+            download(url, path, progress)
+        check_digest(path)
+        return path
+    path = Path(source)
+    if not path.is_file():
+        raise WeightsError(
+            f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
+            "download the release, or --weights random to try without"
+        )
+    return path
+
+
+def url_cache(url):
+    """A cache name of its own for each URL, so that two files called alike do not mix."""
+    name = f"{Path(url).stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pt"
+    return cached_weights().with_name(name)
+
+
+def check_digest(path):
+    """Compare a file with the digest recorded beside it; record it at first use."""
+    record = path.with_name(path.name + ".sha256")
+    digest = sha256_file(path)
+    if not record.exists():
+        record.write_text(f"{digest}  {path.name}\n")
+    elif record.read_text().split()[:1] != [digest]:
+        raise WeightsError(
+            f"{path} has changed since it was first used: SHA-256 {digest}, recorded "
+            f"{record.read_text().split()[0]}. Delete both files to download again."
+        )
+
+
+def read_weights(path):
+    """The full model's state dict in a published weights file, read without running its code."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is not a PanEcho weights file that can be read safely: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    state = saved.get("weights") if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
+    return {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
+
+
+def load_strictly(model, state, path):
+    """Load `state` into `model`; every missing, unexpected or misshapen name is an error."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    given = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
+    wrong = [f"missing {k}" for k in own if k not in given]
+    wrong += [f"unexpected {k}" for k in given if k not in own]
+    wrong += [f"{k} is {given[k]}, not {own[k]}" for k in own if k in given and own[k] != given[k]]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise WeightsError(f"{path} does not fit PanEcho: {'; '.join(wrong[:5])}{more}")
+    model.load_state_dict(state, assign=True)
+
+
+def load_panecho(weights="panecho", clip_len=16, progress=True):
+    """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
+
+    `weights` is a path, a URL, 'panecho' (the release) or 'random'. Raises WeightsError.
+    """
+    model = without_weights(clip_len=clip_len)
+    if weights == "random":
+        state, sha256 = random_weights(), hashlib.sha256()
+        for tensor in state.values():
+            sha256.update(tensor.numpy())
+        digest = sha256.hexdigest()
+    else:
+        path = find_weights(weights, progress)
+        state, digest = read_weights(path), sha256_file(path)
+    load_strictly(model, state, weights)
+    return model.eval(), digest
+
+
+def build(
+    pretrained=True,
+    image_encoder_only=False,
+    backbone_only=False,
+    tasks="all",
+    activations=True,
+    clip_len=16,
+):
+    """What `torch.hub.load(..., 'PanEcho', ...)` returns; see hubconf.py."""
+    options = dict(tasks=tasks, activations=activations, clip_len=clip_len)
+    model = without_weights(**options) if pretrained else PanEcho(**options)
+    if pretrained:
+        state = read_weights(find_weights())
+        heads = tuple(f"{t['name']}_head." for t in TASKS)
+        kept = tuple(f"{t['name']}_head." for t in model.tasks)
+        state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}
+        load_strictly(model, state, cached_weights())
+    if image_encoder_only:
+        return model.encoder.encoder
+    return model.encoder if backbone_only else model
+
+
+def normalise(frames):
+    """uint8 frames (N, H, W, 3) in stored channel order -> float32 (N, 3, H, W), normalised."""
+    x = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last) / 255
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (x - mean) / std
