@@ -1,0 +1,358 @@
+"""The commands as a user types them, on a small cohort and on files in the published format."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+from conftest import ROOT, normal, recorded, relative_error, rule_weights, write_embeddings
+from sklearn.metrics import roc_auc_score
+from test_study_model import N_VIDEOS, by_rule
+
+import echofocus as ef
+
+
+def test_help_needs_little():
+    """Help comes without what only some commands need."""
+    heavy = "'captum', 'sklearn', 'matplotlib', 'cv2', 'pydicom', 'scipy'"
+    code = f"""
+import sys, runpy
+sys.argv = ["echofocus.py", "train", "--help"]
+try:
+    runpy.run_path({str(ROOT / "echofocus.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+assert not {{{heavy}}} & set(sys.modules), {{{heavy}}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--learning_rate" in done.stdout
+
+
+def test_train_evaluate_predict_embed_explain(cohort, cli):
+    status, out, err = cli("train", "--task", "defect")
+    assert status == 0, err
+    assert "dataset = site (the config's first)" in out
+    folder = cohort / "trained_models" / "defect"
+    names = {"best_checkpoint.pt", "last_checkpoint.pt", "split.csv", "train_losses.csv"}
+    assert names | {"training_progress.pdf", "train_args.csv"} <= {p.name for p in folder.iterdir()}
+    losses = pd.read_csv(folder / "train_losses.csv")
+    assert list(losses) == ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
+    split = pd.read_csv(folder / "split.csv", dtype=str)
+    assert (split.groupby("pid")["fold"].nunique() == 1).all()
+
+    status, out, err = cli("evaluate")
+    assert status == 0 and "model_name = defect (the newest" in out, err
+    saved = pd.read_csv(folder / "saveout_test_site.csv", dtype={"Echo_ID": str, "PID": str})
+    assert set(saved["Echo_ID"]) == set(split["eid"][split["fold"] == "test"])
+    metrics = pd.read_csv(folder / "metrics_test_site.csv").iloc[0]
+    truth, probability = saved["finding_Correct"], saved["finding_Predict"]
+    assert probability.between(0, 1).all()
+    assert metrics["auroc"] == pytest.approx(roc_auc_score(truth, probability))
+    assert metrics["n"] == len(saved) and metrics["auroc"] > 0.8
+    assert (folder / "roc_curves_test_site.pdf").stat().st_size > 1000
+
+    assert cli("predict", "--model-name", "defect")[0] == 0
+    predicted = pd.read_csv(folder / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
+    assert list(predicted) == ["n_videos", "n_clips", "finding"] and len(predicted) == 60
+    np.testing.assert_allclose(predicted.loc[saved["Echo_ID"], "finding"], probability, rtol=1e-5)
+    assert (predicted["n_clips"] == 4 * predicted["n_videos"]).all()
+
+    assert cli("embed", "--dataset", "site")[0] == 0
+    with h5py.File(folder / "embeddings_site_defect.h5") as f:
+        assert dict(f.attrs) == {"dataset": "site", "model_name": "defect", "task": "defect"}
+        assert len(f) == 60 and f["1000"].shape == (768,)
+        head = ef.read_checkpoint(folder / "best_checkpoint.pt")["model_state_dict"]
+        logit = head["ff.weight"].numpy() @ f["1000"][:] + head["ff.bias"].numpy()
+        probability = 1 / (1 + np.exp(-logit[0]))
+        assert predicted.loc["1000", "finding"] == pytest.approx(probability, rel=1e-4)
+
+    status, out, err = cli("explain", "--explain_n", "3")
+    assert status == 0, err
+    videos = pd.read_csv(folder / "explanation_site.csv", dtype={"eid": str})
+    columns = ["eid", "label", "prediction", "video", "score", "score_abs", "rank"]
+    assert list(videos) == [*columns, "convergence_error"]
+    assert set(videos["eid"]) == set(saved["Echo_ID"])
+    assert len(videos) == predicted.loc[saved["Echo_ID"], "n_videos"].sum()
+    for _, study in videos.groupby("eid"):
+        assert list(study["rank"]) == list(range(1, len(study) + 1))
+        assert study["score_abs"].is_monotonic_decreasing
+    top = pd.read_csv(folder / "explanation_test_site.explain_n-3.mode-pred.csv").iloc[0]
+    first = videos[(videos["eid"] == str(top["echo_id"])) & (videos["rank"] == 1)].iloc[0]
+    assert top["top_video_1"] == first["video"]
+    assert top["top_video_1_score"] == pytest.approx(first["score_abs"])
+    positive = videos[videos["prediction"] > 0.5]
+    many = positive[positive.groupby("eid")["eid"].transform("size") > 1]
+    assert (many[many["rank"] == 1]["video"] == "v00.avi").mean() > 0.7  # where the pattern is
+
+
+def test_regression_in_physical_units(cohort, cli):
+    assert cli("train", "--task", "sizes", "--epoch_lim", "12", "--tf_combine", "max")[0] == 0
+    status, _, err = cli("evaluate", "--subset", "all")
+    assert status == 0, err
+    folder = cohort / "trained_models" / "sizes"
+    saved = pd.read_csv(folder / "saveout_all_site.csv")
+    labels = pd.read_csv("labels.csv").set_index("eid").loc[saved["Echo_ID"], "size"]
+    np.testing.assert_allclose(saved["size_Correct"], labels)  # explain and evaluate keep them so
+    metrics = pd.read_csv(folder / "metrics_all_site.csv").iloc[0]
+    error = (saved["size_Predict"] - saved["size_Correct"]).abs()
+    assert metrics["median_absolute_error"] == pytest.approx(error.median())
+    assert metrics["unit"] == "cm" and metrics["r2"] > 0.5
+    assert (folder / "scatter_plots_all_site.pdf").exists()
+    assert cli("explain", "--explain_mode", "loss", "--sample_limit", "2")[0] == 0
+    tops = pd.read_csv(folder / "explanation_test_site.explain_n-5.mode-loss.csv")
+    truth = pd.read_csv("labels.csv").set_index("eid").loc[tops["echo_id"], "size"]
+    np.testing.assert_allclose(tops["y_true"], truth)
+
+
+def test_resume_equals_an_uninterrupted_run(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "3", "--run_id", "whole")[0] == 0
+    assert cli("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "parts")[0] == 0
+    status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "3", "--run_id", "parts")
+    assert status == 0 and "resuming trained_models/defect_parts after epoch 1" in out
+    ends = [
+        ef.read_checkpoint(cohort / "trained_models" / f"defect_{run}" / "last_checkpoint.pt")
+        for run in ("whole", "parts")
+    ]
+    for name, tensor in ends[0]["model_state_dict"].items():
+        assert torch.equal(tensor, ends[1]["model_state_dict"][name]), name
+    assert [row[:4] for row in ends[0]["perf_log"]] == [row[:4] for row in ends[1]["perf_log"]]
+    status, _, err = cli("train", "--task", "defect", "--encoder_depth", "2", "--run_id", "parts")
+    assert status == 1 and "encoder_depth = 1, not 2" in err
+
+
+def test_split_is_by_patient_and_stable():
+    table = pd.DataFrame({"pid": [f"P{i // 3}" for i in range(3000)]})
+    folds = ef.split_patients(table, 0, (64, 16, 20))
+    assert (folds.groupby(table["pid"]).nunique() == 1).all()
+    shares = folds.value_counts(normalize=True)
+    assert abs(shares - pd.Series({"train": 0.64, "val": 0.16, "test": 0.20})).max() < 0.05
+    fewer = ef.split_patients(table[::7], 0, (64, 16, 20))
+    assert (folds[fewer.index] == fewer).all()
+    assert (folds != ef.split_patients(table, 1, (64, 16, 20))).mean() > 0.3
+
+
+def test_another_dataset_leaves_out_trained_patients(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    config = json.loads((cohort / "config.json").read_text())
+    config["dataset"]["other"] = {"embedding_path": "emb"}
+    (cohort / "config.json").write_text(json.dumps(config))
+    status, out, _ = cli("evaluate", "--dataset", "other")
+    split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
+    seen = split["fold"].isin(["train", "val"]).sum()
+    assert status == 0 and f"left out {seen} studies of other" in out
+    saved = pd.read_csv("trained_models/defect/saveout_test_other.csv", dtype=str)
+    assert set(saved["Echo_ID"]) == set(split["eid"][split["fold"] == "test"])
+
+
+def published_model(folder, n_labels, scaling=None, numpy_1=False):
+    """A model folder as released: the published keys, numpy objects in its pickle."""
+    net = ef.StudyModel(n_labels)
+    if scaling:
+        scaling = {
+            k: {n: np.float64(x) if isinstance(x, float) else x for n, x in v.items()}
+            if isinstance(v, dict)
+            else v
+            for k, v in scaling.items()
+        }
+    saved = {
+        "model_state_dict": rule_weights({k: v.shape for k, v in net.state_dict().items()}),
+        "perf_log": [[1, np.float64(0.5), np.float64(0.6), 1e-4, 12.5]],
+        "optimizer_state_dict": {},
+        "scheduler_state_dict": {},
+        "input_norm_dict": scaling,
+        "numpy_random_state": np.random.RandomState(0).get_state(),
+        "torch_random_state": torch.get_rng_state(),
+        "cuda_random_state": None,
+    }
+    folder.mkdir(parents=True)
+    torch.save(saved, folder / "best_checkpoint.pt")
+    if numpy_1:  # files saved under numpy 1 spell the module so
+        import zipfile
+
+        old = folder / "old.pt"
+        with (
+            zipfile.ZipFile(folder / "best_checkpoint.pt") as a,
+            zipfile.ZipFile(old, "w") as b,
+        ):
+            for item in a.infolist():
+                data = a.read(item)
+                if item.filename.endswith("data.pkl"):
+                    data = data.replace(b"cnumpy._core", b"cnumpy.core")
+                b.writestr(item, data)
+        old.replace(folder / "best_checkpoint.pt")
+
+
+@pytest.mark.parametrize("numpy_1", [False, True])
+@pytest.mark.parametrize("layout", ["ours", "published"])
+def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
+    """Released checkpoints on embeddings in either layout give the recorded numbers."""
+    monkeypatch.chdir(tmp_path)
+    config = json.loads((ROOT / "config-example.json").read_text())
+    for dataset in config["dataset"].values():
+        dataset["embedding_path"] = "emb"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for i, n in enumerate(N_VIDEOS[:4]):
+        write_embeddings(tmp_path / "emb", f"s{i}", normal(100 + i, n, 16, 768), layout)
+    published_model(tmp_path / "trained_models/EchoFocus_CHD", 22, numpy_1=numpy_1)
+    scaling = recorded("measure_norm.json")
+    published_model(tmp_path / "trained_models/EchoFocus_Measure", 18, scaling, numpy_1)
+    numbers, measured = recorded("study_parity.npz"), recorded("measure_parity.npz")
+
+    status, _, err = cli("predict", "--model_name", "EchoFocus_CHD", "--out", "chd.csv")
+    assert status == 0, err
+    table = pd.read_csv("chd.csv").set_index("eid")
+    assert list(table)[2:] == [label.strip() for label in recorded("labels.json")["chd"]]
+    assert cli("predict", "--model_name", "EchoFocus_Measure", "--out", "measure.csv")[0] == 0
+    values = pd.read_csv("measure.csv").set_index("eid")
+    for i in range(4):
+        assert table.loc[f"s{i}", "n_videos"] == N_VIDEOS[i]
+        expected = 1 / (1 + np.exp(-numbers[f"A/{i}/out_f64"]))
+        assert relative_error(table.loc[f"s{i}"][2:], expected) < 1e-4
+        assert relative_error(values.loc[f"s{i}"][2:], measured["measure/out_unnorm"][i]) < 1e-4
+
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"task": {k: v for k, v in config["task"].items() if k != "chd"}})
+    )
+    status, _, err = cli("predict", "--model_name", "EchoFocus_CHD")
+    assert status == 1 and "22 outputs" in err
+
+
+def test_explain_needs_no_labels(tmp_path, monkeypatch, cli):
+    """A released model on a dataset without a label table: the published scores per video."""
+    monkeypatch.chdir(tmp_path)
+    labels = recorded("labels.json")["chd"]
+    config = {"task": {"chd": {"task_labels": labels}}, "dataset": {"x": {"embedding_path": "emb"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_embeddings(tmp_path / "emb", "s2", normal(102, 7, 16, 768), "published")
+    published_model(tmp_path / "trained_models/EchoFocus_CHD", 22)
+    options = ("--explain_method", "riemann_right", "--explain_steps", "64")
+    status, _, err = cli("explain", "--explain_tasks", "ASD", *options)
+    assert status == 0, err
+    found = pd.read_csv("trained_models/EchoFocus_CHD/explanation_x.csv").sort_values("video")
+    numbers = recorded("study_parity.npz")
+    assert relative_error(found["score_abs"], numbers["ig/A/2/sum_abs"]) < 1e-4
+    assert relative_error(found["score"], numbers["ig/A/2/sum"]) < 1e-4
+    assert found["video"].iloc[0] == "v00.avi"  # no absolute path
+
+
+def test_predict_from_dicom(cohort, cli):
+    """One line from a folder with a real DICOM cine to a table; what is skipped is named."""
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    folder = cohort / "patients" / "visit1"
+    folder.mkdir(parents=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), folder / "cine.dcm")
+    shutil.copy(pydicom.examples.get_path("rgb_color"), folder / "still.dcm")
+    options = ("--weights", "random", "--size", "56", "--n_clips", "2", "--out", "p.csv")
+    status, out, err = cli("predict", "--videos", "patients", *options)
+    assert status == 0, err
+    assert "visit1/still.dcm: still image" in out
+    table = pd.read_csv("p.csv").iloc[0]
+    assert (table["eid"], table["n_videos"], table["n_clips"]) == ("visit1", 1, 2)
+    assert 0 < table["finding"] < 1
+
+
+def edit_config(**changes):
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"].update(changes)
+    Path("config.json").write_text(json.dumps(config))
+
+
+def bad_labels(change):
+    def break_it():
+        change(pd.read_csv("labels.csv")).to_csv("labels.csv", index=False)
+
+    return break_it
+
+
+MISTAKES = {
+    "no eid": (bad_labels(lambda t: t.drop(columns="eid")), "labels.csv has no column 'eid'"),
+    "no label": (bad_labels(lambda t: t.rename(columns={"finding": "findings"})), "mean findings"),
+    "contradiction": (
+        bad_labels(lambda t: pd.concat([t, t.assign(finding=1 - t["finding"])])),
+        "contradict each other for 60 studies",
+    ),
+    "no embeddings": (bad_labels(lambda t: t.assign(eid="x" + t["eid"].astype(str))), "(eid: x1"),
+    "unknown key": (
+        lambda: edit_config(task_label=["a"]),
+        "'task_label'; did you mean task_labels",
+    ),
+    "unknown setting": (
+        lambda: edit_config(settings={"learningrate": 1}),
+        "did you mean learning_rate",
+    ),
+    "no table": (lambda: edit_config(label_path="other.csv"), "no label table other.csv"),
+    "not JSON": (
+        lambda: Path("config.json").write_text("{'a': 1}"),
+        "config.json is not valid JSON",
+    ),
+    "no config": (lambda: shutil.move("config.json", "c.json"), "no config config.json"),
+    "no folder": (lambda: shutil.move("emb", "emb2"), "no folder of clip embeddings emb"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_get_one_clear_line(cohort, cli, mistake):
+    make, message = MISTAKES[mistake]
+    make()
+    status, _, err = cli("train", "--task", "defect")
+    assert status == 1
+    assert message in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_wrong_options(cohort, cli):
+    for line, message in (
+        (["train", "--task", "defects"], "no task defects; did you mean defect"),
+        (["train", "--split", "50,50"], "three percentages"),
+        (["train", "--clip-dropout", "1"], "--clip_dropout must be in [0, 1)"),
+        (["evaluate"], "no trained model"),
+        (["evaluate", "--model_name", "defekt"], "no trained model trained_models/defekt"),
+    ):
+        status, _, err = cli(*line)
+        assert status == 1 and message in err, line
+    status, _, err = cli("train", "--learning-rat", "1")
+    assert status == 2 and "did you mean --learning_rate" in err
+
+
+def test_unreadable_studies_are_listed(cohort, cli):
+    (cohort / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
+    with h5py.File(cohort / "emb" / "1004.hdf5", "a") as f:
+        f["embeddings"][0, 0, 0] = np.nan
+    status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1")
+    assert status == 0, err
+    status, out, _ = cli("predict")
+    assert status == 0
+    assert "2 studies left out" in out and "1003.hdf5" in out and "1004.hdf5 holds NaN" in out
+    assert len(pd.read_csv("trained_models/defect/predictions_site.csv")) == 58
+
+
+def test_odd_label_values_are_counted(cohort, cli):
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.loc[0, "finding"], table.loc[1, "finding"] = "yes", "2"
+    table.to_csv("labels.csv", index=False)
+    edit_config(type="binary")
+    status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "1")
+    assert status == 0
+    assert "finding: 1 values are no numbers" in out and "finding: 1 values are not 0 or 1" in out
+    assert "58 studies" in out
+
+
+def test_malicious_checkpoint_is_refused(cohort, cli):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(cohort / "ran"), "w"))
+
+    folder = cohort / "trained_models" / "evil"
+    folder.mkdir(parents=True)
+    torch.save({"model_state_dict": by_rule(n_labels=1).state_dict(), "x": Evil()}, folder / "b.pt")
+    (folder / "b.pt").rename(folder / "best_checkpoint.pt")
+    status, _, err = cli("predict", "--model_name", "evil")
+    assert status == 1 and "refused" in err and "io.open" in err
+    assert not (cohort / "ran").exists()

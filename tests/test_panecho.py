@@ -1,0 +1,183 @@
+"""The encoder against recorded numbers, its weights files, and torch.hub."""
+
+import http.server
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, normal, recorded, relative_error
+
+from embed import panecho
+from embed.common import sha256_file
+
+
+@pytest.fixture(scope="module")
+def model():
+    return panecho.load_panecho("random")[0]
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """A file as the release has it: a dict 'weights', the position code among them."""
+    path = tmp_path_factory.mktemp("weights") / "panecho.pt"
+    pe = {"encoder.time_encoder.pe": torch.zeros(1, 16, 768)}
+    torch.save({"weights": panecho.random_weights() | pe}, path)
+    return path
+
+
+def test_state_dict_names_and_shapes(model):
+    shapes = recorded("panecho_state_shapes.json")
+    for net, part in ((model, "full"), (model.encoder, "backbone")):
+        expected = {name: shape for name, shape in shapes[part] if "time_encoder.pe" not in name}
+        assert {k: list(v.shape) for k, v in net.state_dict().items()} == expected
+
+
+def test_random_weights_follow_the_rule(model):
+    """The inputs to the parity tests are those that the numbers were recorded with."""
+    numbers = recorded("panecho_parity.npz")
+    names = [name for name, _ in recorded("panecho_state_shapes.json")["full"]]
+    state = model.state_dict()
+    for name, total in zip(names, numbers["param_sum_f64"], strict=True):
+        if name in state:
+            assert float(state[name].double().sum()) == pytest.approx(total, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, seed, shape",
+    [
+        ("backbone_rng7_224", 7, (2, 3, 16, 224, 224)),
+        ("backbone_rng8_112", 8, (1, 3, 16, 112, 112)),
+        ("backbone_rng9_112_clip32", 9, (1, 3, 32, 112, 112)),
+        ("backbone_rng12_112_8frames", 12, (1, 3, 8, 112, 112)),
+    ],
+)
+@torch.inference_mode()
+def test_published_clip_embeddings(model, name, seed, shape):
+    found = model.encoder(torch.from_numpy(normal(seed, *shape)))
+    assert relative_error(found, recorded("panecho_parity.npz")[name]) < 1e-4
+
+
+@torch.inference_mode()
+def test_published_image_features_and_heads(model):
+    numbers = recorded("panecho_parity.npz")
+    found = model.encoder.encoder(torch.from_numpy(normal(10, 2, 3, 112, 112)))
+    assert relative_error(found, numbers["image_encoder_rng10_112"]) < 1e-4
+    embeddings = model.encoder(torch.from_numpy(normal(11, 1, 3, 16, 112, 112)))
+    try:
+        for activations in (True, False):
+            model.activations = activations
+            outputs = model.read(embeddings)
+            assert len(outputs) == 40
+            for task, found in outputs.items():
+                expected = numbers[f"multitask_act{activations}/{task}"]
+                assert relative_error(found, expected) < 1e-4, task
+    finally:
+        model.activations = True
+
+
+def test_position_code():
+    assert (
+        relative_error(panecho.frame_positions(32), recorded("panecho_parity.npz")["pe32"]) < 1e-6
+    )
+
+
+def test_weights_file_loads_strictly(weights_file, tmp_path):
+    model, digest = panecho.load_panecho(weights_file)
+    assert digest == sha256_file(weights_file)
+    state = torch.load(weights_file, weights_only=True)["weights"]
+    assert torch.equal(model.EF_head[1].weight, state["EF_head.1.weight"])
+
+    state["encoder.surprise"] = state.pop("EF_head.1.bias")
+    torch.save({"weights": state}, tmp_path / "odd.pt")
+    with pytest.raises(panecho.WeightsError, match=r"missing EF_head\.1\.bias") as error:
+        panecho.load_panecho(tmp_path / "odd.pt")
+    assert "unexpected encoder.surprise" in str(error.value)
+
+
+def test_weights_file_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"weights": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(panecho.WeightsError, match=r"evil\.pt"):
+        panecho.load_panecho(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+class DroppingServer(http.server.BaseHTTPRequestHandler):
+    """Serves a file in ranges; the first reply breaks off half way."""
+
+    payload, drops = b"", 1
+
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
+        body = self.payload[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if type(self).drops:
+            type(self).drops -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_file):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    DroppingServer.payload, DroppingServer.drops = weights_file.read_bytes(), 1
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DroppingServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(panecho, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/p.pt")
+    try:
+        with pytest.raises(panecho.WeightsError, match="resume"):
+            panecho.find_weights(progress=False)
+        assert not panecho.cached_weights().exists()
+        path = panecho.find_weights(progress=False)
+    finally:
+        server.shutdown()
+    assert path == tmp_path / "checkpoints" / "panecho.pt"
+    assert path.read_bytes() == DroppingServer.payload
+    assert path.with_name("panecho.pt.sha256").read_text().startswith(sha256_file(weights_file))
+
+    path.write_bytes(b"something else")
+    with pytest.raises(panecho.WeightsError, match="has changed since"):
+        panecho.find_weights()
+
+
+def test_hub(weights_file, tmp_path, monkeypatch, model):
+    """The published signature, through torch.hub, with the weights in torch.hub's cache."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cached = panecho.cached_weights()
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(weights_file.read_bytes())
+
+    def load(**kwargs):
+        return torch.hub.load(str(ROOT), "PanEcho", source="local", **kwargs).eval()
+
+    x = torch.from_numpy(normal(11, 1, 3, 16, 112, 112))
+    with torch.inference_mode():
+        everything = load()(x)
+        some = load(tasks=["EF", "AVStenosis"], clip_len=16)(x)
+        assert list(some) == ["EF", "AVStenosis"]
+        for task, found in some.items():
+            assert torch.allclose(found, everything[task])
+        assert everything["AVStenosis"].sum() == pytest.approx(1, abs=1e-5)
+        raw = load(activations=False, tasks="RASize")(x)["RASize"]
+        assert everything["RASize"].item() == pytest.approx(1 - raw.sigmoid().item(), abs=1e-6)
+        embedding = load(backbone_only=True)(x)
+        assert torch.allclose(embedding, model.encoder(x), atol=1e-5)
+        assert load(image_encoder_only=True)(x[:, :, 0]).shape == (1, 768)
+        assert load(pretrained=False, clip_len=4)(x[:, :, :4])["EF"].shape == (1, 1)
+
+
+def test_clip_planes_are_the_reshape():
+    """The table of planes says what reshaping (3, L) to (L, 3) does, for any L."""
+    for clip_len in (1, 8, 16, 32):
+        channel, frame = np.meshgrid(np.arange(3), np.arange(clip_len), indexing="ij")
+        code = torch.from_numpy(100 * channel + frame).reshape(clip_len, 3).numpy()
+        planes = panecho.clip_planes(clip_len)
+        np.testing.assert_array_equal(100 * planes[..., 0] + planes[..., 1], code)

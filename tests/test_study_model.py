@@ -1,0 +1,124 @@
+"""The study-level model against recorded numbers, torch's own encoder, and closed forms."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import normal, recorded, relative_error, rule_weights
+from torch import nn
+
+import echofocus as ef
+
+N_VIDEOS = (1, 2, 7, 23, 48, 90)
+MODELS = {
+    "A": dict(n_labels=22),
+    "Amax": dict(n_labels=22, combine="max"),
+    "B": dict(n_labels=18, depth=5),
+    "Q": dict(n_labels=12, kind="query"),
+    "Q0": dict(n_labels=12, kind="query", depth=0),
+}
+
+
+def study(i):
+    return torch.from_numpy(normal(100 + i, N_VIDEOS[i], 16, 768))
+
+
+def by_rule(**kwargs):
+    net = ef.StudyModel(**kwargs).eval().requires_grad_(False)
+    net.load_state_dict(rule_weights({k: v.shape for k, v in net.state_dict().items()}))
+    return net
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_outputs_and_study_embeddings(name):
+    """All six studies in one batch give what the published code gave for each alone."""
+    numbers, net = recorded("study_parity.npz"), by_rule(**MODELS[name])
+    bags = [study(i).flatten(0, 1) for i in range(6)]
+    logits, embeddings = net(torch.cat(bags), [len(b) for b in bags])
+    for i in range(6):
+        assert relative_error(logits[i], numbers[f"{name}/{i}/out"]) < 1e-4
+        if f"{name}/{i}/embed" in numbers:
+            assert relative_error(embeddings[i], numbers[f"{name}/{i}/embed"]) < 1e-4
+    if f"{name}/param_names" in numbers:
+        assert list(net.state_dict()) == list(numbers[f"{name}/param_names"])
+
+
+@pytest.mark.parametrize("kind", ["standard", "query", "multiquery"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_equals_torch_modules(kind, depth):
+    """Packed studies and the shortened last layer against torch's modules, a study at a time."""
+    net = by_rule(n_labels=4, kind=kind, depth=depth)
+    bags = [torch.from_numpy(normal(n, n, 768)) for n in (3, 17, 5)]
+    logits, _ = net(torch.cat(bags), [3, 17, 5])
+    for bag, found in zip(bags, logits, strict=True):
+        x = bag if net.queries is None else torch.cat([net.queries, bag])
+        x = x[None]
+        y = net.encoder(x, x, x)[0] if depth == 0 else net.encoder(x)
+        expected = {
+            "standard": lambda y: net.ff(y.mean(1))[0],
+            "query": lambda y: net.ff(y[:, 0])[0],
+            "multiquery": lambda y: net.ff(y[:, :4])[0, :, 0],
+        }[kind](y)
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_training_mode_drops_out():
+    net = by_rule(n_labels=2).train()
+    x = torch.from_numpy(normal(0, 6, 768))
+    torch.manual_seed(0)
+    assert not torch.allclose(net(x, [6])[0], net(x, [6])[0])
+
+
+def test_missing_labels_do_not_touch_the_loss():
+    logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
+    targets = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
+    expected = nn.functional.softplus(torch.tensor(-2.0))  # -log sigmoid(2)
+    assert torch.allclose(
+        ef.study_losses(logits, targets, "binary"), torch.stack([expected, torch.tensor(0.0)])
+    )
+    squared = ef.study_losses(logits, targets, "regression")
+    assert torch.allclose(squared, torch.tensor([1.0, 0.0]))
+
+
+def test_published_scaling_of_labels():
+    numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
+    labels = [str(name) for name in numbers["measure/labels"]]
+    table = pd.DataFrame(numbers["measure/df"], columns=labels)
+    found = ef.fit_scaling(table, ef.Task(labels))
+    for label in labels:
+        assert set(found[label]) == set(published[label])
+        for key, value in published[label].items():
+            assert found[label][key] == pytest.approx(value, rel=1e-6)
+    scaled = ef.scale(table.to_numpy(), labels, published)
+    np.testing.assert_allclose(scaled, numbers["measure/df_normalized_fixed"], atol=1e-9)
+    back = ef.unscale(numbers["measure/out_norm"], labels, published)
+    assert relative_error(back, numbers["measure/out_unnorm"]) < 1e-4
+    np.testing.assert_allclose(ef.unscale(scaled, labels, published), table.to_numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("i", [2, 3])
+def test_published_integrated_gradients(i):
+    """With the published quadrature (64 right Riemann steps) the published attributions."""
+    numbers, net = recorded("study_parity.npz"), by_rule(n_labels=22)
+    settings = ef.Settings(explain_method="riemann_right", explain_steps=64)
+    scores, _ = ef.attribute(net, study(i).numpy(), lambda logits: logits[:, 0], settings)
+    assert relative_error(np.abs(scores).sum((1, 2)), numbers[f"ig/A/{i}/sum_abs"]) < 1e-4
+    assert relative_error(scores.sum((1, 2)), numbers[f"ig/A/{i}/sum"]) < 1e-4
+    if i == 2:
+        assert relative_error(scores, numbers["ig/A/2/attributions"]) < 1e-4
+        model = SimpleNamespace(net=net, type="binary")
+        loss = ef.objective_for(model, 0, "loss", 1.0)
+        scores, _ = ef.attribute(net, study(i).numpy(), loss, settings)
+        expected = numbers["ig/A/2/loss_bce_y1_sum_abs"]
+        assert relative_error(np.abs(scores).sum((1, 2)), expected) < 1e-4
+
+
+def test_adaptive_attributions_are_complete():
+    """They sum to the change in output, where the published quadrature misses by over 1 %."""
+    numbers, net = recorded("study_parity.npz"), by_rule(n_labels=22)
+    scores, error = ef.attribute(net, study(2).numpy(), lambda out: out[:, 0], ef.Settings())
+    change = numbers["ig/A/2/objective"] - numbers["ig/A/2/y_at_zero"]
+    assert scores.sum() == pytest.approx(float(change), rel=0.01)
+    assert error < 0.01

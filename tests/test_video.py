@@ -1,0 +1,191 @@
+"""Decoding against known pixels, the published sampling against its description, odd files."""
+
+import shutil
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+
+from embed import video
+
+REAL = pydicom.examples.get_path("ybr_color")
+
+
+def moving_square(n=20, height=60, width=80):
+    """uint8 (n, H, W, 3) BGR: a bright, coloured square that moves."""
+    frames = np.full((n, height, width, 3), 40, np.uint8)
+    for i, frame in enumerate(frames):
+        frame[20:40, 2 * i : 2 * i + 20] = (200, 120, 60)
+    return frames
+
+
+def write_dicom(path, pixels, photometric, **tags):
+    """An uncompressed cine of exactly these stored pixels."""
+    ds = pydicom.Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
+    ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    ds.NumberOfFrames, ds.Rows, ds.Columns = pixels.shape[:3]
+    ds.SamplesPerPixel = pixels.shape[3] if pixels.ndim == 4 else 1
+    if ds.SamplesPerPixel == 3:
+        ds.PlanarConfiguration = 0
+    ds.PhotometricInterpretation = photometric
+    ds.BitsAllocated = ds.BitsStored = 8 * pixels.itemsize
+    ds.HighBit = ds.BitsStored - 1
+    ds.PixelRepresentation = 0
+    ds.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        setattr(ds, name, value)
+    ds.save_as(path, enforce_file_format=True)
+    return ds
+
+
+@pytest.mark.parametrize("name, fourcc", [("a.avi", "MJPG"), ("a.mp4", "mp4v"), ("a.mov", "mp4v")])
+def test_containers(tmp_path, name, fourcc):
+    frames = moving_square()
+    writer = cv2.VideoWriter(str(tmp_path / name), cv2.VideoWriter_fourcc(*fourcc), 30, (80, 60))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    found = video.read_frames(tmp_path / name)
+    assert found.shape == frames.shape and found.dtype == np.uint8
+    inside, outside = found[5, 25:35, 14:26], found[5, 45:, 40:]
+    assert np.abs(inside.mean((0, 1)) - (200, 120, 60)).max() < 12  # BGR, lossy codec
+    assert np.abs(outside.mean((0, 1)) - 40).max() < 5
+
+
+def test_dicom_colour_spaces(tmp_path):
+    bgr = moving_square()
+    write_dicom(tmp_path / "rgb.dcm", np.ascontiguousarray(bgr[..., ::-1]), "RGB")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "rgb.dcm"), bgr)
+
+    # OpenCV's YCrCb is the full-range transform of DICOM's YBR_FULL, Cr and Cb exchanged.
+    ybr = np.stack([cv2.cvtColor(f, cv2.COLOR_BGR2YCrCb)[..., [0, 2, 1]] for f in bgr])
+    write_dicom(tmp_path / "ybr.dcm", ybr, "YBR_FULL")
+    assert np.abs(video.read_frames(tmp_path / "ybr.dcm").astype(int) - bgr).max() <= 3
+
+    grey = bgr[..., 0]
+    write_dicom(tmp_path / "grey.dcm", grey, "MONOCHROME2")
+    expected = np.repeat(grey[..., None], 3, -1)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "grey.dcm"), expected)
+    write_dicom(tmp_path / "inverse.dcm", 255 - grey, "MONOCHROME1")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "inverse.dcm"), expected)
+    deep = grey.astype(np.uint16) << 4
+    write_dicom(tmp_path / "deep.dcm", deep, "MONOCHROME2", BitsStored=12, HighBit=11)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "deep.dcm"), expected)
+
+    lut = np.arange(256, dtype=np.uint16)[::-1] << 8  # red falls, green and blue rise
+    rise = np.arange(256, dtype=np.uint16) << 8
+    palette = {}
+    for colour, table in (("Red", lut), ("Green", rise), ("Blue", rise)):
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        palette[f"{colour}PaletteColorLookupTableData"] = table.tobytes()
+    write_dicom(tmp_path / "palette.dcm", grey, "PALETTE COLOR", **palette)
+    found = video.read_frames(tmp_path / "palette.dcm")
+    np.testing.assert_array_equal(found, np.stack([grey, grey, 255 - grey], -1))
+
+    ds = pydicom.dcmread(tmp_path / "rgb.dcm")
+    ds.compress(RLELossless)
+    ds.save_as(tmp_path / "rle.dcm")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "rle.dcm"), bgr)
+
+
+def test_real_echocardiogram_is_not_tinted():
+    """JPEG YBR_FULL_422: the same pixels as OpenCV's own JPEG decoder; grey tissue stays grey."""
+    from pydicom.encaps import generate_frames
+
+    found = video.read_frames(REAL)
+    ds = pydicom.dcmread(REAL)
+    jpegs = generate_frames(ds.PixelData, number_of_frames=30)
+    expected = [cv2.imdecode(np.frombuffer(j, np.uint8), cv2.IMREAD_COLOR) for j in jpegs]
+    assert found.shape == (30, 240, 320, 3)
+    assert np.abs(found.astype(int) - np.stack(expected)).max() <= 1
+
+
+def test_sampling_is_the_published():
+    """Start s reads frames s - 1 .. s + 14, 0 .. 15 for s = 0; a short video repeats its last."""
+    expected = [range(16), range(16), range(1, 17), range(63, 79)]
+    np.testing.assert_array_equal(video.clip_frames([0, 1, 2, 64], 80, 16), expected)
+    np.testing.assert_array_equal(video.clip_frames([0], 10, 16)[0], [*range(10)] + [9] * 6)
+    starts = video.clip_starts(80, 4000, 16, seed=0, key="study/video")
+    assert starts.min() == 0 and starts.max() == 64  # 0 .. n - 16, both ends
+    assert np.bincount(starts).min() > 20  # uniform: 61 expected each
+    again = video.clip_starts(80, 4000, 16, seed=0, key="study/video")
+    np.testing.assert_array_equal(starts, again)
+    assert (starts != video.clip_starts(80, 4000, 16, seed=0, key="study/other")).any()
+    assert (starts != video.clip_starts(80, 4000, 16, seed=1, key="study/video")).any()
+
+
+def test_resize_and_crop():
+    """Area resize without keeping the aspect, then the centre: each output pixel a block mean."""
+    frame = np.random.default_rng(0).integers(0, 256, (512, 768, 3), dtype=np.uint8)
+    blocks = frame.reshape(256, 2, 256, 3, 3).mean((1, 3))[16:240, 16:240]
+    found = video.resize_crop(frame)
+    assert found.shape == (224, 224, 3)
+    assert np.abs(found - blocks).max() <= 0.51
+
+
+def test_read_clips_holds_each_frame_once(tmp_path):
+    frames = moving_square()
+    write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
+    clips = video.read_clips(tmp_path / "a.dcm", "s/a.dcm", video.Sampling(size=56))
+    assert clips.n_frames == 20 and clips.index.shape == (16, 16) and clips.starts.max() <= 4
+    whole = np.stack([video.resize_crop(f, 56) for f in frames])
+    numbers = video.clip_frames(clips.starts, 20, 16)
+    np.testing.assert_array_equal(clips.frames[clips.index], whole[numbers])
+    assert len(clips.frames) == len(np.unique(numbers))
+
+
+def corrupt_frame(path):
+    data = bytearray(REAL.read_bytes())
+    middle = data.index(b"\xff\xd8\xff", len(data) // 2)  # a JPEG's start
+    data[middle : middle + 400] = bytes(400)
+    path.write_bytes(data)
+
+
+ODD_FILES = {
+    "empty.dcm": (lambda p: p.touch(), "empty file"),
+    "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
+    "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
+    "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
+    "hole.dcm": (corrupt_frame, "does not decode"),
+    "still.dcm": (lambda p: shutil.copy(pydicom.examples.get_path("rgb_color"), p), "still image"),
+    "none.dcm": (
+        lambda p: write_dicom(p, moving_square(), "RGB", NumberOfFrames=0),
+        "NumberOfFrames is 0",
+    ),
+    "short.dcm": (
+        lambda p: write_dicom(p, moving_square(), "RGB", NumberOfFrames=25),
+        "does not decode|truncated",
+    ),
+    "odd.dcm": (lambda p: write_dicom(p, moving_square(), "ODD"), "does not decode"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_odd_files_give_a_reason(tmp_path, name):
+    make, reason = ODD_FILES[name]
+    make(tmp_path / name)
+    with pytest.raises(video.VideoError, match=reason):
+        video.read_frames(tmp_path / name)
+
+
+@pytest.mark.parametrize("code, reason", [(2, "M-mode"), (3, "spectral")])
+def test_m_mode_and_spectral_are_told_by_their_tags(tmp_path, code, reason):
+    region = pydicom.Dataset()
+    region.RegionSpatialFormat = code
+    write_dicom(tmp_path / "a.dcm", moving_square(), "RGB", SequenceOfUltrasoundRegions=[region])
+    with pytest.raises(video.VideoError, match=reason):
+        video.read_frames(tmp_path / "a.dcm")
+
+
+def test_missing_plugin_is_named(tmp_path):
+    ds = pydicom.dcmread(REAL)
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.80"  # JPEG-LS
+    ds.save_as(tmp_path / "ls.dcm")
+    with pytest.raises(video.VideoError, match=r"echofocus\[dicom\]|does not decode"):
+        video.read_frames(tmp_path / "ls.dcm")
