@@ -13,7 +13,7 @@ file a study, from embed/extract.py or the published scripts), a model folder be
 
 The file is in the order in which data flows: config -> labels, scaling, patient splits -> embedding
 store and batches -> model -> checkpoints -> the loop -> training -> metrics -> evaluate, predict,
-embed, explain -> figures -> command line.
+embed, explain -> figures -> demo -> command line.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -21,9 +21,14 @@ import hashlib
 import json
 import os
 import pickle
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from argparse import SUPPRESS
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -33,10 +38,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from embed import __version__, extract
-from embed.common import Parser, UserError, atomic_path, nearest, run_main
+from embed.common import Parser, UserError, atomic_path, nearest, progress, run_main
 
 MODELS = Path("trained_models")
 FOLDS = ("train", "val", "test")
@@ -104,6 +108,7 @@ class Settings:
         choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
     )
     explain_steps: int = option(64, "integration steps (adaptive: to begin with)", "explain")
+    studies: int = option(100, "phantom studies to make", "demo")
 
 
 RECIPES = {  # how the published models were trained
@@ -120,18 +125,21 @@ def options_of(command):
 def resolve_settings(command, typed, config, model=None):
     """Who wins: what is typed, the model's own, the config's task, the published recipe, defaults.
 
-    typed: dict of the options given; model: a LoadedModel or None. Returns Settings, with task
-    and dataset checked against the config, and prints what was taken that nobody typed.
+    typed: dict of the options given; model: a LoadedModel or None. Returns Settings and prints
+    what was taken that nobody typed.
     """
-    trained = model.made_with if model else {}
-    task = config.pick("task", typed.get("task") or (model.task_in(config) if model else ""))
-    dataset = config.pick("dataset", typed.get("dataset") or trained.get("dataset", ""))
+    task = typed.get("task") or (model.task if model else config.pick("task", ""))
+    if typed.get("videos"):
+        dataset = Path(typed["videos"]).resolve().name
+    else:
+        trained_on = model.made_with.get("dataset", "") if model else ""
+        dataset = config.pick("dataset", typed.get("dataset") or trained_on)
     layers = [
         ("typed", typed),
-        ("in the config", config.tasks[task].settings),
+        ("in the config", config.tasks[task].settings if task in config.tasks else {}),
         (f"the published {task} recipe", RECIPES.get(task, {})),
         ("the model's" if model else "the config's first", {"task": task, "dataset": dataset}),
-        ("the task's name", {"model_name": task}),
+        ("the task's name", {} if model else {"model_name": task}),
     ]
     settings, taken = Settings(config=str(config.path)), [f"config = {config.path.name}"]
     for f in options_of(command):
@@ -717,27 +725,23 @@ class LoadedModel:
 
     folder: Path
     net: StudyModel
+    task: str
     labels: list[str]  # stripped, in output order
     type: str  # binary or regression
     scaling: dict | None  # the published input_norm_dict
     made_with: dict  # settings at training; {} for a published checkpoint
     units: dict
 
-    def task_in(self, config):
-        """The config's name of this model's task. Raises UserError when it has none."""
-        name = self.made_with.get("task", "")
-        if name in config.tasks:
-            return name
-        fits = [n for n, t in config.tasks.items() if t.task_labels == self.labels]
-        if not fits:
-            raise UserError(f"{config.path} has no task with the labels of {self.folder.name}")
-        return fits[0]
-
     def readable(self, logits):
         """Outputs (S, T) -> probabilities, or values in physical units."""
         if self.type == "binary":
             return torch.sigmoid(torch.as_tensor(logits)).numpy()
         return unscale(logits, self.labels, self.scaling)
+
+
+def pick_device(name):
+    """`--device`, or CUDA when there is one, else the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def safe_pickle_globals():
@@ -803,7 +807,7 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     net, n_labels = network_from(saved["model_state_dict"], combine, path)
     scaling = saved.get("input_norm_dict") or None
     if made_with:
-        labels, units = made_with["labels"], made_with["units"]
+        task, labels, units = (made_with[k] for k in ("task", "labels", "units"))
     else:
         names = [task] if task else list(config.tasks)
         fits = [n for n in names if len(config.tasks[n].task_labels) == n_labels]
@@ -812,15 +816,19 @@ def load_model(folder, config, task="", which="best", device="cpu"):
                 f"{path} has {n_labels} outputs and {config.path} has no task"
                 f"{' ' + task if task else ''} with so many labels; add it, in output order"
             )
-        labels, units = config.tasks[fits[0]].task_labels, config.tasks[fits[0]].units
-        print(f"labels of {folder.name}: task {fits[0]} of {config.path.name} ({n_labels})")
+        task, labels, units = (
+            fits[0],
+            config.tasks[fits[0]].task_labels,
+            config.tasks[fits[0]].units,
+        )
+        print(f"labels of {folder.name}: task {task} of {config.path.name} ({n_labels})")
     if scaling:
         scaling = {k.strip(): v for k, v in scaling.items()}
         if missing := [label for label in labels if label not in scaling]:
             raise UserError(f"{path} has no scaling for label {missing[0]}")
     kind = made_with.get("type") or ("regression" if scaling else "binary")
     net.to(device).eval().requires_grad_(False)
-    return LoadedModel(folder, net, list(labels), kind, scaling, made_with, units)
+    return LoadedModel(folder, net, task, list(labels), kind, scaling, made_with, units)
 
 
 def model_folder(name, run_id=""):
@@ -887,7 +895,7 @@ def run_studies(
     drop = settings.clip_dropout if training else 0.0
     rows = []  # (eids, logits, embeddings, losses, n_videos, n_clips) of each batch
     net.train(training)
-    with tqdm(total=len(eids), desc=label, unit="study", leave=False, disable=not label) as bar:
+    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=not label) as bar:
         for start in range(0, len(eids), step):
             chunk = eids[start : start + step]
             drop_seed = derive_seed(settings.seed, epoch)
@@ -943,6 +951,7 @@ def report_unreadable(unreadable):
 def cmd_train(typed):
     """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
     config = read_config(typed.get("config"))
+    config.pick("task", typed.get("task"))
     settings = resolve_settings("train", typed, config)
     percent = parse_split(settings.split)
     check_settings(settings)
@@ -955,7 +964,7 @@ def cmd_train(typed):
 
     run = Training(folder, settings, task, store, table, folds)
     run.begin()
-    while run.epoch < settings.epoch_lim and run.stale < settings.epoch_early_stop:
+    while not run.finished:
         run.one_epoch()
     print(
         f"best validation loss {run.best:.4f} after epoch {run.best_epoch} of {run.epoch}; the "
@@ -1027,11 +1036,10 @@ class Training:
             self.scaling = fit_scaling(table[folds == "train"], task)
             values = scale(values, labels, self.scaling)
         self.targets = dict(zip(table.index, values, strict=True))
-        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(derive_seed("weights", settings.seed))
         self.net = StudyModel(
             len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
-        ).to(self.device)
+        ).to(pick_device(settings.device))
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=settings.learning_rate, weight_decay=0.01
         )
@@ -1040,6 +1048,7 @@ class Training:
         )
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.unreadable = {}
+        self.plotted = 0.0  # when the curves were last drawn
 
     @property
     def epoch(self):
@@ -1058,6 +1067,11 @@ class Training:
     def stale(self):
         """Epochs since the validation loss was last improved."""
         return self.epoch - self.best_epoch
+
+    @property
+    def finished(self):
+        limit = self.settings.epoch_lim
+        return self.epoch >= limit or self.stale >= self.settings.epoch_early_stop
 
     def begin(self):
         """Resume from the last checkpoint, or start: split and settings are written first."""
@@ -1149,7 +1163,9 @@ class Training:
         history = pd.DataFrame(self.history, columns=columns)
         with atomic_path(self.folder / "train_losses.csv") as temporary:
             history.to_csv(temporary, index=False)
-        plot_history(history, self.folder)
+        if time.time() - self.plotted > 10 or self.finished:
+            plot_history(history, self.folder)
+            self.plotted = time.time()
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -1189,18 +1205,19 @@ def start_with_model(command, typed):
     if task:
         config.pick("task", task)
     folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task)
-    device = typed.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder, config, task, device=device)
+    model = load_model(folder, config, task, device=pick_device(typed.get("device")))
     return resolve_settings(command, typed, config, model), config, model
 
 
 def labelled_studies(model, config, settings, store):
     """The label table's rows (physical units) of the chosen fold that have embeddings."""
-    task, table = load_labels(config, settings.task, settings.dataset)
+    task = config.tasks[config.pick("task", settings.task)]
     if task.task_labels != model.labels:
         raise UserError(
             f"task {settings.task} of {config.path} and {model.folder.name} differ in labels"
         )
+    task.type = model.type
+    task, table = load_labels(config, settings.task, settings.dataset)
     folds = folds_for(model, table, settings.dataset)
     table = match_studies(table, store, task, 0)
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
@@ -1354,7 +1371,8 @@ def objective_for(model, index, mode, target):
 
 def explained_studies(model, config, settings, store):
     """Studies to explain, as a label table; without labels every study, its truths missing."""
-    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
+    dataset = config.datasets[settings.dataset]
+    task = config.tasks[config.pick("task", settings.task)]
     if dataset.label_path or task.label_path:
         return labelled_studies(model, config, settings, store)
     if settings.explain_mode == "loss":
@@ -1381,7 +1399,7 @@ def cmd_explain(typed):
     targets = dict(zip(table.index, targets, strict=True))
 
     videos, tops, unreadable = [], [], {}
-    for eid in tqdm(table.index, desc="explain", unit="study"):
+    for eid in progress(table.index, desc="explain", unit="study"):
         try:
             bag = store.read(eid)
         except UnreadableStudy as error:
@@ -1524,12 +1542,114 @@ def draw_roc(axis, y, p):
 
 # --------------------------------------------------------------------------------------------- demo
 
+DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 30}}
+DEMO_CONFIG = {
+    "task": {
+        "ef": {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression"},
+        "defect": {"task_labels": ["VSD"], "type": "binary"},
+    },
+    "dataset": {"phantoms": {"embedding_path": "embeddings"}},
+}
+DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
+
 
 def cmd_demo(typed):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
-    from embed.demo import run_demo
+    folder = Path("demo")
+    weights = make_demo(folder, Settings(**typed).studies)
+    extraction = ["--weights", weights, "--size", "112", "--n_clips", "1"]
+    for line in (
+        ["embed/extract.py", "videos", "--out", "embeddings", *extraction],
+        ["echofocus.py", "train", "--task", "ef"],
+        ["echofocus.py", "train", "--task", "defect"],
+        ["echofocus.py", "evaluate", "--task", "ef"],
+        ["echofocus.py", "evaluate", "--task", "defect"],
+        ["echofocus.py", "predict", "--task", "ef", "--videos", "real", *extraction],
+        ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
+        ["echofocus.py", "explain", "--task", "defect"],
+    ):
+        print(f"\n$ python ../{shlex.join(line)}", flush=True)
+        program = Path(__file__).resolve().parent / line[0]
+        if subprocess.run([sys.executable, program, *line[1:]], cwd=folder).returncode:
+            raise UserError(f"the demo stopped: {shlex.join(line)} failed (see above)")
+    summarise_demo(folder)
 
-    run_demo(**typed)
+
+def make_demo(folder, studies):
+    """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
+    import pydicom
+
+    from embed import panecho, phantom, video
+
+    print(f"making {studies} phantom studies in ./{folder}")
+    bar = partial(progress, desc="phantoms", unit="study")
+    phantom.make_cohort(folder, studies, progress=bar)
+    real = folder / "real" / "sonosite"  # an echocardiogram that comes with pydicom
+    real.mkdir(parents=True, exist_ok=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), real / "cine.dcm")
+    for name, task in DEMO_CONFIG["task"].items():
+        task.update(DEMO_SETTINGS)
+        task["settings"] = task["settings"] | {"learning_rate": DEMO_RATES[name]}
+    (folder / "config.json").write_text(json.dumps(DEMO_CONFIG, indent=2))
+    if panecho.cached_weights().is_file():
+        print("encoder weights: the released ones, from torch.hub's cache")
+        return "panecho"
+    print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
+    clips = []
+    for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
+        sampled = video.read_clips(path, path.name, video.Sampling(n_clips=1, size=112))
+        frames = torch.from_numpy(sampled.frames[sampled.index[0]])
+        clips.append(panecho.normalise(frames).transpose(0, 1))
+    panecho.save_untrained(folder / "untrained.pt", clips)
+    return "untrained.pt"
+
+
+def summarise_demo(folder):
+    """What the demo measured, beside what guessing would give, and the files to look at."""
+    models, ids = folder / MODELS, {"eid": str, "Echo_ID": str}
+    split = pd.read_csv(models / "ef" / "split.csv", dtype=str).set_index("eid")["fold"]
+    labels = pd.read_csv(folder / "labels.csv", dtype=ids).set_index("eid")
+    guess = labels["EF"].reindex(split.index[split == "train"]).median()
+    ef = pd.read_csv(models / "ef" / "saveout_test_phantoms.csv", dtype=ids)
+    defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
+    auroc = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv")["auroc"][0]
+    videos = pd.read_csv(models / "defect" / "explanation_phantoms.csv", dtype=ids)
+    videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
+    videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
+    top = videos[videos["rank"] == 1]["shows_defect"]
+    plot_demo(ef, defect, videos, folder / "demo")
+    print(
+        f"\nEjection fraction, {len(ef)} test studies: median error "
+        f"{(ef['EF_Predict'] - ef['EF_Correct']).abs().median():.1f} % (guessing the training "
+        f"median: {(guess - ef['EF_Correct']).abs().median():.1f} %)"
+        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc:.2f} (guessing: 0.5)"
+        f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
+        f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
+        f"\n\nLook at, in {folder}:"
+        "\n  demo.png                                                these results"
+        "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
+        "\n  trained_models/defect/explanation_phantoms.csv          every video in every answer"
+        "\n  trained_models/ef/predictions_real.csv                  the real echocardiogram"
+        "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
+    )
+
+
+def plot_demo(ef, defect, videos, path):
+    """Ejection fraction, defect ROC, and the scores of videos with and without the finding."""
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
+    left.axline((45, 45), slope=1, color="grey", lw=0.8)
+    left.scatter(ef["EF_Correct"], ef["EF_Predict"], s=14)
+    left.set(xlabel="true ejection fraction [%]", ylabel="predicted [%]")
+    draw_roc(middle, defect["VSD_Correct"], defect["VSD_Predict"])
+    middle.set_title("septal defect", fontsize=10)
+    for k, (shown, colour) in enumerate(((1, "C3"), (0, "C0"))):
+        part = videos[videos["shows_defect"] == shown]
+        spread = np.linspace(-0.2, 0.2, len(part))
+        right.scatter(k + spread, part["score"], s=14, color=colour)
+    right.axhline(0, color="grey", lw=0.8)
+    right.set_xticks([0, 1], ["videos that show\nthe defect", "other videos\nof these studies"])
+    right.set(ylabel="score (change in log-odds)", xlim=(-0.6, 1.6))
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -35,6 +35,13 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def progress(iterable=None, **options):
+    """A tqdm bar on standard error; into a log file it writes only now and then."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+
+
 def sha256_file(path):
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as f:

@@ -28,13 +28,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from embed import __version__
-from embed.common import Parser, UserError, atomic_path, run_main
+from embed.common import Parser, UserError, atomic_path, progress, run_main
 from embed.panecho import MEAN, STD, clip_planes, load_panecho
 from embed.video import Clips, Sampling, VideoError, find_videos
 
@@ -293,7 +292,7 @@ def check_finished(path, attributes):
     except OSError as error:
         raise UserError(f"{path} is not a readable HDF5 file; delete it to make it anew") from error
     for name, value in attributes.items():
-        if name != "version" and found.get(name) != value:
+        if name not in ("version", "weights") and found.get(name) != value:
             raise UserError(
                 f"{path} was made with {name} = {found.get(name)}, not {value}; choose another "
                 "--out, or delete the old files"
@@ -311,17 +310,21 @@ class Settings:
     weights: str = "panecho"
     sampling: Sampling = field(default_factory=Sampling)
     device: str = ""  # '' is CUDA when there is one
-    batch_size: int = 0  # images; 0 is 256 on CUDA and 8 on a CPU
+    batch_size: int = 0  # images; 0: see default_batch
     workers: int = 0  # decoder processes; 0 is half the cores, 16 at most
+
+
+def default_batch(device, size):
+    """Images a batch: many on a GPU; on a CPU so few that their activations stay in the cache."""
+    return 256 if device.startswith("cuda") else max(1, 8 * 224**2 // size**2)
 
 
 def attributes_of(settings, digest):
     """The HDF5 attributes that say how the embeddings were made."""
-    sampling = settings.sampling
-    untrained = settings.weights == "random"
+    sampling, weights = settings.sampling, Path(settings.weights).name
     return {
         "encoder": "PanEcho",
-        "weights": "random: untrained, not for results" if untrained else "panecho",
+        "weights": "random: untrained, not for results" if weights == "random" else weights,
         "weights_sha256": digest,
         "clip_len": sampling.clip_len,
         "n_clips": sampling.n_clips,
@@ -350,12 +353,12 @@ def extract(studies, out, settings):
             todo.append(study)
     jobs = [(study, video) for study in todo for video in study.videos]
     workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
-    batch_size = settings.batch_size or (256 if device.startswith("cuda") else 8)
+    batch_size = settings.batch_size or default_batch(device, settings.sampling.size)
     backbone = model.encoder.to(device)
 
     results = {}  # study name -> {video: result}
     stream = encode(decode(jobs, settings.sampling, workers), backbone, batch_size, device)
-    with tqdm(total=len(jobs), desc="extract", unit="video", disable=not jobs) as bar:
+    with progress(total=len(jobs), desc="extract", unit="video", disable=not jobs) as bar:
         for (study, video), result in stream:
             bar.update()
             done = results.setdefault(study.name, {})

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from embed.common import UserError, sha256_file
+from embed.common import UserError, atomic_path, progress, sha256_file
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
 EMBED_DIM = 768  # numbers in a clip embedding
@@ -263,19 +263,36 @@ def random_weights():
     return state
 
 
+@torch.inference_mode()
+def save_untrained(path, clips):
+    """Write a weights file of an untrained encoder whose embeddings of `clips` are standardised.
+
+    An untrained encoder's embeddings differ by a few percent around a large constant; the last
+    LayerNorm is set so that over these clips each feature has mean 0 and all together have
+    standard deviation 1. clips: float32 (3, L, H, W) each, normalised.
+    """
+    state, model = random_weights(), load_panecho("random")[0].encoder
+    embeddings = torch.cat([model(clip[None]) for clip in clips])  # (n, 768)
+    centre = embeddings.mean(0)
+    spread = (embeddings - centre).std()
+    last = "encoder.transformer.layers.3.norm2."
+    state[last + "weight"] = state[last + "weight"] / spread
+    state[last + "bias"] = (state[last + "bias"] - centre) / spread
+    with atomic_path(path) as temporary:
+        torch.save({"weights": state}, temporary)
+
+
 def cached_weights():
     """Where a downloaded weights file lies: torch.hub's cache."""
     return Path(torch.hub.get_dir()) / "checkpoints" / "panecho.pt"
 
 
-def download(url, path, progress=True):
+def download(url, path, show=True):
     """Fetch `url` to `path`, resuming a partial download; returns the path.
 
     The file appears under its name only when complete. Raises WeightsError when the server
     cannot be reached or the connection drops; what came is kept and the next call goes on there.
     """
-    from tqdm import tqdm
-
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -288,13 +305,13 @@ def download(url, path, progress=True):
             expected = start + int(reply.headers.get("Content-Length") or 0)
             with (
                 open(part, "ab" if start else "wb") as f,
-                tqdm(
+                progress(
                     desc=f"download {path.name}",
                     initial=start,
                     total=expected or None,
                     unit="B",
                     unit_scale=True,
-                    disable=not progress,
+                    disable=not show,
                 ) as bar,
             ):
                 while chunk := reply.read(1 << 20):
@@ -314,7 +331,7 @@ def download(url, path, progress=True):
     return path
 
 
-def find_weights(source="panecho", progress=True):
+def find_weights(source="panecho", show=True):
     """`--weights` as typed (a file, a URL or 'panecho' for the release) -> path of the file.
 
     A download lands in torch.hub's cache with its SHA-256 beside it (`panecho.pt.sha256`); a
@@ -324,7 +341,7 @@ def find_weights(source="panecho", progress=True):
         url = WEIGHTS_URL if source == "panecho" else source
         path = cached_weights() if source == "panecho" else url_cache(url)
         if not path.exists():
-            download(url, path, progress)
+            download(url, path, show)
         check_digest(path)
         return path
     path = Path(source)
@@ -383,7 +400,7 @@ def load_strictly(model, state, path):
     model.load_state_dict(state, assign=True)
 
 
-def load_panecho(weights="panecho", clip_len=16, progress=True):
+def load_panecho(weights="panecho", clip_len=16):
     """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
 
     `weights` is a path, a URL, 'panecho' (the release) or 'random'. Raises WeightsError.
@@ -395,7 +412,7 @@ def load_panecho(weights="panecho", clip_len=16, progress=True):
             sha256.update(tensor.numpy())
         digest = sha256.hexdigest()
     else:
-        path = find_weights(weights, progress)
+        path = find_weights(weights)
         state, digest = read_weights(path), sha256_file(path)
     load_strictly(model, state, weights)
     return model.eval(), digest

@@ -134,9 +134,9 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
     monkeypatch.setattr(panecho, "WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/p.pt")
     try:
         with pytest.raises(panecho.WeightsError, match="resume"):
-            panecho.find_weights(progress=False)
+            panecho.find_weights(show=False)
         assert not panecho.cached_weights().exists()
-        path = panecho.find_weights(progress=False)
+        path = panecho.find_weights(show=False)
     finally:
         server.shutdown()
     assert path == tmp_path / "checkpoints" / "panecho.pt"

@@ -1,0 +1,64 @@
+"""The demo on a tiny budget, and what the phantoms promise."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from embed import phantom, video
+
+
+def test_demo(tmp_path):
+    line = [sys.executable, ROOT / "echofocus.py", "demo", "--studies", "16"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in ("embed/extract.py videos", "train --task ef", "train --task defect", "evaluate",
+                 "predict --task ef --videos real", "embed --task ef", "explain"):  # fmt: skip
+        assert step in done.stdout
+    assert "RANDOM" in done.stdout and "Septal defect" in done.stdout
+    models = tmp_path / "demo" / "trained_models"
+    assert list(pd.read_csv(models / "ef" / "predictions_real.csv")["eid"]) == ["sonosite"]
+    assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("ef", [25.0, 62.0])
+def test_phantom_volumes_have_the_stated_ejection_fraction(ef):
+    heart = phantom.draw_heart(ef, np.random.default_rng(0))
+    long, short = phantom.cavity_axes(heart, np.linspace(0, 1, 400))
+    volumes = np.pi / 6 * long * short**2  # of an ellipsoid
+    assert 100 * (1 - volumes.min() / volumes.max()) == pytest.approx(ef, rel=1e-6)
+
+
+def test_phantom_beats_in_the_picture():
+    """The dark cavity of a beating heart changes more from frame to frame in a healthy one."""
+    areas = {}
+    for ef in (20.0, 65.0):
+        heart = phantom.draw_heart(ef, np.random.default_rng(1))
+        frames = phantom.phantom_cine("PLAX", ef, seed=3, heart=heart).astype(float)
+        areas[ef] = np.abs(np.diff(frames, axis=0)).mean()
+    assert areas[65.0] > areas[20.0]
+
+
+def test_cohort_is_a_function_of_its_seed(tmp_path):
+    phantom.make_cohort(tmp_path / "a", studies=2)
+    phantom.make_cohort(tmp_path / "b", studies=3)
+    a, b = (pd.read_csv(tmp_path / x / "labels.csv") for x in "ab")
+    pd.testing.assert_frame_equal(a, b[:2])
+    for path in (tmp_path / "a").glob("videos/*/*.avi"):
+        twin = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        assert path.read_bytes() == twin.read_bytes()
+    findings = pd.read_csv(tmp_path / "b" / "findings.csv")
+    shown = findings[findings["shows_defect"] == 1]["video"]
+    assert set(shown) <= {f"{view}.avi" for view in phantom.DEFECT_VIEWS}
+
+
+def test_phantom_dicom_is_a_valid_cine(tmp_path):
+    frames = phantom.phantom_cine("A4C", frames=3)
+    for jpeg in (False, True):
+        phantom.write_dicom(tmp_path / "x.dcm", frames, jpeg=jpeg)
+        found = video.read_frames(tmp_path / "x.dcm")
+        assert found.shape == frames.shape
+        assert np.abs(found.astype(int) - frames).mean() < (3 if jpeg else 1e-9)
