@@ -491,12 +491,19 @@ class EmbeddingFolder:
                 raise UserError(f"{path}: {self.files[eid].name} and {file.name} are one study")
             self.files[eid] = file
 
-    def read(self, eid):
-        """A study's Bag. Raises UnreadableStudy."""
+    def read(self, eid, rng=None):
+        """A study's Bag. Raises UnreadableStudy.
+
+        rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
+        transformed copies, if the file has any.
+        """
         try:
             with h5py.File(self.files[eid], "r") as f:
                 if "embeddings" in f:
-                    arrays, videos = f["embeddings"][:], f["videos"].asstr()[:].tolist()
+                    copies = len(f["augmented"]) if rng is not None and "augmented" in f else 0
+                    copy = rng.integers(copies + 1) if copies else 0
+                    arrays = f["augmented"][copy - 1] if copy else f["embeddings"][:]
+                    videos = f["videos"].asstr()[:].tolist()
                 else:
                     arrays, videos = read_published(f)
         except (OSError, KeyError, RuntimeError) as error:
@@ -562,23 +569,26 @@ class Batch:
     n_videos: list[int]
 
 
-def read_batches(store, eids, settings, drop=0.0, drop_seed=0, unreadable=None):
+def read_batches(store, eids, settings, unreadable, train_seed=None):
     """Yield Batches of the studies in the order given, under the limits in `settings`.
 
-    drop: share of clips left out at random (at least one stays), by `drop_seed` and study.
     unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
+    train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
+    any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
     """
     batch, n = [], 0
     for eid in eids:
+        rng = None
+        if train_seed is not None:
+            rng = np.random.default_rng(derive_seed("study", train_seed, eid))
         try:
-            bag = store.read(eid)
+            bag = store.read(eid, rng)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
             continue
         tokens = torch.from_numpy(bag.embeddings).flatten(0, 1)  # (V * C, D)
-        if drop:
-            rng = np.random.default_rng(derive_seed("clips", drop_seed, eid))
-            kept = np.flatnonzero(rng.random(len(tokens)) >= drop)
+        if rng is not None and settings.clip_dropout:
+            kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
         full = settings.batch_size and len(batch) == settings.batch_size
         if batch and (full or n + len(tokens) > settings.batch_tokens):
@@ -892,15 +902,14 @@ def run_studies(
     unreadable = {} if unreadable is None else unreadable
     device = net.ff.weight.device
     step = settings.batch_number if training else len(eids) or 1
-    drop = settings.clip_dropout if training else 0.0
+    train_seed = derive_seed(settings.seed, epoch) if training else None
     rows = []  # (eids, logits, embeddings, losses, n_videos, n_clips) of each batch
     net.train(training)
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=not label) as bar:
         for start in range(0, len(eids), step):
             chunk = eids[start : start + step]
-            drop_seed = derive_seed(settings.seed, epoch)
             n_losses = 0
-            for batch in read_batches(store, chunk, settings, drop, drop_seed, unreadable):
+            for batch in read_batches(store, chunk, settings, unreadable, train_seed):
                 torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
                 with torch.set_grad_enabled(training):
                     logits, embeddings = net(batch.tokens.to(device), batch.lengths)
@@ -1266,7 +1275,7 @@ def cmd_predict(typed):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
     if typed.get("videos"):
         source = Path(typed["videos"])
-        studies = extract.find_studies(source)
+        studies = extract.find_studies(source, typed["group"], typed["manifest"])
         dataset = source.resolve().name
         settings, config, model = start_with_model("predict", typed)
         folder = model.folder / f"clip_embeddings_{dataset}"
@@ -1597,7 +1606,7 @@ def make_demo(folder, studies):
     print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
     clips = []
     for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
-        sampled = video.read_clips(path, path.name, video.Sampling(n_clips=1, size=112))
+        sampled, *_ = video.read_clips(path, path.name, video.Sampling(n_clips=1, size=112))
         frames = torch.from_numpy(sampled.frames[sampled.index[0]])
         clips.append(panecho.normalise(frames).transpose(0, 1))
     panecho.save_untrained(folder / "untrained.pt", clips)

@@ -8,13 +8,20 @@ and any file names will do. Each study becomes DIR/<study>.hdf5:
     embeddings   (V videos, C clips, 768) float32
     videos       (V,) paths relative to the study folder
     clip_starts  (V, C) int64, the clip's start as drawn, in frames
-    skipped      (K, 2) path and reason of the files that gave no clips
+    augmented    (K, V, C, 768) float32, with --augment K: randomly transformed copies
+    skipped      (M, 2) path and reason of the files that gave no clips
     attributes   how it was made: encoder, weights and their SHA-256, sampling, seed, version
 
-The way of the data: find_studies -> decode (worker processes) -> encode (batches of images across
-videos) -> write_study (when a study's last video is through).
+and DIR/extract_log.csv gets a row a video.
+
+The way of the data: studies.find_studies -> Run.jobs (what this worker takes on) -> decode (worker
+processes) -> encode (batches of images across videos and studies) -> Run.collect -> write_study
+(when a study's last video is through).
 """
 
+import contextlib
+import csv
+import io
 import os
 import pickle
 import subprocess
@@ -23,6 +30,7 @@ import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -35,70 +43,26 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 from embed import __version__
 from embed.common import Parser, UserError, atomic_path, progress, run_main
 from embed.panecho import MEAN, STD, clip_planes, load_panecho
-from embed.video import Clips, Sampling, VideoError, find_videos
+from embed.studies import Claims, find_studies, own_first, shard_from
+from embed.video import Sampling, SourceGone, VideoError
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
+LISTED = 20  # skipped files named on screen; all of them are in the log
 
 
 @dataclass
-class Study:
-    """A study's video files, as POSIX paths relative to its folder."""
+class Settings:
+    """How to extract; the command line's options carry the same names."""
 
-    name: str
-    folder: Path
-    videos: list[str]
-
-
-@dataclass
-class Summary:
-    """What a run did."""
-
-    written: list[str] = field(default_factory=list)  # study names
-    finished: list[str] = field(default_factory=list)  # already there, left alone
-    empty: list[str] = field(default_factory=list)  # no video gave clips
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
-
-    def print(self):
-        """A few lines for a person: counts, then each skipped file with its reason."""
-        print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
-        if self.skipped:
-            print(f"{len(self.skipped)} files skipped:")
-            for study, video, reason in self.skipped:
-                print(f"  {study}/{video}: {reason}")
-            kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
-            print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
-        if self.empty:
-            print(f"{len(self.empty)} studies without a usable video: {', '.join(self.empty)}")
-
-
-# ------------------------------------------------------------------------------------ the source
-
-
-def find_studies(source):
-    """The studies below `source`: its subfolders with videos, or itself if it has no such.
-
-    Raises UserError when there is nothing, or when loose videos lie beside study folders.
-    """
-    source = Path(source)
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder; give a study's folder or a folder of them")
-    folders = [p for p in sorted(source.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    studies = [Study(p.name, p, find_videos(p)) for p in folders]
-    studies = [s for s in studies if s.videos]
-    below = sum(len(s.videos) for s in studies)
-    everything = find_videos(source)
-    if not everything:
-        raise UserError(f"no video or DICOM file in {source} or below it")
-    if len(everything) == below:
-        return studies
-    if below:
-        loose = next(v for v in everything if "/" not in v)
-        raise UserError(
-            f"{source} holds both study folders and loose videos ({loose}, ...); "
-            "move the loose ones into a folder of their own study"
-        )
-    return [Study(source.resolve().name, source, everything)]
+    weights: str = "panecho"
+    sampling: Sampling = field(default_factory=Sampling)
+    device: str = ""  # '' is CUDA when there is one
+    precision: str = "fp32"
+    image_batch: int = 0  # images; 0: see default_batch
+    workers: int = 0  # decoder processes; 0 is half the cores, 16 at most
+    shard: str = "auto"
+    redo: bool = False
 
 
 # ---------------------------------------------------------------------------------------- decode
@@ -111,7 +75,7 @@ class DecoderProcess:
         self.process = None
 
     def __call__(self, path, key, sampling):
-        """Clips of one video, or the VideoError that says why there are none."""
+        """(list of Clips, or the VideoError that says why there are none; seconds it took)."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("video.py"))],
@@ -129,8 +93,9 @@ class DecoderProcess:
         except (EOFError, OSError, pickle.UnpicklingError):
             self.close()
             if timed_out.is_set():
-                return VideoError(f"decoder stopped: no result after {DECODE_SECONDS} s")
-            return VideoError("the decoder crashed on this file")
+                reason = f"decoder stopped: no result after {DECODE_SECONDS} s"
+                return VideoError(reason), DECODE_SECONDS
+            return VideoError("the decoder crashed on this file"), 0.0
         finally:
             timer.cancel()
 
@@ -142,7 +107,7 @@ class DecoderProcess:
 
 
 def decode(jobs, sampling, workers):
-    """(study, video) jobs -> ((study, video), Clips or VideoError), in order, decoded ahead.
+    """(study, video) jobs -> ((study, video), reply of a DecoderProcess), in order, ahead of use.
 
     At most twice as many videos as workers are held.
     """
@@ -201,11 +166,11 @@ def gather_images(planes, numbers):
 
 
 class Pending:
-    """A video whose images are on their way through the encoder."""
+    """A copy of a video whose images are on their way through the encoder."""
 
     def __init__(self, job, clips, device):
         frames = torch.from_numpy(clips.frames).to(device)  # (F, S, S, 3)
-        self.job, self.starts = job, clips.starts
+        self.job, self.clips = job, clips
         self.planes = frames.permute(0, 3, 1, 2).flatten(0, 1)  # (3 F, S, S)
         images, positions = distinct_images(clips.index)
         self.images = torch.from_numpy(images).to(device)
@@ -220,46 +185,64 @@ class Pending:
         return gather_images(self.planes, numbers)
 
 
-@torch.inference_mode()
-def encode(decoded, backbone, batch_size, device):
-    """Decoded videos -> (job, (starts, embeddings (C, 768) float32)), or (job, VideoError).
+class Encoder:
+    """Fills batches with the images of successive videos and deals the features out again.
 
-    Images of successive videos fill the batches together, so that every batch but the last is
-    full, whatever the length of the videos.
+    Every batch but the last is full, whatever the length of the videos.
     """
-    waiting, batch, room = deque(), [], batch_size  # batch: [(pending, images)]
 
-    def run_batch():
-        features = backbone.encode_images(torch.cat([images for _, images in batch]))
-        for pending, images in batch:
+    def __init__(self, backbone, device, batch_size, precision):
+        self.backbone, self.device, self.batch_size = backbone.to(device), device, batch_size
+        self.autocast = partial(
+            torch.autocast, torch.device(device).type, torch.bfloat16, precision == "bf16"
+        )
+        self.waiting, self.batch, self.room = deque(), [], batch_size
+
+    @torch.inference_mode()
+    def __call__(self, decoded):
+        """(job, reply) -> (job, reply, embeddings): see `decode`; a list with (C, 768) float32
+        for each Clips of the reply, empty when it is a VideoError."""
+        for job, reply in decoded:
+            if isinstance(reply[0], VideoError):
+                yield job, reply, []
+                continue
+            for clips in reply[0]:
+                self.put(Pending((job, reply), clips, self.device))
+            yield from self.finished()
+        if self.batch:
+            self.run_batch()
+        yield from self.finished()
+
+    def put(self, pending):
+        self.waiting.append(pending)
+        while pending.taken < len(pending.images):
+            images = pending.take(self.room)
+            self.batch.append((pending, images))
+            self.room -= len(images)
+            if self.room == 0:
+                self.run_batch()
+
+    def run_batch(self):
+        with self.autocast():
+            features = self.backbone.encode_images(torch.cat([x for _, x in self.batch])).float()
+        for pending, images in self.batch:
             part, features = features[: len(images)], features[len(images) :]
             pending.features.append(part)
-        batch.clear()
+        self.batch, self.room = [], self.batch_size
 
-    def finished():
-        while waiting and sum(map(len, waiting[0].features)) == len(waiting[0].images):
-            pending = waiting.popleft()
+    def finished(self):
+        """Videos all of whose copies are through, first come first served."""
+        while self.waiting:
+            (job, reply) = self.waiting[0].job
+            copies = [self.waiting[k] for k in range(len(reply[0]))]
+            if any(sum(map(len, p.features)) < len(p.images) for p in copies):
+                return
+            yield job, reply, [self.clip_embeddings(self.waiting.popleft()) for _ in copies]
+
+    def clip_embeddings(self, pending):
+        with self.autocast():
             clips = torch.cat(pending.features)[pending.positions]  # (C, L, 768)
-            embeddings = backbone.encode_clips(clips).float().cpu().numpy()
-            yield pending.job, (pending.starts, embeddings)
-
-    for job, clips in decoded:
-        if not isinstance(clips, Clips):
-            yield job, clips
-            continue
-        pending = Pending(job, clips, device)
-        waiting.append(pending)
-        while pending.taken < len(pending.images):
-            images = pending.take(room)
-            batch.append((pending, images))
-            room -= len(images)
-            if room == 0:
-                run_batch()
-                room = batch_size
-        yield from finished()
-    if batch:
-        run_batch()
-    yield from finished()
+            return self.backbone.encode_clips(clips).float().cpu().numpy()
 
 
 # ----------------------------------------------------------------------------------------- write
@@ -270,32 +253,39 @@ def study_path(out, study):
 
 
 def write_study(path, videos, attributes):
-    """videos: dict of path to (starts, embeddings) or VideoError. See the module's docstring."""
+    """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
     made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
     skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
+    embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
     text = h5py.string_dtype()
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        f["embeddings"] = np.stack([embeddings for _, embeddings in made.values()])
+        f["embeddings"] = embeddings[0]
         f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
         f.create_dataset("videos", data=list(made), dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
+        if len(embeddings) > 1:
+            f["augmented"] = embeddings[1:]
         f.attrs.update(attributes)
 
 
-def check_finished(path, attributes):
-    """Whether a study's file is there; UserError when it was made in another way."""
+def is_finished(path, attributes, redo):
+    """Whether a study's file is there; UserError when it was made in another way and not `redo`."""
     if not path.exists():
         return False
     try:
         with h5py.File(path, "r") as f:
             found = dict(f.attrs)
     except OSError as error:
-        raise UserError(f"{path} is not a readable HDF5 file; delete it to make it anew") from error
+        if redo:
+            return False
+        raise UserError(f"{path} is not a readable HDF5 file; delete it, or --redo") from error
     for name, value in attributes.items():
         if name not in ("version", "weights") and found.get(name) != value:
+            if redo:
+                return False
             raise UserError(
                 f"{path} was made with {name} = {found.get(name)}, not {value}; choose another "
-                "--out, or delete the old files"
+                "--out, or --redo to make such files anew"
             )
     return True
 
@@ -304,14 +294,126 @@ def check_finished(path, attributes):
 
 
 @dataclass
-class Settings:
-    """How to extract; the command line's options carry the same names."""
+class Summary:
+    """What a run did."""
 
-    weights: str = "panecho"
-    sampling: Sampling = field(default_factory=Sampling)
-    device: str = ""  # '' is CUDA when there is one
-    batch_size: int = 0  # images; 0: see default_batch
-    workers: int = 0  # decoder processes; 0 is half the cores, 16 at most
+    written: list[str] = field(default_factory=list)  # study names
+    finished: list[str] = field(default_factory=list)  # already there, left alone
+    elsewhere: list[str] = field(default_factory=list)  # in the hands of other workers
+    empty: list[str] = field(default_factory=list)  # no video gave clips
+    undone: list[str] = field(default_factory=list)  # their files could not be reached
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
+
+    def print(self):
+        """A few lines for a person: counts, then the skipped files with their reasons."""
+        print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
+        if self.elsewhere:
+            print(f"{len(self.elsewhere)} studies left to other workers that hold them")
+        if self.skipped:
+            print(f"{len(self.skipped)} files skipped:")
+            for study, video, reason in self.skipped[:LISTED]:
+                print(f"  {study}/{video}: {reason}")
+            if len(self.skipped) > LISTED:
+                print(f"  and {len(self.skipped) - LISTED} more, in extract_log.csv")
+            kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
+            print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
+        if self.empty:
+            print(f"{len(self.empty)} studies without a usable video: {', '.join(self.empty)}")
+        if self.undone:
+            print(f"{len(self.undone)} studies left for the next run: {', '.join(self.undone)}")
+
+
+LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+
+
+class Run:
+    """One worker's pass: which studies it takes on, and what becomes of them."""
+
+    def __init__(self, out, attributes, redo):
+        self.out, self.attributes, self.redo = Path(out), attributes, redo
+        self.claims, self.summary = Claims(self.out), Summary()
+        self.results = {}  # study name -> {video: (starts, embeddings) or VideoError}
+        self.rows = {}  # study name -> rows of the log
+
+    def jobs(self, studies, bar):
+        """Yield the (study, video) pairs to do; studies that others hold are tried again last."""
+        held = []
+        for study in studies:
+            if not self.claims.take(study.name):
+                held.append(study)
+            else:
+                yield from self.begin(study, bar)
+        for study in held:
+            if not self.claims.take(study.name):
+                self.summary.elsewhere.append(study.name)
+                bar.update(len(study.videos))
+            else:
+                yield from self.begin(study, bar)
+
+    def begin(self, study, bar):
+        if is_finished(study_path(self.out, study), self.attributes, self.redo):
+            self.summary.finished.append(study.name)
+            self.claims.give_back(study.name)
+            bar.update(len(study.videos))
+            return
+        self.results[study.name], self.rows[study.name] = {}, []
+        for video in study.missing:
+            self.collect(study, video, VideoError("the manifest's file is missing"))
+        for video in study.videos:
+            yield study, video
+
+    def collect(self, study, video, result, n_frames="", seconds=0.0):
+        """Take a video's result; with the last one of a study, write it."""
+        results, rows = self.results[study.name], self.rows[study.name]
+        results[video] = result
+        failed = isinstance(result, VideoError)
+        if failed:
+            self.summary.skipped.append((study.name, video, str(result)))
+        outcome = ("skipped", str(result)) if failed else ("ok", "")
+        rows.append((study.name, video, n_frames, f"{seconds:.3f}", *outcome))
+        if len(results) < len(study.videos) + len(study.missing):
+            return
+        del self.results[study.name], self.rows[study.name]
+        if any(isinstance(r, SourceGone) for r in results.values()):
+            self.summary.undone.append(study.name)
+            if not study.folder.is_dir():
+                raise UserError(
+                    f"{study.folder} cannot be reached any more; what is finished stays, and the "
+                    "same command goes on from here"
+                )
+        elif all(isinstance(r, VideoError) for r in results.values()):
+            self.summary.empty.append(study.name)
+            self.log(rows)
+        else:
+            self.write(study, results, rows)
+        self.claims.give_back(study.name)
+
+    def write(self, study, results, rows):
+        path = study_path(self.out, study)
+        try:
+            write_study(path, results, self.attributes)
+            self.log(rows)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path}: {error}; what is finished stays, and the same command goes "
+                "on from here"
+            ) from error
+        self.summary.written.append(study.name)
+
+    def log(self, rows):
+        """Append a study's rows to extract_log.csv, in one piece."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        path = self.out / "extract_log.csv"
+        with self.claims.alone("extract_log.csv"), open(path, "a", encoding="utf-8") as f:
+            f.write(text.getvalue() if f.tell() else ",".join(LOG_COLUMNS) + "\n" + text.getvalue())
+
+
+def default_device():
+    """CUDA when there is one (torchrun's local rank picks which), else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def default_batch(device, size):
@@ -326,11 +428,14 @@ def attributes_of(settings, digest):
         "encoder": "PanEcho",
         "weights": "random: untrained, not for results" if weights == "random" else weights,
         "weights_sha256": digest,
+        "precision": settings.precision,
         "clip_len": sampling.clip_len,
         "n_clips": sampling.n_clips,
         "size": sampling.size,
         "seed": sampling.seed,
         "sampling": PUBLISHED_SAMPLING,
+        "mask": sampling.mask,
+        "augment": sampling.augment,
         "version": __version__,
     }
 
@@ -338,52 +443,37 @@ def attributes_of(settings, digest):
 def extract(studies, out, settings):
     """Extract `studies` into the folder `out`; returns a Summary. Raises UserError.
 
-    What is finished is left alone, so that a run which was stopped goes on where it was.
+    What is finished is left alone, so that a run which was stopped goes on where it was. Several
+    workers may share `out`: each begins with its own share and then does what others left.
     """
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or default_device()
+    index, count = shard_from(settings.shard)
     model, digest = load_panecho(settings.weights, settings.sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
-    attributes, summary = attributes_of(settings, digest), Summary()
-    todo = []
-    for study in studies:
-        if check_finished(study_path(out, study), attributes):
-            summary.finished.append(study.name)
-        else:
-            todo.append(study)
-    jobs = [(study, video) for study in todo for video in study.videos]
+    run = Run(out, attributes_of(settings, digest), settings.redo)
     workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
-    batch_size = settings.batch_size or default_batch(device, settings.sampling.size)
-    backbone = model.encoder.to(device)
-
-    results = {}  # study name -> {video: result}
-    stream = encode(decode(jobs, settings.sampling, workers), backbone, batch_size, device)
-    with progress(total=len(jobs), desc="extract", unit="video", disable=not jobs) as bar:
-        for (study, video), result in stream:
-            bar.update()
-            done = results.setdefault(study.name, {})
-            done[video] = result
-            if isinstance(result, VideoError):
-                summary.skipped.append((study.name, video, str(result)))
-            if len(done) == len(study.videos):
-                finish_study(study, results.pop(study.name), out, attributes, summary)
-    return summary
-
-
-def finish_study(study, videos, out, attributes, summary):
-    """All of a study's videos are through: write its file, or note that none was usable."""
-    if all(isinstance(r, VideoError) for r in videos.values()):
-        summary.empty.append(study.name)
-    else:
-        write_study(study_path(out, study), videos, attributes)
-        summary.written.append(study.name)
+    batch = settings.image_batch or default_batch(device, settings.sampling.size)
+    encoder = Encoder(model.encoder, device, batch, settings.precision)
+    total = sum(len(s.videos) for s in studies)
+    label = f"extract {index}/{count}" if count > 1 else "extract"
+    with progress(total=total, desc=label, unit="video", disable=not total) as bar:
+        jobs = run.jobs(own_first(studies, index, count), bar)
+        with contextlib.closing(decode(jobs, settings.sampling, workers)) as decoded:
+            for (study, video), (reply, seconds), embeddings in encoder(decoded):
+                bar.update()
+                if isinstance(reply, VideoError):
+                    run.collect(study, video, reply, seconds=seconds)
+                else:
+                    result = reply[0].starts, np.stack(embeddings)
+                    run.collect(study, video, result, reply[0].n_frames, seconds)
+    return run.summary
 
 
 def add_options(parser):
-    """The options that make `settings_from` a Settings; `predict --videos` has them too."""
+    """The options that `settings_from` reads; `predict --videos` has them too."""
     s, d = Sampling(), Settings()
-    group = parser.add_argument_group("extraction")
-    option = group.add_argument
+    option = parser.add_argument_group("extraction").add_argument
     option(
         "--weights",
         default=d.weights,
@@ -391,22 +481,58 @@ def add_options(parser):
         help="PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once into "
         "torch.hub's cache), or 'random' to try without",
     )
+    option(
+        "--group",
+        default="folder",
+        choices=("folder", "one", "dicom"),
+        help="what makes a study: a subfolder, the whole source, or the DICOM StudyInstanceUID",
+    )
+    option(
+        "--manifest",
+        nargs="+",
+        default=[],
+        metavar="CSV",
+        help="lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
+        "EchoNet's FileList; paths start at the source",
+    )
+    option(
+        "--mask",
+        default=s.mask,
+        choices=("none", "sector"),
+        help="'sector' blacks out what lies outside the ultrasound sector, such as names",
+    )
     option("--n_clips", type=int, default=s.n_clips, help="clips a video")
     option("--clip_len", type=int, default=s.clip_len, help="frames a clip")
     option("--size", type=int, default=s.size, help="pixels a side that the encoder sees")
     option("--sampling_seed", type=int, default=s.seed, help="seed of the random clip starts")
-    option("--image_batch", type=int, default=d.batch_size, help="images a batch; 0: by device")
+    option("--precision", default=d.precision, choices=("fp32", "bf16"), help="of the encoder")
+    option("--image_batch", type=int, default=d.image_batch, help="images a batch; 0: by device")
     option("--workers", type=int, default=d.workers, help="decoder processes; 0: by cores")
+    option(
+        "--shard",
+        default=d.shard,
+        metavar="I/N",
+        help="which share to begin with; 'auto' asks torchrun's or SLURM's environment",
+    )
+    option("--redo", action="store_true", help="make files of other settings anew")
 
 
 def settings_from(typed):
     """Parsed options (a dict) -> Settings; UserError for a number that makes no sense."""
-    for name in ("n_clips", "clip_len", "size"):
-        if typed[name] < 1:
-            raise UserError(f"--{name} must be 1 or more, not {typed[name]}")
-    sampling = Sampling(typed["n_clips"], typed["clip_len"], typed["size"], typed["sampling_seed"])
+    for name, least in (("n_clips", 1), ("clip_len", 1), ("size", 32), ("augment", 0)):
+        if typed.get(name, least) < least:
+            raise UserError(f"--{name} must be {least} or more, not {typed[name]}")
+    sampling = Sampling(
+        n_clips=typed["n_clips"],
+        clip_len=typed["clip_len"],
+        size=typed["size"],
+        seed=typed["sampling_seed"],
+        mask=typed["mask"],
+        augment=typed.get("augment", 0),
+    )
+    names = ("weights", "precision", "image_batch", "workers", "shard", "redo")
     return Settings(
-        typed["weights"], sampling, typed.get("device", ""), typed["image_batch"], typed["workers"]
+        sampling=sampling, device=typed.get("device", ""), **{name: typed[name] for name in names}
     )
 
 
@@ -415,12 +541,18 @@ def main(argv=None):
     parser.add_argument("source", help="a folder of study folders, or of one study's files")
     parser.add_argument("--out", required=True, help="folder for the HDF5 files")
     parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; '': CUDA if there is one")
+    parser.add_argument(
+        "--augment", type=int, default=0, metavar="K", help="randomly transformed copies to add"
+    )
     add_options(parser)
     args = parser.parse_args(argv)
-    summary = extract(find_studies(args.source), args.out, settings_from(vars(args)))
+    settings = settings_from(vars(args))
+    studies = find_studies(args.source, args.group, args.manifest)
+    summary = extract(studies, args.out, settings)
     summary.print()
     print(f"embeddings in {args.out}")
-    if not summary.written and not summary.finished:
+    nothing = not (summary.written or summary.finished or summary.elsewhere)
+    if nothing and shard_from(args.shard)[1] == 1:
         raise UserError(f"no study in {args.source} has a usable video")
 
 

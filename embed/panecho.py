@@ -34,6 +34,7 @@ WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/pane
 EMBED_DIM = 768  # numbers in a clip embedding
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
 STD = (0.229, 0.224, 0.225)
+CACHED_NUMBERS = 1_200_000  # of a block's hidden layer at a time, on a CPU: 5 MB
 CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of each stage
 
 TASKS = json.loads(Path(__file__).with_name("panecho_tasks.json").read_text())
@@ -80,10 +81,22 @@ class ConvNeXtBlock(nn.Module):
         )
 
     def forward(self, x):  # (B, C, H, W)
-        depthwise, pointwise = self.block[0], self.block[2:]
-        y = pointwise(depthwise(x).permute(0, 2, 3, 1))  # (B, H, W, C)
-        y = y * self.layer_scale.view(-1)
-        return x + y.permute(0, 3, 1, 2)
+        y = self.block[0](x).permute(0, 2, 3, 1)  # (B, H, W, C)
+        if torch.is_grad_enabled() or x.device.type != "cpu":
+            return x + self.pointwise(y).permute(0, 3, 1, 2)
+        # On a CPU the hidden layer of all pixels at once is memory traffic: in pieces it stays in
+        # the cache, twice as fast in the first stage.
+        out = x.permute(0, 2, 3, 1).contiguous()
+        dim = out.shape[-1]
+        rows = max(1, CACHED_NUMBERS // (4 * dim))
+        for part, result in zip(
+            y.reshape(-1, dim).split(rows), out.view(-1, dim).split(rows), strict=True
+        ):
+            result += self.pointwise(part)
+        return out.permute(0, 3, 1, 2)
+
+    def pointwise(self, y):  # (..., C)
+        return self.block[2:](y) * self.layer_scale.view(-1)
 
 
 class ConvNeXt(nn.Module):

@@ -356,3 +356,17 @@ def test_malicious_checkpoint_is_refused(cohort, cli):
     status, _, err = cli("predict", "--model_name", "evil")
     assert status == 1 and "refused" in err and "io.open" in err
     assert not (cohort / "ran").exists()
+
+
+def test_training_draws_from_transformed_copies(cohort):
+    with h5py.File(cohort / "emb" / "1000.hdf5", "a") as f:
+        plain = f["embeddings"][:]
+        f["augmented"] = np.stack([plain + 1, plain + 2])
+    store = ef.EmbeddingFolder(cohort / "emb")
+    assert (store.read("1000").embeddings == plain).all()
+    drawn = [store.read("1000", np.random.default_rng(k)).embeddings for k in range(60)]
+    shifts = [round(float((bag - plain).mean())) for bag in drawn]
+    assert set(shifts) == {0, 1, 2}
+    settings = ef.Settings(clip_dropout=0.5)
+    (batch,) = ef.read_batches(store, ["1000", "1001"], settings, {}, train_seed=1)
+    assert sum(batch.lengths) == len(batch.tokens) < 4 * sum(batch.n_videos)

@@ -1,5 +1,6 @@
 """Extraction against encoding every clip whole, and what a user meets: odd files, restarts."""
 
+import csv
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ import torch
 from conftest import ROOT, relative_error
 from test_video import moving_square, write_dicom
 
-from embed import extract, panecho, video
+from embed import extract, panecho, studies, video
+from embed.common import UserError
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 
@@ -44,7 +46,8 @@ def whole_clips(path, starts, size):
     for start in starts:
         first = max(start - 1, 0)
         clip = [frames[min(first + i, len(frames) - 1)] for i in range(16)]
-        clip = np.stack([video.resize_crop(f, size) for f in clip]).astype(np.float32) / 255
+        clip = np.stack([video.central(video.resized(f, size), size) for f in clip])
+        clip = clip.astype(np.float32) / 255
         x = torch.from_numpy((clip - mean) / std).permute(3, 0, 1, 2)[None]  # (1, 3, 16, H, W)
         with torch.inference_mode():
             out.append(model.encoder(x)[0].numpy())
@@ -103,11 +106,12 @@ def test_wrong_sources(tmp_path, cli):
         path.write_text("x")
     status, _, error = cli(tmp_path / "mixed", "--out", tmp_path / "o", main=extract.main)
     assert status == 1 and "both study folders and loose videos (a.avi" in error
+    assert "--group one" in error
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "a.dcm").write_text("no")
     status, text, error = cli(tmp_path / "s", "--out", tmp_path / "o", *OPTIONS, main=extract.main)
     assert status == 1 and "no study" in error and "a.dcm: not a DICOM file" in text
-    assert not list((tmp_path / "o").glob("*"))
+    assert not list((tmp_path / "o").glob("*.hdf5"))
 
 
 def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch):
@@ -115,15 +119,15 @@ def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch)
     sampling = video.Sampling(n_clips=1, size=56)
     decoder = extract.DecoderProcess()
     try:
-        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling), video.Clips)
+        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling)[0][0], video.Clips)
         os.kill(decoder.process.pid, signal.SIGKILL)
-        reply = decoder(tmp_path / "a.dcm", "k", sampling)
+        reply, _ = decoder(tmp_path / "a.dcm", "k", sampling)
         assert isinstance(reply, video.VideoError) and "crashed" in str(reply)
-        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling), video.Clips)
+        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling)[0][0], video.Clips)
 
         os.kill(decoder.process.pid, signal.SIGSTOP)  # as if it hung
         monkeypatch.setattr(extract, "DECODE_SECONDS", 1)
-        reply = decoder(tmp_path / "a.dcm", "k", sampling)
+        reply, _ = decoder(tmp_path / "a.dcm", "k", sampling)
         assert isinstance(reply, video.VideoError) and "no result after 1 s" in str(reply)
     finally:
         decoder.close()
@@ -144,3 +148,208 @@ def test_killed_run_leaves_no_half_file(source, tmp_path):
             assert np.isfinite(f["embeddings"][:]).all()
     assert subprocess.run(line, capture_output=True).returncode == 0
     assert {p.name for p in out.glob("[!.]*.hdf5")} == {"A_1.hdf5", "B.hdf5"}
+
+
+def read_log(out):
+    with open(out / "extract_log.csv") as f:
+        return list(csv.DictReader(f))
+
+
+def test_workers_share_the_work(tmp_path):
+    """Four workers, two of them killed: the rest do every study once, nothing is half-written."""
+    for i in range(60):
+        folder = tmp_path / "videos" / f"S{i:02}"
+        folder.mkdir(parents=True)
+        write_dicom(folder / "a.dcm", moving_square(17 + i % 5)[..., ::-1].copy(), "RGB")
+    out = tmp_path / "out"
+    options = ("--weights", "random", "--size", "32", "--n_clips", "1", "--workers", "1")
+    line = [sys.executable, ROOT / "embed" / "extract.py", tmp_path / "videos", "--out", out]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [*line, *options, "--shard", f"{i}/4"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    deadline = time.time() + 120
+    while len(list(out.glob("S*.hdf5"))) < 4 and time.time() < deadline:
+        time.sleep(0.02)
+    for worker in workers[:2]:
+        worker.kill()
+    for worker in workers[2:]:
+        assert worker.wait(120) == 0
+    names = sorted(p.stem for p in out.glob("S*.hdf5"))
+    assert names == [f"S{i:02}" for i in range(60)]
+    for path in out.glob("S*.hdf5"):
+        with h5py.File(path) as f:
+            assert np.isfinite(f["embeddings"][:]).all()
+    logged = [row["study"] for row in read_log(out)]
+    assert len(logged) == len(set(logged)) >= 58  # a killed worker may not have logged its last
+
+
+def test_log_and_settings(source, tmp_path, cli):
+    out = tmp_path / "out"
+    assert cli(source, "--out", out, *OPTIONS, main=extract.main)[0] == 0
+    rows = {(r["study"], r["video"]): r for r in read_log(out)}
+    assert len(rows) == 6
+    assert rows["A_1", "series/y.dcm"]["frames"] == "40"
+    assert rows["A_1", "x.dcm"]["result"] == "ok" and float(rows["A_1", "x.dcm"]["seconds"]) > 0
+    assert rows["B", "still.dcm"]["result"] == "skipped"
+    assert rows["B", "still.dcm"]["reason"] == "still image"
+    assert str(tmp_path) not in (out / "extract_log.csv").read_text()
+
+    options = (*OPTIONS, "--mask", "sector")
+    status, _, error = cli(source, "--out", out, *options, main=extract.main)
+    assert status == 1 and "mask = none, not sector" in error
+    status, text, _ = cli(source, "--out", out, *options, "--redo", main=extract.main)
+    assert status == 0 and "2 studies extracted" in text
+    with h5py.File(out / "A_1.hdf5") as f:
+        assert f.attrs["mask"] == "sector"
+
+
+def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypatch):
+    """The mount goes while the run is under way: what is done stays, nothing is half-done."""
+    begin = extract.Run.begin
+
+    def begin_and_lose(run, study, bar):
+        if study.name == "B":
+            shutil.rmtree(source)
+        yield from begin(run, study, bar)
+
+    monkeypatch.setattr(extract.Run, "begin", begin_and_lose)
+    options = (*OPTIONS, "--workers", "1")
+    shutil.copytree(source, tmp_path / "copy")
+    status, _, error = cli(source, "--out", tmp_path / "out", *options, main=extract.main)
+    assert status == 1 and "cannot be reached any more" in error
+    assert not (tmp_path / "out" / "B.hdf5").exists()
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "copy", source)
+    assert cli(source, "--out", tmp_path / "out", *options, main=extract.main)[0] == 0
+    with h5py.File(tmp_path / "out" / "B.hdf5") as f:
+        assert f["videos"].asstr()[:].tolist() == ["real.dcm"]
+
+
+def test_a_full_disk_is_one_line(source, tmp_path, cli, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(extract, "write_study", full)
+    status, _, error = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert status == 1 and "No space left on device" in error and "goes on from here" in error
+
+
+def test_groups_and_manifests(source, tmp_path):
+    """Studies by StudyInstanceUID, by our list, MIMIC's and EchoNet's."""
+    for path in ("A_1/x.dcm", "B/real.dcm"):
+        ds = pydicom.dcmread(source / path)
+        ds.StudyInstanceUID = "1.2.3"
+        ds.save_as(source / path)
+    ds = pydicom.dcmread(source / "A_1/series/y.dcm")
+    ds.StudyInstanceUID = "1.2.4"
+    ds.save_as(source / "A_1/series/y.dcm")
+    with pytest.raises(UserError, match="no StudyInstanceUID"):
+        studies.find_studies(source, "dicom")
+    (source / "B" / "notes.dcm").unlink()
+    (source / "A_1" / "IM0001").unlink()
+    (source / "B" / "still.dcm").unlink()
+    found = {s.name: s.videos for s in studies.find_studies(source, "dicom")}
+    assert found == {"1.2.3": ["A_1/x.dcm", "B/real.dcm"], "1.2.4": ["y.dcm"]}
+
+    ours = tmp_path / "list.csv"
+    ours.write_text("study,path\ns1,A_1/x.dcm\ns1,A_1/gone.dcm\ns2,B/real.dcm\n")
+    s1, s2 = studies.find_studies(source, manifests=[ours])
+    assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
+    assert (s2.name, s2.videos) == ("s2", ["real.dcm"])
+
+    mimic = tmp_path / "echo-record-list.csv"
+    mimic.write_text(
+        "subject_id,study_id,acquisition_datetime,dicom_filepath\n"
+        "10002221,94106955,2020-01-01,A_1/x.dcm\n10002221,94106955,2020-01-01,A_1/series/y.dcm\n"
+    )
+    (study,) = studies.find_studies(source, manifests=[mimic])
+    assert (study.name, study.videos) == ("94106955", ["series/y.dcm", "x.dcm"])
+
+    for view in ("A4C", "PSAX"):
+        (tmp_path / view / "Videos").mkdir(parents=True)
+        (tmp_path / view / "Videos" / "CR1-CR2-000.avi").write_text("x")
+        (tmp_path / view / "FileList.csv").write_text("FileName,EF\nCR1-CR2-000.avi,60\n")
+    lists = [tmp_path / view / "FileList.csv" for view in ("A4C", "PSAX")]
+    (study,) = studies.find_studies(tmp_path, manifests=lists)
+    assert study.name == "CR1-CR2"
+    assert study.videos == ["A4C/Videos/CR1-CR2-000.avi", "PSAX/Videos/CR1-CR2-000.avi"]
+    lists[0].write_text("FileName,EF\n0X1,60\n0X2,50\n")
+    found = studies.find_studies(tmp_path, manifests=lists[:1])
+    assert [(s.name, s.missing) for s in found] == [("0X1", ["0X1.avi"]), ("0X2", ["0X2.avi"])]
+
+    bad = tmp_path / "bad.csv"
+    bad.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="a manifest has study and path"):
+        studies.find_studies(source, manifests=[bad])
+    bad.write_text("study,path\n../x,A_1/x.dcm\n")
+    with pytest.raises(UserError, match="cannot be a study's name"):
+        studies.find_studies(source, manifests=[bad])
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "12",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+            },
+            (2, 4),
+        ),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+    ],
+)
+def test_shards_from_the_environment(environment, expected):
+    assert studies.shard_from("auto", environment) == expected
+    assert studies.shard_from("2/5") == (2, 5)
+    with pytest.raises(UserError, match="--shard"):
+        studies.shard_from("5/5")
+    order = studies.own_first(list(range(10)), 1, 4)
+    assert order[:3] == [1, 5, 9] and sorted(order) == list(range(10))
+
+
+def test_augmented_copies_and_precision(source, tmp_path, cli):
+    options = (*OPTIONS, "--augment", "2")
+    assert cli(source / "B", "--out", tmp_path / "a", *options, main=extract.main)[0] == 0
+    assert cli(source / "B", "--out", tmp_path / "b", *OPTIONS, main=extract.main)[0] == 0
+    half = (*OPTIONS, "--precision", "bf16")
+    assert cli(source / "B", "--out", tmp_path / "c", *half, main=extract.main)[0] == 0
+    with (
+        h5py.File(tmp_path / "a/B.hdf5") as a,
+        h5py.File(tmp_path / "b/B.hdf5") as b,
+        h5py.File(tmp_path / "c/B.hdf5") as c,
+    ):
+        assert a["augmented"].shape == (2, 1, 3, 768)
+        assert relative_error(a["embeddings"], b["embeddings"][:]) < 1e-5
+        assert np.isfinite(a["augmented"][:]).all()
+        assert relative_error(a["augmented"][0], b["embeddings"][:]) > 1e-3
+        assert c.attrs["precision"] == "bf16"
+        assert 1e-6 < relative_error(c["embeddings"], b["embeddings"][:]) < 0.05
+
+
+def test_nothing_identifying_in_any_output(tmp_path, cli):
+    """Names and ids planted in a DICOM's tags reach neither the files nor the screen."""
+    folder = tmp_path / "in" / "S1"
+    folder.mkdir(parents=True)
+    secrets = ("DOE^JANE", "MRN-4711", "19700101")
+    tags = dict(PatientName=secrets[0], PatientID=secrets[1], PatientBirthDate=secrets[2])
+    write_dicom(folder / "a.dcm", moving_square()[..., ::-1].copy(), "RGB", **tags)
+    write_dicom(folder / "b.dcm", moving_square()[..., ::-1].copy(), "ODD", **tags)
+    status, text, error = cli(
+        tmp_path / "in", "--out", tmp_path / "out", *OPTIONS, main=extract.main
+    )
+    assert status == 0
+    written = b"".join(p.read_bytes() for p in (tmp_path / "out").iterdir())
+    for secret in (*secrets, str(tmp_path / "in")):
+        assert secret.encode() not in written and secret not in text + error

@@ -124,7 +124,7 @@ def test_resize_and_crop():
     """Area resize without keeping the aspect, then the centre: each output pixel a block mean."""
     frame = np.random.default_rng(0).integers(0, 256, (512, 768, 3), dtype=np.uint8)
     blocks = frame.reshape(256, 2, 256, 3, 3).mean((1, 3))[16:240, 16:240]
-    found = video.resize_crop(frame)
+    found = video.central(video.resized(frame))
     assert found.shape == (224, 224, 3)
     assert np.abs(found - blocks).max() <= 0.51
 
@@ -132,9 +132,9 @@ def test_resize_and_crop():
 def test_read_clips_holds_each_frame_once(tmp_path):
     frames = moving_square()
     write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
-    clips = video.read_clips(tmp_path / "a.dcm", "s/a.dcm", video.Sampling(size=56))
+    (clips,) = video.read_clips(tmp_path / "a.dcm", "s/a.dcm", video.Sampling(size=56))
     assert clips.n_frames == 20 and clips.index.shape == (16, 16) and clips.starts.max() <= 4
-    whole = np.stack([video.resize_crop(f, 56) for f in frames])
+    whole = np.stack([video.central(video.resized(f, 56), 56) for f in frames])
     numbers = video.clip_frames(clips.starts, 20, 16)
     np.testing.assert_array_equal(clips.frames[clips.index], whole[numbers])
     assert len(clips.frames) == len(np.unique(numbers))
@@ -147,12 +147,25 @@ def corrupt_frame(path):
     path.write_bytes(data)
 
 
+def cut_frame(path):
+    """A JPEG in the middle that breaks off: the end of its data is blank."""
+    data = bytearray(REAL.read_bytes())
+    end = data.index(b"\xff\xd9", len(data) // 2) + 2
+    data[end - 3000 : end] = bytes(3000)
+    path.write_bytes(data)
+
+
 ODD_FILES = {
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
     "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
     "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
     "hole.dcm": (corrupt_frame, "does not decode"),
+    "break.dcm": (cut_frame, "does not decode"),
+    "signed.dcm": (
+        lambda p: write_dicom(p, moving_square()[..., 0], "MONOCHROME2", PixelRepresentation=1),
+        "signed pixel values",
+    ),
     "still.dcm": (lambda p: shutil.copy(pydicom.examples.get_path("rgb_color"), p), "still image"),
     "none.dcm": (
         lambda p: write_dicom(p, moving_square(), "RGB", NumberOfFrames=0),
@@ -189,3 +202,85 @@ def test_missing_plugin_is_named(tmp_path):
     ds.save_as(tmp_path / "ls.dcm")
     with pytest.raises(video.VideoError, match=r"echofocus\[dicom\]|does not decode"):
         video.read_frames(tmp_path / "ls.dcm")
+
+
+def sector_cine(width=200, height=150, n=20):
+    """A fan of changing speckle on black, and the same with a name beside the fan."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    angle, depth = np.arctan2(x - width / 2, y + 1), np.hypot(x - width / 2, y)
+    fan = (abs(angle) < 0.6) & (depth < height - 5)
+    frames = (rng.integers(40, 200, (n, height, width, 1)) * fan[None, :, :, None]).repeat(3, -1)
+    plain = frames.astype(np.uint8)
+    named = plain.copy()
+    for frame in named:
+        cv2.putText(frame, "DOE JANE", (2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255))
+        cv2.putText(frame, "1970", (165, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255))
+    return plain, named
+
+
+@pytest.mark.parametrize("with_regions", [False, True])
+def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
+    """With --mask sector a planted name changes no pixel that the encoder sees."""
+    plain, named = sector_cine()
+    region = pydicom.Dataset()
+    region.RegionSpatialFormat = 1
+    region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, 0
+    region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 199, 149
+    tags = {"SequenceOfUltrasoundRegions": [region]} if with_regions else {}
+    sampling = {m: video.Sampling(n_clips=2, size=112, mask=m) for m in ("none", "sector")}
+    found = {}
+    for name, frames in (("plain", plain), ("named", named)):
+        write_dicom(tmp_path / "a.dcm", frames[..., ::-1].copy(), "RGB", **tags)
+        for mask, how in sampling.items():
+            found[name, mask] = video.read_clips(tmp_path / "a.dcm", "key", how)[0].frames
+    assert (found["plain", "none"] != found["named", "none"]).any()
+    np.testing.assert_array_equal(found["plain", "sector"], found["named", "sector"])
+    kept = (found["named", "sector"] > 0).any((0, 3)).mean()
+    assert kept > 0.8 * (found["plain", "none"] > 0).any((0, 3)).mean()  # the sector is all there
+
+
+def test_masking_the_real_cine():
+    """Its regions lie outside the image (it was shrunk), so the motion decides."""
+    assert video.region_boxes(REAL) == []
+    plain = video.read_clips(REAL, "k", video.Sampling())[0].frames
+    masked = video.read_clips(REAL, "k", video.Sampling(mask="sector"))[0].frames
+    inside = (masked > 0).any((0, 3))
+    np.testing.assert_array_equal(masked[:, inside], plain[:, inside])
+    assert 0.3 < inside.mean() < 0.95
+
+
+def test_a_still_scene_cannot_be_masked(tmp_path):
+    still = np.repeat(moving_square(1), 20, axis=0)
+    write_dicom(tmp_path / "a.dcm", still, "RGB")
+    with pytest.raises(video.VideoError, match="nothing moves"):
+        video.read_clips(tmp_path / "a.dcm", "k", video.Sampling(mask="sector"))
+
+
+def test_transformed_copies():
+    """Copies differ from the plain clips and each other, and come again from the same seed."""
+    sampling = video.Sampling(n_clips=2, size=56, augment=2)
+    copies = video.read_clips(REAL, "k", sampling)
+    again = video.read_clips(REAL, "k", sampling)
+    assert len(copies) == 3
+    for a, b in zip(copies, again, strict=True):
+        np.testing.assert_array_equal(a.frames, b.frames)
+    first, second = (c.frames[c.index] for c in copies[1:])
+    assert first.shape == second.shape == (2, 16, 56, 56, 3)
+    assert (first != second).any()
+
+
+def test_random_transform_keeps_what_it_should():
+    """Over many draws: half are flipped, angles within 15 degrees, the centre stays in view."""
+    frame = np.zeros((64, 64, 3), np.uint8)
+    frame[28:36, 20:44, :2], frame[28:36, 20:44, 2] = 90, 200  # a bar, 24 wide and 8 high
+    frame[28:36, 40:44] = 255  # with a bright right end
+    flips, angles = 0, []
+    for seed in range(200):
+        out = video.random_transform([frame], 56, np.random.default_rng(seed))[0, :, :, 0]
+        (y, x), (by, bx) = (np.argwhere(out > level).mean(0) for level in (50, 250))
+        flips += bx < x
+        dy, dx = (by - y) * np.sign(bx - x), abs(bx - x)
+        angles.append(np.degrees(np.arctan2(dy, dx)))
+    assert 70 < flips < 130
+    assert 12 < max(np.abs(angles)) < 19  # pixels are coarse

@@ -1,0 +1,158 @@
+"""Extraction against the published way, in one run: python benchmarks/extract.py
+
+The published way decodes a video once per clip (16 seeks of 16 frames), and encodes its 16 clips
+whole, as one batch of 256 images in fp32. Ours decodes once and encodes each distinct image once.
+Same phantoms, same weights, same clip starts; the embeddings are compared too. The floor is the
+distinct images' FLOPs over the machine's own matmul rate.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.machine import describe, matmul_rate, peak_memory, timed
+from embed import extract, panecho, phantom, video
+
+SAMPLING = video.Sampling()
+
+
+def published_decode(path, starts):
+    """The published reader: for each clip open, seek to start - 1, read 16 frames, transform."""
+    mean, std = (np.array(v, np.float32) for v in (panecho.MEAN, panecho.STD))
+    clips = []
+    for start in starts:
+        capture = cv2.VideoCapture(str(path))
+        n = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        capture.set(cv2.CAP_PROP_POS_FRAMES, max(int(start) - 1, 0))
+        frames = [capture.read()[1] for _ in range(min(16, n))]
+        capture.release()
+        frames += [frames[-1]] * (16 - len(frames))
+        frames = [cv2.resize(f, (256, 256), interpolation=cv2.INTER_AREA) for f in frames]
+        clip = np.stack(frames).astype(np.float32)[:, 16:240, 16:240] / 255
+        clips.append(((clip - mean) / std).transpose(3, 0, 1, 2))
+    return torch.from_numpy(np.ascontiguousarray(np.stack(clips)))  # (16, 3, 16, 224, 224)
+
+
+@torch.inference_mode()
+def published_encode(clips, backbone, device):
+    """One batch of 256 images, each layer over all of it."""
+    pieces, panecho.CACHED_NUMBERS = panecho.CACHED_NUMBERS, 10**12
+    try:
+        return backbone(clips.to(device)).cpu().numpy()
+    finally:
+        panecho.CACHED_NUMBERS = pieces
+
+
+def ours_encode(clips, encoder):
+    return next(iter(encoder([(None, ([clips], 0.0))])))[2][0]
+
+
+def image_flops(backbone):
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        backbone.encode_images(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops()
+
+
+def make_videos(folder, n_frames):
+    """The same phantom as MJPG AVI, mp4 where this build can, and JPEG DICOM."""
+    frames = phantom.phantom_cine("A4C", frames=n_frames, size=(600, 800), seed=n_frames)
+    phantom.write_video(folder / f"{n_frames}.avi", frames)
+    phantom.write_video(folder / f"{n_frames}.mp4", frames, fourcc="mp4v")
+    phantom.write_dicom(folder / f"{n_frames}.dcm", frames)
+    return [p for p in sorted(folder.glob(f"{n_frames}.*")) if p.stat().st_size > 1000]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--frames", type=int, nargs="+", default=[40, 80, 150])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    args = parser.parse_args()
+    device = args.device
+    backbone = panecho.load_panecho("random")[0].encoder
+    flops = image_flops(backbone)
+    batch = extract.default_batch(device, 224)
+    encoders = {
+        precision: extract.Encoder(backbone, device, batch, precision)
+        for precision in ("fp32", "bf16")
+    }
+    rate = {
+        "fp32": matmul_rate(device, torch.float32),
+        "bf16": matmul_rate(device, torch.bfloat16),
+    }
+    print(describe(device))
+    print(
+        f"matmul {rate['fp32'] / 1e9:.0f} GFLOP/s fp32, {rate['bf16'] / 1e9:.0f} bf16; an image "
+        f"{flops / 1e9:.2f} GFLOP; batches of {batch}"
+    )
+    rows, ratios = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        for n in args.frames:
+            paths = make_videos(Path(folder), n)
+            measure_decode(paths, n, device, rows, ratios)
+            avi = next(p for p in paths if p.suffix == ".avi")
+            measure_encode(avi, n, backbone, encoders, device, args.repeats, rows, ratios)
+            for precision in encoders:
+                row = next(r for r in rows if r["what"] == f"encode {precision}" and r["n"] == n)
+                row["floor"] = row["images"] * flops / rate[precision]
+                row["over floor"] = row["seconds"] / row["floor"]
+    for row in rows:
+        numbers = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}
+        print("  ".join(f"{k} {v}" for k, v in numbers.items()))
+    print("ratios " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    if args.json:
+        record = {"machine": describe(device), "matmul_flops": rate, "rows": rows, "ratios": ratios}
+        Path(args.json).write_text(json.dumps(record, indent=2))
+
+
+def measure_decode(paths, n, device, rows, ratios):
+    """Decode and transform, of each container; DICOM has no published reader."""
+    for path in paths:
+        ours = timed(lambda p=path: video.read_clips(p, "k", SAMPLING), "cpu", 3)
+        row = {"what": f"decode {path.suffix}", "n": n, "seconds": ours, "frames/s": n / ours}
+        if path.suffix != ".dcm":
+            starts = video.read_clips(path, "k", SAMPLING)[0].starts
+            row["published"] = timed(lambda p=path, s=starts: published_decode(p, s), "cpu")
+            key = f"decode_{n}" if path.suffix == ".avi" else f"decode_{path.suffix[1:]}_{n}"
+            row["ratio"] = ratios[key] = row["published"] / ours
+        rows.append(row)
+
+
+def measure_encode(path, n, backbone, encoders, device, repeats, rows, ratios):
+    """Encode, and the whole (decode and encode), against the published way; ours first, so that
+    the peak memory of each is its own."""
+    clips = video.read_clips(path, "k", SAMPLING)[0]
+    images = len(extract.distinct_images(clips.index)[0])
+    decode = next(r for r in rows if r["what"] == "decode .avi" and r["n"] == n)
+    found, taken = {}, []
+    for precision, encoder in encoders.items():
+        found[precision] = ours_encode(clips, encoder)
+        seconds = timed(lambda e=encoder: ours_encode(clips, e), device, repeats)
+        row = {"what": f"encode {precision}", "n": n, "images": images, "seconds": seconds}
+        row |= {"videos/s": 1 / (seconds + decode["seconds"]), "frames/s": n / seconds}
+        taken.append(row | {"peak GB": peak_memory(device) / 1e9})
+    whole = published_decode(path, clips.starts)
+    expected = published_encode(whole, backbone, device)
+    published = timed(lambda: published_encode(whole, backbone, device), device, repeats)
+    row = {"what": "encode published", "n": n, "images": 256, "seconds": published}
+    row |= {"videos/s": 1 / (published + decode["published"]), "peak GB": peak_memory(device) / 1e9}
+    rows += [*taken, row]
+    scale = np.abs(expected).max()
+    for precision, row in zip(encoders, taken, strict=True):
+        row["error"] = float(np.abs(found[precision] - expected).max() / scale)
+        total = row["seconds"] + decode["seconds"]
+        ratios[f"{precision}_{n}"] = (published + decode["published"]) / total
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What this machine can do at best: the floors that a benchmark's figures stand beside."""
+
+import os
+import platform
+import resource
+import time
+
+import torch
+
+
+def describe(device):
+    """One line: processor or GPU, cores, torch."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            name = next(x.split(":")[1].strip() for x in f if x.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    if str(device).startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def timed(function, device, repeats=1):
+    """Median seconds of `function()`, the device's work included."""
+    seconds = []
+    for _ in range(repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        function()
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def synchronise(device):
+    if str(device).startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def matmul_rate(device, dtype, size=2048):
+    """FLOP/s of a large square matrix product, the best of a few."""
+    if str(device).startswith("cuda"):
+        size = 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    best = min(timed(lambda: torch.mm(a, b), device) for _ in range(5))
+    return 2 * size**3 / best
+
+
+def peak_memory(device):
+    """Bytes: the highest so far, of the GPU's memory or of this process."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
