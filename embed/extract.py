@@ -418,7 +418,7 @@ def default_device():
 
 def default_batch(device, size):
     """Images a batch: many on a GPU; on a CPU so few that their activations stay in the cache."""
-    return 256 if device.startswith("cuda") else max(1, 8 * 224**2 // size**2)
+    return 256 if device.startswith("cuda") else min(32, max(1, 8 * 224**2 // size**2))
 
 
 def attributes_of(settings, digest):
