@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import shlex
 import shutil
 import subprocess
@@ -79,6 +80,13 @@ class Settings:
 
     seed: int = option(0, "of the split, the order and the dropout", "train")
     split: str = option("64,16,20", "percent of patients to train,val,test", "train")
+    n_folds: int = option(0, "cross-validation instead of --split; 0: none", "train")
+    fold: int = option(0, "of --n_folds: the test fold; the next one validates", "train")
+    first_study_only: bool = option(
+        False, "only the first row of each patient", "train", action="store_true"
+    )
+    init_from: str = option("", "model to start from; heads matched by label name", "train")
+    precision: str = option("fp32", "of the computation", ALL, choices=("fp32", "bf16"))
     transformer_type: str = option(
         "standard", "aggregator", "train", choices=("standard", "query", "multiquery")
     )
@@ -279,12 +287,15 @@ def read_labels(path, task):
                 "has pid, eid and one column a label)"
             )
     raw = raw[["pid", "eid", *task.task_labels]].dropna(subset=["pid", "eid"])
-    raw[["pid", "eid"]] = raw[["pid", "eid"]].apply(lambda c: c.str.strip())
+    for column in ("pid", "eid"):  # as text; a spreadsheet may have made 123 into 123.0
+        raw[column] = raw[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
     raw = raw.drop_duplicates()
-    twice = raw["eid"][raw["eid"].duplicated()].unique()
+    twice = raw[raw["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
     if len(twice):
+        lines = ", ".join(f"{e} (line {i + 2})" for i, e in twice["eid"].head(6).items())
         raise UserError(
-            f"{path}: rows contradict each other for {len(twice)} studies: {', '.join(twice[:5])}"
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: {lines}; "
+            "keep one row a study"
         )
     table = raw.set_index("eid")
     for label in task.task_labels:
@@ -331,7 +342,7 @@ def load_labels(config, task_name, dataset_name):
 # ------------------------------------------------------------------------------------------ scaling
 
 
-def fit_scaling(table, task):
+def fit_scaling(table, task, unlearnable=()):
     """The published `input_norm_dict` from training labels (DataFrame, physical units).
 
     Per label: shift = |mean| - min; Box-Cox of value + shift for some (Box and Cox, 1964, lambda
@@ -343,11 +354,9 @@ def fit_scaling(table, task):
     scaling = {"type": "boxcox"}
     for label in task.task_labels:
         y = table[label].dropna().to_numpy()
-        if len(y) < 2 or y.min() == y.max():
-            raise UserError(
-                f"label {label} has {len(y)} training values and no spread: nothing to learn; "
-                "take it out of task_labels"
-            )
+        if label in unlearnable:
+            scaling[label] = {"shift": 0.0, "apply_boxcox": False, "mean": 0.0, "stdev": 1.0}
+            continue
         entry = {"shift": float(abs(y.mean()) - y.min()), "apply_boxcox": label in chosen}
         z = y + entry["shift"]
         if entry["apply_boxcox"]:
@@ -389,9 +398,17 @@ def unscale(values, labels, scaling):
 # ------------------------------------------------------------------------------------------- splits
 
 
-def fold_of(pid, seed, percent):
-    """The fold of a patient: by a seeded hash of the id, so that new patients move nobody."""
-    position = derive_seed("split", seed, pid) / 2**63 * sum(percent)
+def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
+    """The fold of a patient: by a seeded hash of the id, so that new patients move nobody.
+
+    With n_folds the patients fall into so many equal parts: part `test_fold` is the test fold,
+    the next one validates, the others train.
+    """
+    share = derive_seed("split", seed, pid) / 2**63
+    if n_folds:
+        part = (int(share * n_folds) - test_fold) % n_folds
+        return {0: "test", 1: "val"}.get(part, "train")
+    position = share * sum(percent)
     for fold, edge in zip(FOLDS, np.cumsum(percent), strict=True):
         if position < edge:
             return fold
@@ -409,9 +426,10 @@ def parse_split(text):
     return percent
 
 
-def split_patients(table, seed, percent):
-    """Label table -> Series of study id to fold, by patient."""
-    folds = {pid: fold_of(pid, seed, percent) for pid in table["pid"].unique()}
+def split_patients(table, made):
+    """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold."""
+    rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
+    folds = {pid: fold_of(pid, *rule) for pid in table["pid"].unique()}
     return table["pid"].map(folds).rename("fold")
 
 
@@ -424,6 +442,17 @@ def read_split(folder):
     """The model folder's split as DataFrame (index eid; pid, fold), or None: trained elsewhere."""
     path = folder / "split.csv"
     return pd.read_csv(path, dtype=str, index_col="eid") if path.is_file() else None
+
+
+def refuse_moved(written, table):
+    """UserError when a label table gives a study of a written split to another patient."""
+    both = written.index.intersection(table.index)
+    moved = both[written.loc[both, "pid"] != table.loc[both, "pid"]]
+    if len(moved):
+        raise UserError(
+            f"the label table gives {len(moved)} studies to other patients than when the model was "
+            f"trained ({', '.join(moved[:3])}): a training patient could turn up in the test fold"
+        )
 
 
 def folds_for(model, table, dataset):
@@ -440,9 +469,8 @@ def folds_for(model, table, dataset):
     known = written.drop_duplicates("pid").set_index("pid")["fold"]
     folds = table["pid"].map(known)
     if dataset == model.made_with.get("dataset"):
-        made = model.made_with
-        fresh = split_patients(table, made["seed"], parse_split(made["split"]))
-        return folds.fillna(fresh)
+        refuse_moved(written, table)
+        return folds.fillna(split_patients(table, model.made_with))
     seen = folds.isin(["train", "val"])
     if seen.any():
         print(
@@ -743,10 +771,16 @@ class LoadedModel:
     units: dict
 
     def readable(self, logits):
-        """Outputs (S, T) -> probabilities, or values in physical units."""
-        if self.type == "binary":
-            return torch.sigmoid(torch.as_tensor(logits)).numpy()
-        return unscale(logits, self.labels, self.scaling)
+        """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
+        values = readable(logits, self.labels, self.scaling)
+        return np.where(np.isin(self.labels, self.made_with.get("unlearnt", [])), np.nan, values)
+
+
+def readable(logits, labels, scaling):
+    """Outputs (S, T) -> probabilities, or values in physical units where there is a scaling."""
+    if scaling is None:
+        return torch.sigmoid(torch.as_tensor(logits)).numpy()
+    return unscale(logits, labels, scaling)
 
 
 def pick_device(name):
@@ -911,8 +945,12 @@ def run_studies(
             n_losses = 0
             for batch in read_batches(store, chunk, settings, unreadable, train_seed):
                 torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
-                with torch.set_grad_enabled(training):
+                autocast = torch.autocast(
+                    device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+                )
+                with torch.set_grad_enabled(training), autocast:
                     logits, embeddings = net(batch.tokens.to(device), batch.lengths)
+                    logits = logits.float()
                     losses = torch.zeros(0)
                     if targets is not None:
                         wanted = torch.tensor(np.stack([targets[e] for e in batch.eids]))
@@ -962,16 +1000,23 @@ def cmd_train(typed):
     config = read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
     settings = resolve_settings("train", typed, config)
-    percent = parse_split(settings.split)
     check_settings(settings)
+    begun_from = None
+    if settings.init_from:
+        begun_from = load_model(find_model_folder(settings.init_from), config, settings.task)
+        adopt_architecture(settings, begun_from.net, typed)
     task, table = load_labels(config, settings.task, settings.dataset)
+    if settings.first_study_only:
+        table = table.drop_duplicates("pid")
     store = EmbeddingFolder(config.datasets[settings.dataset].embedding_path)
     table = match_studies(table, store, task, settings.sample_limit)
     folder = model_folder(settings.model_name, settings.run_id)
-    folds = split_patients(table, settings.seed, percent)
+    folds = split_patients(table, asdict(settings))
+    if begun_from:
+        folds = keep_apart(folds, table, begun_from)
     print_folds(table, folds, task)
 
-    run = Training(folder, settings, task, store, table, folds)
+    run = Training(folder, settings, task, store, table, folds, begun_from)
     run.begin()
     while not run.finished:
         run.one_epoch()
@@ -982,8 +1027,51 @@ def cmd_train(typed):
     report_unreadable(run.unreadable)
 
 
+def adopt_architecture(settings, net, typed):
+    """Take the architecture of the model to start from; UserError when another was typed."""
+    own = dict(transformer_type=net.kind, encoder_depth=net.depth, tf_combine=net.combine)
+    for name, value in own.items():
+        if typed.get(name, value) != value:
+            raise UserError(f"--init_from has {name} = {value}, not {typed[name]}")
+        setattr(settings, name, value)
+
+
+def keep_apart(folds, table, begun_from):
+    """Folds without the val and test patients that the model to start from was trained on."""
+    written = read_split(begun_from.folder)
+    if written is None:
+        return folds
+    before = table["pid"].map(written.drop_duplicates("pid").set_index("pid")["fold"])
+    lost = (before == "train") & (folds != "train") | (before == "val") & (folds == "test")
+    if lost.any():
+        print(f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them")
+    return folds.mask(lost, "left out")
+
+
+def unlearnable_labels(table, task):
+    """Labels whose training values do not differ; says so, and which have few positives."""
+    out = []
+    for label in task.task_labels:
+        y = table[label].dropna()
+        if y.nunique() < 2:
+            kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
+            print(f"label {label} cannot be learnt: {kind} in the training fold; it stays blank")
+            out.append(label)
+        elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
+            print(f"label {label}: few examples in the training fold, {y.sum():.0f} of {len(y)} +")
+    if len(out) == len(task.task_labels):
+        raise UserError("no label can be learnt: each has but one value in the training fold")
+    return out
+
+
 def check_settings(settings):
     """UserError for numbers that make no sense, before any work is done."""
+    parse_split(settings.split)
+    if settings.n_folds and not (settings.n_folds >= 3 and 0 <= settings.fold < settings.n_folds):
+        raise UserError(
+            f"--n_folds must be 3 or more and --fold below it, not {settings.n_folds} and "
+            f"{settings.fold}"
+        )
     for name in ("batch_number", "batch_tokens", "epoch_lim", "epoch_early_stop"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} must be 1 or more, not {getattr(settings, name)}")
@@ -1028,27 +1116,52 @@ def print_folds(table, folds, task):
         print(text)
 
 
+def start_from(net, labels, begun_from):
+    """Copy another model's weights; heads by label name, the rest of the heads stays fresh."""
+    state, given = net.state_dict(), begun_from.net.state_dict()
+    by_label = ["query_tokens"] if net.kind == "multiquery" else ["ff.weight", "ff.bias"]
+    both = [label for label in labels if label in begun_from.labels]
+    to, origin = [labels.index(x) for x in both], [begun_from.labels.index(x) for x in both]
+    for name, tensor in given.items():
+        if name == "query_tokens":
+            state[name][:, to] = tensor[:, origin].to(state[name].device)
+        elif name in by_label:
+            state[name][to] = tensor[origin].to(state[name].device)
+        else:
+            state[name] = tensor
+    net.load_state_dict(state)
+    fresh = [label for label in labels if label not in both]
+    print(f"starting from {begun_from.folder.name}: {len(both)} heads kept, {len(fresh)} fresh")
+
+
 class Training:
     """A run: its state is what the last checkpoint holds, so that it can go on from there."""
 
-    def __init__(self, folder, settings, task, store, table, folds):
+    def __init__(self, folder, settings, task, store, table, folds, begun_from=None):
         self.folder, self.settings, self.task, self.store = folder, settings, task, store
         self.table, self.folds = table, folds
         self.eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
         for fold in ("train", "val"):
             if not self.eids[fold]:
                 raise UserError(f"no study falls into the {fold} fold; change --split or --seed")
-        labels = task.task_labels
+        labels, training = task.task_labels, table[folds == "train"]
+        self.unlearnt = unlearnable_labels(training, task)
         self.scaling = None
-        values = table[labels].to_numpy()
+        values = table[labels].mask(folds.isna()).to_numpy()
         if task.type == "regression":
-            self.scaling = fit_scaling(table[folds == "train"], task)
+            self.scaling = fit_scaling(training, task, self.unlearnt)
+            if begun_from and begun_from.scaling:  # so that its heads mean what they meant
+                known = {k: v for k, v in begun_from.scaling.items() if k in labels}
+                self.scaling |= known
             values = scale(values, labels, self.scaling)
+        values = np.where(np.isin(labels, self.unlearnt), np.nan, values)
         self.targets = dict(zip(table.index, values, strict=True))
         torch.manual_seed(derive_seed("weights", settings.seed))
         self.net = StudyModel(
             len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
         ).to(pick_device(settings.device))
+        if begun_from:
+            start_from(self.net, labels, begun_from)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=settings.learning_rate, weight_decay=0.01
         )
@@ -1092,6 +1205,18 @@ class Training:
             write_split(self.folder, self.table, self.folds)
         with atomic_path(self.folder / "train_args.csv") as temporary:
             pd.DataFrame([asdict(self.settings)]).to_csv(temporary, index=False)
+        record = {
+            "settings": asdict(self.settings),
+            "labels": self.task.task_labels,
+            "studies": {fold: len(eids) for fold, eids in self.eids.items()},
+            "labels_sha256": hashlib.sha256(self.table.to_csv().encode()).hexdigest(),
+            "encoder_sha256": self.store.encoder_digest(),
+            "device": str(self.net.ff.weight.device),
+            "versions": {"echofocus": __version__, "torch": torch.__version__}
+            | {"numpy": np.__version__, "python": platform.python_version()},
+        }
+        with atomic_path(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2))
 
     def resume(self, path):
         saved = read_checkpoint(path)
@@ -1109,12 +1234,15 @@ class Training:
         """What a resumed run may not change: its model, labels, and any patient's fold."""
         fixed = ("task", "dataset", "transformer_type", "encoder_depth", "tf_combine", "seed")
         now = asdict(self.settings) | {"labels": self.task.task_labels}
-        for name in (*fixed, "labels", "split"):
+        for name in (*fixed, "labels", "split", "n_folds", "fold", "init_from"):
             if before.get(name) != now[name]:
                 raise UserError(
                     f"{self.folder} was trained with {name} = {before.get(name)}, not "
                     f"{now[name]}; use another --model_name or --run_id"
                 )
+        for name, value in asdict(self.settings).items():
+            if name in before and before[name] != value and name not in ("device", "config"):
+                print(f"changed on resume: {name} = {value}, was {before[name]}")
         written = read_split(self.folder)
         kept = written["fold"].reindex(self.folds.index) if written is not None else None
         if kept is None or (kept != self.folds).any() or len(written) != len(self.folds):
@@ -1141,8 +1269,25 @@ class Training:
         row = [number, float(train.losses.mean()), float(val.losses.mean()), rate]
         self.history.append([*row, time.time() - began])
         self.scheduler.step(row[2])
-        print(f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, lr {rate:g}")
+        print(
+            f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
+            f"{self.validation_metric(val)}, lr {rate:g}"
+        )
         self.save()
+
+    def validation_metric(self, val):
+        """The mean over labels of AUROC or of the median absolute error, as text."""
+        truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
+        predicted = readable(val.logits, self.task.task_labels, self.scaling)
+        name = "auroc" if self.task.type == "binary" else "median_absolute_error"
+        found = [
+            label_metrics(truth[:, i], predicted[:, i], self.task.type)[name]
+            for i, label in enumerate(self.task.task_labels)
+            if label not in self.unlearnt
+        ]
+        found = [x for x in found if not np.isnan(x)]
+        text = f"{np.mean(found):.3f}" if found else "not defined"
+        return f"{'mean ' if len(found) > 1 else ''}{name.replace('_', ' ')} {text}"
 
     def save(self):
         """Checkpoints (best first: last says that the epoch is done), history and curves."""
@@ -1162,6 +1307,7 @@ class Training:
                 "type": self.task.type,
                 "units": self.task.units,
                 "encoder_sha256": self.store.encoder_digest(),
+                "unlearnt": self.unlearnt,
             },
         }
         names = ["best", "last"] if self.stale == 0 else ["last"]
@@ -1188,7 +1334,7 @@ def label_metrics(y, p, kind):
     """
     from sklearn import metrics
 
-    known = ~np.isnan(y)
+    known = ~(np.isnan(y) | np.isnan(p))
     y, p = y[known], p[known]
     if kind == "binary":
         out = {"n": len(y), "n_positive": int(y.sum())}
@@ -1519,7 +1665,7 @@ def plot_evaluation(model, truth, predicted, rows, name):
     for axis in axes.flat[n:]:
         axis.axis("off")
     for i, (axis, label) in enumerate(zip(axes.flat, model.labels, strict=False)):
-        known = ~np.isnan(truth[:, i])
+        known = ~np.isnan(truth[:, i] + predicted[:, i])
         y, p, row = truth[known, i], predicted[known, i], rows.iloc[i]
         if model.type == "binary":
             draw_roc(axis, y, p)
@@ -1681,13 +1827,14 @@ def build_parser():
         summary = " ".join(function.__doc__.split("\n\n")[0].split())
         sub = commands.add_parser(command, help=summary, description=summary)
         for f in options_of(command):
-            kind = {} if f.type is list else {"type": f.type}
-            given = "" if f.default in ("", MISSING) else f" [{f.default}]"
+            kind = {} if f.type in (list, bool) else {"type": f.type}
+            given = "" if f.default in ("", MISSING, False) else f" [{f.default}]"
+            if f.type is not bool and "choices" not in f.metadata["argparse"]:
+                kind["metavar"] = f.name.upper()
             sub.add_argument(
                 f"--{f.name}",
                 default=SUPPRESS,  # what is not typed is decided in resolve_settings
                 help=f.metadata["help"] + given,
-                metavar=None if "choices" in f.metadata["argparse"] else f.name.upper(),
                 **kind,
                 **f.metadata["argparse"],
             )

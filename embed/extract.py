@@ -505,7 +505,6 @@ def add_options(parser):
     option("--clip_len", type=int, default=s.clip_len, help="frames a clip")
     option("--size", type=int, default=s.size, help="pixels a side that the encoder sees")
     option("--sampling_seed", type=int, default=s.seed, help="seed of the random clip starts")
-    option("--precision", default=d.precision, choices=("fp32", "bf16"), help="of the encoder")
     option("--image_batch", type=int, default=d.image_batch, help="images a batch; 0: by device")
     option("--workers", type=int, default=d.workers, help="decoder processes; 0: by cores")
     option(
@@ -530,10 +529,9 @@ def settings_from(typed):
         mask=typed["mask"],
         augment=typed.get("augment", 0),
     )
-    names = ("weights", "precision", "image_batch", "workers", "shard", "redo")
-    return Settings(
-        sampling=sampling, device=typed.get("device", ""), **{name: typed[name] for name in names}
-    )
+    names = ("weights", "image_batch", "workers", "shard", "redo")
+    shared = {name: typed[name] for name in ("device", "precision") if name in typed}
+    return Settings(sampling=sampling, **shared, **{name: typed[name] for name in names})
 
 
 def main(argv=None):
@@ -544,6 +542,7 @@ def main(argv=None):
     parser.add_argument(
         "--augment", type=int, default=0, metavar="K", help="randomly transformed copies to add"
     )
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     add_options(parser)
     args = parser.parse_args(argv)
     settings = settings_from(vars(args))

@@ -130,13 +130,14 @@ def test_resume_equals_an_uninterrupted_run(cohort, cli):
 
 def test_split_is_by_patient_and_stable():
     table = pd.DataFrame({"pid": [f"P{i // 3}" for i in range(3000)]})
-    folds = ef.split_patients(table, 0, (64, 16, 20))
+    rule = dict(seed=0, split="64,16,20", n_folds=0, fold=0)
+    folds = ef.split_patients(table, rule)
     assert (folds.groupby(table["pid"]).nunique() == 1).all()
     shares = folds.value_counts(normalize=True)
     assert abs(shares - pd.Series({"train": 0.64, "val": 0.16, "test": 0.20})).max() < 0.05
-    fewer = ef.split_patients(table[::7], 0, (64, 16, 20))
+    fewer = ef.split_patients(table[::7], rule)
     assert (folds[fewer.index] == fewer).all()
-    assert (folds != ef.split_patients(table, 1, (64, 16, 20))).mean() > 0.3
+    assert (folds != ef.split_patients(table, rule | {"seed": 1})).mean() > 0.3
 
 
 def test_another_dataset_leaves_out_trained_patients(cohort, cli):
@@ -370,3 +371,91 @@ def test_training_draws_from_transformed_copies(cohort):
     settings = ef.Settings(clip_dropout=0.5)
     (batch,) = ef.read_batches(store, ["1000", "1001"], settings, {}, train_seed=1)
     assert sum(batch.lengths) == len(batch.tokens) < 4 * sum(batch.n_videos)
+
+
+def test_what_cannot_be_learnt_is_said_and_left_blank(cohort, cli):
+    table = pd.read_csv("labels.csv")
+    table["constant"], table["rare"] = 0, (table.index % 15 == 0).astype(int)
+    table.to_csv("labels.csv", index=False)
+    edit_config(task_labels=["finding", "constant", "rare"])
+    status, out, err = cli("train", "--task", "defect", "--epoch_lim", "2")
+    assert status == 0, err
+    assert "label constant cannot be learnt: always 0" in out
+    assert "label rare: few examples in the training fold" in out
+    assert cli("predict")[0] == 0
+    predicted = pd.read_csv("trained_models/defect/predictions_site.csv")
+    assert predicted["constant"].isna().all() and predicted["finding"].notna().all()
+    status, _, err = cli("evaluate")
+    assert status == 0, err
+
+
+def test_ids_from_a_spreadsheet_and_repeated_rows(cohort, cli):
+    """100.0 is study 100; the same row twice is one; the first study of each patient alone."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    table["eid"] += ".0"
+    pd.concat([table, table[:5]]).to_csv("labels.csv", index=False)
+    status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
+    assert status == 0, err
+    assert "40 studies of 40 patients" in out
+    split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
+    assert split["pid"].is_unique and len(split) == 40
+
+
+def test_cross_validation_tests_every_patient_once(cohort, cli):
+    tested = []
+    for fold in range(3):
+        options = ("--n_folds", "3", "--fold", fold, "--epoch_lim", "1", "--run_id", fold)
+        assert cli("train", "--task", "defect", *options)[0] == 0
+        split = pd.read_csv(f"trained_models/defect_{fold}/split.csv", dtype=str)
+        assert set(split["fold"]) == {"train", "val", "test"}
+        tested += split["eid"][split["fold"] == "test"].tolist()
+    assert sorted(tested) == sorted(pd.read_csv("labels.csv", dtype=str)["eid"])
+    status, _, err = cli("train", "--task", "defect", "--n_folds", "3", "--fold", "3")
+    assert status == 1 and "--fold below it" in err
+
+
+def test_a_moved_training_patient_is_refused(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    table = pd.read_csv("labels.csv")
+    table.loc[:3, "pid"] = "P999"
+    table.to_csv("labels.csv", index=False)
+    status, _, err = cli("evaluate")
+    assert status == 1 and "4 studies to other patients" in err
+
+
+def test_start_from_another_model(cohort, cli):
+    """Heads go by label name; at no learning the kept head predicts as before."""
+    assert cli("train", "--task", "defect", "--epoch_lim", "3")[0] == 0
+    assert cli("predict")[0] == 0
+    before = pd.read_csv("trained_models/defect/predictions_site.csv")
+    table = pd.read_csv("labels.csv")
+    table["other"] = (table["size"] > 5).astype(int)
+    table.to_csv("labels.csv", index=False)
+    edit_config(task_labels=["other", "finding"])
+    options = ("--init_from", "defect", "--model_name", "next", "--learning_rate", "1e-9")
+    status, out, err = cli("train", "--task", "defect", *options, "--epoch_lim", "1")
+    assert status == 0, err
+    assert "starting from defect: 1 heads kept, 1 fresh" in out
+    assert cli("predict", "--model_name", "next")[0] == 0
+    after = pd.read_csv("trained_models/next/predictions_site.csv")
+    np.testing.assert_allclose(after["finding"], before["finding"], atol=1e-3)
+    status, _, err = cli("train", "--task", "defect", *options, "--encoder_depth", "3")
+    assert status == 1 and "--init_from has encoder_depth = 1, not 3" in err
+
+
+def test_run_record_and_changes_on_resume(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    record = json.loads(Path("trained_models/defect/run.json").read_text())
+    assert record["settings"]["learning_rate"] == 1e-3 and record["versions"]["torch"]
+    assert sum(record["studies"].values()) == 60
+    status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "2", "--learning_rate", "5e-4")
+    assert status == 0 and "changed on resume: learning_rate = 0.0005, was 0.001" in out
+
+
+def test_half_precision_is_close(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "2", "--precision", "bf16")[0] == 0
+    assert cli("predict", "--precision", "bf16", "--out", "half.csv")[0] == 0
+    assert cli("predict", "--out", "full.csv")[0] == 0
+    half, full = pd.read_csv("half.csv"), pd.read_csv("full.csv")
+    assert (half["finding"] != full["finding"]).any()
+    np.testing.assert_allclose(half["finding"], full["finding"], atol=0.03)
