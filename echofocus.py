@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from argparse import SUPPRESS
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
@@ -66,11 +67,15 @@ ALL = f"train {WITH_MODEL}"
 class Settings:
     """Every option. An empty text or list is found from the others; what was taken is printed."""
 
-    config: str = option("", "tasks and datasets [config.json, else config-example.json]", ALL)
+    config: str = option(
+        "", "tasks and datasets [config.json, else config-example.json]", f"{ALL} pack"
+    )
     model_name: str = option(
         "", "folder in ./trained_models, or a path [train: the task; else the newest]", ALL
     )
-    dataset: str = option("", "a dataset of the config [the model's, else the first]", ALL)
+    dataset: str = option(
+        "", "a dataset of the config [the model's, else the first]", f"{ALL} pack"
+    )
     task: str = option("", "a task of the config [the model's, else the first]", ALL)
     run_id: str = option("", "appended to the model's name, to keep runs apart", ALL)
     device: str = option("", "cpu, cuda, cuda:1 [CUDA if there is one]", ALL)
@@ -116,6 +121,7 @@ class Settings:
         choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
     )
     explain_steps: int = option(64, "integration steps (adaptive: to begin with)", "explain")
+    dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
     studies: int = option(100, "phantom studies to make", "demo")
 
 
@@ -494,6 +500,24 @@ class Bag:
     videos: list[str]  # (V,) names, no absolute paths
 
 
+def open_store(path):
+    """The clip embeddings of a dataset: what `pack` made of the folder, or the folder itself.
+
+    A pack that lacks studies of the folder, or has others, is not used. Raises UserError.
+    """
+    packed = packed_path(path)
+    if not (packed / "pack.json").is_file():
+        return EmbeddingFolder(path)
+    store = PackedEmbeddings(packed)
+    if path.is_dir():
+        folder = EmbeddingFolder(path)
+        if set(folder.files) != set(store.files) | set(store.unreadable):
+            print(f"{packed.name} is out of date and not used: run pack again")
+            return folder
+    print(f"reading {packed.name}")
+    return store
+
+
 class EmbeddingFolder:
     """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
 
@@ -528,8 +552,7 @@ class EmbeddingFolder:
         try:
             with h5py.File(self.files[eid], "r") as f:
                 if "embeddings" in f:
-                    copies = len(f["augmented"]) if rng is not None and "augmented" in f else 0
-                    copy = rng.integers(copies + 1) if copies else 0
+                    copy = draw_copy(rng, len(f["augmented"]) if "augmented" in f else 0)
                     arrays = f["augmented"][copy - 1] if copy else f["embeddings"][:]
                     videos = f["videos"].asstr()[:].tolist()
                 else:
@@ -545,6 +568,13 @@ class EmbeddingFolder:
             raise UnreadableStudy(f"{self.files[eid].name} holds NaN or infinite numbers")
         return bag
 
+    def read_all(self, eid):
+        """A study's plain Bag and its transformed copies, as a list of Bags."""
+        first = self.read(eid)
+        with h5py.File(self.files[eid], "r") as f:
+            copies = f["augmented"][:] if "augmented" in f else []
+        return [first, *(Bag(copy, first.videos) for copy in copies)]
+
     def encoder_digest(self):
         """The SHA-256 of the encoder weights, from the first file's attributes, or ''."""
         try:
@@ -552,6 +582,120 @@ class EmbeddingFolder:
                 return str(f.attrs.get("weights_sha256", ""))
         except OSError:
             return ""
+
+
+def draw_copy(rng, copies):
+    """0 for the plain embeddings, or the number of a transformed copy; always 0 without rng."""
+    return int(rng.integers(copies + 1)) if rng is not None and copies else 0
+
+
+def packed_path(folder):
+    return folder.with_name(folder.name + ".packed")
+
+
+class PackedEmbeddings:
+    """A dataset in one file, read through a memory map; see `cmd_pack` for its format."""
+
+    def __init__(self, path):
+        self.path = path
+        about = json.loads((path / "pack.json").read_text())
+        self.dtype, self.digest = np.dtype(about["dtype"]), about["weights_sha256"]
+        self.files, self.unreadable = {}, {}
+        for line in read_index(path):
+            (self.unreadable if "reason" in line else self.files)[line["eid"]] = line
+        self.map = np.memmap(path / "embeddings.bin", self.dtype, "r")
+
+    def read(self, eid, rng=None):
+        """As EmbeddingFolder.read; nothing is checked again, `pack` has done it."""
+        line = self.files[eid]
+        copies, V, C, D = line["shape"]
+        at = line["offset"] // self.dtype.itemsize + draw_copy(rng, copies - 1) * V * C * D
+        flat = np.array(self.map[at : at + V * C * D], dtype=np.float32)
+        return Bag(flat.reshape(V, C, D), line["videos"])
+
+    def encoder_digest(self):
+        return self.digest
+
+
+def read_index(path):
+    """The lines of a pack's index.jsonl; a last line that a killed run left broken is dropped."""
+    lines = []
+    if (path / "index.jsonl").is_file():
+        for text in (path / "index.jsonl").read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def cmd_pack(typed):
+    """One memory-mappable file of a dataset's embeddings, <embedding_path>.packed/.
+
+    embeddings.bin: study after study, each (1 + copies, V, C, 768) in float32 or float16;
+    index.jsonl: a line a study with its eid, offset in bytes, shape, videos and CRC-32, or the
+    reason why it could not be read; pack.json: written last, once all has been read back.
+    """
+    config = read_config(typed.get("config"))
+    name = config.pick("dataset", typed.get("dataset"))
+    dtype = np.dtype(typed.get("dtype", Settings.dtype))
+    folder = EmbeddingFolder(config.datasets[name].embedding_path)
+    path = packed_path(config.datasets[name].embedding_path)
+    path.mkdir(exist_ok=True)
+    about = {"dtype": dtype.name, "weights_sha256": folder.encoder_digest(), "version": __version__}
+    if (path / "pack.json").is_file() and json.loads((path / "pack.json").read_text()) != about:
+        raise UserError(f"{path} holds another pack (dtype or encoder); delete it to pack anew")
+    (path / "pack.json").unlink(missing_ok=True)
+    try:
+        append_studies(path, folder, dtype)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; the same command goes on") from error
+    check_pack(path, dtype)
+    with atomic_path(path / "pack.json") as temporary:
+        temporary.write_text(json.dumps(about))
+    lines = read_index(path)
+    report_unreadable({line["eid"]: line["reason"] for line in lines if "reason" in line})
+    size = (path / "embeddings.bin").stat().st_size
+    print(f"packed {name}: {len(lines)} studies, {size / 1e9:.2f} GB in {path.name}")
+
+
+def append_studies(path, folder, dtype):
+    """Append the studies that the index does not have; a broken end is cut off first."""
+    (path / "embeddings.bin").touch()
+    there = (path / "embeddings.bin").stat().st_size
+    lines = [x for x in read_index(path) if x["offset"] + x.get("bytes", 0) <= there]
+    end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
+    with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
+        index.writelines(json.dumps(line) + "\n" for line in lines)
+        data.truncate(end)
+        todo = sorted(set(folder.files) - {line["eid"] for line in lines})
+        for eid in progress(todo, desc="pack", unit="study"):
+            line = {"eid": eid, "offset": end}
+            try:
+                bags = folder.read_all(eid)
+                block = np.stack([bag.embeddings for bag in bags]).astype(dtype)
+                if not np.isfinite(block).all():
+                    raise UnreadableStudy(f"{eid} has numbers beyond {dtype.name}")
+            except UnreadableStudy as error:
+                line["reason"] = str(error)
+            else:
+                line |= {"shape": block.shape, "videos": bags[0].videos, "bytes": block.nbytes}
+                line["crc32"] = zlib.crc32(block.tobytes())
+                data.write(block.tobytes())
+                data.flush()  # the data first: a line says that its block is there
+                end += block.nbytes
+            index.write(json.dumps(line) + "\n")
+            index.flush()
+
+
+def check_pack(path, dtype):
+    """Read every block back and compare its CRC-32. Raises UserError."""
+    data = np.memmap(path / "embeddings.bin", np.uint8, "r")
+    for line in progress(read_index(path), desc="check", unit="study"):
+        if "bytes" in line:
+            block = data[line["offset"] : line["offset"] + line["bytes"]]
+            if zlib.crc32(block) != line["crc32"]:
+                raise UserError(f"{path}: study {line['eid']} reads back wrong; delete it, repack")
 
 
 def is_ours(path):
@@ -1008,7 +1152,7 @@ def cmd_train(typed):
     task, table = load_labels(config, settings.task, settings.dataset)
     if settings.first_study_only:
         table = table.drop_duplicates("pid")
-    store = EmbeddingFolder(config.datasets[settings.dataset].embedding_path)
+    store = open_store(config.datasets[settings.dataset].embedding_path)
     table = match_studies(table, store, task, settings.sample_limit)
     folder = model_folder(settings.model_name, settings.run_id)
     folds = split_patients(table, asdict(settings))
@@ -1385,7 +1529,7 @@ def labelled_studies(model, config, settings, store):
 def cmd_evaluate(typed):
     """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
     settings, config, model = start_with_model("evaluate", typed)
-    store = EmbeddingFolder(config.datasets[settings.dataset].embedding_path)
+    store = open_store(config.datasets[settings.dataset].embedding_path)
     table = labelled_studies(model, config, settings, store)
     unreadable = {}
     found = run_studies(
@@ -1434,7 +1578,7 @@ def cmd_predict(typed):
         settings, config, model = start_with_model("predict", typed)
         dataset, names = settings.dataset, None
         folder = config.datasets[dataset].embedding_path
-    store = EmbeddingFolder(folder)
+    store = open_store(folder)
     eids = [e for e in store.files if names is None or e in names]
     eids = eids[: settings.sample_limit or None]
     unreadable = {}
@@ -1456,7 +1600,7 @@ def cmd_predict(typed):
 def cmd_embed(typed):
     """Study embeddings, one 768-vector a study, as an HDF5 file."""
     settings, config, model = start_with_model("embed", typed)
-    store = EmbeddingFolder(config.datasets[settings.dataset].embedding_path)
+    store = open_store(config.datasets[settings.dataset].embedding_path)
     eids = list(store.files)[: settings.sample_limit or None]
     unreadable = {}
     found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
@@ -1540,7 +1684,7 @@ def explained_studies(model, config, settings, store):
 def cmd_explain(typed):
     """The contribution of every video to every answer, and the published table of the top n."""
     settings, config, model = start_with_model("explain", typed)
-    store = EmbeddingFolder(config.datasets[settings.dataset].embedding_path)
+    store = open_store(config.datasets[settings.dataset].embedding_path)
     wanted = settings.explain_tasks or model.labels
     for label in wanted:
         if label not in model.labels:
@@ -1815,6 +1959,7 @@ COMMANDS = {
     "predict": cmd_predict,
     "embed": cmd_embed,
     "explain": cmd_explain,
+    "pack": cmd_pack,
     "demo": cmd_demo,
 }
 

@@ -459,3 +459,42 @@ def test_half_precision_is_close(cohort, cli):
     half, full = pd.read_csv("half.csv"), pd.read_csv("full.csv")
     assert (half["finding"] != full["finding"]).any()
     np.testing.assert_allclose(half["finding"], full["finding"], atol=0.03)
+
+
+def test_pack(cohort, cli):
+    """Packed or not, the same predictions; a stopped pack goes on; a stale one is not used."""
+    (cohort / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    assert cli("predict", "--out", "plain.csv")[0] == 0
+    status, out, err = cli("pack")
+    assert status == 0 and "60 studies" in out and "1003.hdf5" in out, err
+    status, out, _ = cli("predict", "--out", "packed.csv")
+    assert status == 0 and "reading emb.packed" in out
+    pd.testing.assert_frame_equal(pd.read_csv("plain.csv"), pd.read_csv("packed.csv"))
+    whole = (cohort / "emb.packed" / "embeddings.bin").read_bytes()
+
+    # As a kill leaves it: no pack.json, a broken last line, half a block.
+    (cohort / "emb.packed" / "pack.json").unlink()
+    index = cohort / "emb.packed" / "index.jsonl"
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join(lines[:30]) + lines[30][:20])
+    (cohort / "emb.packed" / "embeddings.bin").write_bytes(whole[: len(whole) // 2 + 77])
+    assert cli("pack")[0] == 0
+    assert (cohort / "emb.packed" / "embeddings.bin").read_bytes() == whole
+
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    (cohort / "emb.packed" / "embeddings.bin").write_bytes(damaged)
+    status, _, err = cli("pack")
+    assert status == 1 and "reads back wrong" in err
+
+    shutil.rmtree("emb.packed")
+    assert cli("pack", "--dtype", "float16")[0] == 0
+    assert cli("predict", "--out", "half.csv")[0] == 0
+    half, plain = pd.read_csv("half.csv"), pd.read_csv("plain.csv")
+    np.testing.assert_allclose(half["finding"], plain["finding"], atol=2e-3)
+    shutil.copy(cohort / "emb" / "1000.hdf5", cohort / "emb" / "2000.hdf5")
+    status, out, _ = cli("predict", "--out", "new.csv")
+    assert "out of date" in out and len(pd.read_csv("new.csv")) == 60
+    shutil.move("emb", "gone")
+    assert cli("predict", "--out", "half.csv")[0] == 0
