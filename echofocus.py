@@ -225,9 +225,9 @@ def read_config(path):
         raise UserError(f"no config {path}; copy config-example.json and edit it") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    check_keys(raw, ("task", "dataset"), path)
+    check_keys(raw, {"task": dict, "dataset": dict}, path)
     for kind in ("task", "dataset"):
-        if not isinstance(raw.get(kind), dict) or not raw[kind]:
+        if not raw.get(kind):
             raise UserError(f"{path} needs a section '{kind}' with at least one {kind}")
 
     def located(entry):
@@ -235,30 +235,51 @@ def read_config(path):
 
     tasks, datasets = {}, {}
     for name, entry in raw["task"].items():
-        check_keys(entry, [f.name for f in fields(Task)], f"{path}, task {name}", ["task_labels"])
-        check_keys(
-            entry.get("settings", {}),
-            [f.name for f in options_of("train")],
-            f"{path}, task {name}, settings",
-        )
+        where = f"{path}, task {name}"
+        check_keys(entry, TASK_KEYS, where, ["task_labels"])
+        check_settings_entry(entry.get("settings", {}), f"{where}, settings")
         if entry.get("type", "") not in ("", "binary", "regression"):
-            raise UserError(f"{path}, task {name}: type is binary or regression")
+            raise UserError(f"{where}: type is binary or regression")
         labels = [str(label).strip() for label in entry["task_labels"]]
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"{where}: task_labels must name at least one label, and none twice")
         tasks[name] = Task(**(located(entry) | {"task_labels": labels}))
     for name, entry in raw["dataset"].items():
-        where = f"{path}, dataset {name}"
-        check_keys(entry, [f.name for f in fields(Dataset)], where, ["embedding_path"])
+        check_keys(entry, DATASET_KEYS, f"{path}, dataset {name}", ["embedding_path"])
         datasets[name] = Dataset(**located(entry))
     return Config(path, tasks, datasets)
 
 
+TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
+TASK_KEYS |= {"valid_range": dict, "settings": dict}
+DATASET_KEYS = {"embedding_path": str, "label_path": str}
+JSON_NAMES = {list: "a list", str: "text", dict: "an object", int: "a number", float: "a number"}
+
+
+def check_settings_entry(entry, where):
+    """UserError for settings of a task that `train` has not, or of the wrong kind."""
+    options = {f.name: f for f in options_of("train")}
+    check_keys(entry, {name: f.type for name, f in options.items()}, where)
+    for name, value in entry.items():
+        choices = options[name].metadata["argparse"].get("choices", (value,))
+        if value not in choices:
+            raise UserError(f"{where}: {name} is one of {', '.join(choices)}, not {value}")
+
+
 def check_keys(entry, valid, where, required=()):
-    """UserError for a key that is not known, or a required one that is missing."""
+    """UserError for a key that is not known or of the wrong type, or a required one missing.
+
+    valid: key to type.
+    """
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected an object {{...}}, got {json.dumps(entry)[:40]}")
-    for key in entry:
+    for key, value in entry.items():
         if key not in valid:
             raise UserError(f"{where}: unknown key '{key}'{nearest(key, valid)}")
+        kind = (int, float) if valid[key] is float else valid[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and valid[key] is not bool):
+            wanted = JSON_NAMES.get(valid[key], valid[key].__name__)
+            raise UserError(f"{where}: '{key}' must be {wanted}, not {json.dumps(value)[:40]}")
     for key in required:
         if key not in entry:
             raise UserError(f"{where}: '{key}' is missing")
@@ -280,7 +301,7 @@ def read_labels(path, task):
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
     try:
-        raw = pd.read_csv(path, dtype=str, skipinitialspace=True)
+        raw = pd.read_csv(path, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"no label table {path}") from error
     except (ValueError, pd.errors.ParserError) as error:
@@ -995,7 +1016,10 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     net, n_labels = network_from(saved["model_state_dict"], combine, path)
     scaling = saved.get("input_norm_dict") or None
     if made_with:
-        task, labels, units = (made_with[k] for k in ("task", "labels", "units"))
+        try:
+            task, labels, units = (made_with[k] for k in ("task", "labels", "units"))
+        except KeyError as error:
+            raise UserError(f"{path} lacks {error} in its 'echofocus' entry") from error
     else:
         names = [task] if task else list(config.tasks)
         fits = [n for n in names if len(config.tasks[n].task_labels) == n_labels]

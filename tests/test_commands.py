@@ -289,6 +289,12 @@ MISTAKES = {
         lambda: edit_config(settings={"learningrate": 1}),
         "did you mean learning_rate",
     ),
+    "wrong type": (lambda: edit_config(label_path=5), "'label_path' must be text, not 5"),
+    "wrong number": (
+        lambda: edit_config(settings={"epoch_lim": "ten"}),
+        "'epoch_lim' must be a number, not",
+    ),
+    "label twice": (lambda: edit_config(task_labels=["finding", "finding "]), "none twice"),
     "no table": (lambda: edit_config(label_path="other.csv"), "no label table other.csv"),
     "not JSON": (
         lambda: Path("config.json").write_text("{'a': 1}"),
@@ -393,7 +399,7 @@ def test_ids_from_a_spreadsheet_and_repeated_rows(cohort, cli):
     """100.0 is study 100; the same row twice is one; the first study of each patient alone."""
     table = pd.read_csv("labels.csv", dtype=str)
     table["eid"] += ".0"
-    pd.concat([table, table[:5]]).to_csv("labels.csv", index=False)
+    pd.concat([table, table[:5]]).to_csv("labels.csv", index=False, encoding="utf-8-sig")
     status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
     assert status == 0, err
     assert "40 studies of 40 patients" in out
