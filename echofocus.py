@@ -20,7 +20,6 @@ Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D f
 import hashlib
 import json
 import os
-import pickle
 import platform
 import shlex
 import shutil
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from embed import __version__, extract
-from embed.common import Parser, UserError, atomic_path, nearest, progress, run_main
+from embed.common import Parser, UserError, atomic_path, nearest, pick_device, progress, run_main
 
 MODELS = Path("trained_models")
 FOLDS = ("train", "val", "test")
@@ -51,9 +50,10 @@ CONFIGS = (Path("config.json"), Path("config-example.json"))
 # ---------------------------------------------------------------------------------------- settings
 
 
-def option(default, help, commands, **argparse_options):
-    """A settings field: its default, its meaning and the commands that take it, in one place."""
+def option(default, help, commands, least=None, **argparse_options):
+    """A settings field: its default, meaning, least value and commands, in one place."""
     metadata = {"help": help, "commands": commands.split(), "argparse": argparse_options}
+    metadata["least"] = least
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -79,9 +79,13 @@ class Settings:
     task: str = option("", "a task of the config [the model's, else the first]", ALL)
     run_id: str = option("", "appended to the model's name, to keep runs apart", ALL)
     device: str = option("", "cpu, cuda, cuda:1 [CUDA if there is one]", ALL)
-    sample_limit: int = option(0, "use so many studies at most; 0 is all", ALL)
-    batch_size: int = option(0, "studies computed together at most; 0: as batch_tokens says", ALL)
-    batch_tokens: int = option(4096, "clips computed together, but a whole study at least", ALL)
+    sample_limit: int = option(0, "use so many studies at most; 0 is all", ALL, least=0)
+    batch_size: int = option(
+        0, "studies computed together at most; 0: as batch_tokens says", ALL, least=0
+    )
+    batch_tokens: int = option(
+        4096, "clips computed together, but a whole study at least", ALL, least=1
+    )
 
     seed: int = option(0, "of the split, the order and the dropout", "train")
     split: str = option("64,16,20", "percent of patients to train,val,test", "train")
@@ -95,13 +99,17 @@ class Settings:
     transformer_type: str = option(
         "standard", "aggregator", "train", choices=("standard", "query", "multiquery")
     )
-    encoder_depth: int = option(1, "transformer layers; 0 is one attention layer", "train")
+    encoder_depth: int = option(1, "transformer layers; 0 is one attention layer", "train", least=0)
     tf_combine: str = option("avg", "pooling over clips", "train", choices=("avg", "max"))
-    clip_dropout: float = option(0.5, "share of a study's clips dropped in training", "train")
-    learning_rate: float = option(1e-4, "of AdamW", "train")
-    batch_number: int = option(128, "studies an optimiser step", "train")
-    epoch_lim: int = option(30, "epochs at most", "train")
-    epoch_early_stop: int = option(10, "stop after so many epochs without improvement", "train")
+    clip_dropout: float = option(
+        0.5, "share of a study's clips dropped in training", "train", least=0
+    )
+    learning_rate: float = option(1e-4, "of AdamW", "train", least=1e-12)
+    batch_number: int = option(128, "studies an optimiser step", "train", least=1)
+    epoch_lim: int = option(30, "epochs at most", "train", least=1)
+    epoch_early_stop: int = option(
+        10, "stop after so many epochs without improvement", "train", least=1
+    )
 
     subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
     out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
@@ -109,7 +117,7 @@ class Settings:
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
     )
-    explain_n: int = option(5, "top videos in the published table", "explain")
+    explain_n: int = option(5, "top videos in the published table", "explain", least=1)
     explain_mode: str = option(
         "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
     )
@@ -120,9 +128,11 @@ class Settings:
         "explain",
         choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
     )
-    explain_steps: int = option(64, "integration steps (adaptive: to begin with)", "explain")
+    explain_steps: int = option(
+        64, "integration steps (adaptive: to begin with)", "explain", least=1
+    )
     dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
-    studies: int = option(100, "phantom studies to make", "demo")
+    studies: int = option(100, "phantom studies to make", "demo", least=1)
 
 
 RECIPES = {  # how the published models were trained
@@ -164,7 +174,16 @@ def resolve_settings(command, typed, config, model=None):
                     taken.append(f"{f.name} = {values[f.name]} ({source})")
                 break
     print("using " + "; ".join(taken))
+    check_least(settings)
     return settings
+
+
+def check_least(settings):
+    """UserError for a number below what its option allows, before any work is done."""
+    for f in fields(settings):
+        least, value = f.metadata["least"], getattr(settings, f.name)
+        if least is not None and not (value >= least and value < np.inf):
+            raise UserError(f"--{f.name} must be {least:g} or more, not {value}")
 
 
 def derive_seed(*parts):
@@ -243,11 +262,25 @@ def read_config(path):
         labels = [str(label).strip() for label in entry["task_labels"]]
         if not labels or len(set(labels)) < len(labels):
             raise UserError(f"{where}: task_labels must name at least one label, and none twice")
+        if {"pid", "eid"} & set(labels):
+            raise UserError(f"{where}: pid and eid are ids and cannot be labels")
+        for key in ("units", "boxcox", "valid_range"):
+            for label in entry.get(key, ()):
+                if label not in labels:
+                    raise UserError(f"{where}, {key}: no label {label}{nearest(label, labels)}")
+        for label, ends in entry.get("valid_range", {}).items():
+            if not is_range(ends):
+                raise UserError(f"{where}, valid_range of {label}: [low, high], null for no limit")
         tasks[name] = Task(**(located(entry) | {"task_labels": labels}))
     for name, entry in raw["dataset"].items():
         check_keys(entry, DATASET_KEYS, f"{path}, dataset {name}", ["embedding_path"])
         datasets[name] = Dataset(**located(entry))
     return Config(path, tasks, datasets)
+
+
+def is_range(ends):
+    numbers = isinstance(ends, list) and len(ends) == 2
+    return numbers and all(x is None or type(x) in (int, float) for x in ends)
 
 
 TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
@@ -258,7 +291,7 @@ JSON_NAMES = {list: "a list", str: "text", dict: "an object", int: "a number", f
 
 def check_settings_entry(entry, where):
     """UserError for settings of a task that `train` has not, or of the wrong kind."""
-    options = {f.name: f for f in options_of("train")}
+    options = {f.name: f for f in options_of("train") if f.metadata["commands"] == ["train"]}
     check_keys(entry, {name: f.type for name, f in options.items()}, where)
     for name, value in entry.items():
         choices = options[name].metadata["argparse"].get("choices", (value,))
@@ -307,12 +340,17 @@ def read_labels(path, task):
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path} is not a CSV table: {error}") from error
     raw.columns = raw.columns.str.strip()
+    if raw.columns.has_duplicates:
+        twice = raw.columns[raw.columns.duplicated()][0]
+        raise UserError(f"{path} has two columns '{twice}'")
     for column in ("pid", "eid", *task.task_labels):
         if column not in raw:
             raise UserError(
                 f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
                 "has pid, eid and one column a label)"
             )
+    if lost := int(raw[["pid", "eid"]].isna().any(axis=1).sum()):
+        print(f"{path}: {lost} rows have no pid or no eid and are left out")
     raw = raw[["pid", "eid", *task.task_labels]].dropna(subset=["pid", "eid"])
     for column in ("pid", "eid"):  # as text; a spreadsheet may have made 123 into 123.0
         raw[column] = raw[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
@@ -460,9 +498,14 @@ def split_patients(table, made):
     return table["pid"].map(folds).rename("fold")
 
 
-def write_split(folder, table, folds):
+def write_split(folder, table, folds, begun_from=None):
+    """split.csv; patients that the model to start from was trained on are in it as 'seen'."""
+    split = table[["pid"]].assign(fold=folds)
+    before = read_split(begun_from.folder) if begun_from else None
+    if before is not None:
+        split = pd.concat([split, before[before["fold"] != "test"].assign(fold="seen")])
     with atomic_path(folder / "split.csv") as path:
-        table[["pid"]].assign(fold=folds).to_csv(path)
+        split.to_csv(path, index_label="eid")
 
 
 def read_split(folder):
@@ -493,12 +536,13 @@ def folds_for(model, table, dataset):
     if written is None:
         print(f"{model.folder.name} has no split.csv: every study of {dataset} counts as test")
         return pd.Series("test", index=table.index)
-    known = written.drop_duplicates("pid").set_index("pid")["fold"]
+    own = written[written["fold"] != "seen"]
+    known = pd.concat([own, written]).drop_duplicates("pid").set_index("pid")["fold"]
     folds = table["pid"].map(known)
     if dataset == model.made_with.get("dataset"):
-        refuse_moved(written, table)
+        refuse_moved(own, table)
         return folds.fillna(split_patients(table, model.made_with))
-    seen = folds.isin(["train", "val"])
+    seen = folds.notna() & (folds != "test")
     if seen.any():
         print(
             f"left out {seen.sum()} studies of {dataset}: the model was trained on their patients"
@@ -532,7 +576,8 @@ def open_store(path):
     store = PackedEmbeddings(packed)
     if path.is_dir():
         folder = EmbeddingFolder(path)
-        if set(folder.files) != set(store.files) | set(store.unreadable):
+        others = set(folder.files) != set(store.files) | set(store.unreadable)
+        if others or is_stale(packed, folder):
             print(f"{packed.name} is out of date and not used: run pack again")
             return folder
     print(f"reading {packed.name}")
@@ -578,13 +623,22 @@ class EmbeddingFolder:
                     videos = f["videos"].asstr()[:].tolist()
                 else:
                     arrays, videos = read_published(f)
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
             raise UnreadableStudy(f"{self.files[eid].name}: {error}") from error
         if len(arrays) == 0:
             raise UnreadableStudy(f"{self.files[eid].name} holds no video")
         if len({np.shape(a) for a in arrays}) > 1 or np.ndim(arrays[0]) != 2:
             raise UnreadableStudy(f"{self.files[eid].name}: videos differ in shape")
-        bag = Bag(np.asarray(arrays, dtype=np.float32), videos)
+        if np.shape(arrays[0])[1] != D or not np.shape(arrays[0])[0]:
+            raise UnreadableStudy(
+                f"{self.files[eid].name}: clips are {np.shape(arrays[0])}, expected (clips, {D})"
+            )
+        if len(videos) != len(arrays):
+            raise UnreadableStudy(f"{self.files[eid].name}: videos and embeddings differ in number")
+        try:
+            bag = Bag(np.asarray(arrays, dtype=np.float32), videos)
+        except ValueError as error:
+            raise UnreadableStudy(f"{self.files[eid].name}: not numbers") from error
         if not np.isfinite(bag.embeddings).all():
             raise UnreadableStudy(f"{self.files[eid].name} holds NaN or infinite numbers")
         return bag
@@ -612,6 +666,12 @@ def draw_copy(rng, copies):
 
 def packed_path(folder):
     return folder.with_name(folder.name + ".packed")
+
+
+def is_stale(packed, folder):
+    """Whether a file of the folder was written after the pack was finished."""
+    finished = (packed / "pack.json").stat().st_mtime_ns
+    return any(file.stat().st_mtime_ns > finished for file in folder.files.values())
 
 
 class PackedEmbeddings:
@@ -666,6 +726,8 @@ def cmd_pack(typed):
     about = {"dtype": dtype.name, "weights_sha256": folder.encoder_digest(), "version": __version__}
     if (path / "pack.json").is_file() and json.loads((path / "pack.json").read_text()) != about:
         raise UserError(f"{path} holds another pack (dtype or encoder); delete it to pack anew")
+    if (path / "pack.json").is_file() and is_stale(path, folder):
+        (path / "index.jsonl").unlink()  # studies have been made anew: begin again
     (path / "pack.json").unlink(missing_ok=True)
     try:
         append_studies(path, folder, dtype)
@@ -685,6 +747,7 @@ def append_studies(path, folder, dtype):
     (path / "embeddings.bin").touch()
     there = (path / "embeddings.bin").stat().st_size
     lines = [x for x in read_index(path) if x["offset"] + x.get("bytes", 0) <= there]
+    lines = [x for x in lines if x["eid"] in folder.files]
     end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
     with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
         index.writelines(json.dumps(line) + "\n" for line in lines)
@@ -948,11 +1011,6 @@ def readable(logits, labels, scaling):
     return unscale(logits, labels, scaling)
 
 
-def pick_device(name):
-    """`--device`, or CUDA when there is one, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def safe_pickle_globals():
     """What a published checkpoint's pickle names beyond tensors: numpy arrays and scalars.
 
@@ -976,9 +1034,9 @@ def read_checkpoint(path):
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
         lines = [line for line in str(error).splitlines() if "GLOBAL" in line.upper()]
-        detail = (lines or str(error).splitlines() or [type(error).__name__])[0].strip()
+        detail = lines[0].strip() if lines else "damaged, or not a checkpoint at all"
         raise UserError(f"{path} cannot be read safely and was refused: {detail}") from error
     if not isinstance(saved, dict) or "model_state_dict" not in saved:
         raise UserError(f"{path} is not a checkpoint: it has no model_state_dict")
@@ -1240,16 +1298,8 @@ def check_settings(settings):
             f"--n_folds must be 3 or more and --fold below it, not {settings.n_folds} and "
             f"{settings.fold}"
         )
-    for name in ("batch_number", "batch_tokens", "epoch_lim", "epoch_early_stop"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, not {getattr(settings, name)}")
-    for name in ("encoder_depth", "batch_size", "sample_limit"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name} must be 0 or more, not {getattr(settings, name)}")
-    if not 0 <= settings.clip_dropout < 1:
-        raise UserError(f"--clip_dropout must be in [0, 1), not {settings.clip_dropout}")
-    if settings.learning_rate <= 0:
-        raise UserError(f"--learning_rate must be above 0, not {settings.learning_rate}")
+    if settings.clip_dropout >= 1:
+        raise UserError(f"--clip_dropout must be below 1, not {settings.clip_dropout}")
 
 
 def match_studies(table, store, task, limit):
@@ -1307,7 +1357,8 @@ class Training:
 
     def __init__(self, folder, settings, task, store, table, folds, begun_from=None):
         self.folder, self.settings, self.task, self.store = folder, settings, task, store
-        self.table, self.folds = table, folds
+        self.table, self.folds, self.begun_from = table, folds, begun_from
+        self.labels_sha256 = hashlib.sha256(table.to_csv().encode()).hexdigest()
         self.eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
         for fold in ("train", "val"):
             if not self.eids[fold]:
@@ -1363,6 +1414,11 @@ class Training:
         limit = self.settings.epoch_lim
         return self.epoch >= limit or self.stale >= self.settings.epoch_early_stop
 
+    def portable_settings(self):
+        """The settings for files that may be shared: names, no paths."""
+        paths = {n: Path(getattr(self.settings, n)).name for n in ("config", "init_from")}
+        return asdict(self.settings) | paths | {"model_name": self.folder.name}
+
     def begin(self):
         """Resume from the last checkpoint, or start: split and settings are written first."""
         path = self.folder / "last_checkpoint.pt"
@@ -1370,14 +1426,14 @@ class Training:
             self.resume(path)
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_split(self.folder, self.table, self.folds)
+            write_split(self.folder, self.table, self.folds, self.begun_from)
         with atomic_path(self.folder / "train_args.csv") as temporary:
-            pd.DataFrame([asdict(self.settings)]).to_csv(temporary, index=False)
+            pd.DataFrame([self.portable_settings()]).to_csv(temporary, index=False)
         record = {
-            "settings": asdict(self.settings),
+            "settings": self.portable_settings(),
             "labels": self.task.task_labels,
             "studies": {fold: len(eids) for fold, eids in self.eids.items()},
-            "labels_sha256": hashlib.sha256(self.table.to_csv().encode()).hexdigest(),
+            "labels_sha256": self.labels_sha256,
             "encoder_sha256": self.store.encoder_digest(),
             "device": str(self.net.ff.weight.device),
             "versions": {"echofocus": __version__, "torch": torch.__version__}
@@ -1395,23 +1451,34 @@ class Training:
         self.net.load_state_dict(saved["model_state_dict"])
         self.optimizer.load_state_dict(saved["optimizer_state_dict"])
         self.scheduler.load_state_dict(saved["scheduler_state_dict"])
+        if before["learning_rate"] != self.settings.learning_rate:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate
         self.history = [list(row) for row in saved["perf_log"]]
         print(f"resuming {self.folder} after epoch {self.epoch}")
 
     def refuse_changes(self, before):
         """What a resumed run may not change: its model, labels, and any patient's fold."""
         fixed = ("task", "dataset", "transformer_type", "encoder_depth", "tf_combine", "seed")
-        now = asdict(self.settings) | {"labels": self.task.task_labels}
-        for name in (*fixed, "labels", "split", "n_folds", "fold", "init_from"):
+        now = self.portable_settings() | {"labels": self.task.task_labels}
+        now |= {"type": self.task.type}
+        for name in (*fixed, "labels", "type", "split", "n_folds", "fold", "init_from"):
             if before.get(name) != now[name]:
                 raise UserError(
                     f"{self.folder} was trained with {name} = {before.get(name)}, not "
                     f"{now[name]}; use another --model_name or --run_id"
                 )
-        for name, value in asdict(self.settings).items():
+        for name, value in self.portable_settings().items():
             if name in before and before[name] != value and name not in ("device", "config"):
                 print(f"changed on resume: {name} = {value}, was {before[name]}")
+        if before.get("labels_sha256") != self.labels_sha256:
+            raise UserError(
+                f"the label table has changed since {self.folder} was begun; use another "
+                "--model_name or --run_id"
+            )
         written = read_split(self.folder)
+        if written is not None:
+            written = written[written["fold"] != "seen"]
         kept = written["fold"].reindex(self.folds.index) if written is not None else None
         if kept is None or (kept != self.folds).any() or len(written) != len(self.folds):
             raise UserError(
@@ -1468,9 +1535,10 @@ class Training:
             "numpy_random_state": None,  # every draw is derived from the seed and the epoch
             "torch_random_state": None,
             "cuda_random_state": None,
-            "echofocus": asdict(self.settings)
+            "echofocus": self.portable_settings()
             | {
                 "version": __version__,
+                "labels_sha256": self.labels_sha256,
                 "labels": self.task.task_labels,
                 "type": self.task.type,
                 "units": self.task.units,
@@ -1528,8 +1596,18 @@ def start_with_model(command, typed):
     if task:
         config.pick("task", task)
     folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task)
-    model = load_model(folder, config, task, device=pick_device(typed.get("device")))
+    model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
     return resolve_settings(command, typed, config, model), config, model
+
+
+def warn_of_another_encoder(model, store):
+    """Say so when embeddings come from other encoder weights than the model was trained on."""
+    trained, given = model.made_with.get("encoder_sha256"), store.encoder_digest()
+    if trained and given and trained != given:
+        print(
+            f"WARNING: {model.folder.name} was trained on embeddings of another encoder (weights "
+            f"{trained[:12]}, these are {given[:12]}): its answers mean nothing here"
+        )
 
 
 def labelled_studies(model, config, settings, store):
@@ -1554,6 +1632,7 @@ def cmd_evaluate(typed):
     """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
     settings, config, model = start_with_model("evaluate", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
+    warn_of_another_encoder(model, store)
     table = labelled_studies(model, config, settings, store)
     unreadable = {}
     found = run_studies(
@@ -1592,7 +1671,8 @@ def cmd_predict(typed):
         studies = extract.find_studies(source, typed["group"], typed["manifest"])
         dataset = source.resolve().name
         settings, config, model = start_with_model("predict", typed)
-        folder = model.folder / f"clip_embeddings_{dataset}"
+        key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+        folder = model.folder / f"clip_embeddings_{dataset}_{key}"  # another source, another folder
         summary = extract.extract(studies, folder, extract.settings_from(typed))
         summary.print()
         if not summary.written and not summary.finished:
@@ -1603,6 +1683,7 @@ def cmd_predict(typed):
         dataset, names = settings.dataset, None
         folder = config.datasets[dataset].embedding_path
     store = open_store(folder)
+    warn_of_another_encoder(model, store)
     eids = [e for e in store.files if names is None or e in names]
     eids = eids[: settings.sample_limit or None]
     unreadable = {}
@@ -1625,6 +1706,7 @@ def cmd_embed(typed):
     """Study embeddings, one 768-vector a study, as an HDF5 file."""
     settings, config, model = start_with_model("embed", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
+    warn_of_another_encoder(model, store)
     eids = list(store.files)[: settings.sample_limit or None]
     unreadable = {}
     found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
@@ -1709,6 +1791,7 @@ def cmd_explain(typed):
     """The contribution of every video to every answer, and the published table of the top n."""
     settings, config, model = start_with_model("explain", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
+    warn_of_another_encoder(model, store)
     wanted = settings.explain_tasks or model.labels
     for label in wanted:
         if label not in model.labels:
@@ -1755,7 +1838,9 @@ def cmd_explain(typed):
         raise UserError("nothing could be explained")
     mode = f"explain_n-{settings.explain_n}.mode-{settings.explain_mode}"
     top_name = f"explanation_{settings.subset}_{settings.dataset}.{mode}.csv"
-    for name, frame in ((f"explanation_{settings.dataset}.csv", videos), (top_name, tops)):
+    suffix = "" if settings.explain_mode == "pred" else f".mode-{settings.explain_mode}"
+    video_name = f"explanation_{settings.dataset}{suffix}.csv"
+    for name, frame in ((video_name, videos), (top_name, tops)):
         with atomic_path(model.folder / name) as temporary:
             pd.DataFrame(frame).to_csv(temporary, index=False)
         print(f"wrote {model.folder / name}")
@@ -1878,8 +1963,9 @@ DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
 
 def cmd_demo(typed):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
-    folder = Path("demo")
-    weights = make_demo(folder, Settings(**typed).studies)
+    folder, settings = Path("demo"), Settings(**typed)
+    check_least(settings)
+    weights = make_demo(folder, settings.studies)
     extraction = ["--weights", weights, "--size", "112", "--n_clips", "1"]
     for line in (
         ["embed/extract.py", "videos", "--out", "embeddings", *extraction],

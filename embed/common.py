@@ -42,6 +42,23 @@ def progress(iterable=None, **options):
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
+def pick_device(name=""):
+    """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
+    import torch
+
+    if not name:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device(f"cuda:{rank % torch.cuda.device_count()}")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} is not to be had here; cpu always is") from error
+    return device
+
+
 def sha256_file(path):
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as f:
@@ -88,8 +105,11 @@ def run_main(main, program):
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a path that cannot be read or written: it names itself
+        print(f"{program}: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -41,7 +41,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from embed import __version__
-from embed.common import Parser, UserError, atomic_path, progress, run_main
+from embed.common import Parser, UserError, atomic_path, pick_device, progress, run_main
 from embed.panecho import MEAN, STD, clip_planes, load_panecho
 from embed.studies import Claims, find_studies, own_first, shard_from
 from embed.video import Sampling, SourceGone, VideoError
@@ -268,26 +268,28 @@ def write_study(path, videos, attributes):
         f.attrs.update(attributes)
 
 
-def is_finished(path, attributes, redo):
-    """Whether a study's file is there; UserError when it was made in another way and not `redo`."""
-    if not path.exists():
-        return False
+def finished_study(path, study, attributes, redo):
+    """What a study's file says was skipped, a list of (video, reason); None when it is to be made.
+
+    It is to be made when it is not there, damaged, or of other videos than the study has now.
+    UserError when it was made in another way and not `redo`.
+    """
     try:
         with h5py.File(path, "r") as f:
             found = dict(f.attrs)
-    except OSError as error:
-        if redo:
-            return False
-        raise UserError(f"{path} is not a readable HDF5 file; delete it, or --redo") from error
+            videos, skipped = f["videos"].asstr()[:].tolist(), f["skipped"].asstr()[:].tolist()
+    except (OSError, KeyError):
+        return None
     for name, value in attributes.items():
         if name not in ("version", "weights") and found.get(name) != value:
             if redo:
-                return False
+                return None
             raise UserError(
-                f"{path} was made with {name} = {found.get(name)}, not {value}; choose another "
-                "--out, or --redo to make such files anew"
+                f"{path} was made with {name} = {found.get(name)}, not {value}; use another folder "
+                "for the embeddings, or --redo to make such files anew"
             )
-    return True
+    now = set(study.videos) | set(study.missing)
+    return skipped if {*videos, *(video for video, _ in skipped)} == now else None
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -351,8 +353,11 @@ class Run:
                 yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        if is_finished(study_path(self.out, study), self.attributes, self.redo):
+        path = study_path(self.out, study)
+        skipped = finished_study(path, study, self.attributes, self.redo)
+        if skipped is not None:
             self.summary.finished.append(study.name)
+            self.summary.skipped += [(study.name, *row) for row in skipped]
             self.claims.give_back(study.name)
             bar.update(len(study.videos))
             return
@@ -409,16 +414,9 @@ class Run:
             f.write(text.getvalue() if f.tell() else ",".join(LOG_COLUMNS) + "\n" + text.getvalue())
 
 
-def default_device():
-    """CUDA when there is one (torchrun's local rank picks which), else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-
-
 def default_batch(device, size):
     """Images a batch: many on a GPU; on a CPU so few that their activations stay in the cache."""
-    return 256 if device.startswith("cuda") else min(32, max(1, 8 * 224**2 // size**2))
+    return 256 if torch.device(device).type == "cuda" else min(32, max(1, 8 * 224**2 // size**2))
 
 
 def attributes_of(settings, digest):
@@ -446,7 +444,7 @@ def extract(studies, out, settings):
     What is finished is left alone, so that a run which was stopped goes on where it was. Several
     workers may share `out`: each begins with its own share and then does what others left.
     """
-    device = settings.device or default_device()
+    device = pick_device(settings.device)
     index, count = shard_from(settings.shard)
     model, digest = load_panecho(settings.weights, settings.sampling.clip_len)
     if settings.weights == "random":
@@ -518,7 +516,8 @@ def add_options(parser):
 
 def settings_from(typed):
     """Parsed options (a dict) -> Settings; UserError for a number that makes no sense."""
-    for name, least in (("n_clips", 1), ("clip_len", 1), ("size", 32), ("augment", 0)):
+    limits = {"n_clips": 1, "clip_len": 1, "size": 32, "augment": 0, "workers": 0, "image_batch": 0}
+    for name, least in limits.items():
         if typed.get(name, least) < least:
             raise UserError(f"--{name} must be {least} or more, not {typed[name]}")
     sampling = Sampling(

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import urllib.error
 import urllib.request
 import zlib
@@ -389,10 +388,10 @@ def read_weights(path):
     """The full model's state dict in a published weights file, read without running its code."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
         raise WeightsError(
             f"{path} is not a PanEcho weights file that can be read safely: "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error).splitlines() or [''])[0]}"
         ) from error
     state = saved.get("weights") if isinstance(saved, dict) else None
     if not isinstance(state, dict):

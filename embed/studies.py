@@ -44,7 +44,8 @@ def find_studies(source, group="folder", manifests=()):
     if manifests:
         files = {}
         for manifest in manifests:
-            for study, path in read_manifest(Path(manifest), source):
+            for study, path in read_manifest(Path(manifest), source.resolve()):
+                path = Path(os.path.normpath(path))
                 files.setdefault(study, []).append(path)
         return [study_of(name, paths) for name, paths in sorted(files.items())]
     videos = find_videos(source)

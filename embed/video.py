@@ -427,7 +427,8 @@ def sector_mask(frames, boxes):
             x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
             inside[y0:y1, x0:x1] = 1
         moving &= inside
-    moving = cv2.morphologyEx(moving, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+    # Thin lines such as an ECG go first, so that they do not join what lies beyond to the sector.
+    moving = cv2.morphologyEx(moving, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     joined = cv2.morphologyEx(moving, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
     count, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
     if count < 2:

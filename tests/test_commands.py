@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, normal, recorded, relative_error, rule_weights, write_embeddings
 from sklearn.metrics import roc_auc_score
 from test_study_model import N_VIDEOS, by_rule
+from test_video import moving_square, write_dicom
 
 import echofocus as ef
 
@@ -260,6 +261,22 @@ def test_predict_from_dicom(cohort, cli):
     assert 0 < table["finding"] < 1
 
 
+def test_predictions_of_two_folders_of_one_name(cohort, cli):
+    """A second source whose folders are called alike gets its own predictions."""
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    for hospital in ("a", "b"):
+        (cohort / hospital / "dicom").mkdir(parents=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), cohort / "a" / "dicom" / "1.dcm")
+    write_dicom(cohort / "b/dicom/1.dcm", moving_square()[..., ::-1].copy(), "RGB")
+    options = ("--weights", "random", "--size", "56", "--n_clips", "1")
+    found = []
+    for hospital in ("a", "b"):
+        line = ("predict", "--videos", f"{hospital}/dicom", "--out", f"{hospital}.csv")
+        assert cli(*line, *options)[0] == 0
+        found.append(pd.read_csv(f"{hospital}.csv")["finding"][0])
+    assert found[0] != found[1]
+
+
 def edit_config(**changes):
     config = json.loads(Path("config.json").read_text())
     config["task"]["defect"].update(changes)
@@ -294,6 +311,19 @@ MISTAKES = {
         lambda: edit_config(settings={"epoch_lim": "ten"}),
         "'epoch_lim' must be a number, not",
     ),
+    "no training option": (
+        lambda: edit_config(settings={"dataset": "site"}),
+        "unknown key 'dataset'",
+    ),
+    "id as label": (lambda: edit_config(task_labels=["pid"]), "cannot be labels"),
+    "bad range": (
+        lambda: edit_config(valid_range={"finding": "0"}),
+        "valid_range of finding: [low, high]",
+    ),
+    "column twice": (
+        bad_labels(lambda t: t.assign(**{"eid ": t["eid"]})),
+        "labels.csv has two columns 'eid'",
+    ),
     "label twice": (lambda: edit_config(task_labels=["finding", "finding "]), "none twice"),
     "no table": (lambda: edit_config(label_path="other.csv"), "no label table other.csv"),
     "not JSON": (
@@ -318,7 +348,10 @@ def test_wrong_options(cohort, cli):
     for line, message in (
         (["train", "--task", "defects"], "no task defects; did you mean defect"),
         (["train", "--split", "50,50"], "three percentages"),
-        (["train", "--clip-dropout", "1"], "--clip_dropout must be in [0, 1)"),
+        (["train", "--clip-dropout", "1"], "--clip_dropout must be below 1"),
+        (["train", "--learning-rate", "nan"], "--learning_rate must be"),
+        (["train", "--batch_number", "0"], "--batch_number must be 1 or more"),
+        (["train", "--device", "gpu"], "--device gpu is not to be had here"),
         (["evaluate"], "no trained model"),
         (["evaluate", "--model_name", "defekt"], "no trained model trained_models/defekt"),
     ):
@@ -349,6 +382,25 @@ def test_odd_label_values_are_counted(cohort, cli):
     assert status == 0
     assert "finding: 1 values are no numbers" in out and "finding: 1 values are not 0 or 1" in out
     assert "58 studies" in out
+
+
+def test_what_is_no_checkpoint_is_refused(cohort, cli):
+    folder = cohort / "trained_models" / "text"
+    folder.mkdir(parents=True)
+    for content in (b"hello", b"", b"PK\x03\x04 broken"):
+        (folder / "best_checkpoint.pt").write_bytes(content)
+        status, _, err = cli("predict", "--model_name", "text")
+        assert status == 1 and "best_checkpoint.pt cannot be read safely" in err
+        assert err.count("\n") == 1
+
+
+def test_wrong_width_and_unwritable_output(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    write_embeddings(cohort / "emb", "1003", normal(0, 2, 3, 512))
+    status, out, _ = cli("predict")
+    assert status == 0 and "expected (clips, 768)" in out
+    status, _, err = cli("predict", "--out", cohort / "emb")
+    assert status == 1 and "Is a directory" in err and err.count("\n") == 1
 
 
 def test_malicious_checkpoint_is_refused(cohort, cli):
@@ -445,6 +497,10 @@ def test_start_from_another_model(cohort, cli):
     assert cli("predict", "--model_name", "next")[0] == 0
     after = pd.read_csv("trained_models/next/predictions_site.csv")
     np.testing.assert_allclose(after["finding"], before["finding"], atol=1e-3)
+    split = pd.read_csv("trained_models/next/split.csv", dtype=str)
+    parent = pd.read_csv("trained_models/defect/split.csv", dtype=str)
+    known = parent["pid"][parent["fold"] != "test"]
+    assert set(split["pid"][split["fold"] == "seen"]) == set(known)
     status, _, err = cli("train", "--task", "defect", *options, "--encoder_depth", "3")
     assert status == 1 and "--init_from has encoder_depth = 1, not 3" in err
 
@@ -456,6 +512,12 @@ def test_run_record_and_changes_on_resume(cohort, cli):
     assert sum(record["studies"].values()) == 60
     status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "2", "--learning_rate", "5e-4")
     assert status == 0 and "changed on resume: learning_rate = 0.0005, was 0.001" in out
+    assert pd.read_csv("trained_models/defect/train_losses.csv")["lr"].tolist() == [1e-3, 5e-4]
+    table = pd.read_csv("labels.csv")
+    table.loc[0, "finding"] = 1 - table.loc[0, "finding"]
+    table.to_csv("labels.csv", index=False)
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "3")
+    assert status == 1 and "label table has changed" in err
 
 
 def test_half_precision_is_close(cohort, cli):

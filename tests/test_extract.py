@@ -81,6 +81,13 @@ def test_extract(source, tmp_path, cli):
     status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
     assert status == 0 and "1 studies extracted, 1 already there" in text
     assert (out / "A_1.hdf5").stat().st_mtime_ns == before
+    # A study that has got another video, and a damaged file, are made again.
+    shutil.copy(source / "A_1" / "x.dcm", source / "A_1" / "z.dcm")
+    (out / "B.hdf5").write_bytes(b"damaged")
+    status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
+    assert status == 0 and "2 studies extracted, 0 already there" in text
+    with h5py.File(out / "A_1.hdf5") as f:
+        assert len(f["videos"]) == 4
     status, _, error = cli(source, "--out", out, *OPTIONS[:4], main=extract.main)
     assert status == 1 and "n_clips = 3, not 16" in error and "Traceback" not in error
 
