@@ -28,6 +28,8 @@ import sys
 import time
 import zlib
 from argparse import SUPPRESS
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
@@ -89,6 +91,9 @@ class Settings:
 
     seed: int = option(0, "of the split, the order and the dropout", "train")
     split: str = option("64,16,20", "percent of patients to train,val,test", "train")
+    checkpoint_minutes: float = option(
+        10, "between checkpoints within an epoch; 0: after every step", "train", least=0
+    )
     n_folds: int = option(0, "cross-validation instead of --split; 0: none", "train")
     fold: int = option(0, "of --n_folds: the test fold; the next one validates", "train")
     first_study_only: bool = option(
@@ -561,7 +566,7 @@ class UnreadableStudy(Exception):
 class Bag:
     """A study's clip embeddings."""
 
-    embeddings: np.ndarray  # (V, C, D) float32
+    embeddings: np.ndarray  # (V, C, D) float32, or float16 from a pack of that
     videos: list[str]  # (V,) names, no absolute paths
 
 
@@ -650,6 +655,10 @@ class EmbeddingFolder:
             copies = f["augmented"][:] if "augmented" in f else []
         return [first, *(Bag(copy, first.videos) for copy in copies)]
 
+    def size(self, eid):
+        """About how many clips a study has: from its file's size, since nothing is opened."""
+        return max(1, self.files[eid].stat().st_size // (4 * D))
+
     def encoder_digest(self):
         """The SHA-256 of the encoder weights, from the first file's attributes, or ''."""
         try:
@@ -675,7 +684,11 @@ def is_stale(packed, folder):
 
 
 class PackedEmbeddings:
-    """A dataset in one file, read through a memory map; see `cmd_pack` for its format."""
+    """A dataset in one file; see `cmd_pack` for its format.
+
+    Read by position (pread): threads share the handle, and pages of the file do not count as
+    memory of the process, as those of a memory map would.
+    """
 
     def __init__(self, path):
         self.path = path
@@ -684,15 +697,22 @@ class PackedEmbeddings:
         self.files, self.unreadable = {}, {}
         for line in read_index(path):
             (self.unreadable if "reason" in line else self.files)[line["eid"]] = line
-        self.map = np.memmap(path / "embeddings.bin", self.dtype, "r")
+        self.file = open(path / "embeddings.bin", "rb", buffering=0)  # noqa: SIM115 - for reads
 
     def read(self, eid, rng=None):
-        """As EmbeddingFolder.read; nothing is checked again, `pack` has done it."""
+        """As EmbeddingFolder.read; numbers are not checked again, `pack` has done it."""
         line = self.files[eid]
-        copies, V, C, D = line["shape"]
-        at = line["offset"] // self.dtype.itemsize + draw_copy(rng, copies - 1) * V * C * D
-        flat = np.array(self.map[at : at + V * C * D], dtype=np.float32)
-        return Bag(flat.reshape(V, C, D), line["videos"])
+        copies, *shape = line["shape"]
+        bag = np.empty(shape, self.dtype)
+        at = line["offset"] + draw_copy(rng, copies - 1) * bag.nbytes
+        if os.preadv(self.file.fileno(), [bag], at) != bag.nbytes:
+            raise UnreadableStudy(f"{self.path.name} ends before study {eid}: run pack again")
+        return Bag(bag, line["videos"])
+
+    def size(self, eid):
+        """Clips of a study."""
+        _, V, C, _ = self.files[eid]["shape"]
+        return V * C
 
     def encoder_digest(self):
         return self.digest
@@ -820,40 +840,75 @@ class Batch:
     """Some studies' clips, one after the other: no padding."""
 
     eids: list[str]
-    tokens: torch.Tensor  # (N, D)
+    tokens: torch.Tensor  # (N, D) float32 or float16
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
 
 
-def read_batches(store, eids, settings, unreadable, train_seed=None):
-    """Yield Batches of the studies in the order given, under the limits in `settings`.
+READERS = min(8, os.cpu_count() or 1)  # threads that read studies
+READ_AHEAD = 3  # batches read while another is computed
+WINDOW = 512  # studies between two points where results are handed on, outside training
+
+
+def plan_batches(store, eids, settings, training):
+    """Steps, each a list of batches, each a list of study ids.
+
+    A step is `settings.batch_number` studies in training. Within one, studies of like size share
+    a batch, up to the limits in `settings`; the plan depends on nothing but the studies.
+    """
+    step = settings.batch_number if training else WINDOW
+    kept = 1 - settings.clip_dropout if training else 1
+    for start in range(0, len(eids), step):
+        chunk = eids[start : start + step]
+        sizes = {eid: kept * store.size(eid) for eid in chunk}
+        batches, n = [[]], 0.0
+        for eid in sorted(chunk, key=sizes.get, reverse=True):  # the largest first: see memory soon
+            full = settings.batch_size and len(batches[-1]) == settings.batch_size
+            if batches[-1] and (full or n + sizes[eid] > settings.batch_tokens):
+                batches.append([])
+                n = 0.0
+            batches[-1].append(eid)
+            n += sizes[eid]
+        yield batches
+
+
+def read_batches(store, plan, settings, unreadable, train_seed=None):
+    """Yield a Batch for every list of study ids in `plan`, and None for None; threads read ahead.
 
     unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
     train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
     any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
     """
-    batch, n = [], 0
-    for eid in eids:
+
+    def read(eid):
         rng = None
         if train_seed is not None:
             rng = np.random.default_rng(derive_seed("study", train_seed, eid))
         try:
             bag = store.read(eid, rng)
         except UnreadableStudy as error:
-            unreadable[eid] = str(error)
-            continue
-        tokens = torch.from_numpy(bag.embeddings).flatten(0, 1)  # (V * C, D)
+            return eid, error, 0
+        tokens = bag.embeddings.reshape(-1, D)  # (V * C, D)
         if rng is not None and settings.clip_dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
-        full = settings.batch_size and len(batch) == settings.batch_size
-        if batch and (full or n + len(tokens) > settings.batch_tokens):
-            yield collate(batch)
-            batch, n = [], 0
-        batch.append((eid, tokens, len(bag.videos)))
-        n += len(tokens)
-    if batch:
-        yield collate(batch)
+        return eid, torch.from_numpy(tokens), len(bag.videos)
+
+    def collect(futures):
+        studies = [future.result() for future in futures]
+        unreadable.update((e, str(t)) for e, t, _ in studies if isinstance(t, UnreadableStudy))
+        return [study for study in studies if not isinstance(study[1], UnreadableStudy)]
+
+    ahead = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for eids in chain(plan, [()] * READ_AHEAD):
+            ahead.append(eids if eids is None else [pool.submit(read, eid) for eid in eids])
+            if len(ahead) > READ_AHEAD:
+                futures = ahead.popleft()
+                if futures is None:
+                    yield None
+                elif studies := collect(futures):
+                    yield collate(studies)
 
 
 def collate(studies):
@@ -1134,12 +1189,50 @@ def find_model_folder(name, run_id="", task=""):
 
 
 @dataclass
+class World:
+    """The processes that train together, started by torchrun; this one alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, tensor):
+        """A tensor's sum over all processes, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, thing):
+        """Every process's `thing`, in order of rank."""
+        things = [thing]
+        if self.size > 1:
+            things = [None] * self.size
+            torch.distributed.all_gather_object(things, thing)
+        return things
+
+
+def join_world(device):
+    """The World of this process; those that are not the first fall silent on standard output."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        return World()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = World(torch.distributed.get_rank(), size)
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    else:
+        print(f"{size} processes share each optimiser step")
+    return world
+
+
+@dataclass
 class Outcome:
-    """What the loop found: rows in the order in which studies were read."""
+    """What the loop found, a row a study."""
 
     eids: list[str]
     logits: np.ndarray  # (S, T) float32
-    embeddings: np.ndarray  # (S, D) float32
+    embeddings: np.ndarray  # (S, D) float32; (S, 0) in training and validation
     losses: np.ndarray  # (S,) float32; empty without targets
     n_videos: list[int]
     n_clips: list[int]
@@ -1147,64 +1240,122 @@ class Outcome:
     def __len__(self):
         return len(self.eids)
 
+    def take(self, rows):
+        """The rows of these numbers, in their order."""
+        losses = self.losses[rows] if len(self.losses) else self.losses
+        lists = ([x[i] for i in rows] for x in (self.eids, self.n_videos, self.n_clips))
+        eids, n_videos, n_clips = lists
+        return Outcome(eids, self.logits[rows], self.embeddings[rows], losses, n_videos, n_clips)
 
-def run_studies(
+
+def run_steps(
     net, store, eids, settings, *, targets=None, task_type="", optimizer=None, epoch=0,
-    unreadable=None, label="",
+    unreadable=None, label="", world=None,
 ):  # fmt: skip
-    """The one loop: every study through the net once, in the order given.
+    """The one loop: every study through the net once, in steps (`plan_batches`).
+
+    Yields (Outcome, number of studies, mean loss) of each step.
 
     targets: dict of study id to normalised labels (T,), NaN where missing. With an optimiser the
-    net is trained: a step after every `settings.batch_number` studies, on the mean of their
-    losses. All randomness comes from (settings.seed, epoch, position), none is kept.
+    net is trained: each step ends with an update on the mean of its studies' losses. The batches
+    of a step are dealt to the processes of `world`, which add up their gradients and so update
+    alike; an Outcome has the process's own studies, number and mean loss are over all processes.
+    All randomness comes from (settings.seed, epoch, study), none is kept: the rest of the studies
+    alone gives what the whole epoch gives from there on.
     """
-    training = optimizer is not None
-    unreadable = {} if unreadable is None else unreadable
+    training, world = optimizer is not None, world or World()
     device = net.ff.weight.device
-    step = settings.batch_number if training else len(eids) or 1
+    unreadable = {} if unreadable is None else unreadable
     train_seed = derive_seed(settings.seed, epoch) if training else None
-    rows = []  # (eids, logits, embeddings, losses, n_videos, n_clips) of each batch
+    steps = plan_batches(store, eids, settings, training)
+    own = ([*step[world.rank :: world.size], None] for step in steps)  # None: the step ends
+    plan = chain.from_iterable(own)
+    rows, average = [], None
     net.train(training)
-    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=not label) as bar:
-        for start in range(0, len(eids), step):
-            chunk = eids[start : start + step]
-            n_losses = 0
-            for batch in read_batches(store, chunk, settings, unreadable, train_seed):
+    quiet = not label or world.rank > 0
+    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
+        for batch in read_batches(store, plan, settings, unreadable, train_seed):
+            if batch is not None:
                 torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
-                autocast = torch.autocast(
-                    device.type, torch.bfloat16, enabled=settings.precision == "bf16"
-                )
-                with torch.set_grad_enabled(training), autocast:
-                    logits, embeddings = net(batch.tokens.to(device), batch.lengths)
-                    logits = logits.float()
-                    losses = torch.zeros(0)
-                    if targets is not None:
-                        wanted = torch.tensor(np.stack([targets[e] for e in batch.eids]))
-                        losses = study_losses(logits, wanted.float().to(device), task_type)
-                if training:
-                    losses.sum().backward()
-                n_losses += len(losses)
-                found = (t.detach().float().cpu().numpy() for t in (logits, embeddings, losses))
-                rows.append((batch.eids, *found, batch.n_videos, batch.lengths))
-                bar.update(len(batch.eids))
-            if training and n_losses:
-                for p in net.parameters():
-                    p.grad /= n_losses
-                optimizer.step()
-                optimizer.zero_grad()
-    return gather(rows, net)
+                found = run_batch(net, batch, device, settings, targets, task_type, training)
+                keep = found if targets is None else (found[0], found[1][:, :0], found[2])
+                rows.append((batch.eids, *keep, batch.n_videos, batch.lengths))
+                bar.update(len(batch.eids) if world.size == 1 else 0)
+                continue
+            outcome, rows = gather(rows, net), []
+            n, loss = len(outcome), np.nan
+            if training:
+                n, loss = update(net, optimizer, outcome.losses, world)
+                bar.update(n if world.size > 1 else 0)
+                average = loss if average is None else 0.9 * average + 0.1 * loss
+                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            yield outcome, n, loss
+
+
+def run_batch(net, batch, device, settings, targets, task_type, training):
+    """(logits, embeddings, losses) of a Batch, on the device; in training also the gradients."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    with torch.set_grad_enabled(training), autocast:
+        logits, embeddings = net(batch.tokens.to(device, non_blocking=True).float(), batch.lengths)
+        logits, losses = logits.float(), torch.zeros(0)
+        if targets is not None:
+            wanted = torch.tensor(np.stack([targets[eid] for eid in batch.eids]))
+            losses = study_losses(logits, wanted.float().to(device), task_type)
+    if training:
+        losses.sum().backward()
+    return logits.detach(), embeddings.detach().float(), losses.detach()
+
+
+def update(net, optimizer, losses, world):
+    """One optimiser step on the mean gradient over the studies of all processes.
+
+    Returns their number and mean loss. A process that had no study adds zeros.
+    """
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
+    about = torch.tensor([len(losses), losses.sum(dtype=np.float64)], device=gradients[0].device)
+    about = about.to(gradients[0].dtype)
+    if world.size > 1:
+        flat = world.sum(torch.cat([g.flatten() for g in (*gradients, about)]))
+        *parts, about = flat.split([g.numel() for g in (*gradients, about)])
+        gradients = [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
+    n, loss = about.tolist()
+    if n:
+        for p, gradient in zip(net.parameters(), gradients, strict=True):
+            p.grad = gradient.div_(n)
+        optimizer.step()
+    optimizer.zero_grad()
+    return int(n), loss / max(n, 1)
+
+
+def run_studies(net, store, eids, settings, world=None, **options):
+    """All of `run_steps`: one Outcome with a row for every readable study, in the order given."""
+    steps = run_steps(net, store, eids, settings, world=world, **options)
+    return merged([outcome for outcome, _, _ in steps], eids, net, world)
+
+
+def merged(outcomes, eids, net, world=None):
+    """Outcomes of several steps and processes as one, in the order of `eids`."""
+    outcomes = chain(*(world or World()).gather(outcomes))
+    found = gather([[getattr(x, f.name) for f in fields(x)] for x in outcomes], net)
+    place = {eid: i for i, eid in enumerate(eids)}
+    return found.take(sorted(range(len(found)), key=lambda i: place[found.eids[i]]))
 
 
 def gather(rows, net):
+    """Rows as `Outcome` has them, of tensors or arrays -> one Outcome."""
     if not rows:
-        n_labels = net.ff.out_features
-        return Outcome([], np.zeros((0, n_labels)), np.zeros((0, D)), np.zeros(0), [], [])
-    eids, logits, embeddings, losses, n_videos, n_clips = zip(*rows, strict=True)
+        n_labels = len(net.query_tokens[0]) if net.kind == "multiquery" else net.ff.out_features
+        return Outcome([], np.zeros((0, n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
+    eids, *arrays, n_videos, n_clips = zip(*rows, strict=True)
+    logits, embeddings, losses = (
+        np.concatenate([x.cpu().numpy() if torch.is_tensor(x) else x for x in column])
+        for column in arrays
+    )
     return Outcome(
         list(chain(*eids)),
-        np.concatenate(logits),
-        np.concatenate(embeddings),
-        np.concatenate(losses),
+        logits,
+        embeddings,
+        losses,
         list(chain(*n_videos)),
         list(chain(*n_clips)),
     )
@@ -1223,6 +1374,7 @@ def report_unreadable(unreadable):
 
 def cmd_train(typed):
     """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
+    world = join_world(pick_device(typed.get("device", "")))
     config = read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
     settings = resolve_settings("train", typed, config)
@@ -1242,7 +1394,7 @@ def cmd_train(typed):
         folds = keep_apart(folds, table, begun_from)
     print_folds(table, folds, task)
 
-    run = Training(folder, settings, task, store, table, folds, begun_from)
+    run = Training(folder, settings, task, store, table, folds, begun_from, world)
     run.begin()
     while not run.finished:
         run.one_epoch()
@@ -1250,7 +1402,11 @@ def cmd_train(typed):
         f"best validation loss {run.best:.4f} after epoch {run.best_epoch} of {run.epoch}; the "
         f"model is {folder}"
     )
+    for unreadable in world.gather(run.unreadable):
+        run.unreadable |= unreadable
     report_unreadable(run.unreadable)
+    if world.size > 1:
+        torch.distributed.destroy_process_group()
 
 
 def adopt_architecture(settings, net, typed):
@@ -1352,12 +1508,23 @@ def start_from(net, labels, begun_from):
     print(f"starting from {begun_from.folder.name}: {len(both)} heads kept, {len(fresh)} fresh")
 
 
+@dataclass
+class Position:
+    """How far an epoch is, as a checkpoint within it holds."""
+
+    studies: int = 0  # of the epoch's order
+    losses: float = 0.0  # their sum
+    n: int = 0  # how many of them could be read
+    seconds: float = 0.0
+
+
 class Training:
     """A run: its state is what the last checkpoint holds, so that it can go on from there."""
 
-    def __init__(self, folder, settings, task, store, table, folds, begun_from=None):
+    def __init__(self, folder, settings, task, store, table, folds, begun_from=None, world=None):
         self.folder, self.settings, self.task, self.store = folder, settings, task, store
         self.table, self.folds, self.begun_from = table, folds, begun_from
+        self.world = world or World()
         self.labels_sha256 = hashlib.sha256(table.to_csv().encode()).hexdigest()
         self.eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
         for fold in ("train", "val"):
@@ -1388,6 +1555,7 @@ class Training:
             self.optimizer, patience=3, factor=0.5
         )
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
+        self.position = Position()
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
@@ -1422,9 +1590,14 @@ class Training:
     def begin(self):
         """Resume from the last checkpoint, or start: split and settings are written first."""
         path = self.folder / "last_checkpoint.pt"
-        if path.is_file():
+        resumed = path.is_file()
+        if resumed:
             self.resume(path)
-        else:
+        if len(set(self.world.gather((self.epoch, self.position.studies)))) > 1:
+            raise UserError(f"the processes see different files at {path}: is the folder shared?")
+        if self.world.rank:
+            return
+        if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.table, self.folds, self.begun_from)
         with atomic_path(self.folder / "train_args.csv") as temporary:
@@ -1436,6 +1609,7 @@ class Training:
             "labels_sha256": self.labels_sha256,
             "encoder_sha256": self.store.encoder_digest(),
             "device": str(self.net.ff.weight.device),
+            "processes": self.world.size,
             "versions": {"echofocus": __version__, "torch": torch.__version__}
             | {"numpy": np.__version__, "python": platform.python_version()},
         }
@@ -1455,7 +1629,9 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate
         self.history = [list(row) for row in saved["perf_log"]]
-        print(f"resuming {self.folder} after epoch {self.epoch}")
+        self.position = Position(**saved.get("position", {}))
+        begun = f" and {self.position.studies} studies" if self.position.studies else ""
+        print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
 
     def refuse_changes(self, before):
         """What a resumed run may not change: its model, labels, and any patient's fold."""
@@ -1488,21 +1664,30 @@ class Training:
 
     def one_epoch(self):
         """Train on every study once, validate, write checkpoints, history and curves."""
-        began, number = time.time(), self.epoch + 1
+        began, number, done = time.time(), self.epoch + 1, self.position
+        before, saved = done.seconds, time.time()
         rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
         order = [self.eids["train"][i] for i in rng.permutation(len(self.eids["train"]))]
-        common = dict(targets=self.targets, task_type=self.task.type, unreadable=self.unreadable)
-        train = run_studies(
-            self.net, self.store, order, self.settings, optimizer=self.optimizer,
+        common = dict(targets=self.targets, task_type=self.task.type)
+        common |= dict(unreadable=self.unreadable, world=self.world)
+        for _, n, loss in run_steps(
+            self.net, self.store, order[done.studies :], self.settings, optimizer=self.optimizer,
             epoch=number, label=f"epoch {number}", **common,
-        )  # fmt: skip
+        ):  # fmt: skip
+            done.studies = min(done.studies + self.settings.batch_number, len(order))
+            done.n, done.losses = done.n + n, done.losses + n * loss
+            if time.time() - saved >= 60 * self.settings.checkpoint_minutes:
+                done.seconds = before + time.time() - began
+                self.save_checkpoint("last")
+                saved = time.time()
         val = run_studies(self.net, self.store, self.eids["val"], self.settings, **common)
-        if not len(train) or not len(val):
+        if not done.n or not len(val):
             report_unreadable(self.unreadable)
             raise UserError("no study of the training or validation fold can be read")
         rate = self.optimizer.param_groups[0]["lr"]
-        row = [number, float(train.losses.mean()), float(val.losses.mean()), rate]
-        self.history.append([*row, time.time() - began])
+        row = [number, done.losses / done.n, float(val.losses.mean(dtype=np.float64)), rate]
+        self.history.append([*row, before + time.time() - began])
+        self.position = Position()
         self.scheduler.step(row[2])
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
@@ -1524,17 +1709,20 @@ class Training:
         text = f"{np.mean(found):.3f}" if found else "not defined"
         return f"{'mean ' if len(found) > 1 else ''}{name.replace('_', ' ')} {text}"
 
-    def save(self):
-        """Checkpoints (best first: last says that the epoch is done), history and curves."""
+    def save_checkpoint(self, name):
+        """Write <name>_checkpoint.pt; the first process does it for all."""
+        if self.world.rank:
+            return
         state = {
             "model_state_dict": self.net.state_dict(),
             "perf_log": self.history,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict(),
             "input_norm_dict": self.scaling,
-            "numpy_random_state": None,  # every draw is derived from the seed and the epoch
+            "numpy_random_state": None,  # every draw is derived from the seed, epoch and study
             "torch_random_state": None,
             "cuda_random_state": None,
+            "position": asdict(self.position),
             "echofocus": self.portable_settings()
             | {
                 "version": __version__,
@@ -1546,10 +1734,16 @@ class Training:
                 "unlearnt": self.unlearnt,
             },
         }
-        names = ["best", "last"] if self.stale == 0 else ["last"]
-        for name in names:
-            with atomic_path(self.folder / f"{name}_checkpoint.pt") as temporary:
-                torch.save(state, temporary)
+        with atomic_path(self.folder / f"{name}_checkpoint.pt") as temporary:
+            torch.save(state, temporary)
+
+    def save(self):
+        """Checkpoints (best first: last says that the epoch is done), history and curves."""
+        if self.stale == 0:
+            self.save_checkpoint("best")
+        self.save_checkpoint("last")
+        if self.world.rank:
+            return
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
         history = pd.DataFrame(self.history, columns=columns)
         with atomic_path(self.folder / "train_losses.csv") as temporary:

@@ -427,7 +427,7 @@ def test_training_draws_from_transformed_copies(cohort):
     shifts = [round(float((bag - plain).mean())) for bag in drawn]
     assert set(shifts) == {0, 1, 2}
     settings = ef.Settings(clip_dropout=0.5)
-    (batch,) = ef.read_batches(store, ["1000", "1001"], settings, {}, train_seed=1)
+    (batch,) = ef.read_batches(store, [["1000", "1001"]], settings, {}, train_seed=1)
     assert sum(batch.lengths) == len(batch.tokens) < 4 * sum(batch.n_videos)
 
 
