@@ -31,6 +31,7 @@ from argparse import SUPPRESS
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -668,6 +669,12 @@ class EmbeddingFolder:
             return ""
 
 
+def listing_digest(store, eids):
+    """SHA-256 of the studies' ids and sizes: tells which data was used, without reading it all."""
+    listing = "\n".join(f"{eid} {store.size(eid)}" for eid in eids)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
 def draw_copy(rng, copies):
     """0 for the plain embeddings, or the number of a transformed copy; always 0 without rng."""
     return int(rng.integers(copies + 1)) if rng is not None and copies else 0
@@ -892,7 +899,7 @@ def read_batches(store, plan, settings, unreadable, train_seed=None):
         if rng is not None and settings.clip_dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
-        return eid, torch.from_numpy(tokens), len(bag.videos)
+        return eid, tokens, len(bag.videos)
 
     def collect(futures):
         studies = [future.result() for future in futures]
@@ -913,7 +920,8 @@ def read_batches(store, plan, settings, unreadable, train_seed=None):
 
 def collate(studies):
     eids, tokens, n_videos = zip(*studies, strict=True)
-    return Batch(list(eids), torch.cat(tokens), [len(t) for t in tokens], list(n_videos))
+    lengths = [len(t) for t in tokens]
+    return Batch(list(eids), torch.from_numpy(np.concatenate(tokens)), lengths, list(n_videos))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1217,13 +1225,42 @@ def join_world(device):
         return World()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    world = World(torch.distributed.get_rank(), size)
+    world = World(int(os.environ["RANK"]), size)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
+    )
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     else:
         print(f"{size} processes share each optimiser step")
     return world
+
+
+def meeting_point(world):
+    """Where torchrun's processes find each other: a store of the first process's own.
+
+    torchrun's store outlives a restart and still holds the addresses of the processes that died;
+    whoever reads such an address fails to connect and asks again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    board = torch.distributed.TCPStore(host, port, is_master=False)
+    if world.rank == 0:
+        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        board.set("echofocus", str(store.port))
+        return {"store": store, "rank": 0, "world_size": world.size}
+    for _ in range(100):
+        try:
+            address = host, int(board.get("echofocus"))
+            store = torch.distributed.TCPStore(
+                *address, is_master=False, timeout=timedelta(seconds=5)
+            )
+        except torch.distributed.DistError:
+            time.sleep(0.5)
+            continue
+        store.set_timeout(timedelta(minutes=30))
+        return {"store": store, "rank": world.rank, "world_size": world.size}
+    raise UserError(f"process {world.rank} cannot reach the first process at {host}")
 
 
 @dataclass
@@ -1597,6 +1634,8 @@ class Training:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if self.world.rank:
             return
+        for left in self.folder.glob(".*.tmp.*"):  # by a run that was killed as it wrote
+            left.unlink()
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.table, self.folds, self.begun_from)
@@ -1607,6 +1646,7 @@ class Training:
             "labels": self.task.task_labels,
             "studies": {fold: len(eids) for fold, eids in self.eids.items()},
             "labels_sha256": self.labels_sha256,
+            "embeddings_sha256": listing_digest(self.store, self.table.index),
             "encoder_sha256": self.store.encoder_digest(),
             "device": str(self.net.ff.weight.device),
             "processes": self.world.size,

@@ -46,7 +46,7 @@ def test_published_outputs_and_study_embeddings(name):
 
 
 @pytest.mark.parametrize("kind", ["standard", "query", "multiquery"])
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_equals_torch_modules(kind, depth):
     """Packed studies and the shortened last layer against torch's modules, a study at a time."""
     net = by_rule(n_labels=4, kind=kind, depth=depth)

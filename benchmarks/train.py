@@ -1,0 +1,327 @@
+"""Study-level training and prediction against the published way: python benchmarks/train.py
+
+A seeded cohort of random clip embeddings, written three times: as the published scripts do (one
+HDF5 group a video), as ours do (one array a study), and packed. The published way is one study at a
+time through torch's own TransformerEncoder in fp32, read from its groups. Ours runs the program's
+own loop from the pack. The ways take turns over parts of the cohort, so that a noisy machine hits
+them alike. Floors: FLOPs over the machine's own matmul rate, bytes over a plain sequential read.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import echofocus as ef
+from benchmarks.machine import describe, matmul_rate, synchronise
+from embed.common import progress
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = [f"label{i}" for i in range(22)]
+STEP = 128  # studies an optimiser step, as the released CHD model
+CLIP_DROPOUT = 0.5
+
+
+def make_cohort(folder, studies):
+    """Both layouts of embeddings, a label table and a config that names them."""
+    rng, rows = np.random.default_rng(0), []
+    (folder / "published").mkdir()
+    (folder / "ours").mkdir()
+    for i in progress(range(studies), desc="cohort", unit="study"):
+        eid, n = f"{10000 + i}", int(rng.integers(20, 91))
+        bag = rng.standard_normal((n, 16, 768), dtype=np.float32)
+        names = [f"{eid}_{k:03}.avi" for k in range(n)]
+        with h5py.File(folder / "published" / f"{eid}_trim_embed.hdf5", "w") as f:
+            for name, video in zip(names, bag, strict=True):
+                f[f"lab-share/site/{eid}_trim/{name}/emb"] = video
+        with h5py.File(folder / "ours" / f"{eid}.hdf5", "w") as f:
+            f["embeddings"] = bag
+            f.create_dataset("videos", data=names, dtype=h5py.string_dtype())
+        rows.append([f"P{i}", eid, *(rng.random(len(LABELS)) < 0.3).astype(int)])
+    pd.DataFrame(rows, columns=["pid", "eid", *LABELS]).to_csv(folder / "labels.csv", index=False)
+    task = {"task_labels": LABELS, "label_path": "labels.csv", "type": "binary"}
+    datasets = {name: {"embedding_path": name} for name in ("published", "ours")}
+    (folder / "config.json").write_text(json.dumps({"task": {"chd": task}, "dataset": datasets}))
+    pd.DataFrame(rows)[1].to_csv(folder / "eids.txt", index=False, header=False)
+    return [row[1] for row in rows]
+
+
+# ------------------------------------------------------------------------------- the published way
+
+
+class Published(nn.Module):
+    """torch's own layers under the published names; one study at a time."""
+
+    def __init__(self, depth, kind):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(768, 6, 768, 0.2, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.ff = nn.Linear(768, len(LABELS))
+        self.kind = kind
+        if kind == "query":
+            self.query_token = nn.Parameter(torch.randn(1, 1, 768) * 0.02)
+
+    def forward(self, x):  # (1, N, 768)
+        if self.kind == "query":
+            return self.ff(self.encoder(torch.cat([self.query_token, x], 1))[:, 0])
+        return self.ff(self.encoder(x).mean(1))
+
+
+def published_read(folder, eid):
+    found = []
+    with h5py.File(folder / "published" / f"{eid}_trim_embed.hdf5") as f:
+        f.visititems(lambda name, node: found.append(node[:]) if name.endswith("/emb") else None)
+    return torch.from_numpy(np.stack(found))
+
+
+def published_train(net, optimizer, folder, eids, targets, device):
+    net.train()
+    for i, eid in enumerate(eids, 1):
+        x = published_read(folder, eid).flatten(0, 1)[None].to(device)
+        x = x[:, torch.rand(x.shape[1]) >= CLIP_DROPOUT]
+        target = torch.tensor(targets[eid], dtype=torch.float32, device=device)[None]
+        loss = nn.functional.binary_cross_entropy_with_logits(net(x), target)
+        loss.backward()
+        loss.item()
+        if i % STEP == 0 or i == len(eids):
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def published_predict(net, folder, eids, device):
+    net.eval()
+    with torch.no_grad():
+        return [net(published_read(folder, e).flatten(0, 1)[None].to(device)).cpu() for e in eids]
+
+
+# ----------------------------------------------------------------------------------------- measure
+
+
+class Ways:
+    """Seconds of several ways to do the same, summed over parts of the cohort in turn."""
+
+    def __init__(self, eids, device, parts=3):
+        self.parts, self.device = np.array_split(np.array(eids), parts), device
+        self.n = len(eids)
+
+    def time(self, ways):
+        """ways: name -> function of a list of study ids; returns name -> seconds."""
+        seconds = dict.fromkeys(ways, 0.0)
+        for way in ways.values():
+            way(list(self.parts[0][:4]))  # what is done once: kernels, page cache
+        for part in self.parts:
+            for name, way in ways.items():
+                synchronise(self.device)
+                began = time.perf_counter()
+                way(list(part))
+                synchronise(self.device)
+                seconds[name] += time.perf_counter() - began
+        return seconds
+
+
+def network(depth, kind, device):
+    torch.manual_seed(0)
+    ours = ef.StudyModel(len(LABELS), kind, depth).to(device)
+    published = Published(depth, kind).to(device)
+    published.load_state_dict(ours.state_dict())
+    return ours, published
+
+
+def settings_for(precision, tokens):
+    dropout = dict(clip_dropout=CLIP_DROPOUT, batch_number=STEP)
+    return ef.Settings(precision=precision, batch_tokens=tokens, **dropout)
+
+
+def measure_compute(folder, store, eids, targets, args, ways):
+    """Seconds of training and prediction; the predictions of both are compared too."""
+    ours, published = network(args.depth, args.kind, args.device)
+    plain = torch.optim.AdamW(published.parameters(), lr=1e-4, weight_decay=0.01)
+    optimizers = {
+        p: torch.optim.AdamW(ours.parameters(), lr=1e-4, weight_decay=0.01)
+        for p in ("fp32", "bf16")
+    }
+    common = dict(targets=targets, task_type="binary")
+
+    def train(precision):
+        settings, optimizer = settings_for(precision, args.tokens), optimizers[precision]
+        return lambda part: list(
+            ef.run_steps(ours, store, part, settings, optimizer=optimizer, **common)
+        )
+
+    def predict(precision):
+        settings = settings_for(precision, args.tokens)
+        return lambda part: ef.run_studies(ours, store, part, settings)
+
+    found = predict("fp32")(eids[:8]).logits
+    expected = torch.cat(published_predict(published, folder, eids[:8], args.device)).numpy()
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    predicted = ways.time(
+        {
+            "published": lambda part: published_predict(published, folder, part, args.device),
+            "fp32": predict("fp32"),
+            "bf16": predict("bf16"),
+        }
+    )
+    trained = ways.time(
+        {
+            "published": lambda part: published_train(
+                published, plain, folder, part, targets, args.device
+            ),
+            "fp32": train("fp32"),
+            "bf16": train("bf16"),
+        }
+    )
+    return predicted, trained, error
+
+
+def measure_loading(folder, stores, ways, device):
+    settings, packed = settings_for("fp32", 4096), stores["packed"]
+
+    def ours(store):
+        def load(part):
+            for step in ef.plan_batches(store, part, settings, False):
+                for batch in ef.read_batches(store, step, settings, {}):
+                    batch.tokens.to(device)
+
+        return load
+
+    def plain(part):
+        """The same bytes, front to back."""
+        store = packed
+        ends = [store.files[e]["offset"] for e in (part[0], part[-1])]
+        left = ends[1] - ends[0] + store.files[part[-1]]["bytes"]
+        buffer = memoryview(bytearray(1 << 22))
+        with open(store.path / "embeddings.bin", "rb", buffering=0) as f:
+            f.seek(ends[0])
+            while left > 0 and (n := f.readinto(buffer)):
+                left -= n
+
+    published = lambda part: [published_read(folder, e).to(device) for e in part]  # noqa: E731
+    stores = {name: ours(store) for name, store in stores.items()}
+    return ways.time({"published": published, **stores, "sequential": plain})
+
+
+def flops_of(depth, tokens, d=768):
+    """Forward FLOPs of a study of so many clips, all tokens in every layer: the linear layers
+    (queries, keys, values, output, two of feed-forward: 12 d^2 a token) and attention (4 N d)."""
+    return depth * tokens * (12 * d**2 + 4 * tokens * d)
+
+
+def peak_of_training(folder, dataset, args):
+    """Peak memory in GB of `echofocus.py train`, one epoch, in a process of its own."""
+    line = ["train", "--dataset", dataset, "--epoch_lim", "1", "--run_id", f"{time.time_ns()}"]
+    line += ["--encoder_depth", str(args.depth), "--transformer_type", args.kind]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "echofocus.py"), *line, "--device", args.device],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"echofocus.py {' '.join(line)} failed")
+    return usage.ru_maxrss / 1e6
+
+
+def pack(folder):
+    line = [sys.executable, str(ROOT / "echofocus.py"), "pack", "--dataset", "ours"]
+    subprocess.run(line, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--studies", type=int, default=300)
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--kind", default="standard", choices=("standard", "query"))
+    parser.add_argument("--tokens", type=int, default=ef.Settings.batch_tokens)
+    parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
+    parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        eids = make_cohort(folder, args.studies)
+        peak = {} if args.no_memory else {"unpacked": peak_of_training(folder, "ours", args)}
+        pack(folder)
+        if not args.no_memory:
+            peak["packed"] = peak_of_training(folder, "ours", args)
+        table = measure(folder, eids, args)
+    table["peak_gb"] = peak
+    print("peak memory of training: " + ", ".join(f"{k} {v:.2f} GB" for k, v in peak.items()))
+    if args.json:
+        Path(args.json).write_text(json.dumps(table, indent=2))
+
+
+def measure(folder, eids, args):
+    """Measure and print everything but memory; returns it."""
+    stores = {
+        "unpacked": ef.EmbeddingFolder(folder / "ours"),
+        "packed": ef.PackedEmbeddings(folder / "ours.packed"),
+    }
+    labels = pd.read_csv(folder / "labels.csv", dtype={"eid": str}).set_index("eid")
+    targets = dict(zip(labels.index, labels[LABELS].to_numpy(float), strict=True))
+    rate = {
+        "fp32": matmul_rate(args.device, torch.float32),
+        "bf16": matmul_rate(args.device, torch.bfloat16),
+    }
+    tokens = np.mean([stores["packed"].size(e) for e in eids])
+    size = tokens * 768 * 4
+    flops = {
+        "predict": flops_of(args.depth, tokens),
+        "train": 3 * flops_of(args.depth, tokens * (1 - CLIP_DROPOUT)),
+    }
+    print(describe(args.device))
+    print(
+        f"matmul {rate['fp32'] / 1e9:.0f} GFLOP/s fp32, {rate['bf16'] / 1e9:.0f} bf16; "
+        f"{len(eids)} studies, {tokens:.0f} clips and {size / 1e6:.2f} MB a study on average; "
+        f"{flops['predict'] / 1e9:.2f} GFLOP to predict one, {flops['train'] / 1e9:.2f} to train; "
+        f"{args.kind}, depth {args.depth}, {args.tokens} clips a batch, padding 0"
+    )
+    ways = Ways(eids, args.device)
+    loading = measure_loading(folder, stores, ways, args.device)
+    predicted, trained, error = measure_compute(folder, stores["packed"], eids, targets, args, ways)
+    rows, ratios = [], {}
+    for what, seconds in (("predict", predicted), ("train", trained)):
+        for name, value in seconds.items():
+            each = value / len(eids)
+            used = flops[what] / each / rate["bf16" if name == "bf16" else "fp32"]
+            row = {"what": what, "way": name, "studies/s": 1 / each, "of matmul rate": used}
+            rows.append(row | {"ratio": seconds["published"] / value})
+            if name != "published":
+                ratios[f"{what}_{name}"] = seconds["published"] / value
+    for name, value in loading.items():
+        row = {"what": "load", "way": name, "studies/s": len(eids) / value}
+        row |= {"GB/s": size * len(eids) / value / 1e9, "ratio": loading["published"] / value}
+        rows.append(row)
+    ratios["load_packed"] = loading["published"] / loading["packed"]
+    ratios["load_unpacked"] = loading["published"] / loading["unpacked"]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format, na_rep=""))
+    print(f"predictions differ from the published way's by {error:.1e} of the largest")
+    print("ratios " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    scan = {}
+    for budget in args.scan:
+        args.tokens = budget
+        _, trained, _ = measure_compute(folder, stores["packed"], eids, targets, args, ways)
+        scan[budget] = {k: len(eids) / v for k, v in trained.items()}
+        print(
+            f"{budget} clips a batch: " + ", ".join(f"{k} {v:.1f}" for k, v in scan[budget].items())
+        )
+    return {"machine": describe(args.device), "rows": rows, "ratios": ratios, "scan": scan}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Runs that are killed, and runs of several processes, against one that was left alone."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import echofocus as ef
+
+# Batches of few clips, so that a step has several and the last one fewer than there are processes.
+LINE = ["train", "--task", "defect", "--epoch_lim", "3", "--batch_tokens", "20"]
+LINE += ["--checkpoint_minutes", "0"]
+
+
+@pytest.fixture
+def whole(cohort, cli):
+    """The checkpoint of a run that nothing disturbed."""
+    status, _, err = cli(*LINE, "--run_id", "whole")
+    assert status == 0, err
+    return ef.read_checkpoint(cohort / "trained_models" / "defect_whole" / "last_checkpoint.pt")
+
+
+def start(*line):
+    return subprocess.Popen(
+        [sys.executable, *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_new(path, process, before, seconds=120):
+    """Until the file is there and not the one of time `before`; False when the process ended."""
+    end = time.time() + seconds
+    while time.time() < end:
+        if path.exists() and path.stat().st_mtime_ns != before:
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    raise AssertionError(f"no new {path} in {seconds} s")
+
+
+def last_of(run):
+    return Path("trained_models") / run / "last_checkpoint.pt"
+
+
+def test_kill_9_at_random_moments(whole):
+    """Bit for bit the weights, optimiser and history of the run that was never stopped."""
+    path, draw = last_of("defect_killed"), random.Random(0)
+    for _ in range(3):
+        process = start(ROOT / "echofocus.py", *LINE, "--run_id", "killed")
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        if wait_for_new(path, process, before):
+            time.sleep(draw.uniform(0, 0.3))  # within a step, a write, the validation
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert torch.load(path, weights_only=True)["position"] is not None
+    process = start(ROOT / "echofocus.py", *LINE, "--run_id", "killed")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "resuming" in out, out
+    found = ef.read_checkpoint(path)
+    for name, tensor in whole["model_state_dict"].items():
+        assert torch.equal(tensor, found["model_state_dict"][name]), name
+    for i, state in whole["optimizer_state_dict"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, found["optimizer_state_dict"]["state"][i][name]), (i, name)
+    assert whole["scheduler_state_dict"] == found["scheduler_state_dict"]
+    assert [r[:4] for r in whole["perf_log"]] == [r[:4] for r in found["perf_log"]]
+    left = {p.name for p in path.parent.iterdir() if not p.name.endswith((".pdf", ".png"))}
+    names = {"best_checkpoint.pt", "last_checkpoint.pt", "split.csv", "train_losses.csv"}
+    assert left == names | {"run.json", "train_args.csv"}  # nothing half-written
+
+
+def workers_of(process):
+    """Process ids of torchrun's workers."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for workers in /proc")
+def test_several_processes_and_a_dead_worker(whole):
+    """Two processes, one of which is killed and restarted by torchrun: the losses of one."""
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1")
+    endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    options = (*LINE, "--run_id", "two", "--device", "cpu")
+    process = start(*torchrun, *endpoint, ROOT / "echofocus.py", *options)
+    path = last_of("defect_two")
+    assert wait_for_new(path, process, 0), process.communicate()[0]
+    assert wait_for_new(path, process, path.stat().st_mtime_ns)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert "2 processes share each optimiser step" in out and "resuming" in out
+    found = ef.read_checkpoint(path)
+    history = [np.array([row[:4] for row in x["perf_log"]]) for x in (whole, found)]
+    np.testing.assert_allclose(*history, rtol=1e-4)
+    assert len(pd.read_csv(path.with_name("train_losses.csv"))) == 3
+    assert out.count("best validation loss") == 1  # one process speaks
