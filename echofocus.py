@@ -28,7 +28,7 @@ import sys
 import time
 import zlib
 from argparse import SUPPRESS
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
@@ -569,6 +569,10 @@ class Bag:
 
     embeddings: np.ndarray  # (V, C, D) float32, or float16 from a pack of that
     videos: list[str]  # (V,) names, no absolute paths
+    made: dict = field(default_factory=dict)  # MADE_WITH of its file, where it says so
+
+
+MADE_WITH = ("weights_sha256", "clip_len", "size", "mask")  # attributes that decide what a clip is
 
 
 def open_store(path):
@@ -629,6 +633,7 @@ class EmbeddingFolder:
                     videos = f["videos"].asstr()[:].tolist()
                 else:
                     arrays, videos = read_published(f)
+                made = {name: plain(f.attrs[name]) for name in MADE_WITH if name in f.attrs}
         except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
             raise UnreadableStudy(f"{self.files[eid].name}: {error}") from error
         if len(arrays) == 0:
@@ -642,7 +647,7 @@ class EmbeddingFolder:
         if len(videos) != len(arrays):
             raise UnreadableStudy(f"{self.files[eid].name}: videos and embeddings differ in number")
         try:
-            bag = Bag(np.asarray(arrays, dtype=np.float32), videos)
+            bag = Bag(np.asarray(arrays, dtype=np.float32), videos, made)
         except ValueError as error:
             raise UnreadableStudy(f"{self.files[eid].name}: not numbers") from error
         if not np.isfinite(bag.embeddings).all():
@@ -654,7 +659,7 @@ class EmbeddingFolder:
         first = self.read(eid)
         with h5py.File(self.files[eid], "r") as f:
             copies = f["augmented"][:] if "augmented" in f else []
-        return [first, *(Bag(copy, first.videos) for copy in copies)]
+        return [first, *(Bag(copy, first.videos, first.made) for copy in copies)]
 
     def size(self, eid):
         """About how many clips a study has: from its file's size, since nothing is opened."""
@@ -667,6 +672,11 @@ class EmbeddingFolder:
                 return str(f.attrs.get("weights_sha256", ""))
         except OSError:
             return ""
+
+
+def plain(value):
+    """An HDF5 attribute as a Python number or text."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def listing_digest(store, eids):
@@ -702,7 +712,7 @@ class PackedEmbeddings:
         about = json.loads((path / "pack.json").read_text())
         self.dtype, self.digest = np.dtype(about["dtype"]), about["weights_sha256"]
         self.files, self.unreadable = {}, {}
-        for line in read_index(path):
+        for line in read_lines(path / "index.jsonl"):
             (self.unreadable if "reason" in line else self.files)[line["eid"]] = line
         self.file = open(path / "embeddings.bin", "rb", buffering=0)  # noqa: SIM115 - for reads
 
@@ -714,7 +724,7 @@ class PackedEmbeddings:
         at = line["offset"] + draw_copy(rng, copies - 1) * bag.nbytes
         if os.preadv(self.file.fileno(), [bag], at) != bag.nbytes:
             raise UnreadableStudy(f"{self.path.name} ends before study {eid}: run pack again")
-        return Bag(bag, line["videos"])
+        return Bag(bag, line["videos"], line["made"])
 
     def size(self, eid):
         """Clips of a study."""
@@ -725,11 +735,11 @@ class PackedEmbeddings:
         return self.digest
 
 
-def read_index(path):
-    """The lines of a pack's index.jsonl; a last line that a killed run left broken is dropped."""
+def read_lines(path):
+    """The objects of a file of JSON lines; a last line that a killed run left broken is dropped."""
     lines = []
-    if (path / "index.jsonl").is_file():
-        for text in (path / "index.jsonl").read_text().splitlines():
+    if path.is_file():
+        for text in path.read_text().splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
@@ -763,7 +773,7 @@ def cmd_pack(typed):
     check_pack(path, dtype)
     with atomic_path(path / "pack.json") as temporary:
         temporary.write_text(json.dumps(about))
-    lines = read_index(path)
+    lines = read_lines(path / "index.jsonl")
     report_unreadable({line["eid"]: line["reason"] for line in lines if "reason" in line})
     size = (path / "embeddings.bin").stat().st_size
     print(f"packed {name}: {len(lines)} studies, {size / 1e9:.2f} GB in {path.name}")
@@ -773,7 +783,9 @@ def append_studies(path, folder, dtype):
     """Append the studies that the index does not have; a broken end is cut off first."""
     (path / "embeddings.bin").touch()
     there = (path / "embeddings.bin").stat().st_size
-    lines = [x for x in read_index(path) if x["offset"] + x.get("bytes", 0) <= there]
+    lines = [
+        x for x in read_lines(path / "index.jsonl") if x["offset"] + x.get("bytes", 0) <= there
+    ]
     lines = [x for x in lines if x["eid"] in folder.files]
     end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
     with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
@@ -791,6 +803,7 @@ def append_studies(path, folder, dtype):
                 line["reason"] = str(error)
             else:
                 line |= {"shape": block.shape, "videos": bags[0].videos, "bytes": block.nbytes}
+                line["made"] = bags[0].made
                 line["crc32"] = zlib.crc32(block.tobytes())
                 data.write(block.tobytes())
                 data.flush()  # the data first: a line says that its block is there
@@ -802,7 +815,7 @@ def append_studies(path, folder, dtype):
 def check_pack(path, dtype):
     """Read every block back and compare its CRC-32. Raises UserError."""
     data = np.memmap(path / "embeddings.bin", np.uint8, "r")
-    for line in progress(read_index(path), desc="check", unit="study"):
+    for line in progress(read_lines(path / "index.jsonl"), desc="check", unit="study"):
         if "bytes" in line:
             block = data[line["offset"] : line["offset"] + line["bytes"]]
             if zlib.crc32(block) != line["crc32"]:
@@ -854,7 +867,7 @@ class Batch:
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read studies
 READ_AHEAD = 3  # batches read while another is computed
-WINDOW = 512  # studies between two points where results are handed on, outside training
+WINDOW = 256  # studies between two points where results are handed on, outside training
 
 
 def plan_batches(store, eids, settings, training):
@@ -879,12 +892,13 @@ def plan_batches(store, eids, settings, training):
         yield batches
 
 
-def read_batches(store, plan, settings, unreadable, train_seed=None):
+def read_batches(store, plan, settings, unreadable, train_seed=None, look=None):
     """Yield a Batch for every list of study ids in `plan`, and None for None; threads read ahead.
 
     unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
     train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
     any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
+    look: called with the id and the Bag of every study that is read.
     """
 
     def read(eid):
@@ -895,6 +909,8 @@ def read_batches(store, plan, settings, unreadable, train_seed=None):
             bag = store.read(eid, rng)
         except UnreadableStudy as error:
             return eid, error, 0
+        if look:
+            look(eid, bag)
         tokens = bag.embeddings.reshape(-1, D)  # (V * C, D)
         if rng is not None and settings.clip_dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
@@ -924,6 +940,54 @@ def collate(studies):
     return Batch(list(eids), torch.from_numpy(np.concatenate(tokens)), lengths, list(n_videos))
 
 
+def describe_input(store, eids, n=64):
+    """What a model is trained on: MADE_WITH of the files, and the norms of their clip embeddings.
+
+    Returns the attributes that all of `n` studies share, and mean and standard deviation of the
+    studies' mean norms (the checks of `InputCheck`).
+    """
+    bags = []
+    for eid in sorted(eids, key=lambda eid: derive_seed("input", eid))[:n]:
+        try:
+            bags.append(store.read(eid))
+        except UnreadableStudy:
+            continue
+    if not bags:
+        return {}
+    shared = {k: v for k, v in bags[0].made.items() if all(b.made.get(k) == v for b in bags)}
+    norms = [mean_norm(bag) for bag in bags]
+    return shared | {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
+
+
+def mean_norm(bag):
+    return float(np.linalg.norm(bag.embeddings.astype(np.float32), axis=2).mean())
+
+
+class InputCheck:
+    """Collects in what a study does not look like the input that a model was trained on."""
+
+    def __init__(self, reference):
+        self.reference, self.warnings = reference, {}
+
+    def __call__(self, eid, bag):
+        said, ref = [], self.reference
+        for name in MADE_WITH:
+            if name in ref and bag.made.get(name, ref[name]) != ref[name]:
+                now, then = (str(x)[:12] for x in (bag.made[name], ref[name]))
+                said.append(f"{name} {now}, trained on {then}")
+        if "norm_mean" in ref:
+            norm, usual = mean_norm(bag), ref["norm_mean"]
+            if abs(norm - usual) > max(6 * ref["norm_sd"], 0.1 * usual):
+                said.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
+        if said:
+            self.warnings[eid] = "; ".join(said)
+
+    def report(self, model_name):
+        """A few lines on screen; the whole is in the table."""
+        for text, n in Counter(self.warnings.values()).most_common(3):
+            print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
+
+
 # -------------------------------------------------------------------------------------------- model
 
 D = 768  # numbers in a clip embedding
@@ -942,7 +1006,7 @@ class StudyModel(nn.Module):
 
     def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
         super().__init__()
-        self.kind, self.depth, self.combine = kind, depth, combine
+        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
@@ -1287,7 +1351,7 @@ class Outcome:
 
 def run_steps(
     net, store, eids, settings, *, targets=None, task_type="", optimizer=None, epoch=0,
-    unreadable=None, label="", world=None,
+    unreadable=None, label="", world=None, look=None,
 ):  # fmt: skip
     """The one loop: every study through the net once, in steps (`plan_batches`).
 
@@ -1301,7 +1365,7 @@ def run_steps(
     alone gives what the whole epoch gives from there on.
     """
     training, world = optimizer is not None, world or World()
-    device = net.ff.weight.device
+    device = next(net.parameters()).device
     unreadable = {} if unreadable is None else unreadable
     train_seed = derive_seed(settings.seed, epoch) if training else None
     steps = plan_batches(store, eids, settings, training)
@@ -1311,7 +1375,7 @@ def run_steps(
     net.train(training)
     quiet = not label or world.rank > 0
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
-        for batch in read_batches(store, plan, settings, unreadable, train_seed):
+        for batch in read_batches(store, plan, settings, unreadable, train_seed, look):
             if batch is not None:
                 torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
                 found = run_batch(net, batch, device, settings, targets, task_type, training)
@@ -1381,8 +1445,7 @@ def merged(outcomes, eids, net, world=None):
 def gather(rows, net):
     """Rows as `Outcome` has them, of tensors or arrays -> one Outcome."""
     if not rows:
-        n_labels = len(net.query_tokens[0]) if net.kind == "multiquery" else net.ff.out_features
-        return Outcome([], np.zeros((0, n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
+        return Outcome([], np.zeros((0, net.n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
     eids, *arrays, n_videos, n_clips = zip(*rows, strict=True)
     logits, embeddings, losses = (
         np.concatenate([x.cpu().numpy() if torch.is_tensor(x) else x for x in column])
@@ -1593,6 +1656,8 @@ class Training:
         )
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
+        self.thresholds = {}  # label -> probability, at the best epoch
+        self.input = describe_input(store, self.eids["train"])
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
@@ -1670,6 +1735,7 @@ class Training:
                 group["lr"] = self.settings.learning_rate
         self.history = [list(row) for row in saved["perf_log"]]
         self.position = Position(**saved.get("position", {}))
+        self.thresholds = before.get("thresholds", {})
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
 
@@ -1729,16 +1795,18 @@ class Training:
         self.history.append([*row, before + time.time() - began])
         self.position = Position()
         self.scheduler.step(row[2])
+        truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
+        predicted = readable(val.logits, self.task.task_labels, self.scaling)
+        if self.stale == 0 and self.task.type == "binary":
+            self.thresholds = youden_thresholds(truth, predicted, self.task.task_labels)
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
-            f"{self.validation_metric(val)}, lr {rate:g}"
+            f"{self.validation_metric(truth, predicted)}, lr {rate:g}"
         )
         self.save()
 
-    def validation_metric(self, val):
+    def validation_metric(self, truth, predicted):
         """The mean over labels of AUROC or of the median absolute error, as text."""
-        truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
-        predicted = readable(val.logits, self.task.task_labels, self.scaling)
         name = "auroc" if self.task.type == "binary" else "median_absolute_error"
         found = [
             label_metrics(truth[:, i], predicted[:, i], self.task.type)[name]
@@ -1771,7 +1839,9 @@ class Training:
                 "type": self.task.type,
                 "units": self.task.units,
                 "encoder_sha256": self.store.encoder_digest(),
+                "input": self.input,
                 "unlearnt": self.unlearnt,
+                "thresholds": self.thresholds,
             },
         }
         with atomic_path(self.folder / f"{name}_checkpoint.pt") as temporary:
@@ -1818,6 +1888,26 @@ def label_metrics(y, p, kind):
         "mean_absolute_error": float(np.mean(abs(y - p))) if len(y) else np.nan,
         "r2": metrics.r2_score(y, p) if len(y) > 1 else np.nan,
     }
+
+
+def youden_thresholds(truth, probabilities, labels):
+    """Label -> the probability from which on it counts as present; labels of one class have none.
+
+    The one with the largest sensitivity + specificity (Youden, Cancer 1950), halfway to the next
+    lower probability, so that rounding decides nothing. Both (S, T).
+    """
+    from sklearn.metrics import roc_curve
+
+    found = {}
+    for y, p, label in zip(truth.T, probabilities.T, labels, strict=True):
+        known = ~np.isnan(y)
+        if 0 < y[known].sum() < known.sum():
+            false_positive, true_positive, cuts = roc_curve(y[known], p[known])
+            cut = cuts[np.argmax(true_positive - false_positive)]
+            lower = p[known & (p < cut)]
+            if np.isfinite(cut) and len(lower):
+                found[label] = float((cut + lower.max()) / 2)
+    return found
 
 
 # --------------------------------------------------------------------- evaluate, predict and embed
@@ -1900,40 +1990,137 @@ def cmd_evaluate(typed):
 
 def cmd_predict(typed):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
+    refuse_other_mode(typed)
     if typed.get("videos"):
         source = Path(typed["videos"])
         studies = extract.find_studies(source, typed["group"], typed["manifest"])
-        dataset = source.resolve().name
         settings, config, model = start_with_model("predict", typed)
         key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
-        folder = model.folder / f"clip_embeddings_{dataset}_{key}"  # another source, another folder
+        name = f"{source.resolve().name}_{key}"  # another source of that name: other files
+        folder = model.folder / f"clip_embeddings_{name}"
         summary = extract.extract(studies, folder, extract.settings_from(typed))
         summary.print()
         if not summary.written and not summary.finished:
             raise UserError(f"no study in {source} has a usable video")
-        names = {s.name for s in studies}
+        wanted = sorted(s.name for s in studies)
     else:
         settings, config, model = start_with_model("predict", typed)
-        dataset, names = settings.dataset, None
-        folder = config.datasets[dataset].embedding_path
+        name, wanted = settings.dataset, None
+        folder = config.datasets[name].embedding_path
     store = open_store(folder)
     warn_of_another_encoder(model, store)
-    eids = [e for e in store.files if names is None or e in names]
-    eids = eids[: settings.sample_limit or None]
-    unreadable = {}
-    found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="predict")
-    report_unreadable(unreadable)
-    table = pd.DataFrame(
-        {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
-        | dict(zip(model.labels, model.readable(found.logits).T, strict=True))
+    eids = list(store.files) if wanted is None else [e for e in wanted if e in store.files]
+    path = Path(settings.out or model.folder / f"predictions_{name}.csv")
+    found, check = predict_studies(
+        model, store, eids[: settings.sample_limit or None], settings, path
     )
-    path = Path(settings.out or model.folder / f"predictions_{dataset}.csv")
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
-    print(table.head(10).to_string(index=False, float_format="{:.3f}".format))
-    print(f"wrote {len(table)} studies to {path}")
     if not len(found):
         raise UserError("no study could be read")
+    table = prediction_table(model, found, check)
+    with atomic_path(path) as temporary:
+        table.to_csv(temporary, index=False)
+    journal_of(path).unlink()
+    print(table.head(10).to_string(index=False, float_format="{:.3f}".format))
+    check.report(model.folder.name)
+    print(f"wrote {len(table)} studies to {path}")
+
+
+def refuse_other_mode(typed):
+    """UserError for an option that would have no effect: for videos without them, or reversed."""
+    if typed.get("videos"):
+        if typed.get("dataset"):
+            raise UserError("--videos and --dataset are two sources: give one")
+        return
+    parser = Parser()
+    extract.add_options(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if typed.get(name, default) != default:
+            raise UserError(f"--{name} is for videos: it needs --videos")
+
+
+def predict_studies(model, store, eids, settings, path):
+    """(Outcome, InputCheck) of studies, with a journal so that a stopped run goes on.
+
+    The journal, beside the table to write, has a line a window of studies (`plan_batches`), whole
+    or not at all: what is computed after a restart is computed in the same company as without.
+    """
+    journal = journal_of(path)
+    work = {"model": network_digest(model.net), "studies": listing_digest(store, eids)}
+    work |= {"precision": settings.precision, "version": __version__}
+    windows = read_journal(journal, work)
+    outcomes = [outcome_of(w) for w in windows]
+    check = InputCheck(model.made_with.get("input", {}))
+    unreadable = {}
+    for window in windows:
+        check.warnings |= window["warnings"]
+        unreadable |= window["unreadable"]
+    rest = eids[WINDOW * len(windows) :]
+    with atomic_path(journal) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in (work, *windows)))
+    with open(journal, "a") as f:
+        steps = run_steps(
+            model.net, store, rest, settings, unreadable=unreadable, label="predict", look=check
+        )
+        for number, (outcome, _, _) in enumerate(steps):
+            own = rest[WINDOW * number : WINDOW * (number + 1)]
+            window = {
+                k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(outcome).items()
+            }
+            window["embeddings"] = [[]] * len(outcome)  # not needed here
+            for name, said in (("warnings", check.warnings), ("unreadable", unreadable)):
+                window[name] = {eid: said[eid] for eid in own if eid in said}
+            f.write(json.dumps(window) + "\n")
+            f.flush()
+            outcomes.append(outcome_of(window))
+    found = merged(outcomes, eids, model.net)
+    report_unreadable(unreadable)
+    left_out = path.with_name(f"{path.stem}_left_out.csv")
+    left_out.unlink(missing_ok=True)
+    if unreadable:
+        with atomic_path(left_out) as temporary:
+            table = pd.DataFrame(unreadable.items(), columns=["eid", "reason"])
+            table.to_csv(temporary, index=False)
+        print(f"they are listed in {left_out}")
+    return found, check
+
+
+def journal_of(path):
+    return path.with_name(f".{path.name}.journal")
+
+
+def outcome_of(window):
+    """A line of the journal -> Outcome."""
+    arrays = (np.array(window[k], np.float32) for k in ("logits", "embeddings", "losses"))
+    return Outcome(window["eids"], *arrays, window["n_videos"], window["n_clips"])
+
+
+def read_journal(path, work):
+    """The whole windows of an interrupted run that did the same work; else none."""
+    lines = read_lines(path)
+    if not lines or lines[0] != work:
+        return []
+    print(f"going on after {sum(len(w['eids']) for w in lines[1:])} studies predicted before")
+    return lines[1:]
+
+
+def network_digest(net):
+    """SHA-256 of a network's parameters."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prediction_table(model, found, check):
+    """A row a study: ids and counts, a column a label (with its unit), decisions, warnings."""
+    values = model.readable(found.logits)
+    table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
+    for label, column in zip(model.labels, values.T, strict=True):
+        table[f"{label} [{unit}]" if (unit := model.units.get(label)) else label] = column
+    for label, threshold in model.made_with.get("thresholds", {}).items():
+        table[f"{label}_decision"] = (values[:, model.labels.index(label)] >= threshold).astype(int)
+    table["warning"] = [check.warnings.get(eid, "") for eid in found.eids]
+    return pd.DataFrame(table)
 
 
 def cmd_embed(typed):

@@ -62,7 +62,8 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
 
     assert cli("predict", "--model-name", "defect")[0] == 0
     predicted = pd.read_csv(folder / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
-    assert list(predicted) == ["n_videos", "n_clips", "finding"] and len(predicted) == 60
+    columns = ["n_videos", "n_clips", "finding", "finding_decision", "warning"]
+    assert list(predicted) == columns and len(predicted) == 60
     np.testing.assert_allclose(predicted.loc[saved["Echo_ID"], "finding"], probability, rtol=1e-5)
     assert (predicted["n_clips"] == 4 * predicted["n_videos"]).all()
 
@@ -211,14 +212,14 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     status, _, err = cli("predict", "--model_name", "EchoFocus_CHD", "--out", "chd.csv")
     assert status == 0, err
     table = pd.read_csv("chd.csv").set_index("eid")
-    assert list(table)[2:] == [label.strip() for label in recorded("labels.json")["chd"]]
+    assert list(table)[2:-1] == [label.strip() for label in recorded("labels.json")["chd"]]
     assert cli("predict", "--model_name", "EchoFocus_Measure", "--out", "measure.csv")[0] == 0
     values = pd.read_csv("measure.csv").set_index("eid")
     for i in range(4):
         assert table.loc[f"s{i}", "n_videos"] == N_VIDEOS[i]
         expected = 1 / (1 + np.exp(-numbers[f"A/{i}/out_f64"]))
-        assert relative_error(table.loc[f"s{i}"][2:], expected) < 1e-4
-        assert relative_error(values.loc[f"s{i}"][2:], measured["measure/out_unnorm"][i]) < 1e-4
+        assert relative_error(table.loc[f"s{i}"][2:-1], expected) < 1e-4
+        assert relative_error(values.loc[f"s{i}"][2:-1], measured["measure/out_unnorm"][i]) < 1e-4
 
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"task": {k: v for k, v in config["task"].items() if k != "chd"}})

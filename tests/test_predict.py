@@ -1,0 +1,114 @@
+"""`predict`: going on after an interruption, decisions, warnings, what is left out."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+import echofocus as ef
+
+
+@pytest.fixture
+def trained(cohort, cli):
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "2")
+    assert status == 0, err
+    return cohort
+
+
+def table(path="trained_models/defect/predictions_site.csv"):
+    return pd.read_csv(path, dtype={"eid": str}, keep_default_na=False).set_index("eid")
+
+
+def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
+    """The same table to the last bit, and what was predicted is not read again."""
+    monkeypatch.setattr(ef, "WINDOW", 8)
+    assert cli("predict", "--out", "whole.csv")[0] == 0
+    read, asked = ef.EmbeddingFolder.read, []
+
+    def stops(self, eid, rng=None):
+        asked.append(eid)
+        if len(asked) == 45:
+            raise KeyboardInterrupt
+        return read(self, eid, rng)
+
+    monkeypatch.setattr(ef.EmbeddingFolder, "read", stops)
+    status, _, err = cli("predict", "--out", "parts.csv")
+    assert status == 130 and "goes on from here" in err and not Path("parts.csv").exists()
+    status, out, err = cli("predict", "--out", "parts.csv")
+    assert status == 0 and "studies predicted before" in out, err
+    assert 60 < len(asked) < 90
+    assert Path("whole.csv").read_bytes() == Path("parts.csv").read_bytes()
+    assert not list(Path(".").glob(".*journal"))
+
+
+def test_another_models_journal_is_not_used(trained, cli, monkeypatch):
+    Path(".p.csv.journal").write_text('{"model": "another"}\n{"eids": ["1000"]}\n')
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and "predicted before" not in out and len(table("p.csv")) == 60
+
+
+def test_decisions_at_the_threshold_of_the_validation_fold(trained, cli):
+    """The cut with the largest sensitivity + specificity, found here by trying all."""
+    assert cli("predict")[0] == 0
+    saved = ef.read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["echofocus"]
+    threshold = saved["thresholds"]["finding"]
+    predicted = table()
+    decided = predicted["finding_decision"] == 1
+    assert (decided == (predicted["finding"] >= threshold)).all() and 0 < decided.mean() < 1
+    split = pd.read_csv("trained_models/defect/split.csv", dtype=str).set_index("eid")["fold"]
+    truth = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
+    val = split.index[split == "val"]
+    y, p = truth[val].to_numpy(), predicted.loc[val, "finding"].to_numpy(float)
+
+    def youden(cut):
+        return (p[y == 1] >= cut).mean() + (p[y == 0] < cut).mean()
+
+    assert youden(threshold) == pytest.approx(max(youden(cut - 1e-6) for cut in p))
+
+
+def test_input_unlike_the_training_input_is_marked_in_the_table(trained, cli):
+    with h5py.File("emb/1003.hdf5", "a") as f:
+        f["embeddings"][...] *= 3
+    status, out, _ = cli("predict")
+    assert status == 0 and "WARNING: 1 studies do not look like what defect was trained on" in out
+    warned = table()["warning"]
+    assert "norm of clip embeddings" in warned["1003"] and (warned != "").sum() == 1
+
+
+def test_another_clip_length_is_marked(cohort, cli):
+    for path in Path("emb").iterdir():
+        with h5py.File(path, "a") as f:
+            f.attrs["clip_len"] = 16
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    with h5py.File("emb/1005.hdf5", "a") as f:
+        f.attrs["clip_len"] = 32
+    for packed in (False, True):
+        if packed:
+            assert cli("pack")[0] == 0
+        assert cli("predict")[0] == 0
+        assert table()["warning"]["1005"] == "clip_len 32, trained on 16"
+
+
+def test_units_and_what_cannot_be_read(cohort, cli):
+    assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
+    Path("emb/1003.hdf5").write_bytes(b"not HDF5")
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and "1003.hdf5" in out
+    assert list(table("p.csv")) == ["n_videos", "n_clips", "size [cm]", "warning"]
+    left_out = pd.read_csv("p_left_out.csv", dtype=str)
+    assert left_out["eid"].tolist() == ["1003"] and "1003.hdf5" in left_out["reason"][0]
+
+
+def test_options_without_effect_are_refused(trained, cli):
+    status, _, err = cli("predict", "--videos", "emb", "--dataset", "site")
+    assert status == 1 and "give one" in err
+    status, _, err = cli("predict", "--mask", "sector")
+    assert status == 1 and "--mask is for videos" in err
+
+
+def test_a_model_of_one_class_in_validation_has_no_threshold():
+    truth = np.array([[0.0, 1.0], [1.0, 1.0], [np.nan, 1.0]])
+    found = ef.youden_thresholds(truth, np.array([[0.2, 0.5], [0.7, 0.6], [0.9, 0.1]]), ["a", "b"])
+    assert found == {"a": pytest.approx(0.45)}
