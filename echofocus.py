@@ -1098,7 +1098,8 @@ def own_record(saved, path):
             raise UserError(f"{path} lacks '{name}' in its 'echofocus' entry")
     if record.get("tf_combine", "avg") not in ("avg", "max"):
         raise UserError(f"{path}: its tf_combine is {ascii(record['tf_combine'])[:40]}")
-    names = [record["task"], record.get("dataset", ""), *record["labels"], *record["units"]]
+    names = [record["task"], record.get("dataset", ""), *record["labels"]]
+    names += [x for pair in record["units"].items() for x in pair]
     if any(not isinstance(x, str) or not x.isprintable() for x in names):
         raise UserError(f"{path}: its task, dataset and labels must be printable text")
     if (
@@ -1385,7 +1386,7 @@ def about_history(rows):
     try:
         losses = [(float(row[2]), int(row[0])) for row in rows]
         best, epoch = min((loss, epoch) for loss, epoch in losses if np.isfinite(loss))
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         return {}
     return {"epochs": len(losses), "best_validation_loss": best, "best_epoch": epoch}
 

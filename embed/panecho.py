@@ -325,6 +325,7 @@ def find_weights(source="panecho", show=True):
             f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
             "download the release, or --weights random to try without"
         )
+    check_source(path)
     return path
 
 

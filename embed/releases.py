@@ -71,7 +71,7 @@ def read_source(folder):
 def released(folder):
     """The registry entry that a model folder is, by its record or else its name; {} if none."""
     name = read_source(folder).get("released", folder.resolve().name)
-    return registry().get(name, {})
+    return registry().get(str(name), {})
 
 
 def check_source(path):
@@ -133,7 +133,16 @@ def fetch(url, path, show=True):
                 fcntl.flock(f, fcntl.LOCK_EX)  # workers that start together: one fetches
             if path.exists():
                 return path
-            receive(url, f, part.with_name(part.name + ".etag"), f"download {path.name}", show)
+            etag_file = part.with_name(part.name + ".etag")
+            receive(url, f, etag_file, f"download {path.name}", show)
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(part, path)  # while it is locked
+            etag_file.unlink(missing_ok=True)
+            return path
+    except WeightsError:  # too large
+        part.unlink(missing_ok=True)
+        raise
     except urllib.error.HTTPError as error:
         raise WeightsError(http_message(url, error)) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -142,14 +151,11 @@ def fetch(url, path, show=True):
     finally:
         if part.exists() and not part.stat().st_size:
             part.unlink()
-    os.replace(part, path)
-    part.with_name(part.name + ".etag").unlink(missing_ok=True)
-    return path
 
 
 def receive(url, f, etag_file, title, show):
     """Append what is missing of `url` to the open file `f`. Raises OSError and its kind."""
-    start = f.tell()
+    start = f.seek(0, os.SEEK_END)
     headers = {"Range": f"bytes={start}-"} if start else {}
     if start and etag_file.exists():
         headers["If-Range"] = etag_file.read_text()
@@ -159,12 +165,12 @@ def receive(url, f, etag_file, title, show):
     except urllib.error.HTTPError as error:
         if error.code != 416 or not start:
             raise
-        f.truncate(0)  # nothing lies beyond what we have: it is another file, so begin anew
+        f.truncate(f.seek(0))  # nothing lies beyond what we have: perhaps another file, so anew
         return receive(url, f, etag_file, title, show)
     with reply:
         if start and reply.status != 206:  # the range was ignored, or the file is another one
             start = 0
-            f.truncate(0)
+            f.truncate(f.seek(0))
         if (etag := reply.headers.get("ETag", "")).startswith('"'):
             etag_file.write_text(etag)
         else:
