@@ -159,10 +159,11 @@ def test_resume_never_mixes_two_files(server, cli, asset, change):
     elif change == "nothing beyond":  # a part as long as the file, or longer
         with open(next(ef.MODELS.glob(".*.part")), "ab") as f:
             f.write(bytes(asset.stat().st_size))
-    else:  # longer, so that a mixture would not be noticed by its length
+    else:  # with another beginning
         Server.etag = '"2"'
-        with zipfile.ZipFile("elsewhere/a.zip", "a") as archive:
-            archive.writestr("EchoFocus_CHD/more.csv", "x" * 5000)
+        with zipfile.ZipFile(asset) as a, zipfile.ZipFile("elsewhere/a.zip", "w") as b:
+            for name in sorted(a.namelist(), reverse=True):
+                b.writestr(name, a.read(name))
     status, _, err = cli("download", f"{server}/a.zip")
     assert status == 0, err
     found = json.loads(next(ef.MODELS.glob("*/source.json")).read_text())
