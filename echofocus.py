@@ -1,6 +1,8 @@
 """EchoFocus: one answer per echocardiography study from all of its videos.
 
     python echofocus.py demo                                  # the whole path on phantoms
+    python echofocus.py download EchoFocus_CHD                # a released model; --list names them
+    python echofocus.py inspect  EchoFocus_CHD                # what a model is and where it is from
     python echofocus.py train    --task chd                   # learn a task from a label table
     python echofocus.py evaluate --model_name chd             # metrics and figures on the test fold
     python echofocus.py predict  --model_name chd --videos F  # DICOM in, probabilities out
@@ -21,6 +23,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,8 +46,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embed import __version__, extract
-from embed.common import Parser, UserError, atomic_path, nearest, pick_device, progress, run_main
+from embed import __version__, extract, panecho, releases
+from embed.common import (
+    Parser,
+    UserError,
+    atomic_path,
+    nearest,
+    pick_device,
+    progress,
+    run_main,
+    sha256_file,
+)
 
 MODELS = Path("trained_models")
 FOLDS = ("train", "val", "test")
@@ -71,10 +83,12 @@ class Settings:
     """Every option. An empty text or list is found from the others; what was taken is printed."""
 
     config: str = option(
-        "", "tasks and datasets [config.json, else config-example.json]", f"{ALL} pack"
+        "", "tasks and datasets [config.json, else config-example.json]", f"{ALL} pack inspect"
     )
     model_name: str = option(
-        "", "folder in ./trained_models, or a path [train: the task; else the newest]", ALL
+        "",
+        "folder in ./trained_models, or a path [train: the task; else the newest]",
+        f"{ALL} download inspect",
     )
     dataset: str = option(
         "", "a dataset of the config [the model's, else the first]", f"{ALL} pack"
@@ -139,6 +153,15 @@ class Settings:
     )
     dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
     studies: int = option(100, "phantom studies to make", "demo", least=1)
+    source: str = option(
+        "",
+        "download: a released model, URL, archive, folder or .pt file; inspect: as --model_name",
+        "download inspect",
+        nargs="?",
+    )
+    list_: bool = option(False, "name the released models", "download", action="store_true")
+    sha256: str = option("", "the file's SHA-256, where you know it", "download")
+    json: str = option("", "file to write the same to, for programs", "inspect")
 
 
 RECIPES = {  # how the published models were trained
@@ -241,8 +264,13 @@ class Config:
         return name
 
 
-def read_config(path):
-    """Read and check the JSON config; paths in it are relative to its folder. Raises UserError."""
+def read_config(path, needed=True):
+    """Read and check the JSON config; paths in it are relative to its folder. Raises UserError.
+
+    Where it is not needed and there is none, the result has no task and no dataset.
+    """
+    if not path and not needed and not any(p.is_file() for p in CONFIGS):
+        return Config(Path("(none)"), {}, {})
     path = Path(path) if path else next((p for p in CONFIGS if p.is_file()), CONFIGS[0])
     try:
         raw = json.loads(path.read_text())
@@ -1138,92 +1166,149 @@ def readable(logits, labels, scaling):
     return unscale(logits, labels, scaling)
 
 
-def safe_pickle_globals():
-    """What a published checkpoint's pickle names beyond tensors: numpy arrays and scalars.
-
-    numpy 1 spelt the module numpy.core. Nothing here can run code of the file.
-    """
-    import _codecs
-
-    multiarray = np._core.multiarray
-    allowed = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.dtypes.Float64DType]
-    allowed += [np.dtypes.Float32DType, np.dtypes.Int64DType, (_codecs.encode, "_codecs.encode")]
-    for name in ("_reconstruct", "scalar"):
-        for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-            allowed.append((getattr(multiarray, name), f"{module}.{name}"))
-    return allowed
-
-
 def read_checkpoint(path):
     """The dict in a checkpoint file, read without running anything in it. Raises UserError."""
-    try:
-        with torch.serialization.safe_globals(safe_pickle_globals()):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint {path}") from error
-    except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
-        lines = [line for line in str(error).splitlines() if "GLOBAL" in line.upper()]
-        detail = lines[0].strip() if lines else "damaged, or not a checkpoint at all"
-        raise UserError(f"{path} cannot be read safely and was refused: {detail}") from error
-    if not isinstance(saved, dict) or "model_state_dict" not in saved:
-        raise UserError(f"{path} is not a checkpoint: it has no model_state_dict")
+    saved = releases.load_safely(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("model_state_dict"), dict):
+        hint = "; it is an encoder: give it as --weights" if is_encoder(saved) else ""
+        raise UserError(f"{path} is not a checkpoint: it has no model_state_dict{hint}")
     return saved
 
 
+def is_encoder(saved):
+    return isinstance(saved, dict) and isinstance(saved.get("weights"), dict)
+
+
+MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
+
+
 def network_from(state, combine, path):
-    """Build the StudyModel that a published state dict fits; its shape is read from the names."""
-    if "ff.weight" not in state:
+    """Build the StudyModel that a published state dict fits; its shape is read from the names.
+
+    Its sizes are judged before memory is taken for it. Raises UserError.
+    """
+    if not all(isinstance(name, str) for name in state) or "ff.weight" not in state:
         raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
     layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
-    kind, n_labels = "standard", len(state["ff.weight"])
+    kind, counted = "standard", ("ff.weight", 0)
     if "query_token" in state:
         kind = "query"
     elif "query_tokens" in state:
-        kind, n_labels = "multiquery", state["query_tokens"].shape[1]
-    net = StudyModel(n_labels, kind, len(layers), combine)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit: {' '.join(str(error).split())[:300]}") from error
+        kind, counted = "multiquery", ("query_tokens", 1)
+    shape = releases.describe(state[counted[0]])
+    n_labels = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
+    if not 0 < n_labels <= MOST_LABELS or len(layers) > MOST_LAYERS:
+        raise UserError(
+            f"{path} is not an EchoFocus model: {counted[0]} is {shape}, {len(layers)} layers"
+        )
+    with torch.device("meta"):
+        net = StudyModel(n_labels, kind, len(layers), combine)
+    releases.load_strictly(net, state, path, "an EchoFocus model")
     return net, n_labels
 
 
-def load_model(folder, config, task="", which="best", device="cpu"):
-    """Load a model folder's checkpoint, published or our own. Raises UserError.
+def own_record(saved, path):
+    """The 'echofocus' entry of our own checkpoints; {} for a published one. Raises UserError."""
+    record = saved.get("echofocus", {})
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: its 'echofocus' entry is a {type(record).__name__}, not a dict")
+    if not record:
+        return {}
+    kinds = {f.name: f.type for f in fields(Settings)} | {"units": dict, "labels": list}
+    kinds |= {"type": str, "encoder_sha256": str, "unlearnt": list}
+    for name, kind in kinds.items():
+        value = record.get(name)
+        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
+            raise UserError(f"{path}: its {name} is a {type(value).__name__}, not {kind.__name__}")
+    for name in ("task", "labels", "units"):
+        if name not in record:
+            raise UserError(f"{path} lacks '{name}' in its 'echofocus' entry")
+    if record.get("tf_combine", "avg") not in ("avg", "max"):
+        raise UserError(f"{path}: its tf_combine is {ascii(record['tf_combine'])[:40]}")
+    names = [record["task"], record.get("dataset", ""), *record["labels"]]
+    names += [x for pair in record["units"].items() for x in pair]
+    if any(not isinstance(x, str) or not x.isprintable() for x in names):
+        raise UserError(f"{path}: its task, dataset and labels must be printable text")
+    if (
+        not record["task"]
+        or "/" in record["task"]
+        or len(set(record["labels"])) < len(record["labels"])
+    ):
+        raise UserError(f"{path}: it has no usable task name, or a label twice")
+    return record
 
-    A published checkpoint does not say its labels: they are the config's task of that name, or
-    of that many labels, and the count must agree.
+
+def released_task(task):
+    """The registry entry of a released model with that task, or {}."""
+    return next((e for e in releases.registry().values() if e.get("task") == task), {})
+
+
+def labels_for(folder, record, n_labels, config, task=""):
+    """(task, labels, units, who says so) of a model with so many outputs. Raises UserError.
+
+    Its own file says it. A published checkpoint does not: a released one (by its folder's record
+    or name) has the registry's labels; any other those of the task that is named, or of the one
+    task of the config with so many labels.
     """
+    if record:
+        labels = record["labels"]
+        if len(labels) != n_labels:
+            raise UserError(f"{folder.name} has {n_labels} outputs and names {len(labels)} labels")
+        return record["task"], labels, record["units"], "its own file"
+    known = releases.released(folder)
+    if not known and task not in config.tasks:
+        known = released_task(task)
+    if (
+        known.get("task") == (task or known.get("task"))
+        and len(known.get("labels", ())) == n_labels
+    ):
+        return known["task"], known["labels"], {}, "the registry of released models"
+    tasks = {name: t for name, t in config.tasks.items() if name == task or not task}
+    fits = [name for name, t in tasks.items() if len(t.task_labels) == n_labels]
+    if not fits:
+        raise UserError(
+            f"{folder.name} has {n_labels} outputs and the config ({config.path}) has no task"
+            f"{' ' + task if task else ''} with so many labels; add it, in output order"
+        )
+    if len(fits) > 1:
+        raise UserError(f"{folder.name} fits {' and '.join(fits)}: name one with --task")
+    return fits[0], tasks[fits[0]].task_labels, tasks[fits[0]].units, config.path.name
+
+
+def scaling_from(saved, labels, path):
+    """The published input_norm_dict of a regression, keys stripped, or None. Raises UserError."""
+    scaling = saved.get("input_norm_dict")
+    if not scaling:
+        return None
+    if not isinstance(scaling, dict) or not all(isinstance(k, str) for k in scaling):
+        raise UserError(f"{path}: its input_norm_dict is not a dict of labels")
+    scaling = {k.strip(): v for k, v in scaling.items()}
+    for label in labels:
+        if not isinstance(entry := scaling.get(label), dict):
+            raise UserError(f"{path} has no scaling for label {label}")
+        needed = ["shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])]
+        for name in needed:
+            value = entry.get(name)
+            if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+                raise UserError(f"{path}: scaling of {label}: no finite number '{name}'")
+    return scaling
+
+
+def load_model(folder, config, task="", which="best", device="cpu"):
+    """Load a model folder's checkpoint, published or our own. Raises UserError."""
     path = folder / f"{which}_checkpoint.pt"
+    releases.check_source(path)
     saved = read_checkpoint(path)
-    made_with = saved.get("echofocus", {})
+    made_with = own_record(saved, path)
     combine = made_with.get("tf_combine", "avg")  # the released models ignore their tf_combine
     net, n_labels = network_from(saved["model_state_dict"], combine, path)
-    scaling = saved.get("input_norm_dict") or None
-    if made_with:
-        try:
-            task, labels, units = (made_with[k] for k in ("task", "labels", "units"))
-        except KeyError as error:
-            raise UserError(f"{path} lacks {error} in its 'echofocus' entry") from error
-    else:
-        names = [task] if task else list(config.tasks)
-        fits = [n for n in names if len(config.tasks[n].task_labels) == n_labels]
-        if not fits:
-            raise UserError(
-                f"{path} has {n_labels} outputs and {config.path} has no task"
-                f"{' ' + task if task else ''} with so many labels; add it, in output order"
-            )
-        task, labels, units = (
-            fits[0],
-            config.tasks[fits[0]].task_labels,
-            config.tasks[fits[0]].units,
-        )
-        print(f"labels of {folder.name}: task {task} of {config.path.name} ({n_labels})")
-    if scaling:
-        scaling = {k.strip(): v for k, v in scaling.items()}
-        if missing := [label for label in labels if label not in scaling]:
-            raise UserError(f"{path} has no scaling for label {missing[0]}")
+    task, labels, units, origin = labels_for(folder, made_with, n_labels, config, task)
+    if not made_with:
+        print(f"labels of {folder.name}: task {task} of {origin} ({n_labels})")
+    scaling = scaling_from(saved, labels, path)
     kind = made_with.get("type") or ("regression" if scaling else "binary")
+    if kind != ("regression" if scaling else "binary"):
+        raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
     return LoadedModel(folder, net, task, list(labels), kind, scaling, made_with, units)
 
@@ -1234,27 +1319,221 @@ def model_folder(name, run_id=""):
     return Path(name) if os.sep in name else MODELS / name
 
 
-def find_model_folder(name, run_id="", task=""):
-    """The folder of a trained model; without a name the newest in ./trained_models (of a task)."""
+def find_model_folder(name, run_id="", task="", config=None):
+    """The folder of a trained model; without a name the newest in ./trained_models (of a task).
+
+    The name may also be a path of the folder or of the checkpoint in it.
+    """
+    if Path(name).name == "best_checkpoint.pt" and Path(name).is_file():
+        folder = Path(name).parent
+        return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
     if name:
         folder = model_folder(name, run_id)
         if not (folder / "best_checkpoint.pt").is_file():
             known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
-            raise UserError(
-                f"no trained model {folder}{nearest(name, known)}; train it, or unpack a released "
-                "one there (best_checkpoint.pt)"
-            )
+            raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
         return folder
     found = sorted(MODELS.glob("*/best_checkpoint.pt"), key=lambda p: p.stat().st_mtime)
     if task:
-        found = [p for p in found if read_checkpoint(p).get("echofocus", {}).get("task") == task]
+        found = [p for p in found if is_of_task(p.parent, task, config)]
     if not found:
+        get = next((n for n, e in releases.registry().items() if e.get("task") == task), "")
+        get = f"python echofocus.py download {get}, " if task and get else ""
         raise UserError(
-            f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; train one first, "
-            "or name one with --model_name"
+            f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
+            "first, or name one with --model_name"
         )
     print(f"using model_name = {found[-1].parent.name} (the newest in ./{MODELS})")
     return found[-1].parent
+
+
+def how_to_get(name, known):
+    """The end of 'no trained model X': what else is there, or how to get a released one."""
+    if name.endswith(".pt") and Path(name).is_file():
+        return f"; make a model folder of the file: python echofocus.py download {name}"
+    if name in releases.registry():
+        return f"; get it with: python echofocus.py download {name}"
+    return (
+        f"{nearest(name, [*known, *releases.registry()])}; train it, or get a released one "
+        "(python echofocus.py download --list)"
+    )
+
+
+def is_of_task(folder, task, config):
+    """Whether a folder's model is of a task: by its own word, the registry or the label count."""
+    path = folder / "best_checkpoint.pt"
+    try:
+        saved = read_checkpoint(path)
+        record = own_record(saved, path)
+        _, n_labels = network_from(saved["model_state_dict"], "avg", path)
+    except UserError as error:
+        print(f"passed over {folder.name}: {error}")
+        return False
+    own = record.get("task") or releases.released(folder).get("task")
+    if own or not config or task not in config.tasks:
+        return own == task
+    return len(config.tasks[task].task_labels) == n_labels
+
+
+# ------------------------------------------------------------------------------ download, inspect
+
+
+def cmd_download(typed):
+    """Put a released model, or one from a URL, archive, folder or .pt file, into ./trained_models.
+
+    It is refused when it cannot be read safely, and its SHA-256 is recorded and checked ever after.
+    """
+    settings = Settings(**typed)
+    if settings.list_ or not settings.source:
+        print_released()
+        return
+    if settings.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", settings.sha256):
+        raise UserError(f"--sha256 takes 64 hexadecimal digits, not {settings.sha256}")
+    folder, record, others = releases.install(
+        settings.source, MODELS, settings.model_name, settings.sha256, check_download
+    )
+    if others:
+        print(f"left out, no part of a model: {', '.join(others[:10])}")
+    if record["sha256"]:
+        known = "as it should be" if record["sha256_was_known"] else "not known before: recorded"
+        print(f"SHA-256 {record['sha256']} ({known})")
+    for key in ("licence", "citation"):
+        if key in record:
+            print(f"{key}: {record[key]}")
+    print(f"the model is {folder}; python echofocus.py inspect {folder.name} says what it holds")
+
+
+def print_released():
+    """The registry, one model a line, and what each asks of its users."""
+    for name, entry in releases.registry().items():
+        there = "downloaded" if (MODELS / name / entry["file"]).is_file() else "not here"
+        print(f"{name:18} {there:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
+    print("get one: python echofocus.py download NAME (research use only, under its licence)")
+
+
+def check_download(folder, entry):
+    """UserError for a downloaded model that cannot be used. entry: of the registry, or {}."""
+    for path in sorted(folder.glob("*_checkpoint.pt")):
+        saved = read_checkpoint(path)
+        record = own_record(saved, path)
+        _, n_labels = network_from(saved["model_state_dict"], "avg", path)
+        if not record and n_labels != len(entry.get("labels", range(n_labels))):
+            raise UserError(f"{path} has {n_labels} outputs, not {len(entry['labels'])}")
+    if (folder / "panecho.pt").is_file():
+        panecho.load_panecho(folder / "panecho.pt")
+
+
+def cmd_inspect(typed):
+    """Print what a model folder or .pt file holds: architecture, labels, history, origin."""
+    settings = Settings(**typed)
+    path = find_model_file(settings.source or settings.model_name)
+    releases.check_source(path)
+    saved = releases.load_safely(path)
+    if is_encoder(saved):
+        about = {"kind": "PanEcho video encoder"} | about_encoder(path)
+    else:
+        config = read_config(settings.config, needed=False)
+        about = {"kind": "study-level model"} | about_model(path, read_checkpoint(path), config)
+    about = {"name": path.parent.resolve().name, "file": path.name} | about
+    about |= {"sha256": sha256_file(path), "source": about_source(path.parent)}
+    files = sorted(path.parent.iterdir()) if path.name in releases.CHECKPOINTS else [path]
+    about["files"] = {p.name: p.stat().st_size for p in files if p.is_file()}
+    print_about(about)
+    if settings.json:
+        with atomic_path(settings.json) as temporary:
+            temporary.write_text(json.dumps(about, indent=2, default=str) + "\n")
+        print(f"wrote {settings.json}")
+
+
+def find_model_file(name):
+    """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
+    if name.endswith(".pt") and Path(name).is_file():
+        return Path(name)
+    if name and (path := model_folder(name) / "panecho.pt").is_file():
+        return path
+    return find_model_folder(name) / "best_checkpoint.pt"
+
+
+def about_source(folder):
+    """Where a model is from, its licence and citation: its own record, else the registry's."""
+    known = releases.released(folder)
+    known = {k: known[k] for k in ("licence", "citation") if k in known}
+    return {k: v for k, v in (known | releases.read_source(folder)).items() if k != "files"}
+
+
+def about_encoder(path):
+    model, _ = panecho.load_panecho(path)
+    return {
+        "architecture": {"parameters": sum(p.numel() for p in model.parameters())},
+        "labels": [
+            {"label": t["name"], "type": t["type"], "classes": ", ".join(t["class_names"] or [])}
+            for t in panecho.TASKS
+        ],
+    }
+
+
+def about_model(path, saved, config):
+    """What a checkpoint says, for a person or as JSON; labels that nobody names are numbered."""
+    record = own_record(saved, path)
+    combine = record.get("tf_combine", "avg")
+    net, n_labels = network_from(saved["model_state_dict"], combine, path)
+    about = {
+        "architecture": {
+            "transformer_type": net.kind,
+            "encoder_depth": net.depth,
+            "tf_combine": net.combine,
+            "parameters": sum(p.numel() for p in net.parameters()),
+        }
+    }
+    try:
+        task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
+        scaling = scaling_from(saved, labels, path) or {}
+    except UserError as error:
+        task, labels, units, origin = "", [f"output {i + 1}" for i in range(n_labels)], {}, "nobody"
+        scaling, about["labels_missing"] = {}, str(error)
+    regression = bool(saved.get("input_norm_dict"))
+    about |= {"task": task, "type": "regression" if regression else "binary"}
+    about |= {"labels_from": origin, "labels": []}
+    for label in labels:
+        row = {"label": label, "unit": units.get(label, "")}
+        if label in scaling:
+            names = ("shift", "lmbda", "mean", "stdev")
+            row |= {k: float(scaling[label][k]) for k in names if k in scaling[label]}
+        if label in record.get("unlearnt", []):
+            row["note"] = "not learnt"
+        about["labels"].append(row)
+    about["history"] = about_history(saved.get("perf_log"))
+    told = ("labels", "units", "unlearnt", "task", "type", *about["architecture"])
+    about["settings"] = {k: v for k, v in record.items() if k not in told and v not in ("", [])}
+    return about
+
+
+def about_history(rows):
+    """Epochs, and the lowest validation loss with its epoch, of a perf_log; {} without one."""
+    try:
+        losses = [(float(row[2]), int(row[0])) for row in rows]
+        best, epoch = min((loss, epoch) for loss, epoch in losses if np.isfinite(loss))
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+        return {}
+    return {"epochs": len(losses), "best_validation_loss": best, "best_epoch": epoch}
+
+
+def print_about(about):
+    """A line a fact, tables for labels and files."""
+    for key, value in about.items():
+        if key == "labels":
+            table = pd.DataFrame(value).dropna(axis=1, how="all")
+            print(f"labels: {len(value)}\n{table.to_string(index=False, na_rep='')}")
+        elif isinstance(value, dict):
+            facts = ", ".join(f"{k} {v}" for k, v in value.items())
+            print(f"{key}: {printable(facts) or 'none'}")
+        else:
+            print(f"{key}: {printable(value)}")
+
+
+def printable(value):
+    """Text of a file from elsewhere, without what would steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -1481,7 +1760,9 @@ def cmd_train(typed):
     check_settings(settings)
     begun_from = None
     if settings.init_from:
-        begun_from = load_model(find_model_folder(settings.init_from), config, settings.task)
+        begun_from = find_model_folder(settings.init_from)
+        own = "" if releases.released(begun_from) else settings.task  # a released one has its own
+        begun_from = load_model(begun_from, config, own)
         adopt_architecture(settings, begun_from.net, typed)
     task, table = load_labels(config, settings.task, settings.dataset)
     if settings.first_study_only:
@@ -1489,6 +1770,11 @@ def cmd_train(typed):
     store = open_store(config.datasets[settings.dataset].embedding_path)
     table = match_studies(table, store, task, settings.sample_limit)
     folder = model_folder(settings.model_name, settings.run_id)
+    if releases.read_source(folder):
+        raise UserError(
+            f"{folder} was downloaded and stays as it is: train under another --model_name, with "
+            f"--init_from {folder.name} to start from it"
+        )
     folds = split_patients(table, asdict(settings))
     if begun_from:
         folds = keep_apart(folds, table, begun_from)
@@ -1915,12 +2201,13 @@ def youden_thresholds(truth, probabilities, labels):
 
 def start_with_model(command, typed):
     """What commands that use a model begin with: (settings, config, model)."""
-    config = read_config(typed.get("config"))
+    config = read_config(typed.get("config"), needed=not typed.get("videos"))
     task = typed.get("task", "")
-    if task:
+    if task and not released_task(task):
         config.pick("task", task)
-    folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task)
+    folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task, config)
     model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    config.tasks.setdefault(model.task, Task(model.labels, type=model.type, units=model.units))
     return resolve_settings(command, typed, config, model), config, model
 
 
@@ -2409,7 +2696,7 @@ def make_demo(folder, studies):
     """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
     import pydicom
 
-    from embed import panecho, phantom, video
+    from embed import phantom, video
 
     print(f"making {studies} phantom studies in ./{folder}")
     bar = partial(progress, desc="phantoms", unit="study")
@@ -2421,6 +2708,9 @@ def make_demo(folder, studies):
         task.update(DEMO_SETTINGS)
         task["settings"] = task["settings"] | {"learning_rate": DEMO_RATES[name]}
     (folder / "config.json").write_text(json.dumps(DEMO_CONFIG, indent=2))
+    if panecho.DOWNLOADED.is_file():
+        print(f"encoder weights: the released ones, from {panecho.DOWNLOADED}")
+        return os.path.relpath(panecho.DOWNLOADED, folder)
     if panecho.cached_weights().is_file():
         print("encoder weights: the released ones, from torch.hub's cache")
         return "panecho"
@@ -2491,6 +2781,8 @@ COMMANDS = {
     "embed": cmd_embed,
     "explain": cmd_explain,
     "pack": cmd_pack,
+    "download": cmd_download,
+    "inspect": cmd_inspect,
     "demo": cmd_demo,
 }
 
@@ -2507,8 +2799,10 @@ def build_parser():
             given = "" if f.default in ("", MISSING, False) else f" [{f.default}]"
             if f.type is not bool and "choices" not in f.metadata["argparse"]:
                 kind["metavar"] = f.name.upper()
+            if f.metadata["argparse"].get("nargs") != "?":  # that is a word without --
+                kind["dest"] = f.name
             sub.add_argument(
-                f"--{f.name}",
+                f"--{f.name.rstrip('_')}" if "dest" in kind else f.name,
                 default=SUPPRESS,  # what is not typed is decided in resolve_settings
                 help=f.metadata["help"] + given,
                 **kind,

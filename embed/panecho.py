@@ -17,9 +17,6 @@ released study-level models expect.
 import hashlib
 import json
 import math
-import os
-import urllib.error
-import urllib.request
 import zlib
 from pathlib import Path
 
@@ -27,9 +24,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from embed.common import UserError, atomic_path, progress, sha256_file
+from embed.common import atomic_path, sha256_file
+from embed.releases import (
+    SOURCE,
+    WeightsError,
+    check_digest,
+    check_source,
+    fetch,
+    load_safely,
+    load_strictly,
+)
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
+DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py download PanEcho`
 EMBED_DIM = 768  # numbers in a clip embedding
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
 STD = (0.229, 0.224, 0.225)
@@ -48,10 +55,6 @@ POSITIVE_IS_SECOND = {  # binary heads trained on the normal class: 1 - sigmoid 
     "LVWallThickness-increased-any",
     "pericardial-effusion",
 }
-
-
-class WeightsError(UserError):
-    """A weights file that cannot be used; the message names the file and the remedy."""
 
 
 # ---------------------------------------------------------------------------------- image encoder
@@ -299,61 +302,21 @@ def cached_weights():
     return Path(torch.hub.get_dir()) / "checkpoints" / "panecho.pt"
 
 
-def download(url, path, show=True):
-    """Fetch `url` to `path`, resuming a partial download; returns the path.
-
-    The file appears under its name only when complete. Raises WeightsError when the server
-    cannot be reached or the connection drops; what came is kept and the next call goes on there.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            if start and reply.status != 206:  # the server ignored the range: begin anew
-                start = 0
-            expected = start + int(reply.headers.get("Content-Length") or 0)
-            with (
-                open(part, "ab" if start else "wb") as f,
-                progress(
-                    desc=f"download {path.name}",
-                    initial=start,
-                    total=expected or None,
-                    unit="B",
-                    unit_scale=True,
-                    disable=not show,
-                ) as bar,
-            ):
-                while chunk := reply.read(1 << 20):
-                    f.write(chunk)
-                    bar.update(len(chunk))
-    except (OSError, urllib.error.URLError) as error:
-        raise WeightsError(
-            f"could not download {url}: {error}. Fetch it on a machine with a network, put it at "
-            f"{path.name} and name it with --weights, or run the command again to resume."
-        ) from error
-    if expected and part.stat().st_size < expected:
-        raise WeightsError(
-            f"the download of {url} stopped at {part.stat().st_size} of {expected} bytes; "
-            "run the command again to resume."
-        )
-    os.replace(part, path)
-    return path
-
-
 def find_weights(source="panecho", show=True):
     """`--weights` as typed (a file, a URL or 'panecho' for the release) -> path of the file.
 
-    A download lands in torch.hub's cache with its SHA-256 beside it (`panecho.pt.sha256`); a
-    cached file that no longer has that digest is refused.
+    The release is taken from trained_models/PanEcho, if it was downloaded there, else from
+    torch.hub's cache, where it is fetched with its SHA-256 beside it (`panecho.pt.sha256`). A file
+    that no longer has the digest recorded at its download is refused.
     """
+    if source == "panecho" and DOWNLOADED.is_file():
+        (check_source if DOWNLOADED.with_name(SOURCE).is_file() else check_digest)(DOWNLOADED)
+        return DOWNLOADED
     if source == "panecho" or str(source).startswith(("http://", "https://")):
         url = WEIGHTS_URL if source == "panecho" else source
         path = cached_weights() if source == "panecho" else url_cache(url)
         if not path.exists():
-            download(url, path, show)
+            fetch(url, path, show)
         check_digest(path)
         return path
     path = Path(source)
@@ -362,6 +325,7 @@ def find_weights(source="panecho", show=True):
             f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
             "download the release, or --weights random to try without"
         )
+    check_source(path)
     return path
 
 
@@ -371,45 +335,13 @@ def url_cache(url):
     return cached_weights().with_name(name)
 
 
-def check_digest(path):
-    """Compare a file with the digest recorded beside it; record it at first use."""
-    record = path.with_name(path.name + ".sha256")
-    digest = sha256_file(path)
-    if not record.exists():
-        record.write_text(f"{digest}  {path.name}\n")
-    elif record.read_text().split()[:1] != [digest]:
-        raise WeightsError(
-            f"{path} has changed since it was first used: SHA-256 {digest}, recorded "
-            f"{record.read_text().split()[0]}. Delete both files to download again."
-        )
-
-
 def read_weights(path):
     """The full model's state dict in a published weights file, read without running its code."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
-        raise WeightsError(
-            f"{path} is not a PanEcho weights file that can be read safely: "
-            f"{(str(error).splitlines() or [''])[0]}"
-        ) from error
+    saved = load_safely(path)
     state = saved.get("weights") if isinstance(saved, dict) else None
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
     return {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
-
-
-def load_strictly(model, state, path):
-    """Load `state` into `model`; every missing, unexpected or misshapen name is an error."""
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    given = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
-    wrong = [f"missing {k}" for k in own if k not in given]
-    wrong += [f"unexpected {k}" for k in given if k not in own]
-    wrong += [f"{k} is {given[k]}, not {own[k]}" for k in own if k in given and own[k] != given[k]]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise WeightsError(f"{path} does not fit PanEcho: {'; '.join(wrong[:5])}{more}")
-    model.load_state_dict(state, assign=True)
 
 
 def load_panecho(weights="panecho", clip_len=16):
@@ -426,7 +358,7 @@ def load_panecho(weights="panecho", clip_len=16):
     else:
         path = find_weights(weights)
         state, digest = read_weights(path), sha256_file(path)
-    load_strictly(model, state, weights)
+    load_strictly(model, state, weights, "PanEcho")
     return model.eval(), digest
 
 
@@ -442,11 +374,12 @@ def build(
     options = dict(tasks=tasks, activations=activations, clip_len=clip_len)
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
-        state = read_weights(find_weights())
+        path = find_weights()
+        state = read_weights(path)
         heads = tuple(f"{t['name']}_head." for t in TASKS)
         kept = tuple(f"{t['name']}_head." for t in model.tasks)
         state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}
-        load_strictly(model, state, cached_weights())
+        load_strictly(model, state, path, "PanEcho")
     if image_encoder_only:
         return model.encoder.encoder
     return model.encoder if backbone_only else model

@@ -224,7 +224,8 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"task": {k: v for k, v in config["task"].items() if k != "chd"}})
     )
-    status, _, err = cli("predict", "--model_name", "EchoFocus_CHD")
+    shutil.copytree("trained_models/EchoFocus_CHD", "trained_models/unknown")
+    status, _, err = cli("predict", "--model_name", "unknown")
     assert status == 1 and "22 outputs" in err
 
 

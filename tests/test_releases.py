@@ -1,0 +1,561 @@
+"""Models from elsewhere: download, archives, safe reading, use without a config, inspect."""
+
+import functools
+import http.server
+import io
+import json
+import pickle
+import shutil
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+from conftest import ROOT, normal, recorded, write_embeddings
+from test_commands import published_model
+
+import echofocus as ef
+from embed import panecho, releases
+from embed.common import sha256_file
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, with files to take models from in ./elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def asset(tmp_path_factory):
+    """What a release may look like: a zip of one folder with a checkpoint, tables and more."""
+    folder = tmp_path_factory.mktemp("release")
+    published_model(folder / "EchoFocus_CHD", 22)
+    (folder / "EchoFocus_CHD" / "train_losses.csv").write_text("epochs_trained\n1\n")
+    (folder / "EchoFocus_CHD" / "run_me.py").write_text("raise SystemExit")
+    (folder / "EchoFocus_CHD" / "source.json").write_text('{"released": "EchoFocus_Measure"}')
+    (folder / "EchoFocus_CHD" / ".DS_Store").write_text("x")
+    return Path(shutil.make_archive(folder / "EchoFocus_CHD", "zip", folder, "EchoFocus_CHD"))
+
+
+class Server(http.server.SimpleHTTPRequestHandler):
+    """Serves ./elsewhere; can drop connections, ignore ranges, and remembers what was asked."""
+
+    drops, ranges, etag, asked = 0, True, '"1"', []
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if path.name == "moved.zip":
+            self.send_response(302)
+            self.send_header("Location", "ftp://127.0.0.1/EchoFocus_CHD.zip")
+            return self.end_headers()
+        if not path.is_file():
+            return self.send_error(404)
+        body, wanted = path.read_bytes(), self.headers.get("Range")
+        Server.asked.append(wanted)
+        same = self.headers.get("If-Range", Server.etag) == Server.etag
+        start = int(wanted[6:-1]) if wanted and Server.ranges and same else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", Server.etag)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = len(body)
+        if Server.drops:
+            Server.drops, end = Server.drops - 1, (start + len(body)) // 2
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(here):
+    Server.drops, Server.ranges, Server.etag, Server.asked = 0, True, '"1"', []
+    handler = functools.partial(Server, directory=str(here / "elsewhere"))
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def left():
+    """What lies in ./trained_models, hidden files too."""
+    return sorted(p.name for p in Path("trained_models").glob("*")) if ef.MODELS.exists() else []
+
+
+def refused(cli, source, message, *options):
+    """The source is refused in one line, and nothing stays."""
+    status, _, err = cli("download", source, *options)
+    assert status == 1 and message in err, err
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1 and "Traceback" not in err
+    assert left() == []
+
+
+# ---------------------------------------------------------------------------------------- registry
+
+
+def test_registry_agrees_with_what_is_written_elsewhere(here, cli):
+    """One truth: the labels recorded from the published code, the example config, the recipes."""
+    registry, labels = releases.registry(), recorded("labels.json")
+    example = json.loads((ROOT / "config-example.json").read_text())["task"]
+    for name, task in (("EchoFocus_CHD", "chd"), ("EchoFocus_Measure", "measure")):
+        expected = [label.strip() for label in labels[task]]
+        assert registry[name]["labels"] == expected
+        assert [label.strip() for label in example[task]["task_labels"]] == expected
+        assert registry[name]["recipe"] == ef.RECIPES[task] and registry[name]["task"] == task
+    assert registry["PanEcho"]["url"] == panecho.WEIGHTS_URL
+    assert ef.MODELS / "PanEcho" / registry["PanEcho"]["file"] == panecho.DOWNLOADED
+    status, out, _ = cli("download", "--list")
+    assert status == 0 and out == cli("download")[1]
+    for name, entry in registry.items():
+        line = next(line for line in out.splitlines() if line.startswith(name))
+        assert "not here" in line and entry["licence"] in line and entry["citation"] in line
+
+
+# ---------------------------------------------------------------------------------------- download
+
+
+def test_download_resumes_and_records_where_from(server, cli, asset):
+    shutil.copy(asset, "elsewhere")
+    Server.drops = 1
+    url = f"{server}/EchoFocus_CHD.zip?token=secret"
+    status, _, err = cli("download", url)
+    assert status == 1 and "run the command again to resume" in err and "secret" not in err
+    assert all(name.startswith(".") for name in left())
+    status, out, err = cli("download", url)
+    assert status == 0, err
+    size = asset.stat().st_size
+    assert Server.asked == [None, f"bytes={size // 2}-"]
+    folder = Path("trained_models/EchoFocus_CHD")
+    kept = {p.name for p in folder.iterdir()}
+    assert kept == {"best_checkpoint.pt", "train_losses.csv", "source.json"} and len(left()) == 1
+    assert "run_me.py" in out
+    source = json.loads((folder / "source.json").read_text())
+    assert source["sha256"] == sha256_file(asset) and not source["sha256_was_known"]
+    assert source["from"] == f"{server}/EchoFocus_CHD.zip" and "secret" not in str(source)
+    assert source["released"] == "EchoFocus_CHD" and source["licence"] == "CC BY-NC-SA 4.0"
+    assert source["files"] == {"best_checkpoint.pt": sha256_file(folder / "best_checkpoint.pt")}
+
+    status, _, err = cli("download", url)
+    assert status == 1 and "trained_models/EchoFocus_CHD exists" in err
+
+
+@pytest.mark.parametrize("change", ["no ranges", "another file", "nothing beyond"])
+def test_resume_never_mixes_two_files(server, cli, asset, change):
+    shutil.copy(asset, "elsewhere/a.zip")
+    Server.drops = 1
+    assert cli("download", f"{server}/a.zip")[0] == 1
+    if change == "no ranges":
+        Server.ranges = False
+    elif change == "nothing beyond":  # a part as long as the file, or longer
+        with open(next(ef.MODELS.glob(".*.part")), "ab") as f:
+            f.write(bytes(asset.stat().st_size))
+    else:  # with another beginning
+        Server.etag = '"2"'
+        with zipfile.ZipFile(asset) as a, zipfile.ZipFile("elsewhere/a.zip", "w") as b:
+            for name in sorted(a.namelist(), reverse=True):
+                b.writestr(name, a.read(name))
+    status, _, err = cli("download", f"{server}/a.zip")
+    assert status == 0, err
+    found = json.loads(next(ef.MODELS.glob("*/source.json")).read_text())
+    assert found["sha256"] == sha256_file("elsewhere/a.zip")
+
+
+def test_digest_known_before(server, cli, asset):
+    shutil.copy(asset, "elsewhere")
+    url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
+    refused(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
+    refused(cli, url, "64 hexadecimal digits", "--sha256", "abc")
+    assert cli("download", url, "--sha256", digest.upper())[0] == 0
+    assert json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())[
+        "sha256_was_known"
+    ]
+
+
+def test_what_a_server_may_do(server, cli, asset):
+    """Not there, truncated for good, a web page, an address that leads elsewhere, no server."""
+    refused(cli, f"{server}/gone.zip", "gone.zip is not there (HTTP 404)")
+    refused(cli, f"{server}/moved.zip", "it redirects to ftp://127.0.0.1/EchoFocus_CHD.zip")
+    Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
+    refused(cli, f"{server}/cut.zip", "cut.zip cannot be unpacked")
+    Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
+    refused(cli, f"{server}/page.zip", "it is a web page")
+    refused(cli, f"{server.replace('http', 'https')}/a.zip", "fetch it on a machine with a network")
+    refused(cli, "http://127.0.0.1:9/a.zip", "download ./a.zip")
+    refused(cli, "ftp://127.0.0.1/a.zip", "no http or https address")
+    refused(cli, "EchoFocus_CDH", "did you mean EchoFocus_CHD")
+
+
+def test_a_released_name_that_is_not_there_names_the_release_page(server, cli, monkeypatch):
+    registry = releases.registry()
+    registry["EchoFocus_CHD"]["url"] = f"{server}/gone.zip"
+    Path("registry.json").write_text(json.dumps(registry))
+    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
+    refused(cli, "EchoFocus_CHD", "https://github.com/cavalab/echofocus/releases")
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "gztar", "folder", "file", "url"])
+def test_local_sources(here, cli, asset, form):
+    """An archive with or without a folder around, a folder, a .pt file of any name."""
+    shutil.unpack_archive(asset, "elsewhere")
+    folder = here / "elsewhere" / "EchoFocus_CHD"
+    source = folder
+    if form in ("zip", "tar", "gztar"):
+        source = shutil.make_archive("elsewhere/mine", form, folder)  # './best_checkpoint.pt'
+    elif form == "file":
+        source = shutil.copy(folder / "best_checkpoint.pt", "elsewhere/some.pt")
+    elif form == "url":
+        source = Path(shutil.copy(asset, here / "elsewhere")).as_uri()
+    status, _, err = cli("download", source, "--model_name", "m")
+    assert status == 0, err
+    assert left() == ["m"]
+    found = sha256_file("trained_models/m/best_checkpoint.pt")
+    assert found == sha256_file(folder / "best_checkpoint.pt")
+    text = Path("trained_models/m/source.json").read_text()
+    assert str(here) not in text and json.loads(text)["released"] is None
+
+
+def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "hub"))
+    state = panecho.random_weights()
+    torch.save({"weights": state}, "elsewhere/panecho.pt")
+    status, _, err = cli("download", "elsewhere/panecho.pt")
+    assert status == 0, err
+    assert panecho.find_weights() == panecho.DOWNLOADED
+    status, out, err = cli("inspect", "PanEcho", "--json", "a.json")
+    assert status == 0 and "PanEcho video encoder" in out and "LVWallThickness" in out, err
+    about = json.loads(Path("a.json").read_text())
+    assert len(about["labels"]) == 40 and "JAMA" in about["source"]["citation"]
+    assert about["architecture"]["parameters"] == sum(t.numel() for t in state.values())
+    torch.save({"weights": state, "more": 1}, panecho.DOWNLOADED)
+    with pytest.raises(panecho.WeightsError, match="has changed since it was downloaded"):
+        panecho.find_weights()
+    state["EF_head.1.bias"] = torch.tensor([float("nan")])
+    torch.save({"weights": state}, "elsewhere/nan.pt")
+    status, _, err = cli("download", "elsewhere/nan.pt")
+    assert status == 1 and "NaN or infinite weights (EF_head.1.bias)" in err
+
+
+# ---------------------------------------------------------------------------------------- archives
+
+
+def tar_with(name, kind=tarfile.REGTYPE, target="", size=0, form="w:gz"):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, target, size
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=form) as archive:
+        if size > 10_000:  # claimed only: the bytes do not follow
+            archive.fileobj.write(info.tobuf(archive.format))
+        else:
+            archive.addfile(info, io.BytesIO(bytes(size)))
+    return buffer.getvalue()
+
+
+def zip_with(*names, mode=0o100644, data=b"x"):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            archive.writestr(info, data)
+    return buffer.getvalue()
+
+
+def claiming(size):
+    """A zip whose directory says that its file is so large."""
+    data, real = zip_with("best_checkpoint.pt"), (1).to_bytes(4, "little")
+    at = data.rindex(b"PK\x01\x02") + 24
+    assert data[at : at + 4] == real
+    return data[:at] + size.to_bytes(4, "little") + data[at + 4 :]
+
+
+ARCHIVES = {
+    "parent.zip": (lambda: zip_with("m/../../best_checkpoint.pt"), "leads out of the folder"),
+    "absolute.zip": (lambda: zip_with("/tmp/best_checkpoint.pt"), "leads out of the folder"),
+    "backslash.zip": (lambda: zip_with("..\\best_checkpoint.pt"), "leads out of the folder"),
+    "drive.zip": (lambda: zip_with("C:/best_checkpoint.pt"), "leads out of the folder"),
+    "control.zip": (lambda: zip_with("a\x1b[2J/best_checkpoint.pt"), "leads out of the folder"),
+    "link.zip": (lambda: zip_with("best_checkpoint.pt", mode=0o120777), "is a link or device"),
+    "twice.zip": (lambda: zip_with("a/best_checkpoint.pt", "A/best_checkpoint.pt"), "twice"),
+    "several.zip": (lambda: zip_with("a/best_checkpoint.pt", "b/best_checkpoint.pt"), "a, b"),
+    "many.zip": (lambda: zip_with(*map(str, range(2000))), "more than 1000 files"),
+    "bomb.zip": (lambda: zip_with(*"abc", data=bytes(3 << 20)), "more than"),
+    "nothing.zip": (lambda: zip_with("README.md"), "no best_checkpoint.pt (but README.md)"),
+    "short.zip": (lambda: claiming(100_000), "cannot be unpacked"),
+    "text.zip": (lambda: b"hello", "cannot be unpacked"),
+    "empty.zip": (lambda: b"", "cannot be unpacked"),
+    "parent.tar.gz": (lambda: tar_with("../best_checkpoint.pt"), "leads out of the folder"),
+    "absolute.tar": (lambda: tar_with("/best_checkpoint.pt", form="w"), "leads out of the folder"),
+    "symlink.tar": (lambda: tar_with("best_checkpoint.pt", tarfile.SYMTYPE, "/etc/passwd"), "link"),
+    "hardlink.tar": (
+        lambda: tar_with("best_checkpoint.pt", tarfile.LNKTYPE, "../../x"),
+        "a link, device",
+    ),
+    "device.tgz": (lambda: tar_with("best_checkpoint.pt", tarfile.CHRTYPE), "a link, device"),
+    "bomb.tgz": (lambda: tar_with("best_checkpoint.pt", size=1 << 40), "more than"),
+    "header.tgz": (lambda: tar_with("x", tarfile.XHDTYPE, size=1 << 30), "header of more than"),
+    "cut.tgz": (lambda: tar_with("best_checkpoint.pt", size=9999)[:-20], "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_that_are_refused(here, cli, monkeypatch, name):
+    make, message = ARCHIVES[name]
+    monkeypatch.setattr(releases, "MOST_BYTES", 8 << 20)
+    path = Path("elsewhere", name)
+    path.write_bytes(make())
+    before = sorted(here.rglob("*"))
+    refused(cli, path, message)
+    assert sorted(here.rglob("*")) == before
+
+
+class Evil:
+    """Writes a file when unpickled."""
+
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+@functools.cache
+def plain_state():
+    return dict(ef.StudyModel(3).state_dict())
+
+
+def good_state(**changes):
+    return {"model_state_dict": plain_state() | changes}
+
+
+def huge(*shape):
+    """A tensor that claims a size which its file does not have."""
+    return torch.zeros(1).as_strided(shape, (0,) * len(shape))
+
+
+def own(**changes):
+    """A checkpoint in our own format."""
+    entry = {"task": "t", "labels": ["a", "b", "c"], "units": {}, "type": "binary"}
+    return good_state() | {"echofocus": entry | changes}
+
+
+CHECKPOINTS = {
+    "code": (lambda: good_state() | {"x": Evil()}, "it names io.open"),
+    "code in weights": (lambda: {"model_state_dict": Evil()}, "it names io.open"),
+    "a class": (lambda: good_state() | {"x": Path("a")}, "it names pathlib"),
+    "no dict": (lambda: [1, 2], "no model_state_dict"),
+    "weights are a list": (lambda: {"model_state_dict": [1]}, "no model_state_dict"),
+    "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
+    "no names": (lambda: {"model_state_dict": {1: torch.zeros(1)}}, "no ff.weight"),
+    "head is text": (lambda: good_state(**{"ff.weight": "x"}), "ff.weight is a str"),
+    "head is a number": (lambda: good_state(**{"ff.weight": torch.tensor(1.0)}), "ff.weight is ()"),
+    "nested": (lambda: good_state(**{"ff.bias": {"a": torch.zeros(3)}}), "ff.bias is a dict"),
+    "huge head": (lambda: good_state(**{"ff.weight": huge(10**12, 768)}), "ff.weight is (10000"),
+    "huge part": (lambda: good_state(**{"ff.bias": huge(10**12)}), "ff.bias is (10000"),
+    "integers": (
+        lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.int64)}),
+        "ff.bias is a tensor of torch.int64",
+    ),
+    "complex": (
+        lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.complex64)}),
+        "ff.bias is a tensor of torch.complex64",
+    ),
+    "sparse": (lambda: good_state(**{"ff.bias": torch.zeros(3).to_sparse()}), "ff.bias is a tens"),
+    "many layers": (
+        lambda: good_state(**{f"encoder.layers.{i}.x": torch.zeros(1) for i in range(200)}),
+        "200 layers",
+    ),
+    "odd layer": (
+        lambda: good_state(**{"encoder.layers.\x1b[2J.x": torch.zeros(1)}),
+        "does not fit an EchoFocus model",
+    ),
+    "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "NaN or infinite weights"),
+    "too few labels": (lambda: own(labels=["a"]), "3 outputs and names 1 labels"),
+    "labels are numbers": (lambda: own(labels=[1, 2, 3]), "must be printable text"),
+    "labels steer the terminal": (lambda: own(labels=["a", "b", "\x1b[2J"]), "must be printable"),
+    "task is a path": (lambda: own(task="../../x"), "no usable task name"),
+    "record is a list": (lambda: own() | {"echofocus": [1]}, "'echofocus' entry is a list"),
+    "no units": (lambda: own(units=[1]), "its units is a list, not dict"),
+    "odd pooling": (lambda: own(tf_combine="median"), "its tf_combine is 'median'"),
+    "regression without scaling": (lambda: own(type="regression"), "without label scaling"),
+    "scaling lacks a label": (
+        lambda: own(type="regression") | {"input_norm_dict": {"a": {}}},
+        "no finite number 'shift'",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints_that_are_refused(here, cli, case):
+    """In a folder of ours and in an archive: one line, nothing run, nothing left."""
+    make, message = CHECKPOINTS[case]
+    folder = Path("trained_models/bad")
+    folder.mkdir(parents=True)
+    torch.save(make(), folder / "best_checkpoint.pt")
+    write_embeddings(here / "emb", "s", normal(0, 1, 2, 768))
+    config = {"task": {"t": {"task_labels": ["a", "b", "c"]}}}
+    config["dataset"] = {"x": {"embedding_path": "emb"}}
+    Path("config.json").write_text(json.dumps(config))
+    status, _, err = cli("predict", "--model_name", "bad")
+    assert status == 1 and message in err and err.count("\n") == 1, err
+    assert err.rstrip().isprintable()
+    archive = shutil.make_archive("elsewhere/bad", "tar", folder)
+    shutil.rmtree("trained_models")
+    if case not in ("too few labels", "regression without scaling", "scaling lacks a label"):
+        refused(cli, archive, message)
+    assert not Path("ran").exists()
+
+
+def test_bare_pickles_and_compressed_checkpoints(here, cli):
+    Path("elsewhere/pickle.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
+    refused(cli, "elsewhere/pickle.pt", "cannot be read safely")
+    assert not Path("ran").exists()
+    torch.save(good_state(), "elsewhere/plain.pt")
+    with (
+        zipfile.ZipFile("elsewhere/plain.pt") as a,
+        zipfile.ZipFile("elsewhere/small.pt", "w", zipfile.ZIP_DEFLATED) as b,
+    ):
+        for info in a.infolist():
+            b.writestr(info.filename, a.read(info) + bytes(1 << 20))
+    refused(cli, "elsewhere/small.pt", "it unpacks to more bytes than it has")
+
+
+def test_a_released_model_with_other_outputs_is_refused(here, cli):
+    published_model(here / "elsewhere" / "EchoFocus_CHD", 5)
+    refused(cli, "elsewhere/EchoFocus_CHD", "has 5 outputs, not 22")
+
+
+# --------------------------------------------------------------------------------------------- use
+
+
+def test_new_user_needs_no_config(here, cli, asset):
+    """In an empty folder: one line to get a released model, one from three visits to answers."""
+    for visit in ("a", "b", "c"):
+        Path("visits", visit).mkdir(parents=True)
+        shutil.copy(pydicom.examples.get_path("ybr_color"), f"visits/{visit}/cine.dcm")
+    options = ("--weights", "random", "--size", "56", "--n_clips", "2")
+    line = ("predict", "--model_name", "EchoFocus_CHD", "--videos", "visits", *options)
+    status, _, err = cli(*line)
+    assert status == 1 and "python echofocus.py download EchoFocus_CHD" in err
+    assert cli("download", asset)[0] == 0
+    status, out, err = cli(*line)
+    assert status == 0, err
+    assert "task chd of the registry" in out
+    path = Path("trained_models/EchoFocus_CHD/predictions_visits.csv")
+    table = pd.read_csv(path).set_index("eid")
+    assert list(table.index) == ["a", "b", "c"]
+    assert list(table)[2:] == [label.strip() for label in recorded("labels.json")["chd"]]
+    assert table.iloc[:, 2:].stack().between(0, 1).all()
+    status, _, err = cli(
+        "predict", "--task", "chd", "--videos", "visits", *options, "--out", "p.csv"
+    )
+    assert status == 0, err
+    pd.testing.assert_frame_equal(pd.read_csv("p.csv").set_index("eid"), table)
+    status, _, err = cli("predict", "--task", "measure", "--videos", "visits", *options)
+    assert status == 1 and "download EchoFocus_Measure" in err
+    status, _, err = cli("evaluate", "--model_name", "EchoFocus_CHD")
+    assert status == 1 and "no config config.json; copy config-example.json" in err
+
+
+def test_a_changed_checkpoint_is_refused(here, cli, asset):
+    assert cli("download", asset)[0] == 0
+    path = Path("trained_models/EchoFocus_CHD/best_checkpoint.pt")
+    recorded_digest = sha256_file(path)
+    published_model(here / "other", 22, numpy_1=True)
+    shutil.copy(here / "other" / "best_checkpoint.pt", path)
+    for command in (["predict", "--videos", "elsewhere"], ["inspect"]):
+        Path("elsewhere/x.avi").touch()
+        status, _, err = cli(*command)
+        assert status == 1 and err.count("\n") == 1, err
+        assert recorded_digest in err and sha256_file(path) in err and "download again" in err
+
+
+def test_task_finds_published_models_by_label_count(cohort, cli):
+    """A published checkpoint of one's own does not name its task: the config's label count does."""
+    published_model(cohort / "trained_models" / "old", 1)
+    published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
+    (cohort / "trained_models" / "broken").mkdir()
+    (cohort / "trained_models" / "broken" / "best_checkpoint.pt").write_bytes(b"x")
+    status, out, err = cli("predict", "--task", "defect", "--out", "p.csv")
+    assert status == 0 and "model_name = old" in out and "passed over broken" in out, err
+    assert list(pd.read_csv("p.csv"))[-1] == "finding"
+    path = "trained_models/old/best_checkpoint.pt"
+    assert cli("predict", "--task", "defect", "--model_name", path, "--out", "q.csv")[0] == 0
+    assert Path("p.csv").read_text() == Path("q.csv").read_text()
+    status, _, err = cli("predict", "--model_name", shutil.copy(path, "some.pt"))
+    assert status == 1 and "python echofocus.py download some.pt" in err
+    status, _, err = cli("predict", "--model_name", "old")
+    assert status == 1 and "fits defect and sizes: name one with --task" in err
+    one = ("--sample_limit", "1", "--model_name", "EchoFocus_CHD")
+    for command in (["explain", "--explain_tasks", "ASD"], ["embed"]):  # the config has no chd
+        status, _, err = cli(*command, *one)
+        assert status == 0, err
+
+
+def test_start_from_a_released_model(cohort, cli):
+    """Its heads are known by the registry's labels, whatever the new task is."""
+    published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"]["task_labels"] = ["ASD"]
+    Path("config.json").write_text(json.dumps(config))
+    pd.read_csv("labels.csv").rename(columns={"finding": "ASD"}).to_csv("labels.csv", index=False)
+    line = ("train", "--task", "defect", "--init_from", "EchoFocus_CHD", "--epoch_lim", "1")
+    status, out, err = cli(*line)
+    assert status == 0 and "1 heads kept, 0 fresh" in out, err
+
+
+# ----------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_a_published_model(here, cli):
+    scaling = recorded("measure_norm.json")
+    published_model(here / "trained_models" / "EchoFocus_Measure", 18, scaling)
+    status, out, err = cli("inspect", "EchoFocus_Measure", "--json", "about.json")
+    assert status == 0, err
+    about = json.loads(Path("about.json").read_text())
+    net = ef.StudyModel(18)
+    assert about["architecture"]["encoder_depth"] == 1
+    assert about["architecture"]["parameters"] == sum(p.numel() for p in net.parameters())
+    assert [row["label"] for row in about["labels"]] == releases.registry()["EchoFocus_Measure"][
+        "labels"
+    ]
+    for row in about["labels"]:
+        assert row["stdev"] == pytest.approx(scaling[row["label"]]["stdev"])
+    assert about["history"] == {"epochs": 1, "best_validation_loss": 0.6, "best_epoch": 1}
+    assert about["type"] == "regression" and "medRxiv" in about["source"]["citation"]
+    path = Path("trained_models/EchoFocus_Measure/best_checkpoint.pt")
+    assert about["sha256"] == sha256_file(path) and about["files"][path.name] == path.stat().st_size
+    for text in ("EF05", "CC BY-NC-SA 4.0", about["sha256"], "best_validation_loss 0.6"):
+        assert text in out
+
+    shutil.copy(path, "bare.pt")
+    status, out, err = cli("inspect", "bare.pt")
+    assert status == 0 and "output 18" in out and "labels_from: nobody" in out, err
+
+
+def test_inspect_and_share_an_own_model(cohort, cli):
+    assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
+    status, _, err = cli("inspect", "--json", "about.json")
+    assert status == 0, err
+    about = json.loads(Path("about.json").read_text())
+    losses = pd.read_csv("trained_models/sizes/train_losses.csv")
+    best = losses.loc[losses["val_loss"].idxmin()]
+    assert about["history"]["best_epoch"] == best["epochs_trained"]
+    assert about["history"]["best_validation_loss"] == pytest.approx(best["val_loss"])
+    assert about["labels"][0]["label"] == "size" and about["labels"][0]["unit"] == "cm"
+    assert about["settings"]["learning_rate"] == 1e-3 and about["labels_from"] == "its own file"
+
+    status, _, err = cli("download", "trained_models/sizes", "--model_name", "colleague")
+    assert status == 0, err
+    assert cli("predict", "--model_name", "sizes", "--out", "a.csv")[0] == 0
+    assert cli("predict", "--model_name", "colleague", "--out", "b.csv")[0] == 0
+    assert Path("a.csv").read_text() == Path("b.csv").read_text()
+    status, _, err = cli("train", "--task", "sizes", "--model_name", "colleague")
+    assert status == 1 and "--init_from colleague" in err
