@@ -117,6 +117,9 @@ class Settings:
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
     )
+    level: str = option(
+        "study", "one vector a study, or one a video", "embed", choices=("study", "video")
+    )
     explain_n: int = option(5, "top videos in the published table", "explain", least=1)
     explain_mode: str = option(
         "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
@@ -1703,24 +1706,61 @@ def cmd_predict(typed):
 
 
 def cmd_embed(typed):
-    """Study embeddings, one 768-vector a study, as an HDF5 file."""
+    """Embeddings of the model, as an HDF5 file: one 768-vector a study, or one a video."""
     settings, config, model = start_with_model("embed", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
     warn_of_another_encoder(model, store)
     eids = list(store.files)[: settings.sample_limit or None]
+    write = embed_studies if settings.level == "study" else embed_videos
+    name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{settings.dataset}"
+    path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
     unreadable = {}
-    found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
-    report_unreadable(unreadable)
-    if not len(found):
-        raise UserError("no study could be read")
-    name = f"embeddings_{settings.dataset}_{settings.task}.h5"
-    path = Path(settings.embed_file or model.folder / name)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        for eid, embedding in zip(found.eids, found.embeddings, strict=True):
-            f[eid] = embedding
+        n = write(f, model, store, eids, settings, unreadable)
         f.attrs["dataset"], f.attrs["task"] = settings.dataset, settings.task
         f.attrs["model_name"] = model.folder.name
-    print(f"wrote {len(found)} study embeddings to {path}")
+        report_unreadable(unreadable)
+        if not n:
+            raise UserError("no study could be read")
+    print(f"wrote {n} {settings.level} embeddings to {path}")
+
+
+def embed_studies(f, model, store, eids, settings, unreadable):
+    """A dataset (768,) a study into the open HDF5 file, as published; returns how many."""
+    found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
+    for eid, embedding in zip(found.eids, found.embeddings, strict=True):
+        f[eid] = embedding
+    return len(found)
+
+
+def embed_videos(f, model, store, eids, settings, unreadable):
+    """A group a study with `embeddings` (V, 768) and `videos` (V,); returns how many videos.
+
+    A video's embedding is the study embedding of that video alone. One study is held at a time:
+    a cohort's videos would not fit into memory.
+    """
+    f.attrs["level"], n = "video", 0
+    for eid in progress(eids, desc="embed", unit="study"):
+        try:
+            bag = store.read(eid)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+            continue
+        found = run_studies(model.net, VideosAsStudies(bag), range(len(bag.videos)), settings)
+        f[f"{eid}/embeddings"] = found.embeddings
+        f[eid].create_dataset("videos", data=bag.videos, dtype=h5py.string_dtype())
+        n += len(found)
+    return n
+
+
+class VideosAsStudies:
+    """A study's Bag as a store: each of its videos, by number, is a study of its own."""
+
+    def __init__(self, bag):
+        self.bag = bag
+
+    def read(self, number, rng=None):
+        return Bag(self.bag.embeddings[[number]], [self.bag.videos[number]])
 
 
 # ------------------------------------------------------------------------------------------ explain
