@@ -120,6 +120,12 @@ class Settings:
     level: str = option(
         "study", "one vector a study, or one a video", "embed", choices=("study", "video")
     )
+    datasets: list = option([], "several datasets, instead of --dataset", "embed", nargs="+")
+    map: str = option(
+        "", "also draw the studies in a plane: pca (if not said) or tsne", "embed",
+        choices=("pca", "tsne"), nargs="?", const="pca",
+    )  # fmt: skip
+    color_by: str = option("dataset", "dataset, or a column of the label table", "embed")
     explain_n: int = option(5, "top videos in the published table", "explain", least=1)
     explain_mode: str = option(
         "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
@@ -334,6 +340,38 @@ def read_labels(path, task):
     are counted on screen. Raises UserError for a missing file or column, and for a study whose
     rows contradict each other.
     """
+    table = read_rows(path, task.task_labels)
+    for label in task.task_labels:
+        table[label] = clean_values(table[label], label, task, path)
+    return table
+
+
+def read_rows(path, columns):
+    """pid and some more columns of a label table, as text, one row a study (the index).
+
+    Raises UserError for a missing file or column, and for rows that contradict each other.
+    """
+    raw = read_table(path)
+    for column in ("pid", "eid", *columns):
+        if column not in raw:
+            raise UserError(
+                f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
+                "has pid, eid and one column a label)"
+            )
+    rows = with_ids(raw[["pid", "eid", *columns]])
+    if lost := len(raw) - len(rows):
+        print(f"{path}: {lost} rows have no pid or no eid and are left out")
+    rows = rows.drop_duplicates()
+    if len(twice := contradictions(rows)):
+        raise UserError(
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
+            f"{lines_of(twice)}; keep one row a study"
+        )
+    return rows.set_index("eid")
+
+
+def read_table(path):
+    """A label table's cells as text, names of columns stripped. Raises UserError."""
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
     try:
@@ -346,49 +384,53 @@ def read_labels(path, task):
     if raw.columns.has_duplicates:
         twice = raw.columns[raw.columns.duplicated()][0]
         raise UserError(f"{path} has two columns '{twice}'")
-    for column in ("pid", "eid", *task.task_labels):
-        if column not in raw:
-            raise UserError(
-                f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
-                "has pid, eid and one column a label)"
-            )
-    if lost := int(raw[["pid", "eid"]].isna().any(axis=1).sum()):
-        print(f"{path}: {lost} rows have no pid or no eid and are left out")
-    raw = raw[["pid", "eid", *task.task_labels]].dropna(subset=["pid", "eid"])
-    for column in ("pid", "eid"):  # as text; a spreadsheet may have made 123 into 123.0
-        raw[column] = raw[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
-    raw = raw.drop_duplicates()
-    twice = raw[raw["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
-    if len(twice):
-        lines = ", ".join(f"{e} (line {i + 2})" for i, e in twice["eid"].head(6).items())
-        raise UserError(
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: {lines}; "
-            "keep one row a study"
-        )
-    table = raw.set_index("eid")
-    for label in task.task_labels:
-        table[label] = clean_values(table[label], label, task, path)
-    return table
+    return raw
+
+
+def with_ids(raw):
+    """The rows that have both ids, as text; a spreadsheet may have made 123 into 123.0."""
+    rows = raw.dropna(subset=["pid", "eid"]).copy()
+    for column in ("pid", "eid"):
+        rows[column] = rows[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+    return rows
+
+
+def contradictions(rows):
+    """The rows of studies that have several, different ones (repeated rows are out already)."""
+    return rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
+
+
+def lines_of(rows):
+    """The first studies of some rows and their lines in the file, as text."""
+    return ", ".join(f"{eid} (line {i + 2})" for i, eid in rows["eid"].head(6).items())
 
 
 def clean_values(text, label, task, path):
     """One label's column of text -> float64 with NaN for what cannot be used, said on screen."""
+    values, faults = usable_values(text, label, task)
+    for fault, where in faults.items():
+        if where.any():
+            print(f"{path}, {label}: {where.sum()} values are {fault} and count as missing")
+    return values
+
+
+def usable_values(text, label, task):
+    """One label's column of text -> float64 with NaN for what cannot be used, and what that was.
+
+    The latter is a dict of a fault's name to a mask.
+    """
     values = pd.to_numeric(text, errors="coerce").astype(float)
     values[np.isinf(values)] = np.nan
-    if bad := int((values.isna() & text.notna()).sum()):
-        print(f"{path}, {label}: {bad} values are no numbers and count as missing")
+    faults = {"no numbers": values.isna() & text.notna()}
     if task.type == "binary":
-        bad = values.notna() & ~values.isin([0, 1])
+        bad = faults["not 0 or 1"] = values.notna() & ~values.isin([0, 1])
     else:
         ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
         low, high = ranges.get(label, (None, None))
-        bad = (values < (-np.inf if low is None else low)) | (
+        bad = faults["out of range"] = (values < (-np.inf if low is None else low)) | (
             values > (np.inf if high is None else high)
         )
-    if bad.any():
-        allowed = "not 0 or 1" if task.type == "binary" else "out of range"
-        print(f"{path}, {label}: {bad.sum()} values are {allowed} and count as missing")
-    return values.mask(bad)
+    return values.mask(bad), faults
 
 
 def decide_type(table, task):
@@ -1706,23 +1748,39 @@ def cmd_predict(typed):
 
 
 def cmd_embed(typed):
-    """Embeddings of the model, as an HDF5 file: one 768-vector a study, or one a video."""
+    """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
+    if len(typed.get("datasets", ())) > 1 and typed.get("embed_file"):
+        raise UserError("--embed_file is one file: leave it out with several --datasets")
+    if typed.get("map") and typed.get("level") == "video":
+        raise UserError("--map shows studies: leave out --level video")
+    if typed.get("datasets"):
+        typed = typed | {"dataset": typed["datasets"][0]}
     settings, config, model = start_with_model("embed", typed)
-    store = open_store(config.datasets[settings.dataset].embedding_path)
+    datasets = [config.pick("dataset", name) for name in settings.datasets or [settings.dataset]]
+    rows = map_rows(config, settings, datasets) if settings.map else None  # first: it may refuse
+    files = {name: embed_dataset(name, config, model, settings) for name in dict.fromkeys(datasets)}
+    if settings.map:
+        make_map(files, rows, model, settings)
+
+
+def embed_dataset(dataset, config, model, settings):
+    """Write the embeddings of a dataset; returns the file's path."""
+    store = open_store(config.datasets[dataset].embedding_path)
     warn_of_another_encoder(model, store)
     eids = list(store.files)[: settings.sample_limit or None]
     write = embed_studies if settings.level == "study" else embed_videos
-    name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{settings.dataset}"
+    name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
     unreadable = {}
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
         n = write(f, model, store, eids, settings, unreadable)
-        f.attrs["dataset"], f.attrs["task"] = settings.dataset, settings.task
+        f.attrs["dataset"], f.attrs["task"] = dataset, settings.task
         f.attrs["model_name"] = model.folder.name
         report_unreadable(unreadable)
         if not n:
             raise UserError("no study could be read")
     print(f"wrote {n} {settings.level} embeddings to {path}")
+    return path
 
 
 def embed_studies(f, model, store, eids, settings, unreadable):
@@ -1761,6 +1819,125 @@ class VideosAsStudies:
 
     def read(self, number, rng=None):
         return Bag(self.bag.embeddings[[number]], [self.bag.videos[number]])
+
+
+def map_rows(config, settings, datasets):
+    """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
+
+    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
+    are numbers, else text. Raises UserError when no table has the column.
+    """
+    column, task = settings.color_by.strip(), config.tasks.get(settings.task)
+    if column in ("pid", "eid"):
+        raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
+    columns, rows, reasons = [] if column == "dataset" else [column], {}, []
+    for name in datasets:
+        path = config.datasets[name].label_path or (task.label_path if task else None)
+        try:
+            rows[name] = read_rows(path, columns)
+        except UserError as error:
+            rows[name] = None
+            reasons.append(str(error))
+            continue
+        if columns and column in task.task_labels:
+            rows[name][column] = clean_values(rows[name][column], column, task, path)
+    if columns and len(reasons) == len(datasets):
+        raise UserError(f"--color_by {column}: {reasons[0]}")
+    for reason in reasons if columns else ():
+        print(f"no colours: {reason}")
+    return rows
+
+
+def make_map(files, rows, model, settings):
+    """Study embeddings of some datasets in a plane: map_*.csv, .png and .pdf beside the model.
+
+    files: dataset -> file of study embeddings; rows: see `map_rows`.
+    """
+    eids, x, names = [], [], []
+    for name, path in files.items():
+        with h5py.File(path, "r") as f:
+            eids += list(f)
+            x += [f[eid][:] for eid in f]
+            names += [name] * len(f)
+    x, column = np.stack(x), settings.color_by.strip()
+    if len(x) < 4 or not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
+        raise UserError("a map needs the embeddings of four studies that differ")
+    points = pd.DataFrame({"eid": eids, "dataset": names})
+    of_study = [
+        (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
+        for name, part in points.groupby("dataset", sort=False)
+    ]
+    said = pd.concat(of_study, ignore_index=True)
+    points["value"] = points["dataset"] if column == "dataset" else as_numbers(said[column])
+    places, axes = map_positions(x, settings.map)
+    points["x"], points["y"] = places.T
+    shift = ""
+    if len(files) > 1:
+        patients = said["pid"] if "pid" in said else pd.Series(np.nan, index=points.index)
+        patients = patients.where(patients.notna(), points["eid"])
+        shift = shift_between(x, points["dataset"], patients)
+        print(shift)
+    by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
+    path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
+    with atomic_path(path.with_name(path.name + ".csv")) as temporary:
+        points.to_csv(temporary, index=False)
+    unit = f" [{model.units[column]}]" if column in model.units else ""
+    plot_map(points, axes, column + unit, shift, path)
+    print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
+
+
+def as_numbers(values):
+    """A column as numbers when all of them are, else as text."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    return numbers if (numbers.notna() == values.notna()).all() else values.str.strip()
+
+
+def map_positions(x, method):
+    """Places (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
+
+    PCA of the centred numbers, not standardised, since all have one unit; or t-SNE (van der Maaten
+    and Hinton, JMLR 2008) of its first 50 components. The same numbers give the same map.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    pca = PCA(min(50, *x.shape), random_state=0)
+    z = pca.fit_transform(x)
+    if method == "pca":
+        shares = enumerate(pca.explained_variance_ratio_[:2], start=1)
+        return z[:, :2], [f"component {k} ({share:.0%} of the variance)" for k, share in shares]
+    perplexity = min(30, (len(x) - 1) / 3)  # neighbours looked at; there must be so many
+    z = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(z)
+    return z, ["t-SNE 1", "t-SNE 2"]
+
+
+def shift_between(x, datasets, patients):
+    """How well the datasets can be told apart by study embeddings x (S, D), as a sentence.
+
+    AUROC of a logistic regression on 50 principal components, cross-validated with a patient's
+    studies kept together; of more than two datasets the mean of each against the rest.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if patients.groupby(datasets).nunique().min() < 20:
+        return "too few patients to say how well the datasets can be told apart (20 of each)"
+    classifier = make_pipeline(
+        PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
+    )
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    p = cross_val_predict(
+        classifier, x, datasets, groups=patients, cv=folds, method="predict_proba"
+    )
+    if datasets.nunique() == 2:
+        auroc = roc_auc_score(datasets == datasets.max(), p[:, 1])
+    else:
+        auroc = roc_auc_score(datasets, p, multi_class="ovr")
+    return f"telling the datasets apart: AUROC {auroc:.2f} (0.5: no shift between them)"
 
 
 # ------------------------------------------------------------------------------------------ explain
@@ -1976,6 +2153,69 @@ def plot_evaluation(model, truth, predicted, rows, name):
     file = f"{'roc_curves' if model.type == 'binary' else 'scatter_plots'}_{name}"
     save_figure(figure, model.folder / file)
     return file + ".pdf"
+
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
+MARKERS = "os^DvP*X"  # shapes as well as colours, for the colour-blind and for print
+MISSING_GREY = "#BBBBBB"
+
+
+def plot_map(points, axes, title, note, path):
+    """Studies in a plane, coloured by `value`; more than one dataset: the shape says which.
+
+    points: DataFrame (dataset, value, x, y). Numbers of more than eight values get a colour bar
+    from their 1st to their 99th percentile, everything else a legend.
+    """
+    figure, axis = new_figure(figsize=(7, 4.8), layout="constrained")
+    datasets, value = points["dataset"].unique(), points["value"]
+    shapes = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(datasets)}
+    continuous = pd.api.types.is_numeric_dtype(value) and value.nunique() > len(OKABE_ITO)
+    if continuous:
+        low, high = value.quantile([0.01, 0.99])
+        scale_of = dict(cmap="viridis", vmin=low, vmax=high)
+        legend = {}
+    else:
+        value, legend = categories_of(value)
+    size = float(np.clip(6000 / len(points), 4, 30))
+    drawn = None
+    for name, shape in shapes.items():
+        here = points["dataset"] == name
+        none, some = points[here & value.isna()], points[here & value.notna()]
+        axis.scatter(none["x"], none["y"], s=size, marker=shape, color=MISSING_GREY, lw=0)
+        how = dict(c=value[some.index], **scale_of) if continuous else {}
+        how = how or dict(color=[legend[v] for v in value[some.index]])
+        drawn = axis.scatter(some["x"], some["y"], s=size, marker=shape, alpha=0.75, lw=0, **how)
+    axis.set(xlabel=axes[0], ylabel=axes[1])
+    axis.set_title(note, fontsize=9)
+    if continuous:
+        figure.colorbar(drawn, label=title, extend="both")
+    counts = value.value_counts()
+    entries = [(f"{v} ({counts[v]})", shapes.get(v, "o"), legend[v]) for v in legend]
+    if value.isna().any():
+        entries.append((f"missing ({value.isna().sum()})", "o", MISSING_GREY))
+    if len(datasets) > 1 and set(legend) != set(datasets):
+        entries += [(name, shape, "white") for name, shape in shapes.items()]
+    handles = [
+        axis.plot([], [], marker, color=colour, label=label, mec="black", mew=0.5)[0]
+        for label, marker, colour in entries
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, title="" if continuous else title, loc="outside right upper",
+            fontsize=8, title_fontsize=8,
+        )  # fmt: skip
+    save_figure(figure, path)
+
+
+def categories_of(value):
+    """Values as text, all but the commonest as 'other', and the colour of each."""
+    text = value.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
+    common = list(text.value_counts().index)
+    if len(common) > len(OKABE_ITO):
+        common = common[: len(OKABE_ITO) - 1]
+        text = text.where(text.isin(common) | text.isna(), "other")
+        return text, dict(zip([*sorted(common), "other"], OKABE_ITO, strict=True))
+    return text, dict(zip(sorted(common), OKABE_ITO, strict=False))
 
 
 def draw_roc(axis, y, p):
