@@ -6,6 +6,7 @@
     python echofocus.py predict  --model_name chd --videos F  # DICOM in, probabilities out
     python echofocus.py embed    --dataset outside            # one 768-vector a study
     python echofocus.py explain                               # the videos that drove an answer
+    python echofocus.py check                                 # what a long run would trip over
 
 What is left out has a default, and the tool prints which it took. Files: a config (JSON: tasks and
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
@@ -13,7 +14,7 @@ file a study, from embed/extract.py or the published scripts), a model folder be
 
 The file is in the order in which data flows: config -> labels, scaling, patient splits -> embedding
 store and batches -> model -> checkpoints -> the loop -> training -> metrics -> evaluate, predict,
-embed, explain -> figures -> demo -> command line.
+embed, explain, check -> figures -> demo -> command line.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -28,7 +29,8 @@ import sys
 import time
 import zlib
 from argparse import SUPPRESS
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections import Counter
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -60,7 +62,7 @@ def option(default, help, commands, least=None, **argparse_options):
 
 
 WITH_MODEL = "evaluate predict embed explain"
-ALL = f"train {WITH_MODEL}"
+ALL = f"train check {WITH_MODEL}"
 
 
 @dataclass
@@ -113,7 +115,9 @@ class Settings:
 
     subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
     out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
-    videos: str = option("", "folder of a study's videos or of studies, to start from", "predict")
+    videos: str = option(
+        "", "folder of a study's videos or of studies, to start from", "predict check"
+    )
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
     )
@@ -1322,17 +1326,26 @@ def keep_apart(folds, table, begun_from):
 def unlearnable_labels(table, task):
     """Labels whose training values do not differ; says so, and which have few positives."""
     out = []
+    for label, why, learnable in hard_labels(table, task):
+        if learnable:
+            print(f"label {label}: {why}")
+        else:
+            print(f"label {label} cannot be learnt: {why}; it stays blank")
+            out.append(label)
+    if len(out) == len(task.task_labels):
+        raise UserError("no label can be learnt: each has but one value in the training fold")
+    return out
+
+
+def hard_labels(table, task):
+    """Yield (label, why, learnable) of labels whose training values do not differ, or rarely."""
     for label in task.task_labels:
         y = table[label].dropna()
         if y.nunique() < 2:
             kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
-            print(f"label {label} cannot be learnt: {kind} in the training fold; it stays blank")
-            out.append(label)
+            yield label, f"{kind} in the training fold", False
         elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
-            print(f"label {label}: few examples in the training fold, {y.sum():.0f} of {len(y)} +")
-    if len(out) == len(task.task_labels):
-        raise UserError("no label can be learnt: each has but one value in the training fold")
-    return out
+            yield label, f"few examples in the training fold, {y.sum():.0f} of {len(y)} +", True
 
 
 def check_settings(settings):
@@ -2092,6 +2105,617 @@ def top_columns(rows, n):
     return columns
 
 
+# -------------------------------------------------------------------------------------------- check
+
+
+@dataclass
+class Finding:
+    """What a check says: 'ok', 'WARNING' (a run would work) or 'ERROR' (it would fail)."""
+
+    level: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass
+class Known:
+    """What the checks have found out so far, for those that come after; None: nothing."""
+
+    typed: dict
+    config: Config | None = None
+    model: LoadedModel | None = None
+    settings: Settings | None = None  # as `train` would have them
+    task: Task | None = None  # with the labels that the table has
+    table: pd.DataFrame | None = None  # the label table without what contradicts itself
+    named: set = field(default_factory=set)  # every study of the label table
+    store: object = None
+    counts: dict = field(default_factory=dict)  # readable study -> (videos, clips a video)
+    digests: dict = field(default_factory=dict)  # study -> SHA-256 of the encoder weights or ''
+    found: pd.DataFrame | None = None  # rows of the table with embeddings and a label
+    folds: pd.Series | None = None  # of `found`; None too where nothing is for training
+
+    @property
+    def dataset(self):
+        return self.config.datasets[self.settings.dataset]
+
+
+def cmd_check(typed):
+    """What a long run would trip over, each with its remedy, and how long it would take.
+
+    Goes on after an error with whatever can still be checked, and writes no file.
+    """
+    known, levels = Known(typed), Counter()
+    for section, (check, needs, remedy) in CHECKS.items():
+        if any(getattr(known, name) is None for name in needs):
+            continue
+        print(section)
+        for finding in findings_of(check, known, remedy):
+            levels[finding.level] += 1
+            print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
+            if finding.remedy:
+                print(f"  {'':8} -> {finding.remedy}")
+    print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
+    if levels["ERROR"]:
+        raise UserError("a run would fail; see the lines marked ERROR")
+
+
+def findings_of(check, known, remedy):
+    """A check's findings; a UserError ends it and becomes the last one."""
+    try:
+        yield from check(known)
+    except UserError as error:
+        text, _, said = str(error).partition("; ")
+        yield Finding("ERROR", text, said or remedy)
+
+
+def some(names, n=3):
+    """The first few of some names, as text."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def check_config(known):
+    """The config, its tasks and datasets."""
+    known.config = config = read_config(known.typed.get("config"))
+    yield Finding(
+        "ok", f"{config.path}: tasks {some(config.tasks, 9)}; datasets {some(config.datasets, 9)}"
+    )
+
+
+def check_model(known):
+    """The model of --model_name, or the one that `train` would go on with."""
+    typed, config = known.typed, known.config
+    name, run_id = typed.get("model_name"), typed.get("run_id", "")
+    task = config.pick("task", typed["task"]) if typed.get("task") else ""
+    if not name:
+        name = task or config.pick("task", "")
+        if not (model_folder(name, run_id) / "best_checkpoint.pt").is_file():
+            yield Finding("ok", f"no model {name} yet, none looked at; --model_name names one")
+            return
+    folder = find_model_folder(name, run_id)
+    model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    known.model = model
+    yield Finding("ok", f"{folder.name}: task {model.task}, {len(model.labels)} labels")
+    if model.task in config.tasks and config.tasks[model.task].task_labels != model.labels:
+        yield Finding(
+            "ERROR",
+            f"task {model.task} of {config.path} has other labels than {folder.name}: predict "
+            "works, evaluate does not",
+            f"give the task the model's labels, in their order: {', '.join(model.labels)}",
+        )
+    if (folder / "last_checkpoint.pt").is_file():
+        read_checkpoint(folder / "last_checkpoint.pt")
+
+
+def check_choice(known):
+    """The task, dataset and settings that a run would take."""
+    options = {f.name for f in options_of("train")}
+    typed = {k: v for k, v in known.typed.items() if k in options}
+    settings = resolve_settings("train", typed, known.config, known.model)
+    check_settings(settings)
+    known.settings = settings
+    if settings.task in known.config.tasks:
+        known.task = replace(known.config.tasks[settings.task])
+        known.task.type = known.model.type if known.model else known.task.type
+        yield Finding("ok", f"task {settings.task} on dataset {settings.dataset}")
+    else:
+        yield Finding(
+            "WARNING",
+            f"{known.config.path} has no task {settings.task}: predict works, evaluate does not",
+            "add the task with the model's labels",
+        )
+
+
+def check_labels(known):
+    """The label table: columns, rows, values."""
+    task = known.task
+    path = known.dataset.label_path or task.label_path
+    if path is None or not path.is_file():
+        yield Finding(
+            "WARNING" if known.model else "ERROR",
+            f"no label table{f' {path}' if path else ''}: predict and embed need none, train and "
+            "evaluate do",
+            "set label_path of the task or the dataset in the config",
+        )
+        return
+    raw = read_table(path)
+    missing = [c for c in ("pid", "eid", *task.task_labels) if c not in raw]
+    for column in missing:
+        close = nearest(column, raw.columns).removeprefix("; ")
+        yield Finding(
+            "ERROR",
+            f"{path} has no column '{column}'",
+            f"{close} " * bool(close) + "rename the column, or mend task_labels in the config",
+        )
+    if {"pid", "eid"} & set(missing):
+        return
+    task.task_labels = [label for label in task.task_labels if label not in missing]
+    if not task.task_labels:
+        return
+    raw = raw[["pid", "eid", *task.task_labels]]
+    rows = with_ids(raw)
+    if lost := len(raw) - len(rows):
+        yield Finding(
+            "WARNING", f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out"
+        )
+    again = rows[rows.duplicated()]
+    if len(again):
+        yield Finding(
+            "WARNING",
+            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
+            "delete them; each is read once",
+        )
+    rows = rows.drop_duplicates()
+    twice = contradictions(rows)
+    if len(twice):
+        yield Finding(
+            "ERROR",
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
+            f"{lines_of(twice)}",
+            "keep one row a study",
+        )
+    known.named = set(rows["eid"])
+    known.table = rows[~rows["eid"].isin(twice["eid"])].set_index("eid")
+    patients = known.table["pid"].nunique()
+    yield Finding("ok", f"{path}: {len(known.table)} studies of {patients} patients")
+    yield from check_values(known.table, task, path)
+
+
+def check_values(table, task, path):
+    """Cells that are of no use; makes them numbers or missing, and decides the task's type."""
+    for label in task.task_labels:
+        text = table[label]
+        table[label], faults = usable_values(text, label, task)
+        for fault, where in faults.items():
+            if where.any():
+                cells = [f"{text[eid]} (study {eid})" for eid in text.index[where]]
+                yield Finding(
+                    "WARNING",
+                    f"{path}, {label}: {where.sum()} values are {fault}: {some(cells)}",
+                    "correct them; they count as missing",
+                )
+    if task.type:
+        return
+    task.type = decide_type(table, task)
+    yield Finding("ok", f"the task is {task.type}, by the values of its labels")
+    for label in task.task_labels:
+        odd = table[label].dropna()
+        odd, share = odd[~odd.isin([0, 1])], odd.isin([0, 1]).mean()
+        if task.type == "regression" and share > 0.8:
+            cells = [f"{value:g} (study {eid})" for eid, value in odd.items()]
+            because = f" because of {some(cells)}" if cells else ""
+            yield Finding(
+                "WARNING",
+                f"{path}, {label}: {share:.0%} of the values are 0 or 1, yet the task would be a "
+                f"regression{because}",
+                'say "type": "binary" in the task, or correct the values',
+            )
+
+
+MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")  # all files must agree
+
+
+def check_embeddings(known):
+    """The files of clip embeddings: the headers of all, the numbers of all or of --sample_limit."""
+    path, packed = known.dataset.embedding_path, packed_path(known.dataset.embedding_path)
+    try:
+        known.store = open_store(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Finding("ERROR", f"{packed.name} is damaged: {error}", "delete it, then pack anew")
+        known.store = EmbeddingFolder(path)
+    store = known.store
+    is_packed = isinstance(store, PackedEmbeddings)
+    if packed.is_dir() and not is_packed:
+        unfinished = not (packed / "pack.json").is_file()
+        yield Finding(
+            "WARNING",
+            f"{packed.name} is {'unfinished' if unfinished else 'out of date'} and not used",
+            f"echofocus.py pack --dataset {known.settings.dataset}",
+        )
+    unreadable = dict(store.unreadable) if is_packed else {}
+    if is_packed:
+        known.counts = {eid: tuple(line["shape"][1:3]) for eid, line in store.files.items()}
+        known.digests = dict.fromkeys(store.files, store.encoder_digest())
+    if path.is_dir():
+        files = store.files if not is_packed else EmbeddingFolder(path).files
+        made = read_headers(files, known.counts, unreadable)
+        known.digests = {eid: about["weights_sha256"] for eid, about in made.items()}
+        yield from check_made(made)
+    looked = "when it was packed"
+    if not is_packed:
+        eids = list(known.counts)
+        if limit := known.settings.sample_limit:
+            eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
+        looked = f"of {len(eids)} studies"
+        for eid in progress(eids, desc="read", unit="study"):
+            try:
+                store.read(eid)
+            except UnreadableStudy as error:
+                unreadable[eid] = str(error)
+                del known.counts[eid]
+    videos = sum(V for V, _ in known.counts.values())
+    text = f"{path}: {len(known.counts)} readable studies, {videos} videos (headers of all read, "
+    text += f"numbers {looked})"
+    if known.counts:
+        yield Finding("ok", text)
+    else:
+        yield Finding("ERROR", text, "extract the studies again")
+    if unreadable:
+        reasons = "".join(f"\n{eid}: {reason}" for eid, reason in list(unreadable.items())[:9])
+        yield Finding(
+            "WARNING",
+            f"{len(unreadable)} studies cannot be read:{reasons}" + "\n..." * (len(unreadable) > 9),
+            "delete these files and extract them again; a run leaves the studies out",
+        )
+
+
+def read_headers(files, counts, unreadable):
+    """Headers of embedding files (study -> path); returns study -> how it was made (MADE_WITH).
+
+    counts gets study -> (videos, clips), unreadable gets study -> reason.
+    """
+    made = {}
+    for eid, file in progress(files.items(), desc="headers", unit="study"):
+        try:
+            counts[eid], made[eid] = read_header(file)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+            counts.pop(eid, None)
+    return made
+
+
+def read_header(path):
+    """((videos, clips), MADE_WITH attributes as text) of a file. Raises UnreadableStudy."""
+    try:
+        with h5py.File(path, "r") as f:
+            about = {name: str(f.attrs.get(name, "")) for name in MADE_WITH}
+            if "embeddings" in f:
+                shapes = {f["embeddings"].shape[1:]}
+                n, n_names = len(f["embeddings"]), len(f["videos"])
+            else:
+                found = []
+                f.visititems(lambda k, x: found.append(x.shape) if is_embedding(k, x) else None)
+                shapes, n, n_names = set(found), len(found), len(found)
+    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UnreadableStudy(f"{path.name}: {error}") from error
+    shape = next(iter(shapes), ())
+    if n != n_names or len(shapes) != 1 or len(shape) != 2 or shape[1] != D or not shape[0]:
+        raise UnreadableStudy(
+            f"{path.name}: {n} videos of shape {' and '.join(map(str, shapes))} with {n_names} "
+            f"names, expected (clips, {D}) and a name for each"
+        )
+    return (n, shape[0]), about
+
+
+def check_made(made):
+    """Whether all embedding files were made in one way; made: study -> MADE_WITH attributes."""
+    for name in MADE_WITH:
+        kinds = {}
+        for eid, about in made.items():
+            kinds.setdefault(about[name], []).append(eid)
+        if len(kinds) > 1:
+            groups = [
+                f"{kind[:12] or 'not said'} ({len(eids)} studies: {some(eids)})"
+                for kind, eids in sorted(kinds.items(), key=lambda item: -len(item[1]))
+            ]
+            yield Finding(
+                "WARNING",
+                f"the embeddings were made with different {name}: {some(groups)}",
+                "extract all with the same settings (embed/extract.py --redo)",
+            )
+
+
+def check_match(known):
+    """Studies of the label table and of the embeddings, side by side."""
+    table, files = known.table, set(known.store.files)
+    labelled = table[known.task.task_labels].notna().any(axis=1)
+    found = table[labelled & table.index.isin(files)].sort_index()
+    if len(found):
+        known.found = found
+        yield Finding("ok", f"{len(found)} labelled studies of {found['pid'].nunique()} patients")
+    else:
+        yield Finding(
+            "ERROR",
+            f"no study is both labelled and embedded (eid: {some(table.index)}; files: "
+            f"{some(sorted(files))})",
+            "make the eid column and the names of the embedding files agree",
+        )
+    for text, eids, remedy in (
+        ("studies of the label table have no embeddings", known.named - files, "extract them"),
+        ("embedded studies are not in the label table", files - known.named, "add their rows"),
+        ("studies have no label at all", table.index[~labelled], "fill them in"),
+    ):
+        if len(eids):
+            text = f"{len(eids)} {text}: {some(sorted(eids))}"
+            yield Finding("WARNING", text, f"{remedy}; training leaves them out")
+
+
+def check_folds(known):
+    """The split: patients that moved, and what each label has in each fold."""
+    settings, task, table = known.settings, known.task, known.found
+    if settings.first_study_only:
+        table = table.drop_duplicates("pid")
+    folds, own = None, True
+    if known.model:
+        try:
+            folds = folds_for(known.model, table, settings.dataset)
+            own = settings.dataset == known.model.made_with.get("dataset")
+        except UserError as error:
+            text, _, why = str(error).partition(": ")
+            yield Finding("ERROR", f"{text}: {why}", "restore the pids, or train under a new name")
+    if folds is None:
+        folds = split_patients(table, asdict(settings))
+    yield Finding("ok", "labels by fold\n" + fold_table(table, folds, task).to_string())
+    if not own:
+        return  # nothing of this dataset is for training
+    known.folds = folds
+    for fold in ("train", "val"):
+        if not (folds == fold).any():
+            yield Finding("ERROR", f"no study falls into the {fold} fold", "change --split, --seed")
+    hard = list(hard_labels(table[folds == "train"], task))
+    for label, why, learnable in hard:
+        verb = "is hard to learn" if learnable else "cannot be learnt"
+        yield Finding("WARNING", f"label {label} {verb}: {why}", "add such studies, or drop it")
+    if sum(not learnable for *_, learnable in hard) == len(task.task_labels):
+        yield Finding("ERROR", "no label can be learnt", "labels need two values in training")
+
+
+def fold_table(table, folds, task):
+    """A row a label, a column a fold: positives of known, or the median and how many are known."""
+    columns = {}
+    for fold in FOLDS:
+        part = table[folds == fold]
+        cells = {"studies": len(part), "patients": part["pid"].nunique()}
+        for label in task.task_labels:
+            y = part[label].dropna()
+            if task.type == "binary":
+                share = f" ({y.mean():.1%})" if len(y) else ""
+                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
+            else:
+                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
+        columns[fold] = cells
+    return pd.DataFrame(columns)
+
+
+def check_encoder(known):
+    """Whether the model was trained on embeddings of the encoder that made these."""
+    trained = known.model.made_with.get("encoder_sha256")
+    others = [
+        eid for eid, digest in known.digests.items() if trained and digest not in ("", trained)
+    ]
+    if others:
+        yield Finding(
+            "WARNING",
+            f"{known.model.folder.name} was trained on embeddings of another encoder than those of "
+            f"{len(others)} studies ({some(others)}): its answers mean nothing there",
+            f"extract them with the encoder weights of SHA-256 {trained[:12]}",
+        )
+    elif not trained:
+        yield Finding("ok", f"{known.model.folder.name} does not say which encoder it goes with")
+    else:
+        yield Finding("ok", "the model and the embeddings go with one encoder")
+
+
+USUAL = ("still image", "M-mode", "spectral Doppler", "DICOM without image data")
+
+
+def check_videos(known):
+    """The files of --videos, by their headers; the encoder weights; the time of an extraction."""
+    if not known.typed.get("videos"):
+        yield Finding("ok", "none looked at; --videos names a folder")
+        return
+    typed, source = known.typed, Path(known.typed["videos"])
+    sampling = extract.settings_from(typed).sampling
+    studies = extract.find_studies(source, typed["group"], typed["manifest"])
+    faults, usable = {}, []
+    for study in progress(studies, desc="videos", unit="study"):
+        reasons = {video: "the manifest's file is missing" for video in study.missing}
+        reasons |= {v: fault for v in study.videos if (fault := video_fault(study.folder / v))}
+        usable += [(study, v) for v in study.videos if v not in reasons]
+        faults |= {f"{study.name}/{video}": reason for video, reason in reasons.items()}
+    usual = Counter(r for r in faults.values() if r.startswith(USUAL))
+    skipped = "".join(f"; {n} skipped: {reason}" for reason, n in usual.items())
+    yield Finding("ok", f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
+    odd = {name: reason for name, reason in faults.items() if not reason.startswith(USUAL)}
+    if odd:
+        reasons = "".join(f"\n{name}: {reason}" for name, reason in list(odd.items())[:9])
+        yield Finding(
+            "WARNING",
+            f"{len(odd)} files cannot be used:{reasons}" + "\n..." * (len(odd) > 9),
+            "export them again, or delete them; extraction skips and lists them",
+        )
+    empty = {s.name for s in studies} - {s.name for s, _ in usable}
+    if empty:
+        yield Finding(
+            "WARNING" if usable else "ERROR",
+            f"{len(empty)} studies have no usable video: {some(sorted(empty))}",
+            "see the reasons above; they get no answer",
+        )
+    yield from check_extraction(known, usable, sampling)
+
+
+def video_fault(path):
+    """Why a video file will be skipped, as far as its header says, or ''."""
+    import pydicom
+
+    from embed import video
+
+    try:
+        with open(path, "rb") as f:
+            if not f.read(1):
+                return "empty file"
+        if video.is_dicom(path):
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            video.check_cine(header)
+            video.check_decoder(header)
+        elif path.suffix.lower() in video.DICOM_SUFFIXES:
+            return "not a DICOM file: the 'DICM' mark at byte 128 is missing"
+    except video.VideoError as error:
+        return str(error)
+    except Exception as error:  # pydicom raises many kinds on malformed headers
+        return "cannot be read: " + (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def check_extraction(known, usable, sampling):
+    """The encoder weights, and how long the usable (study, video) pairs would take to extract."""
+    from embed import panecho
+
+    typed, weights = known.typed, known.typed["weights"]
+    if weights == "panecho" and not panecho.cached_weights().is_file():
+        yield Finding(
+            "WARNING",
+            "the encoder weights are not in torch.hub's cache: extraction begins by a download",
+            "run once with a network, or give the file with --weights",
+        )
+        weights = "random"  # for the timing alone
+    elif weights.startswith(("http:", "https:")):
+        weights = "random"
+    encoder, digest = panecho.load_panecho(weights, sampling.clip_len)
+    trained = known.model.made_with.get("encoder_sha256") if known.model else ""
+    if weights == typed["weights"] and trained and trained != digest:
+        yield Finding(
+            "WARNING",
+            f"{known.model.folder.name} was trained on embeddings of another encoder: its answers "
+            "mean nothing with these weights",
+            f"--weights with the file of SHA-256 {trained[:12]}",
+        )
+    if not usable:
+        return
+    device = pick_device(typed.get("device", ""))
+    workers = typed["workers"] or max(1, min(16, (os.cpu_count() or 1) // 2))
+    (((study, video), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
+    if isinstance(reply, Exception):
+        yield Finding("WARNING", f"{study.name}/{video}: {reply}", "it will be skipped")
+        return
+    images, _ = extract.distinct_images(reply[0].index)
+    batch = torch.zeros(min(8, len(images)), 3, sampling.size, sampling.size, device=device)
+    encode = timed(lambda: encoder.encoder.to(device).encode_images(batch))
+    each = max(seconds / workers, encode * len(images) / len(batch))
+    yield Finding(
+        "ok",
+        f"extraction of {len(usable)} videos: about {duration(each * len(usable))} on {device} "
+        "(rough: from one video decoded and a few images encoded)",
+    )
+
+
+def timed(function):
+    """Seconds that a call takes, the second time; torch's queue emptied."""
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def duration(seconds):
+    """Seconds in a unit that a person reads."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def check_disk(known):
+    """Room for checkpoints (weights and two moments, best and last) and for a pack."""
+    numbers = sum(p.numel() for p in fresh_model(known).parameters())
+    needs = [("checkpoints", MODELS, 2 * 3 * 4 * numbers, "ERROR")]
+    path = known.dataset.embedding_path
+    if known.counts and not isinstance(known.store, PackedEmbeddings):
+        clips = sum(V * C for V, C in known.counts.values())
+        needs.append(("a packed copy", path.parent, clips * D * 4, "WARNING"))
+    for what, folder, size, level in needs:
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(there).free
+        text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+        if size > free:
+            yield Finding(level, text, "free some, or work on another disk")
+        else:
+            yield Finding("ok", text)
+
+
+def labels_of(known):
+    return known.model.labels if known.model else known.task.task_labels
+
+
+def fresh_model(known):
+    """An untrained model as the settings say."""
+    s, n = known.settings, len(labels_of(known))
+    return StudyModel(n, s.transformer_type, s.encoder_depth, s.tf_combine)
+
+
+def check_time(known):
+    """How long an epoch and a prediction take, from eight studies on this machine."""
+    device, settings = pick_device(known.settings.device), known.settings
+    eids = sorted(known.counts, key=lambda eid: derive_seed("time", eid))[:8]
+    eids = [eid for eid in eids if eid in known.store.files]
+    if not eids:
+        return
+    net = fresh_model(known).to(device)
+    targets = dict.fromkeys(eids, np.zeros(len(labels_of(known))))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
+    run = partial(run_studies, net, known.store, eids, settings)
+    steps = {
+        "train": partial(run, targets=targets, task_type="binary", optimizer=optimizer),
+        "predict": run,
+    }
+    each = {}
+    for name, step in steps.items():
+        step()  # the first one warms up
+        began = time.perf_counter()
+        step()
+        each[name] = (time.perf_counter() - began) / len(eids)
+    n = len(known.store.files)
+    yield Finding(
+        "ok", f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}"
+    )
+    if known.folds is not None:
+        train, val = ((known.folds == fold).sum() for fold in ("train", "val"))
+        epoch = train * each["train"] + val * each["predict"]
+        yield Finding(
+            "ok",
+            f"an epoch of training on {train} studies: about {duration(epoch)} on {device}, "
+            f"{settings.epoch_lim} epochs: {duration(epoch * settings.epoch_lim)} (rough)",
+        )
+
+
+CHECKS = {  # section: check, what must be known for it, the remedy where an error says none
+    "config": (check_config, (), "mend the config; config-example.json shows one"),
+    "model": (check_model, ("config",), "name another --model_name, or train it anew"),
+    "choice": (check_choice, ("config",), "mend the option or the config"),
+    "labels": (check_labels, ("settings", "task"), "mend the label table"),
+    "embeddings": (check_embeddings, ("settings",), "see embedding_path in the config"),
+    "encoder": (check_encoder, ("model", "store"), ""),
+    "labels and embeddings": (check_match, ("table", "store"), ""),
+    "split": (check_folds, ("found",), "see --split"),
+    "videos": (check_videos, (), "see --videos"),
+    "disk": (check_disk, ("settings", "task"), ""),
+    "time": (check_time, ("store", "task"), ""),
+}
+
+
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -2349,6 +2973,7 @@ COMMANDS = {
     "predict": cmd_predict,
     "embed": cmd_embed,
     "explain": cmd_explain,
+    "check": cmd_check,
     "pack": cmd_pack,
     "demo": cmd_demo,
 }
@@ -2373,7 +2998,7 @@ def build_parser():
                 **kind,
                 **f.metadata["argparse"],
             )
-        if command == "predict":
+        if command in ("predict", "check"):
             extract.add_options(sub)
     return parser
 
