@@ -8,6 +8,7 @@
     python echofocus.py predict  --model_name chd --videos F  # DICOM in, probabilities out
     python echofocus.py embed    --dataset outside            # one 768-vector a study
     python echofocus.py explain                               # the videos that drove an answer
+    python echofocus.py check                                 # what a long run would trip over
 
 What is left out has a default, and the tool prints which it took. Files: a config (JSON: tasks and
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
@@ -15,7 +16,7 @@ file a study, from embed/extract.py or the published scripts), a model folder be
 
 The file is in the order in which data flows: config -> labels, scaling, patient splits -> embedding
 store and batches -> model -> checkpoints -> the loop -> training -> metrics -> evaluate, predict,
-embed, explain -> figures -> demo -> command line.
+embed, explain, check -> figures -> demo -> command line.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -33,7 +34,7 @@ import zlib
 from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -75,7 +76,7 @@ def option(default, help, commands, least=None, **argparse_options):
 
 
 WITH_MODEL = "evaluate predict embed explain"
-ALL = f"train {WITH_MODEL}"
+ALL = f"train check {WITH_MODEL}"
 
 
 @dataclass
@@ -133,10 +134,21 @@ class Settings:
 
     subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
     out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
-    videos: str = option("", "folder of a study's videos or of studies, to start from", "predict")
+    videos: str = option(
+        "", "folder of a study's videos or of studies, to start from", "predict check"
+    )
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
     )
+    level: str = option(
+        "study", "one vector a study, or one a video", "embed", choices=("study", "video")
+    )
+    datasets: list = option([], "several datasets, instead of --dataset", "embed", nargs="+")
+    map: str = option(
+        "", "also draw the studies in a plane: pca (if not said) or tsne", "embed",
+        choices=("pca", "tsne"), nargs="?", const="pca",
+    )  # fmt: skip
+    color_by: str = option("dataset", "dataset, or a column of the label table", "embed")
     explain_n: int = option(5, "top videos in the published table", "explain", least=1)
     explain_mode: str = option(
         "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
@@ -365,6 +377,38 @@ def read_labels(path, task):
     are counted on screen. Raises UserError for a missing file or column, and for a study whose
     rows contradict each other.
     """
+    table = read_rows(path, task.task_labels)
+    for label in task.task_labels:
+        table[label] = clean_values(table[label], label, task, path)
+    return table
+
+
+def read_rows(path, columns):
+    """pid and some more columns of a label table, as text, one row a study (the index).
+
+    Raises UserError for a missing file or column, and for rows that contradict each other.
+    """
+    raw = read_table(path)
+    for column in ("pid", "eid", *columns):
+        if column not in raw:
+            raise UserError(
+                f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
+                "has pid, eid and one column a label)"
+            )
+    rows = with_ids(raw[["pid", "eid", *columns]])
+    if lost := len(raw) - len(rows):
+        print(f"{path}: {lost} rows have no pid or no eid and are left out")
+    rows = rows.drop_duplicates()
+    if len(twice := contradictions(rows)):
+        raise UserError(
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
+            f"{lines_of(twice)}; keep one row a study"
+        )
+    return rows.set_index("eid")
+
+
+def read_table(path):
+    """A label table's cells as text, names of columns stripped. Raises UserError."""
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
     try:
@@ -377,49 +421,53 @@ def read_labels(path, task):
     if raw.columns.has_duplicates:
         twice = raw.columns[raw.columns.duplicated()][0]
         raise UserError(f"{path} has two columns '{twice}'")
-    for column in ("pid", "eid", *task.task_labels):
-        if column not in raw:
-            raise UserError(
-                f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
-                "has pid, eid and one column a label)"
-            )
-    if lost := int(raw[["pid", "eid"]].isna().any(axis=1).sum()):
-        print(f"{path}: {lost} rows have no pid or no eid and are left out")
-    raw = raw[["pid", "eid", *task.task_labels]].dropna(subset=["pid", "eid"])
-    for column in ("pid", "eid"):  # as text; a spreadsheet may have made 123 into 123.0
-        raw[column] = raw[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
-    raw = raw.drop_duplicates()
-    twice = raw[raw["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
-    if len(twice):
-        lines = ", ".join(f"{e} (line {i + 2})" for i, e in twice["eid"].head(6).items())
-        raise UserError(
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: {lines}; "
-            "keep one row a study"
-        )
-    table = raw.set_index("eid")
-    for label in task.task_labels:
-        table[label] = clean_values(table[label], label, task, path)
-    return table
+    return raw
+
+
+def with_ids(raw):
+    """The rows that have both ids, as text; a spreadsheet may have made 123 into 123.0."""
+    rows = raw.dropna(subset=["pid", "eid"]).copy()
+    for column in ("pid", "eid"):
+        rows[column] = rows[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+    return rows
+
+
+def contradictions(rows):
+    """The rows of studies that have several, different ones (repeated rows are out already)."""
+    return rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
+
+
+def lines_of(rows):
+    """The first studies of some rows and their lines in the file, as text."""
+    return ", ".join(f"{eid} (line {i + 2})" for i, eid in rows["eid"].head(6).items())
 
 
 def clean_values(text, label, task, path):
     """One label's column of text -> float64 with NaN for what cannot be used, said on screen."""
+    values, faults = usable_values(text, label, task)
+    for fault, where in faults.items():
+        if where.any():
+            print(f"{path}, {label}: {where.sum()} values are {fault} and count as missing")
+    return values
+
+
+def usable_values(text, label, task):
+    """One label's column of text -> float64 with NaN for what cannot be used, and what that was.
+
+    The latter is a dict of a fault's name to a mask.
+    """
     values = pd.to_numeric(text, errors="coerce").astype(float)
     values[np.isinf(values)] = np.nan
-    if bad := int((values.isna() & text.notna()).sum()):
-        print(f"{path}, {label}: {bad} values are no numbers and count as missing")
+    faults = {"no numbers": values.isna() & text.notna()}
     if task.type == "binary":
-        bad = values.notna() & ~values.isin([0, 1])
+        bad = faults["not 0 or 1"] = values.notna() & ~values.isin([0, 1])
     else:
         ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
         low, high = ranges.get(label, (None, None))
-        bad = (values < (-np.inf if low is None else low)) | (
+        bad = faults["out of range"] = (values < (-np.inf if low is None else low)) | (
             values > (np.inf if high is None else high)
         )
-    if bad.any():
-        allowed = "not 0 or 1" if task.type == "binary" else "out of range"
-        print(f"{path}, {label}: {bad.sum()} values are {allowed} and count as missing")
-    return values.mask(bad)
+    return values.mask(bad), faults
 
 
 def decide_type(table, task):
@@ -600,7 +648,8 @@ class Bag:
     made: dict = field(default_factory=dict)  # MADE_WITH of its file, where it says so
 
 
-MADE_WITH = ("weights_sha256", "clip_len", "size", "mask")  # attributes that decide what a clip is
+# Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
+MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
 
 
 def open_store(path):
@@ -798,7 +847,7 @@ def cmd_pack(typed):
         append_studies(path, folder, dtype)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; the same command goes on") from error
-    check_pack(path, dtype)
+    check_pack(path)
     with atomic_path(path / "pack.json") as temporary:
         temporary.write_text(json.dumps(about))
     lines = read_lines(path / "index.jsonl")
@@ -840,13 +889,14 @@ def append_studies(path, folder, dtype):
             index.flush()
 
 
-def check_pack(path, dtype):
+def check_pack(path):
     """Read every block back and compare its CRC-32. Raises UserError."""
-    data = np.memmap(path / "embeddings.bin", np.uint8, "r")
-    for line in progress(read_lines(path / "index.jsonl"), desc="check", unit="study"):
-        if "bytes" in line:
-            block = data[line["offset"] : line["offset"] + line["bytes"]]
-            if zlib.crc32(block) != line["crc32"]:
+    with open(path / "embeddings.bin", "rb") as data:
+        for line in progress(read_lines(path / "index.jsonl"), desc="check", unit="study"):
+            if "bytes" not in line:
+                continue
+            data.seek(line["offset"])
+            if zlib.crc32(data.read(line["bytes"])) != line["crc32"]:
                 raise UserError(f"{path}: study {line['eid']} reads back wrong; delete it, repack")
 
 
@@ -1819,17 +1869,26 @@ def keep_apart(folds, table, begun_from):
 def unlearnable_labels(table, task):
     """Labels whose training values do not differ; says so, and which have few positives."""
     out = []
+    for label, why, learnable in hard_labels(table, task):
+        if learnable:
+            print(f"label {label}: {why}")
+        else:
+            print(f"label {label} cannot be learnt: {why}; it stays blank")
+            out.append(label)
+    if len(out) == len(task.task_labels):
+        raise UserError("no label can be learnt: each has but one value in the training fold")
+    return out
+
+
+def hard_labels(table, task):
+    """Yield (label, why, learnable) of labels whose training values do not differ, or rarely."""
     for label in task.task_labels:
         y = table[label].dropna()
         if y.nunique() < 2:
             kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
-            print(f"label {label} cannot be learnt: {kind} in the training fold; it stays blank")
-            out.append(label)
+            yield label, f"{kind} in the training fold", False
         elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
-            print(f"label {label}: few examples in the training fold, {y.sum():.0f} of {len(y)} +")
-    if len(out) == len(task.task_labels):
-        raise UserError("no label can be learnt: each has but one value in the training fold")
-    return out
+            yield label, f"few examples in the training fold, {y.sum():.0f} of {len(y)} +", True
 
 
 def check_settings(settings):
@@ -2411,24 +2470,199 @@ def prediction_table(model, found, check):
 
 
 def cmd_embed(typed):
-    """Study embeddings, one 768-vector a study, as an HDF5 file."""
+    """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
+    if len(typed.get("datasets", ())) > 1 and typed.get("embed_file"):
+        raise UserError("--embed_file is one file: leave it out with several --datasets")
+    if typed.get("map") and typed.get("level") == "video":
+        raise UserError("--map shows studies: leave out --level video")
+    if typed.get("datasets"):
+        typed = typed | {"dataset": typed["datasets"][0]}
     settings, config, model = start_with_model("embed", typed)
-    store = open_store(config.datasets[settings.dataset].embedding_path)
+    datasets = [config.pick("dataset", name) for name in settings.datasets or [settings.dataset]]
+    rows = map_rows(config, settings, datasets) if settings.map else None  # first: it may refuse
+    files = {name: embed_dataset(name, config, model, settings) for name in dict.fromkeys(datasets)}
+    if settings.map:
+        make_map(files, rows, model, settings)
+
+
+def embed_dataset(dataset, config, model, settings):
+    """Write the embeddings of a dataset; returns the file's path."""
+    store = open_store(config.datasets[dataset].embedding_path)
     warn_of_another_encoder(model, store)
     eids = list(store.files)[: settings.sample_limit or None]
+    write = embed_studies if settings.level == "study" else embed_videos
+    name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
+    path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
     unreadable = {}
-    found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
-    report_unreadable(unreadable)
-    if not len(found):
-        raise UserError("no study could be read")
-    name = f"embeddings_{settings.dataset}_{settings.task}.h5"
-    path = Path(settings.embed_file or model.folder / name)
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        for eid, embedding in zip(found.eids, found.embeddings, strict=True):
-            f[eid] = embedding
-        f.attrs["dataset"], f.attrs["task"] = settings.dataset, settings.task
+        n = write(f, model, store, eids, settings, unreadable)
+        f.attrs["dataset"], f.attrs["task"] = dataset, settings.task
         f.attrs["model_name"] = model.folder.name
-    print(f"wrote {len(found)} study embeddings to {path}")
+        report_unreadable(unreadable)
+        if not n:
+            raise UserError("no study could be read")
+    print(f"wrote {n} {settings.level} embeddings to {path}")
+    return path
+
+
+def embed_studies(f, model, store, eids, settings, unreadable):
+    """A dataset (768,) a study into the open HDF5 file, as published; returns how many."""
+    found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
+    for eid, embedding in zip(found.eids, found.embeddings, strict=True):
+        f[eid] = embedding
+    return len(found)
+
+
+def embed_videos(f, model, store, eids, settings, unreadable):
+    """A group a study with `embeddings` (V, 768) and `videos` (V,); returns how many videos.
+
+    A video's embedding is the study embedding of that video alone. One study is held at a time:
+    a cohort's videos would not fit into memory.
+    """
+    f.attrs["level"], n = "video", 0
+    for eid in progress(eids, desc="embed", unit="study"):
+        try:
+            bag = store.read(eid)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+            continue
+        found = run_studies(model.net, VideosAsStudies(bag), range(len(bag.videos)), settings)
+        f[f"{eid}/embeddings"] = found.embeddings
+        f[eid].create_dataset("videos", data=bag.videos, dtype=h5py.string_dtype())
+        n += len(found)
+    return n
+
+
+class VideosAsStudies:
+    """A study's Bag as a store: each of its videos, by number, is a study of its own."""
+
+    def __init__(self, bag):
+        self.bag = bag
+
+    def read(self, number, rng=None):
+        return Bag(self.bag.embeddings[[number]], [self.bag.videos[number]])
+
+    def size(self, number):
+        return self.bag.embeddings.shape[1]
+
+
+def map_rows(config, settings, datasets):
+    """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
+
+    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
+    are numbers, else text. Raises UserError when no table has the column.
+    """
+    column, task = settings.color_by.strip(), config.tasks.get(settings.task)
+    if column in ("pid", "eid"):
+        raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
+    columns, rows, reasons = [] if column == "dataset" else [column], {}, []
+    for name in datasets:
+        path = config.datasets[name].label_path or (task.label_path if task else None)
+        try:
+            rows[name] = read_rows(path, columns)
+        except UserError as error:
+            rows[name] = None
+            reasons.append(str(error))
+            continue
+        if columns and column in task.task_labels:
+            rows[name][column] = clean_values(rows[name][column], column, task, path)
+    if columns and len(reasons) == len(datasets):
+        raise UserError(f"--color_by {column}: {reasons[0]}")
+    for reason in reasons if columns else ():
+        print(f"no colours: {reason}")
+    return rows
+
+
+def make_map(files, rows, model, settings):
+    """Study embeddings of some datasets in a plane: map_*.csv, .png and .pdf beside the model.
+
+    files: dataset -> file of study embeddings; rows: see `map_rows`.
+    """
+    eids, x, names = [], [], []
+    for name, path in files.items():
+        with h5py.File(path, "r") as f:
+            eids += list(f)
+            x += [f[eid][:] for eid in f]
+            names += [name] * len(f)
+    x, column = np.stack(x), settings.color_by.strip()
+    if len(x) < 4 or not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
+        raise UserError("a map needs the embeddings of four studies that differ")
+    points = pd.DataFrame({"eid": eids, "dataset": names})
+    of_study = [
+        (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
+        for name, part in points.groupby("dataset", sort=False)
+    ]
+    said = pd.concat(of_study, ignore_index=True)
+    points["value"] = points["dataset"] if column == "dataset" else as_numbers(said[column])
+    places, axes = map_positions(x, settings.map)
+    points["x"], points["y"] = places.T
+    shift = ""
+    if len(files) > 1:
+        patients = said["pid"] if "pid" in said else pd.Series(np.nan, index=points.index)
+        patients = patients.where(patients.notna(), points["eid"])
+        shift = shift_between(x, points["dataset"], patients)
+        print(shift)
+    by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
+    path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
+    with atomic_path(path.with_name(path.name + ".csv")) as temporary:
+        points.to_csv(temporary, index=False)
+    unit = f" [{model.units[column]}]" if column in model.units else ""
+    plot_map(points, axes, column + unit, shift, path)
+    print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
+
+
+def as_numbers(values):
+    """A column as numbers when all of them are, else as text."""
+    numbers = pd.to_numeric(values, errors="coerce")
+    return numbers if (numbers.notna() == values.notna()).all() else values.str.strip()
+
+
+def map_positions(x, method):
+    """Places (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
+
+    PCA of the centred numbers, not standardised, since all have one unit; or t-SNE (van der Maaten
+    and Hinton, JMLR 2008) of its first 50 components. The same numbers give the same map.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    pca = PCA(min(50, *x.shape), random_state=0)
+    z = pca.fit_transform(x)
+    if method == "pca":
+        shares = enumerate(pca.explained_variance_ratio_[:2], start=1)
+        return z[:, :2], [f"component {k} ({share:.0%} of the variance)" for k, share in shares]
+    perplexity = min(30, (len(x) - 1) / 3)  # neighbours looked at; there must be so many
+    z = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(z)
+    return z, ["t-SNE 1", "t-SNE 2"]
+
+
+def shift_between(x, datasets, patients):
+    """How well the datasets can be told apart by study embeddings x (S, D), as a sentence.
+
+    AUROC of a logistic regression on 50 principal components, cross-validated with a patient's
+    studies kept together; of more than two datasets the mean of each against the rest.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if patients.groupby(datasets).nunique().min() < 20:
+        return "too few patients to say how well the datasets can be told apart (20 of each)"
+    classifier = make_pipeline(
+        PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
+    )
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    p = cross_val_predict(
+        classifier, x, datasets, groups=patients, cv=folds, method="predict_proba"
+    )
+    if datasets.nunique() == 2:
+        auroc = roc_auc_score(datasets == datasets.max(), p[:, 1])
+    else:
+        auroc = roc_auc_score(datasets, p, multi_class="ovr")
+    return f"telling the datasets apart: AUROC {auroc:.2f} (0.5: no shift between them)"
 
 
 # ------------------------------------------------------------------------------------------ explain
@@ -2583,6 +2817,614 @@ def top_columns(rows, n):
     return columns
 
 
+# -------------------------------------------------------------------------------------------- check
+
+
+@dataclass
+class Finding:
+    """What a check says: 'ok', 'WARNING' (a run would work) or 'ERROR' (it would fail)."""
+
+    level: str
+    text: str
+    remedy: str = ""
+
+
+@dataclass
+class Known:
+    """What the checks have found out so far, for those that come after; None: nothing."""
+
+    typed: dict
+    config: Config | None = None
+    model: LoadedModel | None = None
+    settings: Settings | None = None  # as `train` would have them
+    task: Task | None = None  # with the labels that the table has
+    table: pd.DataFrame | None = None  # the label table without what contradicts itself
+    named: set = field(default_factory=set)  # every study of the label table
+    store: object = None
+    counts: dict = field(default_factory=dict)  # readable study -> (videos, clips a video)
+    digests: dict = field(default_factory=dict)  # study -> SHA-256 of the encoder weights or ''
+    found: pd.DataFrame | None = None  # rows of the table with embeddings and a label
+    folds: pd.Series | None = None  # of `found`; None too where nothing is for training
+
+    @property
+    def dataset(self):
+        return self.config.datasets[self.settings.dataset]
+
+
+def cmd_check(typed):
+    """What a long run would trip over, each with its remedy, and how long it would take.
+
+    Goes on after an error with whatever can still be checked, and writes no file.
+    """
+    known, levels = Known(typed), Counter()
+    for section, (check, needs, remedy) in CHECKS.items():
+        if any(getattr(known, name) is None for name in needs):
+            continue
+        print(section)
+        for finding in findings_of(check, known, remedy):
+            levels[finding.level] += 1
+            print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
+            if finding.remedy:
+                print(f"  {'':8} -> {finding.remedy}")
+    print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
+    if levels["ERROR"]:
+        raise UserError("a run would fail; see the lines marked ERROR")
+
+
+def findings_of(check, known, remedy):
+    """A check's findings; a UserError ends it and becomes the last one."""
+    try:
+        yield from check(known)
+    except UserError as error:
+        text, _, said = str(error).partition("; ")
+        yield Finding("ERROR", text, said or remedy)
+
+
+def some(names, n=3):
+    """The first few of some names, as text."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def check_config(known):
+    """The config, its tasks and datasets."""
+    known.config = config = read_config(known.typed.get("config"))
+    yield Finding(
+        "ok", f"{config.path}: tasks {some(config.tasks, 9)}; datasets {some(config.datasets, 9)}"
+    )
+
+
+def check_model(known):
+    """The model of --model_name, or the one that `train` would go on with."""
+    typed, config = known.typed, known.config
+    name, run_id = typed.get("model_name"), typed.get("run_id", "")
+    task = config.pick("task", typed["task"]) if typed.get("task") else ""
+    if not name:
+        name = task or config.pick("task", "")
+        if not (model_folder(name, run_id) / "best_checkpoint.pt").is_file():
+            yield Finding("ok", f"no model {name} yet, none looked at; --model_name names one")
+            return
+    folder = find_model_folder(name, run_id)
+    model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    known.model = model
+    yield Finding("ok", f"{folder.name}: task {model.task}, {len(model.labels)} labels")
+    if model.task in config.tasks and config.tasks[model.task].task_labels != model.labels:
+        yield Finding(
+            "ERROR",
+            f"task {model.task} of {config.path} has other labels than {folder.name}: predict "
+            "works, evaluate does not",
+            f"give the task the model's labels, in their order: {', '.join(model.labels)}",
+        )
+    if (folder / "last_checkpoint.pt").is_file():
+        read_checkpoint(folder / "last_checkpoint.pt")
+
+
+def check_choice(known):
+    """The task, dataset and settings that a run would take."""
+    options = {f.name for f in options_of("train")}
+    typed = {k: v for k, v in known.typed.items() if k in options}
+    settings = resolve_settings("train", typed, known.config, known.model)
+    check_settings(settings)
+    known.settings = settings
+    if settings.task in known.config.tasks:
+        known.task = replace(known.config.tasks[settings.task])
+        known.task.type = known.model.type if known.model else known.task.type
+        yield Finding("ok", f"task {settings.task} on dataset {settings.dataset}")
+    else:
+        yield Finding(
+            "WARNING",
+            f"{known.config.path} has no task {settings.task}: predict works, evaluate does not",
+            "add the task with the model's labels",
+        )
+
+
+def check_labels(known):
+    """The label table: columns, rows, values."""
+    task = known.task
+    path = known.dataset.label_path or task.label_path
+    if path is None or not path.is_file():
+        yield Finding(
+            "WARNING" if known.model else "ERROR",
+            f"no label table{f' {path}' if path else ''}: predict and embed need none, train and "
+            "evaluate do",
+            "set label_path of the task or the dataset in the config",
+        )
+        return
+    raw = read_table(path)
+    missing = [c for c in ("pid", "eid", *task.task_labels) if c not in raw]
+    for column in missing:
+        close = nearest(column, raw.columns).removeprefix("; ")
+        yield Finding(
+            "ERROR",
+            f"{path} has no column '{column}'",
+            f"{close} " * bool(close) + "rename the column, or mend task_labels in the config",
+        )
+    if {"pid", "eid"} & set(missing):
+        return
+    task.task_labels = [label for label in task.task_labels if label not in missing]
+    if not task.task_labels:
+        return
+    raw = raw[["pid", "eid", *task.task_labels]]
+    rows = with_ids(raw)
+    if lost := len(raw) - len(rows):
+        yield Finding(
+            "WARNING", f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out"
+        )
+    again = rows[rows.duplicated()]
+    if len(again):
+        yield Finding(
+            "WARNING",
+            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
+            "delete them; each is read once",
+        )
+    rows = rows.drop_duplicates()
+    twice = contradictions(rows)
+    if len(twice):
+        yield Finding(
+            "ERROR",
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
+            f"{lines_of(twice)}",
+            "keep one row a study",
+        )
+    known.named = set(rows["eid"])
+    known.table = rows[~rows["eid"].isin(twice["eid"])].set_index("eid")
+    patients = known.table["pid"].nunique()
+    yield Finding("ok", f"{path}: {len(known.table)} studies of {patients} patients")
+    yield from check_values(known.table, task, path)
+
+
+def check_values(table, task, path):
+    """Cells that are of no use; makes them numbers or missing, and decides the task's type."""
+    for label in task.task_labels:
+        text = table[label]
+        table[label], faults = usable_values(text, label, task)
+        for fault, where in faults.items():
+            if where.any():
+                cells = [f"{text[eid]} (study {eid})" for eid in text.index[where]]
+                yield Finding(
+                    "WARNING",
+                    f"{path}, {label}: {where.sum()} values are {fault}: {some(cells)}",
+                    "correct them; they count as missing",
+                )
+    if task.type:
+        return
+    task.type = decide_type(table, task)
+    yield Finding("ok", f"the task is {task.type}, by the values of its labels")
+    for label in task.task_labels:
+        odd = table[label].dropna()
+        odd, share = odd[~odd.isin([0, 1])], odd.isin([0, 1]).mean()
+        if task.type == "regression" and share > 0.8:
+            cells = [f"{value:g} (study {eid})" for eid, value in odd.items()]
+            because = f" because of {some(cells)}" if cells else ""
+            yield Finding(
+                "WARNING",
+                f"{path}, {label}: {share:.0%} of the values are 0 or 1, yet the task would be a "
+                f"regression{because}",
+                'say "type": "binary" in the task, or correct the values',
+            )
+
+
+def check_embeddings(known):
+    """The files of clip embeddings: the headers of all, the numbers of all or of --sample_limit."""
+    path, packed = known.dataset.embedding_path, packed_path(known.dataset.embedding_path)
+    try:
+        known.store = open_store(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Finding("ERROR", f"{packed.name} is damaged: {error}", "delete it, then pack anew")
+        known.store = EmbeddingFolder(path)
+    store = known.store
+    is_packed = isinstance(store, PackedEmbeddings)
+    if packed.is_dir() and not is_packed:
+        unfinished = not (packed / "pack.json").is_file()
+        yield Finding(
+            "WARNING",
+            f"{packed.name} is {'unfinished' if unfinished else 'out of date'} and not used",
+            f"echofocus.py pack --dataset {known.settings.dataset}",
+        )
+    unreadable = dict(store.unreadable) if is_packed else {}
+    if is_packed:
+        known.counts = {eid: tuple(line["shape"][1:3]) for eid, line in store.files.items()}
+        known.digests = dict.fromkeys(store.files, store.encoder_digest())
+    if path.is_dir():
+        files = store.files if not is_packed else EmbeddingFolder(path).files
+        made = read_headers(files, known.counts, unreadable)
+        known.digests = {eid: about["weights_sha256"] for eid, about in made.items()}
+        yield from check_made(made)
+    looked = "when it was packed"
+    if not is_packed:
+        eids = list(known.counts)
+        if limit := known.settings.sample_limit:
+            eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
+        looked = f"of {len(eids)} studies"
+        for eid in progress(eids, desc="read", unit="study"):
+            try:
+                store.read(eid)
+            except UnreadableStudy as error:
+                unreadable[eid] = str(error)
+                del known.counts[eid]
+    videos = sum(V for V, _ in known.counts.values())
+    text = f"{path}: {len(known.counts)} readable studies, {videos} videos (headers of all read, "
+    text += f"numbers {looked})"
+    if known.counts:
+        yield Finding("ok", text)
+    else:
+        yield Finding("ERROR", text, "extract the studies again")
+    if unreadable:
+        reasons = "".join(f"\n{eid}: {reason}" for eid, reason in list(unreadable.items())[:9])
+        yield Finding(
+            "WARNING",
+            f"{len(unreadable)} studies cannot be read:{reasons}" + "\n..." * (len(unreadable) > 9),
+            "delete these files and extract them again; a run leaves the studies out",
+        )
+
+
+def read_headers(files, counts, unreadable):
+    """Headers of embedding files (study -> path); returns study -> how it was made (MADE_WITH).
+
+    counts gets study -> (videos, clips), unreadable gets study -> reason.
+    """
+    made = {}
+    for eid, file in progress(files.items(), desc="headers", unit="study"):
+        try:
+            counts[eid], made[eid] = read_header(file)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+            counts.pop(eid, None)
+    return made
+
+
+def read_header(path):
+    """((videos, clips), MADE_WITH attributes as text) of a file. Raises UnreadableStudy."""
+    try:
+        with h5py.File(path, "r") as f:
+            about = {name: str(f.attrs.get(name, "")) for name in MADE_WITH}
+            if "embeddings" in f:
+                shapes = {f["embeddings"].shape[1:]}
+                n, n_names = len(f["embeddings"]), len(f["videos"])
+            else:
+                found = []
+                f.visititems(lambda k, x: found.append(x.shape) if is_embedding(k, x) else None)
+                shapes, n, n_names = set(found), len(found), len(found)
+    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UnreadableStudy(f"{path.name}: {error}") from error
+    shape = next(iter(shapes), ())
+    if n != n_names or len(shapes) != 1 or len(shape) != 2 or shape[1] != D or not shape[0]:
+        raise UnreadableStudy(
+            f"{path.name}: {n} videos of shape {' and '.join(map(str, shapes))} with {n_names} "
+            f"names, expected (clips, {D}) and a name for each"
+        )
+    return (n, shape[0]), about
+
+
+def check_made(made):
+    """Whether all embedding files were made in one way; made: study -> MADE_WITH attributes."""
+    for name in MADE_WITH:
+        kinds = {}
+        for eid, about in made.items():
+            kinds.setdefault(about[name], []).append(eid)
+        if len(kinds) > 1:
+            groups = [
+                f"{kind[:12] or 'not said'} ({len(eids)} studies: {some(eids)})"
+                for kind, eids in sorted(kinds.items(), key=lambda item: -len(item[1]))
+            ]
+            yield Finding(
+                "WARNING",
+                f"the embeddings were made with different {name}: {some(groups)}",
+                "extract all with the same settings (embed/extract.py --redo)",
+            )
+
+
+def check_match(known):
+    """Studies of the label table and of the embeddings, side by side."""
+    table, files = known.table, set(known.store.files)
+    labelled = table[known.task.task_labels].notna().any(axis=1)
+    found = table[labelled & table.index.isin(files)].sort_index()
+    if len(found):
+        known.found = found
+        yield Finding("ok", f"{len(found)} labelled studies of {found['pid'].nunique()} patients")
+    else:
+        yield Finding(
+            "ERROR",
+            f"no study is both labelled and embedded (eid: {some(table.index)}; files: "
+            f"{some(sorted(files))})",
+            "make the eid column and the names of the embedding files agree",
+        )
+    for text, eids, remedy in (
+        ("studies of the label table have no embeddings", known.named - files, "extract them"),
+        ("embedded studies are not in the label table", files - known.named, "add their rows"),
+        ("studies have no label at all", table.index[~labelled], "fill them in"),
+    ):
+        if len(eids):
+            text = f"{len(eids)} {text}: {some(sorted(eids))}"
+            yield Finding("WARNING", text, f"{remedy}; training leaves them out")
+
+
+def check_folds(known):
+    """The split: patients that moved, and what each label has in each fold."""
+    settings, task, table = known.settings, known.task, known.found
+    if settings.first_study_only:
+        table = table.drop_duplicates("pid")
+    folds, own = None, True
+    if known.model:
+        try:
+            folds = folds_for(known.model, table, settings.dataset)
+            own = settings.dataset == known.model.made_with.get("dataset")
+        except UserError as error:
+            text, _, why = str(error).partition(": ")
+            yield Finding("ERROR", f"{text}: {why}", "restore the pids, or train under a new name")
+    if folds is None:
+        folds = split_patients(table, asdict(settings))
+    yield Finding("ok", "labels by fold\n" + fold_table(table, folds, task).to_string())
+    if not own:
+        return  # nothing of this dataset is for training
+    known.folds = folds
+    for fold in ("train", "val"):
+        if not (folds == fold).any():
+            yield Finding("ERROR", f"no study falls into the {fold} fold", "change --split, --seed")
+    hard = list(hard_labels(table[folds == "train"], task))
+    for label, why, learnable in hard:
+        verb = "is hard to learn" if learnable else "cannot be learnt"
+        yield Finding("WARNING", f"label {label} {verb}: {why}", "add such studies, or drop it")
+    if sum(not learnable for *_, learnable in hard) == len(task.task_labels):
+        yield Finding("ERROR", "no label can be learnt", "labels need two values in training")
+
+
+def fold_table(table, folds, task):
+    """A row a label, a column a fold: positives of known, or the median and how many are known."""
+    columns = {}
+    for fold in FOLDS:
+        part = table[folds == fold]
+        cells = {"studies": len(part), "patients": part["pid"].nunique()}
+        for label in task.task_labels:
+            y = part[label].dropna()
+            if task.type == "binary":
+                share = f" ({y.mean():.1%})" if len(y) else ""
+                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
+            else:
+                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
+        columns[fold] = cells
+    return pd.DataFrame(columns)
+
+
+def check_encoder(known):
+    """Whether the model was trained on embeddings of the encoder that made these."""
+    trained = known.model.made_with.get("encoder_sha256")
+    others = [
+        eid for eid, digest in known.digests.items() if trained and digest not in ("", trained)
+    ]
+    if others:
+        yield Finding(
+            "WARNING",
+            f"{known.model.folder.name} was trained on embeddings of another encoder than those of "
+            f"{len(others)} studies ({some(others)}): its answers mean nothing there",
+            f"extract them with the encoder weights of SHA-256 {trained[:12]}",
+        )
+    elif not trained:
+        yield Finding("ok", f"{known.model.folder.name} does not say which encoder it goes with")
+    else:
+        yield Finding("ok", "the model and the embeddings go with one encoder")
+
+
+USUAL = ("still image", "M-mode", "spectral Doppler", "DICOM without image data")
+
+
+def check_videos(known):
+    """The files of --videos, by their headers; the encoder weights; the time of an extraction."""
+    if not known.typed.get("videos"):
+        yield Finding("ok", "none looked at; --videos names a folder")
+        return
+    typed, source = known.typed, Path(known.typed["videos"])
+    sampling = extract.settings_from(typed).sampling
+    studies = extract.find_studies(source, typed["group"], typed["manifest"])
+    faults, usable = {}, []
+    for study in progress(studies, desc="videos", unit="study"):
+        reasons = {video: "the manifest's file is missing" for video in study.missing}
+        reasons |= {v: fault for v in study.videos if (fault := video_fault(study.folder / v))}
+        usable += [(study, v) for v in study.videos if v not in reasons]
+        faults |= {f"{study.name}/{video}": reason for video, reason in reasons.items()}
+    usual = Counter(r for r in faults.values() if r.startswith(USUAL))
+    skipped = "".join(f"; {n} skipped: {reason}" for reason, n in usual.items())
+    yield Finding("ok", f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
+    odd = {name: reason for name, reason in faults.items() if not reason.startswith(USUAL)}
+    if odd:
+        reasons = "".join(f"\n{name}: {reason}" for name, reason in list(odd.items())[:9])
+        yield Finding(
+            "WARNING",
+            f"{len(odd)} files cannot be used:{reasons}" + "\n..." * (len(odd) > 9),
+            "export them again, or delete them; extraction skips and lists them",
+        )
+    empty = {s.name for s in studies} - {s.name for s, _ in usable}
+    if empty:
+        yield Finding(
+            "WARNING" if usable else "ERROR",
+            f"{len(empty)} studies have no usable video: {some(sorted(empty))}",
+            "see the reasons above; they get no answer",
+        )
+    yield from check_extraction(known, usable, sampling)
+
+
+def video_fault(path):
+    """Why a video file will be skipped, as far as its header says, or ''."""
+    import pydicom
+
+    from embed import video
+
+    try:
+        with open(path, "rb") as f:
+            if not f.read(1):
+                return "empty file"
+        if video.is_dicom(path):
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            video.check_cine(header)
+            video.check_decoder(header)
+        elif path.suffix.lower() in video.DICOM_SUFFIXES:
+            return "not a DICOM file: the 'DICM' mark at byte 128 is missing"
+    except video.VideoError as error:
+        return str(error)
+    except Exception as error:  # pydicom raises many kinds on malformed headers
+        return "cannot be read: " + (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ""
+
+
+def check_extraction(known, usable, sampling):
+    """The encoder weights, and how long the usable (study, video) pairs would take to extract."""
+    from embed import panecho
+
+    typed, weights = known.typed, known.typed["weights"]
+    if weights == "panecho" and not panecho.cached_weights().is_file():
+        yield Finding(
+            "WARNING",
+            "the encoder weights are not in torch.hub's cache: extraction begins by a download",
+            "run once with a network, or give the file with --weights",
+        )
+        weights = "random"  # for the timing alone
+    elif weights.startswith(("http:", "https:")):
+        weights = "random"
+    encoder, digest = panecho.load_panecho(weights, sampling.clip_len)
+    trained = known.model.made_with.get("encoder_sha256") if known.model else ""
+    if weights == typed["weights"] and trained and trained != digest:
+        yield Finding(
+            "WARNING",
+            f"{known.model.folder.name} was trained on embeddings of another encoder: its answers "
+            "mean nothing with these weights",
+            f"--weights with the file of SHA-256 {trained[:12]}",
+        )
+    if not usable:
+        return
+    device = pick_device(typed.get("device", ""))
+    workers = typed["workers"] or max(1, min(16, (os.cpu_count() or 1) // 2))
+    (((study, video), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
+    if isinstance(reply, Exception):
+        yield Finding("WARNING", f"{study.name}/{video}: {reply}", "it will be skipped")
+        return
+    images, _ = extract.distinct_images(reply[0].index)
+    batch = torch.zeros(min(8, len(images)), 3, sampling.size, sampling.size, device=device)
+    encode = timed(lambda: encoder.encoder.to(device).encode_images(batch))
+    each = max(seconds / workers, encode * len(images) / len(batch))
+    yield Finding(
+        "ok",
+        f"extraction of {len(usable)} videos: about {duration(each * len(usable))} on {device} "
+        "(rough: from one video decoded and a few images encoded)",
+    )
+
+
+def timed(function):
+    """Seconds that a call takes, the second time; torch's queue emptied."""
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def duration(seconds):
+    """Seconds in a unit that a person reads."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def check_disk(known):
+    """Room for checkpoints (weights and two moments, best and last) and for a pack."""
+    numbers = sum(p.numel() for p in fresh_model(known).parameters())
+    needs = [("checkpoints", MODELS, 2 * 3 * 4 * numbers, "ERROR")]
+    path = known.dataset.embedding_path
+    if known.counts and not isinstance(known.store, PackedEmbeddings):
+        clips = sum(V * C for V, C in known.counts.values())
+        needs.append(("a packed copy", path.parent, clips * D * 4, "WARNING"))
+    for what, folder, size, level in needs:
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(there).free
+        text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+        if size > free:
+            yield Finding(level, text, "free some, or work on another disk")
+        else:
+            yield Finding("ok", text)
+
+
+def labels_of(known):
+    return known.model.labels if known.model else known.task.task_labels
+
+
+def fresh_model(known):
+    """An untrained model as the settings say."""
+    s, n = known.settings, len(labels_of(known))
+    return StudyModel(n, s.transformer_type, s.encoder_depth, s.tf_combine)
+
+
+def check_time(known):
+    """How long an epoch and a prediction take, from eight studies on this machine."""
+    device, settings = pick_device(known.settings.device), known.settings
+    eids = sorted(known.counts, key=lambda eid: derive_seed("time", eid))[:8]
+    eids = [eid for eid in eids if eid in known.store.files]
+    if not eids:
+        return
+    net = fresh_model(known).to(device)
+    targets = dict.fromkeys(eids, np.zeros(len(labels_of(known))))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
+    run = partial(run_studies, net, known.store, eids, settings)
+    steps = {
+        "train": partial(run, targets=targets, task_type="binary", optimizer=optimizer),
+        "predict": run,
+    }
+    each = {}
+    for name, step in steps.items():
+        step()  # the first one warms up
+        began = time.perf_counter()
+        step()
+        each[name] = (time.perf_counter() - began) / len(eids)
+    n = len(known.store.files)
+    yield Finding(
+        "ok", f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}"
+    )
+    if known.folds is not None:
+        train, val = ((known.folds == fold).sum() for fold in ("train", "val"))
+        epoch = train * each["train"] + val * each["predict"]
+        yield Finding(
+            "ok",
+            f"an epoch of training on {train} studies: about {duration(epoch)} on {device}, "
+            f"{settings.epoch_lim} epochs: {duration(epoch * settings.epoch_lim)} (rough)",
+        )
+
+
+CHECKS = {  # section: check, what must be known for it, the remedy where an error says none
+    "config": (check_config, (), "mend the config; config-example.json shows one"),
+    "model": (check_model, ("config",), "name another --model_name, or train it anew"),
+    "choice": (check_choice, ("config",), "mend the option or the config"),
+    "labels": (check_labels, ("settings", "task"), "mend the label table"),
+    "embeddings": (check_embeddings, ("settings",), "see embedding_path in the config"),
+    "encoder": (check_encoder, ("model", "store"), ""),
+    "labels and embeddings": (check_match, ("table", "store"), ""),
+    "split": (check_folds, ("found",), "see --split"),
+    "videos": (check_videos, (), "see --videos"),
+    "disk": (check_disk, ("settings", "task"), ""),
+    "time": (check_time, ("store", "task"), ""),
+}
+
+
 # ------------------------------------------------------------------------------------------ figures
 
 
@@ -2644,6 +3486,69 @@ def plot_evaluation(model, truth, predicted, rows, name):
     file = f"{'roc_curves' if model.type == 'binary' else 'scatter_plots'}_{name}"
     save_figure(figure, model.folder / file)
     return file + ".pdf"
+
+
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
+MARKERS = "os^DvP*X"  # shapes as well as colours, for the colour-blind and for print
+MISSING_GREY = "#BBBBBB"
+
+
+def plot_map(points, axes, title, note, path):
+    """Studies in a plane, coloured by `value`; more than one dataset: the shape says which.
+
+    points: DataFrame (dataset, value, x, y). Numbers of more than eight values get a colour bar
+    from their 1st to their 99th percentile, everything else a legend.
+    """
+    figure, axis = new_figure(figsize=(7, 4.8), layout="constrained")
+    datasets, value = points["dataset"].unique(), points["value"]
+    shapes = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(datasets)}
+    continuous = pd.api.types.is_numeric_dtype(value) and value.nunique() > len(OKABE_ITO)
+    if continuous:
+        low, high = value.quantile([0.01, 0.99])
+        scale_of = dict(cmap="viridis", vmin=low, vmax=high)
+        legend = {}
+    else:
+        value, legend = categories_of(value)
+    size = float(np.clip(6000 / len(points), 4, 30))
+    drawn = None
+    for name, shape in shapes.items():
+        here = points["dataset"] == name
+        none, some = points[here & value.isna()], points[here & value.notna()]
+        axis.scatter(none["x"], none["y"], s=size, marker=shape, color=MISSING_GREY, lw=0)
+        how = dict(c=value[some.index], **scale_of) if continuous else {}
+        how = how or dict(color=[legend[v] for v in value[some.index]])
+        drawn = axis.scatter(some["x"], some["y"], s=size, marker=shape, alpha=0.75, lw=0, **how)
+    axis.set(xlabel=axes[0], ylabel=axes[1])
+    axis.set_title(note, fontsize=9)
+    if continuous:
+        figure.colorbar(drawn, label=title, extend="both")
+    counts = value.value_counts()
+    entries = [(f"{v} ({counts[v]})", shapes.get(v, "o"), legend[v]) for v in legend]
+    if value.isna().any():
+        entries.append((f"missing ({value.isna().sum()})", "o", MISSING_GREY))
+    if len(datasets) > 1 and set(legend) != set(datasets):
+        entries += [(name, shape, "white") for name, shape in shapes.items()]
+    handles = [
+        axis.plot([], [], marker, color=colour, label=label, mec="black", mew=0.5)[0]
+        for label, marker, colour in entries
+    ]
+    if handles:
+        figure.legend(
+            handles=handles, title="" if continuous else title, loc="outside right upper",
+            fontsize=8, title_fontsize=8,
+        )  # fmt: skip
+    save_figure(figure, path)
+
+
+def categories_of(value):
+    """Values as text, all but the commonest as 'other', and the colour of each."""
+    text = value.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
+    common = list(text.value_counts().index)
+    if len(common) > len(OKABE_ITO):
+        common = common[: len(OKABE_ITO) - 1]
+        text = text.where(text.isin(common) | text.isna(), "other")
+        return text, dict(zip([*sorted(common), "other"], OKABE_ITO, strict=True))
+    return text, dict(zip(sorted(common), OKABE_ITO, strict=False))
 
 
 def draw_roc(axis, y, p):
@@ -2780,6 +3685,7 @@ COMMANDS = {
     "predict": cmd_predict,
     "embed": cmd_embed,
     "explain": cmd_explain,
+    "check": cmd_check,
     "pack": cmd_pack,
     "download": cmd_download,
     "inspect": cmd_inspect,
@@ -2808,7 +3714,7 @@ def build_parser():
                 **kind,
                 **f.metadata["argparse"],
             )
-        if command == "predict":
+        if command in ("predict", "check"):
             extract.add_options(sub)
     return parser
 
