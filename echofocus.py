@@ -2845,6 +2845,7 @@ class Known:
     digests: dict = field(default_factory=dict)  # study -> SHA-256 of the encoder weights or ''
     found: pd.DataFrame | None = None  # rows of the table with embeddings and a label
     folds: pd.Series | None = None  # of `found`; None too where nothing is for training
+    to_extract: int = 0  # bytes of the clip embeddings that --videos would become
 
     @property
     def dataset(self):
@@ -2959,12 +2960,14 @@ def check_labels(known):
             f"{path} has no column '{column}'",
             f"{close} " * bool(close) + "rename the column, or mend task_labels in the config",
         )
-    if {"pid", "eid"} & set(missing):
-        return
     task.task_labels = [label for label in task.task_labels if label not in missing]
-    if not task.task_labels:
-        return
-    raw = raw[["pid", "eid", *task.task_labels]]
+    if not {"pid", "eid"} & set(missing) and task.task_labels:
+        yield from check_rows(known, raw[["pid", "eid", *task.task_labels]], path)
+        yield from check_values(known.table, task, path)
+
+
+def check_rows(known, raw, path):
+    """Rows without ids, repeated or contradicting; what is left becomes `known.table`."""
     rows = with_ids(raw)
     if lost := len(raw) - len(rows):
         yield Finding(
@@ -2990,7 +2993,6 @@ def check_labels(known):
     known.table = rows[~rows["eid"].isin(twice["eid"])].set_index("eid")
     patients = known.table["pid"].nunique()
     yield Finding("ok", f"{path}: {len(known.table)} studies of {patients} patients")
-    yield from check_values(known.table, task, path)
 
 
 def check_values(table, task, path):
@@ -3026,42 +3028,21 @@ def check_values(table, task, path):
 
 def check_embeddings(known):
     """The files of clip embeddings: the headers of all, the numbers of all or of --sample_limit."""
-    path, packed = known.dataset.embedding_path, packed_path(known.dataset.embedding_path)
-    try:
-        known.store = open_store(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        yield Finding("ERROR", f"{packed.name} is damaged: {error}", "delete it, then pack anew")
-        known.store = EmbeddingFolder(path)
-    store = known.store
+    path = known.dataset.embedding_path
+    yield from check_store(known, path)
+    store, unreadable, looked = known.store, {}, "when it was packed"
     is_packed = isinstance(store, PackedEmbeddings)
-    if packed.is_dir() and not is_packed:
-        unfinished = not (packed / "pack.json").is_file()
-        yield Finding(
-            "WARNING",
-            f"{packed.name} is {'unfinished' if unfinished else 'out of date'} and not used",
-            f"echofocus.py pack --dataset {known.settings.dataset}",
-        )
-    unreadable = dict(store.unreadable) if is_packed else {}
     if is_packed:
-        known.counts = {eid: tuple(line["shape"][1:3]) for eid, line in store.files.items()}
+        unreadable |= store.unreadable
         known.digests = dict.fromkeys(store.files, store.encoder_digest())
+        known.counts = {eid: tuple(line["shape"][1:3]) for eid, line in store.files.items()}
     if path.is_dir():
-        files = store.files if not is_packed else EmbeddingFolder(path).files
+        files = EmbeddingFolder(path).files if is_packed else store.files
         made = read_headers(files, known.counts, unreadable)
         known.digests = {eid: about["weights_sha256"] for eid, about in made.items()}
         yield from check_made(made)
-    looked = "when it was packed"
     if not is_packed:
-        eids = list(known.counts)
-        if limit := known.settings.sample_limit:
-            eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
-        looked = f"of {len(eids)} studies"
-        for eid in progress(eids, desc="read", unit="study"):
-            try:
-                store.read(eid)
-            except UnreadableStudy as error:
-                unreadable[eid] = str(error)
-                del known.counts[eid]
+        looked = f"of {read_numbers(known, unreadable)} studies"
     videos = sum(V for V, _ in known.counts.values())
     text = f"{path}: {len(known.counts)} readable studies, {videos} videos (headers of all read, "
     text += f"numbers {looked})"
@@ -3070,12 +3051,49 @@ def check_embeddings(known):
     else:
         yield Finding("ERROR", text, "extract the studies again")
     if unreadable:
-        reasons = "".join(f"\n{eid}: {reason}" for eid, reason in list(unreadable.items())[:9])
         yield Finding(
             "WARNING",
-            f"{len(unreadable)} studies cannot be read:{reasons}" + "\n..." * (len(unreadable) > 9),
+            f"{len(unreadable)} studies cannot be read:{listed(unreadable)}",
             "delete these files and extract them again; a run leaves the studies out",
         )
+
+
+def check_store(known, path):
+    """Open the dataset; whether what `pack` made of it is whole and up to date."""
+    packed = packed_path(path)
+    try:
+        known.store = open_store(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Finding("ERROR", f"{packed.name} is damaged: {error}", "delete it, then pack anew")
+        known.store = EmbeddingFolder(path)
+        return
+    if packed.is_dir() and not isinstance(known.store, PackedEmbeddings):
+        unfinished = not (packed / "pack.json").is_file()
+        yield Finding(
+            "WARNING",
+            f"{packed.name} is {'unfinished' if unfinished else 'out of date'} and not used",
+            f"echofocus.py pack --dataset {known.settings.dataset}",
+        )
+
+
+def read_numbers(known, unreadable):
+    """Read studies whose headers are sound, --sample_limit of them; returns how many."""
+    eids, limit = list(known.counts), known.settings.sample_limit
+    if limit:
+        eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
+    for eid in progress(eids, desc="read", unit="study"):
+        try:
+            known.store.read(eid)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+            del known.counts[eid]
+    return len(eids)
+
+
+def listed(reasons, n=9):
+    """A dict of name to reason as text, a line each, the first few."""
+    lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
+    return "".join(lines) + "\n..." * (len(reasons) > n)
 
 
 def read_headers(files, counts, unreadable):
@@ -3247,10 +3265,9 @@ def check_videos(known):
     yield Finding("ok", f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
     odd = {name: reason for name, reason in faults.items() if not reason.startswith(USUAL)}
     if odd:
-        reasons = "".join(f"\n{name}: {reason}" for name, reason in list(odd.items())[:9])
         yield Finding(
             "WARNING",
-            f"{len(odd)} files cannot be used:{reasons}" + "\n..." * (len(odd) > 9),
+            f"{len(odd)} files cannot be used:{listed(odd)}",
             "export them again, or delete them; extraction skips and lists them",
         )
     empty = {s.name for s in studies} - {s.name for s, _ in usable}
@@ -3260,6 +3277,7 @@ def check_videos(known):
             f"{len(empty)} studies have no usable video: {some(sorted(empty))}",
             "see the reasons above; they get no answer",
         )
+    known.to_extract = len(usable) * sampling.n_clips * D * 4
     yield from check_extraction(known, usable, sampling)
 
 
@@ -3348,13 +3366,14 @@ def duration(seconds):
 
 
 def check_disk(known):
-    """Room for checkpoints (weights and two moments, best and last) and for a pack."""
+    """Room for checkpoints (weights and two moments, best and last), a pack, and --videos."""
     numbers = sum(p.numel() for p in fresh_model(known).parameters())
     needs = [("checkpoints", MODELS, 2 * 3 * 4 * numbers, "ERROR")]
-    path = known.dataset.embedding_path
-    if known.counts and not isinstance(known.store, PackedEmbeddings):
-        clips = sum(V * C for V, C in known.counts.values())
-        needs.append(("a packed copy", path.parent, clips * D * 4, "WARNING"))
+    if known.to_extract:
+        needs.append(("clip embeddings of --videos", MODELS, known.to_extract, "ERROR"))
+    if isinstance(known.store, EmbeddingFolder):
+        size = sum(file.stat().st_size for file in known.store.files.values())
+        needs.append(("a packed copy", known.dataset.embedding_path.parent, size, "WARNING"))
     for what, folder, size, level in needs:
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(there).free

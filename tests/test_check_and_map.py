@@ -431,7 +431,7 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
     "damaged pack": (
         lambda: (ef.main(["pack"]), Path("emb.packed/pack.json").write_text("{")),
         1,
-        [("ERROR", "emb.packed is damaged", "delete it"), ("WARNING", "emb.packed is out", "pack")],
+        [("ERROR", "emb.packed is damaged", "delete it")],
     ),
     "config typo": (
         lambda: edit_config(task_label=["finding"]),
