@@ -1173,6 +1173,27 @@ def attend(mha, x, lengths, n_queries=0):
     return mha.out_proj(out)
 
 
+class Readings(nn.Module):
+    """PanEcho's own answers from stored clip embeddings: its heads are linear in them.
+
+    A study's reading is the mean over its clips and videos of the activated outputs. Called like a
+    StudyModel: tokens (N, D), lengths (S) -> readings (S, T) and mean clip embeddings (S, D).
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.heads, self.columns = encoder, encoder.columns()
+        self.n_labels = len(self.columns)
+        del self.heads.encoder  # no video is touched again
+
+    def forward(self, tokens, lengths):
+        outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
+        means = (
+            torch.stack([study.mean(0) for study in x.split(lengths)]) for x in (outputs, tokens)
+        )
+        return tuple(means)
+
+
 def study_losses(logits, targets, task_type):
     """Loss of each study (S,): the mean over its labels that are not missing (NaN); 0 if all are.
 
@@ -1195,7 +1216,7 @@ class LoadedModel:
     """A model folder's checkpoint, ready to predict."""
 
     folder: Path
-    net: StudyModel
+    net: StudyModel | Readings
     task: str
     labels: list[str]  # stripped, in output order
     type: str  # binary or regression
@@ -1205,6 +1226,8 @@ class LoadedModel:
 
     def readable(self, logits):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
+        if isinstance(self.net, Readings):
+            return np.asarray(logits)
         values = readable(logits, self.labels, self.scaling)
         return np.where(np.isin(self.labels, self.made_with.get("unlearnt", [])), np.nan, values)
 
@@ -1266,6 +1289,7 @@ def own_record(saved, path):
         return {}
     kinds = {f.name: f.type for f in fields(Settings)} | {"units": dict, "labels": list}
     kinds |= {"type": str, "encoder_sha256": str, "unlearnt": list}
+    kinds |= {"thresholds": dict, "input": dict}
     for name, kind in kinds.items():
         value = record.get(name)
         if value is not None and not isinstance(value, (int, float) if kind is float else kind):
@@ -1275,6 +1299,14 @@ def own_record(saved, path):
             raise UserError(f"{path} lacks '{name}' in its 'echofocus' entry")
     if record.get("tf_combine", "avg") not in ("avg", "max"):
         raise UserError(f"{path}: its tf_combine is {ascii(record['tf_combine'])[:40]}")
+    for label, threshold in record.get("thresholds", {}).items():
+        if label not in record["labels"] or not isinstance(threshold, float):
+            raise UserError(f"{path}: its thresholds are not a number for some of its labels")
+    about = record.get("input", {})
+    if any(not isinstance(about.get(k, ""), str | int) for k in MADE_WITH) or any(
+        not isinstance(about.get(k, 0.0), float) for k in ("norm_mean", "norm_sd")
+    ):
+        raise UserError(f"{path}: its description of the training input cannot be used")
     names = [record["task"], record.get("dataset", ""), *record["labels"]]
     names += [x for pair in record["units"].items() for x in pair]
     if any(not isinstance(x, str) or not x.isprintable() for x in names):
@@ -1297,8 +1329,8 @@ def labels_for(folder, record, n_labels, config, task=""):
     """(task, labels, units, who says so) of a model with so many outputs. Raises UserError.
 
     Its own file says it. A published checkpoint does not: a released one (by its folder's record
-    or name) has the registry's labels; any other those of the task that is named, or of the one
-    task of the config with so many labels.
+    or name) has the registry's labels; any other those of the task that is named, of the task
+    called like the folder, or of the one task of the config with so many labels.
     """
     if record:
         labels = record["labels"]
@@ -1320,6 +1352,8 @@ def labels_for(folder, record, n_labels, config, task=""):
             f"{folder.name} has {n_labels} outputs and the config ({config.path}) has no task"
             f"{' ' + task if task else ''} with so many labels; add it, in output order"
         )
+    if folder.name in fits:
+        fits = [folder.name]
     if len(fits) > 1:
         raise UserError(f"{folder.name} fits {' and '.join(fits)}: name one with --task")
     return fits[0], tasks[fits[0]].task_labels, tasks[fits[0]].units, config.path.name
@@ -1345,8 +1379,10 @@ def scaling_from(saved, labels, path):
 
 
 def load_model(folder, config, task="", which="best", device="cpu"):
-    """Load a model folder's checkpoint, published or our own. Raises UserError."""
+    """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
     path = folder / f"{which}_checkpoint.pt"
+    if not path.is_file() and (folder / "panecho.pt").is_file():
+        return load_readings(folder, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
     made_with = own_record(saved, path)
@@ -1361,6 +1397,15 @@ def load_model(folder, config, task="", which="best", device="cpu"):
         raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
     return LoadedModel(folder, net, task, list(labels), kind, scaling, made_with, units)
+
+
+def load_readings(folder, device):
+    """PanEcho's heads, from the folder that holds panecho.pt."""
+    releases.check_source(folder / "panecho.pt")
+    encoder, digest = panecho.load_panecho(folder / "panecho.pt")
+    net = Readings(encoder).to(device).eval().requires_grad_(False)
+    made_with = {"encoder_sha256": digest, "input": {"weights_sha256": digest}}
+    return LoadedModel(folder, net, "panecho", net.columns, "readings", None, made_with, {})
 
 
 def model_folder(name, run_id=""):
@@ -1379,7 +1424,7 @@ def find_model_folder(name, run_id="", task="", config=None):
         return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
     if name:
         folder = model_folder(name, run_id)
-        if not (folder / "best_checkpoint.pt").is_file():
+        if not any((folder / file).is_file() for file in ("best_checkpoint.pt", "panecho.pt")):
             known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
             raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
         return folder
@@ -1549,11 +1594,13 @@ def about_model(path, saved, config):
         if label in scaling:
             names = ("shift", "lmbda", "mean", "stdev")
             row |= {k: float(scaling[label][k]) for k in names if k in scaling[label]}
+        if label in record.get("thresholds", {}):
+            row["threshold"] = record["thresholds"][label]
         if label in record.get("unlearnt", []):
             row["note"] = "not learnt"
         about["labels"].append(row)
     about["history"] = about_history(saved.get("perf_log"))
-    told = ("labels", "units", "unlearnt", "task", "type", *about["architecture"])
+    told = ("labels", "units", "unlearnt", "thresholds", "task", "type", *about["architecture"])
     about["settings"] = {k: v for k, v in record.items() if k not in told and v not in ("", [])}
     return about
 
@@ -1813,6 +1860,8 @@ def cmd_train(typed):
         begun_from = find_model_folder(settings.init_from)
         own = "" if releases.released(begun_from) else settings.task  # a released one has its own
         begun_from = load_model(begun_from, config, own)
+        if not isinstance(begun_from.net, StudyModel):
+            raise UserError(f"{settings.init_from} is no study-level model to start from")
         adopt_architecture(settings, begun_from.net, typed)
     task, table = load_labels(config, settings.task, settings.dataset)
     if settings.first_study_only:
@@ -2356,17 +2405,20 @@ def cmd_predict(typed):
     store = open_store(folder)
     warn_of_another_encoder(model, store)
     eids = list(store.files) if wanted is None else [e for e in wanted if e in store.files]
+    absent = set(wanted or labelled_ids(config, settings)) - set(store.files)
     path = Path(settings.out or model.folder / f"predictions_{name}.csv")
-    found, check = predict_studies(
-        model, store, eids[: settings.sample_limit or None], settings, path
-    )
+    eids = eids[: settings.sample_limit or None]
+    found, check, left_out = predict_studies(model, store, eids, settings, path)
+    left_out = dict.fromkeys(sorted(absent), "no embeddings") | left_out
+    report_left_out(left_out, path)
     if not len(found):
         raise UserError("no study could be read")
     table = prediction_table(model, found, check)
     with atomic_path(path) as temporary:
         table.to_csv(temporary, index=False)
     journal_of(path).unlink()
-    print(table.head(10).to_string(index=False, float_format="{:.3f}".format))
+    shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
+    print(shown.to_string(index=False, float_format="{:.3f}".format, max_cols=12))
     check.report(model.folder.name)
     print(f"wrote {len(table)} studies to {path}")
 
@@ -2385,9 +2437,9 @@ def refuse_other_mode(typed):
 
 
 def predict_studies(model, store, eids, settings, path):
-    """(Outcome, InputCheck) of studies, with a journal so that a stopped run goes on.
+    """(Outcome, InputCheck, reasons of what cannot be read) of studies; a stopped run goes on.
 
-    The journal, beside the table to write, has a line a window of studies (`plan_batches`), whole
+    A journal, beside the table to write, has a line a window of studies (`plan_batches`), whole
     or not at all: what is computed after a restart is computed in the same company as without.
     """
     journal = journal_of(path)
@@ -2419,15 +2471,27 @@ def predict_studies(model, store, eids, settings, path):
             f.flush()
             outcomes.append(outcome_of(window))
     found = merged(outcomes, eids, model.net)
-    report_unreadable(unreadable)
-    left_out = path.with_name(f"{path.stem}_left_out.csv")
-    left_out.unlink(missing_ok=True)
-    if unreadable:
-        with atomic_path(left_out) as temporary:
-            table = pd.DataFrame(unreadable.items(), columns=["eid", "reason"])
-            table.to_csv(temporary, index=False)
-        print(f"they are listed in {left_out}")
-    return found, check
+    return found, check, unreadable
+
+
+def labelled_ids(config, settings):
+    """The study ids of the dataset's label table, where there is one."""
+    task, dataset = config.tasks.get(settings.task), config.datasets[settings.dataset]
+    path = dataset.label_path or (task.label_path if task else None)
+    return [] if path is None or not path.is_file() else list(read_rows(path, []).index)
+
+
+def report_left_out(left_out, path):
+    """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
+    table = path.with_name(f"{path.stem}_left_out.csv")
+    table.unlink(missing_ok=True)
+    if left_out:
+        print(f"{len(left_out)} studies left out, listed in {table}:")
+        for eid, reason in list(left_out.items())[:10]:
+            print(f"  {eid}: {reason}")
+        with atomic_path(table) as temporary:
+            rows = pd.DataFrame(left_out.items(), columns=["eid", "reason"])
+            rows.to_csv(temporary, index=False)
 
 
 def journal_of(path):
@@ -3605,7 +3669,17 @@ def cmd_demo(typed):
         ["echofocus.py", "train", "--task", "defect"],
         ["echofocus.py", "evaluate", "--task", "ef"],
         ["echofocus.py", "evaluate", "--task", "defect"],
-        ["echofocus.py", "predict", "--task", "ef", "--videos", "real", *extraction],
+        [
+            "echofocus.py",
+            "predict",
+            "--task",
+            "ef",
+            "--videos",
+            "real",
+            *extraction,
+            "--out",
+            "real.csv",
+        ],
         ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
         ["echofocus.py", "explain", "--task", "defect"],
     ):
@@ -3673,7 +3747,7 @@ def summarise_demo(folder):
         "\n  demo.png                                                these results"
         "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
         "\n  trained_models/defect/explanation_phantoms.csv          every video in every answer"
-        "\n  trained_models/ef/predictions_real.csv                  the real echocardiogram"
+        "\n  real.csv                                                the real echocardiogram"
         "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
     )
 
@@ -3724,10 +3798,10 @@ def build_parser():
             given = "" if f.default in ("", MISSING, False) else f" [{f.default}]"
             if f.type is not bool and "choices" not in f.metadata["argparse"]:
                 kind["metavar"] = f.name.upper()
-            if f.metadata["argparse"].get("nargs") != "?":  # that is a word without --
-                kind["dest"] = f.name
+            is_word = f.name == "source"  # without --
             sub.add_argument(
-                f"--{f.name.rstrip('_')}" if "dest" in kind else f.name,
+                f.name if is_word else f"--{f.name.rstrip('_')}",
+                **({} if is_word else {"dest": f.name}),
                 default=SUPPRESS,  # what is not typed is decided in resolve_settings
                 help=f.metadata["help"] + given,
                 **kind,

@@ -44,7 +44,8 @@ CACHED_NUMBERS = 1_200_000  # of a block's hidden layer at a time, on a CPU: 5 M
 CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of each stage
 
 TASKS = json.loads(Path(__file__).with_name("panecho_tasks.json").read_text())
-"""The 40 heads in order: name, type, class_names in output order, mean over the training labels."""
+"""The 40 heads in order: name, type, class_names in output order, mean over the training labels,
+unit of regressions."""
 
 POSITIVE_IS_SECOND = {  # binary heads trained on the normal class: 1 - sigmoid is the abnormal one
     "MVStenosis",
@@ -216,6 +217,23 @@ class PanEcho(nn.Module):
 
     def forward(self, x):
         return self.read(self.encoder(x))
+
+    def columns(self):
+        """Names of all outputs in order, by task, class and unit: `EF [%]`, `AVStenosis: Severe`.
+
+        A binary task has one output, of the abnormal class (of '1.0' where classes are numbers).
+        """
+        names = []
+        for task in self.tasks:
+            name, classes = task["name"], task["class_names"]
+            if task["type"] == "regression":
+                names.append(f"{name} [{task['unit']}]" if task["unit"] else name)
+            elif task["type"].startswith("multi"):
+                names += [f"{name}: {c}" for c in classes]
+            else:
+                positive = classes[0] if name in POSITIVE_IS_SECOND else classes[1]
+                names.append(name if positive == "1.0" else f"{name}: {positive}")
+        return names
 
     def read(self, embeddings):
         """Clip embeddings (B, 768) -> dict of task name to (B, n) outputs."""

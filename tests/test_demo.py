@@ -20,7 +20,7 @@ def test_demo(tmp_path):
         assert step in done.stdout
     assert "RANDOM" in done.stdout and "Septal defect" in done.stdout
     models = tmp_path / "demo" / "trained_models"
-    assert list(pd.read_csv(models / "ef" / "predictions_real.csv")["eid"]) == ["sonosite"]
+    assert list(pd.read_csv(models.parent / "real.csv")["eid"]) == ["sonosite"]
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
 
 

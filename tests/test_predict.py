@@ -1,13 +1,17 @@
 """`predict`: going on after an interruption, decisions, warnings, what is left out."""
 
+import json
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from conftest import normal, write_embeddings
 
 import echofocus as ef
+from embed import panecho
 
 
 @pytest.fixture
@@ -99,6 +103,10 @@ def test_units_and_what_cannot_be_read(cohort, cli):
     assert list(table("p.csv")) == ["n_videos", "n_clips", "size [cm]", "warning"]
     left_out = pd.read_csv("p_left_out.csv", dtype=str)
     assert left_out["eid"].tolist() == ["1003"] and "1003.hdf5" in left_out["reason"][0]
+    Path("emb/1004.hdf5").unlink()
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and "1004: no embeddings" in out
+    assert set(pd.read_csv("p_left_out.csv", dtype=str)["eid"]) == {"1003", "1004"}
 
 
 def test_options_without_effect_are_refused(trained, cli):
@@ -112,3 +120,40 @@ def test_a_model_of_one_class_in_validation_has_no_threshold():
     truth = np.array([[0.0, 1.0], [1.0, 1.0], [np.nan, 1.0]])
     found = ef.youden_thresholds(truth, np.array([[0.2, 0.5], [0.7, 0.6], [0.9, 0.1]]), ["a", "b"])
     assert found == {"a": pytest.approx(0.45)}
+
+
+def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
+    """The full model on the clips, averaged over clips and videos; no video touched again."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "trained_models" / "PanEcho"
+    folder.mkdir(parents=True)
+    torch.save({"weights": panecho.random_weights()}, folder / "panecho.pt")
+    model, _ = panecho.load_panecho("random", clip_len=4)
+    clips = torch.from_numpy(normal(3, 6, 3, 4, 32, 32))  # two studies: 2 and 1 videos of 2 clips
+    with torch.inference_mode():
+        embeddings, outputs = model.encoder(clips).numpy(), model(clips)
+    write_embeddings(tmp_path / "emb", "a", embeddings[:4].reshape(2, 2, 768))
+    write_embeddings(tmp_path / "emb", "b", embeddings[4:].reshape(1, 2, 768), "published")
+    (tmp_path / "emb" / "b_trim_embed.hdf5").rename(tmp_path / "emb" / "b.hdf5")
+    task = {"x": {"task_labels": ["y"]}}
+    config = {"task": task, "dataset": {"site": {"embedding_path": "emb"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, _, err = cli("predict", "--model_name", "PanEcho", "--out", "p.csv")
+    assert status == 0, err
+    found = pd.read_csv("p.csv").set_index("eid")
+    for eid, rows in (("a", slice(0, 4)), ("b", slice(4, 6))):
+        mean = {name: out[rows].mean(0).tolist() for name, out in outputs.items()}
+        row = found.loc[eid]
+        assert row["EF [%]"] == pytest.approx(mean["EF"][0], rel=1e-4)
+        assert row["E|EAvg"] == pytest.approx(mean["E|EAvg"][0], rel=1e-4)
+        assert row["AVStenosis: Severe"] == pytest.approx(mean["AVStenosis"][2], rel=1e-4)
+        assert row["AVStructure: Bicuspid"] == pytest.approx(mean["AVStructure"][0], rel=1e-4)
+        assert row["LVWallMotionAbnormalities: Present"] == pytest.approx(
+            mean["LVWallMotionAbnormalities"][0], rel=1e-4
+        )
+        assert row["LVOT20mmHg"] == pytest.approx(mean["LVOT20mmHg"][0], rel=1e-4)
+    assert len(found.columns) == 2 + sum(out.shape[1] for out in outputs.values()) + 1
+    status, _, err = cli("embed", "--model_name", "PanEcho")
+    with h5py.File(folder / "embeddings_site_panecho.h5") as f:
+        np.testing.assert_allclose(f["a"][:], embeddings[:4].mean(0), rtol=1e-4, atol=1e-6)
+    assert status == 0, err
