@@ -83,8 +83,10 @@ def main():
     flops = image_flops(backbone)
     batch = extract.default_batch(device, 224)
     encoders = {
-        precision: extract.Encoder(backbone, device, batch, precision)
-        for precision in ("fp32", "bf16")
+        precision: extract.Encoder(
+            panecho.load_panecho("random")[0].encoder, device, batch, precision, 224
+        )
+        for precision in extract.PRECISIONS
     }
     rate = {
         "fp32": matmul_rate(device, torch.float32),

@@ -42,12 +42,13 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from embed import __version__
 from embed.common import Parser, UserError, atomic_path, pick_device, progress, run_main
-from embed.panecho import MEAN, STD, clip_planes, load_panecho
+from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.studies import Claims, find_studies, own_first, shard_from
 from embed.video import Sampling, SourceGone, VideoError
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LISTED = 20  # skipped files named on screen; all of them are in the log
 
 
@@ -155,16 +156,6 @@ def distinct_images(index):
     return images, inverse.reshape(index.shape)
 
 
-def gather_images(planes, numbers):
-    """planes uint8 (3 F, S, S), plane numbers (N, 3) -> normalised images float32 (N, 3, S, S)."""
-    images = planes[numbers].float().div_(255)
-    mean, std = (torch.tensor(v, device=planes.device) for v in (MEAN, STD))
-    channel = numbers % 3  # a plane keeps its own channel's constants, wherever it stands
-    images -= mean[channel][:, :, None, None]
-    images /= std[channel][:, :, None, None]
-    return images
-
-
 class Pending:
     """A copy of a video whose images are on their way through the encoder."""
 
@@ -179,23 +170,26 @@ class Pending:
         self.features = []  # their features, (n, 768) pieces in order
 
     def take(self, n):
-        """The next images, `n` at most."""
+        """The next images, `n` at most, normalised: float32 (n, 3, S, S)."""
         numbers = self.images[self.taken : self.taken + n]
         self.taken += len(numbers)
-        return gather_images(self.planes, numbers)
+        # A plane keeps its own channel's constants, wherever it stands.
+        return normalise(self.planes[numbers], numbers % 3)
 
 
 class Encoder:
     """Fills batches with the images of successive videos and deals the features out again.
 
-    Every batch but the last is full, whatever the length of the videos.
+    Every batch but the last is full, whatever the length of the videos. The backbone is this
+    encoder's from then on: for a CPU its weights are packed, at images of `size` for best.
     """
 
-    def __init__(self, backbone, device, batch_size, precision):
+    def __init__(self, backbone, device, batch_size, precision, size):
         self.backbone, self.device, self.batch_size = backbone.to(device), device, batch_size
-        self.autocast = partial(
-            torch.autocast, torch.device(device).type, torch.bfloat16, precision == "bf16"
-        )
+        kind, dtype = torch.device(device).type, PRECISIONS[precision]
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, dtype == torch.bfloat16)
+        if kind == "cpu" and can_pack(dtype):
+            backbone.encoder.model.pack(dtype, size)
         self.waiting, self.batch, self.room = deque(), [], batch_size
 
     @torch.inference_mode()
@@ -451,8 +445,9 @@ def extract(studies, out, settings):
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
     run = Run(out, attributes_of(settings, digest), settings.redo)
     workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
-    batch = settings.image_batch or default_batch(device, settings.sampling.size)
-    encoder = Encoder(model.encoder, device, batch, settings.precision)
+    size = settings.sampling.size
+    batch = settings.image_batch or default_batch(device, size)
+    encoder = Encoder(model.encoder, device, batch, settings.precision, size)
     total = sum(len(s.videos) for s in studies)
     label = f"extract {index}/{count}" if count > 1 else "extract"
     with progress(total=total, desc=label, unit="video", disable=not total) as bar:
@@ -541,7 +536,7 @@ def main(argv=None):
     parser.add_argument(
         "--augment", type=int, default=0, metavar="K", help="randomly transformed copies to add"
     )
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--precision", default="fp32", choices=tuple(PRECISIONS))
     add_options(parser)
     args = parser.parse_args(argv)
     settings = settings_from(vars(args))

@@ -76,6 +76,19 @@ def test_published_image_features_and_heads(model):
         model.activations = True
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@torch.inference_mode()
+def test_packed_for_a_cpu(model, dtype, most):
+    """Packed weights, fused products: the numbers of the plain model, at any image size."""
+    if not panecho.can_pack(dtype):
+        pytest.skip(f"this CPU's torch packs no {dtype}")
+    packed = panecho.load_panecho("random")[0].encoder.encoder
+    packed.model.pack(dtype, 64)
+    for n, size in ((3, 64), (2, 150)):
+        images = torch.from_numpy(normal(size, n, 3, size, size))
+        assert relative_error(packed(images), model.encoder.encoder(images)) < most
+
+
 def test_position_code():
     assert (
         relative_error(panecho.frame_positions(32), recorded("panecho_parity.npz")["pe32"]) < 1e-6
