@@ -121,6 +121,37 @@ def test_wrong_sources(tmp_path, cli):
     assert not list((tmp_path / "o").glob("*.hdf5"))
 
 
+def test_what_is_passed_over_is_said(source, tmp_path, cli):
+    """Links are followed, but not in circles; other files and empty folders are counted."""
+    shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
+    (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    (source / "C").mkdir()
+    for name in ("a.TXT", "b.xml", "noending", ".hidden"):
+        (source / "C" / name).write_text("no video")
+    found = {s.name: s.videos for s in studies.find_studies(source)}
+    assert found == {
+        "A_1": ["IM0001", "series/y.dcm", "x.dcm"],
+        "B": ["notes.dcm", "real.dcm", "still.dcm"],
+    }
+    _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert "4 files are no videos: .txt 2, " in text
+    assert "1 folders hold no video: C" in text
+    status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
+    assert status == 1 and "3 files are no videos: .txt 1" in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_folders_that_cannot_be_read_are_said(source, capsys):
+    (source / "A_1" / "series").chmod(0)
+    try:
+        studies.find_studies(source)
+    finally:
+        (source / "A_1" / "series").chmod(0o755)
+    out = capsys.readouterr().out
+    assert "1 subfolders cannot be read: A_1/series: Permission denied" in out
+
+
 def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch):
     write_dicom(tmp_path / "a.dcm", moving_square(), "RGB")
     sampling = video.Sampling(n_clips=1, size=56)

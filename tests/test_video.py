@@ -155,10 +155,19 @@ def cut_frame(path):
     path.write_bytes(data)
 
 
+def without_syntax(path):
+    """Compressed, and the element that says how is gone."""
+    data = REAL.read_bytes()
+    at = data.index(b"\x02\x00\x10\x00UI")
+    path.write_bytes(data[:at] + data[at + 8 + data[at + 6] :])
+
+
 ODD_FILES = {
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
     "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
+    "headless.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:35_040]), "truncated: the pixel"),
+    "syntax.dcm": (without_syntax, "no transfer syntax"),
     "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
     "hole.dcm": (corrupt_frame, "does not decode"),
     "break.dcm": (cut_frame, "does not decode"),
@@ -194,6 +203,22 @@ def test_m_mode_and_spectral_are_told_by_their_tags(tmp_path, code, reason):
     write_dicom(tmp_path / "a.dcm", moving_square(), "RGB", SequenceOfUltrasoundRegions=[region])
     with pytest.raises(video.VideoError, match=reason):
         video.read_frames(tmp_path / "a.dcm")
+
+
+def test_dicom_without_its_start(tmp_path):
+    """Neither the 128 bytes and 'DICM', nor a transfer syntax; under a name without ending."""
+    write_dicom(tmp_path / "a.dcm", moving_square(), "RGB")
+    data = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "JPEG").write_bytes(REAL.read_bytes()[132:])
+    (tmp_path / "BARE").write_bytes(data[132:])
+    first = data.index(b"\x28\x00\x02\x00US")  # SamplesPerPixel: no group 2 or 8 before it
+    (tmp_path / "GROUP8").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + data[first:])
+    (tmp_path / "random").write_bytes(np.random.default_rng(0).bytes(5000))
+    assert video.find_videos(tmp_path)[0] == ["BARE", "GROUP8", "JPEG", "a.dcm"]
+    expected = video.read_frames(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "BARE"), expected)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "GROUP8"), expected)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "JPEG"), video.read_frames(REAL))
 
 
 def test_missing_plugin_is_named(tmp_path):
