@@ -246,19 +246,25 @@ def study_path(out, study):
     return Path(out) / f"{study.name}.hdf5"
 
 
+def empty_path(out, study):
+    """Where a study without a usable video is remembered: no place where embeddings are sought."""
+    return Path(out) / ".empty" / f"{study.name}.hdf5"
+
+
 def write_study(path, videos, attributes):
     """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
     made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
     skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
-    embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
     text = h5py.string_dtype()
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        f["embeddings"] = embeddings[0]
-        f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
-        f.create_dataset("videos", data=list(made), dtype=text)
+    with h5py.File(path, "w") as f:
+        if made:
+            embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
+            f["embeddings"] = embeddings[0]
+            f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
+            if len(embeddings) > 1:
+                f["augmented"] = embeddings[1:]
+        f.create_dataset("videos", (len(made),), data=list(made) or None, dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
-        if len(embeddings) > 1:
-            f["augmented"] = embeddings[1:]
         f.attrs.update(attributes)
 
 
@@ -319,7 +325,62 @@ class Summary:
             print(f"{len(self.undone)} studies left for the next run: {', '.join(self.undone)}")
 
 
-LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+class Log:
+    """extract_log.csv: a row a video, whoever of the workers that share the folder wrote it last.
+
+    A study's rows are appended when it has none yet; else the file is made anew without the old
+    ones. Each worker reads on from where it last stood, so that it knows which studies have rows.
+    """
+
+    COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+
+    def __init__(self, out, claims):
+        self.path, self.claims = out / "extract_log.csv", claims
+        self.studies, self.file = set(), None  # studies with rows, in what was read of the file
+
+    def put(self, study, rows):
+        with self.claims.alone(self.path.name):
+            torn = self.read_on()
+            if torn or study in self.studies:
+                self.rewrite(study, rows)
+            else:
+                self.append(rows)
+            self.studies.add(study)
+
+    def read_on(self):
+        """Take in what others have added; whether the last line is one that broke off."""
+        there = self.path.stat() if self.path.exists() else None
+        known = os.fstat(self.file.fileno()) if self.file else None
+        if there and not (known and os.path.samestat(there, known)):  # new, or made anew
+            # Held open, so that no later file gets its inode.
+            self.studies, self.file = set(), open(self.path, "rb")  # noqa: SIM115
+        added = self.file.read() if self.file else b""
+        self.studies |= {row[0] for row in csv.reader(io.StringIO(added.decode())) if row}
+        return len(added) > 0 and not added.endswith(b"\n")
+
+    def append(self, rows):
+        with open(self.path, "ab") as f:
+            header = [] if f.tell() else [self.COLUMNS]
+            start = f.tell()
+            try:
+                f.write(csv_text([*header, *rows]).encode())
+                f.flush()
+            except OSError:
+                os.truncate(self.path, start)
+                raise
+
+    def rewrite(self, study, rows):
+        with open(self.path, encoding="utf-8", newline="") as f:
+            old = [row for row in csv.reader(f) if len(row) == len(self.COLUMNS)]
+        with atomic_path(self.path) as temporary:
+            kept = [row for row in old if row[0] != study]
+            temporary.write_text(csv_text([*kept, *rows]), encoding="utf-8", newline="")
+
+
+def csv_text(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class Run:
@@ -328,6 +389,7 @@ class Run:
     def __init__(self, out, attributes, redo):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
         self.claims, self.summary = Claims(self.out), Summary()
+        self.log = Log(self.out, self.claims)
         self.results = {}  # study name -> {video: (starts, embeddings) or VideoError}
         self.rows = {}  # study name -> rows of the log
 
@@ -347,10 +409,13 @@ class Run:
                 yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        path = study_path(self.out, study)
+        group, path = self.summary.finished, study_path(self.out, study)
         skipped = finished_study(path, study, self.attributes, self.redo)
+        if skipped is None and not self.redo:  # known to be empty?
+            group, path = self.summary.empty, empty_path(self.out, study)
+            skipped = finished_study(path, study, self.attributes, redo=True)
         if skipped is not None:
-            self.summary.finished.append(study.name)
+            group.append(study.name)
             self.summary.skipped += [(study.name, *row) for row in skipped]
             self.claims.give_back(study.name)
             bar.update(len(study.videos))
@@ -382,30 +447,25 @@ class Run:
                 )
         elif all(isinstance(r, VideoError) for r in results.values()):
             self.summary.empty.append(study.name)
-            self.log(rows)
+            self.write(study, empty_path(self.out, study), results, rows)
         else:
-            self.write(study, results, rows)
+            self.summary.written.append(study.name)
+            self.write(study, study_path(self.out, study), results, rows)
+            empty_path(self.out, study).unlink(missing_ok=True)
         self.claims.give_back(study.name)
 
-    def write(self, study, results, rows):
-        path = study_path(self.out, study)
+    def write(self, study, path, results, rows):
+        """The study's file appears last: a run that dies before it makes the study, and its rows
+        of the log, again."""
         try:
-            write_study(path, results, self.attributes)
-            self.log(rows)
+            with atomic_path(path) as temporary:
+                write_study(temporary, results, self.attributes)
+                self.log.put(study.name, rows)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error}; what is finished stays, and the same command goes "
                 "on from here"
             ) from error
-        self.summary.written.append(study.name)
-
-    def log(self, rows):
-        """Append a study's rows to extract_log.csv, in one piece."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        path = self.out / "extract_log.csv"
-        with self.claims.alone("extract_log.csv"), open(path, "a", encoding="utf-8") as f:
-            f.write(text.getvalue() if f.tell() else ",".join(LOG_COLUMNS) + "\n" + text.getvalue())
 
 
 def default_batch(device, size):
