@@ -255,8 +255,8 @@ def write_study(path, videos, attributes):
     """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
     made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
     skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
-    text = h5py.string_dtype()
-    with h5py.File(path, "w") as f:
+    text, file = h5py.string_dtype(), io.BytesIO()  # HDF5's own errors do not say "disk full"
+    with h5py.File(file, "w") as f:
         if made:
             embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
             f["embeddings"] = embeddings[0]
@@ -266,6 +266,7 @@ def write_study(path, videos, attributes):
         f.create_dataset("videos", (len(made),), data=list(made) or None, dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
         f.attrs.update(attributes)
+    path.write_bytes(file.getbuffer())
 
 
 def finished_study(path, study, attributes, redo):

@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -376,10 +375,15 @@ def download(url, path, show=True):
                 while chunk := reply.read(1 << 20):
                     f.write(chunk)
                     bar.update(len(chunk))
-    except (OSError, urllib.error.URLError) as error:
+    except OSError as error:  # urllib's errors are among them
+        if start and getattr(error, "code", None) == 416:  # nothing comes after what is there
+            part.unlink()
+            return download(url, path, show)
+        where = str(path).replace(str(Path.home()), "~", 1)
         raise WeightsError(
-            f"could not download {url}: {error}. Fetch it on a machine with a network, put it at "
-            f"{path.name} and name it with --weights, or run the command again to resume."
+            f"could not download {url}: {error}. Run the command again to resume; or fetch it on a "
+            f"machine with a network and put it into torch.hub's cache ({where}), or anywhere and "
+            "name it with --weights."
         ) from error
     if expected and part.stat().st_size < expected:
         raise WeightsError(

@@ -193,8 +193,12 @@ class Claims:
     """
 
     def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
+        except OSError as error:
+            why = error.strerror
+            raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
 
     def take(self, name):
         """Whether the study is this process's now; never waits."""

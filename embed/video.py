@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -251,9 +252,12 @@ def _decode_jpeg(path, header):
     encoded = list(generate_frames(pixel_data, number_of_frames=int(header.NumberOfFrames)))
 
     def decode(jpeg):
-        whole = jpeg.rstrip(b"\0").endswith(b"\xff\xd9")  # the end-of-image mark
-        frame = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if whole else None
-        if frame is None or frame.shape[:2] != (header.Rows, header.Columns):
+        if not jpeg.rstrip(b"\0").endswith(b"\xff\xd9"):  # the end-of-image mark
+            raise ValueError("broken JPEG")
+        frame, said = heard(cv2.imdecode, np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        # libjpeg makes up what it cannot decode, and only says so.
+        broken = "premature end" in said or "bad Huffman" in said
+        if broken or frame is None or frame.shape[:2] != (header.Rows, header.Columns):
             raise ValueError("broken JPEG")
         return frame
 
@@ -261,6 +265,20 @@ def _decode_jpeg(path, header):
     if np.abs(decode(encoded[0]) - expected).max() > 2:
         return None
     return map(decode, encoded)
+
+
+def heard(function, *args):
+    """(What a C library's function returns, what it writes to standard error meanwhile)."""
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            result = function(*args)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        return result, said.read().decode(errors="replace")
 
 
 def check_cine(header):

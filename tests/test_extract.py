@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,13 @@ def test_wrong_sources(tmp_path, cli):
     assert status == 1 and "no video or DICOM file" in error
     status, _, error = cli(tmp_path / "x", "--out", tmp_path / "o", main=extract.main)
     assert status == 1 and "is not a folder" in error
+    (tmp_path / "file").touch()
+    (tmp_path / "s" / "A").mkdir(parents=True)
+    (tmp_path / "s" / "A" / "a.dcm").write_text("no")
+    for out in (tmp_path / "file", tmp_path / "file" / "o"):
+        status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
+        assert status == 1 and "cannot write into" in error and "choose another folder" in error
+    shutil.rmtree(tmp_path / "s")
     (tmp_path / "mixed" / "study").mkdir(parents=True)
     for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):
         path.write_text("x")
@@ -302,13 +310,21 @@ def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypat
         assert f["videos"].asstr()[:].tolist() == ["real.dcm"]
 
 
-def test_a_full_disk_is_one_line(source, tmp_path, cli, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line(source, tmp_path):
+    """The system refuses files beyond 5 KiB; once it does not, the same command goes on."""
+    out = tmp_path / "out"
+    line = [sys.executable, ROOT / "embed" / "extract.py", source, "--out", out, *OPTIONS]
 
-    monkeypatch.setattr(extract, "write_study", full)
-    status, _, error = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
-    assert status == 1 and "No space left on device" in error and "goes on from here" in error
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 1024, resource.RLIM_INFINITY))
+
+    done = subprocess.run(line, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "A_1.hdf5: " in done.stderr and "File too large" in done.stderr
+    assert "goes on from here" in done.stderr
+    assert not list(out.glob("*.hdf5")) and not list(out.glob(".*tmp*"))
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert len(read_log(out)) == 6
 
 
 def test_groups_and_manifests(source, tmp_path):

@@ -127,6 +127,8 @@ class DroppingServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
         body = self.payload[start:]
+        if not body:
+            return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -150,8 +152,13 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
             panecho.find_weights(show=False)
         assert not panecho.cached_weights().exists()
         path = panecho.find_weights(show=False)
+        path.rename(path.with_name("panecho.pt.part"))  # all of it came, and the process died
+        assert panecho.find_weights(show=False) == path
     finally:
         server.shutdown()
+        server.server_close()
+    with pytest.raises(panecho.WeightsError, match=r"torch\.hub's cache \(.*other\.pt\)"):
+        panecho.download(panecho.WEIGHTS_URL, tmp_path / "other.pt", show=False)
     assert path == tmp_path / "checkpoints" / "panecho.pt"
     assert path.read_bytes() == DroppingServer.payload
     assert path.with_name("panecho.pt.sha256").read_text().startswith(sha256_file(weights_file))

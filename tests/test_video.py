@@ -155,6 +155,14 @@ def cut_frame(path):
     path.write_bytes(data)
 
 
+def damage_frame(path):
+    """600 odd bytes amid a JPEG whose marks are all there: decoders go on after it."""
+    data = bytearray(REAL.read_bytes())
+    end = data.index(b"\xff\xd9", len(data) // 2)
+    data[end - 3000 : end - 2400] = np.random.default_rng(0).bytes(600)
+    path.write_bytes(data)
+
+
 def without_syntax(path):
     """Compressed, and the element that says how is gone."""
     data = REAL.read_bytes()
@@ -171,6 +179,7 @@ ODD_FILES = {
     "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
     "hole.dcm": (corrupt_frame, "does not decode"),
     "break.dcm": (cut_frame, "does not decode"),
+    "damage.dcm": (damage_frame, "frame 13 of 30 does not decode: broken JPEG"),
     "signed.dcm": (
         lambda p: write_dicom(p, moving_square()[..., 0], "MONOCHROME2", PixelRepresentation=1),
         "signed pixel values",
