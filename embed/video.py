@@ -461,7 +461,8 @@ def random_transform(frames, size, rng):
 
 # ------------------------------------------------------------------------------- the sector alone
 
-MOTION = 12  # grey levels by which a pixel of the sector changes over a cine, at least
+MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
+LIT = 4  # grey levels of a pixel that is no black background, at least
 
 
 def region_boxes(path):
@@ -489,33 +490,45 @@ def region_boxes(path):
 def sector_mask(frames, boxes):
     """uint8 (R, R, 1): 1 inside the ultrasound sector of small frames (n, R, R, 3), 0 outside.
 
-    The sector is the convex hull of the largest connected area that moves, within the DICOM's
-    regions (`boxes`, see `region_boxes`) if it has any; burned-in text stands still. Pixels whose
-    area may reach across the edge count as outside. Raises VideoError when nothing moves.
+    The sector is the convex hull of the largest thick area of which parts move, within the DICOM's
+    regions (`boxes`, see `region_boxes`) if it has any: burned-in text stands still, and an ECG is
+    thin, or dark at any one place most of the time. Pixels whose area may reach across the edge
+    count as outside. Raises VideoError when nothing moves.
     """
     import cv2
 
-    full = len(frames[0])
-    grey = np.stack([f.max(2) for f in frames])
-    moving = (grey.max(0) - grey.min(0) >= MOTION).astype(np.uint8)
-    if boxes:
-        inside = np.zeros_like(moving)
-        for box in boxes:
-            x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
-            x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
-            inside[y0:y1, x0:x1] = 1
-        moving &= inside
-    # Thin lines such as an ECG go first, so that they do not join what lies beyond to the sector.
-    moving = cv2.morphologyEx(moving, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    joined = cv2.morphologyEx(moving, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
-    if count < 2:
+    full, n = len(frames[0]), len(frames)
+    grey = np.sort(np.stack([f.max(2) for f in frames]), axis=0)
+    low, high = grey[n // 5], grey[-1 - n // 5]  # of most frames: a trace that passes is in neither
+    moving = (high - low >= MOTION).astype(np.uint8)
+    area = moving | (high >= LIT).astype(np.uint8)
+    edge = np.concatenate([area[0], area[-1], area[:, 0], area[:, -1]])
+    if edge.mean() > 0.5:  # the background is not black
+        area = moving
+    inside = region_mask(boxes, full)
+    area = cv2.morphologyEx(area & inside, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    for thick in (full // 10, full // 28, 3):  # pixels; the thicker, the surer that it is tissue
+        thick_area = cv2.morphologyEx(area, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
+        _, labels = cv2.connectedComponents(thick_area)
+        moves = np.bincount(labels[(moving & inside & thick_area) > 0], minlength=1)
+        if moves.any():
+            break
+    else:
         raise VideoError("no ultrasound sector found to mask: nothing moves")
-    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    points = np.argwhere(labels == largest)[:, ::-1].astype(np.int32)
+    points = np.argwhere(labels == moves.argmax())[:, ::-1].astype(np.int32)
     hull = cv2.fillConvexPoly(np.zeros_like(moving), cv2.convexHull(points), 1)
     hull = cv2.erode(hull, np.ones((3, 3), np.uint8))
-    return (hull & inside if boxes else hull)[:, :, None]
+    return (hull & inside)[:, :, None]
+
+
+def region_mask(boxes, full):
+    """uint8 (full, full): 1 within any of the boxes, all 1 without boxes."""
+    inside = np.full((full, full), not boxes, np.uint8)
+    for box in boxes:
+        x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
+        x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
+        inside[y0:y1, x0:x1] = 1
+    return inside
 
 
 def serve():

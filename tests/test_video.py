@@ -9,7 +9,7 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from embed import video
+from embed import phantom, video
 
 REAL = pydicom.examples.get_path("ybr_color")
 
@@ -272,6 +272,43 @@ def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
     np.testing.assert_array_equal(found["plain", "sector"], found["named", "sector"])
     kept = (found["named", "sector"] > 0).any((0, 3)).mean()
     assert kept > 0.8 * (found["plain", "none"] > 0).any((0, 3)).mean()  # the sector is all there
+
+
+@pytest.mark.parametrize("with_regions", [False, True])
+@pytest.mark.parametrize("scrolls", [False, True])
+def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_regions):
+    """A thick trace across the sector's bottom, which is drawn on or scrolls: names beside the
+    sector change no pixel, and 95 % of the sector, its standing parts too, is there."""
+    H, W, n = 300, 480, 24
+    fan = phantom.phantom_cine("A4C", frames=n, size=(H, W), seed=0)
+    plain = fan.copy()
+    x = np.arange(W)
+    for i, frame in enumerate(plain):
+        beat = (x + 9 * i * scrolls) % 45 / 45
+        y = (
+            268
+            - 35 * np.exp(-(((beat - 0.3) / 0.03) ** 2))
+            - 7 * np.exp(-(((beat - 0.6) / 0.06) ** 2))
+        )
+        seen = slice(0, W if scrolls else W * (i + 1) // n)
+        trace = np.stack([x, y], 1)[seen].astype(np.int32)
+        cv2.polylines(frame, [trace], False, (60, 255, 60), 4)
+    named = plain.copy()
+    for frame in named:
+        for text, at in (("DOE JANE", (5, 20)), ("1970", (5, 200)), ("MRN 4711", (390, 20)),
+                         ("GP DOE", (5, 297)), ("HOSPITAL", (390, 297))):  # fmt: skip
+            cv2.putText(frame, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1)
+    boxes = [(0, 0, W - 1, H - 1)] if with_regions else None
+    sector = video.Sampling(n_clips=2, mask="sector")
+    found = []
+    for frames in (plain, named):
+        phantom.write_dicom(tmp_path / "a.dcm", frames, jpeg=False, regions=boxes)
+        found.append(video.read_clips(tmp_path / "a.dcm", "key", sector)[0].frames)
+    np.testing.assert_array_equal(*found)
+    phantom.write_dicom(tmp_path / "a.dcm", fan, jpeg=False)
+    truth = video.read_clips(tmp_path / "a.dcm", "key", video.Sampling(n_clips=2))[0].frames
+    truth, kept = ((frames > 0).any((0, 3)) for frames in (truth, found[1]))
+    assert (kept & truth).sum() > 0.95 * truth.sum()
 
 
 def test_masking_the_real_cine():
