@@ -46,13 +46,13 @@ def pick_device(name=""):
     """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
     import torch
 
-    if not name:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        return torch.device(f"cuda:{rank % torch.cuda.device_count()}")
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    # fp32 is fp32 on a GPU too: torch would run convolutions in TF32, with 10 bits of mantissa, and
+    # embeddings would differ from a CPU's by a thousandth.
+    torch.backends.cudnn.allow_tf32 = False
     try:
-        device = torch.device(name)
+        device = torch.device(name or "cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} is not to be had here; cpu always is") from error

@@ -42,12 +42,13 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from embed import __version__
 from embed.common import Parser, UserError, atomic_path, pick_device, progress, run_main
-from embed.panecho import MEAN, STD, clip_planes, load_panecho
+from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.studies import Claims, find_studies, own_first, shard_from
 from embed.video import Sampling, SourceGone, VideoError
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LISTED = 20  # skipped files named on screen; all of them are in the log
 
 
@@ -155,16 +156,6 @@ def distinct_images(index):
     return images, inverse.reshape(index.shape)
 
 
-def gather_images(planes, numbers):
-    """planes uint8 (3 F, S, S), plane numbers (N, 3) -> normalised images float32 (N, 3, S, S)."""
-    images = planes[numbers].float().div_(255)
-    mean, std = (torch.tensor(v, device=planes.device) for v in (MEAN, STD))
-    channel = numbers % 3  # a plane keeps its own channel's constants, wherever it stands
-    images -= mean[channel][:, :, None, None]
-    images /= std[channel][:, :, None, None]
-    return images
-
-
 class Pending:
     """A copy of a video whose images are on their way through the encoder."""
 
@@ -179,23 +170,26 @@ class Pending:
         self.features = []  # their features, (n, 768) pieces in order
 
     def take(self, n):
-        """The next images, `n` at most."""
+        """The next images, `n` at most, normalised: float32 (n, 3, S, S)."""
         numbers = self.images[self.taken : self.taken + n]
         self.taken += len(numbers)
-        return gather_images(self.planes, numbers)
+        # A plane keeps its own channel's constants, wherever it stands.
+        return normalise(self.planes[numbers], numbers % 3)
 
 
 class Encoder:
     """Fills batches with the images of successive videos and deals the features out again.
 
-    Every batch but the last is full, whatever the length of the videos.
+    Every batch but the last is full, whatever the length of the videos. The backbone is this
+    encoder's from then on: for a CPU its weights are packed, at images of `size` for best.
     """
 
-    def __init__(self, backbone, device, batch_size, precision):
+    def __init__(self, backbone, device, batch_size, precision, size):
         self.backbone, self.device, self.batch_size = backbone.to(device), device, batch_size
-        self.autocast = partial(
-            torch.autocast, torch.device(device).type, torch.bfloat16, precision == "bf16"
-        )
+        kind, dtype = torch.device(device).type, PRECISIONS[precision]
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, dtype == torch.bfloat16)
+        if kind == "cpu" and can_pack(dtype):
+            backbone.encoder.model.pack(dtype, size)
         self.waiting, self.batch, self.room = deque(), [], batch_size
 
     @torch.inference_mode()
@@ -252,20 +246,27 @@ def study_path(out, study):
     return Path(out) / f"{study.name}.hdf5"
 
 
+def empty_path(out, study):
+    """Where a study without a usable video is remembered: no place where embeddings are sought."""
+    return Path(out) / ".empty" / f"{study.name}.hdf5"
+
+
 def write_study(path, videos, attributes):
     """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
     made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
     skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
-    embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
-    text = h5py.string_dtype()
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        f["embeddings"] = embeddings[0]
-        f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
-        f.create_dataset("videos", data=list(made), dtype=text)
+    text, file = h5py.string_dtype(), io.BytesIO()  # HDF5's own errors do not say "disk full"
+    with h5py.File(file, "w") as f:
+        if made:
+            embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
+            f["embeddings"] = embeddings[0]
+            f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
+            if len(embeddings) > 1:
+                f["augmented"] = embeddings[1:]
+        f.create_dataset("videos", (len(made),), data=list(made) or None, dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
-        if len(embeddings) > 1:
-            f["augmented"] = embeddings[1:]
         f.attrs.update(attributes)
+    path.write_bytes(file.getbuffer())
 
 
 def finished_study(path, study, attributes, redo):
@@ -325,7 +326,62 @@ class Summary:
             print(f"{len(self.undone)} studies left for the next run: {', '.join(self.undone)}")
 
 
-LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+class Log:
+    """extract_log.csv: a row a video, whoever of the workers that share the folder wrote it last.
+
+    A study's rows are appended when it has none yet; else the file is made anew without the old
+    ones. Each worker reads on from where it last stood, so that it knows which studies have rows.
+    """
+
+    COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+
+    def __init__(self, out, claims):
+        self.path, self.claims = out / "extract_log.csv", claims
+        self.studies, self.file = set(), None  # studies with rows, in what was read of the file
+
+    def put(self, study, rows):
+        with self.claims.alone(self.path.name):
+            torn = self.read_on()
+            if torn or study in self.studies:
+                self.rewrite(study, rows)
+            else:
+                self.append(rows)
+            self.studies.add(study)
+
+    def read_on(self):
+        """Take in what others have added; whether the last line is one that broke off."""
+        there = self.path.stat() if self.path.exists() else None
+        known = os.fstat(self.file.fileno()) if self.file else None
+        if there and not (known and os.path.samestat(there, known)):  # new, or made anew
+            # Held open, so that no later file gets its inode.
+            self.studies, self.file = set(), open(self.path, "rb")  # noqa: SIM115
+        added = self.file.read() if self.file else b""
+        self.studies |= {row[0] for row in csv.reader(io.StringIO(added.decode())) if row}
+        return len(added) > 0 and not added.endswith(b"\n")
+
+    def append(self, rows):
+        with open(self.path, "ab") as f:
+            header = [] if f.tell() else [self.COLUMNS]
+            start = f.tell()
+            try:
+                f.write(csv_text([*header, *rows]).encode())
+                f.flush()
+            except OSError:
+                os.truncate(self.path, start)
+                raise
+
+    def rewrite(self, study, rows):
+        with open(self.path, encoding="utf-8", newline="") as f:
+            old = [row for row in csv.reader(f) if len(row) == len(self.COLUMNS)]
+        with atomic_path(self.path) as temporary:
+            kept = [row for row in old if row[0] != study]
+            temporary.write_text(csv_text([*kept, *rows]), encoding="utf-8", newline="")
+
+
+def csv_text(rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 class Run:
@@ -334,6 +390,7 @@ class Run:
     def __init__(self, out, attributes, redo):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
         self.claims, self.summary = Claims(self.out), Summary()
+        self.log = Log(self.out, self.claims)
         self.results = {}  # study name -> {video: (starts, embeddings) or VideoError}
         self.rows = {}  # study name -> rows of the log
 
@@ -353,10 +410,13 @@ class Run:
                 yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        path = study_path(self.out, study)
+        group, path = self.summary.finished, study_path(self.out, study)
         skipped = finished_study(path, study, self.attributes, self.redo)
+        if skipped is None and not self.redo:  # known to be empty?
+            group, path = self.summary.empty, empty_path(self.out, study)
+            skipped = finished_study(path, study, self.attributes, redo=True)
         if skipped is not None:
-            self.summary.finished.append(study.name)
+            group.append(study.name)
             self.summary.skipped += [(study.name, *row) for row in skipped]
             self.claims.give_back(study.name)
             bar.update(len(study.videos))
@@ -388,30 +448,25 @@ class Run:
                 )
         elif all(isinstance(r, VideoError) for r in results.values()):
             self.summary.empty.append(study.name)
-            self.log(rows)
+            self.write(study, empty_path(self.out, study), results, rows)
         else:
-            self.write(study, results, rows)
+            self.summary.written.append(study.name)
+            self.write(study, study_path(self.out, study), results, rows)
+            empty_path(self.out, study).unlink(missing_ok=True)
         self.claims.give_back(study.name)
 
-    def write(self, study, results, rows):
-        path = study_path(self.out, study)
+    def write(self, study, path, results, rows):
+        """The study's file appears last: a run that dies before it makes the study, and its rows
+        of the log, again."""
         try:
-            write_study(path, results, self.attributes)
-            self.log(rows)
+            with atomic_path(path) as temporary:
+                write_study(temporary, results, self.attributes)
+                self.log.put(study.name, rows)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error}; what is finished stays, and the same command goes "
                 "on from here"
             ) from error
-        self.summary.written.append(study.name)
-
-    def log(self, rows):
-        """Append a study's rows to extract_log.csv, in one piece."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        path = self.out / "extract_log.csv"
-        with self.claims.alone("extract_log.csv"), open(path, "a", encoding="utf-8") as f:
-            f.write(text.getvalue() if f.tell() else ",".join(LOG_COLUMNS) + "\n" + text.getvalue())
 
 
 def default_batch(device, size):
@@ -451,8 +506,9 @@ def extract(studies, out, settings):
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
     run = Run(out, attributes_of(settings, digest), settings.redo)
     workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
-    batch = settings.image_batch or default_batch(device, settings.sampling.size)
-    encoder = Encoder(model.encoder, device, batch, settings.precision)
+    size = settings.sampling.size
+    batch = settings.image_batch or default_batch(device, size)
+    encoder = Encoder(model.encoder, device, batch, settings.precision, size)
     total = sum(len(s.videos) for s in studies)
     label = f"extract {index}/{count}" if count > 1 else "extract"
     with progress(total=total, desc=label, unit="video", disable=not total) as bar:
@@ -541,7 +597,7 @@ def main(argv=None):
     parser.add_argument(
         "--augment", type=int, default=0, metavar="K", help="randomly transformed copies to add"
     )
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--precision", default="fp32", choices=tuple(PRECISIONS))
     add_options(parser)
     args = parser.parse_args(argv)
     settings = settings_from(vars(args))

@@ -18,6 +18,7 @@ try:
 except ImportError:  # Windows: one worker at a time
     fcntl = None
 
+LISTED = 20  # names on one line of the screen
 ECHONET_PEDIATRIC = re.compile(r"^([^-]+-[^-]+)-[^-]+$")  # <patient>-<accession>-<n>
 
 
@@ -48,14 +49,33 @@ def find_studies(source, group="folder", manifests=()):
                 path = Path(os.path.normpath(path))
                 files.setdefault(study, []).append(path)
         return [study_of(name, paths) for name, paths in sorted(files.items())]
-    videos = find_videos(source)
+    videos, others, closed = find_videos(source)
+    notes = passed_over(others, closed)
     if not videos:
-        raise UserError(f"no video or DICOM file in {source} or below it")
+        found = "".join(f"; {note}" for note in notes)
+        raise UserError(f"no video or DICOM file in {source} or below it{found}")
+    for note in notes:
+        print(note)
     if group == "one":
         return [Study(source.resolve().name, source, videos)]
     if group == "dicom":
         return by_study_uid(source, videos)
     return by_folder(source, videos)
+
+
+def passed_over(others, closed):
+    """Lines for a person: files that are no videos, and subfolders that cannot be read."""
+    if closed:
+        yield f"{len(closed)} subfolders cannot be read: {listed(closed)}"
+    if others:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common())
+        yield f"{others.total()} files are no videos: {kinds}"
+
+
+def listed(names):
+    """The first of them, and how many more."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def by_folder(source, videos):
@@ -71,6 +91,9 @@ def by_folder(source, videos):
     for video in videos:
         name, _, rest = video.partition("/")
         studies.setdefault(name, Study(name, source / name, [])).videos.append(rest)
+    folders = sorted(p.name for p in source.iterdir() if p.is_dir() and p.name[0] != ".")
+    if without := [name for name in folders if name not in studies]:
+        print(f"{len(without)} folders hold no video: {listed(without)}")
     return list(studies.values())
 
 
@@ -170,8 +193,12 @@ class Claims:
     """
 
     def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
+        except OSError as error:
+            why = error.strerror
+            raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
 
     def take(self, name):
         """Whether the study is this process's now; never waits."""

@@ -11,18 +11,27 @@ No torch in here: the file is also the program that the decoder processes run
 import hashlib
 import os
 import pickle
+import re
 import sys
+import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".wmv", ".mpg", ".mpeg"}
+VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
 RESIZE_OVER_CROP = 256 / 224
+
+# Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
+# bytes of) a small length and two zeros.
+BARE_DICOM = re.compile(
+    rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)", re.DOTALL
+)
 
 M_MODE, SPECTRAL = 2, 3  # DICOM RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
 
@@ -39,19 +48,38 @@ class SourceGone(VideoError):
 
 
 def is_dicom(path):
-    """Whether the file starts as DICOM Part 10 does: 128 bytes, then 'DICM'."""
+    """Whether the file starts as DICOM Part 10 does (128 bytes, then 'DICM'), or is one without.
+
+    Old exports leave that start out and begin with their first element, of group 0002 or 0008.
+    """
     try:
         with open(path, "rb") as f:
-            f.seek(128)
-            return f.read(4) == b"DICM"
+            head = f.read(132)
     except OSError:
         return False
+    return head[128:] == b"DICM" or bool(BARE_DICOM.match(head))
+
+
+def read_dicom(path, **options):
+    """pydicom.dcmread, of files without the DICOM start too.
+
+    Without a transfer syntax the pixels are taken for uncompressed, the standard's default;
+    VideoError when they cannot be.
+    """
+    import pydicom
+
+    dicom = pydicom.dcmread(path, force=True, **options)
+    if "TransferSyntaxUID" not in dicom.file_meta:
+        if "PixelData" in dicom and dicom["PixelData"].is_undefined_length:
+            raise VideoError("compressed, but the file does not say how: no transfer syntax")
+        implicit, _ = dicom.original_encoding
+        syntax = "ImplicitVRLittleEndian" if implicit else "ExplicitVRLittleEndian"
+        dicom.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    return dicom
 
 
 def is_candidate(path):
     """Whether a file should be tried as a video: by its ending, or DICOM under any name."""
-    if path.name.startswith(".") or path.name == "DICOMDIR":
-        return False
     suffix = path.suffix.lower()
     return suffix in VIDEO_SUFFIXES | DICOM_SUFFIXES or is_dicom(path)
 
@@ -60,20 +88,43 @@ def study_uid(path):
     """The StudyInstanceUID of a DICOM file, or '' when there is none."""
     import pydicom
 
+    if not is_dicom(path):
+        return ""
     try:
-        header = pydicom.dcmread(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
+        header = read_dicom(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
         return str(header.get("StudyInstanceUID", ""))
     except (OSError, pydicom.errors.InvalidDicomError):
         return ""
 
 
 def find_videos(folder):
-    """All candidate files below `folder`, as sorted POSIX paths relative to it."""
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(where, n) for n in names if is_candidate(Path(where, n))]
-    return sorted(p.relative_to(folder).as_posix() for p in found)
+    """What lies below `folder`, links to folders followed; hidden files are passed over.
+
+    Returns the candidate files as sorted POSIX paths relative to it, a Counter of the endings of
+    all other files, and a list of 'subfolder: why it cannot be read'.
+    """
+    found, others, closed = [], Counter(), []
+    above = {}  # a folder's path -> the real paths of itself and of those it lies in
+
+    def relative(path):
+        return Path(path).relative_to(folder).as_posix()
+
+    def unreadable(error):
+        closed.append(f"{relative(error.filename)}: {error.strerror}")
+
+    for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        above[where] = {os.path.realpath(where)} | above.get(os.path.dirname(where), set())
+        folders[:] = sorted(
+            f
+            for f in folders  # a link back to a folder that it lies in would never end
+            if not f.startswith(".") and os.path.realpath(Path(where, f)) not in above[where]
+        )
+        for path in (Path(where, n) for n in sorted(names) if not n.startswith(".")):
+            if path.name != "DICOMDIR" and is_candidate(path):
+                found.append(relative(path))
+            else:
+                others[path.suffix.lower() or "no ending"] += 1
+    return sorted(found), others, closed
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -98,7 +149,7 @@ def iter_frames(path):
     if is_dicom(path):
         yield from _iter_dicom(path)
     elif path.suffix.lower() in DICOM_SUFFIXES:
-        raise VideoError("not a DICOM file: the 'DICM' mark at byte 128 is missing")
+        raise VideoError("not a DICOM file: neither the 'DICM' mark nor a first element")
     else:
         yield from _iter_opencv(path)
 
@@ -137,10 +188,8 @@ def _iter_opencv(path):
 
 
 def _iter_dicom(path):
-    import pydicom
-
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
+        header = read_dicom(path, stop_before_pixels=True)
         n_frames = check_cine(header)
         check_decoder(header)
     except VideoError:
@@ -153,7 +202,11 @@ def _iter_dicom(path):
         for frame in _decode_jpeg(path, header) or _decode_pydicom(path, header):
             yield frame
             n += 1
+    except VideoError:
+        raise
     except Exception as error:  # decoders raise many kinds
+        if "PixelData" in str(error):
+            raise VideoError("truncated: the pixel data are missing or break off") from error
         reason = f"frame {n + 1} of {n_frames} does not decode: {_first_line(error)}"
         raise VideoError(reason) from error
     if n != n_frames:
@@ -165,8 +218,21 @@ def _decode_pydicom(path, header):
     from pydicom.pixels import apply_color_lut, iter_pixels
 
     palette = header.PhotometricInterpretation == "PALETTE COLOR"
-    for pixels in iter_pixels(path):  # RGB for RGB and YBR alike: not to be converted again
+    for pixels in iter_pixels(
+        pixel_source(path)
+    ):  # RGB for RGB and YBR alike: not to be converted again
         yield to_bgr(apply_color_lut(pixels, header) if palette else pixels, header)
+
+
+def pixel_source(path):
+    """The path, to be read frame by frame, or all of a file that pydicom does not stream."""
+    import pydicom
+
+    try:
+        standard = "TransferSyntaxUID" in pydicom.filereader.read_file_meta_info(path)
+    except pydicom.errors.InvalidDicomError:
+        standard = False
+    return path if standard else read_dicom(path)
 
 
 def _decode_jpeg(path, header):
@@ -182,16 +248,16 @@ def _decode_jpeg(path, header):
         return None
     if header.PhotometricInterpretation not in ("YBR_FULL_422", "YBR_FULL"):
         return None
-    encoded = list(
-        generate_frames(
-            pydicom.dcmread(path).PixelData, number_of_frames=int(header.NumberOfFrames)
-        )
-    )
+    pixel_data = read_dicom(path).PixelData
+    encoded = list(generate_frames(pixel_data, number_of_frames=int(header.NumberOfFrames)))
 
     def decode(jpeg):
-        whole = jpeg.rstrip(b"\0").endswith(b"\xff\xd9")  # the end-of-image mark
-        frame = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR) if whole else None
-        if frame is None or frame.shape[:2] != (header.Rows, header.Columns):
+        if not jpeg.rstrip(b"\0").endswith(b"\xff\xd9"):  # the end-of-image mark
+            raise ValueError("broken JPEG")
+        frame, said = heard(cv2.imdecode, np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+        # libjpeg makes up what it cannot decode, and only says so.
+        broken = "premature end" in said or "bad Huffman" in said
+        if broken or frame is None or frame.shape[:2] != (header.Rows, header.Columns):
             raise ValueError("broken JPEG")
         return frame
 
@@ -199,6 +265,20 @@ def _decode_jpeg(path, header):
     if np.abs(decode(encoded[0]) - expected).max() > 2:
         return None
     return map(decode, encoded)
+
+
+def heard(function, *args):
+    """(What a C library's function returns, what it writes to standard error meanwhile)."""
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            result = function(*args)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        return result, said.read().decode(errors="replace")
 
 
 def check_cine(header):
@@ -211,7 +291,7 @@ def check_cine(header):
     if header.get("PixelRepresentation"):
         raise VideoError("signed pixel values: not an ultrasound image")
     if "Rows" not in header or "PhotometricInterpretation" not in header:
-        raise VideoError("DICOM without image data")
+        raise VideoError("DICOM without image data, or cut short")
     declared = header.get("NumberOfFrames")
     n_frames = 1 if declared is None else int(declared)
     if n_frames < 1:
@@ -381,7 +461,8 @@ def random_transform(frames, size, rng):
 
 # ------------------------------------------------------------------------------- the sector alone
 
-MOTION = 12  # grey levels by which a pixel of the sector changes over a cine, at least
+MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
+LIT = 4  # grey levels of a pixel that is no black background, at least
 
 
 def region_boxes(path):
@@ -392,9 +473,7 @@ def region_boxes(path):
     """
     if not is_dicom(path):
         return []
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True)
+    header = read_dicom(path, stop_before_pixels=True)
     names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
     boxes = []
     for region in _regions(header):
@@ -411,33 +490,45 @@ def region_boxes(path):
 def sector_mask(frames, boxes):
     """uint8 (R, R, 1): 1 inside the ultrasound sector of small frames (n, R, R, 3), 0 outside.
 
-    The sector is the convex hull of the largest connected area that moves, within the DICOM's
-    regions (`boxes`, see `region_boxes`) if it has any; burned-in text stands still. Pixels whose
-    area may reach across the edge count as outside. Raises VideoError when nothing moves.
+    The sector is the convex hull of the largest thick area of which parts move, within the DICOM's
+    regions (`boxes`, see `region_boxes`) if it has any: burned-in text stands still, and an ECG is
+    thin, or dark at any one place most of the time. Pixels whose area may reach across the edge
+    count as outside. Raises VideoError when nothing moves.
     """
     import cv2
 
-    full = len(frames[0])
-    grey = np.stack([f.max(2) for f in frames])
-    moving = (grey.max(0) - grey.min(0) >= MOTION).astype(np.uint8)
-    if boxes:
-        inside = np.zeros_like(moving)
-        for box in boxes:
-            x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
-            x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
-            inside[y0:y1, x0:x1] = 1
-        moving &= inside
-    # Thin lines such as an ECG go first, so that they do not join what lies beyond to the sector.
-    moving = cv2.morphologyEx(moving, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    joined = cv2.morphologyEx(moving, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
-    if count < 2:
+    full, n = len(frames[0]), len(frames)
+    grey = np.sort(np.stack([f.max(2) for f in frames]), axis=0)
+    low, high = grey[n // 5], grey[-1 - n // 5]  # of most frames: a trace that passes is in neither
+    moving = (high - low >= MOTION).astype(np.uint8)
+    area = moving | (high >= LIT).astype(np.uint8)
+    edge = np.concatenate([area[0], area[-1], area[:, 0], area[:, -1]])
+    if edge.mean() > 0.5:  # the background is not black
+        area = moving
+    inside = region_mask(boxes, full)
+    area = cv2.morphologyEx(area & inside, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    for thick in (full // 10, full // 28, 3):  # pixels; the thicker, the surer that it is tissue
+        thick_area = cv2.morphologyEx(area, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
+        _, labels = cv2.connectedComponents(thick_area)
+        moves = np.bincount(labels[(moving & inside & thick_area) > 0], minlength=1)
+        if moves.any():
+            break
+    else:
         raise VideoError("no ultrasound sector found to mask: nothing moves")
-    largest = 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
-    points = np.argwhere(labels == largest)[:, ::-1].astype(np.int32)
+    points = np.argwhere(labels == moves.argmax())[:, ::-1].astype(np.int32)
     hull = cv2.fillConvexPoly(np.zeros_like(moving), cv2.convexHull(points), 1)
     hull = cv2.erode(hull, np.ones((3, 3), np.uint8))
-    return (hull & inside if boxes else hull)[:, :, None]
+    return (hull & inside)[:, :, None]
+
+
+def region_mask(boxes, full):
+    """uint8 (full, full): 1 within any of the boxes, all 1 without boxes."""
+    inside = np.full((full, full), not boxes, np.uint8)
+    for box in boxes:
+        x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
+        x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
+        inside[y0:y1, x0:x1] = 1
+    return inside
 
 
 def serve():

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -108,6 +109,13 @@ def test_wrong_sources(tmp_path, cli):
     assert status == 1 and "no video or DICOM file" in error
     status, _, error = cli(tmp_path / "x", "--out", tmp_path / "o", main=extract.main)
     assert status == 1 and "is not a folder" in error
+    (tmp_path / "file").touch()
+    (tmp_path / "s" / "A").mkdir(parents=True)
+    (tmp_path / "s" / "A" / "a.dcm").write_text("no")
+    for out in (tmp_path / "file", tmp_path / "file" / "o"):
+        status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
+        assert status == 1 and "cannot write into" in error and "choose another folder" in error
+    shutil.rmtree(tmp_path / "s")
     (tmp_path / "mixed" / "study").mkdir(parents=True)
     for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):
         path.write_text("x")
@@ -119,6 +127,37 @@ def test_wrong_sources(tmp_path, cli):
     status, text, error = cli(tmp_path / "s", "--out", tmp_path / "o", *OPTIONS, main=extract.main)
     assert status == 1 and "no study" in error and "a.dcm: not a DICOM file" in text
     assert not list((tmp_path / "o").glob("*.hdf5"))
+
+
+def test_what_is_passed_over_is_said(source, tmp_path, cli):
+    """Links are followed, but not in circles; other files and empty folders are counted."""
+    shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
+    (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    (source / "C").mkdir()
+    for name in ("a.TXT", "b.xml", "noending", ".hidden"):
+        (source / "C" / name).write_text("no video")
+    found = {s.name: s.videos for s in studies.find_studies(source)}
+    assert found == {
+        "A_1": ["IM0001", "series/y.dcm", "x.dcm"],
+        "B": ["notes.dcm", "real.dcm", "still.dcm"],
+    }
+    _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert "4 files are no videos: .txt 2, " in text
+    assert "1 folders hold no video: C" in text
+    status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
+    assert status == 1 and "3 files are no videos: .txt 1" in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_folders_that_cannot_be_read_are_said(source, capsys):
+    (source / "A_1" / "series").chmod(0)
+    try:
+        studies.find_studies(source)
+    finally:
+        (source / "A_1" / "series").chmod(0o755)
+    out = capsys.readouterr().out
+    assert "1 subfolders cannot be read: A_1/series: Permission denied" in out
 
 
 def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch):
@@ -194,8 +233,7 @@ def test_workers_share_the_work(tmp_path):
     for path in out.glob("S*.hdf5"):
         with h5py.File(path) as f:
             assert np.isfinite(f["embeddings"][:]).all()
-    logged = [row["study"] for row in read_log(out)]
-    assert len(logged) == len(set(logged)) >= 58  # a killed worker may not have logged its last
+    assert sorted(row["study"] for row in read_log(out)) == names  # whoever was killed, and when
 
 
 def test_log_and_settings(source, tmp_path, cli):
@@ -216,6 +254,38 @@ def test_log_and_settings(source, tmp_path, cli):
     assert status == 0 and "2 studies extracted" in text
     with h5py.File(out / "A_1.hdf5") as f:
         assert f.attrs["mask"] == "sector"
+
+
+def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
+    """After reruns, --redo, a death between log and study, and a line that broke off."""
+    out = tmp_path / "out"
+    (source / "E").mkdir()
+    shutil.copy(source / "B" / "still.dcm", source / "E" / "e.dcm")
+    decoded = []
+    work = extract.DecoderProcess.__call__
+    monkeypatch.setattr(
+        extract.DecoderProcess,
+        "__call__",
+        lambda self, path, key, how: (decoded.append(key), work(self, path, key, how))[1],
+    )
+
+    def run(*more):
+        decoded.clear()
+        status, text, _ = cli(source, "--out", out, *OPTIONS, *more, main=extract.main)
+        assert status == 0 and "1 studies without a usable video: E" in text
+        rows = [(r["study"], r["video"]) for r in read_log(out)]
+        assert len(rows) == len(set(rows)) == 7
+        return set(decoded)
+
+    assert len(run()) == 7
+    assert run() == set()  # the empty study is known
+    assert run("--redo") == {"E/e.dcm"}  # and tried again when asked to
+    (out / "B.hdf5").unlink()  # as if the process had died after its rows were logged
+    assert run() == {"B/real.dcm", "B/still.dcm", "B/notes.dcm"}
+    log = out / "extract_log.csv"
+    log.write_text(log.read_text()[:-20])  # B's rows are the last
+    (out / "B.hdf5").unlink()
+    run()
 
 
 def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypatch):
@@ -240,13 +310,21 @@ def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypat
         assert f["videos"].asstr()[:].tolist() == ["real.dcm"]
 
 
-def test_a_full_disk_is_one_line(source, tmp_path, cli, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line(source, tmp_path):
+    """The system refuses files beyond 5 KiB; once it does not, the same command goes on."""
+    out = tmp_path / "out"
+    line = [sys.executable, ROOT / "embed" / "extract.py", source, "--out", out, *OPTIONS]
 
-    monkeypatch.setattr(extract, "write_study", full)
-    status, _, error = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
-    assert status == 1 and "No space left on device" in error and "goes on from here" in error
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * 1024, resource.RLIM_INFINITY))
+
+    done = subprocess.run(line, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "A_1.hdf5: " in done.stderr and "File too large" in done.stderr
+    assert "goes on from here" in done.stderr
+    assert not list(out.glob("*.hdf5")) and not list(out.glob(".*tmp*"))
+    assert subprocess.run(line, capture_output=True).returncode == 0
+    assert len(read_log(out)) == 6
 
 
 def test_groups_and_manifests(source, tmp_path):

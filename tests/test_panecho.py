@@ -76,6 +76,19 @@ def test_published_image_features_and_heads(model):
         model.activations = True
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@torch.inference_mode()
+def test_packed_for_a_cpu(model, dtype, most):
+    """Packed weights, fused products: the numbers of the plain model, at any image size."""
+    if not panecho.can_pack(dtype):
+        pytest.skip(f"this CPU's torch packs no {dtype}")
+    packed = panecho.load_panecho("random")[0].encoder.encoder
+    packed.model.pack(dtype, 64)
+    for n, size in ((3, 64), (2, 150)):
+        images = torch.from_numpy(normal(size, n, 3, size, size))
+        assert relative_error(packed(images), model.encoder.encoder(images)) < most
+
+
 def test_position_code():
     assert (
         relative_error(panecho.frame_positions(32), recorded("panecho_parity.npz")["pe32"]) < 1e-6
@@ -114,6 +127,8 @@ class DroppingServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].split("-")[0])
         body = self.payload[start:]
+        if not body:
+            return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -137,8 +152,11 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
             panecho.find_weights(show=False)
         assert not panecho.cached_weights().exists()
         path = panecho.find_weights(show=False)
+        path.rename(path.with_name("panecho.pt.part"))  # all of it came, and the process died
+        assert panecho.find_weights(show=False) == path
     finally:
         server.shutdown()
+        server.server_close()
     assert path == tmp_path / "checkpoints" / "panecho.pt"
     assert path.read_bytes() == DroppingServer.payload
     assert path.with_name("panecho.pt.sha256").read_text().startswith(sha256_file(weights_file))

@@ -9,7 +9,7 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from embed import video
+from embed import phantom, video
 
 REAL = pydicom.examples.get_path("ybr_color")
 
@@ -155,13 +155,31 @@ def cut_frame(path):
     path.write_bytes(data)
 
 
+def damage_frame(path):
+    """600 odd bytes amid a JPEG whose marks are all there: decoders go on after it."""
+    data = bytearray(REAL.read_bytes())
+    end = data.index(b"\xff\xd9", len(data) // 2)
+    data[end - 3000 : end - 2400] = np.random.default_rng(0).bytes(600)
+    path.write_bytes(data)
+
+
+def without_syntax(path):
+    """Compressed, and the element that says how is gone."""
+    data = REAL.read_bytes()
+    at = data.index(b"\x02\x00\x10\x00UI")
+    path.write_bytes(data[:at] + data[at + 8 + data[at + 6] :])
+
+
 ODD_FILES = {
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
     "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
+    "headless.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:35_040]), "truncated: the pixel"),
+    "syntax.dcm": (without_syntax, "no transfer syntax"),
     "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
     "hole.dcm": (corrupt_frame, "does not decode"),
     "break.dcm": (cut_frame, "does not decode"),
+    "damage.dcm": (damage_frame, "frame 13 of 30 does not decode: broken JPEG"),
     "signed.dcm": (
         lambda p: write_dicom(p, moving_square()[..., 0], "MONOCHROME2", PixelRepresentation=1),
         "signed pixel values",
@@ -194,6 +212,22 @@ def test_m_mode_and_spectral_are_told_by_their_tags(tmp_path, code, reason):
     write_dicom(tmp_path / "a.dcm", moving_square(), "RGB", SequenceOfUltrasoundRegions=[region])
     with pytest.raises(video.VideoError, match=reason):
         video.read_frames(tmp_path / "a.dcm")
+
+
+def test_dicom_without_its_start(tmp_path):
+    """Neither the 128 bytes and 'DICM', nor a transfer syntax; under a name without ending."""
+    write_dicom(tmp_path / "a.dcm", moving_square(), "RGB")
+    data = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "JPEG").write_bytes(REAL.read_bytes()[132:])
+    (tmp_path / "BARE").write_bytes(data[132:])
+    first = data.index(b"\x28\x00\x02\x00US")  # SamplesPerPixel: no group 2 or 8 before it
+    (tmp_path / "GROUP8").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + data[first:])
+    (tmp_path / "random").write_bytes(np.random.default_rng(0).bytes(5000))
+    assert video.find_videos(tmp_path)[0] == ["BARE", "GROUP8", "JPEG", "a.dcm"]
+    expected = video.read_frames(tmp_path / "a.dcm")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "BARE"), expected)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "GROUP8"), expected)
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "JPEG"), video.read_frames(REAL))
 
 
 def test_missing_plugin_is_named(tmp_path):
@@ -238,6 +272,43 @@ def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
     np.testing.assert_array_equal(found["plain", "sector"], found["named", "sector"])
     kept = (found["named", "sector"] > 0).any((0, 3)).mean()
     assert kept > 0.8 * (found["plain", "none"] > 0).any((0, 3)).mean()  # the sector is all there
+
+
+@pytest.mark.parametrize("with_regions", [False, True])
+@pytest.mark.parametrize("scrolls", [False, True])
+def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_regions):
+    """A thick trace across the sector's bottom, which is drawn on or scrolls: names beside the
+    sector change no pixel, and 95 % of the sector, its standing parts too, is there."""
+    H, W, n = 300, 480, 24
+    fan = phantom.phantom_cine("A4C", frames=n, size=(H, W), seed=0)
+    plain = fan.copy()
+    x = np.arange(W)
+    for i, frame in enumerate(plain):
+        beat = (x + 9 * i * scrolls) % 45 / 45
+        y = (
+            268
+            - 35 * np.exp(-(((beat - 0.3) / 0.03) ** 2))
+            - 7 * np.exp(-(((beat - 0.6) / 0.06) ** 2))
+        )
+        seen = slice(0, W if scrolls else W * (i + 1) // n)
+        trace = np.stack([x, y], 1)[seen].astype(np.int32)
+        cv2.polylines(frame, [trace], False, (60, 255, 60), 4)
+    named = plain.copy()
+    for frame in named:
+        for text, at in (("DOE JANE", (5, 20)), ("1970", (5, 200)), ("MRN 4711", (390, 20)),
+                         ("GP DOE", (5, 297)), ("HOSPITAL", (390, 297))):  # fmt: skip
+            cv2.putText(frame, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1)
+    boxes = [(0, 0, W - 1, H - 1)] if with_regions else None
+    sector = video.Sampling(n_clips=2, mask="sector")
+    found = []
+    for frames in (plain, named):
+        phantom.write_dicom(tmp_path / "a.dcm", frames, jpeg=False, regions=boxes)
+        found.append(video.read_clips(tmp_path / "a.dcm", "key", sector)[0].frames)
+    np.testing.assert_array_equal(*found)
+    phantom.write_dicom(tmp_path / "a.dcm", fan, jpeg=False)
+    truth = video.read_clips(tmp_path / "a.dcm", "key", video.Sampling(n_clips=2))[0].frames
+    truth, kept = ((frames > 0).any((0, 3)) for frames in (truth, found[1]))
+    assert (kept & truth).sum() > 0.95 * truth.sum()
 
 
 def test_masking_the_real_cine():
