@@ -3814,7 +3814,10 @@ def build_parser():
 
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
-    COMMANDS[typed.pop("command")](typed)
+    command = typed.pop("command")
+    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{command} runs in one process: leave out torchrun")
+    COMMANDS[command](typed)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ def test_units_and_what_cannot_be_read(cohort, cli):
 def test_options_without_effect_are_refused(trained, cli):
     status, _, err = cli("predict", "--videos", "emb", "--dataset", "site")
     assert status == 1 and "give one" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        status, _, err = cli("predict")
+        assert status == 1 and "leave out torchrun" in err
     status, _, err = cli("predict", "--mask", "sector")
     assert status == 1 and "--mask is for videos" in err
 
