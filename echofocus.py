@@ -1138,9 +1138,19 @@ def encoder_layer(layer, x, lengths, n_queries=0):
     attended = attend(layer.self_attn, x, lengths, n_queries)
     if n_queries:
         x = torch.cat([study[:n_queries] for study in x.split(lengths)])
-    x = layer.norm1(x + layer.dropout1(attended))
-    hidden = layer.dropout(F.relu(layer.linear1(x)))
-    return layer.norm2(x + layer.dropout2(layer.linear2(hidden)))
+    x = layer.norm1(x + drop(attended, layer.dropout1))
+    hidden = drop(F.relu(layer.linear1(x)), layer.dropout)
+    return layer.norm2(x + drop(layer.linear2(hidden), layer.dropout2))
+
+
+def drop(x, dropout):
+    """Dropout as the module says; on a CPU with 16 random bits a number, faster than torch's."""
+    if not dropout.training or x.device.type != "cpu":
+        return dropout(x)
+    rng = np.random.default_rng(int(torch.randint(2**62, ())))  # torch's seed decides
+    bits = np.frombuffer(rng.bytes(2 * x.numel()), np.uint16)
+    kept = torch.from_numpy(bits >= round(dropout.p * 2**16)).view(x.shape)
+    return x * kept.to(x.dtype).div_(1 - dropout.p)
 
 
 def attend(mha, x, lengths, n_queries=0):
@@ -1157,20 +1167,30 @@ def attend(mha, x, lengths, n_queries=0):
     else:
         q, k, v = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
         q_lengths = lengths
-    dropout = mha.dropout if mha.training else 0.0
+    dropout = nn.Dropout(mha.dropout).train(mha.training)
     if len(set(lengths)) == 1:  # equal lengths run as one batch
         q, k, v = (t.view(len(lengths), -1, HEADS, D // HEADS).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = weighted_values(q, k, v, dropout)
         out = out.transpose(1, 2).reshape(-1, D)
     else:
         out = []
         studies = zip(q.split(q_lengths), k.split(lengths), v.split(lengths), strict=True)
         for qkv in studies:
-            heads = (t.view(1, -1, HEADS, D // HEADS).transpose(1, 2) for t in qkv)
-            y = F.scaled_dot_product_attention(*heads, dropout_p=dropout)
+            # Contiguous: twice as fast on a CPU, where rows 9 kB apart compete for cache lines.
+            heads = (t.view(1, -1, HEADS, D // HEADS).transpose(1, 2).contiguous() for t in qkv)
+            y = weighted_values(*heads, dropout)
             out.append(y.transpose(1, 2).reshape(-1, D))
         out = torch.cat(out)
     return mha.out_proj(out)
+
+
+def weighted_values(q, k, v, dropout):
+    """softmax(q k' / sqrt(d)) v, with dropout of the weights in training."""
+    if dropout.training and q.device.type == "cpu":
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return drop(weights, dropout).to(v.dtype) @ v
+    p = dropout.p if dropout.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
 
 
 class Readings(nn.Module):
