@@ -155,9 +155,9 @@ def test_another_dataset_leaves_out_trained_patients(cohort, cli):
     assert set(saved["Echo_ID"]) == set(split["eid"][split["fold"] == "test"])
 
 
-def published_model(folder, n_labels, scaling=None, numpy_1=False):
+def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standard"):
     """A model folder as released: the published keys, numpy objects in its pickle."""
-    net = ef.StudyModel(n_labels)
+    net = ef.StudyModel(n_labels, kind)
     if scaling:
         scaling = {
             k: {n: np.float64(x) if isinstance(x, float) else x for n, x in v.items()}
@@ -201,12 +201,14 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     config = json.loads((ROOT / "config-example.json").read_text())
     for dataset in config["dataset"].values():
         dataset["embedding_path"] = "emb"
+    config["task"]["twelve"] = {"task_labels": [f"label {i}" for i in range(12)]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for i, n in enumerate(N_VIDEOS[:4]):
         write_embeddings(tmp_path / "emb", f"s{i}", normal(100 + i, n, 16, 768), layout)
     published_model(tmp_path / "trained_models/EchoFocus_CHD", 22, numpy_1=numpy_1)
     scaling = recorded("measure_norm.json")
     published_model(tmp_path / "trained_models/EchoFocus_Measure", 18, scaling, numpy_1)
+    published_model(tmp_path / "trained_models/site_query", 12, numpy_1=numpy_1, kind="query")
     numbers, measured = recorded("study_parity.npz"), recorded("measure_parity.npz")
 
     status, _, err = cli("predict", "--model_name", "EchoFocus_CHD", "--out", "chd.csv")
@@ -215,7 +217,11 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     assert list(table)[2:-1] == [label.strip() for label in recorded("labels.json")["chd"]]
     assert cli("predict", "--model_name", "EchoFocus_Measure", "--out", "measure.csv")[0] == 0
     values = pd.read_csv("measure.csv").set_index("eid")
+    assert cli("predict", "--model_name", "site_query", "--out", "query.csv")[0] == 0
+    queried = pd.read_csv("query.csv").set_index("eid")
     for i in range(4):
+        expected = 1 / (1 + np.exp(-numbers[f"Q/{i}/out"].astype(float)))
+        assert relative_error(queried.loc[f"s{i}"][2:-1], expected) < 1e-4
         assert table.loc[f"s{i}", "n_videos"] == N_VIDEOS[i]
         expected = 1 / (1 + np.exp(-numbers[f"A/{i}/out_f64"]))
         assert relative_error(table.loc[f"s{i}"][2:-1], expected) < 1e-4
