@@ -688,7 +688,7 @@ class EmbeddingFolder:
         if not names:
             raise UserError(f"{path} holds no .hdf5 file; make them with embed/extract.py")
         whole = any(map(is_ours, names[:20]))
-        self.files = {}
+        self.files, self.sizes = {}, {}
         for file in names:
             published = file.stem.endswith("_trim_embed") or not whole
             eid = file.stem.split("_")[0] if published else file.stem
@@ -740,7 +740,9 @@ class EmbeddingFolder:
 
     def size(self, eid):
         """About how many clips a study has: from its file's size, since nothing is opened."""
-        return max(1, self.files[eid].stat().st_size // (4 * D))
+        if eid not in self.sizes:
+            self.sizes[eid] = max(1, self.files[eid].stat().st_size // (4 * D))
+        return self.sizes[eid]
 
     def encoder_digest(self):
         """The SHA-256 of the encoder weights, from the first file's attributes, or ''."""

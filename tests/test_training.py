@@ -91,6 +91,7 @@ def workers_of(process):
 def test_several_processes_and_a_dead_worker(whole):
     """Two processes, one of which is killed and restarted by torchrun: the losses of one."""
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1")
+    torchrun += ("--log-dir", "torchrun")
     endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
     options = (*LINE, "--run_id", "two", "--device", "cpu")
     process = start(*torchrun, *endpoint, ROOT / "echofocus.py", *options)
