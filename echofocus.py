@@ -301,6 +301,7 @@ def read_config(path, needed=True):
     tasks, datasets = {}, {}
     for name, entry in raw["task"].items():
         where = f"{path}, task {name}"
+        check_name(name, f"{path}, task")
         check_keys(entry, TASK_KEYS, where, ["task_labels"])
         check_settings_entry(entry.get("settings", {}), f"{where}, settings")
         if entry.get("type", "") not in ("", "binary", "regression"):
@@ -308,8 +309,10 @@ def read_config(path, needed=True):
         labels = [str(label).strip() for label in entry["task_labels"]]
         if not labels or len(set(labels)) < len(labels):
             raise UserError(f"{where}: task_labels must name at least one label, and none twice")
-        if {"pid", "eid"} & set(labels):
-            raise UserError(f"{where}: pid and eid are ids and cannot be labels")
+        if taken := reserved(labels):
+            raise UserError(f"{where}: {taken} is a column of our tables and cannot be a label")
+        if any(not isinstance(unit, str) for unit in entry.get("units", {}).values()):
+            raise UserError(f"{where}: units are text")
         for key in ("units", "boxcox", "valid_range"):
             for label in entry.get(key, ()):
                 if label not in labels:
@@ -319,14 +322,27 @@ def read_config(path, needed=True):
                 raise UserError(f"{where}, valid_range of {label}: [low, high], null for no limit")
         tasks[name] = Task(**(located(entry) | {"task_labels": labels}))
     for name, entry in raw["dataset"].items():
+        check_name(name, f"{path}, dataset")
         check_keys(entry, DATASET_KEYS, f"{path}, dataset {name}", ["embedding_path"])
         datasets[name] = Dataset(**located(entry))
     return Config(path, tasks, datasets)
 
 
+def check_name(name, what):
+    """UserError for a name that would lead out of its folder or hide in it."""
+    if not re.fullmatch(r"\w[\w .+-]*", name):
+        raise UserError(f"{what}: {ascii(name)[:60]} is no name; use letters, digits, . - + and _")
+
+
+def reserved(labels):
+    """A label that one of our own columns is called, or ''."""
+    own = {"pid", "eid", "n_videos", "n_clips", "warning", *(f"{x}_decision" for x in labels)}
+    return next((label for label in labels if label in own), "")
+
+
 def is_range(ends):
     numbers = isinstance(ends, list) and len(ends) == 2
-    return numbers and all(x is None or type(x) in (int, float) for x in ends)
+    return numbers and all(x is None or (type(x) in (int, float) and x == x) for x in ends)
 
 
 TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
@@ -414,7 +430,9 @@ def read_table(path):
     try:
         raw = pd.read_csv(path, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"no label table {path}") from error
+        raise UserError(
+            f"no label table {path}: make it, or mend label_path in the config"
+        ) from error
     except (ValueError, pd.errors.ParserError) as error:
         raise UserError(f"{path} is not a CSV table: {error}") from error
     raw.columns = raw.columns.str.strip()
@@ -705,13 +723,17 @@ class EmbeddingFolder:
         try:
             with h5py.File(self.files[eid], "r") as f:
                 if "embeddings" in f:
-                    copy = draw_copy(rng, len(f["augmented"]) if "augmented" in f else 0)
-                    arrays = f["augmented"][copy - 1] if copy else f["embeddings"][:]
+                    copies = own_numbers(f, "augmented") if "augmented" in f else ()
+                    copy = draw_copy(rng, len(copies))
+                    arrays = copies[copy - 1] if copy else own_numbers(f, "embeddings")[:]
+                    if f["videos"].shape != (len(arrays),):
+                        raise ValueError("videos and embeddings differ in number")
                     videos = f["videos"].asstr()[:].tolist()
                 else:
                     arrays, videos = read_published(f)
-                made = {name: plain(f.attrs[name]) for name in MADE_WITH if name in f.attrs}
-        except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+                names = (*MADE_WITH, "weights")
+                made = {name: plain(f.attrs[name]) for name in names if name in f.attrs}
+        except UNREADABLE as error:
             raise UnreadableStudy(f"{self.files[eid].name}: {error}") from error
         if len(arrays) == 0:
             raise UnreadableStudy(f"{self.files[eid].name} holds no video")
@@ -762,6 +784,25 @@ def listing_digest(store, eids):
     """SHA-256 of the studies' ids and sizes: tells which data was used, without reading it all."""
     listing = "\n".join(f"{eid} {store.size(eid)}" for eid in eids)
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+# What h5py raises on files that are damaged, or made to do harm.
+UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
+MOST_BYTES = 4 << 30  # of a study's embeddings: 100 times the largest
+
+
+def own_numbers(f, name):
+    """An HDF5 dataset of numbers, that lies in the file itself and is of a sane size.
+
+    A link, an external or a virtual dataset would read another file. Raises ValueError.
+    """
+    dataset = f[name]
+    inside = isinstance(f.get(name, getlink=True), h5py.HardLink)
+    if not inside or dataset.external or dataset.is_virtual or dataset.dtype.kind != "f":
+        raise ValueError(f"{name} is no plain array of floating-point numbers")
+    if dataset.nbytes > MOST_BYTES:
+        raise ValueError(f"{name} claims {dataset.nbytes / 1e9:.0f} GB")
+    return dataset
 
 
 def draw_copy(rng, copies):
@@ -925,7 +966,7 @@ def read_published(f):
         for n in range(1, 100)
         if n > max(map(len, paths), default=0) or len({tuple(p[-n:]) for p in paths}) == len(paths)
     )
-    return [f[name][:] for name in found], ["/".join(p[-keep:]) for p in paths]
+    return [own_numbers(f, name)[:] for name in found], ["/".join(p[-keep:]) for p in paths]
 
 
 def is_embedding(name, node):
@@ -1034,7 +1075,8 @@ def describe_input(store, eids, n=64):
             continue
     if not bags:
         return {}
-    shared = {k: v for k, v in bags[0].made.items() if all(b.made.get(k) == v for b in bags)}
+    first = {k: v for k, v in bags[0].made.items() if k in MADE_WITH}
+    shared = {k: v for k, v in first.items() if all(b.made.get(k) == v for b in bags)}
     norms = [mean_norm(bag) for bag in bags]
     return shared | {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
 
@@ -1051,6 +1093,9 @@ class InputCheck:
 
     def __call__(self, eid, bag):
         said, ref = [], self.reference
+        untrained = str(bag.made.get("weights", "")).startswith("random")
+        if untrained and ref.get("weights_sha256") != bag.made.get("weights_sha256"):
+            said.append("the encoder was untrained: the answers mean nothing")
         for name in MADE_WITH:
             if name in ref and bag.made.get(name, ref[name]) != ref[name]:
                 now, then = (str(x)[:12] for x in (bag.made[name], ref[name]))
@@ -1329,6 +1374,11 @@ def own_record(saved, path):
         not isinstance(about.get(k, 0.0), float) for k in ("norm_mean", "norm_sd")
     ):
         raise UserError(f"{path}: its description of the training input cannot be used")
+    for name in filter(None, (record["task"], record.get("dataset", ""))):
+        if isinstance(name, str):
+            check_name(name, f"{path}, task or dataset")
+    if taken := reserved(record["labels"]):
+        raise UserError(f"{path}: a label is called {taken}, as a column of our tables")
     names = [record["task"], record.get("dataset", ""), *record["labels"]]
     names += [x for pair in record["units"].items() for x in pair]
     if any(not isinstance(x, str) or not x.isprintable() for x in names):
@@ -1397,6 +1447,8 @@ def scaling_from(saved, labels, path):
             value = entry.get(name)
             if not isinstance(value, int | float | np.number) or not np.isfinite(value):
                 raise UserError(f"{path}: scaling of {label}: no finite number '{name}'")
+            if abs(value) > 1e9 or (name == "stdev" and value < 1e-9):
+                raise UserError(f"{path}: scaling of {label}: {name} cannot be {value:g}")
     return scaling
 
 
@@ -1418,6 +1470,7 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     if kind != ("regression" if scaling else "binary"):
         raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
+    made_with = made_with or {"input": {"size": 224, "clip_len": 16}}  # as published models were
     return LoadedModel(folder, net, task, list(labels), kind, scaling, made_with, units)
 
 
@@ -2337,6 +2390,8 @@ def start_with_model(command, typed):
         config.pick("task", task)
     folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task, config)
     model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    if command in ("evaluate", "explain") and isinstance(model.net, Readings):
+        raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
     config.tasks.setdefault(model.task, Task(model.labels, type=model.type, units=model.units))
     return resolve_settings(command, typed, config, model), config, model
 
@@ -2427,7 +2482,7 @@ def cmd_predict(typed):
     store = open_store(folder)
     warn_of_another_encoder(model, store)
     eids = list(store.files) if wanted is None else [e for e in wanted if e in store.files]
-    absent = set(wanted or labelled_ids(config, settings)) - set(store.files)
+    absent = set(wanted or labelled_ids(config, settings, store)) - set(store.files)
     path = Path(settings.out or model.folder / f"predictions_{name}.csv")
     eids = eids[: settings.sample_limit or None]
     found, check, left_out = predict_studies(model, store, eids, settings, path)
@@ -2496,11 +2551,15 @@ def predict_studies(model, store, eids, settings, path):
     return found, check, unreadable
 
 
-def labelled_ids(config, settings):
+def labelled_ids(config, settings, store):
     """The study ids of the dataset's label table, where there is one."""
     task, dataset = config.tasks.get(settings.task), config.datasets[settings.dataset]
     path = dataset.label_path or (task.label_path if task else None)
-    return [] if path is None or not path.is_file() else list(read_rows(path, []).index)
+    if path is None or not path.is_file():
+        return []
+    ids = list(read_rows(path, []).index)
+    own = dataset.label_path or set(ids) & set(store.files)
+    return ids if own else []  # a task's table may be that of another dataset
 
 
 def report_left_out(left_out, path):
@@ -2975,7 +3034,9 @@ def some(names, n=3):
 
 def check_config(known):
     """The config, its tasks and datasets."""
-    known.config = config = read_config(known.typed.get("config"))
+    known.config = config = read_config(
+        known.typed.get("config"), needed=not known.typed.get("videos")
+    )
     yield Finding(
         "ok", f"{config.path}: tasks {some(config.tasks, 9)}; datasets {some(config.datasets, 9)}"
     )
@@ -2986,6 +3047,9 @@ def check_model(known):
     typed, config = known.typed, known.config
     name, run_id = typed.get("model_name"), typed.get("run_id", "")
     task = config.pick("task", typed["task"]) if typed.get("task") else ""
+    if not name and not config.tasks:
+        yield Finding("ok", "none looked at; --model_name names one")
+        return
     if not name:
         name = task or config.pick("task", "")
         if not (model_folder(name, run_id) / "best_checkpoint.pt").is_file():
@@ -3009,6 +3073,10 @@ def check_model(known):
 def check_choice(known):
     """The task, dataset and settings that a run would take."""
     options = {f.name for f in options_of("train")}
+    made = any(d.embedding_path.is_dir() for d in known.config.datasets.values())
+    if known.typed.get("videos") and not known.typed.get("dataset") and not made:
+        yield Finding("ok", "no dataset is extracted yet: only --videos is looked at")
+        return
     typed = {k: v for k, v in known.typed.items() if k in options}
     settings = resolve_settings("train", typed, known.config, known.model)
     check_settings(settings)
@@ -3209,7 +3277,7 @@ def read_header(path):
                 found = []
                 f.visititems(lambda k, x: found.append(x.shape) if is_embedding(k, x) else None)
                 shapes, n, n_names = set(found), len(found), len(found)
-    except (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+    except UNREADABLE as error:
         raise UnreadableStudy(f"{path.name}: {error}") from error
     shape = next(iter(shapes), ())
     if n != n_names or len(shapes) != 1 or len(shape) != 2 or shape[1] != D or not shape[0]:

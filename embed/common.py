@@ -103,7 +103,8 @@ def run_main(main, program):
     try:
         main()
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+        print(f"{program}: error: {text}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

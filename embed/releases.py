@@ -168,6 +168,10 @@ def receive(url, f, etag_file, title, show):
         f.truncate(f.seek(0))  # nothing lies beyond what we have: perhaps another file, so anew
         return receive(url, f, etag_file, title, show)
     with reply:
+        said = reply.headers.get("Content-Range", f"bytes {start}-")
+        if start and reply.status == 206 and not said.startswith(f"bytes {start}-"):
+            f.truncate(f.seek(0))  # not the part that was asked for: begin anew
+            return receive(url, f, etag_file, title, show)
         if start and reply.status != 206:  # the range was ignored, or the file is another one
             start = 0
             f.truncate(f.seek(0))

@@ -323,7 +323,13 @@ MISTAKES = {
         lambda: edit_config(settings={"dataset": "site"}),
         "unknown key 'dataset'",
     ),
-    "id as label": (lambda: edit_config(task_labels=["pid"]), "cannot be labels"),
+    "id as label": (lambda: edit_config(task_labels=["pid"]), "cannot be a label"),
+    "a name that leads out": (
+        lambda: Path("config.json").write_text(
+            json.dumps({"task": {"..": {"task_labels": ["a"]}}, "dataset": {"b": {}}})
+        ),
+        "'..' is no name",
+    ),
     "bad range": (
         lambda: edit_config(valid_range={"finding": "0"}),
         "valid_range of finding: [low, high]",

@@ -161,3 +161,27 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     with h5py.File(folder / "embeddings_site_panecho.h5") as f:
         np.testing.assert_allclose(f["a"][:], embeddings[:4].mean(0), rtol=1e-4, atol=1e-6)
     assert status == 0, err
+
+
+def test_embedding_files_that_reach_out_or_claim_too_much(trained, cli):
+    """Links, external storage and absurd shapes are left out with the reason; the rest goes on."""
+    shape = (1, 4, 768)
+    with h5py.File("other.h5", "w") as f:
+        f["embeddings"] = np.zeros(shape, np.float32)
+    Path("raw.bin").write_bytes(bytes(4 * 4 * 768))
+    for eid in ("link", "raw", "huge", "names"):
+        with h5py.File(f"emb/{eid}.hdf5", "w") as f:
+            f.create_dataset("videos", (10**9 if eid == "names" else 1,), h5py.string_dtype())
+            if eid == "link":
+                f["embeddings"] = h5py.ExternalLink("../other.h5", "embeddings")
+            elif eid == "raw":
+                outside = [(str(Path("raw.bin").resolve()), 0, 4 * 4 * 768)]
+                f.create_dataset("embeddings", shape, "f4", external=outside)
+            else:
+                n = 10**6 if eid == "huge" else 1
+                f.create_dataset("embeddings", (n, 16, 768), "f4", chunks=(1, 16, 768))
+    assert cli("predict", "--out", "p.csv")[0] == 0
+    left_out = pd.read_csv("p_left_out.csv", dtype=str).set_index("eid")["reason"]
+    assert set(left_out.index) == {"link", "raw", "huge", "names"} and len(table("p.csv")) == 60
+    assert "no plain array" in left_out["link"] and "no plain array" in left_out["raw"]
+    assert "claims 49 GB" in left_out["huge"] and "differ in number" in left_out["names"]

@@ -379,7 +379,7 @@ CHECKPOINTS = {
     "too few labels": (lambda: own(labels=["a"]), "3 outputs and names 1 labels"),
     "labels are numbers": (lambda: own(labels=[1, 2, 3]), "must be printable text"),
     "labels steer the terminal": (lambda: own(labels=["a", "b", "\x1b[2J"]), "must be printable"),
-    "task is a path": (lambda: own(task="../../x"), "no usable task name"),
+    "task is a path": (lambda: own(task="../../x"), "is no name"),
     "record is a list": (lambda: own() | {"echofocus": [1]}, "'echofocus' entry is a list"),
     "no units": (lambda: own(units=[1]), "its units is a list, not dict"),
     "odd pooling": (lambda: own(tf_combine="median"), "its tf_combine is 'median'"),
