@@ -311,8 +311,11 @@ def read_config(path, needed=True):
             raise UserError(f"{where}: task_labels must name at least one label, and none twice")
         if taken := reserved(labels):
             raise UserError(f"{where}: {taken} is a column of our tables and cannot be a label")
-        if any(not isinstance(unit, str) for unit in entry.get("units", {}).values()):
+        units = entry.get("units", {}).values()
+        if any(not isinstance(unit, str) for unit in units):
             raise UserError(f"{where}: units are text")
+        if odd := [text for text in (*labels, *units) if not text.isprintable()]:
+            raise UserError(f"{where}: {odd[0]!a} holds a character that cannot be printed")
         for key in ("units", "boxcox", "valid_range"):
             for label in entry.get(key, ()):
                 if label not in labels:
@@ -682,7 +685,7 @@ def open_store(path):
     if path.is_dir():
         folder = EmbeddingFolder(path)
         others = set(folder.files) != set(store.files) | set(store.unreadable)
-        if others or is_stale(packed, folder):
+        if others or is_stale(store, folder):
             print(f"{packed.name} is out of date and not used: run pack again")
             return folder
     print(f"reading {packed.name}")
@@ -734,7 +737,8 @@ class EmbeddingFolder:
                 names = (*MADE_WITH, "weights")
                 made = {name: plain(f.attrs[name]) for name in names if name in f.attrs}
         except UNREADABLE as error:
-            raise UnreadableStudy(f"{self.files[eid].name}: {error}") from error
+            text = str(error).replace(f"{self.files[eid].parent}{os.sep}", "")
+            raise UnreadableStudy(f"{self.files[eid].name}: {text}") from error
         if len(arrays) == 0:
             raise UnreadableStudy(f"{self.files[eid].name} holds no video")
         if len({np.shape(a) for a in arrays}) > 1 or np.ndim(arrays[0]) != 2:
@@ -763,7 +767,8 @@ class EmbeddingFolder:
     def size(self, eid):
         """About how many clips a study has: from its file's size, since nothing is opened."""
         if eid not in self.sizes:
-            self.sizes[eid] = max(1, self.files[eid].stat().st_size // (4 * D))
+            stamp = stamp_of(self.files[eid]) or [0]  # gone: `read` will say so
+            self.sizes[eid] = max(1, stamp[0] // (4 * D))
         return self.sizes[eid]
 
     def encoder_digest(self):
@@ -814,10 +819,19 @@ def packed_path(folder):
     return folder.with_name(folder.name + ".packed")
 
 
-def is_stale(packed, folder):
-    """Whether a file of the folder was written after the pack was finished."""
-    finished = (packed / "pack.json").stat().st_mtime_ns
-    return any(file.stat().st_mtime_ns > finished for file in folder.files.values())
+def is_stale(store, folder):
+    """Whether a file of the folder is not the one that was packed."""
+    lines = store.files | store.unreadable
+    return any(lines[eid].get("source") != stamp_of(file) for eid, file in folder.files.items())
+
+
+def stamp_of(path):
+    """Size and time of a file, which tell whether it is another one; None when it is gone."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return [about.st_size, about.st_mtime_ns]
 
 
 class PackedEmbeddings:
@@ -881,11 +895,12 @@ def cmd_pack(typed):
     path = packed_path(config.datasets[name].embedding_path)
     path.mkdir(exist_ok=True)
     about = {"dtype": dtype.name, "weights_sha256": folder.encoder_digest(), "version": __version__}
-    if (path / "pack.json").is_file() and json.loads((path / "pack.json").read_text()) != about:
-        raise UserError(f"{path} holds another pack (dtype or encoder); delete it to pack anew")
-    if (path / "pack.json").is_file() and is_stale(path, folder):
-        (path / "index.jsonl").unlink()  # studies have been made anew: begin again
+    for file in ("pack.json", "begun.json"):
+        if (path / file).is_file() and json.loads((path / file).read_text()) != about:
+            raise UserError(f"{path} holds another pack (dtype or encoder); delete it to pack anew")
     (path / "pack.json").unlink(missing_ok=True)
+    with atomic_path(path / "begun.json") as temporary:
+        temporary.write_text(json.dumps(about))
     try:
         append_studies(path, folder, dtype)
     except OSError as error:
@@ -906,14 +921,15 @@ def append_studies(path, folder, dtype):
     lines = [
         x for x in read_lines(path / "index.jsonl") if x["offset"] + x.get("bytes", 0) <= there
     ]
-    lines = [x for x in lines if x["eid"] in folder.files]
+    stamps = {eid: stamp_of(file) for eid, file in folder.files.items()}
+    lines = [x for x in lines if x["eid"] in stamps and x.get("source") == stamps[x["eid"]]]
     end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
     with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
         index.writelines(json.dumps(line) + "\n" for line in lines)
         data.truncate(end)
         todo = sorted(set(folder.files) - {line["eid"] for line in lines})
         for eid in progress(todo, desc="pack", unit="study"):
-            line = {"eid": eid, "offset": end}
+            line = {"eid": eid, "offset": end, "source": stamps[eid]}
             try:
                 bags = folder.read_all(eid)
                 block = np.stack([bag.embeddings for bag in bags]).astype(dtype)
@@ -1485,6 +1501,8 @@ def load_readings(folder, device):
 
 def model_folder(name, run_id=""):
     """`--model_name` (and `--run_id`) -> folder: a path as it is, a name in ./trained_models."""
+    if os.sep in run_id:
+        raise UserError(f"--run_id is appended to a name and has no {os.sep}: {run_id}")
     name += f"_{run_id}" if run_id else ""
     return Path(name) if os.sep in name else MODELS / name
 
@@ -1983,8 +2001,10 @@ def keep_apart(folds, table, begun_from):
     written = read_split(begun_from.folder)
     if written is None:
         return folds
-    before = table["pid"].map(written.drop_duplicates("pid").set_index("pid")["fold"])
-    lost = (before == "train") & (folds != "train") | (before == "val") & (folds == "test")
+    # A patient counts as the worst of his rows; 'seen' and 'left out' are an ancestor's training.
+    weight = written["fold"].map({"test": 0, "val": 1}).fillna(2)
+    before = table["pid"].map(weight.groupby(written["pid"]).max())
+    lost = (before == 2) & (folds != "train") | (before == 1) & (folds == "test")
     if lost.any():
         print(f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them")
     return folds.mask(lost, "left out")
@@ -2106,7 +2126,9 @@ class Training:
         if task.type == "regression":
             self.scaling = fit_scaling(training, task, self.unlearnt)
             if begun_from and begun_from.scaling:  # so that its heads mean what they meant
+                never = begun_from.made_with.get("unlearnt", [])
                 known = {k: v for k, v in begun_from.scaling.items() if k in labels}
+                known = {k: v for k, v in known.items() if k not in never}
                 self.scaling |= known
             values = scale(values, labels, self.scaling)
         values = np.where(np.isin(labels, self.unlearnt), np.nan, values)
@@ -2259,6 +2281,11 @@ class Training:
         if not done.n or not len(val):
             report_unreadable(self.unreadable)
             raise UserError("no study of the training or validation fold can be read")
+        if not np.isfinite(done.losses) or not np.isfinite(val.losses).all():
+            raise UserError(
+                f"the loss of epoch {number} is not a number: lower --learning_rate; the best "
+                f"checkpoint stays, last_checkpoint.pt in {self.folder} is of the epoch before"
+            )
         rate = self.optimizer.param_groups[0]["lr"]
         row = [number, done.losses / done.n, float(val.losses.mean(dtype=np.float64)), rate]
         self.history.append([*row, before + time.time() - began])
@@ -2267,7 +2294,8 @@ class Training:
         truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
         predicted = readable(val.logits, self.task.task_labels, self.scaling)
         if self.stale == 0 and self.task.type == "binary":
-            self.thresholds = youden_thresholds(truth, predicted, self.task.task_labels)
+            found = youden_thresholds(truth, predicted, self.task.task_labels)
+            self.thresholds = {k: v for k, v in found.items() if k not in self.unlearnt}
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
             f"{self.validation_metric(truth, predicted)}, lr {rate:g}"
@@ -2487,6 +2515,7 @@ def cmd_predict(typed):
     eids = eids[: settings.sample_limit or None]
     found, check, left_out = predict_studies(model, store, eids, settings, path)
     left_out = dict.fromkeys(sorted(absent), "no embeddings") | left_out
+    left_out |= {e: x["reason"] for e, x in getattr(store, "unreadable", {}).items()}
     report_left_out(left_out, path)
     if not len(found):
         raise UserError("no study could be read")
@@ -2520,7 +2549,13 @@ def predict_studies(model, store, eids, settings, path):
     or not at all: what is computed after a restart is computed in the same company as without.
     """
     journal = journal_of(path)
+    stamps = [
+        stamp_of(store.files[e]) if isinstance(store, EmbeddingFolder) else store.files[e]["crc32"]
+        for e in eids
+    ]
+    stamps = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     work = {"model": network_digest(model.net), "studies": listing_digest(store, eids)}
+    work |= {"stamps": stamps}
     work |= {"precision": settings.precision, "version": __version__}
     windows = read_journal(journal, work)
     outcomes = [outcome_of(w) for w in windows]

@@ -1,6 +1,7 @@
 """`predict`: going on after an interruption, decisions, warnings, what is left out."""
 
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -185,3 +186,51 @@ def test_embedding_files_that_reach_out_or_claim_too_much(trained, cli):
     assert set(left_out.index) == {"link", "raw", "huge", "names"} and len(table("p.csv")) == 60
     assert "no plain array" in left_out["link"] and "no plain array" in left_out["raw"]
     assert "claims 49 GB" in left_out["huge"] and "differ in number" in left_out["names"]
+
+
+def test_a_journal_of_other_embeddings_is_not_used(trained, cli, monkeypatch):
+    """Studies extracted anew, of the same shapes, are predicted anew."""
+    monkeypatch.setattr(ef, "WINDOW", 8)
+    read = ef.EmbeddingFolder.read
+
+    def stops(self, eid, rng=None):
+        if eid == "1050":
+            raise KeyboardInterrupt
+        return read(self, eid, rng)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ef.EmbeddingFolder, "read", stops)
+        assert cli("predict", "--out", "p.csv")[0] == 130
+    with h5py.File("emb/1000.hdf5", "a") as f:
+        f["embeddings"][...] *= -1
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and "predicted before" not in out
+
+
+def test_an_interrupted_pack_takes_no_other_numbers(trained, cli):
+    """Another dtype is refused, a study made anew is packed anew, an older file is noticed."""
+    assert cli("pack")[0] == 0
+    Path("emb.packed/pack.json").unlink()  # as a kill leaves it
+    status, _, err = cli("pack", "--dtype", "float16")
+    assert status == 1 and "holds another pack" in err
+    with h5py.File("emb/1000.hdf5", "a") as f:
+        f["embeddings"][...] = 7
+    os.utime("emb/1000.hdf5", (1, 1))
+    assert cli("pack")[0] == 0
+    store = ef.open_store(Path("emb"))
+    assert isinstance(store, ef.PackedEmbeddings) and (store.read("1000").embeddings == 7).all()
+    Path("emb/1001.hdf5").write_bytes(Path("emb/1000.hdf5").read_bytes())
+    os.utime("emb/1001.hdf5", (1, 1))
+    assert isinstance(ef.open_store(Path("emb")), ef.EmbeddingFolder)
+
+
+def test_grandchildren_are_not_tested_on_what_an_ancestor_learnt(cohort, cli):
+    line = ("train", "--task", "defect", "--epoch_lim", "1", "--split", "30,35,35")
+    assert cli(*line, "--model_name", "a")[0] == 0
+    assert cli(*line, "--model_name", "b", "--init_from", "a", "--seed", "1")[0] == 0
+    status, out, err = cli(*line, "--model_name", "c", "--init_from", "b", "--seed", "3")
+    assert status == 0 and "left out" in out, err
+    splits = [pd.read_csv(f"trained_models/{m}/split.csv") for m in ("a", "b", "c")]
+    learnt = set().union(*(set(s["pid"][s["fold"] == "train"]) for s in splits[:2]))
+    held = splits[2]["fold"].isin(["val", "test"])
+    assert held.any() and not learnt & set(splits[2]["pid"][held])
