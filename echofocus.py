@@ -2133,6 +2133,11 @@ class Training:
             values = scale(values, labels, self.scaling)
         values = np.where(np.isin(labels, self.unlearnt), np.nan, values)
         self.targets = dict(zip(table.index, values, strict=True))
+        for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0
+            usable = [e for e in self.eids[fold] if not np.isnan(self.targets[e]).all()]
+            if not usable:
+                raise UserError(f"no study of the {fold} fold has a label that can be learnt")
+            self.eids[fold] = usable
         torch.manual_seed(derive_seed("weights", settings.seed))
         self.net = StudyModel(
             len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine

@@ -234,3 +234,19 @@ def test_grandchildren_are_not_tested_on_what_an_ancestor_learnt(cohort, cli):
     learnt = set().union(*(set(s["pid"][s["fold"] == "train"]) for s in splits[:2]))
     held = splits[2]["fold"].isin(["val", "test"])
     assert held.any() and not learnt & set(splits[2]["pid"][held])
+
+
+def test_studies_without_a_learnable_label_do_not_count(cohort, cli):
+    """A label that is constant in training is no target of the validation either."""
+    labels = pd.read_csv("labels.csv", dtype={"eid": str})
+    assert cli("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "a")[0] == 0
+    split = pd.read_csv("trained_models/defect_a/split.csv", dtype=str).set_index("eid")["fold"]
+    fold = labels["eid"].map(split)
+    labels["rare"] = (fold == "val").astype(int)
+    labels.loc[fold == "val", "finding"] = np.nan
+    labels.to_csv("labels.csv", index=False)
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"]["task_labels"] = ["finding", "rare"]
+    Path("config.json").write_text(json.dumps(config))
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "b")
+    assert status == 1 and "no study of the val fold has a label that can be learnt" in err
