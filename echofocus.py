@@ -25,17 +25,12 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 import time
-import zlib
 from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -47,341 +42,51 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from embed import __version__, extract, panecho, releases
-from embed.common import (
+from common import __version__, releases
+from common.console import (
+    Finding,
     Parser,
     UserError,
-    atomic_path,
+    duration,
+    listed,
     nearest,
-    pick_device,
+    printable,
     progress,
     run_main,
-    sha256_file,
+    some,
 )
-
-MODELS = Path("trained_models")
-FOLDS = ("train", "val", "test")
-CONFIGS = (Path("config.json"), Path("config-example.json"))
-
-# ---------------------------------------------------------------------------------------- settings
-
-
-def option(default, help, commands, least=None, **argparse_options):
-    """A settings field: its default, meaning, least value and commands, in one place."""
-    metadata = {"help": help, "commands": commands.split(), "argparse": argparse_options}
-    metadata["least"] = least
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-WITH_MODEL = "evaluate predict embed explain"
-ALL = f"train check {WITH_MODEL}"
-
-
-@dataclass
-class Settings:
-    """Every option. An empty text or list is found from the others; what was taken is printed."""
-
-    config: str = option(
-        "", "tasks and datasets [config.json, else config-example.json]", f"{ALL} pack inspect"
-    )
-    model_name: str = option(
-        "",
-        "folder in ./trained_models, or a path [train: the task; else the newest]",
-        f"{ALL} download inspect",
-    )
-    dataset: str = option(
-        "", "a dataset of the config [the model's, else the first]", f"{ALL} pack"
-    )
-    task: str = option("", "a task of the config [the model's, else the first]", ALL)
-    run_id: str = option("", "appended to the model's name, to keep runs apart", ALL)
-    device: str = option("", "cpu, cuda, cuda:1 [CUDA if there is one]", ALL)
-    sample_limit: int = option(0, "use so many studies at most; 0 is all", ALL, least=0)
-    batch_size: int = option(
-        0, "studies computed together at most; 0: as batch_tokens says", ALL, least=0
-    )
-    batch_tokens: int = option(
-        4096, "clips computed together, but a whole study at least", ALL, least=1
-    )
-
-    seed: int = option(0, "of the split, the order and the dropout", "train")
-    split: str = option("64,16,20", "percent of patients to train,val,test", "train")
-    checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", "train", least=0
-    )
-    n_folds: int = option(0, "cross-validation instead of --split; 0: none", "train")
-    fold: int = option(0, "of --n_folds: the test fold; the next one validates", "train")
-    first_study_only: bool = option(
-        False, "only the first row of each patient", "train", action="store_true"
-    )
-    init_from: str = option("", "model to start from; heads matched by label name", "train")
-    precision: str = option("fp32", "of the computation", ALL, choices=("fp32", "bf16"))
-    transformer_type: str = option(
-        "standard", "aggregator", "train", choices=("standard", "query", "multiquery")
-    )
-    encoder_depth: int = option(1, "transformer layers; 0 is one attention layer", "train", least=0)
-    tf_combine: str = option("avg", "pooling over clips", "train", choices=("avg", "max"))
-    clip_dropout: float = option(
-        0.5, "share of a study's clips dropped in training", "train", least=0
-    )
-    learning_rate: float = option(1e-4, "of AdamW", "train", least=1e-12)
-    batch_number: int = option(128, "studies an optimiser step", "train", least=1)
-    epoch_lim: int = option(30, "epochs at most", "train", least=1)
-    epoch_early_stop: int = option(
-        10, "stop after so many epochs without improvement", "train", least=1
-    )
-
-    subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
-    out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
-    videos: str = option(
-        "", "folder of a study's videos or of studies, to start from", "predict check"
-    )
-    embed_file: str = option(
-        "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
-    )
-    level: str = option(
-        "study", "one vector a study, or one a video", "embed", choices=("study", "video")
-    )
-    datasets: list = option([], "several datasets, instead of --dataset", "embed", nargs="+")
-    map: str = option(
-        "", "also draw the studies in a plane: pca (if not said) or tsne", "embed",
-        choices=("pca", "tsne"), nargs="?", const="pca",
-    )  # fmt: skip
-    color_by: str = option("dataset", "dataset, or a column of the label table", "embed")
-    explain_n: int = option(5, "top videos in the published table", "explain", least=1)
-    explain_mode: str = option(
-        "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
-    )
-    explain_tasks: list = option([], "labels to explain [all]", "explain", nargs="+")
-    explain_method: str = option(
-        "adaptive",
-        "quadrature: adaptive is Gauss-Legendre with nodes doubled until complete to 1 %%",
-        "explain",
-        choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
-    )
-    explain_steps: int = option(
-        64, "integration steps (adaptive: to begin with)", "explain", least=1
-    )
-    dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
-    studies: int = option(100, "phantom studies to make", "demo", least=1)
-    source: str = option(
-        "",
-        "download: a released model, URL, archive, folder or .pt file; inspect: as --model_name",
-        "download inspect",
-        nargs="?",
-    )
-    list_: bool = option(False, "name the released models", "download", action="store_true")
-    sha256: str = option("", "the file's SHA-256, where you know it", "download")
-    json: str = option("", "file to write the same to, for programs", "inspect")
-
-
-RECIPES = {  # how the published models were trained
-    "chd": {"encoder_depth": 1, "learning_rate": 1e-4, "batch_number": 128, "epoch_lim": 30},
-    "measure": {"encoder_depth": 5, "learning_rate": 1e-5, "batch_number": 32, "epoch_lim": 12},
-}
-
-
-def options_of(command):
-    """The Settings fields that a command takes."""
-    return [f for f in fields(Settings) if command in f.metadata["commands"]]
-
-
-def resolve_settings(command, typed, config, model=None):
-    """Who wins: what is typed, the model's own, the config's task, the published recipe, defaults.
-
-    typed: dict of the options given; model: a LoadedModel or None. Returns Settings and prints
-    what was taken that nobody typed.
-    """
-    task = typed.get("task") or (model.task if model else config.pick("task", ""))
-    if typed.get("videos"):
-        dataset = Path(typed["videos"]).resolve().name
-    else:
-        trained_on = model.made_with.get("dataset", "") if model else ""
-        dataset = config.pick("dataset", typed.get("dataset") or trained_on)
-    layers = [
-        ("typed", typed),
-        ("in the config", config.tasks[task].settings if task in config.tasks else {}),
-        (f"the published {task} recipe", RECIPES.get(task, {})),
-        ("the model's" if model else "the config's first", {"task": task, "dataset": dataset}),
-        ("the task's name", {} if model else {"model_name": task}),
-    ]
-    settings, taken = Settings(config=str(config.path)), [f"config = {config.path.name}"]
-    for f in options_of(command):
-        for source, values in layers:
-            if values.get(f.name) not in (None, ""):
-                setattr(settings, f.name, values[f.name])
-                if source != "typed":
-                    taken.append(f"{f.name} = {values[f.name]} ({source})")
-                break
-    print("using " + "; ".join(taken))
-    check_least(settings)
-    return settings
-
-
-def check_least(settings):
-    """UserError for a number below what its option allows, before any work is done."""
-    for f in fields(settings):
-        least, value = f.metadata["least"], getattr(settings, f.name)
-        if least is not None and not (value >= least and value < np.inf):
-            raise UserError(f"--{f.name} must be {least:g} or more, not {value}")
-
-
-def derive_seed(*parts):
-    """A 63-bit seed from anything printable: the same on every machine, no state kept."""
-    text = "|".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-# ------------------------------------------------------------------------------------------ config
-
-
-@dataclass
-class Task:
-    """What to learn: label names in order and how to read them."""
-
-    task_labels: list[str]
-    label_path: Path | None = None
-    type: str = ""  # binary or regression; '' is decided by the values
-    units: dict = field(default_factory=dict)  # label -> unit, for tables and figures
-    boxcox: list | None = None  # labels made normal by Box-Cox; None: the published five
-    valid_range: dict | None = None  # label -> [low, high]; None: the published two
-    settings: dict = field(default_factory=dict)  # option -> value, for this task
-
-
-@dataclass
-class Dataset:
-    """Where a cohort's clip embeddings lie, and its own label table if it has one."""
-
-    embedding_path: Path
-    label_path: Path | None = None
-
-
-@dataclass
-class Config:
-    path: Path
-    tasks: dict[str, Task]
-    datasets: dict[str, Dataset]
-
-    def pick(self, kind, name):
-        """The name of a task or dataset, the first when none is named. Raises UserError."""
-        known = self.tasks if kind == "task" else self.datasets
-        if not name:
-            return next(iter(known))
-        if name not in known:
-            raise UserError(
-                f"{self.path} has no {kind} {name}{nearest(name, known)} (it has: "
-                f"{', '.join(known)})"
-            )
-        return name
-
-
-def read_config(path, needed=True):
-    """Read and check the JSON config; paths in it are relative to its folder. Raises UserError.
-
-    Where it is not needed and there is none, the result has no task and no dataset.
-    """
-    if not path and not needed and not any(p.is_file() for p in CONFIGS):
-        return Config(Path("(none)"), {}, {})
-    path = Path(path) if path else next((p for p in CONFIGS if p.is_file()), CONFIGS[0])
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"no config {path}; copy config-example.json and edit it") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    check_keys(raw, {"task": dict, "dataset": dict}, path)
-    for kind in ("task", "dataset"):
-        if not raw.get(kind):
-            raise UserError(f"{path} needs a section '{kind}' with at least one {kind}")
-
-    def located(entry):
-        return {k: path.parent / v if k.endswith("_path") else v for k, v in entry.items()}
-
-    tasks, datasets = {}, {}
-    for name, entry in raw["task"].items():
-        where = f"{path}, task {name}"
-        check_name(name, f"{path}, task")
-        check_keys(entry, TASK_KEYS, where, ["task_labels"])
-        check_settings_entry(entry.get("settings", {}), f"{where}, settings")
-        if entry.get("type", "") not in ("", "binary", "regression"):
-            raise UserError(f"{where}: type is binary or regression")
-        labels = [str(label).strip() for label in entry["task_labels"]]
-        if not labels or len(set(labels)) < len(labels):
-            raise UserError(f"{where}: task_labels must name at least one label, and none twice")
-        if taken := reserved(labels):
-            raise UserError(f"{where}: {taken} is a column of our tables and cannot be a label")
-        units = entry.get("units", {}).values()
-        if any(not isinstance(unit, str) for unit in units):
-            raise UserError(f"{where}: units are text")
-        if odd := [text for text in (*labels, *units) if not text.isprintable()]:
-            raise UserError(f"{where}: {odd[0]!a} holds a character that cannot be printed")
-        for key in ("units", "boxcox", "valid_range"):
-            for label in entry.get(key, ()):
-                if label not in labels:
-                    raise UserError(f"{where}, {key}: no label {label}{nearest(label, labels)}")
-        for label, ends in entry.get("valid_range", {}).items():
-            if not is_range(ends):
-                raise UserError(f"{where}, valid_range of {label}: [low, high], null for no limit")
-        tasks[name] = Task(**(located(entry) | {"task_labels": labels}))
-    for name, entry in raw["dataset"].items():
-        check_name(name, f"{path}, dataset")
-        check_keys(entry, DATASET_KEYS, f"{path}, dataset {name}", ["embedding_path"])
-        datasets[name] = Dataset(**located(entry))
-    return Config(path, tasks, datasets)
-
-
-def check_name(name, what):
-    """UserError for a name that would lead out of its folder or hide in it."""
-    if not re.fullmatch(r"\w[\w .+-]*", name):
-        raise UserError(f"{what}: {ascii(name)[:60]} is no name; use letters, digits, . - + and _")
-
-
-def reserved(labels):
-    """A label that one of our own columns is called, or ''."""
-    own = {"pid", "eid", "n_videos", "n_clips", "warning", *(f"{x}_decision" for x in labels)}
-    return next((label for label in labels if label in own), "")
-
-
-def is_range(ends):
-    numbers = isinstance(ends, list) and len(ends) == 2
-    return numbers and all(x is None or (type(x) in (int, float) and x == x) for x in ends)
-
-
-TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
-TASK_KEYS |= {"valid_range": dict, "settings": dict}
-DATASET_KEYS = {"embedding_path": str, "label_path": str}
-JSON_NAMES = {list: "a list", str: "text", dict: "an object", int: "a number", float: "a number"}
-
-
-def check_settings_entry(entry, where):
-    """UserError for settings of a task that `train` has not, or of the wrong kind."""
-    options = {f.name: f for f in options_of("train") if f.metadata["commands"] == ["train"]}
-    check_keys(entry, {name: f.type for name, f in options.items()}, where)
-    for name, value in entry.items():
-        choices = options[name].metadata["argparse"].get("choices", (value,))
-        if value not in choices:
-            raise UserError(f"{where}: {name} is one of {', '.join(choices)}, not {value}")
-
-
-def check_keys(entry, valid, where, required=()):
-    """UserError for a key that is not known or of the wrong type, or a required one missing.
-
-    valid: key to type.
-    """
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object {{...}}, got {json.dumps(entry)[:40]}")
-    for key, value in entry.items():
-        if key not in valid:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, valid)}")
-        kind = (int, float) if valid[key] is float else valid[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and valid[key] is not bool):
-            wanted = JSON_NAMES.get(valid[key], valid[key].__name__)
-            raise UserError(f"{where}: '{key}' must be {wanted}, not {json.dumps(value)[:40]}")
-    for key in required:
-        if key not in entry:
-            raise UserError(f"{where}: '{key}' is missing")
-
+from common.files import atomic_path, derive_seed, read_lines, sha256_file, stamp_of
+from common.schema import (
+    FOLDS,
+    MODELS,
+    Config,
+    Settings,
+    Task,
+    check_name,
+    options_of,
+    read_config,
+    reserved,
+    resolve_settings,
+)
+from common.world import World, join_world, pick_device
+from embed import EMBED_DIM as D
+from embed import extract, panecho
+from embed.store import (
+    MADE_WITH,
+    EmbeddingFolder,
+    PackedEmbeddings,
+    UnreadableStudy,
+    VideosAsStudies,
+    append_studies,
+    check_pack,
+    listing_digest,
+    open_store,
+    packed_path,
+    read_header,
+)
+from report.demo import cmd_demo
+from report.figures import plot_evaluation, plot_history, plot_map
+from report.maps import as_numbers, map_positions, shift_between
 
 # ------------------------------------------------------------------------------------------ labels
 
@@ -656,231 +361,6 @@ def folds_for(model, table, dataset):
 # ---------------------------------------------------------------------------------- embedding store
 
 
-class UnreadableStudy(Exception):
-    """Why a study's embeddings cannot be used."""
-
-
-@dataclass
-class Bag:
-    """A study's clip embeddings."""
-
-    embeddings: np.ndarray  # (V, C, D) float32, or float16 from a pack of that
-    videos: list[str]  # (V,) names, no absolute paths
-    made: dict = field(default_factory=dict)  # MADE_WITH of its file, where it says so
-
-
-# Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
-MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
-
-
-def open_store(path):
-    """The clip embeddings of a dataset: what `pack` made of the folder, or the folder itself.
-
-    A pack that lacks studies of the folder, or has others, is not used. Raises UserError.
-    """
-    packed = packed_path(path)
-    if not (packed / "pack.json").is_file():
-        return EmbeddingFolder(path)
-    store = PackedEmbeddings(packed)
-    if path.is_dir():
-        folder = EmbeddingFolder(path)
-        others = set(folder.files) != set(store.files) | set(store.unreadable)
-        if others or is_stale(store, folder):
-            print(f"{packed.name} is out of date and not used: run pack again")
-            return folder
-    print(f"reading {packed.name}")
-    return store
-
-
-class EmbeddingFolder:
-    """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
-
-    Ours are <study>.hdf5; the published ones <study>_trim_embed.hdf5, their study id being the
-    name up to the first '_'.
-    """
-
-    def __init__(self, path):
-        if not path.is_dir():
-            raise UserError(
-                f"no folder of clip embeddings {path}; see embedding_path in the config"
-            )
-        names = [p for p in sorted(path.iterdir()) if p.suffix in (".hdf5", ".h5")]
-        names = [p for p in names if not p.name.startswith(".")]
-        if not names:
-            raise UserError(f"{path} holds no .hdf5 file; make them with embed/extract.py")
-        whole = any(map(is_ours, names[:20]))
-        self.files, self.sizes = {}, {}
-        for file in names:
-            published = file.stem.endswith("_trim_embed") or not whole
-            eid = file.stem.split("_")[0] if published else file.stem
-            if eid in self.files:
-                raise UserError(f"{path}: {self.files[eid].name} and {file.name} are one study")
-            self.files[eid] = file
-
-    def read(self, eid, rng=None):
-        """A study's Bag. Raises UnreadableStudy.
-
-        rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
-        transformed copies, if the file has any.
-        """
-        try:
-            with h5py.File(self.files[eid], "r") as f:
-                if "embeddings" in f:
-                    copies = own_numbers(f, "augmented") if "augmented" in f else ()
-                    copy = draw_copy(rng, len(copies))
-                    arrays = copies[copy - 1] if copy else own_numbers(f, "embeddings")[:]
-                    if f["videos"].shape != (len(arrays),):
-                        raise ValueError("videos and embeddings differ in number")
-                    videos = f["videos"].asstr()[:].tolist()
-                else:
-                    arrays, videos = read_published(f)
-                names = (*MADE_WITH, "weights")
-                made = {name: plain(f.attrs[name]) for name in names if name in f.attrs}
-        except UNREADABLE as error:
-            text = str(error).replace(f"{self.files[eid].parent}{os.sep}", "")
-            raise UnreadableStudy(f"{self.files[eid].name}: {text}") from error
-        if len(arrays) == 0:
-            raise UnreadableStudy(f"{self.files[eid].name} holds no video")
-        if len({np.shape(a) for a in arrays}) > 1 or np.ndim(arrays[0]) != 2:
-            raise UnreadableStudy(f"{self.files[eid].name}: videos differ in shape")
-        if np.shape(arrays[0])[1] != D or not np.shape(arrays[0])[0]:
-            raise UnreadableStudy(
-                f"{self.files[eid].name}: clips are {np.shape(arrays[0])}, expected (clips, {D})"
-            )
-        if len(videos) != len(arrays):
-            raise UnreadableStudy(f"{self.files[eid].name}: videos and embeddings differ in number")
-        try:
-            bag = Bag(np.asarray(arrays, dtype=np.float32), videos, made)
-        except ValueError as error:
-            raise UnreadableStudy(f"{self.files[eid].name}: not numbers") from error
-        if not np.isfinite(bag.embeddings).all():
-            raise UnreadableStudy(f"{self.files[eid].name} holds NaN or infinite numbers")
-        return bag
-
-    def read_all(self, eid):
-        """A study's plain Bag and its transformed copies, as a list of Bags."""
-        first = self.read(eid)
-        with h5py.File(self.files[eid], "r") as f:
-            copies = f["augmented"][:] if "augmented" in f else []
-        return [first, *(Bag(copy, first.videos, first.made) for copy in copies)]
-
-    def size(self, eid):
-        """About how many clips a study has: from its file's size, since nothing is opened."""
-        if eid not in self.sizes:
-            stamp = stamp_of(self.files[eid]) or [0]  # gone: `read` will say so
-            self.sizes[eid] = max(1, stamp[0] // (4 * D))
-        return self.sizes[eid]
-
-    def encoder_digest(self):
-        """The SHA-256 of the encoder weights, from the first file's attributes, or ''."""
-        try:
-            with h5py.File(next(iter(self.files.values())), "r") as f:
-                return str(f.attrs.get("weights_sha256", ""))
-        except OSError:
-            return ""
-
-
-def plain(value):
-    """An HDF5 attribute as a Python number or text."""
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def listing_digest(store, eids):
-    """SHA-256 of the studies' ids and sizes: tells which data was used, without reading it all."""
-    listing = "\n".join(f"{eid} {store.size(eid)}" for eid in eids)
-    return hashlib.sha256(listing.encode()).hexdigest()
-
-
-# What h5py raises on files that are damaged, or made to do harm.
-UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
-MOST_BYTES = 4 << 30  # of a study's embeddings: 100 times the largest
-
-
-def own_numbers(f, name):
-    """An HDF5 dataset of numbers, that lies in the file itself and is of a sane size.
-
-    A link, an external or a virtual dataset would read another file. Raises ValueError.
-    """
-    dataset = f[name]
-    inside = isinstance(f.get(name, getlink=True), h5py.HardLink)
-    if not inside or dataset.external or dataset.is_virtual or dataset.dtype.kind != "f":
-        raise ValueError(f"{name} is no plain array of floating-point numbers")
-    if dataset.nbytes > MOST_BYTES:
-        raise ValueError(f"{name} claims {dataset.nbytes / 1e9:.0f} GB")
-    return dataset
-
-
-def draw_copy(rng, copies):
-    """0 for the plain embeddings, or the number of a transformed copy; always 0 without rng."""
-    return int(rng.integers(copies + 1)) if rng is not None and copies else 0
-
-
-def packed_path(folder):
-    return folder.with_name(folder.name + ".packed")
-
-
-def is_stale(store, folder):
-    """Whether a file of the folder is not the one that was packed."""
-    lines = store.files | store.unreadable
-    return any(lines[eid].get("source") != stamp_of(file) for eid, file in folder.files.items())
-
-
-def stamp_of(path):
-    """Size and time of a file, which tell whether it is another one; None when it is gone."""
-    try:
-        about = path.stat()
-    except OSError:
-        return None
-    return [about.st_size, about.st_mtime_ns]
-
-
-class PackedEmbeddings:
-    """A dataset in one file; see `cmd_pack` for its format.
-
-    Read by position (pread): threads share the handle, and pages of the file do not count as
-    memory of the process, as those of a memory map would.
-    """
-
-    def __init__(self, path):
-        self.path = path
-        about = json.loads((path / "pack.json").read_text())
-        self.dtype, self.digest = np.dtype(about["dtype"]), about["weights_sha256"]
-        self.files, self.unreadable = {}, {}
-        for line in read_lines(path / "index.jsonl"):
-            (self.unreadable if "reason" in line else self.files)[line["eid"]] = line
-        self.file = open(path / "embeddings.bin", "rb", buffering=0)  # noqa: SIM115 - for reads
-
-    def read(self, eid, rng=None):
-        """As EmbeddingFolder.read; numbers are not checked again, `pack` has done it."""
-        line = self.files[eid]
-        copies, *shape = line["shape"]
-        bag = np.empty(shape, self.dtype)
-        at = line["offset"] + draw_copy(rng, copies - 1) * bag.nbytes
-        if os.preadv(self.file.fileno(), [bag], at) != bag.nbytes:
-            raise UnreadableStudy(f"{self.path.name} ends before study {eid}: run pack again")
-        return Bag(bag, line["videos"], line["made"])
-
-    def size(self, eid):
-        """Clips of a study."""
-        _, V, C, _ = self.files[eid]["shape"]
-        return V * C
-
-    def encoder_digest(self):
-        return self.digest
-
-
-def read_lines(path):
-    """The objects of a file of JSON lines; a last line that a killed run left broken is dropped."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines
-
-
 def cmd_pack(typed):
     """One memory-mappable file of a dataset's embeddings, <embedding_path>.packed/.
 
@@ -912,81 +392,6 @@ def cmd_pack(typed):
     report_unreadable({line["eid"]: line["reason"] for line in lines if "reason" in line})
     size = (path / "embeddings.bin").stat().st_size
     print(f"packed {name}: {len(lines)} studies, {size / 1e9:.2f} GB in {path.name}")
-
-
-def append_studies(path, folder, dtype):
-    """Append the studies that the index does not have; a broken end is cut off first."""
-    (path / "embeddings.bin").touch()
-    there = (path / "embeddings.bin").stat().st_size
-    lines = [
-        x for x in read_lines(path / "index.jsonl") if x["offset"] + x.get("bytes", 0) <= there
-    ]
-    stamps = {eid: stamp_of(file) for eid, file in folder.files.items()}
-    lines = [x for x in lines if x["eid"] in stamps and x.get("source") == stamps[x["eid"]]]
-    end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
-    with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
-        index.writelines(json.dumps(line) + "\n" for line in lines)
-        data.truncate(end)
-        todo = sorted(set(folder.files) - {line["eid"] for line in lines})
-        for eid in progress(todo, desc="pack", unit="study"):
-            line = {"eid": eid, "offset": end, "source": stamps[eid]}
-            try:
-                bags = folder.read_all(eid)
-                block = np.stack([bag.embeddings for bag in bags]).astype(dtype)
-                if not np.isfinite(block).all():
-                    raise UnreadableStudy(f"{eid} has numbers beyond {dtype.name}")
-            except UnreadableStudy as error:
-                line["reason"] = str(error)
-            else:
-                line |= {"shape": block.shape, "videos": bags[0].videos, "bytes": block.nbytes}
-                line["made"] = bags[0].made
-                line["crc32"] = zlib.crc32(block.tobytes())
-                data.write(block.tobytes())
-                data.flush()  # the data first: a line says that its block is there
-                end += block.nbytes
-            index.write(json.dumps(line) + "\n")
-            index.flush()
-
-
-def check_pack(path):
-    """Read every block back and compare its CRC-32. Raises UserError."""
-    with open(path / "embeddings.bin", "rb") as data:
-        for line in progress(read_lines(path / "index.jsonl"), desc="check", unit="study"):
-            if "bytes" not in line:
-                continue
-            data.seek(line["offset"])
-            if zlib.crc32(data.read(line["bytes"])) != line["crc32"]:
-                raise UserError(f"{path}: study {line['eid']} reads back wrong; delete it, repack")
-
-
-def is_ours(path):
-    try:
-        with h5py.File(path, "r") as f:
-            return "embeddings" in f
-    except OSError:
-        return False
-
-
-def read_published(f):
-    """Every dataset 'emb' below an HDF5 file's root: list of (C, D) arrays, list of video names.
-
-    The groups above it spell an absolute path of the site that made the file; only its last part
-    is kept, or more of it where that is not enough to tell videos apart.
-    """
-    found = []
-    f.visititems(lambda name, node: found.append(name) if is_embedding(name, node) else None)
-    found.sort()
-    paths = [name.split("/")[:-1] for name in found]
-    keep = next(
-        n
-        for n in range(1, 100)
-        if n > max(map(len, paths), default=0) or len({tuple(p[-n:]) for p in paths}) == len(paths)
-    )
-    return [own_numbers(f, name)[:] for name in found], ["/".join(p[-keep:]) for p in paths]
-
-
-def is_embedding(name, node):
-    return isinstance(node, h5py.Dataset) and name.split("/")[-1] == "emb"
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -1131,7 +536,6 @@ class InputCheck:
 
 # -------------------------------------------------------------------------------------------- model
 
-D = 768  # numbers in a clip embedding
 HEADS = 6
 DROPOUT = 0.2
 
@@ -1721,79 +1125,7 @@ def print_about(about):
             print(f"{key}: {printable(value)}")
 
 
-def printable(value):
-    """Text of a file from elsewhere, without what would steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
-
-
 # ----------------------------------------------------------------------------------------- the loop
-
-
-@dataclass
-class World:
-    """The processes that train together, started by torchrun; this one alone by default."""
-
-    rank: int = 0
-    size: int = 1
-
-    def sum(self, tensor):
-        """A tensor's sum over all processes, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def gather(self, thing):
-        """Every process's `thing`, in order of rank."""
-        things = [thing]
-        if self.size > 1:
-            things = [None] * self.size
-            torch.distributed.all_gather_object(things, thing)
-        return things
-
-
-def join_world(device):
-    """The World of this process; those that are not the first fall silent on standard output."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return World()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    world = World(int(os.environ["RANK"]), size)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
-    )
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    else:
-        print(f"{size} processes share each optimiser step")
-    return world
-
-
-def meeting_point(world):
-    """Where torchrun's processes find each other: a store of the first process's own.
-
-    torchrun's store outlives a restart and still holds the addresses of the processes that died;
-    whoever reads such an address fails to connect and asks again.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    board = torch.distributed.TCPStore(host, port, is_master=False)
-    if world.rank == 0:
-        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        board.set("echofocus", str(store.port))
-        return {"store": store, "rank": 0, "world_size": world.size}
-    for _ in range(100):
-        try:
-            address = host, int(board.get("echofocus"))
-            store = torch.distributed.TCPStore(
-                *address, is_master=False, timeout=timedelta(seconds=5)
-            )
-        except torch.distributed.DistError:
-            time.sleep(0.5)
-            continue
-        store.set_timeout(timedelta(minutes=30))
-        return {"store": store, "rank": world.rank, "world_size": world.size}
-    raise UserError(f"process {world.rank} cannot reach the first process at {host}")
 
 
 @dataclass
@@ -2718,19 +2050,6 @@ def embed_videos(f, model, store, eids, settings, unreadable):
     return n
 
 
-class VideosAsStudies:
-    """A study's Bag as a store: each of its videos, by number, is a study of its own."""
-
-    def __init__(self, bag):
-        self.bag = bag
-
-    def read(self, number, rng=None):
-        return Bag(self.bag.embeddings[[number]], [self.bag.videos[number]])
-
-    def size(self, number):
-        return self.bag.embeddings.shape[1]
-
-
 def map_rows(config, settings, datasets):
     """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
 
@@ -2794,60 +2113,6 @@ def make_map(files, rows, model, settings):
     unit = f" [{model.units[column]}]" if column in model.units else ""
     plot_map(points, axes, column + unit, shift, path)
     print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
-
-
-def as_numbers(values):
-    """A column as numbers when all of them are, else as text."""
-    numbers = pd.to_numeric(values, errors="coerce")
-    return numbers if (numbers.notna() == values.notna()).all() else values.str.strip()
-
-
-def map_positions(x, method):
-    """Places (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
-
-    PCA of the centred numbers, not standardised, since all have one unit; or t-SNE (van der Maaten
-    and Hinton, JMLR 2008) of its first 50 components. The same numbers give the same map.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    pca = PCA(min(50, *x.shape), random_state=0)
-    z = pca.fit_transform(x)
-    if method == "pca":
-        shares = enumerate(pca.explained_variance_ratio_[:2], start=1)
-        return z[:, :2], [f"component {k} ({share:.0%} of the variance)" for k, share in shares]
-    perplexity = min(30, (len(x) - 1) / 3)  # neighbours looked at; there must be so many
-    z = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(z)
-    return z, ["t-SNE 1", "t-SNE 2"]
-
-
-def shift_between(x, datasets, patients):
-    """How well the datasets can be told apart by study embeddings x (S, D), as a sentence.
-
-    AUROC of a logistic regression on 50 principal components, cross-validated with a patient's
-    studies kept together; of more than two datasets the mean of each against the rest.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    if patients.groupby(datasets).nunique().min() < 20:
-        return "too few patients to say how well the datasets can be told apart (20 of each)"
-    classifier = make_pipeline(
-        PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
-    )
-    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
-    p = cross_val_predict(
-        classifier, x, datasets, groups=patients, cv=folds, method="predict_proba"
-    )
-    if datasets.nunique() == 2:
-        auroc = roc_auc_score(datasets == datasets.max(), p[:, 1])
-    else:
-        auroc = roc_auc_score(datasets, p, multi_class="ovr")
-    return f"telling the datasets apart: AUROC {auroc:.2f} (0.5: no shift between them)"
 
 
 # ------------------------------------------------------------------------------------------ explain
@@ -3006,15 +2271,6 @@ def top_columns(rows, n):
 
 
 @dataclass
-class Finding:
-    """What a check says: 'ok', 'WARNING' (a run would work) or 'ERROR' (it would fail)."""
-
-    level: str
-    text: str
-    remedy: str = ""
-
-
-@dataclass
 class Known:
     """What the checks have found out so far, for those that come after; None: nothing."""
 
@@ -3064,12 +2320,6 @@ def findings_of(check, known, remedy):
     except UserError as error:
         text, _, said = str(error).partition("; ")
         yield Finding("ERROR", text, said or remedy)
-
-
-def some(names, n=3):
-    """The first few of some names, as text."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
 def check_config(known):
@@ -3284,12 +2534,6 @@ def read_numbers(known, unreadable):
     return len(eids)
 
 
-def listed(reasons, n=9):
-    """A dict of name to reason as text, a line each, the first few."""
-    lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
-    return "".join(lines) + "\n..." * (len(reasons) > n)
-
-
 def read_headers(files, counts, unreadable):
     """Headers of embedding files (study -> path); returns study -> how it was made (MADE_WITH).
 
@@ -3303,29 +2547,6 @@ def read_headers(files, counts, unreadable):
             unreadable[eid] = str(error)
             counts.pop(eid, None)
     return made
-
-
-def read_header(path):
-    """((videos, clips), MADE_WITH attributes as text) of a file. Raises UnreadableStudy."""
-    try:
-        with h5py.File(path, "r") as f:
-            about = {name: str(f.attrs.get(name, "")) for name in MADE_WITH}
-            if "embeddings" in f:
-                shapes = {f["embeddings"].shape[1:]}
-                n, n_names = len(f["embeddings"]), len(f["videos"])
-            else:
-                found = []
-                f.visititems(lambda k, x: found.append(x.shape) if is_embedding(k, x) else None)
-                shapes, n, n_names = set(found), len(found), len(found)
-    except UNREADABLE as error:
-        raise UnreadableStudy(f"{path.name}: {error}") from error
-    shape = next(iter(shapes), ())
-    if n != n_names or len(shapes) != 1 or len(shape) != 2 or shape[1] != D or not shape[0]:
-        raise UnreadableStudy(
-            f"{path.name}: {n} videos of shape {' and '.join(map(str, shapes))} with {n_names} "
-            f"names, expected (clips, {D}) and a name for each"
-        )
-    return (n, shape[0]), about
 
 
 def check_made(made):
@@ -3551,14 +2772,6 @@ def timed(function):
     return time.perf_counter() - began
 
 
-def duration(seconds):
-    """Seconds in a unit that a person reads."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{max(1, round(seconds))} s"
-
-
 def check_disk(known):
     """Room for checkpoints (weights and two moments, best and last), a pack, and --videos."""
     numbers = sum(p.numel() for p in fresh_model(known).parameters())
@@ -3636,268 +2849,6 @@ CHECKS = {  # section: check, what must be known for it, the remedy where an err
     "disk": (check_disk, ("settings", "task"), ""),
     "time": (check_time, ("store", "task"), ""),
 }
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def new_figure(*args, **kwargs):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(*args, **kwargs)
-
-
-def save_figure(figure, path):
-    """As PDF and PNG."""
-    import matplotlib.pyplot as plt
-
-    for suffix in (".pdf", ".png"):
-        with atomic_path(path.with_name(path.name + suffix)) as temporary:
-            figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-
-
-def plot_history(history, folder):
-    """Losses over epochs: training_progress.pdf and .png."""
-    figure, axis = new_figure(figsize=(6, 4), layout="constrained")
-    axis.plot(history["epochs_trained"], history["train_loss"], label="training")
-    axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
-    axis.set(xlabel="epoch", ylabel="loss")
-    axis.legend()
-    save_figure(figure, folder / "training_progress")
-
-
-def plot_evaluation(model, truth, predicted, rows, name):
-    """A panel a label: ROC curves, or predicted against measured; returns the PDF's name."""
-    n = len(model.labels)
-    columns = min(n, 4)
-    figure, axes = new_figure(
-        -(-n // columns), columns, figsize=(3.6 * columns, 3.4 * -(-n // columns)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for axis in axes.flat[n:]:
-        axis.axis("off")
-    for i, (axis, label) in enumerate(zip(axes.flat, model.labels, strict=False)):
-        known = ~np.isnan(truth[:, i] + predicted[:, i])
-        y, p, row = truth[known, i], predicted[known, i], rows.iloc[i]
-        if model.type == "binary":
-            draw_roc(axis, y, p)
-            axis.set_title(f"{label}: AUROC {row['auroc']:.2f} (n = {len(y)}, {y.sum():.0f} +)")
-        else:
-            unit = f" [{model.units[label]}]" if label in model.units else ""
-            axis.scatter(y, p, s=10, alpha=0.6)
-            if len(y):
-                axis.axline((y.mean(), y.mean()), slope=1, color="grey", lw=0.8)
-            axis.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
-            axis.set_title(
-                f"{label}: median error {row['median_absolute_error']:.3g}, n = {len(y)}"
-            )
-        axis.title.set_fontsize(9)
-    file = f"{'roc_curves' if model.type == 'binary' else 'scatter_plots'}_{name}"
-    save_figure(figure, model.folder / file)
-    return file + ".pdf"
-
-
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
-MARKERS = "os^DvP*X"  # shapes as well as colours, for the colour-blind and for print
-MISSING_GREY = "#BBBBBB"
-
-
-def plot_map(points, axes, title, note, path):
-    """Studies in a plane, coloured by `value`; more than one dataset: the shape says which.
-
-    points: DataFrame (dataset, value, x, y). Numbers of more than eight values get a colour bar
-    from their 1st to their 99th percentile, everything else a legend.
-    """
-    figure, axis = new_figure(figsize=(7, 4.8), layout="constrained")
-    datasets, value = points["dataset"].unique(), points["value"]
-    shapes = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(datasets)}
-    continuous = pd.api.types.is_numeric_dtype(value) and value.nunique() > len(OKABE_ITO)
-    if continuous:
-        low, high = value.quantile([0.01, 0.99])
-        scale_of = dict(cmap="viridis", vmin=low, vmax=high)
-        legend = {}
-    else:
-        value, legend = categories_of(value)
-    size = float(np.clip(6000 / len(points), 4, 30))
-    drawn = None
-    for name, shape in shapes.items():
-        here = points["dataset"] == name
-        none, some = points[here & value.isna()], points[here & value.notna()]
-        axis.scatter(none["x"], none["y"], s=size, marker=shape, color=MISSING_GREY, lw=0)
-        how = dict(c=value[some.index], **scale_of) if continuous else {}
-        how = how or dict(color=[legend[v] for v in value[some.index]])
-        drawn = axis.scatter(some["x"], some["y"], s=size, marker=shape, alpha=0.75, lw=0, **how)
-    axis.set(xlabel=axes[0], ylabel=axes[1])
-    axis.set_title(note, fontsize=9)
-    if continuous:
-        figure.colorbar(drawn, label=title, extend="both")
-    counts = value.value_counts()
-    entries = [(f"{v} ({counts[v]})", shapes.get(v, "o"), legend[v]) for v in legend]
-    if value.isna().any():
-        entries.append((f"missing ({value.isna().sum()})", "o", MISSING_GREY))
-    if len(datasets) > 1 and set(legend) != set(datasets):
-        entries += [(name, shape, "white") for name, shape in shapes.items()]
-    handles = [
-        axis.plot([], [], marker, color=colour, label=label, mec="black", mew=0.5)[0]
-        for label, marker, colour in entries
-    ]
-    if handles:
-        figure.legend(
-            handles=handles, title="" if continuous else title, loc="outside right upper",
-            fontsize=8, title_fontsize=8,
-        )  # fmt: skip
-    save_figure(figure, path)
-
-
-def categories_of(value):
-    """Values as text, all but the commonest as 'other', and the colour of each."""
-    text = value.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
-    common = list(text.value_counts().index)
-    if len(common) > len(OKABE_ITO):
-        common = common[: len(OKABE_ITO) - 1]
-        text = text.where(text.isin(common) | text.isna(), "other")
-        return text, dict(zip([*sorted(common), "other"], OKABE_ITO, strict=True))
-    return text, dict(zip(sorted(common), OKABE_ITO, strict=False))
-
-
-def draw_roc(axis, y, p):
-    from sklearn.metrics import roc_curve
-
-    axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    if 0 < y.sum() < len(y):
-        false_positive, true_positive, _ = roc_curve(y, p)
-        axis.plot(false_positive, true_positive)
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-
-
-# --------------------------------------------------------------------------------------------- demo
-
-DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 30}}
-DEMO_CONFIG = {
-    "task": {
-        "ef": {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression"},
-        "defect": {"task_labels": ["VSD"], "type": "binary"},
-    },
-    "dataset": {"phantoms": {"embedding_path": "embeddings"}},
-}
-DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
-
-
-def cmd_demo(typed):
-    """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
-    folder, settings = Path("demo"), Settings(**typed)
-    check_least(settings)
-    weights = make_demo(folder, settings.studies)
-    extraction = ["--weights", weights, "--size", "112", "--n_clips", "1"]
-    for line in (
-        ["embed/extract.py", "videos", "--out", "embeddings", *extraction],
-        ["echofocus.py", "train", "--task", "ef"],
-        ["echofocus.py", "train", "--task", "defect"],
-        ["echofocus.py", "evaluate", "--task", "ef"],
-        ["echofocus.py", "evaluate", "--task", "defect"],
-        [
-            "echofocus.py",
-            "predict",
-            "--task",
-            "ef",
-            "--videos",
-            "real",
-            *extraction,
-            "--out",
-            "real.csv",
-        ],
-        ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
-        ["echofocus.py", "explain", "--task", "defect"],
-    ):
-        print(f"\n$ python ../{shlex.join(line)}", flush=True)
-        program = Path(__file__).resolve().parent / line[0]
-        if subprocess.run([sys.executable, program, *line[1:]], cwd=folder).returncode:
-            raise UserError(f"the demo stopped: {shlex.join(line)} failed (see above)")
-    summarise_demo(folder)
-
-
-def make_demo(folder, studies):
-    """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
-    import pydicom
-
-    from embed import phantom, video
-
-    print(f"making {studies} phantom studies in ./{folder}")
-    bar = partial(progress, desc="phantoms", unit="study")
-    phantom.make_cohort(folder, studies, progress=bar)
-    real = folder / "real" / "sonosite"  # an echocardiogram that comes with pydicom
-    real.mkdir(parents=True, exist_ok=True)
-    shutil.copy(pydicom.examples.get_path("ybr_color"), real / "cine.dcm")
-    for name, task in DEMO_CONFIG["task"].items():
-        task.update(DEMO_SETTINGS)
-        task["settings"] = task["settings"] | {"learning_rate": DEMO_RATES[name]}
-    (folder / "config.json").write_text(json.dumps(DEMO_CONFIG, indent=2))
-    if panecho.DOWNLOADED.is_file():
-        print(f"encoder weights: the released ones, from {panecho.DOWNLOADED}")
-        return os.path.relpath(panecho.DOWNLOADED, folder)
-    if panecho.cached_weights().is_file():
-        print("encoder weights: the released ones, from torch.hub's cache")
-        return "panecho"
-    print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
-    clips = []
-    for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
-        sampled, *_ = video.read_clips(path, path.name, video.Sampling(n_clips=1, size=112))
-        frames = torch.from_numpy(sampled.frames[sampled.index[0]])
-        clips.append(panecho.normalise(frames.permute(3, 0, 1, 2), torch.arange(3)[:, None]))
-    panecho.save_untrained(folder / "untrained.pt", clips)
-    return "untrained.pt"
-
-
-def summarise_demo(folder):
-    """What the demo measured, beside what guessing would give, and the files to look at."""
-    models, ids = folder / MODELS, {"eid": str, "Echo_ID": str}
-    split = pd.read_csv(models / "ef" / "split.csv", dtype=str).set_index("eid")["fold"]
-    labels = pd.read_csv(folder / "labels.csv", dtype=ids).set_index("eid")
-    guess = labels["EF"].reindex(split.index[split == "train"]).median()
-    ef = pd.read_csv(models / "ef" / "saveout_test_phantoms.csv", dtype=ids)
-    defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
-    auroc = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv")["auroc"][0]
-    videos = pd.read_csv(models / "defect" / "explanation_phantoms.csv", dtype=ids)
-    videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
-    videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
-    top = videos[videos["rank"] == 1]["shows_defect"]
-    plot_demo(ef, defect, videos, folder / "demo")
-    print(
-        f"\nEjection fraction, {len(ef)} test studies: median error "
-        f"{(ef['EF_Predict'] - ef['EF_Correct']).abs().median():.1f} % (guessing the training "
-        f"median: {(guess - ef['EF_Correct']).abs().median():.1f} %)"
-        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc:.2f} (guessing: 0.5)"
-        f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
-        f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
-        f"\n\nLook at, in {folder}:"
-        "\n  demo.png                                                these results"
-        "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
-        "\n  trained_models/defect/explanation_phantoms.csv          every video in every answer"
-        "\n  real.csv                                                the real echocardiogram"
-        "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
-    )
-
-
-def plot_demo(ef, defect, videos, path):
-    """Ejection fraction, defect ROC, and the scores of videos with and without the finding."""
-    figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
-    left.axline((45, 45), slope=1, color="grey", lw=0.8)
-    left.scatter(ef["EF_Correct"], ef["EF_Predict"], s=14)
-    left.set(xlabel="true ejection fraction [%]", ylabel="predicted [%]")
-    draw_roc(middle, defect["VSD_Correct"], defect["VSD_Predict"])
-    middle.set_title("septal defect", fontsize=10)
-    for k, (shown, colour) in enumerate(((1, "C3"), (0, "C0"))):
-        part = videos[videos["shows_defect"] == shown]
-        spread = np.linspace(-0.2, 0.2, len(part))
-        right.scatter(k + spread, part["score"], s=14, color=colour)
-    right.axhline(0, color="grey", lw=0.8)
-    right.set_xticks([0, 1], ["videos that show\nthe defect", "other videos\nof these studies"])
-    right.set(ylabel="score (change in log-odds)", xlim=(-0.6, 1.6))
-    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import echofocus as ef
 from benchmarks.machine import describe, matmul_rate, synchronise
-from embed.common import progress
+from common.console import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [f"label{i}" for i in range(22)]

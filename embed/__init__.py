@@ -1,3 +1,3 @@
-"""Videos into clip embeddings: the PanEcho encoder and the extraction scripts."""
+"""Videos into clip embeddings: the PanEcho encoder, the extraction, the embedding files."""
 
-__version__ = "0.1.0"
+EMBED_DIM = 768  # numbers in a clip embedding

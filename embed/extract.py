@@ -33,16 +33,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from embed import __version__
-from embed.common import Parser, UserError, atomic_path, pick_device, progress, run_main
+from common import __version__
+from common.console import Parser, UserError, progress, run_main
+from common.files import atomic_path
+from common.world import pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
+from embed.store import empty_path, finished_study, study_path, write_study
 from embed.studies import Claims, find_studies, own_first, shard_from
 from embed.video import Sampling, SourceGone, VideoError
 
@@ -237,60 +239,6 @@ class Encoder:
         with self.autocast():
             clips = torch.cat(pending.features)[pending.positions]  # (C, L, 768)
             return self.backbone.encode_clips(clips).float().cpu().numpy()
-
-
-# ----------------------------------------------------------------------------------------- write
-
-
-def study_path(out, study):
-    return Path(out) / f"{study.name}.hdf5"
-
-
-def empty_path(out, study):
-    """Where a study without a usable video is remembered: no place where embeddings are sought."""
-    return Path(out) / ".empty" / f"{study.name}.hdf5"
-
-
-def write_study(path, videos, attributes):
-    """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
-    made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
-    skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
-    text, file = h5py.string_dtype(), io.BytesIO()  # HDF5's own errors do not say "disk full"
-    with h5py.File(file, "w") as f:
-        if made:
-            embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
-            f["embeddings"] = embeddings[0]
-            f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
-            if len(embeddings) > 1:
-                f["augmented"] = embeddings[1:]
-        f.create_dataset("videos", (len(made),), data=list(made) or None, dtype=text)
-        f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
-        f.attrs.update(attributes)
-    path.write_bytes(file.getbuffer())
-
-
-def finished_study(path, study, attributes, redo):
-    """What a study's file says was skipped, a list of (video, reason); None when it is to be made.
-
-    It is to be made when it is not there, damaged, or of other videos than the study has now.
-    UserError when it was made in another way and not `redo`.
-    """
-    try:
-        with h5py.File(path, "r") as f:
-            found = dict(f.attrs)
-            videos, skipped = f["videos"].asstr()[:].tolist(), f["skipped"].asstr()[:].tolist()
-    except (OSError, KeyError):
-        return None
-    for name, value in attributes.items():
-        if name not in ("version", "weights") and found.get(name) != value:
-            if redo:
-                return None
-            raise UserError(
-                f"{path} was made with {name} = {found.get(name)}, not {value}; use another folder "
-                "for the embeddings, or --redo to make such files anew"
-            )
-    now = set(study.videos) | set(study.missing)
-    return skipped if {*videos, *(video for video, _ in skipped)} == now else None
 
 
 # ------------------------------------------------------------------------------------------- run

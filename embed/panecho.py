@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from embed.common import atomic_path, sha256_file
-from embed.releases import (
+from common.files import atomic_path, sha256_file
+from common.releases import (
     SOURCE,
     WeightsError,
     check_digest,
@@ -34,10 +34,10 @@ from embed.releases import (
     load_safely,
     load_strictly,
 )
+from embed import EMBED_DIM
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
 DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py download PanEcho`
-EMBED_DIM = 768  # numbers in a clip embedding
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
 STD = (0.229, 0.224, 0.225)
 CACHED_NUMBERS = 1_250_000  # of a block's hidden layer at a time, on a CPU: 5 MB in fp32

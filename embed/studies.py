@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embed.common import UserError, nearest
+from common.console import UserError, nearest
 from embed.video import find_videos, study_uid
 
 try:

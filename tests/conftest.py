@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import echofocus  # noqa: E402
-from embed.common import run_main  # noqa: E402
+from common.console import run_main  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

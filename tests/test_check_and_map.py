@@ -20,6 +20,7 @@ from scipy.spatial.distance import cdist
 from test_commands import edit_config, published_model
 
 import echofocus as ef
+from report import figures
 
 
 def by_hand(net, clips):
@@ -106,7 +107,7 @@ def test_map_shows_a_shift_between_sites(two_sites, cli, method):
     assert (points["value"] == points["dataset"]).all() and "P0" not in path.read_text()
     assert purity(points) > 0.97
     assert "telling the datasets apart: AUROC 1.00" in out
-    for colour in ef.OKABE_ITO[:2]:
+    for colour in figures.OKABE_ITO[:2]:
         assert drawn(path.with_suffix(".png"), colour) > 300
     assert path.with_suffix(".pdf").stat().st_size > 5000
     assert cli(*line)[0] == 0
@@ -140,7 +141,7 @@ def test_map_by_a_column(two_sites, cli):
         else:
             np.testing.assert_allclose(site, wanted[site.index].astype(float))
         png = two_sites / f"map_pca_site_far_by_{column}.png"
-        assert drawn(png, ef.MISSING_GREY, 1) > 300
+        assert drawn(png, figures.MISSING_GREY, 1) > 300
     for column in ("machine", "size"):
         np.testing.assert_array_equal(found[column][["x", "y"]], found["finding"][["x", "y"]])
     assert found["size"]["value"].isna().sum() == 35

@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT, relative_error
 from test_video import moving_square, write_dicom
 
+from common.console import UserError
 from embed import extract, panecho, studies, video
-from embed.common import UserError
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 

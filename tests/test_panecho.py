@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import ROOT, normal, recorded, relative_error
 
+from common.files import sha256_file
 from embed import panecho
-from embed.common import sha256_file
 
 
 @pytest.fixture(scope="module")

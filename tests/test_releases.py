@@ -20,8 +20,9 @@ from conftest import ROOT, normal, recorded, write_embeddings
 from test_commands import published_model
 
 import echofocus as ef
-from embed import panecho, releases
-from embed.common import sha256_file
+from common import releases
+from common.files import sha256_file
+from embed import panecho
 
 
 @pytest.fixture

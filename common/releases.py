@@ -27,7 +27,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from embed.common import UserError, nearest, progress, sha256_file
+from common.console import UserError, nearest, progress
+from common.files import sha256_file
 
 REGISTRY = Path(__file__).resolve().parent.parent / "trained_models" / "registry.json"
 SOURCE = "source.json"  # in a downloaded model's folder: where it came from, and digests

@@ -1,16 +1,61 @@
-"""What every command needs: errors for the user, atomic files, digests, command lines."""
+"""The person at the keyboard: errors with their remedy, progress, command lines."""
 
 import argparse
 import difflib
-import hashlib
 import os
 import sys
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 
 
 class UserError(Exception):
     """A mistake or a missing thing that the user can mend; the message says how."""
+
+
+@dataclass
+class Finding:
+    """What a reader found: 'ok', 'WARNING' (a run would work, less something) or 'ERROR'."""
+
+    level: str
+    text: str
+    remedy: str = ""
+
+
+class Findings:
+    """Whom readers of config, labels, embeddings, videos and models tell what they find.
+
+    This one listens during a run: an error ends it (UserError), a warning or note is printed.
+    """
+
+    def ok(self, text):
+        """All is well; a run does not say so."""
+
+    def note(self, text):
+        """Something that was decided or left out, as it should be."""
+        print(text)
+
+    def warning(self, text, remedy=""):
+        print(f"WARNING: {text}{'; ' if remedy else ''}{remedy}")
+
+    def error(self, text, remedy=""):
+        raise UserError(f"{text}{'; ' if remedy else ''}{remedy}")
+
+
+class Collected(Findings):
+    """Listens for `check`: keeps everything, so that the reader goes on with what can be used."""
+
+    def __init__(self):
+        self.findings = []
+
+    def ok(self, text):
+        self.findings.append(Finding("ok", text))
+
+    note = ok
+
+    def warning(self, text, remedy=""):
+        self.findings.append(Finding("WARNING", text, remedy))
+
+    def error(self, text, remedy=""):
+        self.findings.append(Finding("ERROR", text, remedy))
 
 
 def nearest(name, valid):
@@ -19,50 +64,11 @@ def nearest(name, valid):
     return f"; did you mean {close[0]}?" if close else ""
 
 
-@contextmanager
-def atomic_path(path):
-    """A temporary path to write; it becomes `path` when the block ends, and vanishes on error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, since writers choose a format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def progress(iterable=None, **options):
     """A tqdm bar on standard error; into a log file it writes only now and then."""
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
-
-
-def pick_device(name=""):
-    """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
-    import torch
-
-    if not name and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    # fp32 is fp32 on a GPU too: torch would run convolutions in TF32, with 10 bits of mantissa, and
-    # embeddings would differ from a CPU's by a thousandth.
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        device = torch.device(name or "cpu")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not to be had here; cpu always is") from error
-    return device
-
-
-def sha256_file(path):
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,3 +120,28 @@ def run_main(main, program):
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def some(names, n=3):
+    """The first few of some names, as text."""
+    names = [str(name) for name in names]
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+
+
+def listed(reasons, n=9):
+    """A dict of name to reason as text, a line each, the first few."""
+    lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
+    return "".join(lines) + "\n..." * (len(reasons) > n)
+
+
+def duration(seconds):
+    """Seconds in a unit that a person reads."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(1, round(seconds))} s"
+
+
+def printable(value):
+    """Text of a file from elsewhere, without what would steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))

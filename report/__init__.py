@@ -1,0 +1,1 @@
+"""What a person looks at: statistics, figures, pages, the demo."""
