@@ -11,7 +11,6 @@ No torch in here: the file is also the program that the decoder processes run
 import hashlib
 import os
 import pickle
-import re
 import sys
 import tempfile
 import time
@@ -21,43 +20,21 @@ from pathlib import Path
 
 import numpy as np
 
+if __name__ == "__main__":  # run as a script: the repository is the import root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from embed.dicom import SourceGone, VideoError, is_dicom, open_file, read_header_facts
+
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
 RESIZE_OVER_CROP = 256 / 224
 
-# Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
-# bytes of) a small length and two zeros.
-BARE_DICOM = re.compile(
-    rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)", re.DOTALL
-)
-
 M_MODE, SPECTRAL = 2, 3  # DICOM RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
 
 
-class VideoError(ValueError):
-    """Why a file gives no clips: a short reason for the list that the user sees."""
-
-
-class SourceGone(VideoError):
-    """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
-
-
 # ------------------------------------------------------------------------------------ finding files
-
-
-def is_dicom(path):
-    """Whether the file starts as DICOM Part 10 does (128 bytes, then 'DICM'), or is one without.
-
-    Old exports leave that start out and begin with their first element, of group 0002 or 0008.
-    """
-    try:
-        with open(path, "rb") as f:
-            head = f.read(132)
-    except OSError:
-        return False
-    return head[128:] == b"DICM" or bool(BARE_DICOM.match(head))
 
 
 def read_dicom(path, **options):
@@ -86,13 +63,7 @@ def is_candidate(path):
 
 def study_uid(path):
     """The StudyInstanceUID of a DICOM file, or '' when there is none."""
-    if not is_dicom(path):
-        return ""
-    try:
-        header = read_dicom(path, specific_tags=["StudyInstanceUID"], stop_before_pixels=True)
-        return str(header.get("StudyInstanceUID", ""))
-    except Exception:  # pydicom raises many kinds on malformed headers
-        return ""
+    return read_header_facts(path).study_uid
 
 
 def find_videos(folder):
@@ -128,16 +99,20 @@ def find_videos(folder):
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def iter_frames(path):
+def iter_frames(source, notes=None):
     """Decode a cine once, front to back: yields its frames, uint8 (H, W, 3), **BGR**.
 
+    source: a file's path, or the list of paths of a cine's single frames, see `group_stills`.
+    notes: a list that gets a line for everything that was read otherwise than the file says.
     BGR is OpenCV's order and the one the released models were trained on. Raises VideoError for
     stills, M-mode and spectral recordings, and for files that are empty, truncated, unreadable
     or in a transfer syntax that no installed decoder knows (possibly after some frames).
     """
-    path = Path(path)
+    if isinstance(source, (list, tuple)):
+        raise VideoError("single frames of a series are not read yet")
+    path = Path(source)
     try:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             if not f.read(1):
                 raise VideoError("empty file")
     except PermissionError as error:
@@ -401,17 +376,20 @@ class Clips:
     index: np.ndarray  # int64 (n_clips, clip_len) into frames
     starts: np.ndarray  # int64 (n_clips,), as drawn
     n_frames: int  # frames in the file
+    note: str = ""  # what was read otherwise than the file says
 
 
-def read_clips(path, key, sampling):
+def read_clips(source, key, sampling):
     """Decode a video and sample its clips: [plain, transformed copies...]. Raises VideoError.
 
     Decoding is front to back and once; each frame is resized as it comes, so that memory is
     that of the small frames.
     """
-    frames = [resized(frame, sampling.size) for frame in iter_frames(path)]
+    notes = []
+    frames = [resized(frame, sampling.size) for frame in iter_frames(source, notes)]
+    note = "; ".join(notes)
     if sampling.mask == "sector":
-        inside = sector_mask(frames, region_boxes(path))
+        inside = sector_mask(frames, region_boxes(source))
         frames = [frame * inside for frame in frames]
     n_frames = len(frames)
 
@@ -422,13 +400,13 @@ def read_clips(path, key, sampling):
     starts, numbers = sample(key)
     used, index = np.unique(numbers, return_inverse=True)
     plain = np.stack([central(frames[i], sampling.size) for i in used])
-    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames)]
+    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note)]
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(f"{key}#{copy}")
         rng = seeded(sampling.seed, f"{key}#{copy}#transform")
         changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
-        copies.append(Clips(np.concatenate(changed), index, starts, n_frames))
+        copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note))
     return copies
 
 
@@ -465,12 +443,13 @@ MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at l
 LIT = 4  # grey levels of a pixel that is no black background, at least
 
 
-def region_boxes(path):
+def region_boxes(source):
     """The 2-D ultrasound regions of a DICOM as (x0, y0, x1, y1), shares of the image's sides.
 
     Empty when the file has none, or when one does not lie within the image (some exports shrink
     the image and leave the tags).
     """
+    path = source[0] if isinstance(source, (list, tuple)) else source
     if not is_dicom(path):
         return []
     header = read_dicom(path, stop_before_pixels=True)
@@ -556,7 +535,6 @@ def serve():
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
     from embed.video import serve  # so that replies are embed.video's classes, not __main__'s
 
     serve()
