@@ -68,7 +68,7 @@ from common.schema import (
     reserved,
     resolve_settings,
 )
-from common.world import World, join_world, pick_device
+from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
 from embed.store import (
@@ -2896,7 +2896,7 @@ def build_parser():
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
-    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if command != "train" and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
     COMMANDS[command](typed)
 

@@ -1,6 +1,7 @@
 """The device of this process, and the processes that torchrun starts."""
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -8,15 +9,37 @@ from datetime import timedelta
 
 import torch
 
-from common.console import UserError
+from common.console import UserError, printable
+
+
+def from_environment(name, default, least=0, environment=os.environ):
+    """A variable that torchrun or SLURM sets, as a whole number from `least`. Raises UserError."""
+    text = environment.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(
+            f"{name} in the environment is {printable(text)[:40]!r}, no whole number from {least} "
+            f"(torchrun or SLURM sets it); unset {name} to run without them"
+        )
+    return int(text)
+
+
+def place(rank_name, size_name, environment=os.environ):
+    """(rank, size) as two variables of the environment say, the rank below the size."""
+    size = from_environment(size_name, 1, least=1, environment=environment)
+    rank = from_environment(rank_name, 0, environment=environment)
+    if rank >= size or (size > 1 and rank_name not in environment):
+        given = environment.get(rank_name, "missing")
+        raise UserError(
+            f"{size_name} in the environment is {size} and {rank_name} is {given}, not 0 to "
+            f"{size - 1}; unset both to run alone"
+        )
+    return rank, size
 
 
 def pick_device(name=""):
     """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
-    import torch
-
     if not name and torch.cuda.is_available():
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     # fp32 is fp32 on a GPU too: torch would run convolutions in TF32, with 10 bits of mantissa, and
     # embeddings would differ from a CPU's by a thousandth.
     torch.backends.cudnn.allow_tf32 = False
@@ -52,12 +75,11 @@ class World:
 
 def join_world(device):
     """The World of this process; those that are not the first fall silent on standard output."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        return World()
+    world = World(*place("RANK", "WORLD_SIZE"))
+    if world.size == 1:
+        return world
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world = World(int(os.environ["RANK"]), size)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
@@ -65,7 +87,7 @@ def join_world(device):
     if world.rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     else:
-        print(f"{size} processes share each optimiser step")
+        print(f"{world.size} processes share each optimiser step")
     return world
 
 
@@ -75,7 +97,7 @@ def meeting_point(world):
     torchrun's store outlives a restart and still holds the addresses of the processes that died;
     whoever reads such an address fails to connect and asks again.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
     board = torch.distributed.TCPStore(host, port, is_master=False)
     if world.rank == 0:
         store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)

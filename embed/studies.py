@@ -8,9 +8,11 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from common.console import UserError, nearest
+from common.world import from_environment, place
 from embed.video import find_videos, study_uid
 
 try:
@@ -170,13 +172,15 @@ def shard_from(text, environment=os.environ):
             raise UserError(f"--shard is i/n with i from 0 to n - 1, not {text}")
         return int(match[1]), int(match[2])
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return place("RANK", "WORLD_SIZE", environment)
+    read = partial(from_environment, environment=environment)
     if "SLURM_ARRAY_TASK_ID" in environment:
-        least = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
-        index = int(environment["SLURM_ARRAY_TASK_ID"]) - least
-        return index, max(index + 1, int(environment.get("SLURM_ARRAY_TASK_COUNT", 1)))
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        return int(environment["SLURM_PROCID"]), int(environment["SLURM_NTASKS"])
+        index = read("SLURM_ARRAY_TASK_ID", 0) - read("SLURM_ARRAY_TASK_MIN", 0)
+        if index < 0:
+            raise UserError("SLURM_ARRAY_TASK_ID is below SLURM_ARRAY_TASK_MIN; give --shard i/n")
+        return index, max(index + 1, read("SLURM_ARRAY_TASK_COUNT", 1, least=1))
+    if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment:
+        return place("SLURM_PROCID", "SLURM_NTASKS", environment)
     return 0, 1
 
 
