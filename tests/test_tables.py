@@ -1,0 +1,229 @@
+"""Tables as people have them: read as meant and said, or refused with the line; never shifted."""
+
+import csv
+import io
+import time
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common import tables
+from common.console import Collected, Findings, UserError
+
+PLAIN = [["pid", "eid", "VSD"], ["P0", "001", "1"], ["P1", "002", "0.5"]]
+TEXT = "pid,eid,VSD\nP0,001,1\nP1,002,0.5\n"
+WIDE = "".join(f"{a}\n" for a in ("pid\teid\tVSD", "P0\t001\t1", "P1\t002\t0.5"))
+
+
+def read(path, content):
+    """(table, what was said) of a file with that text or bytes."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    listener = Collected()
+    table = tables.read_table(path, listener)
+    return table, [f.text for f in listener.findings]
+
+
+READ_AS_PLAIN = {  # content; what is said
+    "plain": (TEXT, ""),
+    "CRLF": (TEXT.replace("\n", "\r\n"), ""),
+    "CR alone": (TEXT.replace("\n", "\r"), ""),
+    "no newline at the end": (TEXT[:-1], ""),
+    "UTF-8 with its mark": (TEXT.encode("utf-8-sig"), ""),
+    "UTF-16": (TEXT.encode("utf-16"), "UTF-16"),
+    "UTF-16 big endian with mark": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16"),
+    "UTF-16 without mark": (TEXT.encode("utf-16-le"), "UTF-16"),
+    "UTF-16 big endian without mark": (TEXT.encode("utf-16-be"), "UTF-16"),
+    "semicolons": (TEXT.replace(",", ";"), "semicolons"),
+    "tabs": (WIDE, "tabs"),
+    "bars": (TEXT.replace(",", "|"), "bars"),
+    "sep line": ("sep=;\n" + TEXT.replace(",", ";"), "semicolons"),
+    "quoted sep line": ('"sep=\t"\n' + WIDE, "tabs"),
+    "quoted": ("".join(f'"{r[0]}","{r[1]}","{r[2]}"\n' for r in PLAIN), ""),
+    "blanks": (TEXT.replace(",", " , "), ""),
+    "blank lines": ("\n" + TEXT.replace("\n", "\n\n"), ""),
+    "rows of nothing": (TEXT + ",,\n,,\n,,,,\n", ""),
+    "comments": ("# made by\n" + TEXT + "# the end, of it\n", "2 lines of comment (line 1, 5)"),
+    "a comma more in each line": (TEXT.replace("\n", ",\n"), ""),
+    "a comma more in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", "empty cell at the end"),
+    "an index without a name": (",pid,eid,VSD\n0,P0,001,1\n1,P1,002,0.5\n", "column 1 without"),
+}
+
+
+@pytest.mark.parametrize("case", READ_AS_PLAIN)
+def test_read_as_meant(tmp_path, case):
+    """Every way of writing the table gives its cells; what was recognised is said."""
+    content, said = READ_AS_PLAIN[case]
+    table, findings = read(tmp_path / "t.csv", content)
+    assert [list(table), *table.to_numpy().tolist()] == PLAIN
+    assert [said in text for text in findings] == [True] * bool(said), findings
+
+
+REFUSED = {  # content; each part of what is said
+    "a comma more in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
+    "a comma more in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields and the header"),
+    "a field less": ("pid,eid,VSD\nP0,E0,1\nP1,E1\n", "line 3 has 2 fields"),
+    "a field more in each row": ("eid,VSD\n0,E0,1\n1,E1,0\n", "line 2 has 3 fields"),
+    "decimal commas between commas": ("pid,eid,EF\nP0,E0,40,5\nP1,E1,41\n", "line 2 has 4 fields"),
+    "after blank lines": ("eid,VSD\n\n\nE0,1,1\nE1,0\n", "line 4 has 3 fields"),
+    "after a cell of two lines": ('eid,V\n"E\n0",1\nE1,0,1\n', "line 4 has 3 fields"),
+    "two columns of a name": ("eid,VSD, VSD\nE0,1,0\n", "two columns 'VSD'"),
+    "a NUL": ("eid,VSD\nE0,1\nE\0001,0\n", "line 3, holds a NUL"),
+    "an open quote": ('eid,VSD\nE0,1\n"E1,0\nE2,1\n', 'line 3: a quote (") does not close'),
+    "a quote within": ('eid,VSD\n"E0"x,1\n', "line 2: a quote"),
+    "two open quotes": ('eid,VSD\n"E0,1\nE1,0\nE2",1\n', "line 2: a quote"),
+    "nothing": ("", "is empty"),
+    "blank lines alone": ("\n\n", "is empty"),
+    "a header alone": ("pid,eid,VSD\n", "no rows"),
+    "an old Excel file": (b"\xd0\xcf\x11\xe0" + bytes(100), "save it as CSV or .xlsx"),
+    "a zip that is no sheet": (b"PK\x03\x04" + bytes(100), "damaged Excel file"),
+    "UTF-8 with a damaged byte": ("pid,ä,ö,ü,ß\n".encode() + b"1,2,3,\xff,5\n", "line 2: bytes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_its_line(tmp_path, case):
+    content, expected = REFUSED[case]
+    with pytest.raises(UserError, match=r"t\.csv") as error:
+        read(tmp_path / "t.csv", content)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cells_that_hold_delimiters_quotes_and_lines(tmp_path):
+    """As Python's csv writes them, each delimiter; names too."""
+    rows = [["pid", "eid", "a, b; c"], ["P,0", 'say "E"', "1;2\t3"], ["P\n1", "E|2", "ä"]]
+    for delimiter in ",;\t|":
+        text = io.StringIO()
+        csv.writer(text, delimiter=delimiter).writerows(rows)
+        table, _ = read(tmp_path / "t.csv", text.getvalue())
+        assert [list(table), *table.to_numpy().tolist()] == rows
+        assert list(table.index) == [2, 3]
+
+
+def test_latin_1(tmp_path):
+    table, said = read(tmp_path / "t.csv", "eid,Größe €\nE0,1\n".encode("cp1252"))
+    assert list(table) == ["eid", "Größe €"] and "Latin-1" in said[0]
+
+
+def test_a_list_of_one_column_and_odd_paths(tmp_path):
+    table, _ = read(tmp_path / "t.csv", "eid\n001\nNA\n002\n")
+    assert table["eid"].tolist() == ["001", None, "002"] and list(table.index) == [2, 3, 4]
+    with pytest.raises(UserError, match=r"no label table .*gone"):
+        tables.read_table(tmp_path / "gone.csv", Findings(), "label table")
+    with pytest.raises(UserError, match="is not a file"):
+        tables.read_table(tmp_path, Findings())
+
+
+def workbook(path, *sheets):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for i, rows in enumerate(sheets):
+        sheet = book.active if i == 0 else book.create_sheet()
+        for row in rows:
+            sheet.append(row)
+    book.save(path)
+    return book
+
+
+def test_excel(tmp_path):
+    """Numbers as a person sees them, ids with zeros in front by format, an empty first sheet."""
+    path = tmp_path / "t.xlsx"
+    rows = [["pid", "eid", "EF", "VSD"], ["P0", 7, 55.0, True], ["P1", "008", 40.5, None]]
+    book = workbook(path, [], rows)
+    book.worksheets[1]["B2"].number_format = "000"
+    book.save(path)
+    table, said = read(path, path.read_bytes())
+    assert table.to_numpy().tolist() == [["P0", "007", "55", "True"], ["P1", "008", "40.5", None]]
+    assert "Excel" in said[0]
+    workbook(path, [["pid", "EF"], ["P0", "=1+1"]])
+    with pytest.raises(UserError, match="line 2: =1\\+1 was never computed"):
+        read(path, path.read_bytes())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "<a/>")
+    with pytest.raises(UserError, match="no Excel sheet"):
+        read(path, path.read_bytes())
+
+
+def test_excel_without_openpyxl(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    with pytest.raises(UserError, match="the extra 'xlsx'"):
+        read(tmp_path / "t.xlsx", b"PK\x03\x04")
+
+
+def numbers(**columns):
+    """(values, findings) of columns of text."""
+    listener = Collected()
+    text = pd.DataFrame(columns, dtype=object)
+    found = tables.to_numbers(text, "t.csv", listener)
+    return found, [(f.level, f.text) for f in listener.findings]
+
+
+@pytest.mark.parametrize(
+    "cells, expected, said",
+    [
+        (["1", "2.5", "-3e2", " 4"], [1, 2.5, -300, 4], ""),
+        (["40,0", "41,25", None], [40, 41.25, np.nan], "decimal commas in x"),
+        (["0,125", "0,250"], [0.125, 0.25], "decimal commas in x"),
+        (["1.234,5", "17,5"], [1234.5, 17.5], "decimal commas in x"),
+        (["1,234.5", "12.5"], [1234.5, 12.5], "separators of thousands in x"),
+        (["1,234,567", "1,234"], [1234567, 1234], "separators of thousands in x"),
+        (["40,125", "41,5"], [40.125, 41.5], "decimal commas in x"),
+        (["Yes", "no", "YES", None], [1, 0, 1, np.nan], "read as 1/0 in x"),
+        (["TRUE", "FALSE", "0"], [1, 0, 0], "read as 1/0 in x"),
+        (["present", "Absent", "maybe"], [1, 0, np.nan], "read as 1/0 in x"),
+        (["positive", "negative"], [1, 0], "read as 1/0 in x"),
+        (["55", "no", "60"], [55, np.nan, 60], ""),  # 'not measured' is no 0
+        (["inf", "1e999", "nan", "x"], [np.nan] * 4, ""),
+        (["<5", "1_000", "0x10", "5 %"], [np.nan] * 4, ""),
+    ],
+)
+def test_numbers(cells, expected, said):
+    found, findings = numbers(x=cells)
+    np.testing.assert_array_equal(found["x"], np.array(expected, float))
+    assert [level for level, _ in findings] == ["ok"] * bool(said)
+    assert said in "".join(text for _, text in findings)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"x": ["1,234", "2,345"]},  # decimals or thousands?
+        {"x": ["40,5", "41.5"]},
+        {"x": ["1,234.5", "40,5"]},
+        {"x": ["40,5", "41,5"], "y": ["1.234", "2.345"]},  # y in decimal points, or thousands?
+    ],
+)
+def test_numbers_that_may_mean_two_things(columns):
+    _, findings = numbers(**columns)
+    errors = [text for level, text in findings if level == "ERROR"]
+    assert len(errors) == 1 and "may be decimals or thousands" in errors[0]
+
+
+def test_one_column_says_how_another_is_read():
+    found, _ = numbers(x=["40,5", "41,5"], y=["1,234", "2,345"])
+    assert found["y"].tolist() == [1.234, 2.345]
+
+
+def test_ids():
+    listener = Collected()
+    column = pd.Series(["007", "123.0", ' ="0012"', "1.5", "A-1.0", None], name="eid", dtype=object)
+    found = tables.clean_ids(column, "t.csv", listener)
+    assert found[:5].tolist() == ["007", "123", "0012", "1.5", "A-1.0"] and not listener.findings
+    cut = pd.Series(["12", "1.23E+11"], index=[2, 3], name="eid", dtype=object)
+    tables.clean_ids(cut, "t.csv", listener)
+    (finding,) = listener.findings
+    assert finding.level == "ERROR" and "t.csv, line 3" in finding.text
+
+
+def test_fifty_thousand_rows_in_seconds(tmp_path):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.standard_normal((50_000, 30)).round(3)).add_prefix("L")
+    table.insert(0, "eid", [f"{i:07}" for i in range(len(table))])
+    table.to_csv(tmp_path / "t.csv", index=False, sep=";", decimal=",")
+    began = time.process_time()
+    text = tables.read_table(tmp_path / "t.csv", Collected())
+    found = tables.to_numbers(text.drop(columns="eid"), "t.csv", Collected())
+    assert time.process_time() - began < 20
+    assert text["eid"].iloc[-1] == "0049999"
+    np.testing.assert_array_equal(found, table.drop(columns="eid"))
