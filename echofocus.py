@@ -32,7 +32,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import h5py
@@ -578,8 +578,7 @@ class StudyModel(nn.Module):
             tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
         x = self.encode(tokens, lengths, 0 if queries is None else len(queries))
         if self.kind == "standard":
-            pool = (lambda s: s.mean(0)) if self.combine == "avg" else (lambda s: s.amax(0))
-            pooled = torch.stack([pool(study) for study in x.split(lengths)])
+            pooled = pool(x, lengths, self.combine)
             return self.ff(pooled), pooled
         x = x.view(S, len(queries), D)
         if self.kind == "query":
@@ -594,6 +593,14 @@ class StudyModel(nn.Module):
             last = i == self.depth - 1
             x = encoder_layer(layer, x, lengths, n_queries if last else 0)
         return x
+
+
+def pool(x, lengths, combine="avg"):
+    """x (N, D) of studies of these lengths -> (S, D): the mean ('avg') or maximum over each."""
+    lengths = torch.tensor(lengths).to(x.device, non_blocking=True)
+    return torch.segment_reduce(
+        x, {"avg": "mean"}.get(combine, "max"), lengths=lengths, unsafe=True
+    )
 
 
 def encoder_layer(layer, x, lengths, n_queries=0):
@@ -635,29 +642,49 @@ def attend(mha, x, lengths, n_queries=0):
         q, k, v = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
         q_lengths = lengths
     dropout = nn.Dropout(mha.dropout).train(mha.training)
+    return mha.out_proj(attention(q, k, v, q_lengths, lengths, dropout))
+
+
+def attention(q, k, v, q_lengths, lengths, dropout):
+    """softmax(q k' / sqrt(d)) v within each study: q (M, D), k and v (N, D) -> (M, D)."""
+    if q.device.type == "cuda":
+        return packed_attention(q, k, v, q_lengths, lengths, dropout)
     if len(set(lengths)) == 1:  # equal lengths run as one batch
         q, k, v = (t.view(len(lengths), -1, HEADS, D // HEADS).transpose(1, 2) for t in (q, k, v))
-        out = weighted_values(q, k, v, dropout)
-        out = out.transpose(1, 2).reshape(-1, D)
-    else:
-        out = []
-        studies = zip(q.split(q_lengths), k.split(lengths), v.split(lengths), strict=True)
-        for qkv in studies:
-            # Contiguous: twice as fast on a CPU, where rows 9 kB apart compete for cache lines.
-            heads = (t.view(1, -1, HEADS, D // HEADS).transpose(1, 2).contiguous() for t in qkv)
-            y = weighted_values(*heads, dropout)
-            out.append(y.transpose(1, 2).reshape(-1, D))
-        out = torch.cat(out)
-    return mha.out_proj(out)
+        return weighted_values(q, k, v, dropout).transpose(1, 2).reshape(-1, D)
+    out = []
+    for qkv in zip(q.split(q_lengths), k.split(lengths), v.split(lengths), strict=True):
+        # Contiguous: twice as fast on a CPU, where rows 9 kB apart compete for cache lines.
+        heads = (t.view(1, -1, HEADS, D // HEADS).transpose(1, 2).contiguous() for t in qkv)
+        out.append(weighted_values(*heads, dropout).transpose(1, 2).reshape(-1, D))
+    return torch.cat(out)
+
+
+def packed_attention(q, k, v, q_lengths, lengths, dropout):
+    """`attention` as one kernel over all studies, whatever their lengths, in fp32 or bf16.
+
+    torch's public variable-length attention has neither fp32 nor dropout; this is the kernel that
+    its nested tensors call. A kernel a study would leave a GPU idle between launches, and in bf16
+    torch would plan one anew for every length.
+    """
+    q_ends, ends = (
+        torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(q.device, non_blocking=True)
+        for n in (q_lengths, lengths)
+    )
+    q, k, v = (t.view(1, -1, HEADS, D // HEADS) for t in (q, k, v))
+    p = dropout.p if dropout.training else 0.0
+    kernel = torch.ops.aten._efficient_attention_forward
+    longest = max(q_lengths), max(lengths)
+    out, *_ = kernel(q, k, v, None, q_ends, ends, *longest, p, 0, torch.is_grad_enabled())
+    return out.view(-1, D)
 
 
 def weighted_values(q, k, v, dropout):
-    """softmax(q k' / sqrt(d)) v, with dropout of the weights in training."""
-    if dropout.training and q.device.type == "cpu":
+    """softmax(q k' / sqrt(d)) v of (S, heads, N, d), with dropout of the weights in training."""
+    if dropout.training:
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
         return drop(weights, dropout).to(v.dtype) @ v
-    p = dropout.p if dropout.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Readings(nn.Module):
@@ -675,10 +702,7 @@ class Readings(nn.Module):
 
     def forward(self, tokens, lengths):
         outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
-        means = (
-            torch.stack([study.mean(0) for study in x.split(lengths)]) for x in (outputs, tokens)
-        )
-        return tuple(means)
+        return pool(outputs, lengths), pool(tokens, lengths)
 
 
 def study_losses(logits, targets, task_type):
