@@ -55,7 +55,18 @@ from common.console import (
     run_main,
     some,
 )
-from common.files import atomic_path, derive_seed, read_lines, sha256_file, stamp_of
+from common.files import (
+    Journal,
+    atomic_path,
+    clear_leftovers,
+    derive_seed,
+    output_path,
+    read_lines,
+    sha256_file,
+    stamp_of,
+    unquoted,
+    write_table,
+)
 from common.schema import (
     FOLDS,
     MODELS,
@@ -312,14 +323,15 @@ def write_split(folder, table, folds, begun_from=None):
     before = read_split(begun_from.folder) if begun_from else None
     if before is not None:
         split = pd.concat([split, before[before["fold"] != "test"].assign(fold="seen")])
-    with atomic_path(folder / "split.csv") as path:
-        split.to_csv(path, index_label="eid")
+    write_table(split.rename_axis("eid"), folder / "split.csv")
 
 
 def read_split(folder):
     """The model folder's split as DataFrame (index eid; pid, fold), or None: trained elsewhere."""
     path = folder / "split.csv"
-    return pd.read_csv(path, dtype=str, index_col="eid") if path.is_file() else None
+    if not path.is_file():
+        return None
+    return pd.read_csv(path, dtype=str).map(unquoted).set_index("eid")
 
 
 def refuse_moved(written, table):
@@ -528,10 +540,11 @@ class InputCheck:
         if said:
             self.warnings[eid] = "; ".join(said)
 
-    def report(self, model_name):
-        """A few lines on screen; the whole is in the table."""
-        for text, n in Counter(self.warnings.values()).most_common(3):
-            print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
+
+def report_warnings(warnings, model_name):
+    """A few lines on screen; the whole is in the table."""
+    for text, n in Counter(warnings.values()).most_common(3):
+        print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1551,13 +1564,11 @@ class Training:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if self.world.rank:
             return
-        for left in self.folder.glob(".*.tmp.*"):  # by a run that was killed as it wrote
-            left.unlink()
+        clear_leftovers(self.folder)
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.table, self.folds, self.begun_from)
-        with atomic_path(self.folder / "train_args.csv") as temporary:
-            pd.DataFrame([self.portable_settings()]).to_csv(temporary, index=False)
+        write_table(pd.DataFrame([self.portable_settings()]), self.folder / "train_args.csv")
         record = {
             "settings": self.portable_settings(),
             "labels": self.task.task_labels,
@@ -1714,8 +1725,7 @@ class Training:
             return
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
         history = pd.DataFrame(self.history, columns=columns)
-        with atomic_path(self.folder / "train_losses.csv") as temporary:
-            history.to_csv(temporary, index=False)
+        write_table(history, self.folder / "train_losses.csv")
         if time.time() - self.plotted > 10 or self.finished:
             plot_history(history, self.folder)
             self.plotted = time.time()
@@ -1838,12 +1848,8 @@ def cmd_evaluate(typed):
         rows.append({"label": label, "unit": model.units.get(label, ""), **metrics})
     rows = pd.DataFrame(rows)
     name = f"{settings.subset}_{settings.dataset}"
-    for file, frame in (
-        (f"saveout_{name}.csv", pd.DataFrame(columns)),
-        (f"metrics_{name}.csv", rows),
-    ):
-        with atomic_path(model.folder / file) as temporary:
-            frame.to_csv(temporary, index=False)
+    write_table(pd.DataFrame(columns), model.folder / f"saveout_{name}.csv")
+    write_table(rows, model.folder / f"metrics_{name}.csv")
     figure = plot_evaluation(model, truth, predicted, rows, name)
     print(rows.to_string(index=False, float_format="{:.3f}".format))
     print(f"wrote saveout_{name}.csv, metrics_{name}.csv and {figure} to {model.folder}")
@@ -1852,6 +1858,8 @@ def cmd_evaluate(typed):
 def cmd_predict(typed):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
     refuse_other_mode(typed)
+    if typed.get("out"):
+        output_path(typed["out"], "--out")
     if typed.get("videos"):
         source = Path(typed["videos"])
         studies = extract.find_studies(source, typed["group"], typed["manifest"])
@@ -1874,19 +1882,19 @@ def cmd_predict(typed):
     absent = set(wanted or labelled_ids(config, settings, store)) - set(store.files)
     path = Path(settings.out or model.folder / f"predictions_{name}.csv")
     eids = eids[: settings.sample_limit or None]
-    found, check, left_out = predict_studies(model, store, eids, settings, path)
-    left_out = dict.fromkeys(sorted(absent), "no embeddings") | left_out
+    work = work_of(model, store, eids, settings)
+    journal = Journal(journal_path(path), work, f"windows of {WINDOW} studies")
+    table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
+    left_out = dict.fromkeys(sorted(absent), "no embeddings") | reasons
     left_out |= {e: x["reason"] for e, x in getattr(store, "unreadable", {}).items()}
     report_left_out(left_out, path)
-    if not len(found):
+    if not len(table):
         raise UserError("no study could be read")
-    table = prediction_table(model, found, check)
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
-    journal_of(path).unlink()
+    write_table(table, path)
+    journal.delete()
     shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
     print(shown.to_string(index=False, float_format="{:.3f}".format, max_cols=12))
-    check.report(model.folder.name)
+    report_warnings(warnings, model.folder.name)
     print(f"wrote {len(table)} studies to {path}")
 
 
@@ -1903,48 +1911,49 @@ def refuse_other_mode(typed):
             raise UserError(f"--{name} is for videos: it needs --videos")
 
 
-def predict_studies(model, store, eids, settings, path):
-    """(Outcome, InputCheck, reasons of what cannot be read) of studies; a stopped run goes on.
+def journal_path(path):
+    return path.with_name(f".{path.name}.journal")
 
-    A journal, beside the table to write, has a line a window of studies (`plan_batches`), whole
-    or not at all: what is computed after a restart is computed in the same company as without.
-    """
-    journal = journal_of(path)
+
+def work_of(model, store, eids, settings, **more):
+    """What the results of a command depend on, for its Journal."""
     stamps = [
         stamp_of(store.files[e]) if isinstance(store, EmbeddingFolder) else store.files[e]["crc32"]
         for e in eids
     ]
     stamps = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
     work = {"model": network_digest(model.net), "studies": listing_digest(store, eids)}
-    work |= {"stamps": stamps}
-    work |= {"precision": settings.precision, "version": __version__}
-    windows = read_journal(journal, work)
-    outcomes = [outcome_of(w) for w in windows]
-    check = InputCheck(model.made_with.get("input", {}))
-    unreadable = {}
-    for window in windows:
+    work |= {"stamps": stamps, "precision": settings.precision, "version": __version__}
+    return work | more
+
+
+def answer_studies(model, store, eids, settings, journal=None):
+    """(table, why the others have no answer, warnings) of studies, see `prediction_table`.
+
+    The journal gets a unit a window of studies (`plan_batches`), whole or not at all: what is
+    computed after a restart is computed in the same company as without.
+    """
+    check, unreadable, outcomes = InputCheck(model.made_with.get("input", {})), {}, []
+    for window in journal or ():
+        outcomes.append(outcome_of(window))
         check.warnings |= window["warnings"]
         unreadable |= window["unreadable"]
-    rest = eids[WINDOW * len(windows) :]
-    with atomic_path(journal) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in (work, *windows)))
-    with open(journal, "a") as f:
-        steps = run_steps(
-            model.net, store, rest, settings, unreadable=unreadable, label="predict", look=check
-        )
-        for number, (outcome, _, _) in enumerate(steps):
+    rest = eids[WINDOW * len(outcomes) :]
+    steps = run_steps(
+        model.net, store, rest, settings, unreadable=unreadable, label="predict", look=check
+    )
+    for number, (outcome, _, _) in enumerate(steps):
+        outcomes.append(outcome)
+        if journal is not None:
             own = rest[WINDOW * number : WINDOW * (number + 1)]
-            window = {
-                k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(outcome).items()
-            }
-            window["embeddings"] = [[]] * len(outcome)  # not needed here
-            for name, said in (("warnings", check.warnings), ("unreadable", unreadable)):
-                window[name] = {eid: said[eid] for eid in own if eid in said}
-            f.write(json.dumps(window) + "\n")
-            f.flush()
-            outcomes.append(outcome_of(window))
+            window = vars(outcome) | {"embeddings": outcome.embeddings[:, :0]}  # not needed here
+            window["warnings"] = {eid: check.warnings[eid] for eid in own if eid in check.warnings}
+            window["unreadable"] = {eid: unreadable[eid] for eid in own if eid in unreadable}
+            journal.add(window)
+    outcomes = [replace(x, embeddings=x.embeddings[:, :0]) for x in outcomes]
     found = merged(outcomes, eids, model.net)
-    return found, check, unreadable
+    table, no_number = prediction_table(model, found, check.warnings)
+    return table, unreadable | no_number, check.warnings
 
 
 def labelled_ids(config, settings, store):
@@ -1966,28 +1975,12 @@ def report_left_out(left_out, path):
         print(f"{len(left_out)} studies left out, listed in {table}:")
         for eid, reason in list(left_out.items())[:10]:
             print(f"  {eid}: {reason}")
-        with atomic_path(table) as temporary:
-            rows = pd.DataFrame(left_out.items(), columns=["eid", "reason"])
-            rows.to_csv(temporary, index=False)
-
-
-def journal_of(path):
-    return path.with_name(f".{path.name}.journal")
+        write_table(pd.DataFrame(left_out.items(), columns=["eid", "reason"]), table)
 
 
 def outcome_of(window):
-    """A line of the journal -> Outcome."""
-    arrays = (np.array(window[k], np.float32) for k in ("logits", "embeddings", "losses"))
-    return Outcome(window["eids"], *arrays, window["n_videos"], window["n_clips"])
-
-
-def read_journal(path, work):
-    """The whole windows of an interrupted run that did the same work; else none."""
-    lines = read_lines(path)
-    if not lines or lines[0] != work:
-        return []
-    print(f"going on after {sum(len(w['eids']) for w in lines[1:])} studies predicted before")
-    return lines[1:]
+    """A unit of the journal -> Outcome."""
+    return Outcome(**{f.name: window[f.name] for f in fields(Outcome)})
 
 
 def network_digest(net):
@@ -1998,16 +1991,34 @@ def network_digest(net):
     return digest.hexdigest()
 
 
-def prediction_table(model, found, check):
-    """A row a study: ids and counts, a column a label (with its unit), decisions, warnings."""
+def prediction_table(model, found, warnings):
+    """A row a study: ids and counts, a column a label (with its unit), decisions and the
+    thresholds they were taken at, warnings. Returns the table, and why studies are not in it.
+
+    A study without one finite answer is not in it; labels never learnt are blank, and a single
+    answer that is no number is blank with a warning.
+    """
     values = model.readable(found.logits)
+    values[~np.isfinite(values)] = np.nan
+    blank = np.isnan(values)
+    learnt = ~np.isin(model.labels, model.made_with.get("unlearnt", []))
+    lost = blank[:, learnt].all(axis=1)
+    left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
     table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
     for label, column in zip(model.labels, values.T, strict=True):
         table[f"{label} [{unit}]" if (unit := model.units.get(label)) else label] = column
     for label, threshold in model.made_with.get("thresholds", {}).items():
-        table[f"{label}_decision"] = (values[:, model.labels.index(label)] >= threshold).astype(int)
-    table["warning"] = [check.warnings.get(eid, "") for eid in found.eids]
-    return pd.DataFrame(table)
+        column = values[:, model.labels.index(label)]
+        decided = np.where(np.isnan(column), np.nan, column >= threshold)
+        table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
+        table[f"{label}_threshold"] = threshold
+    table["warning"] = [warnings.get(eid, "") for eid in found.eids]
+    for i in np.flatnonzero((blank & learnt).any(axis=1) & ~lost):
+        missing = [label for label, no in zip(model.labels, blank[i] & learnt, strict=True) if no]
+        table["warning"][i] = "; ".join(
+            filter(None, (table["warning"][i], f"no number for {', '.join(missing)}"))
+        )
+    return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
 def cmd_embed(typed):
@@ -2132,8 +2143,7 @@ def make_map(files, rows, model, settings):
         print(shift)
     by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
     path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
-    with atomic_path(path.with_name(path.name + ".csv")) as temporary:
-        points.to_csv(temporary, index=False)
+    write_table(points, path.with_name(path.name + ".csv"))
     unit = f" [{model.units[column]}]" if column in model.units else ""
     plot_map(points, axes, column + unit, shift, path)
     print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
@@ -2257,8 +2267,7 @@ def cmd_explain(typed):
     suffix = "" if settings.explain_mode == "pred" else f".mode-{settings.explain_mode}"
     video_name = f"explanation_{settings.dataset}{suffix}.csv"
     for name, frame in ((video_name, videos), (top_name, tops)):
-        with atomic_path(model.folder / name) as temporary:
-            pd.DataFrame(frame).to_csv(temporary, index=False)
+        write_table(pd.DataFrame(frame), model.folder / name)
         print(f"wrote {model.folder / name}")
 
 

@@ -1,19 +1,52 @@
-"""Files: written whole or not at all, their digests, and seeds derived from text."""
+"""Files: written whole or not at all, tables, journals of long work, locks, digests."""
 
+import base64
+import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
+import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+
+from common.console import UserError
+
+# ---------------------------------------------------------------------------------- atomic writing
+
+TEMPORARY = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.\w+)?")
+ABANDONED = 7 * 86400  # seconds after which a temporary file of another machine is nobody's
+
+
+def machine():
+    """Eight digits that tell apart machines, and containers on them: where a pid means something.
+
+    A digest, so that no machine's name stands in a folder that is shared.
+    """
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        namespace = ""
+    return hashlib.sha256(f"{socket.gethostname()}|{namespace}".encode()).hexdigest()[:8]
 
 
 @contextmanager
 def atomic_path(path):
-    """A temporary path to write; it becomes `path` when the block ends, and vanishes on error."""
+    """A temporary path to write; it becomes `path` when the block ends, and vanishes on error.
+
+    Raises IsADirectoryError, before anything is written, where `path` is a folder.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(21, "Is a directory, not a file to write", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, since writers choose a format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    own = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    # The suffix stays, since writers choose a format by it; the stem is cut to what a name may be.
+    temporary = path.with_name(f".{path.stem[:50]}.{own}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as f:
@@ -21,6 +54,224 @@ def atomic_path(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder):
+    """Delete temporary files of `atomic_path` in a folder whose writers were killed.
+
+    Those of processes that live, here or on another machine, stay.
+    """
+    for path in Path(folder).glob(".*.tmp*"):
+        if not (match := TEMPORARY.fullmatch(path.name)):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+            if match["place"] == machine():
+                left = not is_alive(int(match["pid"]))
+            else:
+                left = time.time() - path.stat().st_mtime > ABANDONED
+            if left:
+                path.unlink()
+
+
+def is_alive(pid):
+    """Whether a process of this machine runs; True where one cannot ask."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def output_path(text, option):
+    """A file name that was typed -> Path. UserError, before any work, where it is a folder."""
+    path = Path(text)
+    if path.is_dir() or text.endswith(("/", os.sep)):
+        raise UserError(f"{option} {text} is a folder; name the file to write in it")
+    return path
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+FORMULA = re.compile(r"'*[=+\-@\t\r\n]")  # how a cell begins that a spreadsheet would run
+
+
+def quoted(text):
+    """Text with an apostrophe before it where a spreadsheet would take it for a formula (OWASP).
+
+    Text that is a number stays as it is. `unquoted` takes back what this does.
+    """
+    if not isinstance(text, str) or not FORMULA.match(text) or is_number(text):
+        return text
+    return "'" + text
+
+
+def unquoted(text):
+    """The text that `quoted` made `text` of."""
+    if isinstance(text, str) and text.startswith("'") and FORMULA.match(text):
+        return text[1:]
+    return text
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text == text.strip()
+
+
+def write_table(frame, path, digits=6):
+    """Write a DataFrame (with its index, if that has a name) as CSV: whole or not at all, UTF-8.
+
+    Numbers have so many significant digits; cells that a spreadsheet would run are `quoted`.
+    """
+    frame = frame if frame.index.name is None else frame.reset_index()
+    frame = frame.rename(columns=quoted)
+    text = frame.select_dtypes(exclude=["number", "bool"]).map(quoted)
+    odd = text.map(lambda cell: isinstance(cell, str) and "\r" in cell).to_numpy().any()
+    with atomic_path(path) as temporary:
+        frame.assign(**text).to_csv(
+            temporary,
+            index=False,
+            float_format=f"%.{digits}g",
+            encoding="utf-8",
+            lineterminator="\r\n" if odd else "\n",  # csv quotes what is in its line end
+        )
+
+
+# ----------------------------------------------------------------------------------------- journals
+
+
+class Journal:
+    """The finished units of a long piece of work, a line each, so that a stopped run goes on.
+
+    The first line says what the work is: a file of other work is begun anew, as is one in which
+    a line is damaged, repeated or missing (each line holds its number and a digest of itself and
+    of all before it). A last line that broke off is dropped. Units are JSON; arrays in them come
+    back as arrays, to the bit.
+    """
+
+    def __init__(self, path, work, what="units"):
+        """work: a dict that says all that the results depend on; what: the units, for a person."""
+        self.path, self.n = Path(path), 0
+        self.chain = digest_of("", encode(work))
+        header = json.dumps({"work": json.loads(encode(work)), "sha256": self.chain})
+        end, fault = self.scan(header)
+        if fault:
+            print(f"{self.path.name} {fault}: the work is begun anew")
+        elif self.n:
+            print(f"going on after {self.n} {what} done before")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as f:
+            f.truncate(end)
+            if not end:
+                f.write(header.encode() + b"\n")
+
+    def scan(self, header):
+        """(bytes up to the last good line, what is wrong with the file or '')."""
+        if not self.path.is_file():
+            return 0, ""
+        with open(self.path, "rb") as f:
+            first = f.readline()
+            if first != header.encode() + b"\n":
+                return 0, "is of other work" if first.endswith(b"\n") else ""
+            end, start = f.tell(), self.chain
+            for line in f:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    chain, n, unit = json.loads(line)
+                    good = n == self.n and chain == digest_of(self.chain, f"{n} {unit}")
+                except (ValueError, TypeError):
+                    good = False
+                if not good:
+                    self.n, self.chain = 0, start
+                    return 0, "is damaged"
+                self.n, self.chain, end = n + 1, chain, f.tell()
+        return end, ""
+
+    def add(self, unit):
+        """Append a finished unit."""
+        text = encode(unit)
+        self.chain = digest_of(self.chain, f"{self.n} {text}")
+        line = json.dumps([self.chain, self.n, text]) + "\n"
+        with open(self.path, "a") as f:
+            f.write(line)
+        self.n += 1
+
+    def __iter__(self):
+        """The finished units, read from the file one by one."""
+        with open(self.path) as f:
+            f.readline()
+            for _ in range(self.n):
+                yield json.loads(json.loads(f.readline())[2], object_hook=decode_array)
+
+    def delete(self):
+        """The work is done and its result written."""
+        self.path.unlink(missing_ok=True)
+
+
+def digest_of(before, text):
+    return hashlib.sha256(f"{before}\n{text}".encode()).hexdigest()
+
+
+def encode(thing):
+    return json.dumps(thing, default=encode_array)
+
+
+def encode_array(array):
+    if isinstance(array, np.generic):
+        return array.item()
+    text = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"array": text, "dtype": array.dtype.str, "shape": array.shape}
+
+
+def decode_array(entry):
+    if set(entry) != {"array", "dtype", "shape"}:
+        return entry
+    numbers = np.frombuffer(base64.b64decode(entry["array"]), np.dtype(entry["dtype"]))
+    return numbers.reshape(entry["shape"]).copy()
+
+
+# -------------------------------------------------------------------------------------------- locks
+
+
+@contextmanager
+def lock(path, timeout=-1):
+    """Hold the lock of a path for the block: one process of those that share the file system.
+
+    The lock is a file beside it, <name>.lock, which the system frees when its process ends; where
+    the file system has no locks, the file's existence is the lock. timeout: seconds to wait,
+    -1 for ever. Raises UserError when the time is up.
+    """
+    import filelock
+
+    path = Path(path)
+    file = path.with_name(path.name + ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for kind in (filelock.FileLock, filelock.SoftFileLock):
+        held = kind(file)
+        try:
+            held.acquire(timeout=timeout)
+            break
+        except NotImplementedError:  # a system or a disk without locks
+            continue
+        except filelock.Timeout as error:
+            raise UserError(
+                f"another process is at work on {path}; wait until it is done (if there is none, "
+                f"delete {file.name})"
+            ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+# ---------------------------------------------------------------------------------- digests, seeds
 
 
 def sha256_file(path):

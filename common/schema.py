@@ -287,7 +287,8 @@ def check_name(name, what):
 
 def reserved(labels):
     """A label that one of our own columns is called, or ''."""
-    own = {"pid", "eid", "n_videos", "n_clips", "warning", *(f"{x}_decision" for x in labels)}
+    own = {"pid", "eid", "n_videos", "n_clips", "warning"}
+    own |= {f"{x}_{what}" for x in labels for what in ("decision", "threshold")}
     return next((label for label in labels if label in own), "")
 
 

@@ -56,13 +56,13 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     metrics = pd.read_csv(folder / "metrics_test_site.csv").iloc[0]
     truth, probability = saved["finding_Correct"], saved["finding_Predict"]
     assert probability.between(0, 1).all()
-    assert metrics["auroc"] == pytest.approx(roc_auc_score(truth, probability))
+    assert metrics["auroc"] == pytest.approx(roc_auc_score(truth, probability), rel=1e-5)
     assert metrics["n"] == len(saved) and metrics["auroc"] > 0.8
     assert (folder / "roc_curves_test_site.pdf").stat().st_size > 1000
 
     assert cli("predict", "--model-name", "defect")[0] == 0
     predicted = pd.read_csv(folder / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
-    columns = ["n_videos", "n_clips", "finding", "finding_decision", "warning"]
+    columns = ["n_videos", "n_clips", "finding", "finding_decision", "finding_threshold", "warning"]
     assert list(predicted) == columns and len(predicted) == 60
     np.testing.assert_allclose(predicted.loc[saved["Echo_ID"], "finding"], probability, rtol=1e-5)
     assert (predicted["n_clips"] == 4 * predicted["n_videos"]).all()
@@ -102,7 +102,7 @@ def test_regression_in_physical_units(cohort, cli):
     folder = cohort / "trained_models" / "sizes"
     saved = pd.read_csv(folder / "saveout_all_site.csv")
     labels = pd.read_csv("labels.csv").set_index("eid").loc[saved["Echo_ID"], "size"]
-    np.testing.assert_allclose(saved["size_Correct"], labels)  # explain and evaluate keep them so
+    np.testing.assert_allclose(saved["size_Correct"], labels, rtol=1e-5)  # not scaled
     metrics = pd.read_csv(folder / "metrics_all_site.csv").iloc[0]
     error = (saved["size_Predict"] - saved["size_Correct"]).abs()
     assert metrics["median_absolute_error"] == pytest.approx(error.median())
@@ -111,7 +111,7 @@ def test_regression_in_physical_units(cohort, cli):
     assert cli("explain", "--explain_mode", "loss", "--sample_limit", "2")[0] == 0
     tops = pd.read_csv(folder / "explanation_test_site.explain_n-5.mode-loss.csv")
     truth = pd.read_csv("labels.csv").set_index("eid").loc[tops["echo_id"], "size"]
-    np.testing.assert_allclose(tops["y_true"], truth)
+    np.testing.assert_allclose(tops["y_true"], truth, rtol=1e-5)
 
 
 def test_resume_equals_an_uninterrupted_run(cohort, cli):
@@ -414,7 +414,7 @@ def test_wrong_width_and_unwritable_output(cohort, cli):
     status, out, _ = cli("predict")
     assert status == 0 and "expected (clips, 768)" in out
     status, _, err = cli("predict", "--out", cohort / "emb")
-    assert status == 1 and "Is a directory" in err and err.count("\n") == 1
+    assert status == 1 and "is a folder; name the file" in err and err.count("\n") == 1
 
 
 def test_malicious_checkpoint_is_refused(cohort, cli):

@@ -42,7 +42,7 @@ def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
     status, _, err = cli("predict", "--out", "parts.csv")
     assert status == 130 and "goes on from here" in err and not Path("parts.csv").exists()
     status, out, err = cli("predict", "--out", "parts.csv")
-    assert status == 0 and "studies predicted before" in out, err
+    assert status == 0 and "going on after 5 windows of 8 studies done before" in out, err
     assert 60 < len(asked) < 90
     assert Path("whole.csv").read_bytes() == Path("parts.csv").read_bytes()
     assert not list(Path(".").glob(".*journal"))
@@ -51,7 +51,74 @@ def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
 def test_another_models_journal_is_not_used(trained, cli, monkeypatch):
     Path(".p.csv.journal").write_text('{"model": "another"}\n{"eids": ["1000"]}\n')
     status, out, _ = cli("predict", "--out", "p.csv")
-    assert status == 0 and "predicted before" not in out and len(table("p.csv")) == 60
+    assert status == 0 and "is of other work" in out and len(table("p.csv")) == 60
+
+
+def test_a_changed_digit_in_the_journal_is_noticed(trained, cli, monkeypatch):
+    """The work is begun anew, with one line said, and the table is right."""
+    monkeypatch.setattr(ef, "WINDOW", 8)
+    assert cli("predict", "--out", "whole.csv")[0] == 0
+    write = ef.write_table
+
+    def fails(frame, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ef, "write_table", fails)
+        assert cli("predict", "--out", "p.csv")[0] == 130
+    assert write is ef.write_table
+    journal = Path(".p.csv.journal")
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 9
+    at = lines[3].index("eids") + 12
+    assert lines[3][at].isdigit()
+    lines[3] = lines[3][:at] + str((int(lines[3][at]) + 1) % 10) + lines[3][at + 1 :]
+    journal.write_text("".join(lines))
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and out.count("is damaged: the work is begun anew") == 1
+    assert Path("whole.csv").read_bytes() == Path("p.csv").read_bytes() and not journal.exists()
+
+
+def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
+    """A study whose answer is no number is left out with the reason; no decision is made of it."""
+    read = ef.EmbeddingFolder.read
+
+    def poisoned(self, eid, rng=None):
+        bag = read(self, eid, rng)
+        if eid == "1003":
+            bag.embeddings[0, 0, 0] = np.nan
+        return bag
+
+    monkeypatch.setattr(ef.EmbeddingFolder, "read", poisoned)
+    status, out, _ = cli("predict", "--out", "p.csv")
+    assert status == 0 and "1003: the model gives no number" in out
+    assert "1003" not in table("p.csv").index and len(table("p.csv")) == 59
+    assert pd.read_csv("p_left_out.csv", dtype=str)["eid"].tolist() == ["1003"]
+
+
+def test_one_answer_that_is_no_number_is_blank_with_a_warning():
+    net = ef.StudyModel(2)
+    made_with = {"thresholds": {"a": 0.5, "b": 0.4}}
+    model = ef.LoadedModel(Path("m"), net, "t", ["a", "b"], "binary", None, made_with, {})
+    found = ef.Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
+    rows, left_out = ef.prediction_table(model, found, {"x": "odd"})
+    assert left_out == {} and rows["warning"].tolist() == ["odd; no number for b", ""]
+    assert rows["b_decision"].isna().tolist() == [True, False] and rows["b_decision"][1] == 1
+    assert rows["a_decision"].tolist() == [1, 0] and (rows["b_threshold"] == 0.4).all()
+
+
+def test_out_that_is_a_folder(trained, cli, monkeypatch):
+    """Said before anything is computed."""
+    monkeypatch.setattr(ef, "start_with_model", lambda *_: pytest.fail("too late"))
+    for out in (".", "emb", "new/"):
+        status, _, err = cli("predict", "--out", out)
+        assert status == 1 and f"--out {out} is a folder; name the file" in err
+
+
+def test_formulas_in_study_names_are_quoted(trained, cli):
+    os.rename("emb/1000.hdf5", "emb/=1+1.hdf5")
+    assert cli("predict", "--out", "p.csv")[0] == 0
+    assert "'=1+1" in table("p.csv").index and "=1+1" not in table("p.csv").index
 
 
 def test_decisions_at_the_threshold_of_the_validation_fold(trained, cli):
@@ -65,6 +132,7 @@ def test_decisions_at_the_threshold_of_the_validation_fold(trained, cli):
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str).set_index("eid")["fold"]
     truth = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
     val = split.index[split == "val"]
+    assert predicted["finding_threshold"].unique() == pytest.approx([threshold], rel=1e-5)
     y, p = truth[val].to_numpy(), predicted.loc[val, "finding"].to_numpy(float)
 
     def youden(cut):

@@ -1,0 +1,250 @@
+"""Files: atomic writes among many processes, tables that spreadsheets open, journals, locks."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from common import files
+from common.console import UserError
+
+# ---------------------------------------------------------------------------------- atomic writing
+
+
+def test_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "table.csv"
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists() and temporary.suffix == ".csv"
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(path.parent) == ["table.csv"]
+    with pytest.raises(IsADirectoryError), files.atomic_path(path.parent):
+        raise AssertionError("a folder is refused before anything is computed")
+
+
+def test_writers_of_one_file_do_not_share_a_temporary(tmp_path, monkeypatch):
+    """Nor do processes of one number on two machines, or a name of the longest length."""
+    path = tmp_path / ("x" * 250 + ".csv")
+    with files.atomic_path(path) as a, files.atomic_path(path) as b:
+        names = {a.name, b.name}
+        monkeypatch.setattr(files.socket, "gethostname", lambda: "another")
+        with files.atomic_path(path) as c:
+            places = {re.split(r"[.-]", x.name)[-5] for x in (a, b, c)}
+            for x in (a, b, c):
+                x.write_text("1")
+    assert len(names) == 2 and len(places) == 2 and "another" not in c.name
+
+
+def test_leftovers_of_the_dead_alone_are_deleted(tmp_path):
+    """What a living process writes, here or elsewhere, and what is nobody's temporary, stays."""
+    code = """
+import sys, time
+from common.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print(temporary.name, flush=True)
+    time.sleep(600)
+"""
+    names, processes = [], []
+    for name in ("dead.pt", "alive.pt"):
+        line = [sys.executable, "-c", code, str(tmp_path / name)]
+        processes.append(subprocess.Popen(line, stdout=subprocess.PIPE, cwd=ROOT, text=True))
+        names.append(processes[-1].stdout.readline().strip())
+    processes[0].send_signal(signal.SIGKILL)
+    processes[0].wait()
+    try:
+        elsewhere = re.sub(r"\.[0-9a-f]{8}-", ".00000000-", names[0])
+        for other in (elsewhere, ".mine.tmp.pt", ".x.1234.tmp.csv"):
+            (tmp_path / other).write_text("")
+        files.clear_leftovers(tmp_path)
+        left = {elsewhere, ".mine.tmp.pt", ".x.1234.tmp.csv", names[1]}
+        assert set(os.listdir(tmp_path)) == left
+        os.utime(tmp_path / elsewhere, (1, 1))
+        files.clear_leftovers(tmp_path)
+        assert set(os.listdir(tmp_path)) == left - {elsewhere}
+    finally:
+        processes[1].kill()
+        processes[1].communicate()
+        processes[0].stdout.close()
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+EVIL = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''-x", "-", "\n="]
+FINE = ["-5", "+3.5", "-1e-3", "a=b", "", "plain", "'quoted'", "ünï", "1,5", "a\nb"]
+
+
+def test_formulas_are_quoted_and_come_back(tmp_path):
+    frame = pd.DataFrame({"eid": EVIL + FINE, "=x": [1.0] * len(EVIL + FINE)}).set_index("eid")
+    files.write_table(frame, tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as f:
+        rows = list(csv.reader(f))
+    assert rows[0] == ["eid", "'=x"]
+    cells = [row[0] for row in rows[1:]]
+    assert all(cell.startswith("'") for cell in cells[: len(EVIL)])
+    assert cells[len(EVIL) :] == FINE
+    assert [files.unquoted(cell) for cell in cells] == EVIL + FINE
+    assert len(set(cells)) == len(cells)
+
+
+def test_numbers_have_six_digits(tmp_path):
+    frame = pd.DataFrame({"p": [1 / 3, -2e-7 / 3, np.nan, -np.inf], "n": [12345678, 1, 2, -3]})
+    files.write_table(frame, tmp_path / "t.csv")
+    text = (tmp_path / "t.csv").read_text()
+    assert text == "p,n\n0.333333,12345678\n-6.66667e-08,1\n,2\n-inf,-3\n"
+
+
+# ----------------------------------------------------------------------------------------- journals
+
+WORK = {"model": "a" * 64, "precision": "fp32"}
+UNITS = [
+    {"eids": ["a"], "logits": np.array([[0.1, np.nan]], np.float32)},
+    {"eids": ["b", "ü"], "logits": np.float32([[1e-30, np.inf], [0.3, 2]]), "n": 3},
+    {"eids": [], "logits": np.zeros((0, 2))},
+]
+
+
+def started(path, n=3):
+    journal = files.Journal(path, WORK)
+    for unit in UNITS[:n]:
+        journal.add(unit)
+    return journal
+
+
+def same(a, b):
+    arrays = zip(a, b, strict=True)
+    return all(
+        x["eids"] == y["eids"] and x["logits"].tobytes() == y["logits"].tobytes() for x, y in arrays
+    )
+
+
+def test_a_journal_gives_back_what_it_was_given(tmp_path, capsys):
+    path = tmp_path / "x" / ".j"
+    journal = started(path, 2)
+    assert same(journal, UNITS[:2])
+    again = files.Journal(path, WORK, "studies")
+    assert again.n == 2 and same(again, UNITS[:2])
+    assert capsys.readouterr().out == "going on after 2 studies done before\n"
+    again.add(UNITS[2])
+    assert same(files.Journal(path, WORK), UNITS)
+    again.delete()
+    assert not path.exists() and files.Journal(path, WORK).n == 0
+
+
+def test_a_last_line_that_broke_off_is_dropped(tmp_path, capsys):
+    whole = started(tmp_path / ".j").path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path = tmp_path / ".cut"
+        path.write_bytes(whole[:cut])
+        journal = files.Journal(path, WORK)
+        n = max(0, sum(cut >= end for end in ends) - 1)
+        assert journal.n == n and same(journal, UNITS[:n])
+        for unit in UNITS[n:]:
+            journal.add(unit)
+        assert path.read_bytes() == whole
+    assert "anew" not in capsys.readouterr().out
+
+
+def changed_digit(lines):
+    lines[2] = re.sub(r"(n\W+)3", r"\g<1>4", lines[2])
+
+
+def changed_array(lines):
+    lines[1] = lines[1].replace("zczMPQ", "zczMPA")  # the base64 of 0.1
+
+
+def nan(lines):
+    lines[2] = re.sub(r"(n\W+)3", r"\1NaN", lines[2])
+
+
+def renumbered(lines):
+    chain, n, unit = json.loads(lines[3])
+    lines[3] = json.dumps([chain, n + 1, unit]) + "\n"
+
+
+FAULTS = {
+    "a changed digit": changed_digit,
+    "a changed number of an array": changed_array,
+    "NaN": nan,
+    "another count": renumbered,
+    "a line twice": lambda lines: lines.insert(2, lines[1]),
+    "the last line twice": lambda lines: lines.append(lines[-1]),
+    "a line missing": lambda lines: lines.pop(1),
+    "lines swapped": lambda lines: lines.insert(1, lines.pop(2)),
+    "a line of nothing": lambda lines: lines.insert(2, "\n"),
+    "no JSON": lambda lines: lines.insert(2, "ÿ{\n"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_journal_is_begun_anew(tmp_path, capsys, fault):
+    path = started(tmp_path / ".j").path
+    lines = path.read_text().splitlines(keepends=True)
+    before = list(lines)
+    FAULTS[fault](lines)
+    assert lines != before
+    path.write_text("".join(lines))
+    journal = files.Journal(path, WORK)
+    assert journal.n == 0 and list(journal) == []
+    assert capsys.readouterr().out == ".j is damaged: the work is begun anew\n"
+    for unit in UNITS:
+        journal.add(unit)
+    assert path.read_text() == "".join(before)
+
+
+def test_a_journal_of_other_work_is_not_used(tmp_path, capsys):
+    path = started(tmp_path / ".j").path
+    assert files.Journal(path, WORK | {"precision": "bf16"}).n == 0
+    assert "is of other work" in capsys.readouterr().out
+    assert files.Journal(path, WORK).n == 0  # the old units are gone
+
+
+# ------------------------------------------------------------------------------------------- locks
+
+HOLD = """
+import sys, time
+from common.files import lock
+if sys.argv[2] == "soft":
+    import filelock
+    class NoLocks(filelock.FileLock):
+        def _acquire(self):
+            raise NotImplementedError
+    filelock.FileLock = NoLocks
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["system", "soft"])
+def test_one_process_holds_a_lock(tmp_path, kind, monkeypatch):
+    """With the system's locks, and where there are none (no fcntl, a disk without)."""
+    path = tmp_path / "panecho.pt"
+    line = [sys.executable, "-c", HOLD, str(path), kind]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        if kind == "soft":
+            import filelock
+
+            monkeypatch.setattr(filelock, "FileLock", filelock.SoftFileLock)
+        busy = pytest.raises(UserError, match=r"another process is at work on .*panecho\.pt")
+        with busy, files.lock(path, timeout=0.1):
+            pass
+        process.stdin.close()
+        process.wait()
+    with files.lock(path, timeout=5):
+        pass
+    assert Path(path).exists() is False
