@@ -121,10 +121,10 @@ def main():
 def measure_decode(paths, n, device, rows, ratios):
     """Decode and transform, of each container; DICOM has no published reader."""
     for path in paths:
-        ours = timed(lambda p=path: video.read_clips(p, "k", SAMPLING), "cpu", 3)
+        ours = timed(lambda p=path: video.read_clips(p, SAMPLING), "cpu", 3)
         row = {"what": f"decode {path.suffix}", "n": n, "seconds": ours, "frames/s": n / ours}
         if path.suffix != ".dcm":
-            starts = video.read_clips(path, "k", SAMPLING)[0].starts
+            starts = video.read_clips(path, SAMPLING)[0].starts
             row["published"] = timed(lambda p=path, s=starts: published_decode(p, s), "cpu")
             key = f"decode_{n}" if path.suffix == ".avi" else f"decode_{path.suffix[1:]}_{n}"
             row["ratio"] = ratios[key] = row["published"] / ours
@@ -134,7 +134,7 @@ def measure_decode(paths, n, device, rows, ratios):
 def measure_encode(path, n, backbone, encoders, device, repeats, rows, ratios):
     """Encode, and the whole (decode and encode), against the published way; ours first, so that
     the peak memory of each is its own."""
-    clips = video.read_clips(path, "k", SAMPLING)[0]
+    clips = video.read_clips(path, SAMPLING)[0]
     images = len(extract.distinct_images(clips.index)[0])
     decode = next(r for r in rows if r["what"] == "decode .avi" and r["n"] == n)
     found, taken = {}, []

@@ -77,7 +77,7 @@ class DecoderProcess:
     def __init__(self):
         self.process = None
 
-    def __call__(self, path, key, sampling):
+    def __call__(self, path, sampling):
         """(list of Clips, or the VideoError that says why there are none; seconds it took)."""
         if self.process is None:
             self.process = subprocess.Popen(
@@ -90,7 +90,7 @@ class DecoderProcess:
         timer = threading.Timer(DECODE_SECONDS, lambda: (timed_out.set(), process.kill()))
         timer.start()
         try:
-            pickle.dump((path, key, sampling), process.stdin)
+            pickle.dump((path, sampling), process.stdin)
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -120,7 +120,7 @@ def decode(jobs, sampling, workers):
         study, video = job
         decoder = idle.pop()
         try:
-            return decoder(study.folder / video, f"{study.name}/{video}", sampling)
+            return decoder(study.folder / video, sampling)
         finally:
             idle.append(decoder)
 
@@ -434,6 +434,7 @@ def attributes_of(settings, digest):
         "n_clips": sampling.n_clips,
         "size": sampling.size,
         "seed": sampling.seed,
+        "starts": sampling.starts,
         "sampling": PUBLISHED_SAMPLING,
         "mask": sampling.mask,
         "augment": sampling.augment,
@@ -507,6 +508,13 @@ def add_options(parser):
     option("--clip_len", type=int, default=s.clip_len, help="frames a clip")
     option("--size", type=int, default=s.size, help="pixels a side that the encoder sees")
     option("--sampling_seed", type=int, default=s.seed, help="seed of the random clip starts")
+    option(
+        "--starts",
+        default=s.starts,
+        choices=("modulo", "independent"),
+        help="how a video's clip starts are drawn: from one residue class modulo 3, which halves "
+        "the encoder's work, or each by itself as published",
+    )
     option("--image_batch", type=int, default=d.image_batch, help="images a batch; 0: by device")
     option("--workers", type=int, default=d.workers, help="decoder processes; 0: by cores")
     option(
@@ -529,6 +537,7 @@ def settings_from(typed):
         clip_len=typed["clip_len"],
         size=typed["size"],
         seed=typed["sampling_seed"],
+        starts=typed["starts"],
         mask=typed["mask"],
         augment=typed.get("augment", 0),
     )

@@ -332,12 +332,20 @@ def central(image, size=224):
     return image[edge : edge + size, edge : edge + size]
 
 
-def clip_starts(n_frames, n_clips, clip_len, seed, key):
-    """Random clip starts, int64 (n_clips,), uniform over 0..n_frames - clip_len.
+def clip_starts(n_frames, n_clips, clip_len, seed, key, how="modulo"):
+    """Random clip starts, int64 (n_clips,), each alike over 0..n_frames - clip_len.
 
-    Seeded by `seed` and the video's `key` ("study/path") alone: neither order nor worker matters.
+    how: 'independent' draws, or 'modulo': all from the starts of one residue class, those whose
+    first frames (see `clip_frames`) agree modulo 3, since such clips share most of their images
+    (see `panecho.clip_planes`). The class is that of a start drawn from all, so that each start
+    stays as likely; only the draws of one video are no longer independent of each other.
+    Seeded by `seed` and the text `key` alone: neither order nor worker matters.
     """
-    return seeded(seed, key).integers(0, max(0, n_frames - clip_len) + 1, size=n_clips)
+    rng, starts = seeded(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
+    if how == "modulo":
+        residues = first_frames(starts) % 3
+        starts = starts[residues == rng.choice(residues)]
+    return rng.choice(starts, size=n_clips)
 
 
 def seeded(seed, key):
@@ -346,14 +354,18 @@ def seeded(seed, key):
     return np.random.default_rng([seed, *words.tolist()])
 
 
+def first_frames(starts):
+    """The frame that a clip begins with: the published reader seeks to start - 1."""
+    return np.maximum(np.asarray(starts) - 1, 0)  # as the released models were trained
+
+
 def clip_frames(starts, n_frames, clip_len):
     """Frame numbers of each clip, int64 (n_clips, clip_len), as the published reader takes them.
 
-    It seeks to start - 1, so a start s reads s - 1 .. s + clip_len - 2 (0 .. clip_len - 1 for
-    s = 0), and repeats the last frame of a video that is too short.
+    A start s reads s - 1 .. s + clip_len - 2 (0 .. clip_len - 1 for s = 0); the last frame of a
+    video that is too short is repeated.
     """
-    first = np.maximum(np.asarray(starts) - 1, 0)  # as the released models were trained
-    return np.minimum(first[:, None] + np.arange(clip_len), n_frames - 1)
+    return np.minimum(first_frames(starts)[:, None] + np.arange(clip_len), n_frames - 1)
 
 
 @dataclass
@@ -364,6 +376,7 @@ class Sampling:
     clip_len: int = 16  # frames
     size: int = 224  # pixels, square
     seed: int = 0
+    starts: str = "modulo"  # or 'independent', see clip_starts
     mask: str = "none"  # 'sector' blacks out what lies outside the ultrasound sector
     augment: int = 0  # randomly transformed copies beside the plain one
 
@@ -377,13 +390,31 @@ class Clips:
     starts: np.ndarray  # int64 (n_clips,), as drawn
     n_frames: int  # frames in the file
     note: str = ""  # what was read otherwise than the file says
+    content: str = ""  # SHA-256 of the file's bytes, which the draws are seeded by
 
 
-def read_clips(source, key, sampling):
+def content_digest(source):
+    """Hex SHA-256 of a video's bytes; `source` may be a list of files, taken in order."""
+    digest = hashlib.sha256()
+    try:
+        for part in source if isinstance(source, list) else [source]:
+            with open_file(part) as f:
+                while block := f.read(1 << 20):
+                    digest.update(block)
+    except PermissionError as error:
+        raise VideoError("no permission to read it") from error
+    except OSError as error:
+        raise SourceGone(f"cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def read_clips(source, sampling):
     """Decode a video and sample its clips: [plain, transformed copies...]. Raises VideoError.
 
-    Decoding is front to back and once; each frame is resized as it comes, so that memory is
-    that of the small frames.
+    The draws are seeded by the video's bytes, so that an exam gives the same clips under whatever
+    name it lies. A copy's starts are drawn independently: each of its clips is transformed by
+    itself, so that none share an image. Decoding is front to back and once; each frame is resized
+    as it comes, so that memory is that of the small frames.
     """
     notes = []
     frames = [resized(frame, sampling.size) for frame in iter_frames(source, notes)]
@@ -391,22 +422,23 @@ def read_clips(source, key, sampling):
     if sampling.mask == "sector":
         inside = sector_mask(frames, region_boxes(source))
         frames = [frame * inside for frame in frames]
-    n_frames = len(frames)
+    n_frames, content = len(frames), content_digest(source)
 
-    def sample(key):
-        starts = clip_starts(n_frames, sampling.n_clips, sampling.clip_len, sampling.seed, key)
+    def sample(key, how):
+        drawn = (sampling.n_clips, sampling.clip_len, sampling.seed, key, how)
+        starts = clip_starts(n_frames, *drawn)
         return starts, clip_frames(starts, n_frames, sampling.clip_len)
 
-    starts, numbers = sample(key)
+    starts, numbers = sample(content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
     plain = np.stack([central(frames[i], sampling.size) for i in used])
-    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note)]
+    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note, content)]
     for copy in range(1, sampling.augment + 1):
-        starts, numbers = sample(f"{key}#{copy}")
-        rng = seeded(sampling.seed, f"{key}#{copy}#transform")
+        starts, numbers = sample(f"{content}#{copy}", "independent")
+        rng = seeded(sampling.seed, f"{content}#{copy}#transform")
         changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
-        copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note))
+        copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note, content))
     return copies
 
 

@@ -89,7 +89,7 @@ def make_demo(folder, studies):
     print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
     clips = []
     for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
-        sampled, *_ = video.read_clips(path, path.name, video.Sampling(n_clips=1, size=112))
+        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=112))
         frames = torch.from_numpy(sampled.frames[sampled.index[0]])
         clips.append(panecho.normalise(frames.permute(3, 0, 1, 2), torch.arange(3)[:, None]))
     panecho.save_untrained(folder / "untrained.pt", clips)

@@ -38,6 +38,66 @@ def source(tmp_path):
     return tmp_path / "videos"
 
 
+def images_by_hand(starts, n_frames):
+    """The published clips' images as sets: three successive planes of (channel, frame) each."""
+    images = set()
+    for start in starts:
+        first = start - 1 if start > 0 else 0
+        frames = [min(first + i, n_frames - 1) for i in range(16)]
+        planes = [(channel, frame) for channel in range(3) for frame in frames]
+        images |= {tuple(planes[i : i + 3]) for i in range(0, 48, 3)}
+    return images
+
+
+@pytest.mark.parametrize(
+    "n_frames, modulo, independent", [(40, 48, 111), (80, 92, 169), (150, 142, 205)]
+)
+def test_starts_of_one_class_halve_the_images(n_frames, modulo, independent):
+    """Each start stays as likely, and the images a video are what the closed count says."""
+    n_starts = n_frames - 15
+    for how, expected in (("modulo", modulo), ("independent", independent)):
+        counts, found = np.zeros(n_starts), []
+        for video_number in range(3000):
+            starts = video.clip_starts(n_frames, 16, 16, 0, f"{how} {video_number}", how)
+            counts += np.bincount(starts, minlength=n_starts)
+            if how == "modulo":  # starts 0 and 1 both begin with frame 0
+                assert len({(s - 1 if s else 0) % 3 for s in starts.tolist()}) == 1
+            if video_number < 100:
+                clips = video.clip_frames(starts, n_frames, 16)
+                found.append(len(extract.distinct_images(clips)[0]))
+                assert found[-1] == len(images_by_hand(starts.tolist(), n_frames))
+        assert abs(np.mean(found) - expected) < 4
+        # A start's share of 48,000 draws; draws of a video go together in threes of starts.
+        spread = np.sqrt(48000 / n_starts * (16 * 3 if how == "modulo" else 1) / 1)
+        assert np.abs(counts - 48000 / n_starts).max() < 5 * spread
+
+
+def test_short_videos_have_clips():
+    for how in ("modulo", "independent"):
+        assert set(video.clip_starts(9, 16, 16, 0, "a", how).tolist()) == {0}
+        assert set(video.clip_starts(17, 99, 16, 0, "a", how).tolist()) == {0, 1}
+
+
+def test_an_exam_gives_the_same_numbers_under_any_name(source, tmp_path, cli):
+    """Seeded by the bytes: neither study, name nor neighbours matter; copies likewise."""
+    shutil.copytree(source / "A_1", tmp_path / "other" / "Z" / "deep")
+    (tmp_path / "other/Z/deep/x.dcm").rename(tmp_path / "other/Z/deep/w.dcm")
+    options = (*OPTIONS, "--augment", "1")
+    assert cli(source, "--out", tmp_path / "a", *options, main=extract.main)[0] == 0
+    assert cli(tmp_path / "other", "--out", tmp_path / "b", *options, main=extract.main)[0] == 0
+    with h5py.File(tmp_path / "a/A_1.hdf5") as a, h5py.File(tmp_path / "b/Z.hdf5") as b:
+        assert a.attrs["starts"] == "modulo"
+        here, there = (f["videos"].asstr()[:].tolist() for f in (a, b))
+        order = [there.index(n) for n in ("deep/IM0001", "deep/series/y.dcm", "deep/w.dcm")]
+        assert here == ["IM0001", "series/y.dcm", "x.dcm"]
+        np.testing.assert_array_equal(a["clip_starts"][:], b["clip_starts"][:][order])
+        assert relative_error(b["embeddings"][:][order], a["embeddings"][:]) < 1e-5
+        assert relative_error(b["augmented"][:][:, order], a["augmented"][:]) < 1e-5
+    options = (*OPTIONS, "--starts", "independent")
+    status, _, error = cli(source, "--out", tmp_path / "a", *options, main=extract.main)
+    assert status == 1 and "starts = modulo, not independent" in error
+
+
 def whole_clips(path, starts, size):
     """The published way: every clip read, prepared and encoded by itself."""
     model, _ = panecho.load_panecho("random")
@@ -165,15 +225,15 @@ def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch)
     sampling = video.Sampling(n_clips=1, size=56)
     decoder = extract.DecoderProcess()
     try:
-        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling)[0][0], video.Clips)
+        assert isinstance(decoder(tmp_path / "a.dcm", sampling)[0][0], video.Clips)
         os.kill(decoder.process.pid, signal.SIGKILL)
-        reply, _ = decoder(tmp_path / "a.dcm", "k", sampling)
+        reply, _ = decoder(tmp_path / "a.dcm", sampling)
         assert isinstance(reply, video.VideoError) and "crashed" in str(reply)
-        assert isinstance(decoder(tmp_path / "a.dcm", "k", sampling)[0][0], video.Clips)
+        assert isinstance(decoder(tmp_path / "a.dcm", sampling)[0][0], video.Clips)
 
         os.kill(decoder.process.pid, signal.SIGSTOP)  # as if it hung
         monkeypatch.setattr(extract, "DECODE_SECONDS", 1)
-        reply, _ = decoder(tmp_path / "a.dcm", "k", sampling)
+        reply, _ = decoder(tmp_path / "a.dcm", sampling)
         assert isinstance(reply, video.VideoError) and "no result after 1 s" in str(reply)
     finally:
         decoder.close()
@@ -266,7 +326,10 @@ def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(
         extract.DecoderProcess,
         "__call__",
-        lambda self, path, key, how: (decoded.append(key), work(self, path, key, how))[1],
+        lambda self, path, how: (
+            decoded.append(str(path.relative_to(source))),
+            work(self, path, how),
+        )[1],
     )
 
     def run(*more):

@@ -111,13 +111,13 @@ def test_sampling_is_the_published():
     expected = [range(16), range(16), range(1, 17), range(63, 79)]
     np.testing.assert_array_equal(video.clip_frames([0, 1, 2, 64], 80, 16), expected)
     np.testing.assert_array_equal(video.clip_frames([0], 10, 16)[0], [*range(10)] + [9] * 6)
-    starts = video.clip_starts(80, 4000, 16, seed=0, key="study/video")
+    starts = video.clip_starts(80, 4000, 16, seed=0, key="a", how="independent")
     assert starts.min() == 0 and starts.max() == 64  # 0 .. n - 16, both ends
     assert np.bincount(starts).min() > 20  # uniform: 61 expected each
-    again = video.clip_starts(80, 4000, 16, seed=0, key="study/video")
+    again = video.clip_starts(80, 4000, 16, seed=0, key="a", how="independent")
     np.testing.assert_array_equal(starts, again)
-    assert (starts != video.clip_starts(80, 4000, 16, seed=0, key="study/other")).any()
-    assert (starts != video.clip_starts(80, 4000, 16, seed=1, key="study/video")).any()
+    for seed, key in ((0, "b"), (1, "a")):
+        assert (starts != video.clip_starts(80, 4000, 16, seed, key, "independent")).any()
 
 
 def test_resize_and_crop():
@@ -132,7 +132,7 @@ def test_resize_and_crop():
 def test_read_clips_holds_each_frame_once(tmp_path):
     frames = moving_square()
     write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
-    (clips,) = video.read_clips(tmp_path / "a.dcm", "s/a.dcm", video.Sampling(size=56))
+    (clips,) = video.read_clips(tmp_path / "a.dcm", video.Sampling(size=56))
     assert clips.n_frames == 20 and clips.index.shape == (16, 16) and clips.starts.max() <= 4
     whole = np.stack([video.central(video.resized(f, 56), 56) for f in frames])
     numbers = video.clip_frames(clips.starts, 20, 16)
@@ -262,12 +262,13 @@ def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
     region.RegionLocationMinX0, region.RegionLocationMinY0 = 0, 0
     region.RegionLocationMaxX1, region.RegionLocationMaxY1 = 199, 149
     tags = {"SequenceOfUltrasoundRegions": [region]} if with_regions else {}
-    sampling = {m: video.Sampling(n_clips=2, size=112, mask=m) for m in ("none", "sector")}
+    all_frames = {"n_clips": 99, "starts": "independent"}  # whatever the draws
+    sampling = {m: video.Sampling(size=112, mask=m, **all_frames) for m in ("none", "sector")}
     found = {}
     for name, frames in (("plain", plain), ("named", named)):
         write_dicom(tmp_path / "a.dcm", frames[..., ::-1].copy(), "RGB", **tags)
         for mask, how in sampling.items():
-            found[name, mask] = video.read_clips(tmp_path / "a.dcm", "key", how)[0].frames
+            found[name, mask] = video.read_clips(tmp_path / "a.dcm", how)[0].frames
     assert (found["plain", "none"] != found["named", "none"]).any()
     np.testing.assert_array_equal(found["plain", "sector"], found["named", "sector"])
     kept = (found["named", "sector"] > 0).any((0, 3)).mean()
@@ -299,14 +300,15 @@ def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_reg
                          ("GP DOE", (5, 297)), ("HOSPITAL", (390, 297))):  # fmt: skip
             cv2.putText(frame, text, at, cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1)
     boxes = [(0, 0, W - 1, H - 1)] if with_regions else None
-    sector = video.Sampling(n_clips=2, mask="sector")
+    all_frames = {"n_clips": 99, "starts": "independent"}  # whatever the draws
+    sector = video.Sampling(mask="sector", **all_frames)
     found = []
     for frames in (plain, named):
         phantom.write_dicom(tmp_path / "a.dcm", frames, jpeg=False, regions=boxes)
-        found.append(video.read_clips(tmp_path / "a.dcm", "key", sector)[0].frames)
+        found.append(video.read_clips(tmp_path / "a.dcm", sector)[0].frames)
     np.testing.assert_array_equal(*found)
     phantom.write_dicom(tmp_path / "a.dcm", fan, jpeg=False)
-    truth = video.read_clips(tmp_path / "a.dcm", "key", video.Sampling(n_clips=2))[0].frames
+    truth = video.read_clips(tmp_path / "a.dcm", video.Sampling(**all_frames))[0].frames
     truth, kept = ((frames > 0).any((0, 3)) for frames in (truth, found[1]))
     assert (kept & truth).sum() > 0.95 * truth.sum()
 
@@ -314,8 +316,8 @@ def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_reg
 def test_masking_the_real_cine():
     """Its regions lie outside the image (it was shrunk), so the motion decides."""
     assert video.region_boxes(REAL) == []
-    plain = video.read_clips(REAL, "k", video.Sampling())[0].frames
-    masked = video.read_clips(REAL, "k", video.Sampling(mask="sector"))[0].frames
+    plain = video.read_clips(REAL, video.Sampling())[0].frames
+    masked = video.read_clips(REAL, video.Sampling(mask="sector"))[0].frames
     inside = (masked > 0).any((0, 3))
     np.testing.assert_array_equal(masked[:, inside], plain[:, inside])
     assert 0.3 < inside.mean() < 0.95
@@ -325,14 +327,14 @@ def test_a_still_scene_cannot_be_masked(tmp_path):
     still = np.repeat(moving_square(1), 20, axis=0)
     write_dicom(tmp_path / "a.dcm", still, "RGB")
     with pytest.raises(video.VideoError, match="nothing moves"):
-        video.read_clips(tmp_path / "a.dcm", "k", video.Sampling(mask="sector"))
+        video.read_clips(tmp_path / "a.dcm", video.Sampling(mask="sector"))
 
 
 def test_transformed_copies():
     """Copies differ from the plain clips and each other, and come again from the same seed."""
     sampling = video.Sampling(n_clips=2, size=56, augment=2)
-    copies = video.read_clips(REAL, "k", sampling)
-    again = video.read_clips(REAL, "k", sampling)
+    copies = video.read_clips(REAL, sampling)
+    again = video.read_clips(REAL, sampling)
     assert len(copies) == 3
     for a, b in zip(copies, again, strict=True):
         np.testing.assert_array_equal(a.frames, b.frames)
