@@ -105,7 +105,7 @@ def test_regression_in_physical_units(cohort, cli):
     np.testing.assert_allclose(saved["size_Correct"], labels, rtol=1e-5)  # not scaled
     metrics = pd.read_csv(folder / "metrics_all_site.csv").iloc[0]
     error = (saved["size_Predict"] - saved["size_Correct"]).abs()
-    assert metrics["median_absolute_error"] == pytest.approx(error.median())
+    assert metrics["median_absolute_error"] == pytest.approx(error.median(), rel=1e-4)
     assert metrics["unit"] == "cm" and metrics["r2"] > 0.5
     assert (folder / "scatter_plots_all_site.pdf").exists()
     assert cli("explain", "--explain_mode", "loss", "--sample_limit", "2")[0] == 0
