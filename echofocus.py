@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import __version__, releases
+from common import __version__, checkpoints, releases
 from common.console import (
     Finding,
     Parser,
@@ -765,7 +765,7 @@ def readable(logits, labels, scaling):
 
 def read_checkpoint(path):
     """The dict in a checkpoint file, read without running anything in it. Raises UserError."""
-    saved = releases.load_safely(path)
+    saved = checkpoints.load_safely(path)
     if not isinstance(saved, dict) or not isinstance(saved.get("model_state_dict"), dict):
         hint = "; it is an encoder: give it as --weights" if is_encoder(saved) else ""
         raise UserError(f"{path} is not a checkpoint: it has no model_state_dict{hint}")
@@ -792,7 +792,7 @@ def network_from(state, combine, path):
         kind = "query"
     elif "query_tokens" in state:
         kind, counted = "multiquery", ("query_tokens", 1)
-    shape = releases.describe(state[counted[0]])
+    shape = checkpoints.describe(state[counted[0]])
     n_labels = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
     if not 0 < n_labels <= MOST_LABELS or len(layers) > MOST_LAYERS:
         raise UserError(
@@ -800,7 +800,7 @@ def network_from(state, combine, path):
         )
     with torch.device("meta"):
         net = StudyModel(n_labels, kind, len(layers), combine)
-    releases.load_strictly(net, state, path, "an EchoFocus model")
+    checkpoints.load_strictly(net, state, path, "an EchoFocus model")
     return net, n_labels
 
 
@@ -1057,7 +1057,7 @@ def cmd_inspect(typed):
     settings = Settings(**typed)
     path = find_model_file(settings.source or settings.model_name)
     releases.check_source(path)
-    saved = releases.load_safely(path)
+    saved = checkpoints.load_safely(path)
     if is_encoder(saved):
         about = {"kind": "PanEcho video encoder"} | about_encoder(path)
     else:

@@ -24,16 +24,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.checkpoints import WeightsError, load_safely, load_strictly
+from common.download import fetch
 from common.files import atomic_path, sha256_file
-from common.releases import (
-    SOURCE,
-    WeightsError,
-    check_digest,
-    check_source,
-    fetch,
-    load_safely,
-    load_strictly,
-)
+from common.releases import SOURCE, check_digest, check_source
 from embed import EMBED_DIM
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"

@@ -1,0 +1,195 @@
+"""Damage and deceit in what torch.save wrote: refused in one line, or the very same numbers."""
+
+import random
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_commands import published_model
+
+from common.checkpoints import WeightsError, load_safely
+
+SAVED = {
+    "model_state_dict": {
+        "a": torch.arange(30.0),
+        "b": torch.linspace(0, 1, 12).reshape(3, 4).bfloat16(),
+        "part": torch.arange(30.0)[3:9],
+    },
+    "perf_log": [[1, np.float64(0.5), np.arange(3)]],
+    "echofocus": {"labels": ["x", "y"], "unlearnt": []},
+}
+
+
+def same(a, b):
+    """Whether two things read from checkpoints are equal to the bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "best_checkpoint.pt"
+    torch.save(SAVED, path)
+    return path
+
+
+def refused(path, message=""):
+    with pytest.raises(WeightsError) as refusal:
+        load_safely(path)
+    text = str(refusal.value)
+    assert message in text and path.name in text and text.isprintable(), text
+    return text
+
+
+def test_every_flipped_bit_is_refused_or_harmless(small):
+    """A bit of every fifth byte: headers, pickle, numbers, padding and directory alike."""
+    whole, rng, harmless = small.read_bytes(), random.Random(7), 0
+    assert same(load_safely(small), SAVED)
+    for i in range(rng.randrange(5), len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[i] ^= 1 << rng.randrange(8)
+        small.write_bytes(damaged)
+        try:
+            assert same(load_safely(small), SAVED), f"byte {i}"
+            harmless += 1
+        except WeightsError as error:
+            assert "best_checkpoint.pt" in str(error)
+    assert 0 < harmless < len(whole) / 5 / 2  # what no reader looks at
+
+
+def test_flipped_numbers_of_a_model_are_named(tmp_path):
+    """A published model: torch.load reads each of these files, and other numbers in them."""
+    published_model(tmp_path / "m", 3)
+    path, rng = tmp_path / "m" / "best_checkpoint.pt", random.Random(1)
+    with zipfile.ZipFile(path) as archive:
+        places = [(x.header_offset + 200, x.file_size) for x in archive.infolist()]
+    start, size = max(places, key=lambda place: place[1])
+    for _ in range(8):
+        at = start + rng.randrange(size - 400)
+        with open(path, "rb+") as f:
+            f.seek(at)
+            byte = f.read(1)[0]
+            f.seek(at)
+            f.write(bytes([byte ^ 64]))
+            f.flush()
+            torch.load(path, weights_only=False)
+            assert "do not have their checksum" in refused(path, "download it again")
+            f.seek(at)
+            f.write(bytes([byte]))
+    load_safely(path)
+
+
+@pytest.mark.parametrize("end", [0, 1, 3, 50, 0.5, -1, -23, -99])
+def test_cut_files(small, end):
+    whole = small.read_bytes()
+    small.write_bytes(whole[: int(end * len(whole)) if isinstance(end, float) else end])
+    refused(small)
+
+
+def rebuilt(path, change=lambda name, data: data, more=(), method=zipfile.ZIP_STORED):
+    """The archive written anew, with true checksums, some records changed and some more."""
+    other = path.with_name("rebuilt.pt")
+    with zipfile.ZipFile(path) as a, zipfile.ZipFile(other, "w", method) as b:
+        for info in a.infolist():
+            b.writestr(info.filename, change(info.filename, a.read(info)))
+        for name, data in more:
+            b.writestr(name, data)
+    return other
+
+
+def in_pickle(old, new):
+    def change(name, data):
+        if name.endswith("data.pkl"):
+            assert data.count(old) == 1
+            return data.replace(old, new)
+        return data
+
+    return change
+
+
+def test_zip_tricks(small):
+    """What two readers may read in two ways, each with the checksums in order."""
+    assert same(load_safely(rebuilt(small)), SAVED)
+    refused(rebuilt(small, method=zipfile.ZIP_DEFLATED), "compressed")
+    data = ("best_checkpoint/data/0", bytes(120))
+    with pytest.warns(UserWarning, match="Duplicate"):
+        twice = rebuilt(small, more=[data])
+    refused(twice, "twice")
+    refused(rebuilt(small, more=[(data[0].upper(), data[1])]), "twice")
+
+    whole = rebuilt(small).read_bytes()
+    path = small.with_name("tricked.pt")
+    for changed, message in (
+        (whole + b"x", "its end is missing"),
+        (b"PK\x03\x04" + whole, "not where it should be"),
+        (whole[:-2] + b"\x04\0more", "its end is missing"),
+        (whole[:26] + b"\x01\0" + whole[28:], "not where its directory says"),
+        (whole[:8] + b"\x08\0" + whole[10:], "not where its directory says"),
+        (torch_end(small, 24, 1), "contradicts itself"),
+        (torch_end(small, 48, 1), "contradicts itself"),
+        (torch_end(small, 64, 1), "contradicts itself"),
+    ):
+        path.write_bytes(changed)
+        refused(path, message)
+
+
+def torch_end(path, at, more):
+    """A file of torch's with a number of its last 98 bytes, where 64-bit sizes stand, changed."""
+    whole = path.read_bytes()
+    assert whole[-98:-94] == b"PK\x06\x06"
+    end = bytearray(whole[-98:])
+    (value,) = struct.unpack("<Q", end[at : at + 8])
+    end[at : at + 8] = struct.pack("<Q", value + more)
+    return whole[:-98] + end
+
+
+def test_storages_that_claim_what_they_have_not(small):
+    """Sizes, offsets and strides beyond a tensor's bytes, with the checksums in order."""
+    torch.save({"model_state_dict": {"a": torch.arange(7.0)}}, small)
+    size, geometry = b"K\x07tq\x09Q", b"QK\x00K\x07\x85q\x0aK\x01\x85"
+    huge = b"\x8a\x08" + struct.pack("<q", 10**15)
+    for old, new in (
+        (size, b"K\x08tq\x09Q"),
+        (size, huge + b"tq\x09Q"),
+        (geometry, b"QK\x00" + huge + b"\x85q\x0aK\x01\x85"),
+        (geometry, b"QK\x01K\x07\x85q\x0aK\x01\x85"),
+        (geometry, b"Q" + huge + b"K\x07\x85q\x0aK\x01\x85"),
+        (geometry, b"QJ\xff\xff\xff\xffK\x07\x85q\x0aK\x01\x85"),
+        (geometry, b"QK\x00K\x07\x85q\x0aK\x02\x85"),
+        (geometry, b"QK\x00K\x07\x85q\x0aJ\xff\xff\xff\xff\x85"),
+        (b"torch\nFloatStorage\n", b"torch\nDoubleStorage\n"),
+        (b"torch\nFloatStorage\n", b"torch\nNoStorage\n"),
+    ):
+        refused(rebuilt(small, in_pickle(old, new)))
+
+
+def test_arrays_that_claim_memory(small):
+    """numpy's own pickles begin with an empty array; another shape would be taken at its word."""
+    torch.save({"model_state_dict": {}, "a": np.arange(3)}, small)
+    huge = b"\x8a\x08" + struct.pack("<q", 10**9)
+    refused(rebuilt(small, in_pickle(b"K\x00\x85q", huge + b"\x85q")))
+
+
+def test_old_format_says_that_it_has_no_checksums(small, capsys):
+    torch.save(SAVED, small, _use_new_zipfile_serialization=False)
+    assert same(load_safely(small), SAVED)
+    assert "without checksums" in capsys.readouterr().out
+
+
+def test_nothing_else_is_a_checkpoint(small):
+    for data in (b"", b"PK", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x02" * 999, b"{}"):
+        small.write_bytes(data)
+        refused(small)
+    shutil.copy(small, small.with_name("x.pt"))
+    refused(Path(small.parent, "gone.pt"), "no checkpoint")
