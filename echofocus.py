@@ -1008,7 +1008,7 @@ def is_of_task(folder, task, config):
 
 
 def cmd_download(typed):
-    """Put a released model, or one from a URL, archive, folder or .pt file, into ./trained_models.
+    """Put a released model, or one from a URL, zip, folder or .pt file, into ./trained_models.
 
     It is refused when it cannot be read safely, and its SHA-256 is recorded and checked ever after.
     """

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import re
+import secrets
 import ssl
 import time
 import urllib.error
@@ -11,10 +12,9 @@ import urllib.request
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-import filelock
-
 from common.checkpoints import CHUNK, WeightsError, check_bytes
 from common.console import UserError, printable, progress
+from common.files import lock
 
 
 class NotThere(WeightsError):
@@ -154,22 +154,19 @@ def fetch(url, path, show=True):
 def alone(path):
     """Yields the file to collect a download in, while no other worker collects it.
 
-    Where the disk has no locks, a file of this process's own, which nothing resumes.
+    Where locks fail, a file of this process's own, which nothing resumes.
     """
     part = path.with_name(path.name + ".part")
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"), fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        print(f"no lock on this disk ({printable(error)[:100]}): downloading without")
-        yield path.with_name(f"{path.name}.{os.getpid()}.part")
-        return
-    try:
-        yield part
-    finally:
-        with contextlib.suppress(OSError):  # filelock's waiters look whether theirs is still there
-            os.unlink(lock.lock_file)
-        lock.release()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(path))
+        except OSError as error:
+            print(f"this disk gives no lock ({error.strerror}): downloading without one")
+            part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        try:
+            yield part
+        finally:  # while it is held: whoever waits for it looks whether it is still there
+            path.with_name(path.name + ".lock").unlink(missing_ok=True)
 
 
 def receive(url, f, etag_file, title, show):

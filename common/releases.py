@@ -174,6 +174,10 @@ def releases_of(api):
         if not following:
             break
         url = following[1]
+    for release in found:
+        for asset in release.assets:
+            if split_url(asset.url).scheme != split_url(api).scheme:
+                raise WeightsError(f"release {release.tag} gives {asset.name} an unsafe address")
     return [release for release in found if not release.draft]
 
 
@@ -196,7 +200,7 @@ def find_assets(name, entries):
     for way in (
         lambda release, asset: fits(asset.name),
         lambda release, asset: fits(f"{release.tag} {release.title}") and neutral(asset.name),
-        lambda release, asset: neutral(asset.name),
+        lambda release, asset: neutral(f"{release.tag} {release.title} {asset.name}"),
     ):
         for release in listed:
             there = [asset for asset in release.assets if way(release, asset)]
@@ -223,7 +227,7 @@ def model_assets(name, release, assets):
             f"release {release.tag} has several files that may be {name}; name one: python "
             f"echofocus.py download ADDRESS --model_name {name}{addresses}"
         )
-    model = (best or models)[:1]
+    model = best or models
     if not model or model[0].name.casefold().endswith(".zip"):
         return model
     return model + [asset for asset in assets if table_name(asset.name)]
@@ -335,12 +339,10 @@ def obtain(source, entries, models, fetched):
         print(f"{plain_url(url)} is not there; asking {plain_url(entry['api'])} for its releases")
         try:
             release, assets = find_assets(source, entries)
-        except WeightsError as error:
+        except UserError as error:
             raise WeightsError(f"{error} (releases: {entry.get('page', 'unknown')})") from missing
     names = some([asset.name for asset in assets], len(assets))
     print(f"taking {names} of release {release.tag}")
-    if any(split_url(asset.url).scheme != split_url(entry["api"]).scheme for asset in assets):
-        raise WeightsError(f"release {release.tag} gives {names} at an address that is not safe")
     files = [fetch_asset(asset.url, asset.name, models, fetched) for asset in assets]
     algorithm, _, digest = (assets[0].digest or "").partition(":")
     digests = pinned + ([digest] if algorithm == "sha256" else [])

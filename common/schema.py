@@ -121,7 +121,7 @@ class Settings:
     studies: int = option(100, "phantom studies to make", "demo", least=1)
     source: str = option(
         "",
-        "download: a released model, URL, archive, folder or .pt file; inspect: as --model_name",
+        "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
         "download inspect",
         nargs="?",
     )

@@ -5,11 +5,14 @@ import gzip
 import http.server
 import io
 import json
+import os
 import pickle
 import shutil
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,7 +23,8 @@ from conftest import ROOT, normal, recorded, write_embeddings
 from test_commands import published_model
 
 import echofocus as ef
-from common import checkpoints, releases
+from common import checkpoints, download, releases
+from common.console import UserError
 from common.files import sha256_file
 from common.schema import RECIPES
 from embed import panecho
@@ -198,12 +202,225 @@ def test_what_a_server_may_do(server, cli, asset):
     refused(cli, "EchoFocus_CDH", "did you mean EchoFocus_CHD")
 
 
-def test_a_released_name_that_is_not_there_names_the_release_page(server, cli, monkeypatch):
+@pytest.mark.parametrize("fault", [OSError(37, "No locks available"), None])
+def test_several_workers_fetch_once(server, here, monkeypatch, fault):
+    """Those that start together wait for one; on a disk without locks each goes on alone."""
+    Path("elsewhere/a.pt").write_bytes(bytes(1 << 20))
+
+    def no_lock(path):
+        raise fault
+
+    if fault:
+        monkeypatch.setattr(download, "lock", no_lock)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: download.fetch(f"{server}/a.pt", here / "x" / "a.pt"), range(4)))
+    assert (here / "x" / "a.pt").stat().st_size == 1 << 20
+    assert [p.name for p in (here / "x").iterdir()] == ["a.pt"]
+    assert len(Server.asked) == 1 or fault
+
+
+ODD_ADDRESSES = [
+    "http://[::1/a.zip",
+    "http://h:port/a.zip",
+    "http://h:99999/a.zip",
+    "http://h/ä.zip",
+]
+ODD_ADDRESSES += [
+    "http://u:secret@h h/a.zip?secret",
+    "https://",
+    "http://h/\x1b[2J.zip",
+    "file://x",
+]
+
+
+@pytest.mark.parametrize("address", ODD_ADDRESSES)
+def test_odd_addresses(here, cli, address):
+    status, _, err = cli("download", address)
+    assert status == 1 and err.count("\n") == 1 and "secret" not in err, err
+    assert err.rstrip().isprintable() and left() == []
+    with pytest.raises(UserError):
+        panecho.find_weights("http://" + address.partition("//")[2])
+
+
+def test_odd_sources(here, cli):
+    os.mkfifo("elsewhere/best_checkpoint.pt")
+    refused(cli, "elsewhere/best_checkpoint.pt", "is no file or folder")
+    refused(cli, "elsewhere", "is a link or device")
+    Path("elsewhere", "y" * 200 + ".zip").write_bytes(zip_with("best_checkpoint.pt"))
+    refused(cli, "elsewhere/" + "y" * 200 + ".zip", "cannot name a model folder")
+    refused(cli, "z" * 5000, "cannot name a model folder")
+    refused(cli, "z" * 5000, "File name too long", "--model_name", "z")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", "{", '{"files": 1}', '{"files": {"a": "b"}}']
+)
+def test_a_record_that_cannot_be_used(here, cli, asset, text):
+    assert cli("download", asset)[0] == 0
+    for data in (text.encode(), b"\xff" + text.encode()):
+        Path("trained_models/EchoFocus_CHD/source.json").write_bytes(data)
+        status, _, err = cli("inspect")
+        assert status == 1 and err.count("\n") == 1 and "source.json" in err, err
+        assert "download the model again" in err
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 1}', '{"a": {"url": "x", "x": 2}}'])
+def test_a_registry_that_cannot_be_used(here, cli, monkeypatch, text):
+    Path("registry.json").write_text(text)
+    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
+    refused(cli, "EchoFocus_CHD", "registry.json cannot be used")
+
+
+# ------------------------------------------------------------------------------------------- forge
+
+
+class Forge(Server):
+    """Answers as a forge's API does; `answers`: path and query -> (status, headers, body)."""
+
+    answers: ClassVar = {}
+
+    def do_GET(self):
+        if self.path not in Forge.answers:
+            return super().do_GET()
+        status, headers, body = Forge.answers[self.path]
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+LIST = "/repos/a/b/releases?per_page=100"
+
+
+@pytest.fixture
+def forge(here, monkeypatch, asset):
+    """A forge whose releases are what a test lists; the registry's addresses hold nothing."""
+    Forge.answers, Server.drops = {}, 0
+    handler = functools.partial(Forge, directory=str(here / "elsewhere"))
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{running.server_port}"
     registry = releases.registry()
-    registry["EchoFocus_CHD"]["url"] = f"{server}/gone.zip"
+    for name in ("EchoFocus_CHD", "EchoFocus_Measure"):
+        registry[name] |= {"url": f"{url}/gone.zip", "api": f"{url}/repos/a/b/releases"}
     Path("registry.json").write_text(json.dumps(registry))
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    refused(cli, "EchoFocus_CHD", "https://github.com/cavalab/echofocus/releases")
+    shutil.copy(asset, "elsewhere/chd.zip")
+    shutil.unpack_archive(asset, "elsewhere")
+    yield url
+    running.shutdown()
+
+
+def release(url, tag, *names, **more):
+    """A release as the API shows it, with fields that we do not use. names: asset=file or asset."""
+    assets = []
+    for name, _, path in (text.partition("=") for text in names):
+        address = f"{url}/{path or name}"
+        assets.append({"name": name, "browser_download_url": address, "size": 1, "id": 7})
+    return {"tag_name": tag, "name": None, "draft": False, "assets": assets, "id": 1} | more
+
+
+def test_a_release_is_found_by_its_forge(forge, cli, asset):
+    """On the second page, behind a moved repository; a draft and a candidate are passed over."""
+    other = "EchoFocus_Measure.zip"
+    moved, second = f"{forge}/repositories/1/releases", f"{forge}/repositories/1/releases?page=2"
+    Forge.answers[LIST] = 301, {"Location": moved}, b""
+    Forge.answers["/repositories/1/releases"] = (
+        200,
+        {"Link": f'<{second}>; rel="next", <{second}>; rel="last"'},
+        [
+            release(forge, "v4", "EchoFocus-CHD-v4.zip=gone.zip", draft=True),
+            release(forge, "v3", "EchoFocus-CHD-v3.zip=gone.zip", prerelease=True),
+            release(forge, "v2", other, "notes.pdf", "example_data.zip"),
+        ],
+    )
+    found = release(forge, "v0.1", other, "weights_echofocus-chd.zip=away", "checksums.txt")
+    found["assets"][1]["digest"] = f"sha256:{sha256_file(asset)}"
+    Forge.answers["/repositories/1/releases?page=2"] = 200, {}, [found]
+    Forge.answers["/away"] = 302, {"Location": f"{forge}/chd.zip"}, b""
+    status, out, err = cli("download", "EchoFocus_CHD")
+    assert status == 0, err
+    assert "taking weights_echofocus-chd.zip of release v0.1" in out
+    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
+    assert source["release"] == "v0.1" and source["from"] == f"{forge}/away"
+    assert source["sha256"] == sha256_file(asset) and source["sha256_was_known"]
+    assert source["released"] == "EchoFocus_CHD" and left() == ["EchoFocus_CHD"]
+
+    shutil.rmtree("trained_models")
+    found["assets"][1]["digest"] = "sha256:" + "0" * 64
+    refused(cli, "EchoFocus_CHD", f"SHA-256 is {sha256_file(asset)}, not 0000")
+
+
+def bundle(path):
+    """Both released models in one archive."""
+    published_model(Path("both/EchoFocus_Measure"), 18, recorded("measure_norm.json"))
+    shutil.copytree("elsewhere/EchoFocus_CHD", "both/EchoFocus_CHD")
+    shutil.make_archive(path, "zip", "both")
+
+
+@pytest.mark.parametrize(
+    ("tag", "names"),
+    [
+        ("echofocus-chd-1.0", ["best_checkpoint.pt", "last_checkpoint.pt", "train_args.csv"]),
+        ("v1", ["CHD_best_checkpoint.pt=best_checkpoint.pt", "CHD_train_args.csv=train_args.csv"]),
+        ("v1", ["best_checkpoint.pt", "train_args.csv", "EchoFocus_Measure.zip"]),
+        ("v1", ["models.zip=both.zip", "EchoFocus.pdf"]),
+        ("v1", ["EchoFocus_CHD+Measure.zip=both.zip"]),
+    ],
+)
+def test_loose_files_and_bundles(forge, cli, tag, names):
+    for name in ("best_checkpoint.pt", "train_losses.csv"):
+        shutil.copy(f"elsewhere/EchoFocus_CHD/{name}", "elsewhere")
+    Path("elsewhere/train_args.csv").write_text("task\nchd\n")
+    bundle("elsewhere/both")
+    measure = release(forge, "echofocus-measure-1.1", "best_checkpoint.pt=gone", "train_args.csv")
+    Forge.answers[LIST] = 200, {}, [measure, release(forge, tag, *names)]
+    status, _, err = cli("download", "EchoFocus_CHD")
+    assert status == 0, err
+    files = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())["files"]
+    assert files["best_checkpoint.pt"] == sha256_file("elsewhere/best_checkpoint.pt")
+    assert ("train_args.csv" in files) == any("train_args" in name for name in names)
+    assert left() == ["EchoFocus_CHD"]
+
+
+def test_several_that_fit_are_listed(forge, cli):
+    names = ["EchoFocus_CHD_small.zip=chd.zip", "EchoFocus_CHD_large.zip=chd.zip"]
+    Forge.answers[LIST] = 200, {}, [release(forge, "v1", *names)]
+    status, _, err = cli("download", "EchoFocus_CHD")
+    assert status == 1 and err.count(f"\n  {forge}/chd.zip") == 2 and "name one" in err, err
+    assert left() == []
+    assert cli("download", f"{forge}/chd.zip", "--model_name", "EchoFocus_CHD")[0] == 0
+    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
+    assert source["released"] == "EchoFocus_CHD"
+
+
+RESET = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1900000000"}
+ANSWERS = {
+    "limit": ((403, RESET, b"{}"), " until "),
+    "too many": ((429, {"X-RateLimit-Reset": "soon"}, b""), "rate limit"),
+    "not there": ((404, {}, b""), "is not there (HTTP 404)"),
+    "broken": ((500, {}, b""), "HTTP 500"),
+    "no list": ((200, {}, {"message": "x"}), "cannot be used"),
+    "a page": ((200, {}, b"<html>"), "cannot be used"),
+    "deep": ((200, {}, b"[" * 100_000), "cannot be used"),
+    "not text": ((200, {}, [{"tag_name": "\x1b[2J"}]), "not printable"),
+    "empty": ((200, {}, []), "no release holds"),
+    "tar": ((200, {}, [release("http://h", "v1", "EchoFocus_CHD.tar.gz")]), "EchoFocus_CHD.tar.gz"),
+    "file": ((200, {}, [release("file:///etc", "v1", "chd.zip")]), "an unsafe address"),
+    "for ever": ((200, {"Link": f'<{LIST}>; rel="next"'}, []), "is no http or https address"),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_what_a_forge_may_answer(forge, cli, answer):
+    Forge.answers[LIST], message = ANSWERS[answer]
+    refused(cli, "EchoFocus_CHD", message)
+    status, _, err = cli("download", "EchoFocus_CHD")
+    assert status == 1 and "https://github.com/cavalab/echofocus/releases" in err
+    assert "Traceback" not in err and "\x1b" not in err
 
 
 @pytest.mark.parametrize("form", ["zip", "folder", "file", "url"])
@@ -539,7 +756,7 @@ def test_inspect_and_share_an_own_model(cohort, cli):
     losses = pd.read_csv("trained_models/sizes/train_losses.csv")
     best = losses.loc[losses["val_loss"].idxmin()]
     assert about["history"]["best_epoch"] == best["epochs_trained"]
-    assert about["history"]["best_validation_loss"] == pytest.approx(best["val_loss"])
+    assert about["history"]["best_validation_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
     assert about["labels"][0]["label"] == "size" and about["labels"][0]["unit"] == "cm"
     assert about["settings"]["learning_rate"] == 1e-3 and about["labels_from"] == "its own file"
 
