@@ -39,8 +39,8 @@ def grouped(group, n_groups, weights, rows=None):
 def running_sum(weights, block=32):
     """np.cumsum along the first axis, several times faster on wide rows."""
     n_blocks = -(-len(weights) // block)
-    padded = np.zeros((n_blocks * block, weights.shape[1]), weights.dtype)
-    padded[: len(weights)] = weights
+    padded = np.empty((n_blocks * block, weights.shape[1]), weights.dtype)
+    padded[: len(weights)], padded[len(weights) :] = weights, 0
     part = padded.reshape(n_blocks, block, weights.shape[1])
     for i in range(1, block):
         part[:, i] += part[:, i - 1]
@@ -302,24 +302,21 @@ def errors(truth, values, weights):
 
 def spearman(truth, values, weights):
     """(B,): the correlation of mid-ranks; each resample is ranked anew."""
-    (x, at_x), (y, at_y) = _ranks(truth, weights), _ranks(values, weights)
-    x_of, y_of = np.take(x[0], x[1], axis=0), np.take(y[0], y[1], axis=0)
-    together = np.einsum("sb,sb,sb->b", weights, x_of, y_of)
-    spread_x, spread_y = (
-        np.einsum("gb,gb,gb->b", a, r, r) for a, r in ((at_x, x[0]), (at_y, y[0]))
-    )
-    found = together / np.sqrt(spread_x) / np.sqrt(spread_y)
+    (x, x_of, spread_x), (y, y_of, spread_y) = _ranks(truth, weights), _ranks(values, weights)
+    x, y = np.take(x, x_of, axis=0), np.take(y, y_of, axis=0)
+    found = np.einsum("sb,sb,sb->b", weights, x, y) / np.sqrt(spread_x) / np.sqrt(spread_y)
     return np.where((spread_x > 0) & (spread_y > 0), found, np.nan)
 
 
 def _ranks(values, weights):
-    """((mid-ranks of the distinct values, less their mean (G, B), study -> G), weights (G, B))."""
+    """(mid-ranks (G, B) of the distinct values less their mean, study -> G, their spread (B,))."""
     distinct, where = np.unique(values, return_inverse=True)
-    at = grouped(where, len(distinct), weights)
-    ranks = running_sum(at)
-    ranks -= ranks[-1:] / 2 if len(ranks) else 0
-    ranks -= at / 2
-    return (ranks, where), at
+    half = grouped(where, len(distinct), weights)
+    ranks = running_sum(half)
+    ranks -= half.sum(axis=0) / 2
+    half *= 0.5  # in place: these arrays are large
+    ranks -= half
+    return ranks, where, 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
 
 
 def weighted_median(values, weights, block=64):

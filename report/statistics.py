@@ -11,11 +11,14 @@ resampled, not studies: a patient's studies come and go together.
 Truths are NaN where they are missing; such studies count nowhere.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy import special, stats
+from threadpoolctl import threadpool_limits
 
 from common.console import UserError
 from report import metrics as mt
@@ -92,7 +95,8 @@ class Outcome:
     def metrics(self, weights):
         """Metric -> (B,): its value in each resample. weights (S, B), see above."""
         known = self.known
-        return self._metrics(weights if known.all() else weights[known])
+        with np.errstate(all="ignore"):  # what is not defined is NaN, and estimate() says so
+            return self._metrics(weights if known.all() else weights[known])
 
     def part_of(self, metric):
         """(S,) bool: the studies that the metric is a proportion of; None where it is none."""
@@ -110,6 +114,8 @@ def _checked(label, truth, *others):
     if truth.ndim != 1 or any(len(x) != len(truth) for x in others):
         shapes = ", ".join(str(x.shape) for x in [truth, *others])
         raise UserError(f"{label}: truths and predictions do not belong together, shapes {shapes}")
+    if any(np.isinf(x).any() for x in [truth, *others]):
+        raise UserError(f"{label}: a truth or a prediction is infinite")
     return [truth, *others]
 
 
@@ -359,19 +365,22 @@ def bootstrap(metrics, patients, n_boot=1000, seed=0):
 
     metrics: a function of weights (S, B) that gives {name: (B,)}.
     """
-    with np.errstate(all="ignore"):  # what is not defined is NaN and is said so
-        parts = [metrics(np.ones((len(patients), 1)))]
-        parts += [metrics(w) for w in resamples(patients, n_boot, seed)]
+    parts = [metrics(np.ones((len(patients), 1)))]
+    parts += [metrics(w) for w in resamples(patients, n_boot, seed)]
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
 def replicates(outcomes, patients, n_boot=1000, seed=0):
     """{(label, metric): (1 + n_boot,)} of several labels from the same resamples."""
+    threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # a label each, not a product each
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
 
-    def metrics(weights):
-        return {(o.label, k): v for o in outcomes for k, v in o.metrics(weights).items()}
+        def metrics(weights):
+            each = pool.map(lambda o: o.metrics(weights), outcomes)
+            pairs = zip(outcomes, each, strict=True)
+            return {(o.label, k): v for o, found in pairs for k, v in found.items()}
 
-    return bootstrap(metrics, patients, n_boot, seed)
+        return bootstrap(metrics, patients, n_boot, seed)
 
 
 def interval(values, n_patients, part_of=0):
@@ -417,14 +426,14 @@ def estimate(outcome, metric, values, patients):
         note = outcome.why_missing(metric)
     elif metric in COUNTS:
         note = "a count"
+    elif np.isinf(values[0]):
+        note = "infinite: divides by zero"
     elif n_patients < 2:
         note = "one patient: no interval"
     elif np.isnan(low):
         note = "no interval: too few resamples have a value, or all have the same"
     elif n_boot < len(values) - 1:
         note = f"interval from the {n_boot} of {len(values) - 1} resamples that have a value"
-    elif not np.isfinite(values[0]):
-        note = "infinite: divides by zero"
     return Estimate(
         label=outcome.label,
         metric=metric,

@@ -313,6 +313,7 @@ def test_one_patient_has_no_interval():
         (lambda: st.Binary("VSD", [0, 2.0], [0.1, 0.2]), "VSD: a truth is neither 0, 1 nor"),
         (lambda: st.Binary("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
         (lambda: st.Binary("VSD", [0, 1.0], [0.1]), "do not belong together"),
+        (lambda: st.Regression("EF", [np.inf, 1.0], [1, 2]), "EF: .* infinite"),
         (lambda: st.MultiClass("g", [0, 3.0], np.ones((2, 3)), "abc"), "none of 0 to 2"),
         (lambda: st.MultiClass("g", [0, 1.0], np.ones((2, 3)), "ab"), "2 classes"),
         (lambda: st.Survival("d", [1, -1.0], [0, 1], [0, 1]), "below zero"),
