@@ -1862,7 +1862,9 @@ def cmd_predict(typed):
         output_path(typed["out"], "--out")
     if typed.get("videos"):
         source = Path(typed["videos"])
-        studies = extract.find_studies(source, typed["group"], typed["manifest"])
+        studies = extract.find_studies(
+            source, *(typed[n] for n in ("group", "manifest", "study_id"))
+        )
         settings, config, model = start_with_model("predict", typed)
         key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
         name = f"{source.resolve().name}_{key}"  # another source of that name: other files
@@ -2701,11 +2703,11 @@ def check_videos(known):
         return
     typed, source = known.typed, Path(known.typed["videos"])
     sampling = extract.settings_from(typed).sampling
-    studies = extract.find_studies(source, typed["group"], typed["manifest"])
+    studies = extract.find_studies(source, *(typed[n] for n in ("group", "manifest", "study_id")))
     faults, usable = {}, []
     for study in progress(studies, desc="videos", unit="study"):
         reasons = {video: "the manifest's file is missing" for video in study.missing}
-        reasons |= {v: fault for v in study.videos if (fault := video_fault(study.folder / v))}
+        reasons |= {v: fault for v in study.videos if (fault := video_fault(study.source(v)))}
         usable += [(study, v) for v in study.videos if v not in reasons]
         faults |= {f"{study.name}/{video}": reason for video, reason in reasons.items()}
     usual = Counter(r for r in faults.values() if r.startswith(USUAL))
@@ -2735,6 +2737,8 @@ def video_fault(path):
 
     from embed import video
 
+    if isinstance(path, list):  # single frames of a series: each is no fault
+        return ""
     try:
         with open(path, "rb") as f:
             if not f.read(1):

@@ -145,3 +145,9 @@ def duration(seconds):
 def printable(value):
     """Text of a file from elsewhere, without what would steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def clean_text(value, longest=200):
+    """What is taken over from others' files: printable, and no longer than that."""
+    text = printable(str(value)[: longest + 1])
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -34,7 +34,11 @@ class VideoError(ValueError):
     """Why a file gives no clips: a short reason for the list that the user sees."""
 
 
-class SourceGone(VideoError):
+class NotNow(VideoError):
+    """A reason that may pass, such as a decoder that is not installed: tried again another time."""
+
+
+class SourceGone(NotNow):
     """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
 
 
@@ -77,6 +81,7 @@ class HeaderFacts:
     n_frames: int = 0  # as declared; 1 where the header does not say
     rows: int = 0
     columns: int = 0
+    patient: str = ""  # a digest of the PatientID: to compare, never to show
 
 
 def read_header_facts(path):
@@ -84,7 +89,7 @@ def read_header_facts(path):
     if not is_dicom(path):
         return HeaderFacts()
     names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
-             "NumberOfFrames", "Rows", "Columns")  # fmt: skip
+             "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
     try:
         with open_file(path) as f:
             import pydicom
@@ -100,6 +105,7 @@ def read_header_facts(path):
         n_frames=(1 if declared is None else declared) if rows else 0,
         rows=rows or 0,
         columns=columns or 0,
+        patient=short_digest(patient) if (patient := uid(header, "PatientID")) else "",
     )
 
 

@@ -21,6 +21,7 @@ processes) -> encode (batches of images across videos and studies) -> Run.collec
 
 import contextlib
 import csv
+import hashlib
 import io
 import os
 import pickle
@@ -29,7 +30,7 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,17 +41,25 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common import __version__
-from common.console import Parser, UserError, progress, run_main
-from common.files import atomic_path
+from common.console import Parser, UserError, clean_text, progress, run_main
+from common.files import atomic_path, stamp_of
 from common.world import pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
-from embed.store import empty_path, finished_study, study_path, write_study
-from embed.studies import Claims, find_studies, own_first, shard_from
-from embed.video import Sampling, SourceGone, VideoError
+from embed.store import (
+    FileRecord,
+    empty_path,
+    read_records,
+    read_results,
+    study_path,
+    write_study,
+)
+from embed.studies import Claims, find_studies, listed, own_first, shard_from, visible
+from embed.video import NotNow, Sampling, SourceGone, VideoError, content_digest
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SAME_BYTES = "the same bytes as another file"
 LISTED = 20  # skipped files named on screen; all of them are in the log
 
 
@@ -97,8 +106,8 @@ class DecoderProcess:
             self.close()
             if timed_out.is_set():
                 reason = f"decoder stopped: no result after {DECODE_SECONDS} s"
-                return VideoError(reason), DECODE_SECONDS
-            return VideoError("the decoder crashed on this file"), 0.0
+                return NotNow(reason), DECODE_SECONDS
+            return NotNow("the decoder crashed on this file"), 0.0
         finally:
             timer.cancel()
 
@@ -120,7 +129,7 @@ def decode(jobs, sampling, workers):
         study, video = job
         decoder = idle.pop()
         try:
-            return decoder(study.folder / video, sampling)
+            return decoder(study.source(video), sampling)
         finally:
             idle.append(decoder)
 
@@ -254,12 +263,16 @@ class Summary:
     empty: list[str] = field(default_factory=list)  # no video gave clips
     undone: list[str] = field(default_factory=list)  # their files could not be reached
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
+    notes: Counter = field(default_factory=Counter)  # what was decided about files that were read
 
     def print(self):
         """A few lines for a person: counts, then the skipped files with their reasons."""
         print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
         if self.elsewhere:
             print(f"{len(self.elsewhere)} studies left to other workers that hold them")
+        if self.notes:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
+            print(f"noted in extract_log.csv: {kinds}")
         if self.skipped:
             print(f"{len(self.skipped)} files skipped:")
             for study, video, reason in self.skipped[:LISTED]:
@@ -269,9 +282,17 @@ class Summary:
             kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         if self.empty:
-            print(f"{len(self.empty)} studies without a usable video: {', '.join(self.empty)}")
+            print(f"{len(self.empty)} studies without a usable video: {listed(self.empty)}")
         if self.undone:
-            print(f"{len(self.undone)} studies left for the next run: {', '.join(self.undone)}")
+            print(f"{len(self.undone)} studies left for the next run: {listed(self.undone)}")
+
+    def refuse_nothing(self, source, workers=1):
+        """UserError for a run that wrote nothing and found nothing finished."""
+        if self.written or self.finished or (self.elsewhere and workers > 1):
+            return
+        if self.elsewhere:
+            raise UserError("another run holds every study of the folder; wait until it ends")
+        raise UserError(f"no study in {source} has a usable video")
 
 
 class Log:
@@ -332,15 +353,27 @@ def csv_text(rows):
     return text.getvalue()
 
 
+@dataclass
+class StudyInWork:
+    """A study whose videos are on their way; names are those of the outputs (`visible`)."""
+
+    waiting: set[str]  # videos that have no result yet
+    stamps: dict[str, str]  # of each video's file, when the study was begun
+    before: dict[str, FileRecord]  # what was known of the study
+    records: dict[str, FileRecord] = field(default_factory=dict)
+    results: dict[str, tuple] = field(default_factory=dict)  # (starts, embeddings), with clips
+    seconds: dict[str, float] = field(default_factory=dict)
+    gone: bool = False  # a file could not be reached any more
+
+
 class Run:
     """One worker's pass: which studies it takes on, and what becomes of them."""
 
-    def __init__(self, out, attributes, redo):
+    def __init__(self, out, attributes, redo, alone=True):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
-        self.claims, self.summary = Claims(self.out), Summary()
+        self.claims, self.summary = Claims(self.out, alone), Summary()
         self.log = Log(self.out, self.claims)
-        self.results = {}  # study name -> {video: (starts, embeddings) or VideoError}
-        self.rows = {}  # study name -> rows of the log
+        self.in_work = {}  # study name -> StudyInWork
 
     def jobs(self, studies, bar):
         """Yield the (study, video) pairs to do; studies that others hold are tried again last."""
@@ -358,63 +391,138 @@ class Run:
                 yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        group, path = self.summary.finished, study_path(self.out, study)
-        skipped = finished_study(path, study, self.attributes, self.redo)
-        if skipped is None and not self.redo:  # known to be empty?
-            group, path = self.summary.empty, empty_path(self.out, study)
-            skipped = finished_study(path, study, self.attributes, redo=True)
-        if skipped is not None:
-            group.append(study.name)
-            self.summary.skipped += [(study.name, *row) for row in skipped]
-            self.claims.give_back(study.name)
-            bar.update(len(study.videos))
-            return
-        self.results[study.name], self.rows[study.name] = {}, []
-        for video in study.missing:
-            self.collect(study, video, VideoError("the manifest's file is missing"))
-        for video in study.videos:
-            yield study, video
+        """Yield the study's videos that are new, or changed, or failed for what may have passed."""
+        path, before = self.known(study)
+        videos = {visible(video): video for video in study.videos}
+        stamps = {name: stamp_of_source(study.source(v)) for name, v in videos.items()}
+        kept = {
+            name: before[name]
+            for name, video in videos.items()
+            if name in before and is_as_it_was(before[name], stamps[name], study.source(video))
+        }
+        reason = "the manifest's file is missing"
+        missing = {visible(v): FileRecord(result="again", reason=reason) for v in study.missing}
+        results = {}
+        if kept | missing != before or videos.keys() - kept.keys():
+            try:
+                results = read_results(path, [n for n, r in kept.items() if r.result == "ok"])
+            except (OSError, KeyError):  # damaged since
+                kept = {}
+        waiting = videos.keys() - kept.keys()
+        self.in_work[study.name] = StudyInWork(waiting, stamps, before, kept | missing, results)
+        bar.update(len(kept))
+        if not waiting:
+            self.finish(study)
+        for name in sorted(waiting):
+            yield study, videos[name]
 
-    def collect(self, study, video, result, n_frames="", seconds=0.0):
-        """Take a video's result; with the last one of a study, write it."""
-        results, rows = self.results[study.name], self.rows[study.name]
-        results[video] = result
-        failed = isinstance(result, VideoError)
-        if failed:
-            self.summary.skipped.append((study.name, video, str(result)))
-        outcome = ("skipped", str(result)) if failed else ("ok", "")
-        rows.append((study.name, video, n_frames, f"{seconds:.3f}", *outcome))
-        if len(results) < len(study.videos) + len(study.missing):
-            return
-        del self.results[study.name], self.rows[study.name]
-        if any(isinstance(r, SourceGone) for r in results.values()):
-            self.summary.undone.append(study.name)
+    def known(self, study):
+        """(The file that remembers a study, what it remembers); ({}) without such a file."""
+        records = read_records(study_path(self.out, study), self.attributes, self.redo)
+        if records is not None:
+            return study_path(self.out, study), records
+        records = (
+            None if self.redo else read_records(empty_path(self.out, study), self.attributes, True)
+        )
+        return empty_path(self.out, study), records or {}
+
+    def collect(self, study, video, reply, embeddings, seconds):
+        """Take a video's Clips or VideoError; with the last one of a study, write it."""
+        work, name = self.in_work[study.name], visible(video)
+        stamp = work.stamps[name]
+        if not isinstance(reply, VideoError) and stamp_of_source(study.source(video)) != stamp:
+            reply = NotNow("it changed while it was read")
+        if isinstance(reply, VideoError):
+            result = "again" if isinstance(reply, NotNow) else "skipped"
+            record = FileRecord(stamp, "", result, "", clean_text(reply))
+            work.gone |= isinstance(reply, SourceGone)
+        else:
+            plain = reply[0]
+            record = FileRecord(stamp, plain.content, "ok", str(plain.n_frames), plain.note)
+            work.results[name] = plain.starts, np.stack(embeddings)
+        work.records[name], work.seconds[name] = record, seconds
+        work.waiting.remove(name)
+        if not work.waiting:
+            self.finish(study)
+
+    def finish(self, study):
+        work, summary = self.in_work.pop(study.name), self.summary
+        note_copies(work.records)
+        for name, record in sorted(work.records.items()):
+            if record.result != "ok":
+                summary.skipped.append((study.name, name, record.reason))
+            else:
+                summary.notes.update(n.split(":")[0] for n in record.reason.split("; ") if n)
+        usable = any(record.result == "ok" for record in work.records.values())
+        if work.gone:
+            summary.undone.append(study.name)
             if not study.folder.is_dir():
                 raise UserError(
                     f"{study.folder} cannot be reached any more; what is finished stays, and the "
                     "same command goes on from here"
                 )
-        elif all(isinstance(r, VideoError) for r in results.values()):
-            self.summary.empty.append(study.name)
-            self.write(study, empty_path(self.out, study), results, rows)
+        elif work.records == work.before:
+            (summary.finished if usable else summary.empty).append(study.name)
         else:
-            self.summary.written.append(study.name)
-            self.write(study, study_path(self.out, study), results, rows)
-            empty_path(self.out, study).unlink(missing_ok=True)
+            (summary.written if usable else summary.empty).append(study.name)
+            self.write(study, work, usable)
         self.claims.give_back(study.name)
 
-    def write(self, study, path, results, rows):
+    def write(self, study, work, usable):
         """The study's file appears last: a run that dies before it makes the study, and its rows
         of the log, again."""
+        rows = [
+            (study.name, name, r.frames, f"{work.seconds.get(name, 0):.3f}",
+             "ok" if r.result == "ok" else "skipped", r.reason)
+            for name, r in sorted(work.records.items())
+        ]  # fmt: skip
+        path, other = study_path(self.out, study), empty_path(self.out, study)
+        if not usable:
+            path, other = other, path
         try:
             with atomic_path(path) as temporary:
-                write_study(temporary, results, self.attributes)
+                write_study(temporary, work.results, self.attributes, work.records)
                 self.log.put(study.name, rows)
+            other.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write {path}: {error}; what is finished stays, and the same command goes "
                 "on from here"
             ) from error
+
+
+def stamp_of_source(source):
+    """A digest of the size and time of a video's file or files; '' when one is not there.
+
+    A digest, since the time of a file can be the date of an exam.
+    """
+    stamps = [stamp_of(path) for path in (source if isinstance(source, list) else [source])]
+    if None in stamps:
+        return ""
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def is_as_it_was(record, stamp, source):
+    """Whether a file's remembered result still holds: by its size and time, else by its bytes."""
+    if record.result == "again":
+        return False
+    if record.stamp in ("", stamp):
+        return True
+    try:
+        return record.content != "" and content_digest(source) == record.content
+    except VideoError:
+        return False
+
+
+def note_copies(records):
+    """Note files of the very same bytes: their clips are the same ones, and count as often."""
+    first = {}
+    for name, record in sorted(records.items()):
+        notes = [n for n in record.reason.split("; ") if n and not n.startswith(SAME_BYTES)]
+        if record.result == "ok" and first.setdefault(record.content or name, name) != name:
+            notes.append(f"{SAME_BYTES}: {first[record.content]}")
+        if record.result == "ok":
+            records[name] = replace(record, reason="; ".join(notes))
 
 
 def default_batch(device, size):
@@ -453,7 +561,7 @@ def extract(studies, out, settings):
     model, digest = load_panecho(settings.weights, settings.sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
-    run = Run(out, attributes_of(settings, digest), settings.redo)
+    run = Run(out, attributes_of(settings, digest), settings.redo, alone=count == 1)
     workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
     size = settings.sampling.size
     batch = settings.image_batch or default_batch(device, size)
@@ -465,11 +573,7 @@ def extract(studies, out, settings):
         with contextlib.closing(decode(jobs, settings.sampling, workers)) as decoded:
             for (study, video), (reply, seconds), embeddings in encoder(decoded):
                 bar.update()
-                if isinstance(reply, VideoError):
-                    run.collect(study, video, reply, seconds=seconds)
-                else:
-                    result = reply[0].starts, np.stack(embeddings)
-                    run.collect(study, video, result, reply[0].n_frames, seconds)
+                run.collect(study, video, reply, embeddings, seconds)
     return run.summary
 
 
@@ -486,9 +590,16 @@ def add_options(parser):
     )
     option(
         "--group",
+        default="dicom",
+        choices=("dicom", "folder", "one"),
+        help="what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), a "
+        "subfolder, or the whole source",
+    )
+    option(
+        "--study_id",
         default="folder",
-        choices=("folder", "one", "dicom"),
-        help="what makes a study: a subfolder, the whole source, or the DICOM StudyInstanceUID",
+        choices=("folder", "uid", "digest"),
+        help="what names a study: its folder, the StudyInstanceUID, or a digest of that",
     )
     option(
         "--manifest",
@@ -558,13 +669,12 @@ def main(argv=None):
     add_options(parser)
     args = parser.parse_args(argv)
     settings = settings_from(vars(args))
-    studies = find_studies(args.source, args.group, args.manifest)
+    how = args.group, args.manifest, args.study_id
+    studies = find_studies(args.source, *how, leave_out=args.out)
     summary = extract(studies, args.out, settings)
     summary.print()
     print(f"embeddings in {args.out}")
-    nothing = not (summary.written or summary.finished or summary.elsewhere)
-    if nothing and shard_from(args.shard)[1] == 1:
-        raise UserError(f"no study in {args.source} has a usable video")
+    summary.refuse_nothing(args.source, shard_from(args.shard)[1])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import numpy as np
 from common.console import UserError, progress
 from common.files import read_lines, stamp_of
 from embed import EMBED_DIM as D
-from embed.video import VideoError
 
 # ------------------------------------------------------------------------------------------ writing
 
@@ -28,46 +27,74 @@ def empty_path(out, study):
     return Path(out) / ".empty" / f"{study.name}.hdf5"
 
 
-def write_study(path, videos, attributes):
-    """videos: dict of path to (clip starts, [plain, copies...] embeddings) or VideoError."""
-    made = {v: r for v, r in sorted(videos.items()) if not isinstance(r, VideoError)}
-    skipped = [(v, str(r)) for v, r in sorted(videos.items()) if isinstance(r, VideoError)]
+@dataclass
+class FileRecord:
+    """What is remembered of a file of a study; all text, as its HDF5 dataset `files` has it."""
+
+    stamp: str = ""  # a digest of its size and time, which tells whether it is another one
+    content: str = ""  # SHA-256 of its bytes, where it gave clips
+    result: str = "ok"  # or 'skipped', or 'again': skipped for a reason that may pass
+    frames: str = ""
+    reason: str = ""  # why it was skipped, or what was noted
+
+
+def write_study(path, videos, attributes, files):
+    """videos: dict of name to (clip starts, [plain, copies...] embeddings), of those with clips;
+    files: dict of name to FileRecord, of all."""
+    videos = dict(sorted(videos.items()))
+    skipped = [(v, r.reason) for v, r in sorted(files.items()) if r.result != "ok"]
+    rows = [(name, *vars(record).values()) for name, record in sorted(files.items())]
     text, file = h5py.string_dtype(), io.BytesIO()  # HDF5's own errors do not say "disk full"
     with h5py.File(file, "w") as f:
-        if made:
-            embeddings = np.stack([e for _, e in made.values()], axis=1)  # (1 + K, V, C, 768)
+        if videos:
+            embeddings = np.stack([e for _, e in videos.values()], axis=1)  # (1 + K, V, C, 768)
             f["embeddings"] = embeddings[0]
-            f["clip_starts"] = np.stack([starts for starts, _ in made.values()])
+            f["clip_starts"] = np.stack([starts for starts, _ in videos.values()])
             if len(embeddings) > 1:
                 f["augmented"] = embeddings[1:]
-        f.create_dataset("videos", (len(made),), data=list(made) or None, dtype=text)
+        f.create_dataset("videos", (len(videos),), data=list(videos) or None, dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
+        f.create_dataset("files", (len(rows), 6), data=rows or None, dtype=text)
         f.attrs.update(attributes)
     path.write_bytes(file.getbuffer())
 
 
-def finished_study(path, study, attributes, redo):
-    """What a study's file says was skipped, a list of (video, reason); None when it is to be made.
+def read_records(path, attributes, redo):
+    """What a study's file remembers: dict of name to FileRecord; None when it is to be made.
 
-    It is to be made when it is not there, damaged, or of other videos than the study has now.
-    UserError when it was made in another way and not `redo`.
+    That is when it is not there, or damaged. UserError when it was made in another way and not
+    `redo`. A file of an earlier version has no stamps: its videos count as they are.
     """
     try:
         with h5py.File(path, "r") as f:
             found = dict(f.attrs)
             videos, skipped = f["videos"].asstr()[:].tolist(), f["skipped"].asstr()[:].tolist()
+            rows = f["files"].asstr()[:].tolist() if "files" in f else []
     except (OSError, KeyError):
         return None
     for name, value in attributes.items():
-        if name not in ("version", "weights") and found.get(name) != value:
+        made = found.get(name, "independent" if name == "starts" else None)
+        if name not in ("version", "weights") and made != value:
             if redo:
                 return None
             raise UserError(
-                f"{path} was made with {name} = {found.get(name)}, not {value}; use another folder "
+                f"{path} was made with {name} = {made}, not {value}; use another folder "
                 "for the embeddings, or --redo to make such files anew"
             )
-    now = set(study.videos) | set(study.missing)
-    return skipped if {*videos, *(video for video, _ in skipped)} == now else None
+    records = {v: FileRecord() for v in videos}
+    records |= {v: FileRecord(result="skipped", reason=reason) for v, reason in skipped}
+    return records | {name: FileRecord(*row) for name, *row in rows}
+
+
+def read_results(path, names):
+    """Of some videos of a study's file: dict of name to (clip starts, (1 + K, C, 768))."""
+    if not names:
+        return {}
+    with h5py.File(path, "r") as f:
+        parts = [f["embeddings"][:][None], *([f["augmented"][:]] if "augmented" in f else [])]
+        embeddings, starts = np.concatenate(parts), f["clip_starts"][:]
+        places = {name: i for i, name in enumerate(f["videos"].asstr()[:])}
+    return {name: (starts[places[name]], embeddings[:, places[name]]) for name in names}
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -14,7 +14,6 @@ import pickle
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from embed.dicom import SourceGone, VideoError, is_dicom, open_file, read_header_facts
+from embed.dicom import NotNow, SourceGone, VideoError, is_dicom, open_file
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
@@ -55,47 +54,6 @@ def read_dicom(path, **options):
     return dicom
 
 
-def is_candidate(path):
-    """Whether a file should be tried as a video: by its ending, or DICOM under any name."""
-    suffix = path.suffix.lower()
-    return suffix in VIDEO_SUFFIXES | DICOM_SUFFIXES or is_dicom(path)
-
-
-def study_uid(path):
-    """The StudyInstanceUID of a DICOM file, or '' when there is none."""
-    return read_header_facts(path).study_uid
-
-
-def find_videos(folder):
-    """What lies below `folder`, links to folders followed; hidden files are passed over.
-
-    Returns the candidate files as sorted POSIX paths relative to it, a Counter of the endings of
-    all other files, and a list of 'subfolder: why it cannot be read'.
-    """
-    found, others, closed = [], Counter(), []
-    above = {}  # a folder's path -> the real paths of itself and of those it lies in
-
-    def relative(path):
-        return Path(path).relative_to(folder).as_posix()
-
-    def unreadable(error):
-        closed.append(f"{relative(error.filename)}: {error.strerror}")
-
-    for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        above[where] = {os.path.realpath(where)} | above.get(os.path.dirname(where), set())
-        folders[:] = sorted(
-            f
-            for f in folders  # a link back to a folder that it lies in would never end
-            if not f.startswith(".") and os.path.realpath(Path(where, f)) not in above[where]
-        )
-        for path in (Path(where, n) for n in sorted(names) if not n.startswith(".")):
-            if path.name != "DICOMDIR" and is_candidate(path):
-                found.append(relative(path))
-            else:
-                others[path.suffix.lower() or "no ending"] += 1
-    return sorted(found), others, closed
-
-
 # ----------------------------------------------------------------------------------------- decoding
 
 
@@ -116,7 +74,7 @@ def iter_frames(source, notes=None):
             if not f.read(1):
                 raise VideoError("empty file")
     except PermissionError as error:
-        raise VideoError("no permission to read it") from error
+        raise NotNow("no permission to read it") from error
     except OSError as error:
         raise SourceGone(f"cannot be read: {error.strerror}") from error
     if is_dicom(path):
@@ -286,7 +244,7 @@ def check_decoder(header):
     except NotImplementedError:
         raise VideoError(f"transfer syntax {syntax.name} is not supported") from None
     if not decoder.is_available:
-        raise VideoError(
+        raise NotNow(
             f"transfer syntax {syntax.name} needs a plugin: pip install 'echofocus[dicom]'"
         )
 
@@ -402,7 +360,7 @@ def content_digest(source):
                 while block := f.read(1 << 20):
                     digest.update(block)
     except PermissionError as error:
-        raise VideoError("no permission to read it") from error
+        raise NotNow("no permission to read it") from error
     except OSError as error:
         raise SourceGone(f"cannot be read: {error.strerror}") from error
     return digest.hexdigest()

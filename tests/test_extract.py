@@ -1,6 +1,7 @@
 """Extraction against encoding every clip whole, and what a user meets: odd files, restarts."""
 
 import csv
+import functools
 import os
 import resource
 import shutil
@@ -17,10 +18,20 @@ import torch
 from conftest import ROOT, relative_error
 from test_video import moving_square, write_dicom
 
-from common.console import UserError
-from embed import extract, panecho, studies, video
+from embed import extract, panecho, video
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
+
+
+@pytest.fixture(autouse=True)
+def weights_drawn_once(monkeypatch):
+    """The untrained weights are always the same: no second goes into drawing them again."""
+    monkeypatch.setattr(panecho, "random_weights", drawn_weights)
+
+
+@functools.cache
+def drawn_weights(draw=panecho.random_weights):
+    return draw()
 
 
 @pytest.fixture
@@ -31,8 +42,10 @@ def source(tmp_path):
     b.mkdir()
     for path, n in ((a / "x.dcm", 17), (a / "series" / "y.dcm", 40), (a / "IM0001", 9)):
         write_dicom(path, moving_square(n)[..., ::-1].copy(), "RGB")
-    shutil.copy(pydicom.examples.get_path("ybr_color"), b / "real.dcm")
-    shutil.copy(pydicom.examples.get_path("rgb_color"), b / "still.dcm")
+    for example, name in (("ybr_color", "real.dcm"), ("rgb_color", "still.dcm")):
+        ds = pydicom.dcmread(pydicom.examples.get_path(example))
+        ds.StudyInstanceUID, ds.PatientID = "1.2.9", "P"
+        ds.save_as(b / name)
     (b / "notes.dcm").write_text("not a DICOM file")
     (b / "report.txt").write_text("no video at all")
     return tmp_path / "videos"
@@ -164,62 +177,6 @@ def test_one_study_and_order_independence(source, tmp_path, cli):
         assert relative_error(a["embeddings"], b["embeddings"][:]) < 1e-5
 
 
-def test_wrong_sources(tmp_path, cli):
-    status, _, error = cli(tmp_path, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 1 and "no video or DICOM file" in error
-    status, _, error = cli(tmp_path / "x", "--out", tmp_path / "o", main=extract.main)
-    assert status == 1 and "is not a folder" in error
-    (tmp_path / "file").touch()
-    (tmp_path / "s" / "A").mkdir(parents=True)
-    (tmp_path / "s" / "A" / "a.dcm").write_text("no")
-    for out in (tmp_path / "file", tmp_path / "file" / "o"):
-        status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
-        assert status == 1 and "cannot write into" in error and "choose another folder" in error
-    shutil.rmtree(tmp_path / "s")
-    (tmp_path / "mixed" / "study").mkdir(parents=True)
-    for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):
-        path.write_text("x")
-    status, _, error = cli(tmp_path / "mixed", "--out", tmp_path / "o", main=extract.main)
-    assert status == 1 and "both study folders and loose videos (a.avi" in error
-    assert "--group one" in error
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "a.dcm").write_text("no")
-    status, text, error = cli(tmp_path / "s", "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 1 and "no study" in error and "a.dcm: not a DICOM file" in text
-    assert not list((tmp_path / "o").glob("*.hdf5"))
-
-
-def test_what_is_passed_over_is_said(source, tmp_path, cli):
-    """Links are followed, but not in circles; other files and empty folders are counted."""
-    shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
-    (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(source)
-    (source / "C").mkdir()
-    for name in ("a.TXT", "b.xml", "noending", ".hidden"):
-        (source / "C" / name).write_text("no video")
-    found = {s.name: s.videos for s in studies.find_studies(source)}
-    assert found == {
-        "A_1": ["IM0001", "series/y.dcm", "x.dcm"],
-        "B": ["notes.dcm", "real.dcm", "still.dcm"],
-    }
-    _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
-    assert "4 files are no videos: .txt 2, " in text
-    assert "1 folders hold no video: C" in text
-    status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
-    assert status == 1 and "3 files are no videos: .txt 1" in error
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_folders_that_cannot_be_read_are_said(source, capsys):
-    (source / "A_1" / "series").chmod(0)
-    try:
-        studies.find_studies(source)
-    finally:
-        (source / "A_1" / "series").chmod(0o755)
-    out = capsys.readouterr().out
-    assert "1 subfolders cannot be read: A_1/series: Permission denied" in out
-
-
 def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch):
     write_dicom(tmp_path / "a.dcm", moving_square(), "RGB")
     sampling = video.Sampling(n_clips=1, size=56)
@@ -320,7 +277,9 @@ def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
     """After reruns, --redo, a death between log and study, and a line that broke off."""
     out = tmp_path / "out"
     (source / "E").mkdir()
-    shutil.copy(source / "B" / "still.dcm", source / "E" / "e.dcm")
+    still = pydicom.dcmread(source / "B" / "still.dcm")
+    still.StudyInstanceUID = "1.2.8"
+    still.save_as(source / "E" / "e.dcm")
     decoded = []
     work = extract.DecoderProcess.__call__
     monkeypatch.setattr(
@@ -349,6 +308,114 @@ def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
     log.write_text(log.read_text()[:-20])  # B's rows are the last
     (out / "B.hdf5").unlink()
     run()
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that the decoders are asked for."""
+    names, work = [], extract.DecoderProcess.__call__
+
+    def note(self, path, how):
+        names.append(path.name)
+        return work(self, path, how)
+
+    monkeypatch.setattr(extract.DecoderProcess, "__call__", note)
+    return names
+
+
+def test_only_what_changed_is_read_again(source, tmp_path, cli, decoded):
+    """By size and time, then by bytes; the rest of the study keeps its numbers."""
+    out = tmp_path / "out"
+    shutil.rmtree(source / "B")
+
+    def run():
+        decoded.clear()
+        status, text, error = cli(source, "--out", out, *OPTIONS, main=extract.main)
+        assert status == 0, error
+        with h5py.File(out / "A_1.hdf5") as f:
+            embeddings = dict(zip(f["videos"].asstr(), f["embeddings"][:], strict=True))
+            said = {row[0]: row[5] for row in f["files"].asstr()}
+        assert [(r["video"], r["reason"]) for r in read_log(out)] == sorted(said.items())
+        return sorted(decoded), embeddings, text
+
+    names, first, _ = run()
+    assert names == ["IM0001", "x.dcm", "y.dcm"]
+    os.utime(source / "A_1" / "x.dcm", (1, 1))  # another time, the same bytes
+    names, _, text = run()
+    assert names == [] and "1 already there" in text
+    write_dicom(source / "A_1" / "x.dcm", moving_square(19)[..., ::-1].copy(), "RGB")
+    names, changed, _ = run()
+    assert names == ["x.dcm"] and (changed["x.dcm"] != first["x.dcm"]).any()
+    np.testing.assert_array_equal(changed["IM0001"], first["IM0001"])
+    shutil.copy(source / "A_1" / "IM0001", source / "A_1" / "copy.dcm")
+    names, more, text = run()
+    assert names == ["copy.dcm"]
+    assert "the same bytes as another file 1" in text  # on the screen by its kind
+    assert relative_error(more["copy.dcm"], first["IM0001"]) < 1e-5
+    (source / "A_1" / "copy.dcm").unlink()
+    names, fewer, _ = run()
+    assert names == [] and fewer.keys() == first.keys()
+
+
+def test_what_may_pass_is_tried_again(source, tmp_path, cli, decoded, monkeypatch):
+    """A decoder that dies, then works; a still image is not looked at again."""
+    out, dies = tmp_path / "out", {"y.dcm", "real.dcm"}
+    work = extract.DecoderProcess.__call__
+
+    def die(self, path, how):
+        if path.name in dies:
+            decoded.append(path.name)
+            return video.NotNow("transfer syntax X needs a plugin"), 0.0
+        return work(self, path, how)
+
+    monkeypatch.setattr(extract.DecoderProcess, "__call__", die)
+
+    def run():
+        decoded.clear()
+        status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
+        return status, sorted(decoded), text
+
+    status, _, text = run()
+    assert status == 0 and "1 studies without a usable video: B" in text
+    status, names, text = run()
+    assert names == ["real.dcm", "y.dcm"] and "0 studies extracted, 1 already there" in text
+    assert "A_1/series/y.dcm: transfer syntax X needs a plugin" in text
+    dies.clear()
+    status, names, text = run()
+    assert names == ["real.dcm", "y.dcm"] and "2 studies extracted" in text
+    assert run()[1] == [] and not list((out / ".empty").glob("*"))
+    with h5py.File(out / "A_1.hdf5") as f:
+        assert len(f["videos"]) == 3 and len(f["skipped"]) == 0
+
+
+def test_a_file_that_changes_while_it_is_read(source, tmp_path, cli, monkeypatch):
+    work = extract.DecoderProcess.__call__
+
+    def change(self, path, how):
+        reply = work(self, path, how)
+        if path.name == "x.dcm":
+            os.utime(path, (1, 1))
+        return reply
+
+    monkeypatch.setattr(extract.DecoderProcess, "__call__", change)
+    status, text, _ = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 0 and "A_1/x.dcm: it changed while it was read" in text
+    monkeypatch.undo()
+    status, text, _ = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 0 and "1 studies extracted, 1 already there" in text
+
+
+def test_a_folder_of_an_earlier_version_goes_on(source, tmp_path, cli):
+    """Its files know no stamps and no way of drawing the starts: the independent one."""
+    options = (*OPTIONS, "--starts", "independent")
+    assert cli(source, "--out", tmp_path / "o", *options, main=extract.main)[0] == 0
+    for path in (tmp_path / "o").glob("*.hdf5"):
+        with h5py.File(path, "r+") as f:
+            del f["files"], f.attrs["starts"]
+    status, text, _ = cli(source, "--out", tmp_path / "o", *options, main=extract.main)
+    assert status == 0 and "0 studies extracted, 2 already there" in text
+    status, _, error = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and "starts = independent, not modulo" in error
 
 
 def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypatch):
@@ -388,83 +455,6 @@ def test_a_full_disk_is_one_line(source, tmp_path):
     assert not list(out.glob("*.hdf5")) and not list(out.glob(".*tmp*"))
     assert subprocess.run(line, capture_output=True).returncode == 0
     assert len(read_log(out)) == 6
-
-
-def test_groups_and_manifests(source, tmp_path):
-    """Studies by StudyInstanceUID, by our list, MIMIC's and EchoNet's."""
-    for path in ("A_1/x.dcm", "B/real.dcm"):
-        ds = pydicom.dcmread(source / path)
-        ds.StudyInstanceUID = "1.2.3"
-        ds.save_as(source / path)
-    ds = pydicom.dcmread(source / "A_1/series/y.dcm")
-    ds.StudyInstanceUID = "1.2.4"
-    ds.save_as(source / "A_1/series/y.dcm")
-    with pytest.raises(UserError, match="no StudyInstanceUID"):
-        studies.find_studies(source, "dicom")
-    (source / "B" / "notes.dcm").unlink()
-    (source / "A_1" / "IM0001").unlink()
-    (source / "B" / "still.dcm").unlink()
-    found = {s.name: s.videos for s in studies.find_studies(source, "dicom")}
-    assert found == {"1.2.3": ["A_1/x.dcm", "B/real.dcm"], "1.2.4": ["y.dcm"]}
-
-    ours = tmp_path / "list.csv"
-    ours.write_text("study,path\ns1,A_1/x.dcm\ns1,A_1/gone.dcm\ns2,B/real.dcm\n")
-    s1, s2 = studies.find_studies(source, manifests=[ours])
-    assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
-    assert (s2.name, s2.videos) == ("s2", ["real.dcm"])
-
-    mimic = tmp_path / "echo-record-list.csv"
-    mimic.write_text(
-        "subject_id,study_id,acquisition_datetime,dicom_filepath\n"
-        "10002221,94106955,2020-01-01,A_1/x.dcm\n10002221,94106955,2020-01-01,A_1/series/y.dcm\n"
-    )
-    (study,) = studies.find_studies(source, manifests=[mimic])
-    assert (study.name, study.videos) == ("94106955", ["series/y.dcm", "x.dcm"])
-
-    for view in ("A4C", "PSAX"):
-        (tmp_path / view / "Videos").mkdir(parents=True)
-        (tmp_path / view / "Videos" / "CR1-CR2-000.avi").write_text("x")
-        (tmp_path / view / "FileList.csv").write_text("FileName,EF\nCR1-CR2-000.avi,60\n")
-    lists = [tmp_path / view / "FileList.csv" for view in ("A4C", "PSAX")]
-    (study,) = studies.find_studies(tmp_path, manifests=lists)
-    assert study.name == "CR1-CR2"
-    assert study.videos == ["A4C/Videos/CR1-CR2-000.avi", "PSAX/Videos/CR1-CR2-000.avi"]
-    lists[0].write_text("FileName,EF\n0X1,60\n0X2,50\n")
-    found = studies.find_studies(tmp_path, manifests=lists[:1])
-    assert [(s.name, s.missing) for s in found] == [("0X1", ["0X1.avi"]), ("0X2", ["0X2.avi"])]
-
-    bad = tmp_path / "bad.csv"
-    bad.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="a manifest has study and path"):
-        studies.find_studies(source, manifests=[bad])
-    bad.write_text("study,path\n../x,A_1/x.dcm\n")
-    with pytest.raises(UserError, match="cannot be a study's name"):
-        studies.find_studies(source, manifests=[bad])
-
-
-@pytest.mark.parametrize(
-    "environment, expected",
-    [
-        ({}, (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
-        (
-            {
-                "SLURM_ARRAY_TASK_ID": "12",
-                "SLURM_ARRAY_TASK_MIN": "10",
-                "SLURM_ARRAY_TASK_COUNT": "4",
-            },
-            (2, 4),
-        ),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
-    ],
-)
-def test_shards_from_the_environment(environment, expected):
-    assert studies.shard_from("auto", environment) == expected
-    assert studies.shard_from("2/5") == (2, 5)
-    with pytest.raises(UserError, match="--shard"):
-        studies.shard_from("5/5")
-    order = studies.own_first(list(range(10)), 1, 4)
-    assert order[:3] == [1, 5, 9] and sorted(order) == list(range(10))
 
 
 def test_augmented_copies_and_precision(source, tmp_path, cli):

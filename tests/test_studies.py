@@ -1,0 +1,413 @@
+"""Which files make a study, what it is called, and who extracts it."""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import unicodedata
+
+import pydicom
+import pytest
+from conftest import FIXTURES
+from test_extract import OPTIONS, source, weights_drawn_once  # noqa: F401 - fixtures
+from test_video import moving_square, write_dicom
+
+from common.console import Collected, UserError
+from embed import extract, studies
+
+PIXELS = moving_square(17, 32, 32)[..., ::-1].copy()
+
+
+def put(root, path, study="", **tags):
+    """A small cine at a path, of a study."""
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    if study:
+        tags["StudyInstanceUID"] = study
+    write_dicom(root / path, PIXELS, "RGB", **tags)
+
+
+def found(root, *args, **kwargs):
+    """name -> (folder, videos)"""
+    listener = kwargs.pop("listener", None)
+    all_found = studies.find_studies(root, *args, listener=listener, **kwargs)
+    return {s.name: (s.folder.relative_to(root).as_posix(), s.videos) for s in all_found}
+
+
+def lay_out(root, files):
+    """files: path -> StudyInstanceUID, or '' for an AVI."""
+    for path, uid in files.items():
+        if uid:
+            put(root, path, uid)
+        else:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(b"x")
+
+
+d = studies.short_digest
+
+LAYOUTS = {
+    "a folder a study, any depth below": (
+        {"A/x.dcm": "1", "A/series/y": "1", "B/DICOM/z": "2", "C/DICOM/z": "3"},
+        {"A": ("A", ["series/y", "x.dcm"]), "B": ("B", ["DICOM/z"]), "C": ("C", ["DICOM/z"])},
+    ),
+    "MIMIC": (
+        {
+            "files/p10/p100/s1/a.dcm": "1",
+            "files/p10/p100/s1/b.dcm": "1",
+            "files/p10/p100/s2/a.dcm": "2",
+            "files/p11/p110/s3/a.dcm": "3",
+        },
+        {
+            "s1": ("files/p10/p100/s1", ["a.dcm", "b.dcm"]),
+            "s2": ("files/p10/p100/s2", ["a.dcm"]),
+            "s3": ("files/p11/p110/s3", ["a.dcm"]),
+        },
+    ),
+    "a folder a day": (
+        {"mon/a": "1", "mon/b": "2", "tue/c": "3"},
+        {
+            f"mon-{d('1')}": ("mon", ["a"]),
+            f"mon-{d('2')}": ("mon", ["b"]),
+            "tue": ("tue", ["c"]),
+        },
+    ),
+    "a study over several folders": (
+        {"x/a": "1", "y/b": "1", "z/c": "2"},
+        {f"SOURCE-{d('1')}": (".", ["x/a", "y/b"]), "z": ("z", ["c"])},
+    ),
+    "a study with one series among others": (
+        {"A/s1/x": "1", "A/s2/x": "1", "B/s1/x": "2", "B/s2/x": "2", "C/s1/x": "3"},
+        {
+            "A": ("A", ["s1/x", "s2/x"]),
+            "B": ("B", ["s1/x", "s2/x"]),
+            "C": ("C", ["s1/x"]),
+        },
+    ),
+    "loose files of one study": ({"a": "1", "b": "1"}, {"SOURCE": (".", ["a", "b"])}),
+    "loose files of two studies": (
+        {"a": "1", "b": "2"},
+        {f"SOURCE-{d('1')}": (".", ["a"]), f"SOURCE-{d('2')}": (".", ["b"])},
+    ),
+    "no DICOM at all": (
+        {"A/x.avi": "", "A/deep/y.AVI": "", "B/z.Mp4": ""},
+        {"A": ("A", ["deep/y.AVI", "x.avi"]), "B": ("B", ["z.Mp4"])},
+    ),
+    "DICOM and other videos beside it": (
+        {"A/x": "1", "A/export/y.avi": "", "B/z.avi": "", "B/s/w.avi": ""},
+        {"A": ("A", ["export/y.avi", "x"]), "B": ("B", ["s/w.avi", "z.avi"])},
+    ),
+    "two folders of one name": (
+        {"p/echo/a": "1", "p/b": "3", "p/echo2/c": "2", "q/echo/d": "4", "q/e": "5"},
+        {
+            f"echo-{d('1')}": ("p/echo", ["a"]),
+            "echo2": ("p/echo2", ["c"]),
+            f"echo-{d('4')}": ("q/echo", ["d"]),
+            f"p-{d('3')}": ("p", ["b"]),
+            f"q-{d('5')}": ("q", ["e"]),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    """By header wherever the files lie; named by a folder of their own, or with a digest."""
+    files, expected = LAYOUTS[layout]
+    lay_out(tmp_path / "SOURCE", files)
+    assert found(tmp_path / "SOURCE") == expected
+
+
+def test_a_cd_of_two_patients(tmp_path):
+    """Two studies in one folder: split by header; refused by folder; patients never mix."""
+    cd = tmp_path / "cd"
+    shutil.copytree(FIXTURES / "cd_of_two_patients", cd / "DICOM")
+    (cd / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    uids = [pydicom.dcmread(p).StudyInstanceUID for p in sorted((cd / "DICOM").iterdir())]
+    expected = {f"DICOM-{d(u)}": ("DICOM", [f"IM00000{i}"]) for i, u in enumerate(uids)}
+    assert found(cd) == expected
+    for group in ("folder", "one"):
+        with pytest.raises(UserError, match=r"several studies .*--group dicom"):
+            found(cd, group)
+        listener = Collected()  # check goes on, and says the same
+        found(cd, group, listener=listener)
+        assert any(f.level == "ERROR" and "--group dicom" in f.remedy for f in listener.findings)
+    assert set(found(cd, study_id="uid")) == set(uids)
+    names = found(cd, study_id="digest")
+    assert all(len(n) == 16 and set(n) <= set("0123456789abcdef") for n in names)
+
+
+def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
+    put(tmp_path, "A/x", "1", PatientID="MRN-4711")
+    put(tmp_path, "A/y", "1", PatientID="MRN-4712")
+    put(tmp_path, "B/z", "2", PatientID="MRN-4711")
+    put(tmp_path, "B/w", "2")  # one that does not say
+    assert set(found(tmp_path)) == {"B"}
+    out = capsys.readouterr().out
+    assert "2 patients: A/x, A/y" in out and "left out" in out and "MRN" not in out
+    shutil.rmtree(tmp_path / "B")
+    with pytest.raises(UserError, match="no study"):
+        found(tmp_path)
+
+
+def test_what_belongs_to_nobody_is_left_out(tmp_path, capsys):
+    lay_out(tmp_path, {"A/x": "1", "A/y": "2", "A/z.avi": "", "B/w": "3", "loose.mp4": ""})
+    assert sorted(v for _, vs in found(tmp_path).values() for v in vs) == ["w", "x", "y"]
+    assert "2 files have no StudyInstanceUID" in (out := capsys.readouterr().out)
+    assert "A/z.avi, loose.mp4" in out
+    with pytest.raises(UserError, match="no StudyInstanceUID in the files of V"):
+        (tmp_path / "V").mkdir()
+        (tmp_path / "V/v.avi").write_text("x")
+        found(tmp_path, study_id="uid")
+
+
+def test_a_series_of_single_frames_is_one_video(tmp_path):
+    for i in range(4):
+        tags = {"SeriesInstanceUID": "1.9", "InstanceNumber": 4 - i, "StudyInstanceUID": "1"}
+        (tmp_path / "A").mkdir(exist_ok=True)
+        write_dicom(tmp_path / "A" / f"IM{i}", PIXELS[i : i + 1], "RGB", **tags)
+        ds = pydicom.dcmread(tmp_path / "A" / f"IM{i}")
+        del ds.NumberOfFrames
+        ds.save_as(tmp_path / "A" / f"IM{i}")
+    put(tmp_path, "A/cine", "1")
+    (study,) = studies.find_studies(tmp_path)
+    series = f"series-{d('1.9')}"
+    assert study.videos == ["cine", series]
+    assert [p.name for p in study.source(series)] == ["IM3", "IM2", "IM1", "IM0"]
+    assert study.source("cine") == tmp_path / "A" / "cine"
+
+
+def test_odd_names_and_odd_files(tmp_path, cli):
+    """Not UTF-8, two normal forms, escape sequences, 250 characters, pipes: a study each."""
+    root = tmp_path / "in"
+    cafe = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    odd = os.fsdecode(b"caf\xe9")
+    names = [*cafe, odd, "caf%E9b", "a\nb", "e\x1b[31m", "x" * 250]
+    for i, name in enumerate(names):
+        put(root, f"{name}/v{i}\udcff.DCM", str(i + 1))
+    os.mkfifo(root / "a\nb" / "pipe.avi")
+    os.mkfifo(root / "a\nb" / "pipe")
+    (root / "a\nb" / "null.dcm").symlink_to("/dev/null")
+    (root / "a\nb" / "nowhere.avi").symlink_to(root / "gone")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(root / "so.avi"))
+    status, text, error = cli(root, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert status == 0, error
+    assert "7 studies extracted" in text and "no regular file 5" in text
+    assert "\x1b" not in text + error
+    written = {p.stem for p in (tmp_path / "out").glob("[!.]*.hdf5")}
+    long = "x" * 191 + "-" + d("x" * 250)
+    assert written == {*cafe, "caf%E9", "caf%E9b", "a%0Ab", "e%1B[31m", long}
+    assert "v2%FF.DCM" in (tmp_path / "out" / "extract_log.csv").read_text()
+    again = cli(root, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert again[0] == 0 and "0 studies extracted, 7 already there" in again[1]
+
+
+def test_the_output_folder_is_no_source(source, cli):  # noqa: F811
+    out = source / "embeddings"
+    for expected in ("2 studies extracted", "0 studies extracted, 2 already there"):
+        status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
+        assert status == 0 and expected in text and "no videos" in text
+        assert "1 files are no videos: .txt 1" in text and "hold no video" not in text
+
+
+def test_what_is_passed_over_is_said(source, tmp_path, cli):  # noqa: F811
+    """Links are followed, but not in circles; other files and empty folders are counted."""
+    shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
+    (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    (source / "C").mkdir()
+    for name in ("a.TXT", "b.xml", "noending", ".hidden"):
+        (source / "C" / name).write_text("no video")
+    assert {n: v for n, (_, v) in found(source).items()} == {
+        "A_1": ["IM0001", "series/y.dcm", "x.dcm"],
+        "B": ["notes.dcm", "real.dcm", "still.dcm"],
+    }
+    _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert "4 files are no videos: .txt 2, " in text
+    assert "1 folders hold no video: C" in text
+    status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
+    assert status == 1 and "3 files are no videos: .txt 1" in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_folders_that_cannot_be_read_are_said(source, capsys):  # noqa: F811
+    (source / "A_1" / "series").chmod(0)
+    try:
+        studies.find_studies(source)
+    finally:
+        (source / "A_1" / "series").chmod(0o755)
+    out = capsys.readouterr().out
+    assert "1 subfolders cannot be read: A_1/series: Permission denied" in out
+
+
+def test_wrong_sources(tmp_path, cli):
+    status, _, error = cli(tmp_path, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and "no video or DICOM file" in error
+    status, _, error = cli(tmp_path / "x", "--out", tmp_path / "o", main=extract.main)
+    assert status == 1 and "is not a folder" in error
+    (tmp_path / "file").touch()
+    (tmp_path / "s" / "A").mkdir(parents=True)
+    (tmp_path / "s" / "A" / "a.dcm").write_text("no")
+    for out in (tmp_path / "file", tmp_path / "file" / "o"):
+        status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
+        assert status == 1 and "cannot write into" in error and "choose another folder" in error
+    shutil.rmtree(tmp_path / "s")
+    (tmp_path / "mixed" / "study").mkdir(parents=True)
+    for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):
+        path.write_text("x")
+    status, _, error = cli(tmp_path / "mixed", "--out", tmp_path / "o", main=extract.main)
+    assert status == 1 and "both study folders and loose videos (a.avi" in error
+    assert "--group one" in error
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "a.dcm").write_text("no")
+    status, text, error = cli(tmp_path / "s", "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and "no study" in error and "a.dcm: not a DICOM file" in text
+    assert not list((tmp_path / "o").glob("*.hdf5"))
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def listed(root, text, listener=None):
+    table = root / "list.csv"
+    table.write_text(text)
+    return studies.find_studies(root, manifests=[table], listener=listener)
+
+
+def test_manifests(tmp_path):
+    """Our list, MIMIC's and EchoNet's."""
+    lay_out(tmp_path, {"A/x.dcm": "1", "A/s/y.dcm": "1", "B/z.dcm": "2"})
+    s1, s2 = listed(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
+    assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
+    assert (s2.name, s2.videos) == ("s2", ["z.dcm"])
+
+    (study,) = listed(
+        tmp_path,
+        "subject_id,study_id,acquisition_datetime,dicom_filepath\n"
+        "10002221,94106955,2020-01-01,A/x.dcm\n10002221,94106955,2020-01-01,A/s/y.dcm\n",
+    )
+    assert (study.name, study.videos) == ("94106955", ["s/y.dcm", "x.dcm"])
+
+    for view in ("A4C", "PSAX"):
+        (tmp_path / view / "Videos").mkdir(parents=True)
+        (tmp_path / view / "Videos" / "CR1-CR2-000.avi").write_text("x")
+        (tmp_path / view / "FileList.csv").write_text("FileName,EF\nCR1-CR2-000.avi,60\n")
+    lists = [tmp_path / view / "FileList.csv" for view in ("A4C", "PSAX")]
+    (study,) = studies.find_studies(tmp_path, manifests=lists)
+    assert study.name == "CR1-CR2"
+    assert study.videos == ["A4C/Videos/CR1-CR2-000.avi", "PSAX/Videos/CR1-CR2-000.avi"]
+    lists[0].write_text("FileName,EF\n0X1,60\n0X2,50\n")
+    all_found = studies.find_studies(tmp_path, manifests=lists[:1])
+    assert [(s.name, s.missing) for s in all_found] == [("0X1", ["0X1.avi"]), ("0X2", ["0X2.avi"])]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,b\n1,2\n", "a manifest has study and path"),
+        ("study,path\n../x,A/x.dcm\n", "line 2.*cannot be a study's name"),
+        ("study,path\n.x,A/x.dcm\n", "line 2.*cannot be a study's name"),
+        ("study,path\ns,A/x.dcm\ns,\n", "line 3: study or path is empty"),
+        ("study,path\ns,A/x.dcm,more\n", "line 2"),
+        ("study,path\ns,../secret.dcm\n", "line 2: the path leads out"),
+        ("study,path\ns,/etc/passwd\n", "line 2: the path leads out"),
+    ],
+)
+def test_wrong_manifests(tmp_path, text, message):
+    put(tmp_path, "A/x.dcm", "1")
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path, text)
+
+
+def test_manifests_may_name_paths_below_the_source_in_full(tmp_path):
+    put(tmp_path / "real", "A/x.dcm", "1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for path in (tmp_path / "link" / "A/x.dcm", tmp_path / "real" / "A/x.dcm"):
+        (study,) = listed(tmp_path / "link", f"study,path\ns,{path}\n")
+        assert study.source("x.dcm").is_file()
+
+
+def test_a_manifest_that_mixes_is_followed_with_a_warning(tmp_path):
+    lay_out(tmp_path, {"A/x.dcm": "1", "B/z.dcm": "2"})
+    listener = Collected()
+    listed(tmp_path, "study,path\ns,A/x.dcm\ns,B/z.dcm\nt,B/z.dcm\n", listener)
+    texts = [f.text for f in listener.findings if f.level == "WARNING"]
+    assert "1 files are listed in two studies: B/z.dcm" in texts[0]
+    assert "1 studies of the manifest hold files of several studies" in texts[1]
+
+
+def test_videos_of_a_published_config(tmp_path):
+    """`video_base_path` and `video_subdir_format`: the folder's name without what is around it."""
+    lay_out(tmp_path, {"101_trim/a.avi": "", "102_trim/s/b.avi": "", "other/c.avi": ""})
+    all_found = studies.studies_of_dataset(tmp_path)
+    assert [(s.name, s.videos) for s in all_found] == [("101", ["a.avi"]), ("102", ["s/b.avi"])]
+    listener = Collected()
+    form = "{echo_id}_trim"
+    (study,) = studies.studies_of_dataset(tmp_path, form, ["102", "7", "../x"], listener)
+    assert study.name == "102" and study.source("s/b.avi") == tmp_path / "102_trim" / "s" / "b.avi"
+    assert [f.text for f in listener.findings] == [
+        f"2 studies have no video below {tmp_path}: 7, ../x"
+    ]
+    with pytest.raises(UserError, match=r"no \{echo_id\}"):
+        studies.studies_of_dataset(tmp_path, "trim")
+
+
+# ----------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "12",
+                "SLURM_ARRAY_TASK_MIN": "10",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+            },
+            (2, 4),
+        ),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+    ],
+)
+def test_shards_from_the_environment(environment, expected):
+    assert studies.shard_from("auto", environment) == expected
+    assert studies.shard_from("2/5") == (2, 5)
+    with pytest.raises(UserError, match="--shard"):
+        studies.shard_from("5/5")
+    order = studies.own_first(list(range(10)), 1, 4)
+    assert order[:3] == [1, 5, 9] and sorted(order) == list(range(10))
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_without_locks_one_goes_on_alone(source, tmp_path, cli, monkeypatch, code):  # noqa: F811
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    status, text, _ = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 0 and "2 studies extracted" in text
+    assert "no file locks" in text and os.strerror(code) in text
+    line = (source, "--out", tmp_path / "p", *OPTIONS, "--shard", "0/2")
+    status, _, error = cli(*line, main=extract.main)
+    assert status == 1 and "cannot be shared by several workers" in error
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
+def test_a_second_run_says_so_and_stops(source, tmp_path, cli, monkeypatch, code):  # noqa: F811
+    """Every study is held by another process (as a lock that is held reports it)."""
+    lockf = fcntl.lockf
+
+    def held(file, how, length, position):
+        if how & fcntl.LOCK_NB and position != studies.Claims.position(""):
+            raise OSError(code, "held")
+        return lockf(file, how, length, position)
+
+    monkeypatch.setattr(fcntl, "lockf", held)
+    status, text, error = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and "another run holds every study" in error
+    assert "2 studies left to other workers" in text
+    line = (source, "--out", tmp_path / "o", *OPTIONS, "--shard", "1/2")
+    assert cli(*line, main=extract.main)[0] == 0  # one of several: nothing left for it is well
