@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import torch
 
@@ -77,6 +78,13 @@ def cli(capfd):
         return status, out, err
 
     return run
+
+
+def copy_example(path, name="ybr_color", study="1.2.9"):
+    """One of pydicom's own files: ybr_color is a real cine, rgb_color a still; as of this study."""
+    ds = pydicom.dcmread(pydicom.examples.get_path(name))
+    ds.StudyInstanceUID, ds.PatientID = study, "P"
+    ds.save_as(path)
 
 
 def write_embeddings(folder, eid, embeddings, layout="ours"):

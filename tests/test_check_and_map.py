@@ -11,10 +11,9 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import torch
-from conftest import write_embeddings
+from conftest import copy_example, write_embeddings
 from PIL import Image
 from scipy.spatial.distance import cdist
 from test_commands import edit_config, published_model
@@ -180,8 +179,8 @@ def findings(out):
 def test_check_of_a_sound_cohort_writes_nothing(cohort, cli):
     folder = cohort / "videos" / "visit1"
     folder.mkdir(parents=True)
-    shutil.copy(pydicom.examples.get_path("ybr_color"), folder / "cine.dcm")
-    shutil.copy(pydicom.examples.get_path("rgb_color"), folder / "still.dcm")
+    copy_example(folder / "cine.dcm")
+    copy_example(folder / "still.dcm", "rgb_color")
     for task in ("defect", "sizes"):
         assert cli("train", "--task", task, "--epoch_lim", "1")[0] == 0
     assert cli("pack")[0] == 0
@@ -266,7 +265,7 @@ def damage_model():
 def write_videos(*contents):
     folder = Path("videos/visit1")
     folder.mkdir(parents=True)
-    shutil.copy(pydicom.examples.get_path("ybr_color"), folder / "cine.dcm")
+    copy_example(folder / "cine.dcm")
     for i, content in enumerate(contents):
         (folder / f"bad{i}.dcm").write_bytes(content)
 

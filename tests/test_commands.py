@@ -9,10 +9,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import torch
-from conftest import ROOT, normal, recorded, relative_error, rule_weights, write_embeddings
+from conftest import (
+    ROOT,
+    copy_example,
+    normal,
+    recorded,
+    relative_error,
+    rule_weights,
+    write_embeddings,
+)
 from sklearn.metrics import roc_auc_score
 from test_study_model import N_VIDEOS, by_rule
 from test_video import moving_square, write_dicom
@@ -258,8 +265,8 @@ def test_predict_from_dicom(cohort, cli):
     assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     folder = cohort / "patients" / "visit1"
     folder.mkdir(parents=True)
-    shutil.copy(pydicom.examples.get_path("ybr_color"), folder / "cine.dcm")
-    shutil.copy(pydicom.examples.get_path("rgb_color"), folder / "still.dcm")
+    copy_example(folder / "cine.dcm")
+    copy_example(folder / "still.dcm", "rgb_color")
     options = ("--weights", "random", "--size", "56", "--n_clips", "2", "--out", "p.csv")
     status, out, err = cli("predict", "--videos", "patients", *options)
     assert status == 0, err
@@ -274,7 +281,7 @@ def test_predictions_of_two_folders_of_one_name(cohort, cli):
     assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     for hospital in ("a", "b"):
         (cohort / hospital / "dicom").mkdir(parents=True)
-    shutil.copy(pydicom.examples.get_path("ybr_color"), cohort / "a" / "dicom" / "1.dcm")
+    copy_example(cohort / "a" / "dicom" / "1.dcm")
     write_dicom(cohort / "b/dicom/1.dcm", moving_square()[..., ::-1].copy(), "RGB")
     options = ("--weights", "random", "--size", "56", "--n_clips", "1")
     found = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pydicom
 
-from embed import dicom, video
+from embed import dicom
 from tests.test_video import moving_square, write_dicom
 
 
@@ -56,4 +56,3 @@ def test_header_facts_of_odd_files(tmp_path):
     facts = dicom.read_header_facts(tmp_path / "odd")
     assert len(facts.study_uid) == 64 and facts.study_uid.isalnum()
     assert (facts.n_frames, facts.rows, facts.columns) == (1, 60, 80)
-    assert video.study_uid(tmp_path / "odd") == facts.study_uid

@@ -12,10 +12,9 @@ import time
 
 import h5py
 import numpy as np
-import pydicom
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, copy_example, relative_error
 from test_video import moving_square, write_dicom
 
 from embed import extract, panecho, video
@@ -42,10 +41,8 @@ def source(tmp_path):
     b.mkdir()
     for path, n in ((a / "x.dcm", 17), (a / "series" / "y.dcm", 40), (a / "IM0001", 9)):
         write_dicom(path, moving_square(n)[..., ::-1].copy(), "RGB")
-    for example, name in (("ybr_color", "real.dcm"), ("rgb_color", "still.dcm")):
-        ds = pydicom.dcmread(pydicom.examples.get_path(example))
-        ds.StudyInstanceUID, ds.PatientID = "1.2.9", "P"
-        ds.save_as(b / name)
+    copy_example(b / "real.dcm")
+    copy_example(b / "still.dcm", "rgb_color")
     (b / "notes.dcm").write_text("not a DICOM file")
     (b / "report.txt").write_text("no video at all")
     return tmp_path / "videos"
@@ -277,9 +274,7 @@ def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
     """After reruns, --redo, a death between log and study, and a line that broke off."""
     out = tmp_path / "out"
     (source / "E").mkdir()
-    still = pydicom.dcmread(source / "B" / "still.dcm")
-    still.StudyInstanceUID = "1.2.8"
-    still.save_as(source / "E" / "e.dcm")
+    copy_example(source / "E" / "e.dcm", "rgb_color", study="1.2.8")
     decoded = []
     work = extract.DecoderProcess.__call__
     monkeypatch.setattr(

@@ -16,10 +16,9 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import torch
-from conftest import ROOT, normal, recorded, write_embeddings
+from conftest import ROOT, copy_example, normal, recorded, write_embeddings
 from test_commands import published_model
 
 import echofocus as ef
@@ -645,9 +644,9 @@ def test_a_released_model_with_other_outputs_is_refused(here, cli):
 
 def test_new_user_needs_no_config(here, cli, asset):
     """In an empty folder: one line to get a released model, one from three visits to answers."""
-    for visit in ("a", "b", "c"):
+    for i, visit in enumerate(("a", "b", "c")):
         Path("visits", visit).mkdir(parents=True)
-        shutil.copy(pydicom.examples.get_path("ybr_color"), f"visits/{visit}/cine.dcm")
+        copy_example(f"visits/{visit}/cine.dcm", study=f"1.{i}")
     options = ("--weights", "random", "--size", "56", "--n_clips", "2")
     line = ("predict", "--model_name", "EchoFocus_CHD", "--videos", "visits", *options)
     status, _, err = cli(*line)

@@ -9,7 +9,7 @@ import pytest
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from embed import phantom, video
+from embed import phantom, studies, video
 
 REAL = pydicom.examples.get_path("ybr_color")
 
@@ -223,7 +223,7 @@ def test_dicom_without_its_start(tmp_path):
     first = data.index(b"\x28\x00\x02\x00US")  # SamplesPerPixel: no group 2 or 8 before it
     (tmp_path / "GROUP8").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + data[first:])
     (tmp_path / "random").write_bytes(np.random.default_rng(0).bytes(5000))
-    assert video.find_videos(tmp_path)[0] == ["BARE", "GROUP8", "JPEG", "a.dcm"]
+    assert studies.find_videos(tmp_path)[0] == ["BARE", "GROUP8", "JPEG", "a.dcm"]
     expected = video.read_frames(tmp_path / "a.dcm")
     np.testing.assert_array_equal(video.read_frames(tmp_path / "BARE"), expected)
     np.testing.assert_array_equal(video.read_frames(tmp_path / "GROUP8"), expected)
