@@ -44,6 +44,7 @@ from torch import nn
 
 from common import __version__, checkpoints, releases
 from common.console import (
+    Collected,
     Finding,
     Parser,
     UserError,
@@ -2703,7 +2704,10 @@ def check_videos(known):
         return
     typed, source = known.typed, Path(known.typed["videos"])
     sampling = extract.settings_from(typed).sampling
-    studies = extract.find_studies(source, *(typed[n] for n in ("group", "manifest", "study_id")))
+    heard = Collected()
+    how = (typed[n] for n in ("group", "manifest", "study_id"))
+    studies = extract.find_studies(source, *how, listener=heard)
+    yield from heard.findings
     faults, usable = {}, []
     for study in progress(studies, desc="videos", unit="study"):
         reasons = {video: "the manifest's file is missing" for video in study.missing}

@@ -10,6 +10,7 @@ and any file names will do. Each study becomes DIR/<study>.hdf5:
     clip_starts  (V, C) int64, the clip's start as drawn, in frames
     augmented    (K, V, C, 768) float32, with --augment K: randomly transformed copies
     skipped      (M, 2) path and reason of the files that gave no clips
+    files        (F, 6) what is remembered of each file, see `store.FileRecord`
     attributes   how it was made: encoder, weights and their SHA-256, sampling, seed, version
 
 and DIR/extract_log.csv gets a row a video.
@@ -42,7 +43,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from common import __version__
 from common.console import Parser, UserError, clean_text, progress, run_main
-from common.files import atomic_path, stamp_of
+from common.files import atomic_path, quoted, stamp_of, unquoted
 from common.world import pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.store import (
@@ -325,7 +326,7 @@ class Log:
             # Held open, so that no later file gets its inode.
             self.studies, self.file = set(), open(self.path, "rb")  # noqa: SIM115
         added = self.file.read() if self.file else b""
-        self.studies |= {row[0] for row in csv.reader(io.StringIO(added.decode())) if row}
+        self.studies |= {row[0] for row in csv_rows(added) if row}
         return len(added) > 0 and not added.endswith(b"\n")
 
     def append(self, rows):
@@ -340,8 +341,7 @@ class Log:
                 raise
 
     def rewrite(self, study, rows):
-        with open(self.path, encoding="utf-8", newline="") as f:
-            old = [row for row in csv.reader(f) if len(row) == len(self.COLUMNS)]
+        old = [row for row in csv_rows(self.path.read_bytes()) if len(row) == len(self.COLUMNS)]
         with atomic_path(self.path) as temporary:
             kept = [row for row in old if row[0] != study]
             temporary.write_text(csv_text([*kept, *rows]), encoding="utf-8", newline="")
@@ -349,8 +349,17 @@ class Log:
 
 def csv_text(rows):
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([map(quoted, row) for row in rows])
     return text.getvalue()
+
+
+def csv_rows(data):
+    """The rows that `csv_text` made, of bytes that may be damaged; no cell holds a line break."""
+    rows = []
+    for line in data.decode(errors="replace").split("\n"):
+        with contextlib.suppress(csv.Error):
+            rows += [[unquoted(cell) for cell in row] for row in csv.reader([line])]
+    return rows
 
 
 @dataclass

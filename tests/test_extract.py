@@ -486,3 +486,17 @@ def test_nothing_identifying_in_any_output(tmp_path, cli):
     written = b"".join(p.read_bytes() for p in (tmp_path / "out").iterdir())
     for secret in (*secrets, str(tmp_path / "in")):
         assert secret.encode() not in written and secret not in text + error
+
+
+def test_a_damaged_log_is_made_anew(source, tmp_path, cli):
+    """Bytes that are no text, a cell that never ends: what can be read stays, once a video."""
+    out = tmp_path / "out"
+    (source / "A_1" / "=1+1.dcm").write_bytes((source / "A_1" / "x.dcm").read_bytes())
+    assert cli(source, "--out", out, *OPTIONS, main=extract.main)[0] == 0
+    log = out / "extract_log.csv"
+    assert "\nA_1,'=1+1.dcm," in log.read_text()  # nothing that a spreadsheet would run
+    log.write_bytes(log.read_bytes() + b'B,"caf\xe9\0\r,x\nC\xff')
+    (source / "A_1" / "x.dcm").unlink()
+    assert cli(source, "--out", out, *OPTIONS, main=extract.main)[0] == 0
+    rows = [(r["study"], r["video"]) for r in read_log(out)]
+    assert len(rows) == len(set(rows)) == 6 and ("A_1", "'=1+1.dcm") in rows
