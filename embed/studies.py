@@ -79,6 +79,8 @@ def find_studies(
         listener.error(f"{source} is not a folder", "give a study's folder or a folder of them")
         return []
     if manifests:
+        if study_id != "folder":
+            listener.error("--study_id has no effect on a manifest, which names its studies itself")
         return by_manifests(source, manifests, listener)
     files, others, closed = find_videos(source, leave_out)
     notes = [*passed_over(others, closed)]
@@ -150,7 +152,7 @@ def find_videos(folder, leave_out=None):
         for path in (Path(where, n) for n in sorted(names) if not n.startswith(".")):
             if not path.is_file():  # a pipe, a socket, a device, a link that leads nowhere
                 others["no regular file"] += 1
-            elif path.name != "DICOMDIR" and is_candidate(path):
+            elif path.name.upper() != "DICOMDIR" and is_candidate(path):
                 found.append(relative(path))
             else:
                 others[visible(path.suffix.lower()) or "no ending"] += 1
@@ -191,6 +193,7 @@ def visible(name):
 
     Names that differ stay different; two Unicode normal forms of one word are two names.
     """
+    name = re.sub("%(?=[0-9A-Fa-f]{2})", "%25", name)  # so that no two names become one
     safe = (c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
     return "".join(safe)
 
