@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 from argparse import SUPPRESS
 from collections import Counter, deque
@@ -2942,5 +2943,10 @@ def main(argv=None):
     COMMANDS[command](typed)
 
 
+def program():
+    """What the command line runs, from the clone or installed."""
+    run_main(main, Path(sys.argv[0]).name)
+
+
 if __name__ == "__main__":
-    run_main(main, "echofocus.py")
+    program()

@@ -686,5 +686,10 @@ def main(argv=None):
     summary.refuse_nothing(args.source, shard_from(args.shard)[1])
 
 
+def program():
+    """What the command line runs, from the clone or installed."""
+    run_main(main, Path(sys.argv[0]).name)
+
+
 if __name__ == "__main__":
-    run_main(main, "extract.py")
+    program()

@@ -1,0 +1,140 @@
+"""Installed by pip: commands from any folder, `import echofocus`, and no other name on the path."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import ROOT, normal, write_embeddings
+from test_commands import published_model
+
+NOT_SOURCES = (".*", "build", "demo", "*.egg-info", "__pycache__", "embeddings", "config.json")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder like site-packages, with EchoFocus installed from its source distribution."""
+    folder = tmp_path_factory.mktemp("install")
+    tree, site = folder / "tree", folder / "site"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*NOT_SOURCES), symlinks=True)
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('..'))"
+    done = run([sys.executable, "-c", build], tree)
+    archive = done.stdout.split()[-1]
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--target", str(site)]
+    run([sys.executable, "-m", "pip", "install", *options, archive], folder)
+    shutil.rmtree(tree)
+    return site
+
+
+def run(line, cwd, **variables):
+    """Run a program as a stranger to this repository would."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_what_lies_on_the_import_path(site):
+    names = {p.name for p in site.iterdir() if p.suffix != ".dist-info"}
+    assert names == {"echofocus", "bin"}
+    tree = site / "echofocus" / "_tree"
+    for file in ("embed/panecho_tasks.json", "trained_models/registry.json", "echofocus.py"):
+        assert (tree / file).read_bytes() == (ROOT / file).read_bytes()
+    for room in ("common", "embed", "report"):  # every file of every room, templates too
+        files = {p.relative_to(ROOT) for p in (ROOT / room).rglob("*") if p.is_file()}
+        files = {p for p in files if "__pycache__" not in p.parts and p.suffix != ".md"}
+        assert {p for p in files if not (tree / p).is_file()} == set()
+    assert not (tree / "tests").exists()
+
+
+def test_commands_from_another_folder(site, tmp_path, monkeypatch, cli):
+    assert {p.name for p in (site / "bin").iterdir()} == {"echofocus", "echofocus-extract"}
+    echofocus = site / "bin" / "echofocus"
+    published_model(tmp_path / "trained_models" / "EchoFocus_CHD", 22)
+    write_embeddings(tmp_path / "emb", "s1", normal(0, 2, 3, 768))
+    config = {"task": {"t": {"task_labels": ["a"]}}, "dataset": {"d": {"embedding_path": "emb"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = ["predict", "--model_name", "EchoFocus_CHD", "--out", "p.csv"]
+    run([echofocus, *line], tmp_path, PYTHONPATH=str(site))
+    monkeypatch.chdir(tmp_path)
+    assert cli(*line[:-1], "q.csv")[0] == 0
+    pd.testing.assert_frame_equal(pd.read_csv("p.csv"), pd.read_csv("q.csv"))
+
+
+def test_videos_are_decoded_by_an_installed_worker(site, tmp_path):
+    """The decoder is a process of its own, which must find the rooms too."""
+    import pydicom
+
+    (tmp_path / "visits" / "a").mkdir(parents=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), tmp_path / "visits" / "a" / "x.dcm")
+    options = ["--weights", "random", "--size", "56", "--n_clips", "2", "--out", "e"]
+    line = [site / "bin" / "echofocus-extract", "visits", *options]
+    run(line, tmp_path, PYTHONPATH=str(site))
+    assert (tmp_path / "e" / "a.hdf5").is_file()
+
+
+SNIPPET = """
+import sys
+before = list(sys.path)
+import echofocus
+assert sys.path == before, "the import path is as it was"
+assert not hasattr(echofocus, "load") and echofocus.StudyModel(3).depth == 1
+import importlib.util
+assert importlib.util.find_spec("hubconf") is None
+from embed import phantom  # the rooms' own later imports
+import common
+assert "_tree" in common.__file__
+print("fine")
+"""
+
+
+def test_import_in_a_notebook(site, tmp_path):
+    (tmp_path / "common.py").write_text("raise SystemExit('not ours')")
+    done = run([sys.executable, "-c", SNIPPET], tmp_path, PYTHONPATH=str(site))
+    assert done.stdout == "fine\n"
+
+
+def test_another_module_of_the_same_name(site, tmp_path):
+    """One that is loaded is refused by name; one that only lies there does not matter: above."""
+    (tmp_path / "common.py").write_text("mine = 1\n")
+    code = "import common\ntry:\n    import echofocus\nexcept ImportError as e:\n    print(e)"
+    out = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(site)).stdout
+    assert out.count("\n") == 1 and "another module called 'common'" in out
+
+
+def test_yaml_files_are_well_formed():
+    """CITATION.cff, issue forms and workflows: read by the parsers of others, never by us."""
+    files = [ROOT / "CITATION.cff", *ROOT.glob(".github/**/*.yml")]
+    read = {path.relative_to(ROOT).as_posix(): yaml.safe_load(path.read_text()) for path in files}
+    citation = read.pop("CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    workflow = read.pop(".github/workflows/ci.yml")
+    (job,) = workflow["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    assert len(read) >= 3
+    for name, form in read.items():
+        if name.endswith("config.yml"):
+            continue
+        assert {"name", "description", "body"} <= set(form), name
+        ids = [field["id"] for field in form["body"] if field["type"] != "markdown"]
+        assert len(ids) == len(set(ids)) > 0
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "SECURITY.md", "CONTRIBUTING.md", "CITATION.cff"])
+def test_public_files_name_no_place_of_ours(name):
+    text = (ROOT / name).read_text()
+    assert [word for word in ("/work", "shared/", "index-url", "TODO") if word in text] == []
+
+
+def test_the_image_gets_what_an_installation_needs():
+    """Every folder that pyproject.toml installs, and no data or model of one's own."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    first, *taken = [x for x in (ROOT / ".dockerignore").read_text().splitlines() if x[0] != "#"]
+    folders = {*settings["package-dir"].values()} - {".", "trained_models"}
+    assert first == "*" and {f"!{folder}" for folder in folders} < set(taken)
+    assert [x for x in taken if "trained_models" in x] == ["!trained_models/registry.json"]
