@@ -47,6 +47,7 @@ from common import __version__, checkpoints, releases
 from common.console import (
     Collected,
     Finding,
+    Findings,
     Parser,
     UserError,
     duration,
@@ -81,6 +82,7 @@ from common.schema import (
     reserved,
     resolve_settings,
 )
+from common.tables import clean_ids, read_table, to_numbers
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
@@ -101,155 +103,266 @@ from report.demo import cmd_demo
 from report.figures import plot_evaluation, plot_history, plot_map
 from report.maps import as_numbers, map_positions, shift_between
 
+RUN = Findings()  # who listens to the readers where nobody else does
+
 # ------------------------------------------------------------------------------------------ labels
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
 PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
+GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
 
 
-def read_labels(path, task):
+def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
+    """(task with its type decided, label table) of a dataset, or (task, None) without a table.
+
+    The task is a copy; what is found on the way is told to the listener.
+    """
+    task, dataset = replace(config.tasks[task_name]), config.datasets[dataset_name]
+    path = dataset.label_path or task.label_path
+    if path is None:
+        raise UserError("no label table: set label_path of the task or the dataset in the config")
+    table = read_labels(path, task, listener, split_column)
+    if table is not None and not task.type:
+        decide_type(table, task, path, listener)
+    if table is not None:
+        warn_of_suspicious(table, task, path, listener)
+    return task, table
+
+
+def read_labels(path, task, listener=RUN, split_column=""):
     """The label table: DataFrame indexed by study id (text), columns pid (text) and the labels.
 
-    Values that are no numbers, out of range or, for a binary task, not 0 or 1 become missing and
-    are counted on screen. Raises UserError for a missing file or column, and for a study whose
-    rows contradict each other.
+    Labels are float64 in physical units. Values that are no numbers, out of range or, for a binary
+    task, not 0 or 1 become missing and are told; a label that the table lacks is taken from
+    `task.task_labels` once the listener has heard of it. `split_column` becomes GIVEN_FOLD.
+    None where a column of ids is missing.
     """
-    table = read_rows(path, task.task_labels)
-    for label in task.task_labels:
-        table[label] = clean_values(table[label], label, task, path)
+    columns = [*task.task_labels, *([split_column] if split_column else [])]
+    cells = read_cells(path, columns, listener)
+    if cells is None:
+        return None
+    task.task_labels = [label for label in task.task_labels if label in cells]
+    rows = cells[["pid", "eid"]]
+    if task.task_labels:
+        values = to_numbers(cells[task.task_labels], path, listener)
+        rows = rows.join(usable_values(values, cells, task, path, listener))
+    if split_column in cells:
+        rows[GIVEN_FOLD] = given_folds(cells[split_column], path, listener)
+    table = one_row_a_study(rows, path, listener)
+    if GIVEN_FOLD in table:
+        refuse_split_patients(table, split_column, path, listener)
     return table
 
 
-def read_rows(path, columns):
-    """pid and some more columns of a label table, as text, one row a study (the index).
+def read_rows(path, columns, listener=RUN):
+    """pid and some more columns of a label table, as text, one row a study (the index)."""
+    cells = read_cells(path, columns, listener)
+    return None if cells is None else one_row_a_study(cells, path, listener)
 
-    Raises UserError for a missing file or column, and for rows that contradict each other.
+
+def read_cells(path, columns, listener):
+    """pid, eid and those of `columns` that are there, as text; the index is the line in the file.
+
+    Rows without ids are left out. None where there is no pid or no eid.
     """
-    raw = read_table(path)
-    for column in ("pid", "eid", *columns):
-        if column not in raw:
-            raise UserError(
-                f"{path} has no column '{column}'{nearest(column, raw.columns)} (a label table "
-                "has pid, eid and one column a label)"
-            )
-    rows = with_ids(raw[["pid", "eid", *columns]])
-    if lost := len(raw) - len(rows):
-        print(f"{path}: {lost} rows have no pid or no eid and are left out")
-    rows = rows.drop_duplicates()
-    if len(twice := contradictions(rows)):
-        raise UserError(
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
-            f"{lines_of(twice)}; keep one row a study"
+    raw = read_table(path, listener, "label table")
+    missing = [column for column in ("pid", "eid", *columns) if column not in raw]
+    for column in missing:
+        close = nearest(column, raw.columns).removeprefix("; ")
+        listener.error(
+            f"{path} has no column '{column}'",
+            f"{close} " * bool(close) + "rename the column, or mend the config (a label table has "
+            "pid, eid and one column a label)",
         )
-    return rows.set_index("eid")
-
-
-def read_table(path):
-    """A label table's cells as text, names of columns stripped. Raises UserError."""
-    if path is None:
-        raise UserError("no label table: set label_path of the task or the dataset in the config")
-    try:
-        raw = pd.read_csv(path, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"no label table {path}: make it, or mend label_path in the config"
-        ) from error
-    except (ValueError, pd.errors.ParserError) as error:
-        raise UserError(f"{path} is not a CSV table: {error}") from error
-    raw.columns = raw.columns.str.strip()
-    if raw.columns.has_duplicates:
-        twice = raw.columns[raw.columns.duplicated()][0]
-        raise UserError(f"{path} has two columns '{twice}'")
-    return raw
-
-
-def with_ids(raw):
-    """The rows that have both ids, as text; a spreadsheet may have made 123 into 123.0."""
+    if {"pid", "eid"} & set(missing):
+        return None
+    raw = raw[["pid", "eid", *(c for c in columns if c not in missing)]]
     rows = raw.dropna(subset=["pid", "eid"]).copy()
     for column in ("pid", "eid"):
-        rows[column] = rows[column].str.strip().str.replace(r"^(\d+)\.0$", r"\1", regex=True)
+        rows[column] = clean_ids(rows[column], path, listener)
+    if lost := len(raw) - len(rows):
+        listener.warning(f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out")
     return rows
 
 
-def contradictions(rows):
-    """The rows of studies that have several, different ones (repeated rows are out already)."""
-    return rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
+def one_row_a_study(rows, path, listener):
+    """Rows with pid and eid -> one a study, its id the index; contradictions are errors."""
+    again = rows[rows.duplicated()]
+    if len(again):
+        listener.warning(
+            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
+            "delete them; each is read once",
+        )
+    rows = rows.drop_duplicates()
+    twice = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
+    if len(twice):
+        listener.error(
+            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
+            f"{lines_of(twice)}",
+            "keep one row a study",
+        )
+    table = rows.drop_duplicates("eid").set_index("eid")
+    listener.ok(f"{path}: {len(table)} studies of {table['pid'].nunique()} patients")
+    return table
 
 
 def lines_of(rows):
     """The first studies of some rows and their lines in the file, as text."""
-    return ", ".join(f"{eid} (line {i + 2})" for i, eid in rows["eid"].head(6).items())
+    return some((f"{printable(eid)} (line {line})" for line, eid in rows["eid"].items()), 6)
 
 
-def clean_values(text, label, task, path):
-    """One label's column of text -> float64 with NaN for what cannot be used, said on screen."""
-    values, faults = usable_values(text, label, task)
-    for fault, where in faults.items():
-        if where.any():
-            print(f"{path}, {label}: {where.sum()} values are {fault} and count as missing")
+def cells_of(cells, eids):
+    """The first of some cells and their studies, as text."""
+    pairs = zip(cells[:4], eids[:4], strict=True)
+    return some(f"{printable(cell)[:40]} (study {printable(eid)})" for cell, eid in pairs)
+
+
+def usable_values(values, cells, task, path, listener):
+    """Values (DataFrame, a column a label) with NaN for what cannot be used, which is told."""
+    values = values.copy()
+    ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
+    for label, y in values.items():
+        faults = {"no numbers": y.isna() & cells[label].notna()}
+        if task.type == "binary":
+            faults["not 0 or 1"] = y.notna() & ~y.isin([0, 1])
+            warn_of_one_and_two(label, y, path, listener)
+        else:
+            low, high = (-np.inf if x is None else x for x in ranges.get(label, (None, None)))
+            high = np.inf if high == -np.inf else high
+            faults["out of range"] = (y < low) | (y > high)
+        for fault, where in faults.items():
+            if where.any():
+                examples = cells_of(cells.loc[where, label], cells.loc[where, "eid"])
+                listener.warning(
+                    f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
+                    "correct them; they count as missing",
+                )
+            values.loc[where, label] = np.nan
     return values
 
 
-def usable_values(text, label, task):
-    """One label's column of text -> float64 with NaN for what cannot be used, and what that was.
+def decide_type(table, task, path, listener):
+    """Set task.type: 'binary' when every value of every label is 0, 1 or missing."""
+    binary = {label: table[label].dropna().isin([0, 1]) for label in task.task_labels}
+    task.type = "binary" if all(where.all() for where in binary.values()) else "regression"
+    listener.note(f"the task is {task.type}, by the values of its labels")
+    for label, where in binary.items():
+        if task.type == "regression" and where.mean() > 0.8:
+            odd = table.loc[where.index[~where], label]
+            because = f" because of {cells_of(odd.map('{:g}'.format), odd.index)}"
+            listener.warning(
+                f"{path}, {label}: {where.mean():.0%} of the values are 0 or 1, yet the task is a "
+                f"regression{because * (len(odd) > 0)}",
+                'say "type": "binary" in the task, or correct the values',
+            )
 
-    The latter is a dict of a fault's name to a mask.
-    """
-    values = pd.to_numeric(text, errors="coerce").astype(float)
-    values[np.isinf(values)] = np.nan
-    faults = {"no numbers": values.isna() & text.notna()}
-    if task.type == "binary":
-        bad = faults["not 0 or 1"] = values.notna() & ~values.isin([0, 1])
-    else:
-        ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
-        low, high = ranges.get(label, (None, None))
-        bad = faults["out of range"] = (values < (-np.inf if low is None else low)) | (
-            values > (np.inf if high is None else high)
+
+def warn_of_suspicious(table, task, path, listener):
+    """Values that may mean something else than they say; they are used as they are."""
+    for label in task.task_labels if task.type == "regression" else ():
+        y = table[label].dropna()
+        warn_of_one_and_two(label, y, path, listener)
+        codes = y.isin(missing_codes(y.to_numpy()))
+        rest = y[~codes]
+        small, large = rest[(rest > 0) & (rest <= 1)], rest[rest > 1]
+        mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 4 * small.max()
+        mixed = mixed and large.min() / 2 < 100 * small.median() < 2 * large.max()
+        percent = task.units.get(label, "").startswith("%")
+        for odd, text, remedy in (
+            (y[codes], "look like a code for 'missing'", "leave these cells empty"),
+            (rest[rest > 100 if percent else rest > np.inf], "are above 100 %", "correct them"),
+            (small if mixed else small[:0], "look like fractions among percentages", "use one"),
+        ):
+            if len(odd):
+                examples = cells_of(odd.map("{:g}".format), odd.index)
+                listener.warning(
+                    f"{path}, {label}: {len(odd)} values {text}: {examples}",
+                    f"{remedy}; they are taken as they are (valid_range of the task refuses some)",
+                )
+
+
+def warn_of_one_and_two(label, y, path, listener):
+    if set(y.dropna().unique()) == {1, 2}:
+        listener.warning(
+            f"{path}, {label}: every value is 1 or 2", "write 0 and 1, if these are no and yes"
         )
-    return values.mask(bad), faults
 
 
-def decide_type(table, task):
-    """'binary' when every value of every label is 0, 1 or missing, else 'regression'."""
-    values = table[task.task_labels].to_numpy()
-    return "binary" if np.isin(values[~np.isnan(values)], (0, 1)).all() else "regression"
+CODES = {int(digit * n) for digit in "789" for n in range(2, 7)} | {9}
+CODES |= {-1} | {-x for x in CODES}
 
 
-def load_labels(config, task_name, dataset_name):
-    """(task with its type decided, label table) of a dataset."""
-    task, dataset = config.tasks[task_name], config.datasets[dataset_name]
-    table = read_labels(dataset.label_path or task.label_path, task)
-    if not task.type:
-        task.type = decide_type(table, task)
-        print(f"task {task_name} is {task.type}, by the values of its labels")
-    return task, table
+def missing_codes(y):
+    """Values of a label at the end of its range, and apart from the rest, such as 99 and -9."""
+    values, counts = np.unique(y, return_counts=True)
+    found, values, counts = [], list(values), list(counts)
+    while len(values) > 1 and values[-1] in CODES and values[-1] > 0:
+        gap, spread = values[-1] - values[-2], values[-2] - values[0]
+        if gap <= (0.1 if counts[-1] > 1 else 0.25) * spread:
+            break
+        found.append(values.pop())
+        counts.pop()
+    while len(values) > 1 and values[0] in CODES and values[0] < 0:
+        gap, spread = values[1] - values[0], values[-1] - values[1]
+        if values[1] < 0 and gap <= 0.25 * spread:
+            break
+        found.append(values.pop(0))
+    return found
 
 
 # ------------------------------------------------------------------------------------------ scaling
 
 
-def fit_scaling(table, task, unlearnable=()):
+def fit_scaling(table, task, unlearnable=(), listener=RUN):
     """The published `input_norm_dict` from training labels (DataFrame, physical units).
 
     Per label: shift = |mean| - min; Box-Cox of value + shift for some (Box and Cox, 1964, lambda
-    by maximum likelihood); then the mean and standard deviation of that.
+    by maximum likelihood); then the mean and standard deviation of that. A label that gives
+    numbers no model could be loaded with is an error.
     """
-    from scipy.stats import boxcox_normmax
-
     chosen = PUBLISHED_BOXCOX if task.boxcox is None else task.boxcox
     scaling = {"type": "boxcox"}
     for label in task.task_labels:
-        y = table[label].dropna().to_numpy()
+        scaling[label] = {"shift": 0.0, "apply_boxcox": False, "mean": 0.0, "stdev": 1.0}
         if label in unlearnable:
-            scaling[label] = {"shift": 0.0, "apply_boxcox": False, "mean": 0.0, "stdev": 1.0}
             continue
-        entry = {"shift": float(abs(y.mean()) - y.min()), "apply_boxcox": label in chosen}
-        z = y + entry["shift"]
-        if entry["apply_boxcox"]:
-            entry["lmbda"] = float(boxcox_normmax(z, method="mle"))
-            z = boxcox(z, entry["lmbda"])
-        scaling[label] = entry | {"mean": float(z.mean()), "stdev": float(z.std())}
+        with np.errstate(all="ignore"):
+            scaling[label] = entry = fit_label(table[label].dropna().to_numpy(), label in chosen)
+        if fault := scaling_fault(entry):
+            remedy = "leave it out of boxcox in the task" if entry["apply_boxcox"] else ""
+            listener.error(
+                f"label {label} cannot be scaled: {fault}",
+                remedy or "give it in another unit, or correct its values",
+            )
     return scaling
+
+
+def fit_label(y, apply_boxcox):
+    """One label's entry of the `input_norm_dict`, from its values in the training fold."""
+    from scipy.stats import boxcox_normmax
+
+    # Box-Cox takes positive numbers alone: the mean may be 0.
+    least = 1e-3 * y.std() if apply_boxcox else 0.0
+    entry = {"shift": float(max(abs(y.mean()), least) - y.min()), "apply_boxcox": apply_boxcox}
+    z = y + entry["shift"]
+    if apply_boxcox:
+        try:
+            entry["lmbda"] = float(boxcox_normmax(z, method="mle"))
+        except (ValueError, OverflowError):
+            entry["lmbda"] = np.nan
+        z = boxcox(z, entry["lmbda"])
+    return entry | {"mean": float(z.mean()), "stdev": float(z.std())}
+
+
+def scaling_fault(entry):
+    """Why a label's scaling cannot be used, or ''."""
+    for name in ("shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])):
+        value = entry.get(name)
+        if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+            return f"no finite number '{name}'"
+        if abs(value) > 1e9 or (name == "stdev" and value < 1e-9):
+            return f"{name} cannot be {value:g}"
+    return ""
 
 
 def boxcox(x, lmbda):
@@ -257,31 +370,69 @@ def boxcox(x, lmbda):
 
 
 def scale(values, labels, scaling):
-    """Physical units (S, T) -> normalised (S, T), a new array; NaN stays."""
+    """Physical units (S, T) -> normalised (S, T), a new array; NaN stays.
+
+    A value below what a label's Box-Cox can take becomes NaN.
+    """
     out = np.array(values, dtype=np.float64)
     for i, label in enumerate(labels):
         s = scaling[label]
         z = out[:, i] + s["shift"]
-        if s["apply_boxcox"]:
-            z = boxcox(np.maximum(z, 1e-6), s["lmbda"])  # unseen values may lie below the minimum
+        if s["apply_boxcox"]:  # unseen values may lie below the training minimum
+            z = boxcox(np.where(z > 0, z, np.nan), s["lmbda"])
         out[:, i] = (z - s["mean"]) / s["stdev"]
     return out
 
 
 def unscale(values, labels, scaling):
-    """Normalised (S, T) -> physical units (S, T), a new array; the inverse of `scale`."""
+    """Normalised (S, T) -> physical units (S, T), a new array; the inverse of `scale`.
+
+    With a negative lambda Box-Cox ends at -1 / lambda: past it there is no value but NaN.
+    """
     out = np.array(values, dtype=np.float64)
     for i, label in enumerate(labels):
         s = scaling[label]
         z = out[:, i] * s["stdev"] + s["mean"]
         if s["apply_boxcox"]:
             lmbda = s["lmbda"]
-            z = np.exp(z) if lmbda == 0 else np.maximum(z * lmbda + 1, 1e-6) ** (1 / lmbda)
+            base = z * lmbda + 1
+            base = np.where(base > 1e-6, base, 1e-6 if lmbda > 0 else np.nan)
+            z = np.exp(z) if lmbda == 0 else base ** (1 / lmbda)
         out[:, i] = z - s["shift"]
     return out
 
 
 # ------------------------------------------------------------------------------------------- splits
+
+FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+
+
+def given_folds(cells, path, listener):
+    """The cells of a split column (text) -> train, val, test or None; other words are an error."""
+    folds = cells.str.lower().map(FOLD_WORDS)
+    odd = cells[folds.isna() & cells.notna()]
+    if len(odd):
+        listener.error(
+            f"{path}, {cells.name}: no folds: {some(map(printable, odd.unique()))} "
+            f"(line {some(odd.index)})",
+            f"use train, val and test ({', '.join(FOLD_WORDS)} are understood)",
+        )
+    return folds.astype(object)
+
+
+def refuse_split_patients(table, column, path, listener):
+    """A patient whose studies a given split puts into two folds is an error."""
+    folds = table.dropna(subset=[GIVEN_FOLD]).groupby("pid")[GIVEN_FOLD].nunique()
+    both = folds.index[folds > 1]
+    if len(both):
+        listener.error(
+            f"{path}, {column}: {len(both)} patients are in two folds (studies "
+            f"{some(table.index[table['pid'].isin(both)])})",
+            "give all studies of a patient one fold",
+        )
+    if blank := int(table[GIVEN_FOLD].isna().sum()):
+        listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
 
 
 def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
@@ -313,63 +464,203 @@ def parse_split(text):
 
 
 def split_patients(table, made):
-    """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold."""
+    """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold.
+
+    A column GIVEN_FOLD decides instead; where it is blank the study is 'left out'.
+    """
+    if GIVEN_FOLD in table:
+        return table[GIVEN_FOLD].fillna("left out").rename("fold")
     rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
     folds = {pid: fold_of(pid, *rule) for pid in table["pid"].unique()}
     return table["pid"].map(folds).rename("fold")
 
 
-def write_split(folder, table, folds, begun_from=None):
-    """split.csv; patients that the model to start from was trained on are in it as 'seen'."""
-    split = table[["pid"]].assign(fold=folds)
-    before = read_split(begun_from.folder) if begun_from else None
-    if before is not None:
-        split = pd.concat([split, before[before["fold"] != "test"].assign(fold="seen")])
-    write_table(split.rename_axis("eid"), folder / "split.csv")
+def write_split(folder, table, folds):
+    """split.csv: study, patient and fold, for a person to look up."""
+    split = table[["pid"]].assign(fold=folds).rename_axis("eid")
+    write_table(split, folder / "split.csv")
 
 
 def read_split(folder):
-    """The model folder's split as DataFrame (index eid; pid, fold), or None: trained elsewhere."""
+    """The model folder's split as DataFrame (index eid; pid, fold), or None: it has none."""
     path = folder / "split.csv"
     if not path.is_file():
         return None
-    return pd.read_csv(path, dtype=str).map(unquoted).set_index("eid")
+    split = read_table(path, RUN).map(unquoted)
+    for column in ("eid", "pid", "fold"):
+        if column not in split:
+            raise UserError(f"{path} has no column '{column}'; it lists eid, pid and fold")
+    return split.set_index("eid")
 
 
-def refuse_moved(written, table):
-    """UserError when a label table gives a study of a written split to another patient."""
-    both = written.index.intersection(table.index)
-    moved = both[written.loc[both, "pid"] != table.loc[both, "pid"]]
-    if len(moved):
-        raise UserError(
-            f"the label table gives {len(moved)} studies to other patients than when the model was "
-            f"trained ({', '.join(moved[:3])}): a training patient could turn up in the test fold"
-        )
+# --------------------------------------------------------------------------- what a model has seen
 
 
-def folds_for(model, table, dataset):
-    """Study id -> fold of a labelled dataset, as the model's own split says.
+@dataclass
+class Seen:
+    """The patients and studies that a run trained and validated on, as hashes under its own key.
 
-    On the training dataset every patient keeps the fold written at training, new patients get
-    theirs by the same hash. Any other dataset is all test, less the patients the model has seen
-    in training or validation.
+    So a checkpoint knows them without a file beside it and names nobody: 8 bytes each (keyed
+    BLAKE2b), a patient or a study matches by itself.
     """
-    written = read_split(model.folder)
-    if written is None:
-        print(f"{model.folder.name} has no split.csv: every study of {dataset} counts as test")
-        return pd.Series("test", index=table.index)
-    own = written[written["fold"] != "seen"]
-    known = pd.concat([own, written]).drop_duplicates("pid").set_index("pid")["fold"]
-    folds = table["pid"].map(known)
-    if dataset == model.made_with.get("dataset"):
-        refuse_moved(own, table)
-        return folds.fillna(split_patients(table, model.made_with))
-    seen = folds.notna() & (folds != "test")
-    if seen.any():
-        print(
-            f"left out {seen.sum()} studies of {dataset}: the model was trained on their patients"
+
+    key: str  # hexadecimal
+    train: np.ndarray  # int64, sorted
+    val: np.ndarray
+
+    @classmethod
+    def of(cls, split, key):
+        """From a DataFrame of pid and fold, indexed by study id."""
+        parts = {}
+        for fold in ("train", "val"):
+            part = split[split["fold"] == fold]
+            ids = hashed(part["pid"], "p", key), hashed(part.index, "e", key)
+            parts[fold] = np.unique(np.concatenate(ids))
+        return cls(key, **parts)
+
+    def weights(self, table):
+        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
+        pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
+        codes = hashed(pids, "p", self.key)[place], hashed(table.index, "e", self.key)
+        return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
+
+    def saved(self):
+        """As it is kept in a checkpoint."""
+        return {"key": self.key} | {k: torch.from_numpy(getattr(self, k)) for k in ("train", "val")}
+
+    @classmethod
+    def load(cls, saved, path):
+        """From what `saved` gave. Raises UserError."""
+        try:
+            bytes.fromhex(saved["key"])
+            parts = [saved[fold].numpy() for fold in ("train", "val")]
+            if any(x.dtype != np.int64 or x.ndim != 1 for x in parts):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: its list of seen patients is damaged") from error
+        return cls(saved["key"], *parts)
+
+
+def hashed(ids, kind, key):
+    """Ids -> int64 (n,), keyed so that lists of two runs cannot be matched with each other."""
+    key = bytes.fromhex(key)
+    parts = (
+        hashlib.blake2b(f"{kind}|{x}".encode(errors="surrogatepass"), digest_size=8, key=key)
+        for x in ids
+    )
+    return np.frombuffer(b"".join(part.digest() for part in parts), np.int64)
+
+
+def seen_from(saved, folder):
+    """What a checkpoint's model and its ancestors have seen: a list of Seen, its own first.
+
+    From the checkpoint; for one of an older version, or a published one, from split.csv in its
+    folder. None where neither says it.
+    """
+    path = folder / "split.csv"
+    if "seen" in saved:
+        if not isinstance(saved["seen"], list) or not saved["seen"]:
+            raise UserError(f"{folder}: its list of seen patients is damaged")
+        return [Seen.load(entry, folder) for entry in saved["seen"]]
+    split = read_split(folder)
+    if split is None:
+        return None
+    ancestors = split[split["fold"].isin(["seen", "left out"])]  # older: 'seen' is an ancestor's
+    own = Seen.of(split, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+    return [own, Seen.of(ancestors.assign(fold="train"), own.key)]
+
+
+def seen_weights(seen, table):
+    """(S,) 2 where a model was trained on a study or its patient, 1 validated, 0 neither.
+
+    A match of the patient id or of the study id is enough, and holds for all the patient's
+    studies in the table: ids of patients are often coded anew, those of studies are not.
+    """
+    weights = np.zeros(len(table), int)
+    for part in seen:
+        weights = np.maximum.reduce([weights, *part.weights(table)])
+    return pd.Series(weights, table.index).groupby(table["pid"]).transform("max")
+
+
+def what_is_seen(model, table, dataset, digest, assume_unseen):
+    """(list of Seen to keep away from a test, how it is known). Raises UserError if it is not.
+
+    1. The checkpoint or its split.csv says it (`seen_from`).
+    2. Our own model of an older version alone, and the very table of its training (`digest`):
+       rebuilt from seed and split, unless it was begun from another model.
+    3. A published model was trained elsewhere; nothing can be compared, which is said.
+    4. Else the user must say `--assume_unseen`.
+    """
+    made, name = model.made_with, model.folder.name
+    if model.seen is not None:
+        return model.seen, "by patient and study id"
+    if "labels" not in made:
+        print(f"{name} was trained elsewhere, on patients it does not name: all count as unseen")
+        return [], "trained elsewhere, not compared"
+    home = dataset == made.get("dataset")
+    if home and not made.get("init_from") and digest() == made.get("labels_sha256"):
+        own = Seen.of(table[["pid"]].assign(fold=split_patients(table, made)), "00")
+        return [own], "by patient and study id"
+    if assume_unseen:
+        print(f"WARNING: {dataset} counts as unseen by {name}, as --assume_unseen says")
+        return [], "assumed"
+    raise UserError(
+        f"{name} does not say whom it was trained on (an older version wrote it), and its "
+        f"split.csv is not beside it: studies of {dataset} may be of its training; put split.csv "
+        "there, or say --assume_unseen if you know that none is"
+    )
+
+
+def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=str):
+    """(study id -> fold of a labelled dataset, how it is known that a test study is unseen).
+
+    On its own dataset each patient keeps the fold of the training, and new ones get theirs by the
+    same rule. Any other dataset is all test, less what the model or an ancestor has seen.
+    digest: a function that gives the digest of the labels, as training computed it.
+    """
+    seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
+    home = dataset == model.made_with.get("dataset")
+    if home and seen:
+        refuse_moved(seen[0], table, listener)
+    folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
+    known = folds.notna() | (seen_weights(seen[1:], table) > 0)
+    if not home and known.any():
+        if assume_unseen:
+            listener.warning(
+                f"{known.sum()} studies of {dataset} have ids that {model.folder.name} was trained "
+                "on; they count as unseen, as --assume_unseen says"
+            )
+            return pd.Series("test", index=table.index), "assumed"
+        listener.note(
+            f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on them "
+            "or their patients, by the ids"
         )
-    return folds.where(seen, "test")
+    folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
+    return folds.fillna(split_patients(table, model.made_with) if home else "test"), how
+
+
+def refuse_moved(seen, table, listener):
+    """An error when the table gives a study of the training to a patient who was not in it."""
+    by_patient, by_study = seen.weights(table)
+    moved = table.index[(by_study > 0) & (by_patient == 0)]
+    if len(moved):
+        listener.error(
+            f"the label table gives {len(moved)} studies to other patients than when the model was "
+            f"trained ({some(moved)}): a training patient could turn up in the test fold",
+            "restore the pids, or train under a new name",
+        )
+
+
+def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=False, digest=str):
+    """Folds without the val and test patients that the model to start from was trained on."""
+    seen, _ = what_is_seen(begun_from, table, dataset, digest, assume_unseen)
+    before = seen_weights(seen, table)
+    lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
+    if lost.any():
+        listener.note(
+            f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them"
+        )
+    return folds.mask(lost, "left out")
 
 
 # ---------------------------------------------------------------------------------- embedding store
@@ -749,6 +1040,7 @@ class LoadedModel:
     scaling: dict | None  # the published input_norm_dict
     made_with: dict  # settings at training; {} for a published checkpoint
     units: dict
+    seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
 
     def readable(self, logits):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
@@ -901,13 +1193,8 @@ def scaling_from(saved, labels, path):
     for label in labels:
         if not isinstance(entry := scaling.get(label), dict):
             raise UserError(f"{path} has no scaling for label {label}")
-        needed = ["shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])]
-        for name in needed:
-            value = entry.get(name)
-            if not isinstance(value, int | float | np.number) or not np.isfinite(value):
-                raise UserError(f"{path}: scaling of {label}: no finite number '{name}'")
-            if abs(value) > 1e9 or (name == "stdev" and value < 1e-9):
-                raise UserError(f"{path}: scaling of {label}: {name} cannot be {value:g}")
+        if fault := scaling_fault(entry):
+            raise UserError(f"{path}: scaling of {label}: {fault}")
     return scaling
 
 
@@ -930,7 +1217,9 @@ def load_model(folder, config, task="", which="best", device="cpu"):
         raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
     made_with = made_with or {"input": {"size": 224, "clip_len": 16}}  # as published models were
-    return LoadedModel(folder, net, task, list(labels), kind, scaling, made_with, units)
+    return LoadedModel(
+        folder, net, task, list(labels), kind, scaling, made_with, units, seen_from(saved, folder)
+    )
 
 
 def load_readings(folder, device):
@@ -1327,22 +1616,21 @@ def cmd_train(typed):
         if not isinstance(begun_from.net, StudyModel):
             raise UserError(f"{settings.init_from} is no study-level model to start from")
         adopt_architecture(settings, begun_from.net, typed)
-    task, table = load_labels(config, settings.task, settings.dataset)
-    if settings.first_study_only:
-        table = table.drop_duplicates("pid")
+    column = split_column_of(config, settings)
+    task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
     store = open_store(config.datasets[settings.dataset].embedding_path)
-    table = match_studies(table, store, task, settings.sample_limit)
+    whole, limit = table, settings.sample_limit
+    table = match_studies(table, store, task, limit, settings.first_study_only)
     folder = model_folder(settings.model_name, settings.run_id)
     if releases.read_source(folder):
         raise UserError(
             f"{folder} was downloaded and stays as it is: train under another --model_name, with "
             f"--init_from {folder.name} to start from it"
         )
-    folds = split_patients(table, asdict(settings))
-    if begun_from:
-        folds = keep_apart(folds, table, begun_from)
-    print_folds(table, folds, task)
-
+    digest = partial(digest_at_training, begun_from, whole, store, task)
+    folds = training_folds(
+        table, settings, task, begun_from, assume_unseen=settings.assume_unseen, digest=digest
+    )
     run = Training(folder, settings, task, store, table, folds, begun_from, world)
     run.begin()
     while not run.finished:
@@ -1367,43 +1655,27 @@ def adopt_architecture(settings, net, typed):
         setattr(settings, name, value)
 
 
-def keep_apart(folds, table, begun_from):
-    """Folds without the val and test patients that the model to start from was trained on."""
-    written = read_split(begun_from.folder)
-    if written is None:
-        return folds
-    # A patient counts as the worst of his rows; 'seen' and 'left out' are an ancestor's training.
-    weight = written["fold"].map({"test": 0, "val": 1}).fillna(2)
-    before = table["pid"].map(weight.groupby(written["pid"]).max())
-    lost = (before == 2) & (folds != "train") | (before == 1) & (folds == "test")
-    if lost.any():
-        print(f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them")
-    return folds.mask(lost, "left out")
-
-
-def unlearnable_labels(table, task):
-    """Labels whose training values do not differ; says so, and which have few positives."""
+def unlearnable_labels(table, task, listener=RUN):
+    """Labels whose training values do not differ; that is told, and which have few positives."""
     out = []
-    for label, why, learnable in hard_labels(table, task):
-        if learnable:
-            print(f"label {label}: {why}")
-        else:
-            print(f"label {label} cannot be learnt: {why}; it stays blank")
-            out.append(label)
-    if len(out) == len(task.task_labels):
-        raise UserError("no label can be learnt: each has but one value in the training fold")
-    return out
-
-
-def hard_labels(table, task):
-    """Yield (label, why, learnable) of labels whose training values do not differ, or rarely."""
     for label in task.task_labels:
         y = table[label].dropna()
         if y.nunique() < 2:
             kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
-            yield label, f"{kind} in the training fold", False
+            listener.warning(
+                f"label {label} cannot be learnt: {kind} in the training fold",
+                "add such studies, or drop it; it stays blank",
+            )
+            out.append(label)
         elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
-            yield label, f"few examples in the training fold, {y.sum():.0f} of {len(y)} +", True
+            listener.warning(
+                f"label {label} is hard to learn: few examples in the training fold, {y.sum():.0f} "
+                f"of {len(y)} +",
+                "add such studies, or drop it",
+            )
+    if len(out) == len(task.task_labels):
+        listener.error("no label can be learnt", "labels need two values in the training fold")
+    return out
 
 
 def check_settings(settings):
@@ -1418,36 +1690,126 @@ def check_settings(settings):
         raise UserError(f"--clip_dropout must be below 1, not {settings.clip_dropout}")
 
 
-def match_studies(table, store, task, limit):
-    """The rows of the label table with embeddings and a label; says what is left out."""
-    without = table.index.difference(list(store.files))
-    unlabelled = len(set(store.files) - set(table.index))
+def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
+    """The rows of the label table with embeddings and a label, sorted; the rest is told.
+
+    first_only: of each patient the first of these alone, in the table's order. limit: so many
+    studies at most, by a hash of their ids; 0 is all.
+    """
     labelled = table[task.task_labels].notna().any(axis=1)
     found = table[labelled & table.index.isin(list(store.files))]
-    print(
-        f"{len(found)} studies of {found['pid'].nunique()} patients; {len(without)} labelled "
-        f"studies have no embeddings, {unlabelled} with embeddings are not in the label table, "
-        f"{(~labelled).sum()} have no label"
-    )
-    if not len(found):
-        raise UserError(
-            "no study is both labelled and embedded: do the eid column and the file names agree? "
-            f"(eid: {', '.join(table.index[:3])}; files: {', '.join(list(store.files)[:3])})"
-        )
+    for text, eids, remedy in (
+        ("studies of the label table have no embeddings", set(table.index) - set(store.files),
+         "extract them"),
+        ("embedded studies are not in the label table", set(store.files) - set(table.index),
+         "add their rows"),
+        ("studies have no label at all", table.index[~labelled], "fill them in"),
+    ):  # fmt: skip
+        if len(eids):
+            examples = some(map(printable, sorted(eids)))
+            listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
+    if first_only:
+        found = found.drop_duplicates("pid")
     if limit:
         found = found.loc[sorted(found.index, key=lambda eid: derive_seed("limit", eid))[:limit]]
+    text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
+    if len(found):
+        listener.note(text)
+    else:
+        listener.error(
+            f"no study is both labelled and embedded (eid: {some(map(printable, table.index))}; "
+            f"files: {some(map(printable, sorted(store.files)))})",
+            "make the eid column and the names of the embedding files agree",
+        )
     return found.sort_index()
 
 
-def print_folds(table, folds, task):
-    """Studies, patients and prevalence of each fold."""
+def labels_digest(table):
+    """SHA-256 of the studies, patients and labels that a run is given."""
+    return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
+
+
+def digest_at_training(model, table, store, task):
+    """`labels_digest` of this label table, if a model of an older version was trained with it."""
+    made = model.made_with
+    limit, first_only = made.get("sample_limit", 0), made.get("first_study_only", False)
+    return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
+
+
+def split_column_of(config, settings):
+    """The column of the label table that gives the folds: as typed, the dataset's, the task's."""
+    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
+    column = settings.split_column or dataset.split_column or task.split_column
+    if column and settings.n_folds:
+        raise UserError(f"--n_folds and split_column ({column}) both say the folds: leave one out")
+    settings.split_column = column  # so that the model's record has it
+    return column
+
+
+def training_folds(table, settings, task, begun_from=None, listener=RUN, **about_seen):
+    """Study id -> fold for training; 'left out' where a given split or an ancestor says so."""
+    folds = split_patients(table, asdict(settings))
+    if begun_from:
+        folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
+    for fold in ("train", "val"):
+        if not (folds == fold).any():
+            listener.error(f"no study falls into the {fold} fold", "change --split, --seed")
+    listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
+    return folds
+
+
+def fold_table(table, folds, task):
+    """A row a label, a column a fold: positives of known, or the median and how many are known."""
+    columns = {}
     for fold in FOLDS:
         part = table[folds == fold]
-        text = f"  {fold:5} {len(part)} studies of {part['pid'].nunique()} patients"
-        if task.type == "binary" and len(part):
-            counts = [f"{label} {part[label].sum():.0f}" for label in task.task_labels]
-            text += "; positive: " + ", ".join(counts)
-        print(text)
+        cells = {"studies": len(part), "patients": part["pid"].nunique()}
+        for label in task.task_labels:
+            y = part[label].dropna()
+            if task.type == "binary":
+                share = f" ({y.mean():.1%})" if len(y) else ""
+                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
+            else:
+                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
+        columns[fold] = cells
+    return pd.DataFrame(columns)
+
+
+def learnable(table, folds, task, listener=RUN, inherited=None):
+    """(labels that cannot be learnt, scaling or None, targets, studies by fold) of a training.
+
+    inherited: label -> scaling of the model to start from, so that its heads mean what they meant.
+    """
+    training, scaling = table[folds == "train"], None
+    unlearnt = unlearnable_labels(training, task, listener)
+    if task.type == "regression":
+        scaling = fit_scaling(training, task, unlearnt, listener) | (inherited or {})
+    return unlearnt, scaling, *targets_of(table, folds, task, scaling, unlearnt, listener)
+
+
+def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
+    """(study id -> what to learn (T,), NaN where missing; fold -> the studies that have some)."""
+    labels = task.task_labels
+    values = table[labels].mask(~folds.isin(FOLDS)).to_numpy()
+    if scaling:
+        known = ~np.isnan(values)
+        values = scale(values, labels, scaling)
+        for label, lost in zip(labels, (known & np.isnan(values)).sum(0), strict=True):
+            if lost:
+                listener.warning(
+                    f"label {label}: {lost} values lie below what its Box-Cox can take",
+                    "leave it out of boxcox in the task; they count as missing",
+                )
+    values = np.where(np.isin(labels, unlearnt), np.nan, values)
+    eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
+    usable = set(table.index[~np.isnan(values).all(axis=1)])
+    for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0
+        had, eids[fold] = eids[fold], [eid for eid in eids[fold] if eid in usable]
+        if had and not eids[fold] and len(unlearnt) < len(labels):
+            listener.error(
+                f"no study of the {fold} fold has a label that can be learnt", "change --split"
+            )
+    return dict(zip(table.index, values, strict=True)), eids
 
 
 def start_from(net, labels, begun_from):
@@ -1485,30 +1847,13 @@ class Training:
         self.folder, self.settings, self.task, self.store = folder, settings, task, store
         self.table, self.folds, self.begun_from = table, folds, begun_from
         self.world = world or World()
-        self.labels_sha256 = hashlib.sha256(table.to_csv().encode()).hexdigest()
-        self.eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
-        for fold in ("train", "val"):
-            if not self.eids[fold]:
-                raise UserError(f"no study falls into the {fold} fold; change --split or --seed")
-        labels, training = task.task_labels, table[folds == "train"]
-        self.unlearnt = unlearnable_labels(training, task)
-        self.scaling = None
-        values = table[labels].mask(folds.isna()).to_numpy()
-        if task.type == "regression":
-            self.scaling = fit_scaling(training, task, self.unlearnt)
-            if begun_from and begun_from.scaling:  # so that its heads mean what they meant
-                never = begun_from.made_with.get("unlearnt", [])
-                known = {k: v for k, v in begun_from.scaling.items() if k in labels}
-                known = {k: v for k, v in known.items() if k not in never}
-                self.scaling |= known
-            values = scale(values, labels, self.scaling)
-        values = np.where(np.isin(labels, self.unlearnt), np.nan, values)
-        self.targets = dict(zip(table.index, values, strict=True))
-        for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0
-            usable = [e for e in self.eids[fold] if not np.isnan(self.targets[e]).all()]
-            if not usable:
-                raise UserError(f"no study of the {fold} fold has a label that can be learnt")
-            self.eids[fold] = usable
+        self.labels_sha256 = labels_digest(table)
+        labels, inherited = task.task_labels, {}
+        if begun_from and begun_from.scaling and task.type == "regression":
+            wanted = set(labels) - set(begun_from.made_with.get("unlearnt", []))
+            inherited = {k: v for k, v in begun_from.scaling.items() if k in wanted}
+        learnt = learnable(table, folds, task, inherited=inherited)
+        self.unlearnt, self.scaling, self.targets, self.eids = learnt
         torch.manual_seed(derive_seed("weights", settings.seed))
         self.net = StudyModel(
             len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
@@ -1525,6 +1870,9 @@ class Training:
         self.position = Position()
         self.thresholds = {}  # label -> probability, at the best epoch
         self.input = describe_input(store, self.eids["train"])
+        split = table[["pid"]].assign(fold=folds)
+        self.seen = [Seen.of(split, hashlib.sha256(self.labels_sha256.encode()).hexdigest()[:32])]
+        self.seen += (begun_from.seen or []) if begun_from else []
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
@@ -1569,7 +1917,7 @@ class Training:
         clear_leftovers(self.folder)
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_split(self.folder, self.table, self.folds, self.begun_from)
+            write_split(self.folder, self.table, self.folds)
         write_table(pd.DataFrame([self.portable_settings()]), self.folder / "train_args.csv")
         record = {
             "settings": self.portable_settings(),
@@ -1702,6 +2050,7 @@ class Training:
             "torch_random_state": None,
             "cuda_random_state": None,
             "position": asdict(self.position),
+            "seen": [part.saved() for part in self.seen],
             "echofocus": self.portable_settings()
             | {
                 "version": __version__,
@@ -1808,21 +2157,24 @@ def warn_of_another_encoder(model, store):
 
 
 def labelled_studies(model, config, settings, store):
-    """The label table's rows (physical units) of the chosen fold that have embeddings."""
-    task = config.tasks[config.pick("task", settings.task)]
-    if task.task_labels != model.labels:
+    """(label table rows of the chosen fold with embeddings, how it is known what was seen)."""
+    config.pick("task", settings.task)
+    if config.tasks[settings.task].task_labels != model.labels:
         raise UserError(
             f"task {settings.task} of {config.path} and {model.folder.name} differ in labels"
         )
-    task.type = model.type
-    task, table = load_labels(config, settings.task, settings.dataset)
-    folds = folds_for(model, table, settings.dataset)
-    table = match_studies(table, store, task, 0)
+    config.tasks[settings.task].type = model.type
+    own = settings.dataset == model.made_with.get("dataset")
+    column = model.made_with.get("split_column", "") if own else ""
+    task, whole = load_labels(config, settings.task, settings.dataset, split_column=column)
+    digest = partial(digest_at_training, model, whole, store, task)
+    folds, how = folds_for(model, whole, settings.dataset, RUN, settings.assume_unseen, digest)
+    table = match_studies(whole, store, task, first_only=settings.first_study_only)
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
     table = table[folds.reindex(table.index).isin(wanted)]
     if not len(table):
         raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}")
-    return table[: settings.sample_limit or None]
+    return table[: settings.sample_limit or None], how
 
 
 def cmd_evaluate(typed):
@@ -1830,7 +2182,7 @@ def cmd_evaluate(typed):
     settings, config, model = start_with_model("evaluate", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
     warn_of_another_encoder(model, store)
-    table = labelled_studies(model, config, settings, store)
+    table, how = labelled_studies(model, config, settings, store)
     unreadable = {}
     found = run_studies(
         model.net, store, list(table.index), settings, unreadable=unreadable, label="evaluate"
@@ -1849,9 +2201,10 @@ def cmd_evaluate(typed):
         metrics = label_metrics(truth[:, i], predicted[:, i], model.type)
         rows.append({"label": label, "unit": model.units.get(label, ""), **metrics})
     rows = pd.DataFrame(rows)
+    table_of_metrics = rows.assign(unseen=how if settings.subset == "test" else "")
     name = f"{settings.subset}_{settings.dataset}"
     write_table(pd.DataFrame(columns), model.folder / f"saveout_{name}.csv")
-    write_table(rows, model.folder / f"metrics_{name}.csv")
+    write_table(table_of_metrics, model.folder / f"metrics_{name}.csv")
     figure = plot_evaluation(model, truth, predicted, rows, name)
     print(rows.to_string(index=False, float_format="{:.3f}".format))
     print(f"wrote saveout_{name}.csv, metrics_{name}.csv and {figure} to {model.folder}")
@@ -2102,13 +2455,14 @@ def map_rows(config, settings, datasets):
     for name in datasets:
         path = config.datasets[name].label_path or (task.label_path if task else None)
         try:
-            rows[name] = read_rows(path, columns)
+            if columns and column in task.task_labels:
+                rows[name] = read_labels(path, replace(task, task_labels=columns))
+            else:
+                rows[name] = read_rows(path, columns)
         except UserError as error:
             rows[name] = None
             reasons.append(str(error))
             continue
-        if columns and column in task.task_labels:
-            rows[name][column] = clean_values(rows[name][column], column, task, path)
     if columns and len(reasons) == len(datasets):
         raise UserError(f"--color_by {column}: {reasons[0]}")
     for reason in reasons if columns else ():
@@ -2209,7 +2563,7 @@ def explained_studies(model, config, settings, store):
     dataset = config.datasets[settings.dataset]
     task = config.tasks[config.pick("task", settings.task)]
     if dataset.label_path or task.label_path:
-        return labelled_studies(model, config, settings, store)
+        return labelled_studies(model, config, settings, store)[0]
     if settings.explain_mode == "loss":
         raise UserError("--explain_mode loss needs labels: set label_path in the config")
     print("no label table: every study of the dataset is explained")
@@ -2422,89 +2776,23 @@ def check_choice(known):
 
 def check_labels(known):
     """The label table: columns, rows, values."""
-    task = known.task
-    path = known.dataset.label_path or task.label_path
-    if path is None or not path.is_file():
+    heard, path = Collected(), known.dataset.label_path or known.task.label_path
+    if known.model and (path is None or not path.is_file()):
         yield Finding(
-            "WARNING" if known.model else "ERROR",
+            "WARNING",
             f"no label table{f' {path}' if path else ''}: predict and embed need none, train and "
             "evaluate do",
             "set label_path of the task or the dataset in the config",
         )
         return
-    raw = read_table(path)
-    missing = [c for c in ("pid", "eid", *task.task_labels) if c not in raw]
-    for column in missing:
-        close = nearest(column, raw.columns).removeprefix("; ")
-        yield Finding(
-            "ERROR",
-            f"{path} has no column '{column}'",
-            f"{close} " * bool(close) + "rename the column, or mend task_labels in the config",
+    config = replace(known.config, tasks={known.settings.task: known.task})
+    try:
+        column = split_column_of(config, known.settings)
+        known.task, known.table = load_labels(
+            config, known.settings.task, known.settings.dataset, heard, column
         )
-    task.task_labels = [label for label in task.task_labels if label not in missing]
-    if not {"pid", "eid"} & set(missing) and task.task_labels:
-        yield from check_rows(known, raw[["pid", "eid", *task.task_labels]], path)
-        yield from check_values(known.table, task, path)
-
-
-def check_rows(known, raw, path):
-    """Rows without ids, repeated or contradicting; what is left becomes `known.table`."""
-    rows = with_ids(raw)
-    if lost := len(raw) - len(rows):
-        yield Finding(
-            "WARNING", f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out"
-        )
-    again = rows[rows.duplicated()]
-    if len(again):
-        yield Finding(
-            "WARNING",
-            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
-            "delete them; each is read once",
-        )
-    rows = rows.drop_duplicates()
-    twice = contradictions(rows)
-    if len(twice):
-        yield Finding(
-            "ERROR",
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
-            f"{lines_of(twice)}",
-            "keep one row a study",
-        )
-    known.named = set(rows["eid"])
-    known.table = rows[~rows["eid"].isin(twice["eid"])].set_index("eid")
-    patients = known.table["pid"].nunique()
-    yield Finding("ok", f"{path}: {len(known.table)} studies of {patients} patients")
-
-
-def check_values(table, task, path):
-    """Cells that are of no use; makes them numbers or missing, and decides the task's type."""
-    for label in task.task_labels:
-        text = table[label]
-        table[label], faults = usable_values(text, label, task)
-        for fault, where in faults.items():
-            if where.any():
-                cells = [f"{text[eid]} (study {eid})" for eid in text.index[where]]
-                yield Finding(
-                    "WARNING",
-                    f"{path}, {label}: {where.sum()} values are {fault}: {some(cells)}",
-                    "correct them; they count as missing",
-                )
-    if task.type:
-        return
-    task.type = decide_type(table, task)
-    yield Finding("ok", f"the task is {task.type}, by the values of its labels")
-    for label in task.task_labels:
-        odd = table[label].dropna()
-        odd, share = odd[~odd.isin([0, 1])], odd.isin([0, 1]).mean()
-        if task.type == "regression" and share > 0.8:
-            cells = [f"{value:g} (study {eid})" for eid, value in odd.items()]
-            because = f" because of {some(cells)}" if cells else ""
-            yield Finding(
-                "WARNING",
-                f"{path}, {label}: {share:.0%} of the values are 0 or 1, yet the task would be a "
-                f"regression{because}",
-                'say "type": "binary" in the task, or correct the values',
-            )
+    finally:
+        yield from heard.findings
 
 
 def check_embeddings(known):
@@ -2606,74 +2894,31 @@ def check_made(made):
 
 def check_match(known):
     """Studies of the label table and of the embeddings, side by side."""
-    table, files = known.table, set(known.store.files)
-    labelled = table[known.task.task_labels].notna().any(axis=1)
-    found = table[labelled & table.index.isin(files)].sort_index()
-    if len(found):
-        known.found = found
-        yield Finding("ok", f"{len(found)} labelled studies of {found['pid'].nunique()} patients")
-    else:
-        yield Finding(
-            "ERROR",
-            f"no study is both labelled and embedded (eid: {some(table.index)}; files: "
-            f"{some(sorted(files))})",
-            "make the eid column and the names of the embedding files agree",
-        )
-    for text, eids, remedy in (
-        ("studies of the label table have no embeddings", known.named - files, "extract them"),
-        ("embedded studies are not in the label table", files - known.named, "add their rows"),
-        ("studies have no label at all", table.index[~labelled], "fill them in"),
-    ):
-        if len(eids):
-            text = f"{len(eids)} {text}: {some(sorted(eids))}"
-            yield Finding("WARNING", text, f"{remedy}; training leaves them out")
+    heard, settings = Collected(), known.settings
+    limit, first_only = settings.sample_limit, settings.first_study_only
+    found = match_studies(known.table, known.store, known.task, limit, first_only, heard)
+    known.found = found if len(found) else None
+    yield from heard.findings
 
 
 def check_folds(known):
-    """The split: patients that moved, and what each label has in each fold."""
-    settings, task, table = known.settings, known.task, known.found
-    if settings.first_study_only:
-        table = table.drop_duplicates("pid")
-    folds, own = None, True
-    if known.model:
-        try:
-            folds = folds_for(known.model, table, settings.dataset)
-            own = settings.dataset == known.model.made_with.get("dataset")
-        except UserError as error:
-            text, _, why = str(error).partition(": ")
-            yield Finding("ERROR", f"{text}: {why}", "restore the pids, or train under a new name")
-    if folds is None:
-        folds = split_patients(table, asdict(settings))
-    yield Finding("ok", "labels by fold\n" + fold_table(table, folds, task).to_string())
-    if not own:
-        return  # nothing of this dataset is for training
-    known.folds = folds
-    for fold in ("train", "val"):
-        if not (folds == fold).any():
-            yield Finding("ERROR", f"no study falls into the {fold} fold", "change --split, --seed")
-    hard = list(hard_labels(table[folds == "train"], task))
-    for label, why, learnable in hard:
-        verb = "is hard to learn" if learnable else "cannot be learnt"
-        yield Finding("WARNING", f"label {label} {verb}: {why}", "add such studies, or drop it")
-    if sum(not learnable for *_, learnable in hard) == len(task.task_labels):
-        yield Finding("ERROR", "no label can be learnt", "labels need two values in training")
-
-
-def fold_table(table, folds, task):
-    """A row a label, a column a fold: positives of known, or the median and how many are known."""
-    columns = {}
-    for fold in FOLDS:
-        part = table[folds == fold]
-        cells = {"studies": len(part), "patients": part["pid"].nunique()}
-        for label in task.task_labels:
-            y = part[label].dropna()
-            if task.type == "binary":
-                share = f" ({y.mean():.1%})" if len(y) else ""
-                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
-            else:
-                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
-        columns[fold] = cells
-    return pd.DataFrame(columns)
+    """The split, what each label has in each fold, and how labels are scaled."""
+    heard, settings, task, table = Collected(), known.settings, known.task, known.found
+    model, own = known.model, True
+    try:
+        if model:
+            digest = partial(digest_at_training, model, known.table, known.store, task)
+            own = settings.dataset == model.made_with.get("dataset")
+            about_seen = (heard, settings.assume_unseen, digest)
+            folds, _ = folds_for(model, table, settings.dataset, *about_seen)
+            heard.ok("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
+        else:
+            folds = training_folds(table, settings, task, listener=heard)
+        if own:  # else nothing of this dataset is for training
+            known.folds = folds
+            learnable(table, folds, task, heard)
+    finally:
+        yield from heard.findings
 
 
 def check_encoder(known):

@@ -61,13 +61,25 @@ class Settings:
 
     seed: int = option(0, "of the split, the order and the dropout", "train")
     split: str = option("64,16,20", "percent of patients to train,val,test", "train")
+    split_column: str = option(
+        "", "column of the label table with train, val or test, instead of --split", "train"
+    )
     checkpoint_minutes: float = option(
         10, "between checkpoints within an epoch; 0: after every step", "train", least=0
     )
     n_folds: int = option(0, "cross-validation instead of --split; 0: none", "train")
     fold: int = option(0, "of --n_folds: the test fold; the next one validates", "train")
     first_study_only: bool = option(
-        False, "only the first row of each patient", "train", action="store_true"
+        False,
+        "only the first usable study of each patient",
+        "train evaluate explain",
+        action="store_true",
+    )
+    assume_unseen: bool = option(
+        False,
+        "take a dataset as unseen by a model where its file does not say whom it was trained on",
+        "train evaluate explain",
+        action="store_true",
     )
     init_from: str = option("", "model to start from; heads matched by label name", "train")
     precision: str = option("fp32", "of the computation", ALL, choices=("fp32", "bf16"))
@@ -194,6 +206,7 @@ class Task:
     units: dict = field(default_factory=dict)  # label -> unit, for tables and figures
     boxcox: list | None = None  # labels made normal by Box-Cox; None: the published five
     valid_range: dict | None = None  # label -> [low, high]; None: the published two
+    split_column: str = ""  # of the label table: train, val or test
     settings: dict = field(default_factory=dict)  # option -> value, for this task
 
 
@@ -203,6 +216,7 @@ class Dataset:
 
     embedding_path: Path
     label_path: Path | None = None
+    split_column: str = ""  # of the label table: train, val or test
 
 
 @dataclass
@@ -299,16 +313,16 @@ def is_range(ends):
 
 TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
 
-TASK_KEYS |= {"valid_range": dict, "settings": dict}
+TASK_KEYS |= {"valid_range": dict, "settings": dict, "split_column": str}
 
-DATASET_KEYS = {"embedding_path": str, "label_path": str}
+DATASET_KEYS = {"embedding_path": str, "label_path": str, "split_column": str}
 
 JSON_NAMES = {list: "a list", str: "text", dict: "an object", int: "a number", float: "a number"}
 
 
 def check_settings_entry(entry, where):
     """UserError for settings of a task that `train` has not, or of the wrong kind."""
-    options = {f.name: f for f in options_of("train") if f.metadata["commands"] == ["train"]}
+    options = {f.name: f for f in options_of("train") if "check" not in f.metadata["commands"]}
     check_keys(entry, {name: f.type for name, f in options.items()}, where)
     for name, value in entry.items():
         choices = options[name].metadata["argparse"].get("choices", (value,))

@@ -66,7 +66,9 @@ def read_bytes(path, what):
             raise UserError(f"{path} has more than {MOST_BYTES >> 30} GiB; is it a {what}?")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"no {what} {path}: {error.strerror}") from error
+        raise UserError(
+            f"no {what} {path}: {error.strerror or error}; make it, or mend its path"
+        ) from error
 
 
 def cell_of(text):

@@ -137,18 +137,6 @@ def test_resume_equals_an_uninterrupted_run(cohort, cli):
     assert status == 1 and "encoder_depth = 1, not 2" in err
 
 
-def test_split_is_by_patient_and_stable():
-    table = pd.DataFrame({"pid": [f"P{i // 3}" for i in range(3000)]})
-    rule = dict(seed=0, split="64,16,20", n_folds=0, fold=0)
-    folds = ef.split_patients(table, rule)
-    assert (folds.groupby(table["pid"]).nunique() == 1).all()
-    shares = folds.value_counts(normalize=True)
-    assert abs(shares - pd.Series({"train": 0.64, "val": 0.16, "test": 0.20})).max() < 0.05
-    fewer = ef.split_patients(table[::7], rule)
-    assert (folds[fewer.index] == fewer).all()
-    assert (folds != ef.split_patients(table, rule | {"seed": 1})).mean() > 0.3
-
-
 def test_another_dataset_leaves_out_trained_patients(cohort, cli):
     assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     config = json.loads((cohort / "config.json").read_text())
@@ -396,13 +384,13 @@ def test_unreadable_studies_are_listed(cohort, cli):
 
 def test_odd_label_values_are_counted(cohort, cli):
     table = pd.read_csv("labels.csv", dtype=str)
-    table.loc[0, "finding"], table.loc[1, "finding"] = "yes", "2"
+    table.loc[0, "finding"], table.loc[1, "finding"] = "maybe", "2"
     table.to_csv("labels.csv", index=False)
     edit_config(type="binary")
     status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "1")
     assert status == 0
     assert "finding: 1 values are no numbers" in out and "finding: 1 values are not 0 or 1" in out
-    assert "58 studies" in out
+    assert "58 labelled studies" in out
 
 
 def test_what_is_no_checkpoint_is_refused(cohort, cli):
@@ -460,7 +448,7 @@ def test_what_cannot_be_learnt_is_said_and_left_blank(cohort, cli):
     status, out, err = cli("train", "--task", "defect", "--epoch_lim", "2")
     assert status == 0, err
     assert "label constant cannot be learnt: always 0" in out
-    assert "label rare: few examples in the training fold" in out
+    assert "label rare is hard to learn: few examples in the training fold" in out
     assert cli("predict")[0] == 0
     predicted = pd.read_csv("trained_models/defect/predictions_site.csv")
     assert predicted["constant"].isna().all() and predicted["finding"].notna().all()
@@ -475,7 +463,7 @@ def test_ids_from_a_spreadsheet_and_repeated_rows(cohort, cli):
     pd.concat([table, table[:5]]).to_csv("labels.csv", index=False, encoding="utf-8-sig")
     status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
     assert status == 0, err
-    assert "40 studies of 40 patients" in out
+    assert "40 labelled studies of 40 patients" in out
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
     assert split["pid"].is_unique and len(split) == 40
 
@@ -491,15 +479,6 @@ def test_cross_validation_tests_every_patient_once(cohort, cli):
     assert sorted(tested) == sorted(pd.read_csv("labels.csv", dtype=str)["eid"])
     status, _, err = cli("train", "--task", "defect", "--n_folds", "3", "--fold", "3")
     assert status == 1 and "--fold below it" in err
-
-
-def test_a_moved_training_patient_is_refused(cohort, cli):
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
-    table = pd.read_csv("labels.csv")
-    table.loc[:3, "pid"] = "P999"
-    table.to_csv("labels.csv", index=False)
-    status, _, err = cli("evaluate")
-    assert status == 1 and "4 studies to other patients" in err
 
 
 def test_start_from_another_model(cohort, cli):
@@ -520,8 +499,8 @@ def test_start_from_another_model(cohort, cli):
     np.testing.assert_allclose(after["finding"], before["finding"], atol=1e-3)
     split = pd.read_csv("trained_models/next/split.csv", dtype=str)
     parent = pd.read_csv("trained_models/defect/split.csv", dtype=str)
-    known = parent["pid"][parent["fold"] != "test"]
-    assert set(split["pid"][split["fold"] == "seen"]) == set(known)
+    tested = set(split["eid"][split["fold"] == "test"])
+    assert tested and tested <= set(parent["eid"][parent["fold"] == "test"])
     status, _, err = cli("train", "--task", "defect", *options, "--encoder_depth", "3")
     assert status == 1 and "--init_from has encoder_depth = 1, not 3" in err
 

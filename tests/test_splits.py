@@ -1,0 +1,300 @@
+"""Who trains and who tests: folds by patient, given splits, and what a model has seen before."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_embeddings
+
+import echofocus as ef
+
+DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
+MODELS = Path("trained_models")
+
+
+def edit_config(**changes):
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"].update(changes)
+    Path("config.json").write_text(json.dumps(config))
+
+
+def add_dataset(name, **entry):
+    config = json.loads(Path("config.json").read_text())
+    config["dataset"][name] = {"embedding_path": "emb", **entry}
+    Path("config.json").write_text(json.dumps(config))
+
+
+def copy_alone(model, to):
+    """The checkpoint of a model in a folder of its own, as it is sent to a colleague."""
+    (MODELS / to).mkdir()
+    shutil.copy(MODELS / model / "best_checkpoint.pt", MODELS / to)
+    return to
+
+
+def split_of(model):
+    return pd.read_csv(MODELS / model / "split.csv", dtype=str).set_index("eid")
+
+
+def studies_tested(cli, model, *options, dataset="site"):
+    """Ids of the studies that `evaluate` takes for the test fold."""
+    status, out, err = cli("evaluate", "--model_name", model, "--dataset", dataset, *options)
+    assert status == 0, out + err
+    path = MODELS / model / f"saveout_test_{dataset}.csv"
+    return set(pd.read_csv(path, dtype=str)["Echo_ID"]), out
+
+
+@pytest.fixture
+def trained(cohort, cli):
+    status, _, err = cli(*DEFECT)
+    assert status == 0, err
+    split = split_of("defect")
+    return {fold: set(split.index[split["fold"] == fold]) for fold in ef.FOLDS}
+
+
+def edit_record(path, **changes):
+    """A checkpoint as an older version wrote it: without the list of what was seen."""
+    saved = torch.load(path, weights_only=True)
+    saved.pop("seen")
+    saved["echofocus"].update(changes)
+    torch.save(saved, path)
+
+
+# ---------------------------------------------------------------------------- what a model has seen
+
+
+def test_a_copy_alone_tests_on_nobody_it_has_seen(trained, cli):
+    """On its own dataset the test fold is that of the training, without split.csv."""
+    found, _ = studies_tested(cli, copy_alone("defect", "copy"))
+    assert found == trained["test"]
+
+
+def test_a_copy_alone_as_ancestor(cohort, cli):
+    """Under another seed, and again from that, no study that an ancestor knows is a test."""
+    wide = ("--split", "30,35,35")
+    assert cli(*DEFECT, *wide, "--model_name", "first")[0] == 0
+    learnt, validated, model = set(), set(), copy_alone("first", "copy")
+    split = split_of("first")
+    for seed in (1, 3):
+        learnt |= set(split.index[split["fold"] == "train"])
+        validated |= set(split.index[split["fold"] == "val"])
+        name = f"child{seed}"
+        line = (*DEFECT, *wide, "--init_from", model, "--model_name", name, "--seed", seed)
+        status, out, err = cli(*line)
+        assert status == 0, err
+        assert "knows them" in out
+        split = split_of(name)
+        val, test = (set(split.index[split["fold"] == fold]) for fold in ("val", "test"))
+        assert test and not test & (learnt | validated) and not val & learnt
+        model = copy_alone(name, f"copy{seed}")
+        assert studies_tested(cli, model)[0] == test
+
+
+def test_the_same_studies_under_another_name(trained, cli):
+    """Patients coded anew are known by their studies, and so are their new studies."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    table["pid"] = "X" + table["pid"]
+    new = table[:40].assign(eid=[f"new{i}" for i in range(40)])  # one more of every patient
+    pd.concat([table, new]).to_csv("recoded.csv", index=False)
+    for eid in new["eid"]:
+        write_embeddings(Path("emb"), eid, np.ones((1, 4, 768), np.float32))
+    add_dataset("other", label_path="recoded.csv")
+    everybody = table.set_index("eid")["pid"]
+    seen = set(everybody[sorted(trained["train"] | trained["val"])])
+    expected = {e for e, p in zip(new["eid"], new["pid"], strict=True) if p not in seen}
+    for model in ("defect", copy_alone("defect", "copy")):
+        found, out = studies_tested(cli, model, dataset="other")
+        assert found == trained["test"] | expected
+        assert f"left out {100 - len(found)} studies of other" in out
+
+
+def test_patients_are_known_where_studies_are_new(trained, cli):
+    """On another dataset, by patient alone; --assume_unseen takes them all, and says so."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.assign(eid="n" + table["eid"]).to_csv("later.csv", index=False)
+    for eid in table["eid"]:
+        shutil.copy(f"emb/{eid}.hdf5", f"emb/n{eid}.hdf5")
+    add_dataset("later", label_path="later.csv")
+    found, _ = studies_tested(cli, copy_alone("defect", "copy"), dataset="later")
+    assert found == {f"n{eid}" for eid in trained["test"]}
+    found, out = studies_tested(cli, "copy", "--assume_unseen", dataset="later")
+    assert len(found) == 60 and "WARNING" in out and "as --assume_unseen says" in out
+
+
+def test_an_older_checkpoint_alone(trained, cli):
+    """Rebuilt from its seed while the labels are those of its training; else refused."""
+    copy_alone("defect", "old")
+    edit_record(MODELS / "old" / "best_checkpoint.pt")
+    assert studies_tested(cli, "old")[0] == trained["test"]
+    add_dataset("other")
+    status, _, err = cli("evaluate", "--model_name", "old", "--dataset", "other")
+    assert status == 1 and "does not say whom it was trained on" in err and "--assume_unseen" in err
+    assert len(studies_tested(cli, "old", "--assume_unseen", dataset="other")[0]) == 60
+    shutil.copy(MODELS / "defect" / "split.csv", MODELS / "old")
+    assert studies_tested(cli, "old", dataset="other")[0] == trained["test"]
+    (MODELS / "old" / "split.csv").unlink()
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.assign(pid="X" + table["pid"]).to_csv("labels.csv", index=False)
+    line = ("--model_name", "old", "--dataset", "site")
+    status, _, err = cli("evaluate", *line)
+    assert status == 1 and "does not say whom" in err
+    status, _, err = cli(*DEFECT, "--init_from", "old", "--model_name", "next")
+    assert status == 1 and "does not say whom" in err
+    assert cli("predict", *line)[0] == 0
+
+
+def test_a_published_model_was_trained_elsewhere(trained, cli):
+    """It works as documented, and says what it cannot know."""
+    copy_alone("defect", "published")
+    path = MODELS / "published" / "best_checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({k: v for k, v in saved.items() if k not in ("echofocus", "seen")}, path)
+    found, out = studies_tested(cli, "published", "--task", "defect")
+    assert len(found) == 60 and "was trained elsewhere" in out
+    metrics = pd.read_csv(MODELS / "published" / "metrics_test_site.csv")
+    assert metrics["unseen"].tolist() == ["trained elsewhere, not compared"]
+    studies_tested(cli, "defect")
+    metrics = pd.read_csv(MODELS / "defect" / "metrics_test_site.csv")
+    assert metrics["unseen"].tolist() == ["by patient and study id"]
+
+
+def test_a_checkpoint_names_nobody(trained, cli):
+    """Its list is short, without ids, and no plain digest of one; a damaged one is refused."""
+    path = MODELS / "defect" / "best_checkpoint.pt"
+    (seen,) = torch.load(path, weights_only=True)["seen"]
+    n = {fold: len(trained[fold]) for fold in ("train", "val")}
+    pids = {fold: split_of("defect").loc[list(trained[fold]), "pid"].nunique() for fold in n}
+    assert {fold: seen[fold].shape for fold in n} == {f: (n[f] + pids[f],) for f in n}
+    assert all(seen[fold].dtype == torch.int64 for fold in n)
+    with zipfile.ZipFile(path) as archive:  # the tensors hold random bytes
+        (pickled,) = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+    assert b"seen" in pickled and not any(eid.encode() in pickled for eid in trained["train"])
+    for damage in ([], [{"key": "zz"}], [seen | {"train": "x"}], [seen | {"val": seen["val"][0]}]):
+        torch.save(torch.load(path, weights_only=True) | {"seen": damage}, path)
+        status, _, err = cli("evaluate", "--model_name", "defect")
+        assert status == 1 and "list of seen patients is damaged" in err and "Trace" not in err
+
+
+def test_two_runs_have_lists_that_cannot_be_matched():
+    split = pd.DataFrame({"pid": ["a", "b"], "fold": ["train", "val"]}, index=["1", "2"])
+    one, two = ef.Seen.of(split, "00"), ef.Seen.of(split, "01")
+    assert not set(one.train) & set(two.train)
+    table = pd.DataFrame({"pid": ["a", "x", "x", "2", "b"]}, index=["9", "1", "8", "a", "7"])
+    for part in (one, two):  # by patient, by study, with him, an id of the other kind, validated
+        assert ef.seen_weights([part], table).tolist() == [2, 2, 2, 0, 1]
+
+
+def test_a_moved_patient_is_refused(trained, cli):
+    """A training study that now belongs to somebody else: also by the checkpoint alone."""
+    eid = min(trained["train"])
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.loc[table["eid"] == eid, "pid"] = "P999"
+    table.to_csv("labels.csv", index=False)
+    for model in ("defect", copy_alone("defect", "copy")):
+        status, _, err = cli("evaluate", "--model_name", model)
+        expected = f"1 studies to other patients than when the model was trained ({eid})"
+        assert status == 1 and expected in err
+
+
+# ------------------------------------------------------------------------------------ given splits
+
+
+def write_split_column(words=("TRAIN", "Validation", "test"), **cells):
+    """A column `part`: patients P000 to P029 train, to P034 validate, the others test."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    number = table["pid"].str[1:].astype(int)
+    table["part"] = np.select([number < 30, number < 35], words[:2], words[2])
+    for row, word in cells.items():
+        table.loc[int(row[1:]), "part"] = word
+    table.to_csv("labels.csv", index=False)
+    return table
+
+
+@pytest.mark.parametrize("where", ["option", "task", "dataset", "settings"])
+def test_split_column(cohort, cli, where):
+    """It decides, wherever it is said, in training and in evaluation by the checkpoint alone."""
+    table = write_split_column()
+    options = ("--split_column", "part") if where == "option" else ()
+    if where == "task":
+        edit_config(split_column="part")
+    elif where == "settings":
+        edit_config(settings={"split_column": "part", "learning_rate": 1e-3})
+    elif where == "dataset":
+        add_dataset("site", split_column="part")
+    status, _, err = cli(*DEFECT, *options)
+    assert status == 0, err
+    split = split_of("defect")["fold"]
+    wanted = table.set_index("eid")["part"].map(
+        {"TRAIN": "train", "Validation": "val", "test": "test"}
+    )
+    assert (split == wanted[split.index]).all() and len(split) == 60
+    found, _ = studies_tested(cli, copy_alone("defect", "copy"))
+    assert found == set(wanted.index[wanted == "test"])
+
+
+@pytest.mark.parametrize(
+    "cells, expected",
+    [
+        (dict(words=("0", "1", "2")), "part: no folds: 0, 1, 2 (line 2, 3, 4, ...)"),
+        (dict(r0="holdout"), "part: no folds: holdout (line 2)"),
+        (dict(r0="test"), "part: 1 patients are in two folds (studies 1000, 1040)"),
+    ],
+)
+def test_given_splits_that_cannot_be(cohort, cli, cells, expected):
+    write_split_column(**cells)
+    edit_config(split_column="part")
+    status, _, err = cli(*DEFECT)
+    assert status == 1 and expected in err and err.count("\n") == 1
+    status, out, _ = cli("check", "--task", "defect")
+    assert status == 1 and expected in out
+
+
+def test_a_study_without_a_given_fold_is_left_out(cohort, cli):
+    write_split_column(r25=None, r39="")
+    status, out, err = cli(*DEFECT, "--split_column", "part")
+    assert status == 0 and "2 studies have no fold" in out, err
+    assert split_of("defect").loc[["1025", "1039"], "fold"].tolist() == ["left out"] * 2
+    status, _, err = cli(*DEFECT, "--split_column", "parts", "--run_id", "b")
+    assert status == 1 and "no column 'parts'; did you mean part" in err
+    status, _, err = cli(*DEFECT, "--split_column", "part", "--n_folds", "3", "--run_id", "c")
+    assert status == 1 and "leave one out" in err
+
+
+# ----------------------------------------------------------------------------------------- matching
+
+
+def test_the_first_usable_study_of_each_patient(cohort, cli):
+    """P000's first study was never embedded, P001's has no label, P002's is repeated."""
+    Path("emb/1000.hdf5").unlink()
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.loc[1, "finding"] = None
+    pd.concat([table, table[2:3]]).to_csv("labels.csv", index=False)
+    status, out, err = cli(*DEFECT, "--first_study_only")
+    assert status == 0, err
+    split = split_of("defect")
+    first = {p: e for e, p in split["pid"].items()}
+    assert len(split) == 40 and [first[f"P00{i}"] for i in range(3)] == ["1040", "1041", "1002"]
+    assert "40 labelled studies of 40 patients" in out
+    edit_config(settings={"first_study_only": True, "learning_rate": 1e-3})
+    status, out, _ = cli("check", "--task", "defect", "--run_id", "none")
+    assert status == 0 and "40 labelled studies of 40 patients" in out, out
+    edit_config(settings={})
+    found, _ = studies_tested(cli, "defect", "--first_study_only")
+    assert found == set(split.index[split["fold"] == "test"])
+    assert len(studies_tested(cli, "defect")[0]) > len(found)
+
+
+def test_split_is_by_patient_and_stable():
+    table = pd.DataFrame({"pid": [f"P{i // 3}" for i in range(3000)]})
+    rule = dict(seed=0, split="64,16,20", n_folds=0, fold=0)
+    folds = ef.split_patients(table, rule)
+    assert (folds.groupby(table["pid"]).nunique() == 1).all()
+    shares = folds.value_counts(normalize=True)
+    assert abs(shares - pd.Series({"train": 0.64, "val": 0.16, "test": 0.20})).max() < 0.05
+    fewer = ef.split_patients(table[::7], rule)
+    assert (folds[fewer.index] == fewer).all()
+    assert (folds != ef.split_patients(table, rule | {"seed": 1})).mean() > 0.3
