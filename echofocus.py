@@ -53,7 +53,6 @@ from common.console import (
     duration,
     listed,
     nearest,
-    printable,
     progress,
     run_main,
     some,
@@ -101,6 +100,7 @@ from embed.store import (
 )
 from report.demo import cmd_demo
 from report.figures import plot_evaluation, plot_history, plot_map
+from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
 
 RUN = Findings()  # who listens to the readers where nobody else does
@@ -1348,20 +1348,18 @@ def cmd_inspect(typed):
     settings = Settings(**typed)
     path = find_model_file(settings.source or settings.model_name)
     releases.check_source(path)
-    saved = checkpoints.load_safely(path)
-    if is_encoder(saved):
-        about = {"kind": "PanEcho video encoder"} | about_encoder(path)
+    if is_encoder(checkpoints.load_safely(path)):
+        facts = describe_encoder(panecho.load_panecho(path)[0])
     else:
-        config = read_config(settings.config, needed=False)
-        about = {"kind": "study-level model"} | about_model(path, read_checkpoint(path), config)
-    about = {"name": path.parent.resolve().name, "file": path.name} | about
-    about |= {"sha256": sha256_file(path), "source": about_source(path.parent)}
+        facts = model_facts(path, read_config(settings.config, needed=False))
+    facts = {"name": path.parent.resolve().name, "file": path.name} | facts
+    facts |= {"sha256": sha256_file(path), "source": origin_of(path.parent)}
     files = sorted(path.parent.iterdir()) if path.name in releases.CHECKPOINTS else [path]
-    about["files"] = {p.name: p.stat().st_size for p in files if p.is_file()}
-    print_about(about)
+    facts["files"] = {p.name: p.stat().st_size for p in files if p.is_file()}
+    print_description(facts)
     if settings.json:
         with atomic_path(settings.json) as temporary:
-            temporary.write_text(json.dumps(about, indent=2, default=str) + "\n")
+            temporary.write_text(json.dumps(facts, indent=2, default=str) + "\n")
         print(f"wrote {settings.json}")
 
 
@@ -1374,83 +1372,28 @@ def find_model_file(name):
     return find_model_folder(name) / "best_checkpoint.pt"
 
 
-def about_source(folder):
+def origin_of(folder):
     """Where a model is from, its licence and citation: its own record, else the registry's."""
-    known = releases.released(folder)
-    known = {k: known[k] for k in ("licence", "citation") if k in known}
-    return {k: v for k, v in (known | releases.read_source(folder)).items() if k != "files"}
+    entry = releases.released(folder)
+    entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
+    return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
 
 
-def about_encoder(path):
-    model, _ = panecho.load_panecho(path)
-    return {
-        "architecture": {"parameters": sum(p.numel() for p in model.parameters())},
-        "labels": [
-            {"label": t["name"], "type": t["type"], "classes": ", ".join(t["class_names"] or [])}
-            for t in panecho.TASKS
-        ],
-    }
-
-
-def about_model(path, saved, config):
-    """What a checkpoint says, for a person or as JSON; labels that nobody names are numbered."""
+def model_facts(path, config):
+    """What a checkpoint says of itself; labels that nobody names are numbered."""
+    saved = read_checkpoint(path)
     record = own_record(saved, path)
     combine = record.get("tf_combine", "avg")
     net, n_labels = network_from(saved["model_state_dict"], combine, path)
-    about = {
-        "architecture": {
-            "transformer_type": net.kind,
-            "encoder_depth": net.depth,
-            "tf_combine": net.combine,
-            "parameters": sum(p.numel() for p in net.parameters()),
-        }
-    }
+    facts = {}
     try:
         task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
         scaling = scaling_from(saved, labels, path) or {}
     except UserError as error:
         task, labels, units, origin = "", [f"output {i + 1}" for i in range(n_labels)], {}, "nobody"
-        scaling, about["labels_missing"] = {}, str(error)
-    regression = bool(saved.get("input_norm_dict"))
-    about |= {"task": task, "type": "regression" if regression else "binary"}
-    about |= {"labels_from": origin, "labels": []}
-    for label in labels:
-        row = {"label": label, "unit": units.get(label, "")}
-        if label in scaling:
-            names = ("shift", "lmbda", "mean", "stdev")
-            row |= {k: float(scaling[label][k]) for k in names if k in scaling[label]}
-        if label in record.get("thresholds", {}):
-            row["threshold"] = record["thresholds"][label]
-        if label in record.get("unlearnt", []):
-            row["note"] = "not learnt"
-        about["labels"].append(row)
-    about["history"] = about_history(saved.get("perf_log"))
-    told = ("labels", "units", "unlearnt", "thresholds", "task", "type", *about["architecture"])
-    about["settings"] = {k: v for k, v in record.items() if k not in told and v not in ("", [])}
-    return about
-
-
-def about_history(rows):
-    """Epochs, and the lowest validation loss with its epoch, of a perf_log; {} without one."""
-    try:
-        losses = [(float(row[2]), int(row[0])) for row in rows]
-        best, epoch = min((loss, epoch) for loss, epoch in losses if np.isfinite(loss))
-    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
-        return {}
-    return {"epochs": len(losses), "best_validation_loss": best, "best_epoch": epoch}
-
-
-def print_about(about):
-    """A line a fact, tables for labels and files."""
-    for key, value in about.items():
-        if key == "labels":
-            table = pd.DataFrame(value).dropna(axis=1, how="all")
-            print(f"labels: {len(value)}\n{table.to_string(index=False, na_rep='')}")
-        elif isinstance(value, dict):
-            facts = ", ".join(f"{k} {v}" for k, v in value.items())
-            print(f"{key}: {printable(facts) or 'none'}")
-        else:
-            print(f"{key}: {printable(value)}")
+        scaling, facts["labels_missing"] = {}, str(error)
+    facts |= {"task": task, "labels_from": origin}
+    return facts | describe_model(net, saved, record, labels, units, scaling)
 
 
 # ----------------------------------------------------------------------------------------- the loop

@@ -758,6 +758,14 @@ def test_inspect_and_share_an_own_model(cohort, cli):
     assert about["history"]["best_validation_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
     assert about["labels"][0]["label"] == "size" and about["labels"][0]["unit"] == "cm"
     assert about["settings"]["learning_rate"] == 1e-3 and about["labels_from"] == "its own file"
+    record = torch.load("trained_models/sizes/best_checkpoint.pt", weights_only=True)["echofocus"]
+    facts = record | record.get("settings", {})
+    told = {*about, *about["settings"], *about["architecture"]}
+    empty = {key for key, value in facts.items() if value in ("", [], {}, None)}
+    elsewhere = {"units", "unlearnt", "thresholds", "seen", "settings"}  # in rows, or counted
+    assert {*facts} - empty - elsewhere <= told
+    assert about["input"]["norm_mean"] == pytest.approx(facts["input"]["norm_mean"])
+    assert about["trained_on"] == {name: len(ids) for name, ids in facts.get("seen", {}).items()}
 
     status, _, err = cli("download", "trained_models/sizes", "--model_name", "colleague")
     assert status == 0, err
