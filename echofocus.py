@@ -265,7 +265,7 @@ def warn_of_suspicious(table, task, path, listener):
         codes = y.isin(missing_codes(y.to_numpy()))
         rest = y[~codes]
         small, large = rest[(rest > 0) & (rest <= 1)], rest[rest > 1]
-        mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 4 * small.max()
+        mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 10 * small.max()
         mixed = mixed and large.min() / 2 < 100 * small.median() < 2 * large.max()
         percent = task.units.get(label, "").startswith("%")
         for odd, text, remedy in (
@@ -1047,7 +1047,15 @@ class LoadedModel:
         if isinstance(self.net, Readings):
             return np.asarray(logits)
         values = readable(logits, self.labels, self.scaling)
-        return np.where(np.isin(self.labels, self.made_with.get("unlearnt", [])), np.nan, values)
+        unlearnt = np.isin(self.labels, self.made_with.get("unlearnt", []))
+        lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
+        if lost.any():
+            names = some(x for x, y in zip(self.labels, lost.any(axis=0), strict=True) if y)
+            RUN.warning(
+                f"{lost.sum()} answers of {names} lie past the end of the Box-Cox scale",
+                "they stay blank",
+            )
+        return np.where(unlearnt, np.nan, values)
 
 
 def readable(logits, labels, scaling):

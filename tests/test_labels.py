@@ -1,0 +1,230 @@
+"""Labels: what cells mean, what looks wrong, how measurements are scaled."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_embeddings
+from scipy import stats
+
+import echofocus as ef
+from common.console import Collected
+from common.schema import Task
+
+TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
+
+
+def warnings(values, **task):
+    """What is said of a label with these values, number by study id."""
+    table = pd.DataFrame({"L": np.array(values, float)}, index=map(str, range(len(values))))
+    listener = Collected()
+    task = Task(["L"], type="regression", **task)
+    ef.warn_of_suspicious(table, task, "t.csv", listener)
+    return [finding.text for finding in listener.findings]
+
+
+EF = np.linspace(31, 74, 60).round(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([*EF, 999], "1 values look like a code for 'missing': 999 (study 60)"),
+        ([*EF, 99, 99], "2 values look like a code for 'missing': 99 (study 60)"),
+        ([*EF, 9999, 999], "2 values look like a code for 'missing': 9999 (study 60), 999"),
+        ([*EF, -1], "1 values look like a code for 'missing': -1 (study 60)"),
+        ([*EF, -9, 999], "2 values look like a code for 'missing': -9 (study 60), 999"),
+        ([0, 1, 0, 1, 9], "1 values look like a code for 'missing': 9 (study 4)"),
+        ([0, 1, 1, -1], "1 values look like a code for 'missing': -1 (study 3)"),
+        ([-22.5, -17, -12.1, -99], "1 values look like a code for 'missing': -99 (study 3)"),
+        ([*EF, 0.55], "1 values look like fractions among percentages: 0.55 (study 60)"),
+        ([0.31, 0.6, 0.55, 62], "3 values look like fractions among percentages: 0.31 (study 0)"),
+        ([1, 2, 2, 1, np.nan], "every value is 1 or 2"),
+        (EF, ""),
+        ([2.5, 4, 5.5, 7, 8.8, 9], ""),  # 9 is where it would be
+        ([-2.0, -1, 0, 0.5, 2], ""),  # a z-score
+        ([-22.5, -17, -12.1, -9], ""),  # a strain
+        (list(range(100)), ""),  # a percentage up to 99
+        ([0.2, 0.5, 0.9, 1.4], ""),
+        ([0, 0.5, 3, 40, 100], ""),  # a regurgitant fraction in percent
+        ([1, 2, 3], ""),
+    ],
+)
+def test_suspicious_values(values, expected):
+    found = warnings(values)
+    assert len(found) == bool(expected) and all(expected in text for text in found), found
+
+
+def test_beyond_the_unit():
+    (found,) = warnings([*EF, 130], units={"L": "%"})
+    assert "1 values are above 100 %: 130 (study 60)" in found
+    assert warnings([*EF, 130], units={"L": "ml"}) == []
+    (found,) = warnings([*EF, 999], units={"L": "%"})  # one fault, said once
+    assert "code for 'missing'" in found
+
+
+# ------------------------------------------------------------------------------------------ scaling
+
+
+def scaling_of(values, boxcox):
+    table, listener = pd.DataFrame({"L": np.array(values, float)}), Collected()
+    task = Task(["L"], type="regression", boxcox=["L"] if boxcox else [])
+    return ef.fit_scaling(table, task, listener=listener), [f.text for f in listener.findings]
+
+
+def test_scaling_is_as_published_and_turns_back():
+    """Shift |mean| - min, Box-Cox by scipy's own, z-score; in the training fold mean 0, sd 1."""
+    y = np.random.default_rng(0).gamma(2, 3, 500)
+    for boxcox in (True, False):
+        scaling, said = scaling_of(y, boxcox)
+        z = y + abs(y.mean()) - y.min()
+        z = stats.boxcox(z)[0] if boxcox else z
+        expected = (z - z.mean()) / z.std()
+        found = ef.scale(y[:, None], ["L"], scaling)
+        np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+        np.testing.assert_allclose(ef.unscale(found, ["L"], scaling)[:, 0], y, rtol=1e-6)
+        assert not said
+
+
+def test_box_cox_of_a_label_with_mean_0():
+    y = np.r_[-np.arange(1, 51), np.arange(1, 51)].astype(float)
+    scaling, said = scaling_of(y, True)
+    found = ef.scale(y[:, None], ["L"], scaling)
+    assert not said and np.isfinite(found).all() and abs(found.std() - 1) < 1e-9
+    np.testing.assert_allclose(ef.unscale(found, ["L"], scaling)[:, 0], y, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values, boxcox",
+    [
+        ([1.0, 1e300, 2e300], False),
+        ([1.0, 1.7e308, 1.7e308], False),
+        ([1.0, 2e9, 4e9], False),
+        ([1.0, 1.0 + 1e-11, 1.0], False),
+        ([1e6, 1e6 + 1e-3, 1e6 + 2e-3], True),
+        ([1.0, 1e200, 1.0], True),
+    ],
+)
+def test_labels_that_no_model_could_be_loaded_with(values, boxcox):
+    """What is fitted is refused by the rule by which a checkpoint's scaling is refused."""
+    scaling, (said,) = scaling_of(values, boxcox)
+    assert "label L cannot be scaled" in said and ef.scaling_fault(scaling["L"])
+
+
+def test_outside_of_a_box_cox_there_is_no_value():
+    """Not 1e12: past the asymptote of a negative lambda, and below the least of the training."""
+    s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
+    at = -1 / s["L"]["lmbda"]  # where it ends
+    z = np.array([[(at - 0.5 - 1e-3) / 0.5], [(at - 0.5) / 0.5], [10.0]])
+    found = ef.unscale(z, ["L"], s)[:, 0]
+    assert np.isfinite(found[0]) and np.isnan(found[1:]).all()
+    assert np.isnan(ef.scale(np.array([[-1.0], [0.0]]), ["L"], s)).all()
+
+
+# ---------------------------------------------------------------------------------- by command line
+
+
+def set_config(**task):
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"].update(task)
+    Path("config.json").write_text(json.dumps(config))
+
+
+def write_labels(text_of, name="labels.csv", encoding="utf-8"):
+    """The cohort's label table, written otherwise: `text_of` makes text of its DataFrame."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    text = text_of(table)
+    Path(name).write_bytes(text.encode(encoding))
+
+
+def test_a_table_of_a_european_spreadsheet_gives_the_same_model(cohort, cli):
+    """Semicolons, decimal commas, UTF-16 and sep=: the losses of the plain table."""
+    line = ("train", "--task", "sizes", "--epoch_lim", "1", "--run_id")
+    assert cli(*line, "plain")[0] == 0
+    text = "sep=;\r\n" + pd.read_csv("labels.csv", dtype=str).to_csv(
+        index=False, sep=";", lineterminator="\r\n"
+    ).replace(".", ",")
+    Path("labels.csv").write_bytes(text.encode("utf-16"))
+    status, out, err = cli(*line, "other")
+    assert status == 0, err
+    assert "read as UTF-16, cells between semicolons" in out and "decimal commas in size" in out
+    losses = [
+        pd.read_csv(f"trained_models/sizes_{x}/train_losses.csv")["val_loss"].tolist()
+        for x in ("plain", "other")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_words_a_trailing_comma_and_one_point_nought(cohort, cli):
+    """Yes/No; a comma more in each row; rows that say the same as 1 and 1.0."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    again = table[:3].assign(finding=table["finding"][:3] + ".0", size=table["size"][:3] + "0")
+    text = pd.concat([table, again]).to_csv(index=False)
+    head, *rows = text.splitlines()
+    Path("labels.csv").write_text("\n".join([head, *(row + "," for row in rows)]))
+    status, out, err = cli(*TRAIN)
+    assert status == 0, err
+    assert "empty cell at the end of each row" in out and "3 rows repeat another one" in out
+    before = pd.read_csv("trained_models/defect/train_losses.csv")["val_loss"]
+    table["finding"] = table["finding"].map({"1": "Yes", "0": "NO"})
+    table.to_csv("labels.csv", index=False)
+    status, out, err = cli(*TRAIN, "--run_id", "words")
+    assert status == 0 and out.count("read as 1/0 in finding") == 1, err
+    after = pd.read_csv("trained_models/defect_words/train_losses.csv")["val_loss"]
+    assert before.tolist() == after.tolist()
+
+
+def test_excel_gives_the_same_studies(cohort, cli):
+    openpyxl = pytest.importorskip("openpyxl")
+    book, table = openpyxl.Workbook(), pd.read_csv("labels.csv")
+    for row in [list(table), *table.to_numpy().tolist()]:
+        book.active.append(row)
+    book.save("labels.xlsx")
+    set_config(label_path="labels.xlsx")
+    status, out, err = cli("check", "--task", "defect")
+    assert status == 0 and "60 labelled studies of 40 patients" in out, out + err
+    assert "labels.xlsx: read as an Excel sheet" in out
+
+
+def test_cells_never_move_to_another_column(cohort, cli):
+    """The column's neighbour was once trained on; now the line is named."""
+    text = Path("labels.csv").read_text().replace("P000,1000", "P000,1000,", 1)
+    Path("labels.csv").write_text(text)
+    for line in (TRAIN, ("check", "--task", "defect")):
+        status, out, err = cli(*line)
+        assert status == 1 and "labels.csv, line 2 has 5 fields and the header 4" in out + err
+
+
+def test_fifty_thousand_rows(cohort, cli, monkeypatch):
+    """Thirty labels of 50,000 studies: read, matched and divided in seconds."""
+    rng = np.random.default_rng(0)
+    labels = [f"L{i}" for i in range(30)]
+    table = pd.DataFrame(rng.integers(0, 2, (50_000, 30)), columns=labels)
+    table.insert(0, "eid", np.arange(1000, 51_000).astype(str))
+    table.insert(0, "pid", np.arange(50_000) // 2)
+    table.to_csv("labels.csv", index=False)
+    set_config(task_labels=labels)
+    write_embeddings(cohort / "emb", "1000", np.ones((1, 1, 768), np.float32))
+    config = ef.read_config("config.json")
+    began = time.process_time()
+    task, found = ef.load_labels(config, "defect", "site", Collected())
+    store = type("Store", (), {"files": dict.fromkeys(found.index)})
+    found = ef.match_studies(found, store, task, listener=Collected())
+    folds = ef.training_folds(found, ef.Settings(), task, listener=Collected())
+    ef.learnable(found, folds, task, Collected())
+    seen = ef.Seen.of(found[["pid"]].assign(fold=folds), "00")
+    assert (ef.seen_weights([seen], found) > 0).equals(folds != "test")
+    ef.labels_digest(found)
+    assert time.process_time() - began < 20
+
+
+def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
+    """Never a blank without a reason."""
+    s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
+    model = ef.LoadedModel(Path("m"), None, "t", ["L"], "regression", s, {}, {})
+    found = model.readable(np.array([[0.0], [9.0]], np.float32))
+    assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
+    assert "1 answers of L lie past the end of the Box-Cox scale" in capsys.readouterr().out
