@@ -53,6 +53,7 @@ from common.console import (
     duration,
     listed,
     nearest,
+    printable,
     progress,
     run_main,
     some,
