@@ -2892,7 +2892,7 @@ def check_encoder(known):
         yield Finding("ok", "the model and the embeddings go with one encoder")
 
 
-USUAL = ("still image", "M-mode", "spectral Doppler", "DICOM without image data")
+USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image")
 
 
 def check_videos(known):
@@ -2900,6 +2900,8 @@ def check_videos(known):
     if not known.typed.get("videos"):
         yield Finding("ok", "none looked at; --videos names a folder")
         return
+    from embed.video import why_skipped
+
     typed, source = known.typed, Path(known.typed["videos"])
     sampling = extract.settings_from(typed).sampling
     heard = Collected()
@@ -2909,7 +2911,7 @@ def check_videos(known):
     faults, usable = {}, []
     for study in progress(studies, desc="videos", unit="study"):
         reasons = {video: "the manifest's file is missing" for video in study.missing}
-        reasons |= {v: fault for v in study.videos if (fault := video_fault(study.source(v)))}
+        reasons |= {v: why for v in study.videos if (why := why_skipped(study.source(v)))}
         usable += [(study, v) for v in study.videos if v not in reasons]
         faults |= {f"{study.name}/{video}": reason for video, reason in reasons.items()}
     usual = Counter(r for r in faults.values() if r.startswith(USUAL))
@@ -2931,31 +2933,6 @@ def check_videos(known):
         )
     known.to_extract = len(usable) * sampling.n_clips * D * 4
     yield from check_extraction(known, usable, sampling)
-
-
-def video_fault(path):
-    """Why a video file will be skipped, as far as its header says, or ''."""
-    import pydicom
-
-    from embed import video
-
-    if isinstance(path, list):  # single frames of a series: each is no fault
-        return ""
-    try:
-        with open(path, "rb") as f:
-            if not f.read(1):
-                return "empty file"
-        if video.is_dicom(path):
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-            video.check_cine(header)
-            video.check_decoder(header)
-        elif path.suffix.lower() in video.DICOM_SUFFIXES:
-            return "not a DICOM file: the 'DICM' mark at byte 128 is missing"
-    except video.VideoError as error:
-        return str(error)
-    except Exception as error:  # pydicom raises many kinds on malformed headers
-        return "cannot be read: " + (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ""
 
 
 def check_extraction(known, usable, sampling):

@@ -1,6 +1,7 @@
-"""DICOM in: what a header says, and which files are one cine.
+"""DICOM in: what a header says, what is in the file, and which files are one cine.
 
-    file -> is_dicom -> open_dicom: (header, file at its pixels)
+    file -> open_dicom: (header, file) -> check_kind: an echo? -> frames_of: where the frames lie
+         -> choose_reading -> iter_dicom: uint8 (H, W, 3) BGR, one after the other
     headers of a study -> read_header_facts -> group_stills: single frames that make a cine
 
 A header is a claim that someone's software made. Nothing of it but numbers that were counted and
@@ -9,49 +10,47 @@ what stands in tags, so they are neither shown nor passed on.
 """
 
 import hashlib
+import io
 import logging
 import os
 import re
-import stat
+import tempfile
 import warnings
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from embed.containers import iter_container
+from embed.frames import (
+    Frames,
+    choose_reading,
+    fragments,
+    frames_of,
+    number,
+    pixel_element,
+    text,
+)
+from embed.source import VideoError, open_file
 
 # pydicom warns of odd values by quoting them, on standard error and in its log.
 logging.getLogger("pydicom").disabled = True
 warnings.filterwarnings("ignore", module="pydicom")
 
-HEADER_BYTES = 64 << 20  # no one element before the pixels is larger
+DEFLATED = "1.2.840.10008.1.2.1.99"
+VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
+HEADER_BYTES = 16 << 20  # of one element before the pixels, at most
+INFLATED_BYTES = 1 << 30  # of a deflated file, at most
+M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
 
 # Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
 # bytes of) a small length and two zeros.
 BARE_DICOM = re.compile(
     rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)", re.DOTALL
 )
-
-
-class VideoError(ValueError):
-    """Why a file gives no clips: a short reason for the list that the user sees."""
-
-
-class NotNow(VideoError):
-    """A reason that may pass, such as a decoder that is not installed: tried again another time."""
-
-
-class SourceGone(NotNow):
-    """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
-
-
-def open_file(path):
-    """Open a regular file for reading. OSError; VideoError for a pipe, device or folder.
-
-    Opening a pipe without a writer would wait for one, and a device has no end.
-    """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise VideoError("not a regular file")
-    return os.fdopen(file, "rb")
 
 
 def is_dicom(path):
@@ -65,6 +64,81 @@ def is_dicom(path):
     except (OSError, VideoError):
         return False
     return head[128:] == b"DICM" or bool(BARE_DICOM.match(head))
+
+
+# ------------------------------------------------------------------------------------- header, file
+
+TAGS = (
+    "SOPClassUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
+    "PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored",
+    "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001,
+    *(f"{segmented}{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")
+      for segmented in ("", "Segmented")),
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
+)  # fmt: skip
+
+
+class Bounded:
+    """A file of which no read takes more memory than HEADER_BYTES."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size=-1):
+        if not 0 <= size <= HEADER_BYTES:
+            raise VideoError("an element of the header is too large")
+        return self.file.read(size)
+
+
+@contextmanager
+def open_dicom(path, tags=TAGS):
+    """(header of these tags alone, the file at its pixels). VideoError when it is malformed.
+
+    Files without the DICOM start and deflated files (inflated in memory) too. Without a transfer
+    syntax the header's is uncompressed, the standard's default.
+    """
+    import pydicom
+
+    with open_file(path) as file:
+        try:
+            file = inflated(file) or file
+            header = pydicom.dcmread(
+                Bounded(file), force=True, stop_before_pixels=True, specific_tags=list(tags)
+            )
+            if "TransferSyntaxUID" not in header.file_meta:
+                implicit, little = header.original_encoding
+                name = "ExplicitVRLittleEndian" if little else "ExplicitVRBigEndian"
+                name = "ImplicitVRLittleEndian" if implicit else name
+                header.file_meta.TransferSyntaxUID = getattr(pydicom.uid, name)
+        except (VideoError, OSError):
+            raise
+        except Exception as error:  # pydicom raises many kinds on malformed headers
+            raise VideoError("unreadable DICOM header") from error
+        yield header, file
+
+
+def inflated(file):
+    """A deflated file's content as an uncompressed one in memory; None for another, rewound."""
+    from pydicom.filereader import read_dataset
+
+    beyond_meta = lambda tag, *_: tag >> 16 != 2  # noqa: E731
+    part_10 = file.read(132)[128:] == b"DICM"
+    meta = read_dataset(Bounded(file), False, True, stop_when=beyond_meta) if part_10 else {}
+    start = file.tell()
+    if meta.get("TransferSyntaxUID") != DEFLATED:
+        file.seek(0)
+        return None
+    if os.fstat(file.fileno()).st_size > INFLATED_BYTES:
+        raise VideoError("a deflated file that is too large")
+    file.seek(start)
+    zipped = zlib.decompressobj(-zlib.MAX_WBITS)
+    data = zipped.decompress(file.read(), INFLATED_BYTES)
+    if zipped.unconsumed_tail:
+        raise VideoError("a deflated file that is too large")
+    if not zipped.eof:
+        raise VideoError("truncated: the deflated data break off")
+    plain = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
+    return io.BytesIO(bytes(128) + b"DICM" + plain + data)
 
 
 # --------------------------------------------------------------------------------- whose file it is
@@ -91,11 +165,9 @@ def read_header_facts(path):
     names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
              "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
     try:
-        with open_file(path) as f:
-            import pydicom
-
-            header = pydicom.dcmread(f, force=True, stop_before_pixels=True, specific_tags=names)
-    except Exception:  # pydicom raises many kinds on malformed headers
+        with open_dicom(path, names) as (header, _):
+            pass
+    except (VideoError, OSError):
         return HeaderFacts()
     rows, columns = number(header, "Rows"), number(header, "Columns")
     declared = number(header, "NumberOfFrames")
@@ -107,14 +179,6 @@ def read_header_facts(path):
         columns=columns or 0,
         patient=short_digest(patient) if (patient := uid(header, "PatientID")) else "",
     )
-
-
-def number(header, name):
-    """An element's value as an int, None when it is absent or no whole number."""
-    try:
-        return int(header[name].value)
-    except Exception:  # pydicom converts values only now
-        return None
 
 
 def uid(header, name):
@@ -158,3 +222,188 @@ def group_stills(facts):
             name = str(PurePosixPath(folder) / f"series-{short_digest(series_uid)}")
             cines[name] = sorted(files, key=lambda p: files[p].instance)
     return cines
+
+
+# ----------------------------------------------------------------------------- is it an echo at all
+
+US = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("3", "3.1", "6", "6.1")}  # 3, 6: retired
+SECONDARY_CAPTURE = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("7", "7.1", "7.2", "7.3", "7.4")}
+OTHER_MODALITIES = {
+    "AR": "autorefraction", "BI": "biomagnetic imaging", "BMD": "bone densitometry",
+    "CR": "computed radiography", "CT": "computed tomography", "DG": "diaphanography",
+    "DOC": "document", "DX": "digital radiography", "ECG": "electrocardiography",
+    "EPS": "cardiac electrophysiology", "ES": "endoscopy", "FID": "fiducials",
+    "GM": "general microscopy", "HC": "hard copy", "HD": "haemodynamic waveform",
+    "IO": "intra-oral radiography", "IVOCT": "intravascular optical coherence tomography",
+    "IVUS": "intravascular ultrasound", "KER": "keratometry", "KO": "key object selection",
+    "LS": "laser surface scan", "MG": "mammography", "MR": "magnetic resonance",
+    "NM": "nuclear medicine", "OCT": "optical coherence tomography",
+    "OP": "ophthalmic photography",
+    "OPT": "ophthalmic tomography", "PR": "presentation state",
+    "PT": "positron emission tomography",
+    "PX": "panoramic X-ray", "REG": "registration", "RF": "radio fluoroscopy",
+    "RG": "radiographic imaging", "RTDOSE": "radiotherapy dose", "RTIMAGE": "radiotherapy image",
+    "RTPLAN": "radiotherapy plan", "RTSTRUCT": "radiotherapy structures", "SEG": "segmentation",
+    "SM": "slide microscopy", "SR": "structured report", "TG": "thermography",
+    "XA": "X-ray angiography", "XC": "external-camera photography",
+}  # fmt: skip
+
+
+def check_kind(header, notes):
+    """VideoError when the header is of something else than a 2-D echo; notes when it does not say.
+
+    SOP class and modality must both be ultrasound, or a secondary capture of it, where they are
+    values that are known.
+    """
+    from pydicom.uid import UID_dictionary
+
+    sop_class, modality = text(header, "SOPClassUID"), text(header, "Modality").upper()
+    if not sop_class:
+        sop_class = text(header.file_meta, "MediaStorageSOPClassUID")
+    if sop_class in UID_dictionary and sop_class not in US | SECONDARY_CAPTURE:
+        name = UID_dictionary[sop_class][0].removesuffix(" Storage")
+        raise VideoError(f"not an ultrasound cine: {name}")
+    if modality in OTHER_MODALITIES:
+        raise VideoError(f"not an ultrasound cine: {OTHER_MODALITIES[modality]}")
+    if sop_class in SECONDARY_CAPTURE:
+        notes.append("secondary capture")
+    elif sop_class not in US and modality != "US":
+        notes.append("the header does not say that it is ultrasound")
+    if 0x30011001 in header:  # the Cartesian export of one maker: slices of volumes
+        raise VideoError("not an ultrasound cine: 3-D ultrasound volumes")
+    formats = {number(r, "RegionSpatialFormat") for r in regions(header)}
+    if M_MODE in formats:
+        raise VideoError("M-mode, not a cine")
+    if SPECTRAL in formats:
+        raise VideoError("spectral Doppler, not a cine")
+
+
+def regions(header):
+    """The datasets of SequenceOfUltrasoundRegions, [] when there are none that can be read."""
+    try:
+        return list(header["SequenceOfUltrasoundRegions"].value)
+    except Exception:
+        return []
+
+
+# ------------------------------------------------------------------------------------------- a cine
+
+
+def iter_dicom(path, notes):
+    """Decode a DICOM cine front to back: yields uint8 (H, W, 3) BGR; notes: see `iter_frames`.
+
+    Raises VideoError for what is no 2-D echo, a still, damaged, or needs a decoder.
+    """
+    with open_dicom(path) as (header, file):
+        frames = check_cine(header, file, notes)
+        if frames is None:
+            yield from iter_stream(file, header, notes)
+            return
+        with frames:
+            reading = choose_reading(frames, header, notes)
+            for i in range(len(frames)):
+                yield frames.bgr(i, reading)
+
+
+def check_cine(header, file, notes, single=False):
+    """The Frames of a cine, None when they are one video stream. VideoError, as `iter_dicom`, for
+    what shows before a frame is decoded. single: it is one frame of a series."""
+    check_kind(header, notes)
+    if VIDEO.fullmatch(header.file_meta.TransferSyntaxUID):
+        return None
+    frames = frames_of(file, header, notes)
+    if len(frames) == 1 and not single:
+        raise VideoError("still image")
+    frames.check_decoder()
+    return frames
+
+
+def iter_stream(file, header, notes):
+    """A video file that is the pixel data: copied to a private folder for the reader of such."""
+    start, length, _ = pixel_element(file, header)
+    with tempfile.TemporaryDirectory() as folder:
+        path, n = Path(folder, "video"), 0
+        with open(path, "wb") as stream:
+            for at, size in fragments(file, start, length)[0]:
+                file.seek(at)
+                stream.write(file.read(size))
+        for frame in iter_container(path, []):
+            n += 1
+            yield frame
+    if n != number(header, "NumberOfFrames"):
+        notes.append(f"{n} frames decode, NumberOfFrames says otherwise")
+
+
+class SeriesFrames(Frames):
+    """The single frames of a series, each in a file of its own."""
+
+    def __init__(self, paths, notes):
+        super().__init__(None, None, paths)
+        self.notes = notes
+
+    @contextmanager
+    def opened(self, i, notes=None):
+        """(header, Frames of the one frame) of file i."""
+        with open_dicom(self.spans[i]) as (header, file):
+            check_kind(header, [] if notes is None else notes)
+            frames = frames_of(file, header, [])
+            self.claims = self.claims or frames.claims
+            if len(frames) > 1 or alike(frames.claims) != alike(self.claims):
+                raise VideoError("a series of unlike images")
+            frames.listener = self.listener
+            yield header, frames
+
+    def components(self, i):
+        with self.opened(i) as (_, frames):
+            return frames.components(0)
+
+    def sample(self, i):
+        with self.opened(i) as (_, frames):
+            return frames.sample(0)
+
+    def bgr(self, i, reading):
+        with self.opened(i) as (_, frames):
+            return frames.bgr(0, reading)
+
+
+def alike(claims):
+    return (claims.rows, claims.columns, claims.samples, claims.photometric)
+
+
+def iter_series(paths, notes):
+    """The single frames of a series (see `group_stills`), in that order, as one cine.
+
+    VideoError when they do not follow one another, as stills of one series do not.
+    """
+    small = []
+    with SeriesFrames(paths, notes) as frames:
+        with frames.opened(0, notes) as (header, _):
+            reading = choose_reading(frames, header, notes)
+        for i in range(len(frames)):
+            frame = frames.bgr(i, reading)
+            small.append(in_blocks(frame))
+            yield frame
+    if not follow_on(np.stack(small)):
+        raise VideoError(f"{len(small)} still images of one series: they do not follow one another")
+    notes.append(f"{len(small)} single frames of one series")
+
+
+def in_blocks(frame):
+    """uint8 (H, W, 3) -> float (256,): the brightness of 16 x 16 blocks."""
+    import cv2
+
+    blocks = cv2.resize(frame.max(2), (16, 16), interpolation=cv2.INTER_AREA)
+    return blocks.reshape(-1).astype(float)
+
+
+def follow_on(images):
+    """Whether images (n, blocks) are of one cine: what changes goes on from each to the next.
+
+    Measured on cines: a correlation of changes of 0.5 and more, or images that are nearly equal;
+    on stills of one machine and view: 0.03 at most, and images less alike than 0.92.
+    """
+    changes = images - images.mean(0)
+    power = (changes**2).mean()
+    going_on = (changes[1:] * changes[:-1]).mean() / power if power else 1.0
+    equal = np.median([np.corrcoef(a, b)[0, 1] for a, b in pairwise(images)])
+    return going_on > 0.3 or equal > 0.95

@@ -12,7 +12,6 @@ import hashlib
 import os
 import pickle
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,36 +21,23 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from embed.dicom import NotNow, SourceGone, VideoError, is_dicom, open_file
+from embed.containers import iter_container
+from embed.dicom import (
+    check_cine,
+    is_dicom,
+    iter_dicom,
+    iter_series,
+    open_dicom,
+    regions,
+)
+from embed.frames import number
+from embed.source import NotNow, SourceGone, VideoError, open_file
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
 RESIZE_OVER_CROP = 256 / 224
-
-M_MODE, SPECTRAL = 2, 3  # DICOM RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
-
-
-# ------------------------------------------------------------------------------------ finding files
-
-
-def read_dicom(path, **options):
-    """pydicom.dcmread, of files without the DICOM start too.
-
-    Without a transfer syntax the pixels are taken for uncompressed, the standard's default;
-    VideoError when they cannot be.
-    """
-    import pydicom
-
-    dicom = pydicom.dcmread(path, force=True, **options)
-    if "TransferSyntaxUID" not in dicom.file_meta:
-        if "PixelData" in dicom and dicom["PixelData"].is_undefined_length:
-            raise VideoError("compressed, but the file does not say how: no transfer syntax")
-        implicit, _ = dicom.original_encoding
-        syntax = "ImplicitVRLittleEndian" if implicit else "ExplicitVRLittleEndian"
-        dicom.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
-    return dicom
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -66,9 +52,17 @@ def iter_frames(source, notes=None):
     stills, M-mode and spectral recordings, and for files that are empty, truncated, unreadable
     or in a transfer syntax that no installed decoder knows (possibly after some frames).
     """
+    notes = [] if notes is None else notes
     if isinstance(source, (list, tuple)):
-        raise VideoError("single frames of a series are not read yet")
-    path = Path(source)
+        yield from iter_series(source, notes)
+    elif readable_dicom(Path(source)):
+        yield from iter_dicom(source, notes)
+    else:
+        yield from iter_container(source, notes)
+
+
+def readable_dicom(path):
+    """Whether a video is to be read as DICOM. VideoError when it cannot be opened or is empty."""
     try:
         with open_file(path) as f:
             if not f.read(1):
@@ -78,199 +72,31 @@ def iter_frames(source, notes=None):
     except OSError as error:
         raise SourceGone(f"cannot be read: {error.strerror}") from error
     if is_dicom(path):
-        yield from _iter_dicom(path)
-    elif path.suffix.lower() in DICOM_SUFFIXES:
+        return True
+    if path.suffix.lower() in DICOM_SUFFIXES:
         raise VideoError("not a DICOM file: neither the 'DICM' mark nor a first element")
-    else:
-        yield from _iter_opencv(path)
+    return False
+
+
+def why_skipped(source):
+    """Why a video (see `iter_frames`) will give no clips, as far as shows before a frame is
+    decoded, or ''; of single frames of a series by the first of them."""
+    single = isinstance(source, (list, tuple))
+    try:
+        path = Path(source[0] if single else source)
+        if readable_dicom(path):
+            with open_dicom(path) as (header, file):
+                check_cine(header, file, [], single)
+    except VideoError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
 
 
 def read_frames(path):
     """A whole cine at once: uint8 (n, H, W, 3) BGR. Raises VideoError as `iter_frames`."""
     return np.stack(list(iter_frames(path)))
-
-
-def _iter_opencv(path):
-    import cv2
-
-    capture = cv2.VideoCapture(str(path))
-    try:
-        if not capture.isOpened():
-            raise VideoError("cannot be opened as a video")
-        declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if declared == 1:
-            raise VideoError("still image")
-        n = 0
-        while True:
-            ok, frame = capture.read()
-            if not ok:
-                break
-            n += 1
-            yield frame
-    finally:
-        capture.release()
-    if n == 0:
-        raise VideoError("no frame can be decoded")
-    if n == 1:
-        raise VideoError("still image")
-    # Containers round their frame count; more than that is missing data.
-    if n < declared - max(2, declared // 50):
-        raise VideoError(f"truncated: {n} of {declared} frames decode")
-
-
-def _iter_dicom(path):
-    try:
-        header = read_dicom(path, stop_before_pixels=True)
-        n_frames = check_cine(header)
-        check_decoder(header)
-    except VideoError:
-        raise
-    except Exception as error:  # pydicom raises many kinds on malformed headers
-        raise VideoError(f"unreadable DICOM header: {_first_line(error)}") from error
-
-    n = 0
-    try:
-        for frame in _decode_jpeg(path, header) or _decode_pydicom(path, header):
-            yield frame
-            n += 1
-    except VideoError:
-        raise
-    except Exception as error:  # decoders raise many kinds
-        if "PixelData" in str(error):
-            raise VideoError("truncated: the pixel data are missing or break off") from error
-        reason = f"frame {n + 1} of {n_frames} does not decode: {_first_line(error)}"
-        raise VideoError(reason) from error
-    if n < n_frames:
-        raise VideoError(f"truncated: {n} of {n_frames} frames decode")
-    if n > n_frames:
-        raise VideoError(f"{n} frames, though NumberOfFrames is {n_frames}")
-
-
-def _decode_pydicom(path, header):
-    """Frames of any DICOM, uint8 (H, W, 3) BGR, by pydicom and its plugins."""
-    from pydicom.pixels import apply_color_lut, iter_pixels
-
-    palette = header.PhotometricInterpretation == "PALETTE COLOR"
-    for pixels in iter_pixels(
-        pixel_source(path)
-    ):  # RGB for RGB and YBR alike: not to be converted again
-        yield to_bgr(apply_color_lut(pixels, header) if palette else pixels, header)
-
-
-def pixel_source(path):
-    """The path, to be read frame by frame, or all of a file that pydicom does not stream."""
-    import pydicom
-
-    try:
-        standard = "TransferSyntaxUID" in pydicom.filereader.read_file_meta_info(path)
-    except pydicom.errors.InvalidDicomError:
-        standard = False
-    return path if standard else read_dicom(path)
-
-
-def _decode_jpeg(path, header):
-    """Frames of the commonest kind of cine, JPEG baseline in YBR, by OpenCV: four times as fast.
-
-    None when the file is of another kind, or when the first frame is not what pydicom makes of it.
-    """
-    import cv2
-    import pydicom
-    from pydicom.encaps import generate_frames
-
-    if header.file_meta.TransferSyntaxUID != pydicom.uid.JPEGBaseline8Bit:
-        return None
-    if header.PhotometricInterpretation not in ("YBR_FULL_422", "YBR_FULL"):
-        return None
-    pixel_data = read_dicom(path).PixelData
-    encoded = list(generate_frames(pixel_data, number_of_frames=int(header.NumberOfFrames)))
-
-    def decode(jpeg):
-        if not jpeg.rstrip(b"\0").endswith(b"\xff\xd9"):  # the end-of-image mark
-            raise ValueError("broken JPEG")
-        frame, said = heard(cv2.imdecode, np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-        # libjpeg makes up what it cannot decode, and only says so.
-        broken = "premature end" in said or "bad Huffman" in said
-        if broken or frame is None or frame.shape[:2] != (header.Rows, header.Columns):
-            raise ValueError("broken JPEG")
-        return frame
-
-    expected = next(_decode_pydicom(path, header)).astype(np.int16)
-    if np.abs(decode(encoded[0]) - expected).max() > 2:
-        return None
-    return map(decode, encoded)
-
-
-def heard(function, *args):
-    """(What a C library's function returns, what it writes to standard error meanwhile)."""
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            result = function(*args)
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-        said.seek(0)
-        return result, said.read().decode(errors="replace")
-
-
-def check_cine(header):
-    """Frames of a DICOM header (int), or VideoError when it is not a 2-D cine."""
-    formats = {int(r.get("RegionSpatialFormat", 0)) for r in _regions(header)}
-    if M_MODE in formats:
-        raise VideoError("M-mode, not a cine")
-    if SPECTRAL in formats:
-        raise VideoError("spectral Doppler, not a cine")
-    if header.get("PixelRepresentation"):
-        raise VideoError("signed pixel values: not an ultrasound image")
-    if "Rows" not in header or "PhotometricInterpretation" not in header:
-        raise VideoError("DICOM without image data, or cut short")
-    declared = header.get("NumberOfFrames")
-    n_frames = 1 if declared is None else int(declared)
-    if n_frames < 1:
-        raise VideoError(f"NumberOfFrames is {n_frames}")
-    if n_frames == 1:
-        raise VideoError("still image")
-    return n_frames
-
-
-def check_decoder(header):
-    """VideoError when the transfer syntax has no decoder here, naming what to install."""
-    from pydicom.pixels import get_decoder
-
-    syntax = header.file_meta.TransferSyntaxUID
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        raise VideoError(f"transfer syntax {syntax.name} is not supported") from None
-    if not decoder.is_available:
-        raise NotNow(
-            f"transfer syntax {syntax.name} needs a plugin: pip install 'echofocus[dicom]'"
-        )
-
-
-def to_bgr(pixels, header):
-    """Decoded DICOM pixels, (H, W) or (H, W, 3) RGB -> uint8 (H, W, 3) BGR.
-
-    More than 8 bits are scaled down by the bits stored (a palette's entries by 16).
-    """
-    photometric = header.PhotometricInterpretation
-    if pixels.dtype != np.uint8:
-        bits = 8 * pixels.itemsize if photometric == "PALETTE COLOR" else int(header.BitsStored)
-        pixels = (pixels >> max(0, bits - 8)).clip(0, 255).astype(np.uint8)
-    if photometric == "MONOCHROME1":
-        pixels = 255 - pixels
-    if pixels.ndim == 2:
-        return np.repeat(pixels[:, :, None], 3, axis=2)
-    return np.ascontiguousarray(pixels[:, :, 2::-1])
-
-
-def _regions(header):
-    return header.get("SequenceOfUltrasoundRegions") or []
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------- the published clip sampling
@@ -442,17 +268,18 @@ def region_boxes(source):
     path = source[0] if isinstance(source, (list, tuple)) else source
     if not is_dicom(path):
         return []
-    header = read_dicom(path, stop_before_pixels=True)
+    with open_dicom(path) as (header, _):
+        width, height = number(header, "Columns"), number(header, "Rows")
     names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
     boxes = []
-    for region in _regions(header):
-        if region.get("RegionSpatialFormat") != 1 or any(n not in region for n in names):
+    for region in regions(header):
+        corners = [number(region, name) for name in names]
+        if number(region, "RegionSpatialFormat") != 1 or None in corners:
             continue
-        x0, y0, x1, y1 = (int(region[n].value) for n in names)
-        if not (0 <= x0 < x1 < header.Columns and 0 <= y0 < y1 < header.Rows):
+        x0, y0, x1, y1 = corners
+        if not (0 <= x0 < x1 < width and 0 <= y0 < y1 < height):
             return []
-        w, h = header.Columns, header.Rows
-        boxes.append((x0 / w, y0 / h, (x1 + 1) / w, (y1 + 1) / h))
+        boxes.append((x0 / width, y0 / height, (x1 + 1) / width, (y1 + 1) / height))
     return boxes
 
 
@@ -518,8 +345,8 @@ def serve():
             reply = read_clips(*call)
         except VideoError as error:
             reply = error
-        except Exception as error:  # an odd file must not end the run
-            reply = VideoError(f"unreadable: {_first_line(error)}")
+        except Exception:  # an odd file must not end the run
+            reply = VideoError("unreadable")
         pickle.dump((reply, time.perf_counter() - began), replies, protocol=5)
         replies.flush()
 

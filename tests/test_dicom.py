@@ -1,17 +1,341 @@
 """DICOM files that say other things than they hold: read right, or refused for what they are."""
 
+import io
 import os
+import struct
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pydicom
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate, generate_frames
 
-from embed import dicom
+from embed import dicom, phantom, source, studies, video
 from tests.test_video import moving_square, write_dicom
+
+CASES = Path(__file__).parent / "fixtures" / "dicom"
+TRUTH = np.load(CASES / "truth.npz")["frames"]  # uint8 (6, 120, 160, 3) RGB
+ADOBE, JFIF = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0", b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+
+
+def read(path):
+    """(frames as RGB integers, notes)."""
+    notes = []
+    frames = np.stack(list(video.iter_frames(path, notes)))
+    return frames[..., ::-1].astype(int), "; ".join(notes)
+
+
+def error_of(path, truth=TRUTH):
+    """(mean difference to the true frames in grey levels, notes)."""
+    frames, notes = read(path)
+    assert frames.shape[:3] == truth.shape[:3]
+    return np.abs(frames - truth.astype(int)).mean(), notes
+
+
+def write_coded(path, coded, syntax, photometric, like=TRUTH, **tags):
+    """A DICOM of coded frames; a frame is bytes, or a list of the fragments it is split into."""
+    dataset = write_dicom(path, like, photometric, **tags)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    pieces = [p for frame in coded for p in (frame if isinstance(frame, list) else [frame])]
+    dataset.PixelData = encapsulate([p + b"\0" * (len(p) % 2) for p in pieces], has_bot=False)
+    dataset["PixelData"].VR = "OB"
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def save(dataset, path, syntax):
+    names = {"big": "ExplicitVRBigEndian", "implicit": "ImplicitVRLittleEndian"}
+    if syntax in names:
+        dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, names[syntax])
+    dataset.preamble = bytes(128)
+    how = {"implicit_vr": syntax == "implicit", "little_endian": syntax != "big"}
+    pydicom.dcmwrite(path, dataset, force_encoding=True, **how)
+
+
+def jpeg_of(frame, components):
+    """A JPEG of RGB or YCbCr components without a mark that says which."""
+    file, options = io.BytesIO(), {"keep_rgb": True} if components == "RGB" else {}
+    Image.fromarray(frame).save(file, "JPEG", quality=95, subsampling=0, **options)
+    data = file.getvalue()
+    return data[:2] + data[4 + int.from_bytes(data[4:6], "big") :]
+
+
+def ybr(frame):
+    return cv2.cvtColor(frame, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+
+
+# ------------------------------------------------------------------------------------------ colours
+
+
+@pytest.mark.parametrize(
+    "name, limit, note",
+    [
+        ("jpeg_ybr_labelled_rgb", 3, "read as YCbCr"),
+        ("native_rgb_labelled_ybr422", 0, "read as RGB"),
+        ("native_ybr422_true", 1, ""),
+        ("j2k_mct_labelled_ybr422", 1, "read as RGB"),
+        ("palette16_of_8_bits", 0, "palette of 8 bits"),
+        ("deflated", 0, ""),
+    ],
+)
+def test_what_the_header_says_wrongly(name, limit, note):
+    truth = TRUTH[..., :1] if name.startswith("palette") else TRUTH
+    error, notes = error_of(CASES / f"{name}.dcm", truth)
+    assert error <= limit
+    assert note in notes and bool(note) == bool(notes)
+
+
+@pytest.mark.parametrize("label", ["RGB", "YBR_FULL", "YBR_FULL_422"])
+@pytest.mark.parametrize("mark", [b"", JFIF, ADOBE + b"\0", ADOBE + b"\1"])
+@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+def test_jpeg_of_any_components_label_and_mark(tmp_path, stored, mark, label):
+    jpegs = [jpeg_of(frame, stored) for frame in TRUTH]
+    coded = [data[:2] + mark + data[2:] for data in jpegs]
+    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEGBaseline8Bit, label)
+    error, notes = error_of(path)
+    assert error < 1.5
+    assert ("read as" in notes) == ((stored == "RGB") != (label == "RGB"))
+
+
+@pytest.mark.parametrize("label", ["RGB", "YBR_FULL", "YBR_RCT", "YBR_ICT"])
+@pytest.mark.parametrize("stored", ["RGB", "transformed", "YCbCr"])
+def test_jpeg_2000_of_any_components_and_label(tmp_path, stored, label):
+    coded = []
+    for frame in TRUTH:
+        file = io.BytesIO()
+        image = Image.fromarray(ybr(frame) if stored == "YCbCr" else frame)
+        image.save(file, "JPEG2000", no_jp2=True, mct=int(stored == "transformed"))
+        coded.append(file.getvalue())
+    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEG2000Lossless, label)
+    error, notes = error_of(path)
+    assert error < 1
+    assert ("read as" in notes) == ((stored == "YCbCr") != (label == "YBR_FULL"))
+
+
+@pytest.mark.parametrize("syntax", ["little", "big", "implicit", "rle"])
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("label", ["RGB", "YBR_FULL"])
+@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+def test_uncompressed_and_rle(tmp_path, stored, label, planar, syntax):
+    frames = TRUTH if stored == "RGB" else np.stack([ybr(f) for f in TRUTH])
+    path = tmp_path / "a"
+    dataset = write_dicom(path, frames, label)
+    if syntax == "rle":
+        dataset.compress(pydicom.uid.RLELossless)
+    elif planar:
+        dataset.PixelData = np.moveaxis(frames, 3, 1).tobytes()
+    dataset.PlanarConfiguration = planar
+    save(dataset, path, syntax)
+    error, notes = error_of(path)
+    assert error < 1
+    assert ("read as" in notes) == ((stored == "RGB") != (label == "RGB"))
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize(
+    "shift, stored", [(0, 16), (0, 12), (0, 10), (2, 16), (4, 12), (4, 16), (8, 16), (4, 8)]
+)
+def test_grey_of_any_depth_and_claim(tmp_path, shift, stored, big_endian):
+    """The bits that are used decide: 8 in 16, 12 in 16, more than claimed; either byte order."""
+    grey = TRUTH[..., 0]
+    assert grey.max() >= 128
+    dataset = write_dicom(tmp_path / "a", grey.astype(np.uint16) << shift, "MONOCHROME2")
+    dataset.BitsStored, dataset.HighBit = stored, stored - 1
+    if big_endian:
+        dataset.PixelData = (grey.astype(">u2") << shift).astype(">u2").tobytes()
+    save(dataset, tmp_path / "a", "big" if big_endian else "little")
+    error, notes = error_of(tmp_path / "a", grey[..., None])
+    assert error == 0
+    assert ("bits" in notes) == (stored != shift + 8)
+
+
+def test_bytes_of_a_component_the_other_way_round(tmp_path):
+    swapped = (TRUTH[..., 0].astype(np.uint16) << 4).byteswap()
+    write_dicom(tmp_path / "a", swapped, "MONOCHROME2", BitsStored=12)
+    assert error_of(tmp_path / "a", TRUTH[..., :1])[0] == 0
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("bits, shift", [(16, 8), (16, 0), (16, 4), (8, 0)])
+def test_palettes(tmp_path, bits, shift, big_endian):
+    values = np.arange(256)
+    order = ">" if big_endian else "<"
+    palette = {}
+    tints = {"Red": values, "Green": values * 3 // 4, "Blue": values // 2}
+    for colour, table in tints.items():
+        data = (table << shift).astype(f"{order}u{bits // 8}").tobytes()
+        if big_endian and bits == 8:  # two a word
+            data = np.frombuffer(data, "u2").byteswap().tobytes()
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        palette[f"{colour}PaletteColorLookupTableData"] = data
+    dataset = write_dicom(tmp_path / "a", TRUTH[..., 0], "PALETTE COLOR", **palette)
+    if big_endian:
+        save(dataset, tmp_path / "a", "big")
+    truth = np.stack([t[TRUTH[..., 0]] for t in tints.values()], axis=-1)
+    assert error_of(tmp_path / "a", truth)[0] == 0
+
+
+def tinted(frames, tint, scale=1.0):
+    grey = frames.max(-1, keepdims=True).astype(float) * scale
+    return (grey * tint).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "tint", [(1, 1, 1), (1, 0.75, 0.45), (1, 0.55, 0.15), (0.45, 0.7, 1), (0.3, 1, 0.4)]
+)
+@pytest.mark.parametrize("part", ["whole", "within"])
+def test_tinted_greyscale_is_left_as_it_is(tmp_path, part, tint):
+    """Sepia, blue and green maps, also of the tissue alone."""
+    frames = TRUTH[:, 40:80, 50:100] if part == "within" else TRUTH
+    for name, stored in (("RGB", tinted(frames, tint)), ("YBR_FULL", tinted(frames, tint))):
+        stored = np.stack([ybr(f) for f in stored]) if name == "YBR_FULL" else stored
+        write_dicom(tmp_path / "a", stored, name)
+        error, notes = error_of(tmp_path / "a", tinted(frames, tint))
+        assert error < 1 and notes == ""
+
+
+@pytest.mark.parametrize("name", ["rgb_color", "palette_color", "jpeg2k", "ybr_color"])
+def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
+    dataset = getattr(pydicom.examples, name)
+    frames = int(dataset.get("NumberOfFrames", 1))
+    if frames == 1:  # a still, three times
+        dataset.NumberOfFrames = 3
+        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+            (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
+            dataset.PixelData = encapsulate([still] * 3)
+        else:
+            dataset.PixelData = dataset.PixelData * 3
+    dataset.save_as(tmp_path / "a")
+    expected = next(pydicom.pixels.iter_pixels(tmp_path / "a"))
+    if name == "palette_color":
+        expected = pydicom.pixels.apply_color_lut(expected, dataset) >> 8
+    found, notes = read(tmp_path / "a")
+    assert len(found) == max(3, frames) and notes == ""
+    assert np.abs(found[0] - expected).max() <= 2
+
+
+def test_colour_doppler_and_an_ecg_are_left_as_they_are(tmp_path):
+    for view in ("A4C", "PSAX"):
+        frames = phantom.phantom_cine(view, frames=6, shows_defect=True, seed=5)
+        frames[:, 100:104, :, :] = (0, 255, 0)  # a bright green trace
+        phantom.write_dicom(tmp_path / "a", frames, jpeg=False)
+        error, notes = error_of(tmp_path / "a", frames[..., ::-1])
+        assert error == 0 and notes == ""
+
+
+def test_no_reading_makes_an_echo(tmp_path):
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], np.uint8)
+    noise = colours[np.random.default_rng(0).integers(0, 4, (4, 40, 40))]
+    write_dicom(tmp_path / "a", noise, "RGB")
+    write_dicom(tmp_path / "b", np.zeros((4, 40, 40, 3), np.uint8), "RGB")
+    for name, reason in (("a", "false colour"), ("b", "all is black")):
+        with pytest.raises(video.VideoError, match=reason):
+            read(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------ what it is of
+
+
+@pytest.mark.parametrize(
+    "sop_class, modality, reason",
+    [
+        ("2.1", "CT", "Enhanced CT Image"),
+        ("2.1", "US", "Enhanced CT Image"),
+        ("3.1", "XA", "X-ray angiography"),
+        ("12.1", "XA", "X-Ray Angiographic Image"),
+        ("20", "NM", "Nuclear Medicine Image"),
+        ("4.1", "MR", "Enhanced MR Image"),
+        ("66.4", "SEG", "Segmentation"),
+        ("481.2", "RTDOSE", "RT Dose"),
+        ("77.1.5.4", "OPT", "Ophthalmic Tomography Image"),
+        ("6.2", "US", "Enhanced US Volume"),
+        ("7", "CT", "computed tomography"),
+    ],
+)
+def test_what_is_no_echo_is_skipped_by_name(tmp_path, sop_class, modality, reason):
+    sop_class = f"1.2.840.10008.5.1.4.1.1.{sop_class}"
+    write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality=modality)
+    with pytest.raises(video.VideoError, match=f"not an ultrasound cine: {reason}"):
+        read(tmp_path / "a")
+    assert reason in video.why_skipped(tmp_path / "a")
+
+
+def test_secondary_capture_is_taken_with_a_note(tmp_path):
+    for sop_class in ("7", "7.4"):
+        sop_class = f"1.2.840.10008.5.1.4.1.1.{sop_class}"
+        write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality="OT")
+        assert read(tmp_path / "a")[1] == "secondary capture"
+    write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID="1.2.3.4", Modality="SMITH")
+    assert read(tmp_path / "a")[1] == "the header does not say that it is ultrasound"
+
+
+# ----------------------------------------------------------------------------------- how long it is
+
+
+@pytest.mark.parametrize("declared", [None, 1, 2, 5, 7, 600, 0, -3, 10**6])
+@pytest.mark.parametrize("kind", ["native", "jpeg", "fragments", "rle"])
+def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
+    path = tmp_path / "a"
+    if kind == "native":
+        write_dicom(path, TRUTH, "RGB")
+    elif kind == "rle":
+        dataset = write_dicom(path, TRUTH, "RGB")
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(path, enforce_file_format=True)
+    else:
+        coded = [jpeg_of(f, "YCbCr") for f in TRUTH]
+        if kind == "fragments":
+            coded = [[c[:1000], c[1000:2000], c[2000:]] for c in coded]
+        write_coded(path, coded, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
+    dataset = pydicom.dcmread(path)
+    if declared is None:
+        del dataset.NumberOfFrames
+    else:
+        dataset.NumberOfFrames = declared
+    dataset.save_as(path, enforce_file_format=True)
+    error, notes = error_of(path)
+    assert error < 1.5
+    assert notes == "6 frames in the pixel data, NumberOfFrames says otherwise"
+
+
+def test_odd_frames_and_padding(tmp_path):
+    odd = np.ascontiguousarray(TRUTH[:5, :3, :3])
+    odd[:, 1] = 200
+    write_dicom(tmp_path / "a", odd, "RGB")  # 135 bytes
+    data = pydicom.dcmread(tmp_path / "a")
+    data.PixelData = odd.tobytes() + b"\0"
+    data.save_as(tmp_path / "a", enforce_file_format=True)
+    frames, notes = read(tmp_path / "a")
+    assert notes == "" and (frames == odd).all()
+
+
+def test_a_file_that_breaks_off_is_truncated(tmp_path):
+    write_dicom(tmp_path / "a", TRUTH, "RGB")
+    coded = [jpeg_of(f, "YCbCr") for f in TRUTH]
+    write_coded(tmp_path / "b", coded, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
+    for name in "ab":
+        data = (tmp_path / name).read_bytes()
+        for keep in (0.95, 0.5):
+            (tmp_path / "cut").write_bytes(data[: int(keep * len(data))])
+            with pytest.raises(video.VideoError, match="truncated"):
+                read(tmp_path / "cut")
+    data = (tmp_path / "b").read_bytes()[:-8]  # no end mark: all the same, all frames are there
+    (tmp_path / "cut").write_bytes(data)
+    assert read(tmp_path / "cut")[1] == ""
+    last = data.rindex(b"\xfe\xff\0\xe0")
+    (tmp_path / "cut").write_bytes(data[:last])
+    with pytest.raises(video.VideoError, match="truncated"):
+        read(tmp_path / "cut")
+
+
+# -------------------------------------------------------------------------- series of single frames
 
 
 def write_series(folder, frames, **tags):
     """Single frames of one series, file names in reverse order; returns their paths in order."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     series = tags.pop("SeriesInstanceUID", pydicom.uid.generate_uid())
     paths = [folder / f"IM{len(frames) - i:04}" for i in range(len(frames))]
     for i, path in enumerate(paths):
@@ -22,7 +346,7 @@ def write_series(folder, frames, **tags):
         )  # fmt: skip
         dataset = pydicom.dcmread(path)
         del dataset.NumberOfFrames
-        dataset.save_as(path)
+        dataset.save_as(path, enforce_file_format=True)
     return paths
 
 
@@ -38,6 +362,37 @@ def test_single_frames_of_a_series_are_one_cine(tmp_path):
     ((name, files),) = group(tmp_path).items()
     assert name.startswith("cine/series-") and "34567" not in name
     assert files == [p.relative_to(tmp_path).as_posix() for p in paths]
+
+
+def test_a_series_is_read_in_its_order(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 60, (60, 80, 1), dtype=np.uint8)
+    frames = np.maximum(moving_square(), frames)
+    paths = write_series(tmp_path / "cine", frames)
+    (clips,) = video.read_clips(paths, video.Sampling(size=56))
+    assert clips.n_frames == 20 and clips.note == "20 single frames of one series"
+    np.testing.assert_array_equal(video.read_frames(paths), frames)
+    with pytest.raises(video.VideoError, match="still image"):
+        read(paths[0])
+    masked = video.read_clips(paths, video.Sampling(size=56, mask="sector"))
+    assert masked[0].frames.shape == clips.frames.shape
+
+
+def test_stills_are_no_cine(tmp_path):
+    """Of series of their own, of one series with other sizes or cines, and of one that could be."""
+    stills = [
+        phantom.phantom_cine(v, frames=2, seed=s)[:1] for s in range(3) for v in phantom.VIEWS
+    ]
+    for i, still in enumerate(stills):
+        write_series(tmp_path / "own" / str(i), still)
+    assert group(tmp_path / "own") == {}
+    write_series(tmp_path / "mixed", np.concatenate(stills), SeriesInstanceUID="1.2.9")
+    write_dicom(tmp_path / "mixed" / "cine", TRUTH, "RGB", StudyInstanceUID="1.2.3",
+                SeriesInstanceUID="1.2.9", InstanceNumber=50)  # fmt: skip
+    assert group(tmp_path / "mixed") == {}
+    paths = write_series(tmp_path / "one", np.concatenate(stills))
+    assert len(group(tmp_path / "one")) == 1  # as far as headers say
+    with pytest.raises(video.VideoError, match="12 still images of one series"):
+        read(paths)
 
 
 def test_header_facts_of_odd_files(tmp_path):
@@ -56,3 +411,41 @@ def test_header_facts_of_odd_files(tmp_path):
     facts = dicom.read_header_facts(tmp_path / "odd")
     assert len(facts.study_uid) == 64 and facts.study_uid.isalnum()
     assert (facts.n_frames, facts.rows, facts.columns) == (1, 60, 80)
+
+
+# ------------------------------------------------------------------------------------ hostile files
+
+
+def test_pipes_and_devices_are_no_source(tmp_path):
+    for name in ("pipe.avi", "pipe.dcm", "pipe"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    for name in ("pipe.avi", "pipe.dcm", "zero.mp4"):
+        with pytest.raises(video.VideoError, match="not a regular file"):
+            read(tmp_path / name)
+    assert studies.find_videos(tmp_path)[0] == []
+
+
+def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
+    """Frames of 12,000 x 12,000, as header and as JPEG 2000 say; more frames than fit."""
+    write_dicom(tmp_path / "size", TRUTH, "RGB", Rows=12_000, Columns=12_000)
+    file = io.BytesIO()
+    Image.fromarray(TRUTH[0]).save(file, "JPEG2000", no_jp2=True)
+    vast = bytearray(file.getvalue())
+    vast[8:16] = struct.pack(">II", 12_000, 12_000)
+    write_coded(tmp_path / "j2k", [bytes(vast)] * 3, pydicom.uid.JPEG2000Lossless, "RGB")
+    jpeg = bytearray(jpeg_of(TRUTH[0], "YCbCr"))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
+    write_coded(tmp_path / "jpeg", [bytes(jpeg)] * 3, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
+    many = np.zeros((source.FRAMES + 1, 1, 1), np.uint8)
+    write_dicom(tmp_path / "many", many, "MONOCHROME2")
+    for name in ("size", "j2k", "jpeg", "many"):
+        with pytest.raises(video.VideoError, match="more than"):
+            read(tmp_path / name)
+
+
+def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom, "INFLATED_BYTES", 200_000)
+    with pytest.raises(video.VideoError, match="too large"):
+        read(CASES / "deflated.dcm")

@@ -1,0 +1,123 @@
+"""Video files in: AVI, MP4/MOV, MKV/WebM, WMV, MPEG; and the streams that DICOM holds in one piece.
+
+    file -> iter_container: uint8 (H, W, 3) BGR, one after the other
+
+How many frames there are is what decodes: a container's own count is a guess of whoever wrote it.
+"""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from embed.source import VideoError, check_budget, open_file
+
+# FFmpeg may follow what a file refers to; a video is one file.
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
+
+
+def iter_container(path, notes):
+    """Decode a video file front to back: yields uint8 (H, W, 3) BGR; notes: see `iter_frames`.
+
+    Raises VideoError when nothing or one frame decodes, or the file was cut short.
+    """
+    import cv2
+
+    with plain_name(path) as name:
+        capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
+        try:
+            if not capture.isOpened():
+                raise VideoError("cannot be opened as a video")
+            sides = capture.get(cv2.CAP_PROP_FRAME_HEIGHT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)
+            check_budget(1, *sides)
+            declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+            n = 0
+            while True:
+                decodes, frame = capture.read()
+                if not decodes:
+                    break
+                n += 1
+                check_budget(n, *frame.shape[:2])
+                yield frame
+        finally:
+            capture.release()
+    if n == 0:
+        raise VideoError("no frame can be decoded")
+    missing = n < declared - max(2, declared // 50)  # containers round their count
+    if missing and is_cut_short(path):
+        raise VideoError(f"truncated: the file breaks off, {n} frames decode")
+    if n == 1:
+        raise VideoError("still image")
+    if missing or (declared > 0 and n > declared + max(2, declared // 50)):
+        notes.append(f"{n} frames decode, the container counts {declared}")
+
+
+@contextmanager
+def plain_name(path):
+    """A name of the file that FFmpeg can open: one that is UTF-8 and no pattern or protocol."""
+    name = os.path.abspath(path)
+    try:
+        name.encode()
+        odd = "%" in name
+    except UnicodeEncodeError:
+        odd = True
+    if not odd:
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "video")
+        link.symlink_to(name)
+        yield str(link)
+
+
+def is_cut_short(path):
+    """Whether the last part of a container reaches beyond the end of the file, as it says itself.
+
+    False where the kind of file, or this one, does not say.
+    """
+    with open_file(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        head = f.read(16)
+        if head[:4] == b"RIFF":
+            step = riff_chunk
+        elif head[:4] == b"\x1a\x45\xdf\xa3":
+            step = ebml_element
+        elif head[:8] == bytes.fromhex("3026b2758e66cf11"):
+            step = asf_object
+        elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            step = mp4_box
+        else:
+            return False
+        at = 0
+        while 0 <= at < size:
+            f.seek(at)
+            length = step(f.read(24))
+            if not length:  # to the end of the file, or not known
+                return False
+            at += length
+    return at > size
+
+
+def riff_chunk(head):
+    """Bytes of the RIFF chunk that starts so, 0 if not said; as the three functions below."""
+    length = int.from_bytes(head[4:8], "little")
+    return 8 + length + length % 2 if length else 0
+
+
+def mp4_box(head):
+    length = int.from_bytes(head[:4], "big")
+    if length == 1:
+        length = int.from_bytes(head[8:16], "big")
+    return length if length >= 8 else 0
+
+
+def asf_object(head):
+    length = int.from_bytes(head[16:24], "little")
+    return length if length >= 24 else 0
+
+
+def ebml_element(head):
+    at = 4  # bytes of the identifier: of EBML, Segment and Cluster
+    width = 9 - head[at].bit_length() if len(head) > at and head[at] else 9
+    length = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return 0 if width > 8 or length == (1 << 7 * width) - 1 else at + width + length

@@ -1,0 +1,40 @@
+"""What every reader of a video shares: why a file gives no clips, and what it may cost."""
+
+import os
+import stat
+
+# The budget of one video: what claims more is refused before memory is taken for it.
+FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
+FRAME_PIXELS = 1 << 24  # of one frame as stored, 4096 x 4096
+
+
+class VideoError(ValueError):
+    """Why a file gives no clips: a short reason for the list that the user sees."""
+
+
+class NotNow(VideoError):
+    """A reason that may pass, such as a decoder that is not installed: tried again another time."""
+
+
+class SourceGone(NotNow):
+    """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
+
+
+def open_file(path):
+    """Open a regular file for reading. OSError; VideoError for a pipe, device or folder.
+
+    Opening a pipe without a writer would wait for one, and a device has no end.
+    """
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise VideoError("not a regular file")
+    return os.fdopen(file, "rb")
+
+
+def check_budget(frames=1, rows=1, columns=1):
+    """VideoError for more, or larger, frames than one video may have."""
+    if frames > FRAMES:
+        raise VideoError(f"more than {FRAMES:,} frames: cut it into shorter cines")
+    if rows * columns > FRAME_PIXELS:
+        raise VideoError(f"frames of more than {FRAME_PIXELS >> 20} million pixels")
