@@ -31,6 +31,7 @@ import time
 from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, chain
@@ -42,6 +43,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import __version__, checkpoints, releases
 from common.console import (
@@ -64,9 +66,7 @@ from common.files import (
     clear_leftovers,
     derive_seed,
     output_path,
-    read_lines,
     sha256_file,
-    stamp_of,
     unquoted,
     write_table,
 )
@@ -88,16 +88,13 @@ from embed import EMBED_DIM as D
 from embed import extract, panecho
 from embed.store import (
     MADE_WITH,
-    EmbeddingFolder,
     PackedEmbeddings,
     UnreadableStudy,
     VideosAsStudies,
-    append_studies,
-    check_pack,
-    listing_digest,
+    open_folder,
     open_store,
     packed_path,
-    read_header,
+    write_pack,
 )
 from report.demo import cmd_demo
 from report.figures import plot_evaluation, plot_history, plot_map
@@ -668,49 +665,66 @@ def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=Fa
 
 
 def cmd_pack(typed):
-    """One memory-mappable file of a dataset's embeddings, <embedding_path>.packed/.
-
-    embeddings.bin: study after study, each (1 + copies, V, C, 768) in float32 or float16;
-    index.jsonl: a line a study with its eid, offset in bytes, shape, videos and CRC-32, or the
-    reason why it could not be read; pack.json: written last, once all has been read back.
-    """
+    """One HDF5 file of a dataset's embeddings, <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
     config = read_config(typed.get("config"))
     name = config.pick("dataset", typed.get("dataset"))
-    dtype = np.dtype(typed.get("dtype", Settings.dtype))
-    folder = EmbeddingFolder(config.datasets[name].embedding_path)
-    path = packed_path(config.datasets[name].embedding_path)
-    path.mkdir(exist_ok=True)
-    about = {"dtype": dtype.name, "weights_sha256": folder.encoder_digest(), "version": __version__}
-    for file in ("pack.json", "begun.json"):
-        if (path / file).is_file() and json.loads((path / file).read_text()) != about:
-            raise UserError(f"{path} holds another pack (dtype or encoder); delete it to pack anew")
-    (path / "pack.json").unlink(missing_ok=True)
-    with atomic_path(path / "begun.json") as temporary:
-        temporary.write_text(json.dumps(about))
+    folder = config.datasets[name].embedding_path
+    source, path = open_folder(folder), packed_path(folder)
+    clear_leftovers(path.parent)
     try:
-        append_studies(path, folder, dtype)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; the same command goes on") from error
-    check_pack(path)
-    with atomic_path(path / "pack.json") as temporary:
-        temporary.write_text(json.dumps(about))
-    lines = read_lines(path / "index.jsonl")
-    report_unreadable({line["eid"]: line["reason"] for line in lines if "reason" in line})
-    size = (path / "embeddings.bin").stat().st_size
-    print(f"packed {name}: {len(lines)} studies, {size / 1e9:.2f} GB in {path.name}")
+        unreadable = write_pack(source, path, np.dtype(typed.get("dtype", Settings.dtype)))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot write {path}: {error}; an older pack stays as it is, the same command begins "
+            "anew"
+        ) from error
+    report_unreadable(unreadable)
+    packed = len(source.files) - len(unreadable)
+    print(f"packed {name}: {packed} studies, {path.stat().st_size / 1e9:.2f} GB in {path.name}")
+
+
+def refuse_mixed(store, eids, allowed, findings):
+    """An error where studies were made with different encoders or settings, or some do not say.
+
+    With --allow_mixed it is a warning.
+    """
+    for name, studies in store.made_with(eids).items():
+        if len(studies) < 2:
+            continue
+        kinds = sorted(studies.items(), key=lambda item: -len(item[1]))
+        groups = [
+            f"{str(kind)[:12] or 'not said'} ({len(e)} studies: {some(e)})" for kind, e in kinds
+        ]
+        text = f"the embeddings were made with different {name}: {some(groups)}"
+        if allowed:
+            findings.warning(text, "used all the same (--allow_mixed)")
+        else:
+            remedy = (
+                "extract all with the same settings (embed/extract.py --redo), or --allow_mixed"
+            )
+            findings.error(text, remedy)
 
 
 # ------------------------------------------------------------------------------------------ batches
 
 
 @dataclass
-class Batch:
-    """Some studies' clips, one after the other: no padding."""
+class Planned:
+    """Studies to be computed together."""
 
     eids: list[str]
-    tokens: torch.Tensor  # (N, D) float32 or float16
+    ends_step: bool  # the last batch of its step
+
+
+@dataclass
+class Batch:
+    """Some studies' clips, one after the other: no padding. Empty where none can be read."""
+
+    eids: list[str]
+    tokens: torch.Tensor  # (N, D) float32
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
+    ends_step: bool
 
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read studies
@@ -718,12 +732,14 @@ READ_AHEAD = 3  # batches read while another is computed
 WINDOW = 256  # studies between two points where results are handed on, outside training
 
 
-def plan_batches(store, eids, settings, training):
-    """Steps, each a list of batches, each a list of study ids.
+def plan_batches(store, eids, settings, training, world=None):
+    """Yield the Planned batches of this process; each step has one that ends it.
 
     A step is `settings.batch_number` studies in training. Within one, studies of like size share
-    a batch, up to the limits in `settings`; the plan depends on nothing but the studies.
+    a batch, up to the limits in `settings`; the plan depends on nothing but the studies. The
+    batches of a step are dealt to the processes of `world`.
     """
+    world = world or World()
     step = settings.batch_number if training else WINDOW
     kept = 1 - settings.clip_dropout if training else 1
     for start in range(0, len(eids), step):
@@ -737,79 +753,82 @@ def plan_batches(store, eids, settings, training):
                 n = 0.0
             batches[-1].append(eid)
             n += sizes[eid]
-        yield batches
+        *others, last = batches[world.rank :: world.size] or [[]]
+        yield from (Planned(batch, False) for batch in others)
+        yield Planned(last, True)
 
 
 def read_batches(store, plan, settings, unreadable, train_seed=None, look=None):
-    """Yield a Batch for every list of study ids in `plan`, and None for None; threads read ahead.
+    """Yield the Batch of every Planned, in order; threads read ahead.
 
     unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
     train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
     any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
-    look: called with the id and the Bag of every study that is read.
+    look: called with the id and the StudyClips of every study that is read.
     """
 
     def read(eid):
+        """(tokens (N, D), number of videos) of a study, or the UnreadableStudy."""
         rng = None
         if train_seed is not None:
             rng = np.random.default_rng(derive_seed("study", train_seed, eid))
         try:
-            bag = store.read(eid, rng)
+            study = store.read(eid, rng)
         except UnreadableStudy as error:
-            return eid, error, 0
+            return error
         if look:
-            look(eid, bag)
-        tokens = bag.embeddings.reshape(-1, D)  # (V * C, D)
+            look(eid, study)
+        tokens = study.embeddings.reshape(-1, D)  # (V * C, D)
         if rng is not None and settings.clip_dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
-        return eid, tokens, len(bag.videos)
+        return tokens, len(study.videos)
 
-    def collect(futures):
-        studies = [future.result() for future in futures]
-        unreadable.update((e, str(t)) for e, t, _ in studies if isinstance(t, UnreadableStudy))
-        return [study for study in studies if not isinstance(study[1], UnreadableStudy)]
+    def collect(planned, futures):
+        studies = {eid: f.result() for eid, f in zip(planned.eids, futures, strict=True)}
+        failed = {eid: x for eid, x in studies.items() if isinstance(x, UnreadableStudy)}
+        unreadable.update((eid, str(error)) for eid, error in failed.items())
+        read = {eid: x for eid, x in studies.items() if eid not in failed}
+        return collate(read, planned.ends_step)
 
     ahead = deque()
     with ThreadPoolExecutor(READERS) as pool:
-        for eids in chain(plan, [()] * READ_AHEAD):
-            ahead.append(eids if eids is None else [pool.submit(read, eid) for eid in eids])
+        for planned in plan:
+            ahead.append((planned, [pool.submit(read, eid) for eid in planned.eids]))
             if len(ahead) > READ_AHEAD:
-                futures = ahead.popleft()
-                if futures is None:
-                    yield None
-                elif studies := collect(futures):
-                    yield collate(studies)
+                yield collect(*ahead.popleft())
+        while ahead:
+            yield collect(*ahead.popleft())
 
 
-def collate(studies):
-    eids, tokens, n_videos = zip(*studies, strict=True)
-    lengths = [len(t) for t in tokens]
-    return Batch(list(eids), torch.from_numpy(np.concatenate(tokens)), lengths, list(n_videos))
+def collate(studies, ends_step):
+    """A Batch of studies, a dict of id to (tokens, number of videos)."""
+    tokens = [tokens for tokens, _ in studies.values()]
+    joined = torch.from_numpy(np.concatenate([np.zeros((0, D), np.float32), *tokens]))
+    n_videos = [n for _, n in studies.values()]
+    return Batch(list(studies), joined, [len(t) for t in tokens], n_videos, ends_step)
 
 
 def describe_input(store, eids, n=64):
     """What a model is trained on: MADE_WITH of the files, and the norms of their clip embeddings.
 
-    Returns the attributes that all of `n` studies share, and mean and standard deviation of the
-    studies' mean norms (the checks of `InputCheck`).
+    Returns the attributes that all studies share, and mean and standard deviation of the mean
+    norms of `n` of them (the checks of `InputCheck`).
     """
-    bags = []
+    made_with = store.made_with(eids)
+    shared = {name: next(iter(studies)) for name, studies in made_with.items() if len(studies) == 1}
+    shared = {name: value for name, value in shared.items() if value != ""}
+    norms = []
     for eid in sorted(eids, key=lambda eid: derive_seed("input", eid))[:n]:
-        try:
-            bags.append(store.read(eid))
-        except UnreadableStudy:
-            continue
-    if not bags:
-        return {}
-    first = {k: v for k, v in bags[0].made.items() if k in MADE_WITH}
-    shared = {k: v for k, v in first.items() if all(b.made.get(k) == v for b in bags)}
-    norms = [mean_norm(bag) for bag in bags]
+        with suppress(UnreadableStudy):
+            norms.append(mean_norm(store.read(eid)))
+    if not norms:
+        return shared
     return shared | {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
 
 
-def mean_norm(bag):
-    return float(np.linalg.norm(bag.embeddings.astype(np.float32), axis=2).mean())
+def mean_norm(study):
+    return float(np.linalg.norm(study.embeddings, axis=2).mean())
 
 
 class InputCheck:
@@ -818,27 +837,41 @@ class InputCheck:
     def __init__(self, reference):
         self.reference, self.warnings = reference, {}
 
-    def __call__(self, eid, bag):
-        said, ref = [], self.reference
-        untrained = str(bag.made.get("weights", "")).startswith("random")
-        if untrained and ref.get("weights_sha256") != bag.made.get("weights_sha256"):
-            said.append("the encoder was untrained: the answers mean nothing")
+    def __call__(self, eid, study):
+        differences, ref, made_with = [], self.reference, study.made_with
+        untrained = str(made_with.get("weights", "")).startswith("random")
+        if untrained and ref.get("weights_sha256") != made_with.get("weights_sha256"):
+            differences.append("the encoder was untrained: the answers mean nothing")
         for name in MADE_WITH:
-            if name in ref and bag.made.get(name, ref[name]) != ref[name]:
-                now, then = (str(x)[:12] for x in (bag.made[name], ref[name]))
-                said.append(f"{name} {now}, trained on {then}")
+            if name in ref and made_with.get(name, ref[name]) != ref[name]:
+                now, then = (str(x)[:12] for x in (made_with[name], ref[name]))
+                differences.append(f"{name} {now}, trained on {then}")
         if "norm_mean" in ref:
-            norm, usual = mean_norm(bag), ref["norm_mean"]
+            norm, usual = mean_norm(study), ref["norm_mean"]
             if abs(norm - usual) > max(6 * ref["norm_sd"], 0.1 * usual):
-                said.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
-        if said:
-            self.warnings[eid] = "; ".join(said)
+                differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
+        if differences:
+            self.warnings[eid] = "; ".join(differences)
 
 
 def report_warnings(warnings, model_name):
     """A few lines on screen; the whole is in the table."""
     for text, n in Counter(warnings.values()).most_common(3):
         print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
+
+
+def warn_of_another_encoder(model, store, eids):
+    """Say which studies were embedded by another encoder than what the model was trained on."""
+    trained = model.made_with.get("encoder_sha256")
+    if not trained:
+        return
+    for given, others in store.made_with(eids)["weights_sha256"].items():
+        if given not in ("", trained):
+            print(
+                f"WARNING: {model.folder.name} was trained on embeddings of another encoder than "
+                f"those of {len(others)} studies ({some(others)}; weights {trained[:12]}, these "
+                f"are {str(given)[:12]}): its answers mean nothing there"
+            )
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -924,14 +957,21 @@ def encoder_layer(layer, x, lengths, n_queries=0):
     return layer.norm2(x + drop(layer.linear2(hidden), layer.dropout2))
 
 
-def drop(x, dropout):
-    """Dropout as the module says; on a CPU with 16 random bits a number, faster than torch's."""
+def drop(x, dropout, seed=None):
+    """Dropout as the module says; on a CPU with 16 random bits a number, faster than torch's.
+
+    seed: of those bits; None: torch's generator gives it.
+    """
     if not dropout.training or x.device.type != "cpu":
         return dropout(x)
-    rng = np.random.default_rng(int(torch.randint(2**62, ())))  # torch's seed decides
+    rng = np.random.default_rng(draw_seed() if seed is None else seed)
     bits = np.frombuffer(rng.bytes(2 * x.numel()), np.uint16)
     kept = torch.from_numpy(bits >= round(dropout.p * 2**16)).view(x.shape)
     return x * kept.to(x.dtype).div_(1 - dropout.p)
+
+
+def draw_seed():
+    return int(torch.randint(2**62, ()))
 
 
 def attend(mha, x, lengths, n_queries=0):
@@ -986,12 +1026,29 @@ def packed_attention(q, k, v, q_lengths, lengths, dropout):
     return out.view(-1, D)
 
 
+MOST_WEIGHTS = 1 << 26  # attention weights held at once in training on a CPU: 256 MB in fp32
+
+
 def weighted_values(q, k, v, dropout):
-    """softmax(q k' / sqrt(d)) v of (S, heads, N, d), with dropout of the weights in training."""
-    if dropout.training:
+    """softmax(q k' / sqrt(d)) v of (S, heads, N, d), with dropout of the weights in training.
+
+    On a CPU torch has no kernel that drops out without holding all N x N weights: where they would
+    be more than MOST_WEIGHTS, queries are taken in pieces, each computed again for its gradient.
+    """
+    if not dropout.training:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    def piece(q, k, v, seed):
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        return drop(weights, dropout).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        return drop(weights, dropout, seed).to(v.dtype) @ v
+
+    rows = max(1, MOST_WEIGHTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if rows >= q.shape[2]:
+        return piece(q, k, v, None)
+    pieces = [
+        checkpoint(piece, x, k, v, draw_seed(), use_reentrant=False) for x in q.split(rows, 2)
+    ]
+    return torch.cat(pieces, dim=2)
 
 
 class Readings(nn.Module):
@@ -1449,20 +1506,19 @@ def run_steps(
     device = next(net.parameters()).device
     unreadable = {} if unreadable is None else unreadable
     train_seed = derive_seed(settings.seed, epoch) if training else None
-    steps = plan_batches(store, eids, settings, training)
-    own = ([*step[world.rank :: world.size], None] for step in steps)  # None: the step ends
-    plan = chain.from_iterable(own)
+    plan = plan_batches(store, eids, settings, training, world)
     rows, average = [], None
     net.train(training)
     quiet = not label or world.rank > 0
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
         for batch in read_batches(store, plan, settings, unreadable, train_seed, look):
-            if batch is not None:
+            if batch.eids:
                 torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
                 found = run_batch(net, batch, device, settings, targets, task_type, training)
                 keep = found if targets is None else (found[0], found[1][:, :0], found[2])
                 rows.append((batch.eids, *keep, batch.n_videos, batch.lengths))
                 bar.update(len(batch.eids) if world.size == 1 else 0)
+            if not batch.ends_step:
                 continue
             outcome, rows = gather(rows, net), []
             n, loss = len(outcome), np.nan
@@ -1525,6 +1581,7 @@ def merged(outcomes, eids, net, world=None):
 
 def gather(rows, net):
     """Rows as `Outcome` has them, of tensors or arrays -> one Outcome."""
+    rows = [row for row in rows if row[0]]  # steps of which nothing could be read
     if not rows:
         return Outcome([], np.zeros((0, net.n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
     eids, *arrays, n_videos, n_clips = zip(*rows, strict=True)
@@ -1573,6 +1630,7 @@ def cmd_train(typed):
     store = open_store(config.datasets[settings.dataset].embedding_path)
     whole, limit = table, settings.sample_limit
     table = match_studies(table, store, task, limit, settings.first_study_only)
+    refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
     folder = model_folder(settings.model_name, settings.run_id)
     if releases.read_source(folder):
         raise UserError(
@@ -1876,8 +1934,8 @@ class Training:
             "labels": self.task.task_labels,
             "studies": {fold: len(eids) for fold, eids in self.eids.items()},
             "labels_sha256": self.labels_sha256,
-            "embeddings_sha256": listing_digest(self.store, self.table.index),
-            "encoder_sha256": self.store.encoder_digest(),
+            "embeddings_sha256": self.store.digest(self.table.index),
+            "encoder_sha256": self.input.get("weights_sha256", ""),
             "device": str(self.net.ff.weight.device),
             "processes": self.world.size,
             "versions": {"echofocus": __version__, "torch": torch.__version__}
@@ -2010,7 +2068,7 @@ class Training:
                 "labels": self.task.task_labels,
                 "type": self.task.type,
                 "units": self.task.units,
-                "encoder_sha256": self.store.encoder_digest(),
+                "encoder_sha256": self.input.get("weights_sha256", ""),
                 "input": self.input,
                 "unlearnt": self.unlearnt,
                 "thresholds": self.thresholds,
@@ -2098,16 +2156,6 @@ def start_with_model(command, typed):
     return resolve_settings(command, typed, config, model), config, model
 
 
-def warn_of_another_encoder(model, store):
-    """Say so when embeddings come from other encoder weights than the model was trained on."""
-    trained, given = model.made_with.get("encoder_sha256"), store.encoder_digest()
-    if trained and given and trained != given:
-        print(
-            f"WARNING: {model.folder.name} was trained on embeddings of another encoder (weights "
-            f"{trained[:12]}, these are {given[:12]}): its answers mean nothing here"
-        )
-
-
 def labelled_studies(model, config, settings, store):
     """(label table rows of the chosen fold with embeddings, how it is known what was seen)."""
     config.pick("task", settings.task)
@@ -2133,8 +2181,8 @@ def cmd_evaluate(typed):
     """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
     settings, config, model = start_with_model("evaluate", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
-    warn_of_another_encoder(model, store)
     table, how = labelled_studies(model, config, settings, store)
+    warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
     found = run_studies(
         model.net, store, list(table.index), settings, unreadable=unreadable, label="evaluate"
@@ -2186,16 +2234,15 @@ def cmd_predict(typed):
         name, wanted = settings.dataset, None
         folder = config.datasets[name].embedding_path
     store = open_store(folder)
-    warn_of_another_encoder(model, store)
     eids = list(store.files) if wanted is None else [e for e in wanted if e in store.files]
     absent = set(wanted or labelled_ids(config, settings, store)) - set(store.files)
     path = Path(settings.out or model.folder / f"predictions_{name}.csv")
     eids = eids[: settings.sample_limit or None]
+    warn_of_another_encoder(model, store, eids)
     work = work_of(model, store, eids, settings)
     journal = Journal(journal_path(path), work, f"windows of {WINDOW} studies")
     table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
     left_out = dict.fromkeys(sorted(absent), "no embeddings") | reasons
-    left_out |= {e: x["reason"] for e, x in getattr(store, "unreadable", {}).items()}
     report_left_out(left_out, path)
     if not len(table):
         raise UserError("no study could be read")
@@ -2226,13 +2273,8 @@ def journal_path(path):
 
 def work_of(model, store, eids, settings, **more):
     """What the results of a command depend on, for its Journal."""
-    stamps = [
-        stamp_of(store.files[e]) if isinstance(store, EmbeddingFolder) else store.files[e]["crc32"]
-        for e in eids
-    ]
-    stamps = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-    work = {"model": network_digest(model.net), "studies": listing_digest(store, eids)}
-    work |= {"stamps": stamps, "precision": settings.precision, "version": __version__}
+    work = {"model": network_digest(model.net), "studies": store.digest(eids)}
+    work |= {"precision": settings.precision, "version": __version__}
     return work | more
 
 
@@ -2349,8 +2391,8 @@ def cmd_embed(typed):
 def embed_dataset(dataset, config, model, settings):
     """Write the embeddings of a dataset; returns the file's path."""
     store = open_store(config.datasets[dataset].embedding_path)
-    warn_of_another_encoder(model, store)
     eids = list(store.files)[: settings.sample_limit or None]
+    warn_of_another_encoder(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
@@ -2527,7 +2569,6 @@ def cmd_explain(typed):
     """The contribution of every video to every answer, and the published table of the top n."""
     settings, config, model = start_with_model("explain", typed)
     store = open_store(config.datasets[settings.dataset].embedding_path)
-    warn_of_another_encoder(model, store)
     wanted = settings.explain_tasks or model.labels
     for label in wanted:
         if label not in model.labels:
@@ -2535,6 +2576,7 @@ def cmd_explain(typed):
                 f"no label {label} in {model.folder.name}{nearest(label, model.labels)}"
             )
     table = explained_studies(model, config, settings, store)
+    warn_of_another_encoder(model, store, list(table.index))
     targets = table[model.labels].to_numpy()
     if model.type == "regression":
         targets = scale(targets, model.labels, model.scaling)
@@ -2749,21 +2791,12 @@ def check_labels(known):
 
 def check_embeddings(known):
     """The files of clip embeddings: the headers of all, the numbers of all or of --sample_limit."""
-    path = known.dataset.embedding_path
-    yield from check_store(known, path)
-    store, unreadable, looked = known.store, {}, "when it was packed"
-    is_packed = isinstance(store, PackedEmbeddings)
-    if is_packed:
-        unreadable |= store.unreadable
-        known.digests = dict.fromkeys(store.files, store.encoder_digest())
-        known.counts = {eid: tuple(line["shape"][1:3]) for eid, line in store.files.items()}
-    if path.is_dir():
-        files = EmbeddingFolder(path).files if is_packed else store.files
-        made = read_headers(files, known.counts, unreadable)
-        known.digests = {eid: about["weights_sha256"] for eid, about in made.items()}
-        yield from check_made(made)
-    if not is_packed:
-        looked = f"of {read_numbers(known, unreadable)} studies"
+    path, unreadable, findings = known.dataset.embedding_path, {}, Collected()
+    known.store = open_store(path, findings)
+    known.counts, known.digests = read_headers(known.store, unreadable)
+    refuse_mixed(known.store, list(known.counts), known.settings.allow_mixed, findings)
+    yield from findings.findings
+    looked = f"of {read_numbers(known, unreadable)} studies"
     videos = sum(V for V, _ in known.counts.values())
     text = f"{path}: {len(known.counts)} readable studies, {videos} videos (headers of all read, "
     text += f"numbers {looked})"
@@ -2776,24 +2809,6 @@ def check_embeddings(known):
             "WARNING",
             f"{len(unreadable)} studies cannot be read:{listed(unreadable)}",
             "delete these files and extract them again; a run leaves the studies out",
-        )
-
-
-def check_store(known, path):
-    """Open the dataset; whether what `pack` made of it is whole and up to date."""
-    packed = packed_path(path)
-    try:
-        known.store = open_store(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        yield Finding("ERROR", f"{packed.name} is damaged: {error}", "delete it, then pack anew")
-        known.store = EmbeddingFolder(path)
-        return
-    if packed.is_dir() and not isinstance(known.store, PackedEmbeddings):
-        unfinished = not (packed / "pack.json").is_file()
-        yield Finding(
-            "WARNING",
-            f"{packed.name} is {'unfinished' if unfinished else 'out of date'} and not used",
-            f"echofocus.py pack --dataset {known.settings.dataset}",
         )
 
 
@@ -2811,37 +2826,21 @@ def read_numbers(known, unreadable):
     return len(eids)
 
 
-def read_headers(files, counts, unreadable):
-    """Headers of embedding files (study -> path); returns study -> how it was made (MADE_WITH).
+def read_headers(store, unreadable):
+    """Study -> (videos, clips of a video) and study -> SHA-256 of its encoder, where it says so.
 
-    counts gets study -> (videos, clips), unreadable gets study -> reason.
+    unreadable gets study id -> reason.
     """
-    made = {}
-    for eid, file in progress(files.items(), desc="headers", unit="study"):
+    counts, digests = {}, {}
+    for eid in progress(store.files, desc="headers", unit="study"):
         try:
-            counts[eid], made[eid] = read_header(file)
+            header = store.header(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
-            counts.pop(eid, None)
-    return made
-
-
-def check_made(made):
-    """Whether all embedding files were made in one way; made: study -> MADE_WITH attributes."""
-    for name in MADE_WITH:
-        kinds = {}
-        for eid, about in made.items():
-            kinds.setdefault(about[name], []).append(eid)
-        if len(kinds) > 1:
-            groups = [
-                f"{kind[:12] or 'not said'} ({len(eids)} studies: {some(eids)})"
-                for kind, eids in sorted(kinds.items(), key=lambda item: -len(item[1]))
-            ]
-            yield Finding(
-                "WARNING",
-                f"the embeddings were made with different {name}: {some(groups)}",
-                "extract all with the same settings (embed/extract.py --redo)",
-            )
+        else:
+            counts[eid] = header.videos, header.clips
+            digests[eid] = header.made_with.get("weights_sha256", "")
+    return counts, digests
 
 
 def check_match(known):
@@ -2994,8 +2993,9 @@ def check_disk(known):
     needs = [("checkpoints", MODELS, 2 * 3 * 4 * numbers, "ERROR")]
     if known.to_extract:
         needs.append(("clip embeddings of --videos", MODELS, known.to_extract, "ERROR"))
-    if isinstance(known.store, EmbeddingFolder):
-        size = sum(file.stat().st_size for file in known.store.files.values())
+    if known.store and not isinstance(known.store, PackedEmbeddings):
+        headers = (known.store.header(eid) for eid in known.counts)
+        size = sum(4 * D * h.copies * h.videos * h.clips for h in headers)
         needs.append(("a packed copy", known.dataset.embedding_path.parent, size, "WARNING"))
     for what, folder, size, level in needs:
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())

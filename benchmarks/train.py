@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import echofocus as ef
 from benchmarks.machine import describe, matmul_rate, synchronise
 from common.console import progress
+from embed.store import checksum, open_folder, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [f"label{i}" for i in range(22)]
@@ -49,6 +50,7 @@ def make_cohort(folder, studies):
         with h5py.File(folder / "ours" / f"{eid}.hdf5", "w") as f:
             f["embeddings"] = bag
             f.create_dataset("videos", data=names, dtype=h5py.string_dtype())
+            f.attrs["crc32"] = np.array([checksum(bag, names)], np.uint32)
         rows.append([f"P{i}", eid, *(rng.random(len(LABELS)) < 0.3).astype(int)])
     pd.DataFrame(rows, columns=["pid", "eid", *LABELS]).to_csv(folder / "labels.csv", index=False)
     task = {"task_labels": LABELS, "label_path": "labels.csv", "type": "binary"}
@@ -191,20 +193,19 @@ def measure_loading(folder, stores, ways, device):
 
     def ours(store):
         def load(part):
-            for step in ef.plan_batches(store, part, settings, False):
-                for batch in ef.read_batches(store, step, settings, {}):
-                    batch.tokens.to(device)
+            plan = ef.plan_batches(store, part, settings, False)
+            for batch in ef.read_batches(store, plan, settings, {}):
+                batch.tokens.to(device)
 
         return load
 
     def plain(part):
         """The same bytes, front to back."""
-        store = packed
-        ends = [store.files[e]["offset"] for e in (part[0], part[-1])]
-        left = ends[1] - ends[0] + store.files[part[-1]]["bytes"]
+        first, last = (packed.index["row"][packed.files[e]] for e in (part[0], part[-1]))
+        left = (last - first + packed.size(part[-1])) * 768 * 4
         buffer = memoryview(bytearray(1 << 22))
-        with open(store.path / "embeddings.bin", "rb", buffering=0) as f:
-            f.seek(ends[0])
+        with open(packed.path, "rb", buffering=0) as f:
+            f.seek(packed.embeddings.at + first * 768 * 4)
             while left > 0 and (n := f.readinto(buffer)):
                 left -= n
 
@@ -269,8 +270,8 @@ def main():
 def measure(folder, eids, args):
     """Measure and print everything but memory; returns it."""
     stores = {
-        "unpacked": ef.EmbeddingFolder(folder / "ours"),
-        "packed": ef.PackedEmbeddings(folder / "ours.packed"),
+        "unpacked": open_folder(folder / "ours"),
+        "packed": open_store(folder / "ours"),
     }
     labels = pd.read_csv(folder / "labels.csv", dtype={"eid": str}).set_index("eid")
     targets = dict(zip(labels.index, labels[LABELS].to_numpy(float), strict=True))

@@ -81,6 +81,10 @@ class Settings:
         "train evaluate explain",
         action="store_true",
     )
+    allow_mixed: bool = option(
+        False, "train on embeddings of different encoders or settings", "train check",
+        action="store_true",
+    )  # fmt: skip
     init_from: str = option("", "model to start from; heads matched by label name", "train")
     precision: str = option("fp32", "of the computation", ALL, choices=("fp32", "bf16"))
     transformer_type: str = option(

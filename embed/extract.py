@@ -44,6 +44,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 from common import __version__
 from common.console import Parser, UserError, clean_text, progress, run_main
 from common.files import atomic_path, quoted, stamp_of, unquoted
+from common.hdf5 import UNREADABLE
 from common.world import pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.store import (
@@ -415,7 +416,7 @@ class Run:
         if kept | missing != before or videos.keys() - kept.keys():
             try:
                 results = read_results(path, [n for n, r in kept.items() if r.result == "ok"])
-            except (OSError, KeyError):  # damaged since
+            except UNREADABLE:  # damaged since
                 kept = {}
         waiting = videos.keys() - kept.keys()
         self.in_work[study.name] = StudyInWork(waiting, stamps, before, kept | missing, results)

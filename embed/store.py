@@ -1,18 +1,50 @@
-"""The clip-embedding file: writing, reading and packing, in one room."""
+"""The clip-embedding file: writing, reading and packing, in one room.
+
+A store is a dataset's clip embeddings, whatever they lie in (EmbeddingFolder, EmbeddingShards,
+PackedEmbeddings; `open_store` finds which):
+
+    files             study id -> where it is read from, in the order of ids
+    header(eid)       a Header: how many copies, videos and clips, and how they were made
+    size(eid)         the study's clips; 0 where they cannot be known
+    read(eid, rng)    its StudyClips; with rng, of a copy that it draws
+    read_all(eid)     its plain StudyClips, then those of the transformed copies
+    digest(eids)      which data that is, as text: the same for a folder and a pack of it
+    made_with(eids)   how they were made, and which studies so
+
+header, read and read_all raise UnreadableStudy, with the reason; nothing else of a study's file
+ends a run.
+"""
 
 import hashlib
 import io
 import json
 import os
+import re
 import zlib
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
-from common.console import UserError, progress
-from common.files import read_lines, stamp_of
+from common import __version__
+from common.console import Findings, UserError, clean_text, printable, progress, some
+from common.files import atomic_path, stamp_of
+from common.hdf5 import (
+    MOST_BYTES,
+    UNREADABLE,
+    checked,
+    find_datasets,
+    open_hdf5,
+    own_attributes,
+    own_dataset,
+    own_texts,
+    shortest_distinct,
+)
 from embed import EMBED_DIM as D
 
 # ------------------------------------------------------------------------------------------ writing
@@ -40,7 +72,10 @@ class FileRecord:
 
 def write_study(path, videos, attributes, files):
     """videos: dict of name to (clip starts, [plain, copies...] embeddings), of those with clips;
-    files: dict of name to FileRecord, of all."""
+    files: dict of name to FileRecord, of all.
+
+    The attribute `crc32` has a checksum of the plain embeddings and of each copy (`checksum`).
+    """
     videos = dict(sorted(videos.items()))
     skipped = [(v, r.reason) for v, r in sorted(files.items()) if r.result != "ok"]
     rows = [(name, *vars(record).values()) for name, record in sorted(files.items())]
@@ -52,11 +87,22 @@ def write_study(path, videos, attributes, files):
             f["clip_starts"] = np.stack([starts for starts, _ in videos.values()])
             if len(embeddings) > 1:
                 f["augmented"] = embeddings[1:]
+            names = [clean_text(name) for name in videos]
+            f.attrs["crc32"] = np.array([checksum(copy, names) for copy in embeddings], np.uint32)
         f.create_dataset("videos", (len(videos),), data=list(videos) or None, dtype=text)
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
         f.create_dataset("files", (len(rows), 6), data=rows or None, dtype=text)
         f.attrs.update(attributes)
     path.write_bytes(file.getbuffer())
+
+
+def checksum(embeddings, videos):
+    """CRC-32 of a study's embeddings (V, C, D) with their type, shape and the videos' names."""
+    about = json.dumps([embeddings.dtype.str, embeddings.shape, videos])
+    return zlib.crc32(np.ascontiguousarray(embeddings), zlib.crc32(about.encode()))
+
+
+LONGEST_NAME = 4096  # of a file, relative to its study's folder
 
 
 def read_records(path, attributes, redo):
@@ -66,11 +112,13 @@ def read_records(path, attributes, redo):
     `redo`. A file of an earlier version has no stamps: its videos count as they are.
     """
     try:
-        with h5py.File(path, "r") as f:
-            found = dict(f.attrs)
-            videos, skipped = f["videos"].asstr()[:].tolist(), f["skipped"].asstr()[:].tolist()
-            rows = f["files"].asstr()[:].tolist() if "files" in f else []
-    except (OSError, KeyError):
+        with open_hdf5(path) as f:
+            found = own_attributes(f, attributes)
+            videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
+            skipped = own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist()
+            has_files = "files" in f
+            rows = own_texts(f, "files", (None, 6), LONGEST_NAME).tolist() if has_files else []
+    except UNREADABLE:
         return None
     for name, value in attributes.items():
         made = found.get(name, "independent" if name == "starts" else None)
@@ -87,17 +135,22 @@ def read_records(path, attributes, redo):
 
 
 def read_results(path, names):
-    """Of some videos of a study's file: dict of name to (clip starts, (1 + K, C, 768))."""
+    """Of some videos of a study's file: dict of name to (clip starts, (1 + K, C, 768)).
+
+    Raises one of UNREADABLE when the file is damaged.
+    """
     if not names:
         return {}
-    with h5py.File(path, "r") as f:
-        parts = [f["embeddings"][:][None], *([f["augmented"][:]] if "augmented" in f else [])]
-        embeddings, starts = np.concatenate(parts), f["clip_starts"][:]
-        places = {name: i for i, name in enumerate(f["videos"].asstr()[:])}
+    with open_hdf5(path) as f:
+        study = describe_own(f)
+        embeddings = np.stack([study(k).embeddings for k in range(study.header.copies)])
+        starts = own_dataset(f, "clip_starts", "i")[()]
+        videos = own_texts(f, "videos", (None,), LONGEST_NAME)
+        places = {name: i for i, name in enumerate(videos)}
     return {name: (starts[places[name]], embeddings[:, places[name]]) for name in names}
 
 
-# ------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ a study
 
 
 class UnreadableStudy(Exception):
@@ -105,315 +158,613 @@ class UnreadableStudy(Exception):
 
 
 @dataclass
-class Bag:
+class StudyClips:
     """A study's clip embeddings."""
 
-    embeddings: np.ndarray  # (V, C, D) float32, or float16 from a pack of that
+    embeddings: np.ndarray  # (V, C, D) float32
     videos: list[str]  # (V,) names, no absolute paths
-    made: dict = field(default_factory=dict)  # MADE_WITH of its file, where it says so
+    made_with: dict = field(default_factory=dict)  # of MADE_WITH, what its file says
 
 
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
 
 
-def open_store(path):
-    """The clip embeddings of a dataset: what `pack` made of the folder, or the folder itself.
+@dataclass(frozen=True)
+class Header:
+    """What is known of a study without reading its numbers."""
 
-    A pack that lacks studies of the folder, or has others, is not used. Raises UserError.
-    """
-    packed = packed_path(path)
-    if not (packed / "pack.json").is_file():
-        return EmbeddingFolder(path)
-    store = PackedEmbeddings(packed)
-    if path.is_dir():
-        folder = EmbeddingFolder(path)
-        others = set(folder.files) != set(store.files) | set(store.unreadable)
-        if others or is_stale(store, folder):
-            print(f"{packed.name} is out of date and not used: run pack again")
-            return folder
-    print(f"reading {packed.name}")
-    return store
+    copies: int  # the plain embeddings and the transformed copies
+    videos: int
+    clips: int  # of a video
+    made_with: dict = field(default_factory=dict)  # MADE_WITH and `weights`, where the file says so
+    crc32: tuple = ()  # of each copy, see `checksum`; () where the file has none
+
+    def __post_init__(self):
+        if not (self.videos and self.clips):
+            raise ValueError("it holds no video")
 
 
-class EmbeddingFolder:
-    """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
+@dataclass(frozen=True)
+class OpenStudy:
+    """An open study's Header, and how to read it."""
 
-    Ours are <study>.hdf5; the published ones <study>_trim_embed.hdf5, their study id being the
-    name up to the first '_'.
-    """
+    header: Header
+    read_copy: Callable  # number of a copy -> (V, C, D) array as stored
+    read_videos: Callable  # -> names
 
-    def __init__(self, path):
-        if not path.is_dir():
-            raise UserError(
-                f"no folder of clip embeddings {path}; see embedding_path in the config"
+    def __call__(self, number):
+        """StudyClips of a copy. Raises ValueError when they are not what was written."""
+        header = self.header
+        embeddings, videos = np.ascontiguousarray(self.read_copy(number)), self.read_videos()
+        if header.crc32 and checksum(embeddings, videos) != header.crc32[number]:
+            raise ValueError(
+                "it is damaged, its numbers are not those that were written: extract or copy it "
+                "again"
             )
-        names = [p for p in sorted(path.iterdir()) if p.suffix in (".hdf5", ".h5")]
-        names = [p for p in names if not p.name.startswith(".")]
-        if not names:
-            raise UserError(f"{path} holds no .hdf5 file; make them with embed/extract.py")
-        whole = any(map(is_ours, names[:20]))
-        self.files, self.sizes = {}, {}
-        for file in names:
-            published = file.stem.endswith("_trim_embed") or not whole
-            eid = file.stem.split("_")[0] if published else file.stem
-            if eid in self.files:
-                raise UserError(f"{path}: {self.files[eid].name} and {file.name} are one study")
-            self.files[eid] = file
-
-    def read(self, eid, rng=None):
-        """A study's Bag. Raises UnreadableStudy.
-
-        rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
-        transformed copies, if the file has any.
-        """
-        try:
-            with h5py.File(self.files[eid], "r") as f:
-                if "embeddings" in f:
-                    copies = own_numbers(f, "augmented") if "augmented" in f else ()
-                    copy = draw_copy(rng, len(copies))
-                    arrays = copies[copy - 1] if copy else own_numbers(f, "embeddings")[:]
-                    if f["videos"].shape != (len(arrays),):
-                        raise ValueError("videos and embeddings differ in number")
-                    videos = f["videos"].asstr()[:].tolist()
-                else:
-                    arrays, videos = read_published(f)
-                names = (*MADE_WITH, "weights")
-                made = {name: plain(f.attrs[name]) for name in names if name in f.attrs}
-        except UNREADABLE as error:
-            text = str(error).replace(f"{self.files[eid].parent}{os.sep}", "")
-            raise UnreadableStudy(f"{self.files[eid].name}: {text}") from error
-        if len(arrays) == 0:
-            raise UnreadableStudy(f"{self.files[eid].name} holds no video")
-        if len({np.shape(a) for a in arrays}) > 1 or np.ndim(arrays[0]) != 2:
-            raise UnreadableStudy(f"{self.files[eid].name}: videos differ in shape")
-        if np.shape(arrays[0])[1] != D or not np.shape(arrays[0])[0]:
-            raise UnreadableStudy(
-                f"{self.files[eid].name}: clips are {np.shape(arrays[0])}, expected (clips, {D})"
-            )
-        if len(videos) != len(arrays):
-            raise UnreadableStudy(f"{self.files[eid].name}: videos and embeddings differ in number")
-        try:
-            bag = Bag(np.asarray(arrays, dtype=np.float32), videos, made)
-        except ValueError as error:
-            raise UnreadableStudy(f"{self.files[eid].name}: not numbers") from error
-        if not np.isfinite(bag.embeddings).all():
-            raise UnreadableStudy(f"{self.files[eid].name} holds NaN or infinite numbers")
-        return bag
-
-    def read_all(self, eid):
-        """A study's plain Bag and its transformed copies, as a list of Bags."""
-        first = self.read(eid)
-        with h5py.File(self.files[eid], "r") as f:
-            copies = f["augmented"][:] if "augmented" in f else []
-        return [first, *(Bag(copy, first.videos, first.made) for copy in copies)]
-
-    def size(self, eid):
-        """About how many clips a study has: from its file's size, since nothing is opened."""
-        if eid not in self.sizes:
-            stamp = stamp_of(self.files[eid]) or [0]  # gone: `read` will say so
-            self.sizes[eid] = max(1, stamp[0] // (4 * D))
-        return self.sizes[eid]
-
-    def encoder_digest(self):
-        """The SHA-256 of the encoder weights, from the first file's attributes, or ''."""
-        try:
-            with h5py.File(next(iter(self.files.values())), "r") as f:
-                return str(f.attrs.get("weights_sha256", ""))
-        except OSError:
-            return ""
+        embeddings = as_float32(embeddings)
+        if not np.isfinite(embeddings).all():
+            raise ValueError("it holds NaN or infinite numbers")
+        return StudyClips(embeddings, videos, header.made_with)
 
 
-def plain(value):
-    """An HDF5 attribute as a Python number or text."""
-    return value.item() if isinstance(value, np.generic) else value
+def as_float32(array):
+    """An array of numbers as float32; torch's conversion is ten times as fast as numpy's."""
+    return array if array.dtype == np.float32 else torch.from_numpy(array).float().numpy()
 
 
-def listing_digest(store, eids):
-    """SHA-256 of the studies' ids and sizes: tells which data was used, without reading it all."""
-    listing = "\n".join(f"{eid} {store.size(eid)}" for eid in eids)
-    return hashlib.sha256(listing.encode()).hexdigest()
+def describe(f):
+    """An open study file -> OpenStudy; ours or, by its groups, one of the published scripts'."""
+    return describe_own(f) if "embeddings" in f else describe_published(f)
 
 
-# What h5py raises on files that are damaged, or made to do harm.
-UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
+def describe_own(f):
+    embeddings = own_dataset(f, "embeddings")
+    copies = own_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
+    check_shape(embeddings.shape)
+    if copies is not None and copies.shape[1:] != embeddings.shape:
+        raise ValueError(
+            f"augmented copies are of shape {copies.shape}, embeddings of {embeddings.shape}"
+        )
+    V, C, _ = embeddings.shape
+    attributes = own_attributes(f, (*MADE_WITH, "weights", "crc32"))
+    crc32 = tuple(attributes.pop("crc32", ()))
+    n_copies = 1 if copies is None else 1 + len(copies)
+    if crc32 and len(crc32) != n_copies:
+        raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")
+    if (named := own_dataset(f, "videos", "text").shape) != (V,):
+        raise ValueError(f"{V} videos and {named} names differ in number")
+    return OpenStudy(
+        Header(n_copies, V, C, attributes, crc32),
+        lambda number: copies[number - 1] if number else embeddings[()],
+        lambda: own_texts(f, "videos", (V,)).tolist(),
+    )
 
-MOST_BYTES = 4 << 30  # of a study's embeddings: 100 times the largest
+
+def describe_published(f):
+    """The groups above each `emb` spell an absolute path of the site that made the file; only its
+    last part is kept, or more of it where that is not enough to tell videos apart."""
+    paths = find_datasets(f, "emb")
+    arrays = [checked(f[path], "emb") for path in paths]
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(f"its videos differ in shape: {some(shapes)}")
+    if sum(array.nbytes for array in arrays) > MOST_BYTES:
+        raise ValueError(f"it claims {sum(a.nbytes for a in arrays) / 1e9:.3g} GB")
+    check_shape((len(arrays), *(shapes[0] if shapes else (0, D))))
+    return OpenStudy(
+        Header(1, len(arrays), shapes[0][0] if shapes else 0, own_attributes(f, MADE_WITH)),
+        lambda number: np.stack([array[()] for array in arrays]),
+        lambda: shortest_distinct([path.removesuffix(b"/emb") for path in paths]),
+    )
 
 
-def own_numbers(f, name):
-    """An HDF5 dataset of numbers, that lies in the file itself and is of a sane size.
-
-    A link, an external or a virtual dataset would read another file. Raises ValueError.
-    """
-    dataset = f[name]
-    inside = isinstance(f.get(name, getlink=True), h5py.HardLink)
-    if not inside or dataset.external or dataset.is_virtual or dataset.dtype.kind != "f":
-        raise ValueError(f"{name} is no plain array of floating-point numbers")
-    if dataset.nbytes > MOST_BYTES:
-        raise ValueError(f"{name} claims {dataset.nbytes / 1e9:.0f} GB")
-    return dataset
+def check_shape(shape):
+    if len(shape) != 3 or shape[2] != D:
+        raise ValueError(f"its numbers are of shape {shape}, expected (videos, clips, {D})")
 
 
 def draw_copy(rng, copies):
-    """0 for the plain embeddings, or the number of a transformed copy; always 0 without rng."""
-    return int(rng.integers(copies + 1)) if rng is not None and copies else 0
+    """The number of a copy, each alike; always 0, the plain embeddings, without rng."""
+    return int(rng.integers(copies)) if rng is not None and copies > 1 else 0
 
 
-def is_ours(path):
-    try:
-        with h5py.File(path, "r") as f:
-            return "embeddings" in f
-    except OSError:
-        return False
+# ----------------------------------------------------------------------------------------- datasets
 
 
-def read_published(f):
-    """Every dataset 'emb' below an HDF5 file's root: list of (C, D) arrays, list of video names.
+class Store:
+    """What stores have in common; each says how it opens a study. See the top of this file."""
 
-    The groups above it spell an absolute path of the site that made the file; only its last part
-    is kept, or more of it where that is not enough to tell videos apart.
+    def __init__(self, folder, files):
+        self.folder, self.files, self.headers = folder, files, {}
+
+    @contextmanager
+    def opened(self, eid):
+        """The study's OpenStudy; what goes wrong until the block ends is an UnreadableStudy."""
+        try:
+            with self.open(eid) as study:
+                yield study
+        except UNREADABLE as error:
+            reason = reason_of(error, self.folder)
+            raise UnreadableStudy(f"{self.source_name(eid)}: {reason}") from error
+
+    def header(self, eid):
+        """A study's Header, read once. Raises UnreadableStudy."""
+        if eid not in self.headers:
+            try:
+                with self.opened(eid) as study:
+                    self.headers[eid] = study.header
+            except UnreadableStudy as error:
+                self.headers[eid] = str(error)
+        if isinstance(self.headers[eid], str):
+            raise UnreadableStudy(self.headers[eid])
+        return self.headers[eid]
+
+    def size(self, eid):
+        """Clips of a study, counted; 0 where its file does not say."""
+        try:
+            header = self.header(eid)
+        except UnreadableStudy:
+            return 0
+        return header.videos * header.clips
+
+    def read(self, eid, rng=None):
+        """A study's StudyClips. Raises UnreadableStudy.
+
+        rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
+        transformed copies, if there are any.
+        """
+        with self.opened(eid) as study:
+            return study(draw_copy(rng, study.header.copies))
+
+    def read_all(self, eid):
+        """A study's plain StudyClips, then those of its transformed copies: a list."""
+        with self.opened(eid) as study:
+            return [study(number) for number in range(study.header.copies)]
+
+    def stamp(self, eid):
+        """Size and time of the file that a study lies in; [0, 0] when it is gone."""
+        return stamp_of(self.files[eid]) or [0, 0]
+
+    def content(self, eid):
+        """What tells a study's embeddings from others: the checksums that its file carries or,
+        where there are none (the published files), the file's size and time."""
+        try:
+            crc32 = self.header(eid).crc32
+        except UnreadableStudy:
+            crc32 = ()
+        return "crc32 " + " ".join(f"{x:08x}" for x in crc32) if crc32 else str(self.stamp(eid))
+
+    def digest(self, eids):
+        """SHA-256 of study ids and contents; packing does not change it, extracting again does."""
+        lines = [f"{eid} {self.content(eid)}" for eid in eids]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def made_with(self, eids):
+        """How the studies were made: name of MADE_WITH -> {value as text: study ids}.
+
+        The value is '' where a file does not say; what cannot be read is passed over.
+        """
+        found = {name: defaultdict(list) for name in MADE_WITH}
+        for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
+            try:
+                made_with = self.header(eid).made_with
+            except UnreadableStudy:
+                continue
+            for name in MADE_WITH:
+                found[name][str(made_with.get(name, ""))].append(eid)
+        return found
+
+
+def reason_of(error, folder):
+    """What went wrong, as text without the folder's path."""
+    return clean_text(str(error).replace(f"{folder}{os.sep}", ""))
+
+
+def open_store(path, findings=None):
+    """The clip embeddings of a dataset: what `pack` made of a folder, or the folder itself.
+
+    A pack that is damaged, or older than a file of the folder, is not used: findings is told.
     """
-    found = []
-    f.visititems(lambda name, node: found.append(name) if is_embedding(name, node) else None)
-    found.sort()
-    paths = [name.split("/")[:-1] for name in found]
-    keep = next(
-        n
-        for n in range(1, 100)
-        if n > max(map(len, paths), default=0) or len({tuple(p[-n:]) for p in paths}) == len(paths)
-    )
-    return [own_numbers(f, name)[:] for name in found], ["/".join(p[-keep:]) for p in paths]
-
-
-def is_embedding(name, node):
-    return isinstance(node, h5py.Dataset) and name.split("/")[-1] == "emb"
-
-
-def read_header(path):
-    """((videos, clips), MADE_WITH attributes as text) of a file. Raises UnreadableStudy."""
+    findings, packed = findings or Findings(), packed_path(path)
+    again = "run pack again"
+    if path.with_name(f"{path.name}.packed").is_dir():
+        old = f"{path.name}.packed is of an earlier version of this program and not used"
+        findings.warning(old, f"delete it, {again}")
+    if not packed.exists():
+        return open_folder(path)
     try:
-        with h5py.File(path, "r") as f:
-            about = {name: str(f.attrs.get(name, "")) for name in MADE_WITH}
-            if "embeddings" in f:
-                shapes = {f["embeddings"].shape[1:]}
-                n, n_names = len(f["embeddings"]), len(f["videos"])
-            else:
-                found = []
-                f.visititems(lambda k, x: found.append(x.shape) if is_embedding(k, x) else None)
-                shapes, n, n_names = set(found), len(found), len(found)
-    except UNREADABLE as error:
-        raise UnreadableStudy(f"{path.name}: {error}") from error
-    shape = next(iter(shapes), ())
-    if n != n_names or len(shapes) != 1 or len(shape) != 2 or shape[1] != D or not shape[0]:
-        raise UnreadableStudy(
-            f"{path.name}: {n} videos of shape {' and '.join(map(str, shapes))} with {n_names} "
-            f"names, expected (clips, {D}) and a name for each"
+        store = PackedEmbeddings(packed)
+    except UserError as error:
+        if not path.is_dir():
+            raise
+        findings.warning(str(error), again)
+        return open_folder(path)
+    if path.is_dir():
+        folder = open_folder(path)
+        if set(folder.files) != set(store.files) or any(
+            store.stamp(eid) != folder.stamp(eid) for eid in folder.files
+        ):
+            findings.warning(f"{packed.name} is out of date and not used", again)
+            return folder
+    findings.note(f"reading {packed.name}")
+    return store
+
+
+def open_folder(path):
+    """The Store of a folder that is not packed. Raises UserError."""
+    if not path.is_dir():
+        raise UserError(f"no folder of clip embeddings {path}; see embedding_path in the config")
+    is_cache = (path / "cache_index.json").exists()
+    return EmbeddingShards(path) if is_cache else EmbeddingFolder(path)
+
+
+class EmbeddingFolder(Store):
+    """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
+
+    A study's id is its file's name; the published endings _embed and _trim_embed do not belong to
+    it. Characters that cannot be printed are escaped.
+    """
+
+    def __init__(self, path):
+        names = sorted(e.name for e in os.scandir(path) if not e.name.startswith("."))
+        names = [name for name in names if name.endswith((".hdf5", ".h5"))]
+        if not names:
+            raise UserError(f"{path} holds no .hdf5 file; make them with embed/extract.py")
+        files = {}
+        for name in names:
+            eid = study_id(name.rpartition(".")[0])
+            if eid in files:
+                raise UserError(
+                    f"{path}: {files[eid].name} and {printable(name)} are both study {eid}; keep "
+                    "one of them"
+                )
+            files[eid] = path / name
+        super().__init__(path, files)
+
+    @contextmanager
+    def open(self, eid):
+        with open_hdf5(self.files[eid]) as f:
+            yield describe(f)
+
+    def source_name(self, eid):
+        return self.files[eid].name
+
+
+def study_id(stem):
+    """The study id that the name of an embedding file stands for, without its suffix."""
+    text = re.sub(r"(?<=.)(_trim)?_embed$", "", stem)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+MOST_SHARDS = 100_000
+
+
+class EmbeddingShards(Store):
+    """The embedding cache of the published later branch, read as a dataset.
+
+    cache_index.json lists the studies (`eids`) and how many shards there are (`num_shards`);
+    shard_00000.h5 and so on hold a group a study with `emb` (V, C, 768) float16. Videos have no
+    names there and are called by their number, from 000. Index and shards must agree.
+    """
+
+    def __init__(self, path):
+        self.folder, self.index = path, read_cache_index(path)
+        files = {}
+        for number in range(self.index["num_shards"]):
+            shard = path / f"shard_{number:05d}.h5"
+            try:
+                with open_hdf5(shard) as f:
+                    found = [printable(name) for name in f]
+            except UNREADABLE as error:
+                self.refuse(f"{shard.name} cannot be read ({reason_of(error, path)})")
+            if twice := sorted(set(found) & set(files)):
+                self.refuse(f"study {twice[0]} is in {files[twice[0]].name} and in {shard.name}")
+            files |= dict.fromkeys(found, shard)
+        listed = {printable(eid) for eid in self.index["eids"]}
+        for others, text in (
+            (listed - set(files), "of its studies are in no shard"),
+            (set(files) - listed, "studies of the shards are not in it"),
+        ):
+            if others:
+                self.refuse(f"{len(others)} {text} ({some(sorted(others))})")
+        if not files:
+            self.refuse("it holds no study")
+        super().__init__(path, dict(sorted(files.items())))
+
+    def refuse(self, text):
+        where = f"{self.folder.name}/cache_index.json"
+        raise UserError(f"{where} and its shards disagree: {text}; make the cache again")
+
+    @contextmanager
+    def open(self, eid):
+        with open_hdf5(self.files[eid]) as f:
+            if not isinstance(f.get(eid, getlink=True), h5py.HardLink):
+                raise ValueError("it is a link, which is not followed")
+            embeddings = own_dataset(f[eid], "emb")
+            check_shape(embeddings.shape)
+            V, C, _ = embeddings.shape
+            dtype, clips = self.index.get("dtype"), self.index.get("num_clips")
+            if dtype not in (None, embeddings.dtype.name) or clips not in (None, C):
+                raise ValueError(
+                    f"it has {C} clips in {embeddings.dtype}, the index says {clips} in {dtype}"
+                )
+            clip_len = self.index.get("clip_len")
+            made_with = {"clip_len": clip_len} if isinstance(clip_len, int) else {}
+            yield OpenStudy(
+                Header(1, V, C, made_with),
+                lambda number: embeddings[()],
+                lambda: [f"{number:03}" for number in range(V)],
+            )
+
+    def source_name(self, eid):
+        return f"study {eid} of {self.files[eid].name}"
+
+
+def read_cache_index(path):
+    """The index of a cache of shards, its needed keys checked. Raises UserError."""
+    where = f"{path.name}/cache_index.json"
+    try:
+        index = json.loads((path / "cache_index.json").read_text())
+        n, eids = index["num_shards"], index["eids"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where} is no index of embeddings in shards: {error!r}") from error
+    ids = isinstance(eids, list) and all(type(eid) in (int, str) for eid in eids)
+    if type(n) is not int or not 0 < n <= MOST_SHARDS or not ids:
+        raise UserError(
+            f"{where} needs num_shards, 1 to {MOST_SHARDS}, and eids, a list of study ids"
         )
-    return (n, shape[0]), about
+    return index
 
 
 # -------------------------------------------------------------------------------------------- packs
 
+PACK_FORMAT = "echofocus pack 1"
+COLUMNS = {  # of a pack's index: a row a study, with its number of columns where there are several
+    "eid": (str, ()),
+    "row": (np.int64, ()),  # of `embeddings`, where it begins
+    "shape": (np.int64, (3,)),  # copies, videos, clips of a video; zeros where it has no header
+    "first_video": (np.int64, ()),  # in `videos`
+    "crc32": (np.uint32, (None,)),  # of each copy, see `checksum`
+    "made_with": (np.int64, ()),  # which of `settings`
+    "content": (str, ()),  # see `Store.content`, of what was packed
+    "source": (np.int64, (2,)),  # size and time of the file that it was packed from
+    "reason": (str, ()),  # why its numbers are not there, or ''
+}
+
 
 def packed_path(folder):
-    return folder.with_name(folder.name + ".packed")
+    return folder.with_name(folder.name + ".packed.h5")
 
 
-def is_stale(store, folder):
-    """Whether a file of the folder is not the one that was packed."""
-    lines = store.files | store.unreadable
-    return any(lines[eid].get("source") != stamp_of(file) for eid, file in folder.files.items())
+class PackedEmbeddings(Store):
+    """A dataset in one HDF5 file.
 
-
-class PackedEmbeddings:
-    """A dataset in one file; see `cmd_pack` for its format.
-
-    Read by position (pread): threads share the handle, and pages of the file do not count as
-    memory of the process, as those of a memory map would.
+    `embeddings` is a flat array (rows, 768) of float32 or float16: study after study, copy after
+    copy, video after video; `videos` has the names, `index/` the COLUMNS, `settings` the different
+    Header.made_with, as JSON. The attribute `index_sha256` is of all that but embeddings and names,
+    which `crc32` covers. Numbers are read by their place in the file (preadv): threads need not
+    wait for HDF5's lock. The file stays open: a pack made anew is another file, and who reads this
+    one goes on with it.
     """
 
     def __init__(self, path):
         self.path = path
-        about = json.loads((path / "pack.json").read_text())
-        self.dtype, self.digest = np.dtype(about["dtype"]), about["weights_sha256"]
-        self.files, self.unreadable = {}, {}
-        for line in read_lines(path / "index.jsonl"):
-            (self.unreadable if "reason" in line else self.files)[line["eid"]] = line
-        self.file = open(path / "embeddings.bin", "rb", buffering=0)  # noqa: SIM115 - for reads
+        try:
+            self.file = f = open_hdf5(path)
+            if own_attributes(f, ["format"]).get("format") != PACK_FORMAT:
+                raise ValueError(f"its format is not {PACK_FORMAT}")
+            self.embeddings = Flat(own_dataset(f, "embeddings", "f", np.inf))
+            self.videos = Flat(own_dataset(f, "videos", "text", np.inf))
+            self.index, settings = read_index(f)
+            check_index(self.index, len(settings), self.embeddings, self.videos)
+            self.settings = [json.loads(text) for text in settings]
+        except UNREADABLE as error:
+            reason = reason_of(error, path.parent)
+            raise UserError(
+                f"{path.name} is damaged or no pack of this version: {reason}"
+            ) from error
+        super().__init__(path.parent, {eid: i for i, eid in enumerate(self.index["eid"])})
 
-    def read(self, eid, rng=None):
-        """As EmbeddingFolder.read; numbers are not checked again, `pack` has done it."""
-        line = self.files[eid]
-        copies, *shape = line["shape"]
-        bag = np.empty(shape, self.dtype)
-        at = line["offset"] + draw_copy(rng, copies - 1) * bag.nbytes
-        if os.preadv(self.file.fileno(), [bag], at) != bag.nbytes:
-            raise UnreadableStudy(f"{self.path.name} ends before study {eid}: run pack again")
-        return Bag(bag, line["videos"], line["made"])
+    @contextmanager
+    def open(self, eid):
+        study = {name: column[self.files[eid]] for name, column in self.index.items()}
+        copies, V, C = study["shape"].tolist()
+        if not copies:
+            raise UnreadableStudy(study["reason"])
+        crc32 = tuple(study["crc32"][:copies].tolist())
+        header = Header(copies, V, C, self.settings[study["made_with"]], crc32)
 
-    def size(self, eid):
-        """Clips of a study."""
-        _, V, C, _ = self.files[eid]["shape"]
-        return V * C
+        def read_copy(number):
+            if study["reason"]:
+                raise UnreadableStudy(study["reason"])
+            return self.embeddings.read(study["row"] + number * V * C, V * C).reshape(V, C, D)
 
-    def encoder_digest(self):
-        return self.digest
+        def read_videos():
+            return [name.decode() for name in self.videos.read(study["first_video"], V).tolist()]
 
+        yield OpenStudy(header, read_copy, read_videos)
 
-def append_studies(path, folder, dtype):
-    """Append the studies that the index does not have; a broken end is cut off first."""
-    (path / "embeddings.bin").touch()
-    there = (path / "embeddings.bin").stat().st_size
-    lines = [
-        x for x in read_lines(path / "index.jsonl") if x["offset"] + x.get("bytes", 0) <= there
-    ]
-    stamps = {eid: stamp_of(file) for eid, file in folder.files.items()}
-    lines = [x for x in lines if x["eid"] in stamps and x.get("source") == stamps[x["eid"]]]
-    end = max((x["offset"] + x["bytes"] for x in lines if "bytes" in x), default=0)
-    with open(path / "index.jsonl", "w") as index, open(path / "embeddings.bin", "ab") as data:
-        index.writelines(json.dumps(line) + "\n" for line in lines)
-        data.truncate(end)
-        todo = sorted(set(folder.files) - {line["eid"] for line in lines})
-        for eid in progress(todo, desc="pack", unit="study"):
-            line = {"eid": eid, "offset": end, "source": stamps[eid]}
-            try:
-                bags = folder.read_all(eid)
-                block = np.stack([bag.embeddings for bag in bags]).astype(dtype)
-                if not np.isfinite(block).all():
-                    raise UnreadableStudy(f"{eid} has numbers beyond {dtype.name}")
-            except UnreadableStudy as error:
-                line["reason"] = str(error)
-            else:
-                line |= {"shape": block.shape, "videos": bags[0].videos, "bytes": block.nbytes}
-                line["made"] = bags[0].made
-                line["crc32"] = zlib.crc32(block.tobytes())
-                data.write(block.tobytes())
-                data.flush()  # the data first: a line says that its block is there
-                end += block.nbytes
-            index.write(json.dumps(line) + "\n")
-            index.flush()
+    def source_name(self, eid):
+        return f"study {eid} of {self.path.name}"
+
+    def stamp(self, eid):
+        return self.index["source"][self.files[eid]].tolist()
+
+    def content(self, eid):
+        text = self.index["content"][self.files[eid]]
+        return text if self.embeddings.dtype == np.float32 else f"{text} as float16"
 
 
-def check_pack(path):
-    """Read every block back and compare its CRC-32. Raises UserError."""
-    with open(path / "embeddings.bin", "rb") as data:
-        for line in progress(read_lines(path / "index.jsonl"), desc="check", unit="study"):
-            if "bytes" not in line:
-                continue
-            data.seek(line["offset"])
-            if zlib.crc32(data.read(line["bytes"])) != line["crc32"]:
-                raise UserError(f"{path}: study {line['eid']} reads back wrong; delete it, repack")
+class Flat:
+    """An HDF5 dataset that lies in its file in one piece, read by place."""
+
+    def __init__(self, dataset):
+        self.at, self.shape, self.dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
+        self.descriptor = dataset.file.id.get_vfd_handle()
+        known = self.dtype in (np.float32, np.float16) or self.dtype.kind == "S"
+        if self.at is None or not known:
+            raise ValueError(f"{dataset.name} is stored in pieces, or as {self.dtype}")
+
+    def read(self, first, n):
+        """Rows first to first + n, as an array."""
+        rows = np.empty((n, *self.shape[1:]), self.dtype)
+        at = self.at + int(first) * (rows.nbytes // max(n, 1))
+        if n and os.preadv(self.descriptor, [rows.view(np.uint8)], at) != rows.nbytes:
+            raise ValueError("the file is cut short: run pack again")
+        return rows
+
+
+def read_index(f):
+    """A pack's index, dict of COLUMNS name to array, and its settings. Raises ValueError."""
+    index = {}
+    for name, (kind, _) in COLUMNS.items():
+        if kind is str:
+            index[name] = own_texts(f["index"], name, (None,), longest=1 << 16)
+        else:
+            index[name] = own_dataset(f["index"], name, np.dtype(kind).kind)[()]
+    settings = own_texts(f, "settings", (None,), longest=1 << 16).tolist()
+    found = index_digest(index, settings, f["embeddings"], f["videos"])
+    if own_attributes(f, ["index_sha256"]).get("index_sha256") != found:
+        raise ValueError("its index is not the one that was written")
+    return index, settings
+
+
+def index_digest(index, settings, embeddings, videos):
+    parts = [[*embeddings.shape, embeddings.dtype.str], [*videos.shape, videos.dtype.str], settings]
+    parts += [[name, str(x.dtype), x.tolist()] for name, x in index.items()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def check_index(index, n_settings, embeddings, videos):
+    """ValueError for an index that points out of the file: who made it may have meant harm."""
+    S, most = len(index["eid"]), max(index["shape"][:, 0], default=0)
+    shapes = {"shape": (S, 3), "source": (S, 2), "crc32": (S, max(most, 1))}
+    if any(column.shape != shapes.get(name, (S,)) for name, column in index.items()):
+        raise ValueError("its index has columns of different length")
+    if embeddings.shape[1:] != (D,) or len(videos.shape) != 1 or len(set(index["eid"])) < S:
+        raise ValueError("its index does not fit")
+    copies, V, C = index["shape"].T.astype(object)  # Python's numbers have no end to run over
+    read = index["reason"] == ""
+    inside = (index["row"] >= 0) & (index["row"] + copies * V * C <= embeddings.shape[0])
+    inside &= (index["first_video"] >= 0) & (index["first_video"] + V <= videos.shape[0])
+    inside &= (index["shape"] > 0).all(1) & (V * C * D * embeddings.dtype.itemsize <= MOST_BYTES)
+    pointed = (index["made_with"] >= 0) & (index["made_with"] < n_settings)
+    if (read & ~inside.astype(bool)).any() or not pointed.all() or (index["shape"] < 0).any():
+        raise ValueError("its index points out of the file")
+
+
+def write_pack(source, path, dtype):
+    """Write a Store as one HDF5 file, see PackedEmbeddings.
+
+    Returns study id -> reason of those whose numbers cannot be read. A pack that is there is
+    replaced when the new one is whole; what was stopped is begun anew. Raises OSError.
+    """
+    rows = 0
+    for eid in progress(source.files, desc="headers", unit="study", leave=False):
+        with suppress(UnreadableStudy):
+            header = source.header(eid)
+            rows += header.copies * header.videos * header.clips
+    with atomic_path(path) as temporary:
+        at = begin_pack(temporary, rows, dtype)
+        index, settings, names, row = [], [], [], 0
+        with open(temporary, "r+b", buffering=0) as data:
+            for eid in progress(source.files, desc="pack", unit="study"):
+                study = {"eid": eid, "row": row, "first_video": len(names)}
+                blocks = read_to_pack(source, eid, dtype, study, settings)
+                for copy, _ in blocks:
+                    if (row + copy.shape[0] * copy.shape[1]) > rows:
+                        raise OSError(f"the file of study {eid} has changed meanwhile")
+                    write_all(data.fileno(), copy, at + row * D * dtype.itemsize)
+                    row += copy.shape[0] * copy.shape[1]
+                names += blocks[0][1] if blocks else []
+                index.append(study)
+        end_pack(temporary, index, settings, names)
+    return {study["eid"]: study["reason"] for study in index if study["reason"]}
+
+
+def read_to_pack(source, eid, dtype, study, settings):
+    """A study's copies as list of ((V, C, D) array, names); fills in its columns of the index."""
+    study |= {"shape": [0, 0, 0], "crc32": [], "made_with": 0, "reason": ""}
+    study |= {"source": source.stamp(eid), "content": source.content(eid)}
+    made_with, blocks = {}, []
+    try:
+        header = source.header(eid)
+        study["shape"], made_with = [header.copies, header.videos, header.clips], header.made_with
+        for clips in source.read_all(eid):
+            block = clips.embeddings.astype(dtype)
+            if not np.isfinite(block).all():
+                raise UnreadableStudy(f"study {eid} has numbers beyond {dtype.name}")
+            blocks.append((block, clips.videos))
+        study["crc32"] = [checksum(*block) for block in blocks]
+    except UnreadableStudy as error:
+        study["reason"], blocks = str(error), []
+    text = json.dumps(made_with)
+    if text not in settings:
+        settings.append(text)
+    study["made_with"] = settings.index(text)
+    return blocks
+
+
+def begin_pack(path, rows, dtype):
+    """An HDF5 file with room for the embeddings; returns where in it they begin."""
+    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    reserve(path, 1 << 16)
+    with h5py.File(path, "w") as f:
+        kind, space = h5py.h5t.py_create(dtype), h5py.h5s.create_simple((max(rows, 1), D))
+        return h5py.h5d.create(f.id, b"embeddings", kind, space, created).get_offset()
+
+
+def end_pack(path, index, settings, names):
+    """Write what a pack has beside the embeddings."""
+    names = [name.encode() for name in names] or [b"-"]  # an empty array has no place
+    longest = max(1, *map(len, names))
+    most = max((len(study["crc32"]) for study in index), default=0)
+    columns = {}
+    for name, (kind, width) in COLUMNS.items():
+        column = [study[name] for study in index]
+        if width == (None,):
+            column = [[*values, *[0] * (max(most, 1) - len(values))] for values in column]
+        columns[name] = np.array(column, object if kind is str else kind)
+    reserve(path, 2 * (sum(x.nbytes for x in columns.values()) + longest * len(names)) + (1 << 20))
+    with h5py.File(path, "r+") as f:
+        for name, column in columns.items():
+            kind = h5py.string_dtype() if column.dtype == object else column.dtype
+            f.create_dataset(f"index/{name}", data=column, dtype=kind)
+        f.create_dataset("settings", data=settings, dtype=h5py.string_dtype())
+        f["videos"] = np.array(names, h5py.string_dtype("utf-8", longest))
+        f.attrs["index_sha256"] = index_digest(columns, settings, f["embeddings"], f["videos"])
+        f.attrs.update({"format": PACK_FORMAT, "version": __version__})
+
+
+def reserve(path, size):
+    """OSError when the disk has no room for so many bytes more: HDF5 might crash instead."""
+    with open(path, "ab", buffering=0) as f:
+        there = f.tell()
+        try:
+            while f.tell() < there + size:
+                f.write(bytes(1 << 20))
+        finally:
+            f.truncate(there)
+
+
+def write_all(descriptor, array, at):
+    left = memoryview(array).cast("B")
+    while len(left):
+        n = os.pwrite(descriptor, left, at)
+        left, at = left[n:], at + n
 
 
 class VideosAsStudies:
-    """A study's Bag as a store: each of its videos, by number, is a study of its own."""
+    """A study's StudyClips as a store: each of its videos, by number, is a study of its own."""
 
-    def __init__(self, bag):
-        self.bag = bag
+    def __init__(self, study):
+        self.study = study
 
     def read(self, number, rng=None):
-        return Bag(self.bag.embeddings[[number]], [self.bag.videos[number]])
+        return StudyClips(self.study.embeddings[[number]], [self.study.videos[number]])
 
     def size(self, number):
-        return self.bag.embeddings.shape[1]
+        return self.study.embeddings.shape[1]

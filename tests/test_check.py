@@ -316,12 +316,12 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
     "wrong width": (
         lambda: write_embeddings(Path("emb"), "1003", np.zeros((2, 3, 512), np.float32)),
         0,
-        [("WARNING", "1003.hdf5: 2 videos of shape (3, 512) with 2 names", "extract them again")],
+        [("WARNING", "1003.hdf5: its numbers are of shape (2, 3, 512)", "extract them again")],
     ),
     "NaN": (
         lambda: set_number(1003, np.nan),
         0,
-        [("WARNING", "1003: 1003.hdf5 holds NaN", "extract them again")],
+        [("WARNING", "1003: 1003.hdf5: it holds NaN", "extract them again")],
     ),
     "no file can be read": (
         lambda: [p.write_bytes(b"") for p in Path("emb").iterdir()],
@@ -330,8 +330,8 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
     ),
     "two encoders in one folder": (
         lambda: (set_encoder("aa"), set_encoder("bb", 2)),
-        0,
-        [("WARNING", "weights_sha256: aaaaaaaaaaaa (58 studies: 1002", "--redo")],
+        1,
+        [("ERROR", "weights_sha256: aaaaaaaaaaaa (58 studies: 1002", "--redo")],
     ),
     "model of another encoder": (
         train_then_change_encoder,
@@ -363,12 +363,12 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
     "stale pack": (
         pack_then_add,
         0,
-        [("WARNING", "emb.packed is out of date and not used", "pack --dataset site")],
+        [("WARNING", "emb.packed.h5 is out of date and not used", "run pack again")],
     ),
     "damaged pack": (
-        lambda: (ef.main(["pack"]), Path("emb.packed/pack.json").write_text("{")),
-        1,
-        [("ERROR", "emb.packed is damaged", "delete it")],
+        lambda: (ef.main(["pack"]), Path("emb.packed.h5").write_text("{")),
+        0,
+        [("WARNING", "emb.packed.h5 is damaged", "run pack again")],
     ),
     "config typo": (
         lambda: edit_config(task_label=["finding"]),

@@ -13,6 +13,7 @@ from conftest import normal, write_embeddings
 
 import echofocus as ef
 from embed import panecho
+from embed.store import EmbeddingFolder
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
     """The same table to the last bit, and what was predicted is not read again."""
     monkeypatch.setattr(ef, "WINDOW", 8)
     assert cli("predict", "--out", "whole.csv")[0] == 0
-    read, asked = ef.EmbeddingFolder.read, []
+    read, asked = EmbeddingFolder.read, []
 
     def stops(self, eid, rng=None):
         asked.append(eid)
@@ -38,7 +39,7 @@ def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
             raise KeyboardInterrupt
         return read(self, eid, rng)
 
-    monkeypatch.setattr(ef.EmbeddingFolder, "read", stops)
+    monkeypatch.setattr(EmbeddingFolder, "read", stops)
     status, _, err = cli("predict", "--out", "parts.csv")
     assert status == 130 and "goes on from here" in err and not Path("parts.csv").exists()
     status, out, err = cli("predict", "--out", "parts.csv")
@@ -81,7 +82,7 @@ def test_a_changed_digit_in_the_journal_is_noticed(trained, cli, monkeypatch):
 
 def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
     """A study whose answer is no number is left out with the reason; no decision is made of it."""
-    read = ef.EmbeddingFolder.read
+    read = EmbeddingFolder.read
 
     def poisoned(self, eid, rng=None):
         bag = read(self, eid, rng)
@@ -89,7 +90,7 @@ def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
             bag.embeddings[0, 0, 0] = np.nan
         return bag
 
-    monkeypatch.setattr(ef.EmbeddingFolder, "read", poisoned)
+    monkeypatch.setattr(EmbeddingFolder, "read", poisoned)
     status, out, _ = cli("predict", "--out", "p.csv")
     assert status == 0 and "1003: the model gives no number" in out
     assert "1003" not in table("p.csv").index and len(table("p.csv")) == 59
@@ -232,34 +233,10 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     assert status == 0, err
 
 
-def test_embedding_files_that_reach_out_or_claim_too_much(trained, cli):
-    """Links, external storage and absurd shapes are left out with the reason; the rest goes on."""
-    shape = (1, 4, 768)
-    with h5py.File("other.h5", "w") as f:
-        f["embeddings"] = np.zeros(shape, np.float32)
-    Path("raw.bin").write_bytes(bytes(4 * 4 * 768))
-    for eid in ("link", "raw", "huge", "names"):
-        with h5py.File(f"emb/{eid}.hdf5", "w") as f:
-            f.create_dataset("videos", (10**9 if eid == "names" else 1,), h5py.string_dtype())
-            if eid == "link":
-                f["embeddings"] = h5py.ExternalLink("../other.h5", "embeddings")
-            elif eid == "raw":
-                outside = [(str(Path("raw.bin").resolve()), 0, 4 * 4 * 768)]
-                f.create_dataset("embeddings", shape, "f4", external=outside)
-            else:
-                n = 10**6 if eid == "huge" else 1
-                f.create_dataset("embeddings", (n, 16, 768), "f4", chunks=(1, 16, 768))
-    assert cli("predict", "--out", "p.csv")[0] == 0
-    left_out = pd.read_csv("p_left_out.csv", dtype=str).set_index("eid")["reason"]
-    assert set(left_out.index) == {"link", "raw", "huge", "names"} and len(table("p.csv")) == 60
-    assert "no plain array" in left_out["link"] and "no plain array" in left_out["raw"]
-    assert "claims 49 GB" in left_out["huge"] and "differ in number" in left_out["names"]
-
-
 def test_a_journal_of_other_embeddings_is_not_used(trained, cli, monkeypatch):
     """Studies extracted anew, of the same shapes, are predicted anew."""
     monkeypatch.setattr(ef, "WINDOW", 8)
-    read = ef.EmbeddingFolder.read
+    read = EmbeddingFolder.read
 
     def stops(self, eid, rng=None):
         if eid == "1050":
@@ -267,29 +244,12 @@ def test_a_journal_of_other_embeddings_is_not_used(trained, cli, monkeypatch):
         return read(self, eid, rng)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ef.EmbeddingFolder, "read", stops)
+        patch.setattr(EmbeddingFolder, "read", stops)
         assert cli("predict", "--out", "p.csv")[0] == 130
     with h5py.File("emb/1000.hdf5", "a") as f:
         f["embeddings"][...] *= -1
     status, out, _ = cli("predict", "--out", "p.csv")
     assert status == 0 and "predicted before" not in out
-
-
-def test_an_interrupted_pack_takes_no_other_numbers(trained, cli):
-    """Another dtype is refused, a study made anew is packed anew, an older file is noticed."""
-    assert cli("pack")[0] == 0
-    Path("emb.packed/pack.json").unlink()  # as a kill leaves it
-    status, _, err = cli("pack", "--dtype", "float16")
-    assert status == 1 and "holds another pack" in err
-    with h5py.File("emb/1000.hdf5", "a") as f:
-        f["embeddings"][...] = 7
-    os.utime("emb/1000.hdf5", (1, 1))
-    assert cli("pack")[0] == 0
-    store = ef.open_store(Path("emb"))
-    assert isinstance(store, ef.PackedEmbeddings) and (store.read("1000").embeddings == 7).all()
-    Path("emb/1001.hdf5").write_bytes(Path("emb/1000.hdf5").read_bytes())
-    os.utime("emb/1001.hdf5", (1, 1))
-    assert isinstance(ef.open_store(Path("emb")), ef.EmbeddingFolder)
 
 
 def test_grandchildren_are_not_tested_on_what_an_ancestor_learnt(cohort, cli):

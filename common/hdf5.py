@@ -1,0 +1,169 @@
+"""HDF5 files that others made: nothing from outside the file, nothing beyond a stated size.
+
+Whatever is read of such a file is opened here. A file that does not keep to this raises one of
+UNREADABLE, with the reason.
+"""
+
+import math
+import os
+
+import h5py
+import numpy as np
+
+from common.console import clean_text
+
+# What h5py raises on files that are damaged, or made to do harm, and what is raised here.
+UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
+
+MOST_BYTES = 1 << 30  # numbers read at once: a study of 21,000 videos of 16 clips
+MOST_TEXT = 64 << 20  # bytes of a dataset of text
+MOST_CHUNKS = 100_000  # pieces of a dataset
+MOST_OBJECTS = 500_000  # groups and datasets that are looked at in a file
+MOST_DEPTH = 200  # groups within groups
+MOST_ATTRIBUTE = 1 << 16  # bytes
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+FILTERS |= {h5py.h5z.FILTER_LZF}  # any other would load a program from a plugin's folder
+
+
+def open_hdf5(path):
+    """The h5py.File, for reading. What is no regular file is not opened: a FIFO would block.
+
+    No lock is asked for: some shared file systems have none, and our files are replaced whole.
+    """
+    if not path.is_file():
+        raise OSError("no regular file")
+    return h5py.File(path, "r", locking=False)
+
+
+def own_dataset(group, name, kind="f", most=MOST_BYTES):
+    """The dataset `name` of an open file or group: it lies in the file, whole, and is of sane size.
+
+    kind: 'f' floating-point numbers, 'u' or 'i' whole ones, 'text'. A link, an external or a
+    virtual dataset would read another file. Raises ValueError.
+    """
+    inside = isinstance(group.get(name, getlink=True), h5py.HardLink)
+    return checked(group[name] if inside else None, name, kind, most)
+
+
+def checked(dataset, name, kind="f", most=MOST_BYTES):
+    """The dataset, when it is the file's own, of this kind and size, and all of it was written."""
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{name} is no dataset of the file itself")
+    is_text = h5py.check_string_dtype(dataset.dtype) is not None
+    if dataset.shape is None or (is_text if kind != "text" else not is_text):
+        raise ValueError(f"{name} is not {'text' if kind == 'text' else 'numbers'}")
+    if kind != "text" and (dataset.dtype.kind != kind or dataset.dtype.itemsize > 8):
+        raise ValueError(f"{name} is of {dataset.dtype}, not {kind}")
+    if dataset.nbytes > most:
+        raise ValueError(
+            f"{name} claims {dataset.nbytes / 1e9:.3g} GB, more than {most / 1e9:.3g} are not read"
+        )
+    if dataset.chunks is None:
+        whole = dataset.id.get_storage_size() >= dataset.nbytes
+    else:
+        whole = dataset.id.get_num_chunks() == expected_chunks(dataset, name, most)
+    if not whole:
+        raise ValueError(f"{name} is incomplete: parts of it were never written")
+    return dataset
+
+
+def expected_chunks(dataset, name, most):
+    """How many pieces the dataset is stored in. Raises ValueError when they are out of bounds."""
+    created = dataset.id.get_create_plist()
+    filters = {created.get_filter(i)[0] for i in range(created.get_nfilters())}
+    if filters - FILTERS:
+        raise ValueError(f"{name} is stored through a filter that is not read: {filters - FILTERS}")
+    n = math.prod(-(-s // c) for s, c in zip(dataset.shape, dataset.chunks, strict=True))
+    if n > MOST_CHUNKS or math.prod(dataset.chunks) * dataset.dtype.itemsize > most:
+        raise ValueError(f"{name} is stored in {n} pieces of {dataset.chunks}")
+    return n
+
+
+def own_texts(group, name, shape, longest=200):
+    """A dataset of text, of the given shape (None: any length), as an object array of str.
+
+    Each is cut to `longest` printable characters. Raises ValueError.
+    """
+    dataset = own_dataset(group, name, "text", MOST_TEXT)
+    fits = [s in (None, n) for s, n in zip(shape, dataset.shape, strict=False)]
+    if len(shape) != dataset.ndim or not all(fits):
+        raise ValueError(f"{name} is of shape {dataset.shape}, expected {shape}")
+    if dataset.dtype.kind == "O" and text_bytes(dataset) > MOST_TEXT:
+        raise ValueError(f"{name} holds texts of {text_bytes(dataset) / 1e6:.0f} MB")
+    texts = np.empty(dataset.size, object)
+    for i, raw in enumerate(np.asarray(dataset[()]).ravel()):
+        raw = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
+        texts[i] = clean_text(raw, longest)
+    return texts.reshape(dataset.shape)
+
+
+def text_bytes(dataset):
+    """How many bytes texts of varying length have, in sum, before they are read.
+
+    Where they lie in one piece, an entry is 4 bytes of length and 12 of place; many entries may
+    name one text, so that the file's own size is no bound.
+    """
+    at, n = dataset.id.get_offset(), dataset.size
+    if at is None or dataset.id.get_storage_size() != 16 * n:
+        return dataset.file.id.get_filesize() * n
+    raw = os.pread(dataset.file.id.get_vfd_handle(), 16 * n, at)
+    return int(np.frombuffer(raw, "<u4")[::4].sum(dtype=np.uint64))
+
+
+def own_attributes(node, names):
+    """The attributes of these names that are there: dict of name to text, number or list of them.
+
+    Raises ValueError for any that is a reference, a compound or too large.
+    """
+    found = {}
+    for name in names:
+        if name not in node.attrs:
+            continue
+        attribute = h5py.h5a.open(node.id, name.encode())
+        is_text = h5py.check_string_dtype(attribute.dtype) is not None
+        odd = attribute.dtype.kind not in "iufb" and not is_text
+        if odd or len(attribute.shape) > (not is_text):
+            raise ValueError(f"attribute {name} is neither text nor a number")
+        if attribute.get_storage_size() > MOST_ATTRIBUTE:
+            raise ValueError(f"attribute {name} is too large")
+        value = node.attrs[name]
+        if is_text:
+            found[name] = clean_text(value.decode() if isinstance(value, bytes) else value)
+        else:
+            found[name] = value.tolist()
+    return found
+
+
+def find_datasets(f, wanted):
+    """Paths (bytes) of all datasets called `wanted` below an open file's root, sorted.
+
+    No link is followed, no group entered twice. Raises ValueError where there is a link or where
+    groups have no end.
+    """
+    found, waiting, entered, n = [], [(f.id, b"", 0)], set(), 0
+    while waiting:
+        group, path, depth = waiting.pop()
+        for name in group:
+            n += 1
+            if n > MOST_OBJECTS or depth > MOST_DEPTH:
+                raise ValueError("groups within groups without end")
+            if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+                raise ValueError("it holds links, which are not followed")
+            node = h5py.h5o.open(group, name)
+            if isinstance(node, h5py.h5g.GroupID):
+                place = h5py.h5o.get_info(node).addr
+                if place not in entered:
+                    entered.add(place)
+                    waiting.append((node, path + b"/" + name, depth + 1))
+            elif isinstance(node, h5py.h5d.DatasetID) and name == wanted.encode():
+                found.append(path + b"/" + name)
+    return sorted(found)
+
+
+def shortest_distinct(paths):
+    """As many last parts of paths as it takes to tell them apart, one at least: list of str."""
+    parts = [path.decode("utf-8", "backslashreplace").strip("/").split("/") for path in paths]
+    keep, most = 1, max(map(len, parts), default=1)
+    while keep < most and len({tuple(p[-keep:]) for p in parts}) < len(parts):
+        keep += 1
+    return [clean_text("/".join(p[-keep:])) for p in parts]
