@@ -31,7 +31,7 @@ import time
 from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, chain
@@ -394,7 +394,7 @@ def unscale(values, labels, scaling):
         if s["apply_boxcox"]:
             lmbda = s["lmbda"]
             base = z * lmbda + 1
-            base = np.where(base > 1e-6, base, 1e-6 if lmbda > 0 else np.nan)
+            base = np.maximum(base, 1e-6) if lmbda > 0 else np.where(base > 0, base, np.nan)
             z = np.exp(z) if lmbda == 0 else base ** (1 / lmbda)
         out[:, i] = z - s["shift"]
     return out
@@ -910,13 +910,16 @@ class StudyModel(nn.Module):
             return None
         return (self.query_token if self.kind == "query" else self.query_tokens)[0]
 
-    def forward(self, tokens, lengths):
-        """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D)."""
+    def forward(self, tokens, lengths, rng=None):
+        """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D).
+
+        rng: a numpy Generator that dropout draws from in training; torch's own without.
+        """
         S, queries = len(lengths), self.queries
         if queries is not None:  # each study's queries stand before its clips
             parts = [x for study in tokens.split(lengths) for x in (queries, study)]
             tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
-        x = self.encode(tokens, lengths, 0 if queries is None else len(queries))
+        x = self.encode(tokens, lengths, 0 if queries is None else len(queries), rng)
         if self.kind == "standard":
             pooled = pool(x, lengths, self.combine)
             return self.ff(pooled), pooled
@@ -925,13 +928,13 @@ class StudyModel(nn.Module):
             return self.ff(x[:, 0]), x[:, 0]
         return self.ff(x).squeeze(-1), x.mean(1)
 
-    def encode(self, x, lengths, n_queries):
+    def encode(self, x, lengths, n_queries, rng=None):
         """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
         if not self.depth:
-            return attend(self.encoder, x, lengths, n_queries)
+            return attend(self.encoder, x, lengths, n_queries, rng)
         for i, layer in enumerate(self.encoder.layers):
             last = i == self.depth - 1
-            x = encoder_layer(layer, x, lengths, n_queries if last else 0)
+            x = encoder_layer(layer, x, lengths, n_queries if last else 0, rng)
         return x
 
 
@@ -943,38 +946,30 @@ def pool(x, lengths, combine="avg"):
     )
 
 
-def encoder_layer(layer, x, lengths, n_queries=0):
+def encoder_layer(layer, x, lengths, n_queries=0, rng=None):
     """torch's post-norm TransformerEncoderLayer over packed studies, x (N, D).
 
     With n_queries only the first so many tokens of each study are computed: the others serve as
     keys and values alone. Same numbers, a fraction of the work.
     """
-    attended = attend(layer.self_attn, x, lengths, n_queries)
+    attended = attend(layer.self_attn, x, lengths, n_queries, rng)
     if n_queries:
         x = torch.cat([study[:n_queries] for study in x.split(lengths)])
-    x = layer.norm1(x + drop(attended, layer.dropout1))
-    hidden = drop(F.relu(layer.linear1(x)), layer.dropout)
-    return layer.norm2(x + drop(layer.linear2(hidden), layer.dropout2))
+    x = layer.norm1(x + drop(attended, layer.dropout1, rng))
+    hidden = drop(F.relu(layer.linear1(x)), layer.dropout, rng)
+    return layer.norm2(x + drop(layer.linear2(hidden), layer.dropout2, rng))
 
 
-def drop(x, dropout, seed=None):
-    """Dropout as the module says; on a CPU with 16 random bits a number, faster than torch's.
-
-    seed: of those bits; None: torch's generator gives it.
-    """
-    if not dropout.training or x.device.type != "cpu":
+def drop(x, dropout, rng):
+    """Dropout as the module says; with 16 random bits a number of `rng`, faster than torch's."""
+    if not dropout.training or rng is None:
         return dropout(x)
-    rng = np.random.default_rng(draw_seed() if seed is None else seed)
     bits = np.frombuffer(rng.bytes(2 * x.numel()), np.uint16)
     kept = torch.from_numpy(bits >= round(dropout.p * 2**16)).view(x.shape)
     return x * kept.to(x.dtype).div_(1 - dropout.p)
 
 
-def draw_seed():
-    return int(torch.randint(2**62, ()))
-
-
-def attend(mha, x, lengths, n_queries=0):
+def attend(mha, x, lengths, n_queries=0, rng=None):
     """Self-attention within each study of x (N, D); the weights are a MultiheadAttention's.
 
     Returns (N, D), or with n_queries only the first so many tokens of each study.
@@ -989,25 +984,25 @@ def attend(mha, x, lengths, n_queries=0):
         q, k, v = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
         q_lengths = lengths
     dropout = nn.Dropout(mha.dropout).train(mha.training)
-    return mha.out_proj(attention(q, k, v, q_lengths, lengths, dropout))
+    return mha.out_proj(attention(q, k, v, q_lengths, lengths, dropout, rng))
 
 
-def attention(q, k, v, q_lengths, lengths, dropout):
+def attention(q, k, v, q_lengths, lengths, dropout, rng):
     """softmax(q k' / sqrt(d)) v within each study: q (M, D), k and v (N, D) -> (M, D)."""
     if q.device.type == "cuda":
-        return packed_attention(q, k, v, q_lengths, lengths, dropout)
+        return packed_attention(q, k, v, q_lengths, lengths, dropout, rng)
     if len(set(lengths)) == 1:  # equal lengths run as one batch
         q, k, v = (t.view(len(lengths), -1, HEADS, D // HEADS).transpose(1, 2) for t in (q, k, v))
-        return weighted_values(q, k, v, dropout).transpose(1, 2).reshape(-1, D)
+        return weighted_values(q, k, v, dropout, rng).transpose(1, 2).reshape(-1, D)
     out = []
     for qkv in zip(q.split(q_lengths), k.split(lengths), v.split(lengths), strict=True):
         # Contiguous: twice as fast on a CPU, where rows 9 kB apart compete for cache lines.
         heads = (t.view(1, -1, HEADS, D // HEADS).transpose(1, 2).contiguous() for t in qkv)
-        out.append(weighted_values(*heads, dropout).transpose(1, 2).reshape(-1, D))
+        out.append(weighted_values(*heads, dropout, rng).transpose(1, 2).reshape(-1, D))
     return torch.cat(out)
 
 
-def packed_attention(q, k, v, q_lengths, lengths, dropout):
+def packed_attention(q, k, v, q_lengths, lengths, dropout, rng):
     """`attention` as one kernel over all studies, whatever their lengths, in fp32 or bf16.
 
     torch's public variable-length attention has neither fp32 nor dropout; this is the kernel that
@@ -1029,7 +1024,7 @@ def packed_attention(q, k, v, q_lengths, lengths, dropout):
 MOST_WEIGHTS = 1 << 26  # attention weights held at once in training on a CPU: 256 MB in fp32
 
 
-def weighted_values(q, k, v, dropout):
+def weighted_values(q, k, v, dropout, rng):
     """softmax(q k' / sqrt(d)) v of (S, heads, N, d), with dropout of the weights in training.
 
     On a CPU torch has no kernel that drops out without holding all N x N weights: where they would
@@ -1040,13 +1035,18 @@ def weighted_values(q, k, v, dropout):
 
     def piece(q, k, v, seed):
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        return drop(weights, dropout, seed).to(v.dtype) @ v
+        rng = None if seed is None else np.random.default_rng(seed)
+        return drop(weights, dropout, rng).to(v.dtype) @ v
+
+    def draw():
+        return None if rng is None else int(rng.integers(2**62))
 
     rows = max(1, MOST_WEIGHTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     if rows >= q.shape[2]:
-        return piece(q, k, v, None)
+        return piece(q, k, v, draw())
     pieces = [
-        checkpoint(piece, x, k, v, draw_seed(), use_reentrant=False) for x in q.split(rows, 2)
+        checkpoint(piece, x, k, v, draw(), use_reentrant=False, preserve_rng_state=rng is None)
+        for x in q.split(rows, 2)
     ]
     return torch.cat(pieces, dim=2)
 
@@ -1064,7 +1064,7 @@ class Readings(nn.Module):
         self.n_labels = len(self.columns)
         del self.heads.encoder  # no video is touched again
 
-    def forward(self, tokens, lengths):
+    def forward(self, tokens, lengths, rng=None):
         outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
         return pool(outputs, lengths), pool(tokens, lengths)
 
@@ -1507,49 +1507,111 @@ def run_steps(
     unreadable = {} if unreadable is None else unreadable
     train_seed = derive_seed(settings.seed, epoch) if training else None
     plan = plan_batches(store, eids, settings, training, world)
-    rows, average = [], None
+    compute = partial(
+        run_batch, net, settings=settings, targets=targets, task_type=task_type,
+        seed=derive_seed("dropout", settings.seed, epoch) if training else None,
+    )  # fmt: skip
+    rows, total, average = [], None, None
     net.train(training)
     quiet = not label or world.rank > 0
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
-        for batch in read_batches(store, plan, settings, unreadable, train_seed, look):
+        batches = read_batches(store, plan, settings, unreadable, train_seed, look)
+        for batch, found in side_by_side(batches, compute, device):
             if batch.eids:
-                torch.manual_seed(derive_seed("dropout", settings.seed, epoch, batch.eids[0]))
-                found = run_batch(net, batch, device, settings, targets, task_type, training)
-                keep = found if targets is None else (found[0], found[1][:, :0], found[2])
-                rows.append((batch.eids, *keep, batch.n_videos, batch.lengths))
+                logits, embeddings, losses, gradients = found
+                total = add(total, gradients)
+                rows.append((batch.eids, logits, embeddings, losses, batch.n_videos, batch.lengths))
                 bar.update(len(batch.eids) if world.size == 1 else 0)
             if not batch.ends_step:
                 continue
             outcome, rows = gather(rows, net), []
             n, loss = len(outcome), np.nan
             if training:
-                n, loss = update(net, optimizer, outcome.losses, world)
+                n, loss = update(net, optimizer, total, outcome.losses, world)
+                total = None
                 bar.update(n if world.size > 1 else 0)
                 average = loss if average is None else 0.9 * average + 0.1 * loss
                 bar.set_postfix(loss=f"{average:.4f}", refresh=False)
             yield outcome, n, loss
 
 
-def run_batch(net, batch, device, settings, targets, task_type, training):
-    """(logits, embeddings, losses) of a Batch, on the device; in training also the gradients."""
+def side_by_side(batches, compute, device):
+    """Yield (batch, what `compute` makes of it) in order, a step's batches several at a time.
+
+    On a CPU each core has a batch of its own: products that are split over the cores wait for the
+    slowest of them, so that another job on one core would halve the speed.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        yield from ((batch, compute(batch)) for batch in batches)
+        return
+    ahead = deque()
+    try:
+        with ThreadPoolExecutor(threads, "batch", torch.set_num_threads, (1,)) as pool:
+            for batch in batches:
+                ahead.append((batch, pool.submit(compute, batch)))
+                while ahead and (batch.ends_step or len(ahead) > threads):
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+    finally:
+        torch.set_num_threads(threads)  # of threads to come, which torch gives the last number set
+
+
+def run_batch(net, batch, settings, targets, task_type, seed):
+    """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
+
+    seed: of the dropout, in training, which alone has gradients: a list as net.parameters().
+    Embeddings are (S, 0) where there are targets.
+    """
+    if not batch.eids:
+        return None
+    device, training = next(net.parameters()).device, seed is not None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    with torch.set_grad_enabled(training), autocast:
-        logits, embeddings = net(batch.tokens.to(device, non_blocking=True).float(), batch.lengths)
+    with torch.set_grad_enabled(training), autocast, seeded(seed, batch.eids[0], device) as rng:
+        tokens = batch.tokens.to(device, non_blocking=True).float()
+        logits, embeddings = net(tokens, batch.lengths, rng)
         logits, losses = logits.float(), torch.zeros(0)
         if targets is not None:
             wanted = torch.tensor(np.stack([targets[eid] for eid in batch.eids]))
             losses = study_losses(logits, wanted.float().to(device), task_type)
+            embeddings = embeddings[:, :0]
+    gradients = None
     if training:
-        losses.sum().backward()
-    return logits.detach(), embeddings.detach().float(), losses.detach()
+        gradients = torch.autograd.grad(losses.sum(), list(net.parameters()))
+    return logits.detach(), embeddings.detach().float(), losses.detach(), gradients
 
 
-def update(net, optimizer, losses, world):
+@contextmanager
+def seeded(seed, eid, device):
+    """What dropout draws from in a block: a numpy Generator, or on a GPU torch's own, None.
+
+    torch's generators are afterwards as they were.
+    """
+    if seed is None:
+        yield None
+    elif device.type == "cpu":
+        yield np.random.default_rng(derive_seed(seed, eid))
+    else:
+        with torch.random.fork_rng([device]):
+            torch.manual_seed(derive_seed(seed, eid))
+            yield None
+
+
+def add(total, gradients):
+    """Sum of two lists of tensors, either of which may be None; in place of the first."""
+    if total is None or gradients is None:
+        return gradients if total is None else total
+    torch._foreach_add_(total, gradients)
+    return total
+
+
+def update(net, optimizer, gradients, losses, world):
     """One optimiser step on the mean gradient over the studies of all processes.
 
-    Returns their number and mean loss. A process that had no study adds zeros.
+    gradients: their sum over this process's studies, None if it had none. Returns the number of
+    all studies and their mean loss.
     """
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in net.parameters()]
+    gradients = gradients or [torch.zeros_like(p) for p in net.parameters()]
     about = torch.tensor([len(losses), losses.sum(dtype=np.float64)], device=gradients[0].device)
     about = about.to(gradients[0].dtype)
     if world.size > 1:
@@ -1864,10 +1926,12 @@ class Training:
             inherited = {k: v for k, v in begun_from.scaling.items() if k in wanted}
         learnt = learnable(table, folds, task, inherited=inherited)
         self.unlearnt, self.scaling, self.targets, self.eids = learnt
-        torch.manual_seed(derive_seed("weights", settings.seed))
-        self.net = StudyModel(
-            len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
-        ).to(pick_device(settings.device))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(derive_seed("weights", settings.seed))
+            net = StudyModel(
+                len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
+            )
+        self.net = net.to(pick_device(settings.device))
         if begun_from:
             start_from(self.net, labels, begun_from)
         self.optimizer = torch.optim.AdamW(

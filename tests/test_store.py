@@ -670,7 +670,7 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     for most in (1 << 26, 300 * 6 * 37):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ef, "MOST_WEIGHTS", most)
-            patch.setattr(ef, "drop", lambda x, dropout, seed=None: x)
+            patch.setattr(ef, "drop", lambda x, dropout, rng: x)
             net.train().zero_grad()
             logits, _ = net(x, [300])
             logits.sum().backward()
@@ -681,8 +681,8 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
         patch.setattr(ef, "MOST_WEIGHTS", 300 * 6 * 37)
         q, k, v = torch.randn(3, 1, 6, 300, 128, dtype=torch.float64)
         v.requires_grad_()
-        torch.manual_seed(1)
-        out = ef.weighted_values(q, k, v, torch.nn.Dropout(0.2).train())
+        dropout, rng = torch.nn.Dropout(0.2).train(), np.random.default_rng(1)
+        out = ef.weighted_values(q, k, v, dropout, rng)
         out.sum().backward()
         # The output is linear in v: <v, gradient> is the output itself.
         assert float((v * v.grad).sum()) == pytest.approx(float(out.sum()), rel=1e-9)
