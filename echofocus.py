@@ -32,7 +32,7 @@ from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -48,7 +48,6 @@ from torch.utils.checkpoint import checkpoint
 from common import __version__, checkpoints, releases
 from common.console import (
     Collected,
-    Finding,
     Findings,
     Parser,
     UserError,
@@ -73,7 +72,6 @@ from common.files import (
 from common.schema import (
     FOLDS,
     MODELS,
-    Config,
     Settings,
     Task,
     check_name,
@@ -86,6 +84,7 @@ from common.tables import clean_ids, read_table, to_numbers
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
+from embed.preview import preview_extraction
 from embed.store import (
     MADE_WITH,
     PackedEmbeddings,
@@ -860,18 +859,21 @@ def report_warnings(warnings, model_name):
         print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
 
 
-def warn_of_another_encoder(model, store, eids):
-    """Say which studies were embedded by another encoder than what the model was trained on."""
-    trained = model.made_with.get("encoder_sha256")
+def warn_of_another_encoder(model, store, eids, listener=RUN):
+    """Tell which studies were embedded by another encoder than what the model was trained on."""
+    name, trained = model.folder.name, model.made_with.get("encoder_sha256")
+    others = store.made_with(eids)["weights_sha256"] if trained else {}
+    others = {given: studies for given, studies in others.items() if given not in ("", trained)}
+    for given, studies in others.items():
+        listener.warning(
+            f"{name} was trained on embeddings of another encoder than those of {len(studies)} "
+            f"studies ({some(studies)}; weights {str(given)[:12]}): its answers mean nothing there",
+            f"extract them with the encoder weights of SHA-256 {trained[:12]}",
+        )
     if not trained:
-        return
-    for given, others in store.made_with(eids)["weights_sha256"].items():
-        if given not in ("", trained):
-            print(
-                f"WARNING: {model.folder.name} was trained on embeddings of another encoder than "
-                f"those of {len(others)} studies ({some(others)}; weights {trained[:12]}, these "
-                f"are {str(given)[:12]}): its answers mean nothing there"
-            )
+        listener.ok(f"{name} does not say which encoder it goes with")
+    elif not others:
+        listener.ok("the model and the embeddings go with one encoder")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -1661,12 +1663,13 @@ def gather(rows, net):
     )
 
 
-def report_unreadable(unreadable):
-    """List the studies that could not be read, on screen."""
+def report_unreadable(unreadable, listener=RUN):
+    """Tell which studies could not be read, and why."""
     if unreadable:
-        print(f"{len(unreadable)} studies left out, their embeddings cannot be read:")
-        for eid, reason in unreadable.items():
-            print(f"  {eid}: {reason}")
+        listener.warning(
+            f"{len(unreadable)} studies cannot be read:{listed(unreadable, 50)}",
+            "delete these files and extract them again; a run leaves the studies out",
+        )
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -2719,379 +2722,223 @@ def top_columns(rows, n):
 # -------------------------------------------------------------------------------------------- check
 
 
-@dataclass
-class Known:
-    """What the checks have found out so far, for those that come after; None: nothing."""
-
-    typed: dict
-    config: Config | None = None
-    model: LoadedModel | None = None
-    settings: Settings | None = None  # as `train` would have them
-    task: Task | None = None  # with the labels that the table has
-    table: pd.DataFrame | None = None  # the label table without what contradicts itself
-    named: set = field(default_factory=set)  # every study of the label table
-    store: object = None
-    counts: dict = field(default_factory=dict)  # readable study -> (videos, clips a video)
-    digests: dict = field(default_factory=dict)  # study -> SHA-256 of the encoder weights or ''
-    found: pd.DataFrame | None = None  # rows of the table with embeddings and a label
-    folds: pd.Series | None = None  # of `found`; None too where nothing is for training
-    to_extract: int = 0  # bytes of the clip embeddings that --videos would become
-
-    @property
-    def dataset(self):
-        return self.config.datasets[self.settings.dataset]
-
-
 def cmd_check(typed):
     """What a long run would trip over, each with its remedy, and how long it would take.
 
-    Goes on after an error with whatever can still be checked, and writes no file.
+    Has no rule of its own: it calls what reads the config, labels, embeddings and models in a run,
+    and listens. Goes on after an error with whatever can still be checked, and writes no file.
     """
-    known, levels = Known(typed), Counter()
-    for section, (check, needs, remedy) in CHECKS.items():
-        if any(getattr(known, name) is None for name in needs):
-            continue
-        print(section)
-        for finding in findings_of(check, known, remedy):
-            levels[finding.level] += 1
-            print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
-            if finding.remedy:
-                print(f"  {'':8} -> {finding.remedy}")
+    levels, videos = Counter(), typed.get("videos")
+    section = partial(check_section, levels)
+    config = model = settings = None
+    with section("config", "mend the config; config-example.json shows one") as listener:
+        config = read_config(typed.get("config"), needed=not videos)
+        names = some(config.tasks, 9), some(config.datasets, 9)
+        listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
+    if config:
+        with section("model", "name another --model_name, or train it anew") as listener:
+            model = check_model(typed, config, listener)
+        with section("choice", "mend the option or the config") as listener:
+            settings = check_choice(typed, config, model, listener)
+    if settings:
+        check_data(settings, config, model, section)
+    with section("videos", "see --videos") as listener:
+        if videos:
+            trained_on = model.made_with.get("encoder_sha256", "") if model else ""
+            size = preview_extraction(typed, trained_on, listener)
+            check_room("clip embeddings of --videos", MODELS, size, listener.error, listener)
+        else:
+            listener.ok("none looked at; --videos names a folder")
     print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")
 
 
-def findings_of(check, known, remedy):
-    """A check's findings; a UserError ends it and becomes the last one."""
+@contextmanager
+def check_section(levels, title, remedy):
+    """A listener for one part of `check`; what it heard is printed in the end, UserErrors too.
+
+    levels: Counter that gets how many findings of each level there were. remedy: of an error that
+    says none.
+    """
+    heard = Collected()
     try:
-        yield from check(known)
+        yield heard
     except UserError as error:
         text, _, said = str(error).partition("; ")
-        yield Finding("ERROR", text, said or remedy)
+        heard.error(text, said or remedy)
+    if heard.findings:
+        print(title)
+    for finding in heard.findings:
+        levels[finding.level] += 1
+        print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
+        if finding.remedy:
+            print(f"  {'':8} -> {finding.remedy}")
 
 
-def check_config(known):
-    """The config, its tasks and datasets."""
-    known.config = config = read_config(
-        known.typed.get("config"), needed=not known.typed.get("videos")
-    )
-    yield Finding(
-        "ok", f"{config.path}: tasks {some(config.tasks, 9)}; datasets {some(config.datasets, 9)}"
-    )
-
-
-def check_model(known):
-    """The model of --model_name, or the one that `train` would go on with."""
-    typed, config = known.typed, known.config
+def check_model(typed, config, listener):
+    """The model of --model_name, or the one that `train` would go on with; None without one."""
     name, run_id = typed.get("model_name"), typed.get("run_id", "")
     task = config.pick("task", typed["task"]) if typed.get("task") else ""
     if not name and not config.tasks:
-        yield Finding("ok", "none looked at; --model_name names one")
-        return
+        return listener.ok("none looked at; --model_name names one")
     if not name:
         name = task or config.pick("task", "")
         if not (model_folder(name, run_id) / "best_checkpoint.pt").is_file():
-            yield Finding("ok", f"no model {name} yet, none looked at; --model_name names one")
-            return
+            return listener.ok(f"no model {name} yet, none looked at; --model_name names one")
     folder = find_model_folder(name, run_id)
     model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
-    known.model = model
-    yield Finding("ok", f"{folder.name}: task {model.task}, {len(model.labels)} labels")
+    listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
     if model.task in config.tasks and config.tasks[model.task].task_labels != model.labels:
-        yield Finding(
-            "ERROR",
+        listener.error(
             f"task {model.task} of {config.path} has other labels than {folder.name}: predict "
             "works, evaluate does not",
             f"give the task the model's labels, in their order: {', '.join(model.labels)}",
         )
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
+    return model
 
 
-def check_choice(known):
-    """The task, dataset and settings that a run would take."""
+def check_choice(typed, config, model, listener):
+    """The Settings that a run would take; None where only --videos is looked at."""
+    made = any(d.embedding_path.is_dir() for d in config.datasets.values())
+    if typed.get("videos") and not typed.get("dataset") and not made:
+        return listener.ok("no dataset is extracted yet: only --videos is looked at")
     options = {f.name for f in options_of("train")}
-    made = any(d.embedding_path.is_dir() for d in known.config.datasets.values())
-    if known.typed.get("videos") and not known.typed.get("dataset") and not made:
-        yield Finding("ok", "no dataset is extracted yet: only --videos is looked at")
-        return
-    typed = {k: v for k, v in known.typed.items() if k in options}
-    settings = resolve_settings("train", typed, known.config, known.model)
+    typed = {k: v for k, v in typed.items() if k in options}
+    settings = resolve_settings("train", typed, config, model)
     check_settings(settings)
-    known.settings = settings
-    if settings.task in known.config.tasks:
-        known.task = replace(known.config.tasks[settings.task])
-        known.task.type = known.model.type if known.model else known.task.type
-        yield Finding("ok", f"task {settings.task} on dataset {settings.dataset}")
+    if settings.task in config.tasks:
+        listener.ok(f"task {settings.task} on dataset {settings.dataset}")
     else:
-        yield Finding(
-            "WARNING",
-            f"{known.config.path} has no task {settings.task}: predict works, evaluate does not",
+        listener.warning(
+            f"{config.path} has no task {settings.task}: predict works, evaluate does not",
             "add the task with the model's labels",
         )
+    return settings
 
 
-def check_labels(known):
-    """The label table: columns, rows, values."""
-    heard, path = Collected(), known.dataset.label_path or known.task.label_path
-    if known.model and (path is None or not path.is_file()):
-        yield Finding(
-            "WARNING",
+def check_data(settings, config, model, section):
+    """Labels, embeddings, folds, disk and time of a run with these settings."""
+    dataset = config.datasets[settings.dataset]
+    task = table = store = studies = folds = None
+    headers = {}
+    if settings.task in config.tasks:
+        with section("labels", "mend the label table") as listener:
+            task, table = check_labels(settings, config, model, listener)
+    with section("embeddings", "see embedding_path in the config") as listener:
+        store = open_store(dataset.embedding_path, listener)
+        headers = check_embeddings(dataset.embedding_path, store, settings, listener)
+    if model and store:
+        with section("encoder", "") as listener:
+            warn_of_another_encoder(model, store, list(headers), listener)
+    if table is not None and store:
+        with section("labels and embeddings", "") as listener:
+            limit, first_only = settings.sample_limit, settings.first_study_only
+            studies = match_studies(table, store, task, limit, first_only, listener)
+    if studies is not None and len(studies):
+        with section("split", "see --split") as listener:
+            folds = check_folds(settings, config, model, (task, table, studies, store), listener)
+    labels = model.labels if model else task.task_labels if task else []
+    if not labels:
+        return
+    net = StudyModel(
+        len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
+    )
+    with section("disk", "") as listener:  # weights and two moments, best and last
+        size = 2 * 3 * 4 * sum(p.numel() for p in net.parameters())
+        check_room("checkpoints", MODELS, size, listener.error, listener)
+        if headers and not isinstance(store, PackedEmbeddings):
+            size = sum(4 * D * h.copies * h.videos * h.clips for h in headers.values())
+            folder = dataset.embedding_path.parent
+            check_room("a packed copy", folder, size, listener.warning, listener)
+    if headers:
+        with section("time", "") as listener:
+            check_time(net, store, sorted(headers), folds, settings, listener)
+
+
+def check_labels(settings, config, model, listener):
+    """(task, label table) as a run reads them; a model needs none to predict."""
+    task = config.tasks[settings.task]
+    if model:
+        task.type = model.type
+    path = config.datasets[settings.dataset].label_path or task.label_path
+    if model and (path is None or not path.is_file()):
+        listener.warning(
             f"no label table{f' {path}' if path else ''}: predict and embed need none, train and "
             "evaluate do",
             "set label_path of the task or the dataset in the config",
         )
-        return
-    config = replace(known.config, tasks={known.settings.task: known.task})
-    try:
-        column = split_column_of(config, known.settings)
-        known.task, known.table = load_labels(
-            config, known.settings.task, known.settings.dataset, heard, column
-        )
-    finally:
-        yield from heard.findings
+        return task, None
+    column = split_column_of(config, settings)
+    return load_labels(config, settings.task, settings.dataset, listener, column)
 
 
-def check_embeddings(known):
-    """The files of clip embeddings: the headers of all, the numbers of all or of --sample_limit."""
-    path, unreadable, findings = known.dataset.embedding_path, {}, Collected()
-    known.store = open_store(path, findings)
-    known.counts, known.digests = read_headers(known.store, unreadable)
-    refuse_mixed(known.store, list(known.counts), known.settings.allow_mixed, findings)
-    yield from findings.findings
-    looked = f"of {read_numbers(known, unreadable)} studies"
-    videos = sum(V for V, _ in known.counts.values())
-    text = f"{path}: {len(known.counts)} readable studies, {videos} videos (headers of all read, "
-    text += f"numbers {looked})"
-    if known.counts:
-        yield Finding("ok", text)
-    else:
-        yield Finding("ERROR", text, "extract the studies again")
-    if unreadable:
-        yield Finding(
-            "WARNING",
-            f"{len(unreadable)} studies cannot be read:{listed(unreadable)}",
-            "delete these files and extract them again; a run leaves the studies out",
-        )
-
-
-def read_numbers(known, unreadable):
-    """Read studies whose headers are sound, --sample_limit of them; returns how many."""
-    eids, limit = list(known.counts), known.settings.sample_limit
+def check_embeddings(path, store, settings, listener):
+    """Study -> header of those that can be read: all headers, and the numbers of all or some."""
+    headers, unreadable = {}, {}
+    for eid in progress(store.files, desc="headers", unit="study"):
+        try:
+            headers[eid] = store.header(eid)
+        except UnreadableStudy as error:
+            unreadable[eid] = str(error)
+    refuse_mixed(store, list(headers), settings.allow_mixed, listener)
+    eids, limit = list(headers), settings.sample_limit
     if limit:
         eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
     for eid in progress(eids, desc="read", unit="study"):
         try:
-            known.store.read(eid)
+            store.read(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
-            del known.counts[eid]
-    return len(eids)
-
-
-def read_headers(store, unreadable):
-    """Study -> (videos, clips of a video) and study -> SHA-256 of its encoder, where it says so.
-
-    unreadable gets study id -> reason.
-    """
-    counts, digests = {}, {}
-    for eid in progress(store.files, desc="headers", unit="study"):
-        try:
-            header = store.header(eid)
-        except UnreadableStudy as error:
-            unreadable[eid] = str(error)
-        else:
-            counts[eid] = header.videos, header.clips
-            digests[eid] = header.made_with.get("weights_sha256", "")
-    return counts, digests
-
-
-def check_match(known):
-    """Studies of the label table and of the embeddings, side by side."""
-    heard, settings = Collected(), known.settings
-    limit, first_only = settings.sample_limit, settings.first_study_only
-    found = match_studies(known.table, known.store, known.task, limit, first_only, heard)
-    known.found = found if len(found) else None
-    yield from heard.findings
-
-
-def check_folds(known):
-    """The split, what each label has in each fold, and how labels are scaled."""
-    heard, settings, task, table = Collected(), known.settings, known.task, known.found
-    model, own = known.model, True
-    try:
-        if model:
-            digest = partial(digest_at_training, model, known.table, known.store, task)
-            own = settings.dataset == model.made_with.get("dataset")
-            about_seen = (heard, settings.assume_unseen, digest)
-            folds, _ = folds_for(model, table, settings.dataset, *about_seen)
-            heard.ok("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
-        else:
-            folds = training_folds(table, settings, task, listener=heard)
-        if own:  # else nothing of this dataset is for training
-            known.folds = folds
-            learnable(table, folds, task, heard)
-    finally:
-        yield from heard.findings
-
-
-def check_encoder(known):
-    """Whether the model was trained on embeddings of the encoder that made these."""
-    trained = known.model.made_with.get("encoder_sha256")
-    others = [
-        eid for eid, digest in known.digests.items() if trained and digest not in ("", trained)
-    ]
-    if others:
-        yield Finding(
-            "WARNING",
-            f"{known.model.folder.name} was trained on embeddings of another encoder than those of "
-            f"{len(others)} studies ({some(others)}): its answers mean nothing there",
-            f"extract them with the encoder weights of SHA-256 {trained[:12]}",
-        )
-    elif not trained:
-        yield Finding("ok", f"{known.model.folder.name} does not say which encoder it goes with")
+            del headers[eid]
+    videos = sum(header.videos for header in headers.values())
+    text = f"{path}: {len(headers)} readable studies, {videos} videos (headers of all read, "
+    text += f"numbers of {len(eids)} studies)"
+    if headers:
+        listener.ok(text)
     else:
-        yield Finding("ok", "the model and the embeddings go with one encoder")
+        listener.error(text, "extract the studies again")
+    report_unreadable(unreadable, listener)
+    return headers
 
 
-USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image")
+def check_folds(settings, config, model, data, listener):
+    """The folds of a run and what can be learnt; None where nothing of it is for training."""
+    task, table, studies, store = data
+    if model:
+        digest = partial(digest_at_training, model, table, store, task)
+        seen = (listener, settings.assume_unseen, digest)
+        folds, _ = folds_for(model, studies, settings.dataset, *seen)
+        listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
+        if settings.dataset != model.made_with.get("dataset"):
+            return None
+    else:
+        folds = training_folds(studies, settings, task, listener=listener)
+    learnable(studies, folds, task, listener)
+    return folds
 
 
-def check_videos(known):
-    """The files of --videos, by their headers; the encoder weights; the time of an extraction."""
-    if not known.typed.get("videos"):
-        yield Finding("ok", "none looked at; --videos names a folder")
-        return
-    from embed.video import why_skipped
-
-    typed, source = known.typed, Path(known.typed["videos"])
-    sampling = extract.settings_from(typed).sampling
-    heard = Collected()
-    how = (typed[n] for n in ("group", "manifest", "study_id"))
-    studies = extract.find_studies(source, *how, listener=heard)
-    yield from heard.findings
-    faults, usable = {}, []
-    for study in progress(studies, desc="videos", unit="study"):
-        reasons = {video: "the manifest's file is missing" for video in study.missing}
-        reasons |= {v: why for v in study.videos if (why := why_skipped(study.source(v)))}
-        usable += [(study, v) for v in study.videos if v not in reasons]
-        faults |= {f"{study.name}/{video}": reason for video, reason in reasons.items()}
-    usual = Counter(r for r in faults.values() if r.startswith(USUAL))
-    skipped = "".join(f"; {n} skipped: {reason}" for reason, n in usual.items())
-    yield Finding("ok", f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
-    odd = {name: reason for name, reason in faults.items() if not reason.startswith(USUAL)}
-    if odd:
-        yield Finding(
-            "WARNING",
-            f"{len(odd)} files cannot be used:{listed(odd)}",
-            "export them again, or delete them; extraction skips and lists them",
-        )
-    empty = {s.name for s in studies} - {s.name for s, _ in usable}
-    if empty:
-        yield Finding(
-            "WARNING" if usable else "ERROR",
-            f"{len(empty)} studies have no usable video: {some(sorted(empty))}",
-            "see the reasons above; they get no answer",
-        )
-    known.to_extract = len(usable) * sampling.n_clips * D * 4
-    yield from check_extraction(known, usable, sampling)
+def check_room(what, folder, size, shortage, listener):
+    """Whether a folder's disk has room for `size` bytes; `shortage` is told where it has not."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(there).free
+    text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
+    if size > free:
+        shortage(text, "free some, or work on another disk")
+    else:
+        listener.ok(text)
 
 
-def check_extraction(known, usable, sampling):
-    """The encoder weights, and how long the usable (study, video) pairs would take to extract."""
-    from embed import panecho
-
-    typed, weights = known.typed, known.typed["weights"]
-    if weights == "panecho" and not panecho.cached_weights().is_file():
-        yield Finding(
-            "WARNING",
-            "the encoder weights are not in torch.hub's cache: extraction begins by a download",
-            "run once with a network, or give the file with --weights",
-        )
-        weights = "random"  # for the timing alone
-    elif weights.startswith(("http:", "https:")):
-        weights = "random"
-    encoder, digest = panecho.load_panecho(weights, sampling.clip_len)
-    trained = known.model.made_with.get("encoder_sha256") if known.model else ""
-    if weights == typed["weights"] and trained and trained != digest:
-        yield Finding(
-            "WARNING",
-            f"{known.model.folder.name} was trained on embeddings of another encoder: its answers "
-            "mean nothing with these weights",
-            f"--weights with the file of SHA-256 {trained[:12]}",
-        )
-    if not usable:
-        return
-    device = pick_device(typed.get("device", ""))
-    workers = typed["workers"] or max(1, min(16, (os.cpu_count() or 1) // 2))
-    (((study, video), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
-    if isinstance(reply, Exception):
-        yield Finding("WARNING", f"{study.name}/{video}: {reply}", "it will be skipped")
-        return
-    images, _ = extract.distinct_images(reply[0].index)
-    batch = torch.zeros(min(8, len(images)), 3, sampling.size, sampling.size, device=device)
-    encode = timed(lambda: encoder.encoder.to(device).encode_images(batch))
-    each = max(seconds / workers, encode * len(images) / len(batch))
-    yield Finding(
-        "ok",
-        f"extraction of {len(usable)} videos: about {duration(each * len(usable))} on {device} "
-        "(rough: from one video decoded and a few images encoded)",
-    )
-
-
-def timed(function):
-    """Seconds that a call takes, the second time; torch's queue emptied."""
-    for _ in range(2):
-        began = time.perf_counter()
-        with torch.inference_mode():
-            function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def check_disk(known):
-    """Room for checkpoints (weights and two moments, best and last), a pack, and --videos."""
-    numbers = sum(p.numel() for p in fresh_model(known).parameters())
-    needs = [("checkpoints", MODELS, 2 * 3 * 4 * numbers, "ERROR")]
-    if known.to_extract:
-        needs.append(("clip embeddings of --videos", MODELS, known.to_extract, "ERROR"))
-    if known.store and not isinstance(known.store, PackedEmbeddings):
-        headers = (known.store.header(eid) for eid in known.counts)
-        size = sum(4 * D * h.copies * h.videos * h.clips for h in headers)
-        needs.append(("a packed copy", known.dataset.embedding_path.parent, size, "WARNING"))
-    for what, folder, size, level in needs:
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-        free = shutil.disk_usage(there).free
-        text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
-        if size > free:
-            yield Finding(level, text, "free some, or work on another disk")
-        else:
-            yield Finding("ok", text)
-
-
-def labels_of(known):
-    return known.model.labels if known.model else known.task.task_labels
-
-
-def fresh_model(known):
-    """An untrained model as the settings say."""
-    s, n = known.settings, len(labels_of(known))
-    return StudyModel(n, s.transformer_type, s.encoder_depth, s.tf_combine)
-
-
-def check_time(known):
+def check_time(net, store, eids, folds, settings, listener):
     """How long an epoch and a prediction take, from eight studies on this machine."""
-    device, settings = pick_device(known.settings.device), known.settings
-    eids = sorted(known.counts, key=lambda eid: derive_seed("time", eid))[:8]
-    eids = [eid for eid in eids if eid in known.store.files]
-    if not eids:
-        return
-    net = fresh_model(known).to(device)
-    targets = dict.fromkeys(eids, np.zeros(len(labels_of(known))))
+    device, n = pick_device(settings.device), len(eids)
+    eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
+    net = net.to(device)
+    targets = dict.fromkeys(eids, np.zeros(net.n_labels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
-    run = partial(run_studies, net, known.store, eids, settings)
+    run = partial(run_studies, net, store, eids, settings)
     steps = {
         "train": partial(run, targets=targets, task_type="binary", optimizer=optimizer),
         "predict": run,
@@ -3102,33 +2949,14 @@ def check_time(known):
         began = time.perf_counter()
         step()
         each[name] = (time.perf_counter() - began) / len(eids)
-    n = len(known.store.files)
-    yield Finding(
-        "ok", f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}"
-    )
-    if known.folds is not None:
-        train, val = ((known.folds == fold).sum() for fold in ("train", "val"))
+    listener.ok(f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}")
+    if folds is not None:
+        train, val = ((folds == fold).sum() for fold in ("train", "val"))
         epoch = train * each["train"] + val * each["predict"]
-        yield Finding(
-            "ok",
+        listener.ok(
             f"an epoch of training on {train} studies: about {duration(epoch)} on {device}, "
-            f"{settings.epoch_lim} epochs: {duration(epoch * settings.epoch_lim)} (rough)",
+            f"{settings.epoch_lim} epochs: {duration(epoch * settings.epoch_lim)} (rough)"
         )
-
-
-CHECKS = {  # section: check, what must be known for it, the remedy where an error says none
-    "config": (check_config, (), "mend the config; config-example.json shows one"),
-    "model": (check_model, ("config",), "name another --model_name, or train it anew"),
-    "choice": (check_choice, ("config",), "mend the option or the config"),
-    "labels": (check_labels, ("settings", "task"), "mend the label table"),
-    "embeddings": (check_embeddings, ("settings",), "see embedding_path in the config"),
-    "encoder": (check_encoder, ("model", "store"), ""),
-    "labels and embeddings": (check_match, ("table", "store"), ""),
-    "split": (check_folds, ("found",), "see --split"),
-    "videos": (check_videos, (), "see --videos"),
-    "disk": (check_disk, ("settings", "task"), ""),
-    "time": (check_time, ("store", "task"), ""),
-}
 
 
 # ------------------------------------------------------------------------------------- command line

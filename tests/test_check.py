@@ -339,7 +339,7 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
         [
             (
                 "WARNING",
-                "defect was trained on embeddings of another encoder than those of 60",
+                "defect was trained on embeddings of another encoder than those of",
                 "aaaa",
             )
         ],
@@ -410,10 +410,9 @@ def test_check_names_a_planted_fault(cohort, cli, capfd, fault):
     assert tree(cohort) == before
 
 
-NOT_OF_A_RUN = {"two encoders in one folder", "stale pack", "damaged pack", "damaged model"}
-NOT_OF_A_RUN |= {"empty DICOM", "no usable video"}
-NOT_OF_A_RUN |= {"unreadable file", "wrong width", "NaN", "no file can be read"}  # not read yet
-NOT_OF_A_RUN |= {"model of another encoder"}
+# A run ends later where nothing can be read, does not know how to get another model, and does not
+# look at the headers of all videos before it begins.
+NOT_OF_A_RUN = {"no file can be read", "damaged model", "empty DICOM", "no usable video"}
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f not in NOT_OF_A_RUN])
@@ -429,10 +428,11 @@ def test_a_run_uses_the_same_words(cohort, cli, capfd, fault):
     errors = [(text, remedy) for level, text, remedy in expected if level == "ERROR"]
     if errors:
         assert err.count("\n") == 1 and errors[0][0] in err and errors[0][1] in err
-    else:
-        for _, text, remedy in expected:
-            (line,) = [x for x in out.splitlines() if text.split("\n")[0] in x]
-            assert line.startswith("WARNING: ") and remedy in line
+        return
+    assert out.count("WARNING: ") == len(expected), out
+    for _, text, remedy in expected:
+        after = " ".join(out.split()).split(" ".join(text.split()))[1]
+        assert remedy in after.split("WARNING")[0]
 
 
 def test_check_goes_on_after_an_error(cohort, cli):
