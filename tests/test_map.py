@@ -132,7 +132,7 @@ def test_map_by_a_column(two_sites, cli):
         if column == "machine":
             assert (site == wanted[site.index]).all()
         else:
-            np.testing.assert_allclose(site, wanted[site.index].astype(float))
+            np.testing.assert_allclose(site, wanted[site.index].astype(float), rtol=1e-5)
         png = two_sites / f"map_pca_site_far_by_{column}.png"
         assert drawn(png, figures.MISSING_GREY, 1) > 300
     for column in ("machine", "size"):
