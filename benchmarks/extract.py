@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe, matmul_rate, peak_memory, timed
 from embed import extract, panecho, phantom, video
+from embed.studies import find_studies
 
 SAMPLING = video.Sampling()
 
@@ -77,10 +78,13 @@ def main():
     parser.add_argument("--frames", type=int, nargs="+", default=[40, 80, 150])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    parser.add_argument("--run", type=int, default=0, help="videos of a whole run; 0: none")
+    parser.add_argument("--workers", type=int, default=0, help="decoders of that run; 0: default")
     args = parser.parse_args()
     device = args.device
     backbone = panecho.load_panecho("random")[0].encoder
     flops = image_flops(backbone)
+    backbone.to(device)
     batch = extract.default_batch(device, 224)
     encoders = {
         precision: extract.Encoder(
@@ -109,6 +113,8 @@ def main():
                 row["floor"] = row["images"] * flops / rate[precision]
                 row["over floor"] = row["seconds"] / row["floor"]
                 ratios[f"over_floor_{precision}_{n}"] = row["over floor"]
+            if args.run:
+                measure_run(Path(folder), n, args, rows, ratios)
     for row in rows:
         numbers = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}
         print("  ".join(f"{k} {v}" for k, v in numbers.items()))
@@ -116,6 +122,31 @@ def main():
     if args.json:
         record = {"machine": describe(device), "matmul_flops": rate, "rows": rows, "ratios": ratios}
         Path(args.json).write_text(json.dumps(record, indent=2))
+
+
+def measure_run(folder, n, args, rows, ratios):
+    """A whole run of the extraction over many AVIs, all decoders at work, against the published
+    way's single process: the seconds a video that were measured for it before."""
+    published = (
+        1 / next(r for r in rows if r["what"] == "encode published" and r["n"] == n)["videos/s"]
+    )
+    source = folder / f"run{n}" / "study"
+    source.mkdir(parents=True)
+    for i in range(4):
+        frames = phantom.phantom_cine("A4C", frames=n, size=(600, 800), seed=i)
+        phantom.write_video(source / f"{i}.avi", frames)
+    for i in range(4, args.run):
+        (source / f"{i}.avi").write_bytes((source / f"{i % 4}.avi").read_bytes())
+    studies = find_studies(source.parent)
+    for precision in extract.PRECISIONS:
+        settings = extract.Settings(
+            weights="random", device=args.device, precision=precision, workers=args.workers
+        )
+        out = folder / f"out_{n}_{precision}"
+        seconds = timed(lambda s=settings, o=out: extract.extract(studies, o, s), args.device)
+        row = {"what": f"run {precision}", "n": n, "seconds": seconds}
+        rows.append(row | {"videos/s": args.run / seconds, "published": published * args.run})
+        ratios[f"run_{precision}_{n}"] = published * args.run / seconds
 
 
 def measure_decode(paths, n, device, rows, ratios):

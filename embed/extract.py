@@ -194,15 +194,21 @@ class Encoder:
     """Fills batches with the images of successive videos and deals the features out again.
 
     Every batch but the last is full, whatever the length of the videos. The backbone is this
-    encoder's from then on: for a CPU its weights are packed, at images of `size` for best.
+    encoder's from then on: for a CPU its weights are packed, at images of `size` for best, and
+    for bf16 on a GPU they are cast once, LayerNorm's too, which autocast would compute in fp32.
     """
 
     def __init__(self, backbone, device, batch_size, precision, size):
         self.backbone, self.device, self.batch_size = backbone.to(device), device, batch_size
         kind, dtype = torch.device(device).type, PRECISIONS[precision]
-        self.autocast = partial(torch.autocast, kind, torch.bfloat16, dtype == torch.bfloat16)
+        half = dtype == torch.bfloat16
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, half)
+        self.autocast_images = self.autocast
         if kind == "cpu" and can_pack(dtype):
             backbone.encoder.model.pack(dtype, size)
+        elif kind == "cuda" and half:
+            backbone.encoder.model.features.to(dtype)
+            self.autocast_images = contextlib.nullcontext
         self.waiting, self.batch, self.room = deque(), [], batch_size
 
     @torch.inference_mode()
@@ -230,7 +236,7 @@ class Encoder:
                 self.run_batch()
 
     def run_batch(self):
-        with self.autocast():
+        with self.autocast_images():
             features = self.backbone.encode_images(torch.cat([x for _, x in self.batch])).float()
         for pending, images in self.batch:
             part, features = features[: len(images)], features[len(images) :]
