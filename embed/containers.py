@@ -12,8 +12,10 @@ from pathlib import Path
 
 from embed.source import VideoError, check_budget, open_file
 
-# FFmpeg may follow what a file refers to; a video is one file.
+# FFmpeg might follow what a file refers to; a video is one file.
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
+
+NO_VIDEO = "cannot be opened as a video"
 
 
 def iter_container(path, notes):
@@ -27,7 +29,8 @@ def iter_container(path, notes):
         capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
         try:
             if not capture.isOpened():
-                raise VideoError("cannot be opened as a video")
+                cut = is_cut_short(path)
+                raise VideoError("truncated: the file breaks off" if cut else NO_VIDEO)
             sides = capture.get(cv2.CAP_PROP_FRAME_HEIGHT), capture.get(cv2.CAP_PROP_FRAME_WIDTH)
             check_budget(1, *sides)
             declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -41,15 +44,15 @@ def iter_container(path, notes):
                 yield frame
         finally:
             capture.release()
+    agrees = abs(n - declared) <= max(2, declared // 50)  # containers round their count
+    if (n < 2 or not agrees) and is_cut_short(path):
+        raise VideoError(f"truncated: the file breaks off, {n} frames decode")
     if n == 0:
         raise VideoError("no frame can be decoded")
-    missing = n < declared - max(2, declared // 50)  # containers round their count
-    if missing and is_cut_short(path):
-        raise VideoError(f"truncated: the file breaks off, {n} frames decode")
     if n == 1:
         raise VideoError("still image")
-    if missing or (declared > 0 and n > declared + max(2, declared // 50)):
-        notes.append(f"{n} frames decode, the container counts {declared}")
+    if not agrees and declared > 0:
+        notes.append(f"the container's count of frames is wrong: {n} decode")
 
 
 @contextmanager

@@ -331,7 +331,7 @@ def iter_stream(file, header, notes):
             n += 1
             yield frame
     if n != number(header, "NumberOfFrames"):
-        notes.append(f"{n} frames decode, NumberOfFrames says otherwise")
+        notes.append(f"NumberOfFrames is wrong: {n} frames decode")
 
 
 class SeriesFrames(Frames):
@@ -384,8 +384,8 @@ def iter_series(paths, notes):
             small.append(in_blocks(frame))
             yield frame
     if not follow_on(np.stack(small)):
-        raise VideoError(f"{len(small)} still images of one series: they do not follow one another")
-    notes.append(f"{len(small)} single frames of one series")
+        raise VideoError(f"still images of one series: {len(small)} that do not follow one another")
+    notes.append(f"single frames of one series: {len(small)}")
 
 
 def in_blocks(frame):

@@ -155,7 +155,7 @@ def counted(frames, notes):
         raise VideoError("no frame in the pixel data")
     check_budget(len(frames))
     if len(frames) != (frames.claims.frames or 1):
-        notes.append(f"{len(frames)} frames in the pixel data, NumberOfFrames says otherwise")
+        notes.append(f"NumberOfFrames is wrong: {len(frames)} frames in the pixel data")
     return frames
 
 

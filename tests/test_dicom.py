@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -15,7 +17,9 @@ from pydicom.encaps import encapsulate, generate_frames
 from embed import dicom, phantom, source, studies, video
 from tests.test_video import moving_square, write_dicom
 
+ROOT = Path(__file__).parent.parent
 CASES = Path(__file__).parent / "fixtures" / "dicom"
+VIDEOS = CASES.parent / "videos"
 TRUTH = np.load(CASES / "truth.npz")["frames"]  # uint8 (6, 120, 160, 3) RGB
 ADOBE, JFIF = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0", b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 
@@ -297,7 +301,7 @@ def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
     dataset.save_as(path, enforce_file_format=True)
     error, notes = error_of(path)
     assert error < 1.5
-    assert notes == "6 frames in the pixel data, NumberOfFrames says otherwise"
+    assert notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
 
 
 def test_odd_frames_and_padding(tmp_path):
@@ -328,6 +332,34 @@ def test_a_file_that_breaks_off_is_truncated(tmp_path):
     (tmp_path / "cut").write_bytes(data[:last])
     with pytest.raises(video.VideoError, match="truncated"):
         read(tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    "syntax, name",
+    [
+        ("100", "mpeg2.mpg"),
+        ("101", "mpeg2.m2v"),
+        ("100.1", "mpeg2.m2v"),
+        ("102", "h264.mp4"),
+        ("103", "h264.ts"),
+        ("104", "h264.h264"),
+        ("106.1", "h264.mp4"),
+        ("107", "hevc.mp4"),
+        ("108", "hevc.mp4"),
+    ],
+)
+def test_video_streams_in_dicom(tmp_path, syntax, name):
+    data, square = (VIDEOS / name).read_bytes(), moving_square(24, 48, 64)[..., ::-1]
+    pieces = [data[:1000], data[1000:]] if syntax.endswith(".1") else data
+    for declared in (24, 3):
+        path = write_coded(
+            tmp_path / "a", [pieces], f"1.2.840.10008.1.2.4.{syntax}", "YBR_PARTIAL_420",
+            like=square, NumberOfFrames=declared,
+        )  # fmt: skip
+        error, notes = error_of(path, square)
+        assert error < 3
+        assert ("24 frames decode" in notes) == (declared == 3)
+    assert video.why_skipped(path) == ""
 
 
 # -------------------------------------------------------------------------- series of single frames
@@ -369,7 +401,7 @@ def test_a_series_is_read_in_its_order(tmp_path):
     frames = np.maximum(moving_square(), frames)
     paths = write_series(tmp_path / "cine", frames)
     (clips,) = video.read_clips(paths, video.Sampling(size=56))
-    assert clips.n_frames == 20 and clips.note == "20 single frames of one series"
+    assert clips.n_frames == 20 and clips.note == "single frames of one series: 20"
     np.testing.assert_array_equal(video.read_frames(paths), frames)
     with pytest.raises(video.VideoError, match="still image"):
         read(paths[0])
@@ -391,7 +423,7 @@ def test_stills_are_no_cine(tmp_path):
     assert group(tmp_path / "mixed") == {}
     paths = write_series(tmp_path / "one", np.concatenate(stills))
     assert len(group(tmp_path / "one")) == 1  # as far as headers say
-    with pytest.raises(video.VideoError, match="12 still images of one series"):
+    with pytest.raises(video.VideoError, match="still images of one series: 12"):
         read(paths)
 
 
@@ -449,3 +481,67 @@ def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom, "INFLATED_BYTES", 200_000)
     with pytest.raises(video.VideoError, match="too large"):
         read(CASES / "deflated.dcm")
+
+
+@pytest.mark.parametrize("name", ["ybr_color", "rgb", "rle", "deflated"])
+def test_damaged_files_end_in_a_reason(tmp_path, name):
+    """Bits flipped, parts cut out, put in twice or blanked: a reason, or images; nothing else."""
+    if name == "ybr_color":
+        data = pydicom.examples.get_path(name).read_bytes()
+    elif name == "deflated":
+        data = (CASES / "deflated.dcm").read_bytes()
+    else:
+        dataset = write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
+        if name == "rle":
+            dataset.compress(pydicom.uid.RLELossless)
+            dataset.save_as(tmp_path / "a", enforce_file_format=True)
+        data = (tmp_path / "a").read_bytes()
+    rng = np.random.default_rng(0)
+    for case in range(60):
+        odd, within = bytearray(data), 2000 if case % 2 else len(data)  # in the header, anywhere
+        for _ in range(rng.integers(1, 8)):
+            at, length = rng.integers(132, within), int(rng.integers(1, 300))
+            match rng.integers(4):
+                case 0:
+                    odd[at % len(odd)] ^= 1 << rng.integers(8)
+                case 1:
+                    del odd[at : at + length]
+                case 2:
+                    odd[at:at] = odd[at : at + length]
+                case 3:
+                    odd[at : at + length] = bytes(len(odd[at : at + length]))
+        (tmp_path / "odd.dcm").write_bytes(odd)
+        try:
+            for frame in video.iter_frames(tmp_path / "odd.dcm"):
+                assert frame.dtype == np.uint8 and frame.shape[2] == 3
+        except video.VideoError as error:
+            assert "SECRET" not in str(error) and len(str(error)) < 200
+        assert isinstance(dicom.read_header_facts(tmp_path / "odd.dcm"), dicom.HeaderFacts)
+
+
+def test_nothing_of_a_header_is_shown(tmp_path):
+    """No tag's value on the screen, whatever stands in it: pydicom quotes values in warnings."""
+    mark = "SMITH^J"
+    square = moving_square(6)
+    with pydicom.config.disable_value_validation():
+        dataset = write_dicom(
+            tmp_path / "a.dcm", square, mark, StudyInstanceUID=mark, Modality=mark,
+            PatientName=mark, ImageType=[mark] * 3, SOPClassUID=mark,
+        )  # fmt: skip
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+        dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    data = (tmp_path / "a.dcm").read_bytes()
+    at = data.index(b"\x28\0\x08\0IS") + 8
+    (tmp_path / "b.dcm").write_bytes(data[:at] + b"SM" + data[at + 2 :])
+    (tmp_path / "c.dcm").write_bytes(data[:300] + data[301:])
+    (tmp_path / "d.dcm").write_bytes(data.replace(b"SMITH^J ", b"SMITH^\0\x1b", 2))
+    script = (
+        "import logging, sys; logging.basicConfig(); from embed import dicom, video\n"
+        "for p in sys.argv[1:]: print(video.why_skipped(p)); dicom.read_header_facts(p)"
+    )
+    paths = [str(p) for p in sorted(tmp_path.glob("*.dcm"))]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *paths], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert "SMITH" not in done.stdout and "an unknown value" in done.stdout

@@ -1,6 +1,8 @@
 """Decoding against known pixels, the published sampling against its description, odd files."""
 
+import os
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 from embed import phantom, studies, video
 
 REAL = pydicom.examples.get_path("ybr_color")
+VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
 
 
 def moving_square(n=20, height=60, width=80):
@@ -104,6 +107,56 @@ def test_real_echocardiogram_is_not_tinted():
     expected = [cv2.imdecode(np.frombuffer(j, np.uint8), cv2.IMREAD_COLOR) for j in jpegs]
     assert found.shape == (30, 240, 320, 3)
     assert np.abs(found.astype(int) - np.stack(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name, n, noted",
+    [
+        ("vfr.mkv", 24, True),
+        ("vfr.webm", 24, True),
+        ("vfr.wmv", 24, True),
+        ("trimmed.mp4", 16, True),  # by its edit list
+        ("mpeg2.mpg", 24, True),
+        ("h264.mp4", 24, False),
+        ("hevc.mp4", 24, False),
+        ("h264.ts", 24, False),
+        ("mpeg2.m2v", 24, False),
+    ],
+)
+def test_containers_are_judged_by_what_decodes(tmp_path, name, n, noted):
+    path = shutil.copy(VIDEOS / name, tmp_path / name.upper())
+    notes = []
+    frames = np.stack(list(video.iter_frames(path, notes)))
+    assert len(frames) == n and bool(notes) == noted
+    assert np.abs(frames.astype(int) - moving_square(24, 48, 64)[-n:]).mean() < 3
+    data = (VIDEOS / name).read_bytes()
+    (tmp_path / f"cut{name}").write_bytes(data[: len(data) * 2 // 3])
+    if not name.endswith((".mpg", ".ts", ".m2v")):  # those do not say how long they are
+        with pytest.raises(video.VideoError, match="truncated"):
+            video.read_frames(tmp_path / f"cut{name}")
+
+
+def test_an_avi_that_says_one_frame(tmp_path):
+    phantom.write_video(tmp_path / "a.avi", moving_square())
+    data = bytearray((tmp_path / "a.avi").read_bytes())
+    for mark, at in ((b"avih", 24), (b"strh", 40)):
+        at += data.index(mark)
+        data[at : at + 4] = (1).to_bytes(4, "little")
+    (tmp_path / "a.avi").write_bytes(data)
+    notes = []
+    assert len(list(video.iter_frames(tmp_path / "a.avi", notes))) == 20
+    assert "count of frames is wrong" in notes[0]
+    (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
+    with pytest.raises(video.VideoError, match="truncated"):
+        video.read_frames(tmp_path / "a.avi")
+
+
+def test_names_that_are_no_text_nor_a_pattern(tmp_path):
+    phantom.write_video(tmp_path / "a.avi", moving_square())
+    for name in (b"caf\xe9.avi", b"%03d.avi", "e\u0301.avi".encode()):
+        path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
+        shutil.copy(tmp_path / "a.avi", path)
+        assert len(video.read_frames(path)) == 20
 
 
 def test_sampling_is_the_published():
