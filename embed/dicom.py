@@ -26,6 +26,8 @@ import numpy as np
 
 from embed.containers import iter_container
 from embed.frames import (
+    BIG_ENDIAN,
+    NATIVE,
     Frames,
     choose_reading,
     fragments,
@@ -105,11 +107,11 @@ def open_dicom(path, tags=TAGS):
             header = pydicom.dcmread(
                 Bounded(file), force=True, stop_before_pixels=True, specific_tags=list(tags)
             )
-            if "TransferSyntaxUID" not in header.file_meta:
+            syntax = text(header.file_meta, "TransferSyntaxUID")
+            if not re.fullmatch(r"[0-9.]+", syntax):
                 implicit, little = header.original_encoding
-                name = "ExplicitVRLittleEndian" if little else "ExplicitVRBigEndian"
-                name = "ImplicitVRLittleEndian" if implicit else name
-                header.file_meta.TransferSyntaxUID = getattr(pydicom.uid, name)
+                syntax = NATIVE[0] if implicit else NATIVE[1] if little else BIG_ENDIAN
+            header.file_meta.TransferSyntaxUID = syntax
         except (VideoError, OSError):
             raise
         except Exception as error:  # pydicom raises many kinds on malformed headers
@@ -125,7 +127,7 @@ def inflated(file):
     part_10 = file.read(132)[128:] == b"DICM"
     meta = read_dataset(Bounded(file), False, True, stop_when=beyond_meta) if part_10 else {}
     start = file.tell()
-    if meta.get("TransferSyntaxUID") != DEFLATED:
+    if text(meta, "TransferSyntaxUID") != DEFLATED:
         file.seek(0)
         return None
     if os.fstat(file.fileno()).st_size > INFLATED_BYTES:
