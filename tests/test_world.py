@@ -1,11 +1,6 @@
 """What torchrun and SLURM say in the environment: used where it is sound, else one clear line."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
 
 from common.console import UserError
 from common.world import from_environment, place
@@ -45,13 +40,14 @@ def test_what_contradicts_itself(environment):
         place("RANK", "WORLD_SIZE", environment)
 
 
-def test_by_the_command_line(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "name"), [("train", "WORLD_SIZE"), ("embed", "WORLD_SIZE"), ("train", "RANK")]
+)
+def test_by_the_command_line(tmp_path, monkeypatch, cli, command, name):
     """`train` and the rest end in one line before anything is read."""
-    for command, name in (("train", "WORLD_SIZE"), ("embed", "WORLD_SIZE"), ("train", "RANK")):
-        environment = os.environ | {"WORLD_SIZE": "1", "RANK": "0", name: "many"}
-        line = [sys.executable, ROOT / "echofocus.py", command]
-        done = subprocess.run(
-            line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-        assert f"{name} in the environment is 'many'" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    for variable in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(variable, "many" if variable == name else "1")
+    status, _, err = cli(command)
+    assert status == 1 and err.count("\n") == 1, err
+    assert f"{name} in the environment is 'many'" in err
