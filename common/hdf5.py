@@ -41,35 +41,39 @@ def own_dataset(group, name, kind="f", most=MOST_BYTES):
     kind: 'f' floating-point numbers, 'u' or 'i' whole ones, 'text'. A link, an external or a
     virtual dataset would read another file. Raises ValueError.
     """
-    inside = isinstance(group.get(name, getlink=True), h5py.HardLink)
+    key = name.encode()
+    inside = key in group.id and group.id.links.get_info(key).type == h5py.h5l.TYPE_HARD
     return checked(group[name] if inside else None, name, kind, most)
 
 
 def checked(dataset, name, kind="f", most=MOST_BYTES):
     """The dataset, when it is the file's own, of this kind and size, and all of it was written."""
-    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+    created = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
+    layout = created.get_layout() if created else h5py.h5d.VIRTUAL
+    if layout == h5py.h5d.VIRTUAL or created.get_external_count():
         raise ValueError(f"{name} is no dataset of the file itself")
-    is_text = h5py.check_string_dtype(dataset.dtype) is not None
-    if dataset.shape is None or (is_text if kind != "text" else not is_text):
+    dtype, shape = dataset.dtype, dataset.shape
+    is_text = h5py.check_string_dtype(dtype) is not None
+    if shape is None or is_text != (kind == "text"):
         raise ValueError(f"{name} is not {'text' if kind == 'text' else 'numbers'}")
-    if kind != "text" and (dataset.dtype.kind != kind or dataset.dtype.itemsize > 8):
-        raise ValueError(f"{name} is of {dataset.dtype}, not {kind}")
-    if dataset.nbytes > most:
+    if not is_text and (dtype.kind != kind or dtype.itemsize > 8):
+        raise ValueError(f"{name} is of {dtype}, not {kind}")
+    size = math.prod(shape) * dtype.itemsize
+    if size > most:
         raise ValueError(
-            f"{name} claims {dataset.nbytes / 1e9:.3g} GB, more than {most / 1e9:.3g} are not read"
+            f"{name} claims {size / 1e9:.3g} GB, more than {most / 1e9:.3g} are not read"
         )
-    if dataset.chunks is None:
-        whole = dataset.id.get_storage_size() >= dataset.nbytes
+    if layout == h5py.h5d.CHUNKED:
+        whole = dataset.id.get_num_chunks() == expected_chunks(dataset, created, name, most)
     else:
-        whole = dataset.id.get_num_chunks() == expected_chunks(dataset, name, most)
+        whole = dataset.id.get_storage_size() >= size
     if not whole:
         raise ValueError(f"{name} is incomplete: parts of it were never written")
     return dataset
 
 
-def expected_chunks(dataset, name, most):
+def expected_chunks(dataset, created, name, most):
     """How many pieces the dataset is stored in. Raises ValueError when they are out of bounds."""
-    created = dataset.id.get_create_plist()
     filters = {created.get_filter(i)[0] for i in range(created.get_nfilters())}
     if filters - FILTERS:
         raise ValueError(f"{name} is stored through a filter that is not read: {filters - FILTERS}")
@@ -84,7 +88,11 @@ def own_texts(group, name, shape, longest=200):
 
     Each is cut to `longest` printable characters. Raises ValueError.
     """
-    dataset = own_dataset(group, name, "text", MOST_TEXT)
+    return read_texts(own_dataset(group, name, "text", MOST_TEXT), name, shape, longest)
+
+
+def read_texts(dataset, name, shape, longest=200):
+    """`own_texts` of a dataset that `own_dataset` has opened."""
     fits = [s in (None, n) for s, n in zip(shape, dataset.shape, strict=False)]
     if len(shape) != dataset.ndim or not all(fits):
         raise ValueError(f"{name} is of shape {dataset.shape}, expected {shape}")
@@ -117,11 +125,12 @@ def own_attributes(node, names):
     """
     found = {}
     for name in names:
-        if name not in node.attrs:
+        if not h5py.h5a.exists(node.id, name.encode()):
             continue
         attribute = h5py.h5a.open(node.id, name.encode())
-        is_text = h5py.check_string_dtype(attribute.dtype) is not None
-        odd = attribute.dtype.kind not in "iufb" and not is_text
+        dtype = attribute.dtype
+        is_text = h5py.check_string_dtype(dtype) is not None
+        odd = dtype.kind not in "iufb" and not is_text
         if odd or len(attribute.shape) > (not is_text):
             raise ValueError(f"attribute {name} is neither text nor a number")
         if attribute.get_storage_size() > MOST_ATTRIBUTE:

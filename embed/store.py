@@ -36,6 +36,7 @@ from common.console import Findings, UserError, clean_text, printable, progress,
 from common.files import atomic_path, stamp_of
 from common.hdf5 import (
     MOST_BYTES,
+    MOST_TEXT,
     UNREADABLE,
     checked,
     find_datasets,
@@ -43,6 +44,7 @@ from common.hdf5 import (
     own_attributes,
     own_dataset,
     own_texts,
+    read_texts,
     shortest_distinct,
 )
 from embed import EMBED_DIM as D
@@ -232,12 +234,13 @@ def describe_own(f):
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:
         raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")
-    if (named := own_dataset(f, "videos", "text").shape) != (V,):
-        raise ValueError(f"{V} videos and {named} names differ in number")
+    names = own_dataset(f, "videos", "text", MOST_TEXT)
+    if names.shape != (V,):
+        raise ValueError(f"{V} videos and {names.shape} names differ in number")
     return OpenStudy(
         Header(n_copies, V, C, attributes, crc32),
         lambda number: copies[number - 1] if number else embeddings[()],
-        lambda: own_texts(f, "videos", (V,)).tolist(),
+        lambda: read_texts(names, "videos", (V,)).tolist(),
     )
 
 
@@ -318,9 +321,11 @@ class Store:
             return study(draw_copy(rng, study.header.copies))
 
     def read_all(self, eid):
-        """A study's plain StudyClips, then those of its transformed copies: a list."""
-        with self.opened(eid) as study:
-            return [study(number) for number in range(study.header.copies)]
+        """Yield a study's plain StudyClips, then those of its transformed copies, one at a time."""
+        for number in range(self.header(eid).copies):
+            with self.opened(eid) as study:
+                clips = study(number)
+            yield clips  # outside: what its taker does wrong is not the study's fault
 
     def stamp(self, eid):
         """Size and time of the file that a study lies in; [0, 0] when it is gone."""
@@ -666,44 +671,50 @@ def write_pack(source, path, dtype):
             header = source.header(eid)
             rows += header.copies * header.videos * header.clips
     with atomic_path(path) as temporary:
-        at = begin_pack(temporary, rows, dtype)
-        index, settings, names, row = [], [], [], 0
+        at, row = begin_pack(temporary, rows, dtype), 0
+        index, settings, names = [], [], []
         with open(temporary, "r+b", buffering=0) as data:
             for eid in progress(source.files, desc="pack", unit="study"):
-                study = {"eid": eid, "row": row, "first_video": len(names)}
-                blocks = read_to_pack(source, eid, dtype, study, settings)
-                for copy, _ in blocks:
-                    if (row + copy.shape[0] * copy.shape[1]) > rows:
+
+                def write(number, block, eid=eid, row=row):
+                    first = row + number * (block.size // D)
+                    if first + block.size // D > rows:
                         raise OSError(f"the file of study {eid} has changed meanwhile")
-                    write_all(data.fileno(), copy, at + row * D * dtype.itemsize)
-                    row += copy.shape[0] * copy.shape[1]
-                names += blocks[0][1] if blocks else []
+                    write_all(data.fileno(), block, at + first * D * dtype.itemsize)
+
+                study = {"eid": eid, "row": row, "first_video": len(names)}
+                names += pack_study(source, eid, dtype, study, settings, write)
+                row += 0 if study["reason"] else int(np.prod(study["shape"]))
                 index.append(study)
         end_pack(temporary, index, settings, names)
     return {study["eid"]: study["reason"] for study in index if study["reason"]}
 
 
-def read_to_pack(source, eid, dtype, study, settings):
-    """A study's copies as list of ((V, C, D) array, names); fills in its columns of the index."""
+def pack_study(source, eid, dtype, study, settings, write):
+    """Hand a study's copies to `write` (number, block); fills in its columns of the index.
+
+    Returns the names of its videos; none, where something could not be read.
+    """
     study |= {"shape": [0, 0, 0], "crc32": [], "made_with": 0, "reason": ""}
     study |= {"source": source.stamp(eid), "content": source.content(eid)}
-    made_with, blocks = {}, []
+    made_with, videos = {}, []
     try:
         header = source.header(eid)
         study["shape"], made_with = [header.copies, header.videos, header.clips], header.made_with
-        for clips in source.read_all(eid):
-            block = clips.embeddings.astype(dtype)
+        for number, clips in enumerate(source.read_all(eid)):
+            block, videos = clips.embeddings.astype(dtype), clips.videos
             if not np.isfinite(block).all():
                 raise UnreadableStudy(f"study {eid} has numbers beyond {dtype.name}")
-            blocks.append((block, clips.videos))
-        study["crc32"] = [checksum(*block) for block in blocks]
+            write(number, block)
+            study["crc32"].append(checksum(block, videos))
     except UnreadableStudy as error:
-        study["reason"], blocks = str(error), []
+        study |= {"reason": str(error), "crc32": []}
+        videos = []
     text = json.dumps(made_with)
     if text not in settings:
         settings.append(text)
     study["made_with"] = settings.index(text)
-    return blocks
+    return videos
 
 
 def begin_pack(path, rows, dtype):
