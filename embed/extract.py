@@ -419,11 +419,11 @@ class Run:
         reason = "the manifest's file is missing"
         missing = {visible(v): FileRecord(result="again", reason=reason) for v in study.missing}
         results = {}
-        if kept | missing != before or videos.keys() - kept.keys():
+        if self.redo or kept | missing != before or videos.keys() - kept.keys():
             try:
                 results = read_results(path, [n for n, r in kept.items() if r.result == "ok"])
-            except UNREADABLE:  # damaged since
-                kept = {}
+            except UNREADABLE:  # damaged since it was written
+                kept = before = {}
         waiting = videos.keys() - kept.keys()
         self.in_work[study.name] = StudyInWork(waiting, stamps, before, kept | missing, results)
         bar.update(len(kept))
@@ -650,7 +650,9 @@ def add_options(parser):
         metavar="I/N",
         help="which share to begin with; 'auto' asks torchrun's or SLURM's environment",
     )
-    option("--redo", action="store_true", help="make files of other settings anew")
+    option(
+        "--redo", action="store_true", help="make damaged files and those of other settings anew"
+    )
 
 
 def settings_from(typed):

@@ -358,6 +358,27 @@ def test_only_what_changed_is_read_again(source, tmp_path, cli, decoded):
     assert names == [] and fewer.keys() == first.keys()
 
 
+def test_damaged_numbers_are_made_anew(source, tmp_path, cli, decoded):
+    """A changed byte among the embeddings: with --redo, or when the study is touched anyway."""
+    out = tmp_path / "out"
+    shutil.rmtree(source / "B")
+    assert cli(source, "--out", out, *OPTIONS, main=extract.main)[0] == 0
+    good = (out / "A_1.hdf5").read_bytes()
+    with h5py.File(out / "A_1.hdf5") as f:
+        at = f["embeddings"].id.get_offset()
+        first = f["embeddings"][:]
+    for touch in (("--redo",), ()):
+        (out / "A_1.hdf5").write_bytes(good[: at + 7] + b"\x99" + good[at + 8 :])
+        if not touch:
+            shutil.copy(source / "A_1" / "x.dcm", source / "A_1" / "z.dcm")
+        decoded.clear()
+        status, text, _ = cli(source, "--out", out, *OPTIONS, *touch, main=extract.main)
+        assert status == 0 and "1 studies extracted" in text
+        assert len(decoded) == (3 if touch else 4)
+        with h5py.File(out / "A_1.hdf5") as f:
+            assert relative_error(f["embeddings"][:3], first) < 1e-5
+
+
 def test_what_may_pass_is_tried_again(source, tmp_path, cli, decoded, monkeypatch):
     """A decoder that dies, then works; a still image is not looked at again."""
     out, dies = tmp_path / "out", {"y.dcm", "real.dcm"}
