@@ -379,7 +379,7 @@ def test_unreadable_studies_are_listed(cohort, cli):
     status, out, _ = cli("predict")
     assert status == 0
     assert (
-        "2 studies cannot be read" in out
+        "2 studies left out" in out
         and "1003.hdf5" in out
         and "1004.hdf5: it holds NaN" in out
     )
