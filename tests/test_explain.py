@@ -17,6 +17,7 @@ from test_commands import published_model
 from test_study_model import by_rule, study
 
 import echofocus as ef
+from embed.store import open_store
 
 
 def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
@@ -183,7 +184,7 @@ def test_what_the_long_table_says(trained, cli):
     sums = found["score"].groupby(level=0).agg(["sum", lambda x: x.abs().sum()])
     assert ((change - sums["sum"]).abs() < 0.01 * sums.iloc[:, 1] + 1e-3).all()
     model = ef.load("defect")
-    store = ef.EmbeddingFolder(Path("emb"))
+    store = open_store(Path("emb"))
     eid = next(eid for eid in store.files if len(store.read(eid).videos) == 3)
     bag = store.read(eid)
     for video, row in found.loc[eid].set_index("video").iterrows():
@@ -283,7 +284,7 @@ def test_float16_packs_can_be_explained(trained, cli):
 
 def test_the_mean_baseline_is_refused_where_it_is_not_known(trained, cli):
     assert cli("explain", "--baseline", "mean")[0] == 0
-    model, store = ef.load("defect"), ef.EmbeddingFolder(Path("emb"))
+    model, store = ef.load("defect"), open_store(Path("emb"))
     split = pd.read_csv(FOLDER / "split.csv", dtype=str)
     training = split["eid"][split["fold"] == "train"]
     means = [store.read(eid).embeddings.mean((0, 1)) for eid in training]

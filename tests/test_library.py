@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import echofocus as ef
+from embed.store import open_store
 
 
 @pytest.fixture
@@ -20,18 +21,18 @@ def trained(cohort, cli):
     return cohort
 
 
-def test_the_snippet_of_the_readme_runs(trained, capsys):
+def test_the_snippet_of_the_readme_runs(trained, capfd):
     text = (ROOT / "README.md").read_text()
     code = re.search(r"<!-- run:library -->\n```python\n(.*?)```", text, re.S)[1]
     exec(code, {})
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "visit 1" in out and "finding_decision" in out and "video 4" in out
 
 
 def test_the_same_numbers_as_the_command_line(trained, cli):
     assert cli("predict", "--out", "p.csv")[0] == 0 and cli("embed")[0] == 0
     model = ef.load("trained_models/defect")
-    for source in ("emb", {p.stem: ef.EmbeddingFolder(Path("emb")).read(p.stem).embeddings
+    for source in ("emb", {p.stem: open_store(Path("emb")).read(p.stem).embeddings
                            for p in Path("emb").iterdir()}):  # fmt: skip
         table = ef.predict(model, source).set_index("eid").sort_index()
         expected = pd.read_csv("p.csv", dtype={"eid": str}).set_index("eid").sort_index()
