@@ -3,8 +3,8 @@
 Seconds a study and convergence error, for one label and for all, on one study of clip embeddings.
 The published way is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
 and one step at a time. Ours is `echofocus.integrated_gradients`. Both take turns, so that a noisy
-machine hits them alike. The trained model learns planted patterns here, in a minute; the random one is as
-torch begins it, without training.
+machine hits them alike. The trained model learns planted patterns here, in a minute; the random one
+is as torch begins it, without training.
 """
 
 import argparse
