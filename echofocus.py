@@ -72,6 +72,9 @@ from common.files import (
 from common.schema import (
     FOLDS,
     MODELS,
+    WITH_MODEL,
+    Config,
+    Dataset,
     Settings,
     Task,
     check_name,
@@ -88,6 +91,7 @@ from embed.preview import preview_extraction
 from embed.store import (
     MADE_WITH,
     PackedEmbeddings,
+    StudyClips,
     UnreadableStudy,
     VideosAsStudies,
     open_folder,
@@ -811,19 +815,23 @@ def collate(studies, ends_step):
 def describe_input(store, eids, n=64):
     """What a model is trained on: MADE_WITH of the files, and the norms of their clip embeddings.
 
-    Returns the attributes that all studies share, and mean and standard deviation of the mean
-    norms of `n` of them (the checks of `InputCheck`).
+    Returns the attributes that all studies share, with mean and standard deviation of the mean
+    norms of `n` of them (the checks of `InputCheck`); and the mean clip embedding (D,) of those `n`
+    studies, each counting alike.
     """
     made_with = store.made_with(eids)
     shared = {name: next(iter(studies)) for name, studies in made_with.items() if len(studies) == 1}
     shared = {name: value for name, value in shared.items() if value != ""}
-    norms = []
+    norms, means = [], []
     for eid in sorted(eids, key=lambda eid: derive_seed("input", eid))[:n]:
         with suppress(UnreadableStudy):
-            norms.append(mean_norm(store.read(eid)))
+            study = store.read(eid)
+            norms.append(mean_norm(study))
+            means.append(study.embeddings.mean((0, 1), dtype=np.float64))
     if not norms:
-        return shared
-    return shared | {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
+        return shared, torch.zeros(D)
+    shared |= {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
+    return shared, torch.from_numpy(np.mean(means, axis=0)).float()
 
 
 def mean_norm(study):
@@ -1077,12 +1085,15 @@ def study_losses(logits, targets, task_type):
     Binary: cross-entropy with logits. Regression: squared error of normalised labels.
     """
     known = ~targets.isnan()
-    filled = targets.nan_to_num()
-    if task_type == "binary":
-        each = F.binary_cross_entropy_with_logits(logits, filled, reduction="none")
-    else:
-        each = F.mse_loss(logits, filled, reduction="none")
+    each = losses_of_labels(logits, targets.nan_to_num(), task_type)
     return (each * known).sum(1) / known.sum(1).clamp(min=1)
+
+
+def losses_of_labels(logits, targets, task_type):
+    """The loss of each study's each label (S, T), see `study_losses`."""
+    if task_type == "binary":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return F.mse_loss(logits, targets, reduction="none")
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -1101,6 +1112,7 @@ class LoadedModel:
     made_with: dict  # settings at training; {} for a published checkpoint
     units: dict
     seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
+    clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is known
 
     def readable(self, logits):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
@@ -1286,8 +1298,20 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     net.to(device).eval().requires_grad_(False)
     made_with = made_with or {"input": {"size": 224, "clip_len": 16}}  # as published models were
     return LoadedModel(
-        folder, net, task, list(labels), kind, scaling, made_with, units, seen_from(saved, folder)
-    )
+        folder, net, task, list(labels), kind, scaling, made_with, units,
+        seen_from(saved, folder), clip_mean_from(saved, path),
+    )  # fmt: skip
+
+
+def clip_mean_from(saved, path):
+    """The mean clip embedding (D,) of the training fold in a checkpoint, or None."""
+    mean = saved.get("clip_mean")
+    if mean is None:
+        return None
+    fits = torch.is_tensor(mean) and mean.shape == (D,) and mean.dtype == torch.float32
+    if not fits or not mean.isfinite().all():
+        raise UserError(f"{path}: its clip_mean is no clip embedding")
+    return mean
 
 
 def load_readings(folder, device):
@@ -1677,7 +1701,12 @@ def report_unreadable(unreadable, listener=RUN):
 
 def cmd_train(typed):
     """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
-    world = join_world(pick_device(typed.get("device", "")))
+    with join_world(pick_device(typed.get("device", "")), "share each optimiser step") as world:
+        train_model(typed, world)
+
+
+def train_model(typed, world):
+    """What each process of `train` does."""
     config = read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
     settings = resolve_settings("train", typed, config)
@@ -1717,8 +1746,6 @@ def cmd_train(typed):
     for unreadable in world.gather(run.unreadable):
         run.unreadable |= unreadable
     report_unreadable(run.unreadable)
-    if world.size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def adopt_architecture(settings, net, typed):
@@ -1946,7 +1973,7 @@ class Training:
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
         self.thresholds = {}  # label -> probability, at the best epoch
-        self.input = describe_input(store, self.eids["train"])
+        self.input, self.clip_mean = describe_input(store, self.eids["train"])
         split = table[["pid"]].assign(fold=folds)
         self.seen = [Seen.of(split, hashlib.sha256(self.labels_sha256.encode()).hexdigest()[:32])]
         self.seen += (begun_from.seen or []) if begun_from else []
@@ -2128,6 +2155,7 @@ class Training:
             "cuda_random_state": None,
             "position": asdict(self.position),
             "seen": [part.saved() for part in self.seen],
+            "clip_mean": self.clip_mean,
             "echofocus": self.portable_settings()
             | {
                 "version": __version__,
@@ -2210,7 +2238,8 @@ def youden_thresholds(truth, probabilities, labels):
 
 
 def start_with_model(command, typed):
-    """What commands that use a model begin with: (settings, config, model)."""
+    """What commands that use a model begin with: (settings, config, model, source)."""
+    refuse_other_mode(typed)
     config = read_config(typed.get("config"), needed=not typed.get("videos"))
     task = typed.get("task", "")
     if task and not released_task(task):
@@ -2220,11 +2249,68 @@ def start_with_model(command, typed):
     if command in ("evaluate", "explain") and isinstance(model.net, Readings):
         raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
     config.tasks.setdefault(model.task, Task(model.labels, type=model.type, units=model.units))
-    return resolve_settings(command, typed, config, model), config, model
+    settings = resolve_settings(command, typed, config, model)
+    if settings.videos:
+        source = extracted(typed, settings, config)
+    else:
+        source = Source(
+            settings.dataset, open_store(config.datasets[settings.dataset].embedding_path)
+        )
+    if typed.get("label_path"):
+        config.datasets[source.name].label_path = Path(typed["label_path"])
+    return settings, config, model, source
 
 
-def labelled_studies(model, config, settings, store):
-    """(label table rows of the chosen fold with embeddings, how it is known what was seen)."""
+@dataclass
+class Source:
+    """The studies that a command is given: a dataset's, or those of a folder of videos."""
+
+    name: str  # in the names of what is written about them
+    store: object
+    wanted: list[str] | None = None  # of a folder of videos: its studies, also unusable ones
+
+    @property
+    def eids(self):
+        """The studies that have embeddings."""
+        files = self.store.files
+        return list(files) if self.wanted is None else [e for e in self.wanted if e in files]
+
+
+CLIP_EMBEDDINGS = Path("clip_embeddings")
+
+
+def extracted(typed, settings, config):
+    """The Source of `--videos`: clip embeddings, extracted once for all models.
+
+    They lie in a folder of their own for each source, encoder and way of sampling. The dataset is
+    put into the config, under the name of that folder. Raises UserError.
+    """
+    videos, how = Path(settings.videos), extract.settings_from(typed)
+    named = [typed[name] for name in ("group", "manifest", "study_id")]
+    studies = extract.find_studies(videos, *named)
+    studies = studies[: settings.sample_limit or None]
+    made = extract.attributes_of(how, panecho.weights_digest(how.weights))
+    made = {k: v for k, v in made.items() if k not in ("version", "weights")}
+    place = json.dumps([str(videos.resolve()), named, made], sort_keys=True)
+    key = hashlib.sha256(place.encode()).hexdigest()[:8]
+    name = f"{videos.resolve().name}_{key}"
+    folder = Path(settings.keep or CLIP_EMBEDDINGS) / name
+    summary = extract.extract(studies, folder, how)
+    summary.print()
+    if not summary.written and not summary.finished:
+        raise UserError(f"no study in {videos} has a usable video")
+    size = sum(file.stat().st_size for file in folder.glob("*.hdf5"))
+    print(
+        f"clip embeddings are kept in {folder} ({size / 1e6:.1f} MB), for other models too; delete "
+        "that folder to clear them"
+    )
+    config.datasets[name] = Dataset(folder)
+    settings.dataset = name
+    return Source(name, open_store(folder), sorted(s.name for s in studies))
+
+
+def labelled_folds(model, config, settings, store):
+    """(task, label table, fold of each of its studies, how it is known what was seen)."""
     config.pick("task", settings.task)
     if config.tasks[settings.task].task_labels != model.labels:
         raise UserError(
@@ -2233,9 +2319,15 @@ def labelled_studies(model, config, settings, store):
     config.tasks[settings.task].type = model.type
     own = settings.dataset == model.made_with.get("dataset")
     column = model.made_with.get("split_column", "") if own else ""
-    task, whole = load_labels(config, settings.task, settings.dataset, split_column=column)
-    digest = partial(digest_at_training, model, whole, store, task)
-    folds, how = folds_for(model, whole, settings.dataset, RUN, settings.assume_unseen, digest)
+    task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
+    digest = partial(digest_at_training, model, table, store, task)
+    folds, how = folds_for(model, table, settings.dataset, RUN, settings.assume_unseen, digest)
+    return task, table, folds, how
+
+
+def labelled_studies(model, config, settings, store):
+    """(label table rows of the chosen fold with embeddings, how it is known what was seen)."""
+    task, whole, folds, how = labelled_folds(model, config, settings, store)
     table = match_studies(whole, store, task, first_only=settings.first_study_only)
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
     table = table[folds.reindex(table.index).isin(wanted)]
@@ -2246,8 +2338,8 @@ def labelled_studies(model, config, settings, store):
 
 def cmd_evaluate(typed):
     """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
-    settings, config, model = start_with_model("evaluate", typed)
-    store = open_store(config.datasets[settings.dataset].embedding_path)
+    settings, config, model, source = start_with_model("evaluate", typed)
+    store = source.store
     table, how = labelled_studies(model, config, settings, store)
     warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
@@ -2279,32 +2371,13 @@ def cmd_evaluate(typed):
 
 def cmd_predict(typed):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
-    refuse_other_mode(typed)
     if typed.get("out"):
         output_path(typed["out"], "--out")
-    if typed.get("videos"):
-        source = Path(typed["videos"])
-        studies = extract.find_studies(
-            source, *(typed[n] for n in ("group", "manifest", "study_id"))
-        )
-        settings, config, model = start_with_model("predict", typed)
-        key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
-        name = f"{source.resolve().name}_{key}"  # another source of that name: other files
-        folder = model.folder / f"clip_embeddings_{name}"
-        summary = extract.extract(studies, folder, extract.settings_from(typed))
-        summary.print()
-        if not summary.written and not summary.finished:
-            raise UserError(f"no study in {source} has a usable video")
-        wanted = sorted(s.name for s in studies)
-    else:
-        settings, config, model = start_with_model("predict", typed)
-        name, wanted = settings.dataset, None
-        folder = config.datasets[name].embedding_path
-    store = open_store(folder)
-    eids = list(store.files) if wanted is None else [e for e in wanted if e in store.files]
-    absent = set(wanted or labelled_ids(config, settings, store)) - set(store.files)
-    path = Path(settings.out or model.folder / f"predictions_{name}.csv")
-    eids = eids[: settings.sample_limit or None]
+    settings, config, model, source = start_with_model("predict", typed)
+    store = source.store
+    absent = set(source.wanted or labelled_ids(config, settings, store)) - set(store.files)
+    path = Path(settings.out or model.folder / f"predictions_{source.name}.csv")
+    eids = source.eids[: settings.sample_limit or None]
     warn_of_another_encoder(model, store, eids)
     work = work_of(model, store, eids, settings)
     journal = Journal(journal_path(path), work, f"windows of {WINDOW} studies")
@@ -2327,9 +2400,7 @@ def refuse_other_mode(typed):
         if typed.get("dataset"):
             raise UserError("--videos and --dataset are two sources: give one")
         return
-    parser = Parser()
-    extract.add_options(parser)
-    for name, default in vars(parser.parse_args([])).items():
+    for name, default in extraction_defaults().items():
         if typed.get(name, default) != default:
             raise UserError(f"--{name} is for videos: it needs --videos")
 
@@ -2447,18 +2518,26 @@ def cmd_embed(typed):
         raise UserError("--map shows studies: leave out --level video")
     if typed.get("datasets"):
         typed = typed | {"dataset": typed["datasets"][0]}
-    settings, config, model = start_with_model("embed", typed)
-    datasets = [config.pick("dataset", name) for name in settings.datasets or [settings.dataset]]
+    if typed.get("datasets") and typed.get("videos"):
+        raise UserError("--videos and --datasets are two sources: give one")
+    if typed.get("embed_file"):
+        output_path(typed["embed_file"], "--embed_file")
+    settings, config, model, source = start_with_model("embed", typed)
+    datasets = [config.pick("dataset", name) for name in settings.datasets or [source.name]]
     rows = map_rows(config, settings, datasets) if settings.map else None  # first: it may refuse
-    files = {name: embed_dataset(name, config, model, settings) for name in dict.fromkeys(datasets)}
+    files = {}
+    for name in dict.fromkeys(datasets):
+        if name != source.name:
+            source = Source(name, open_store(config.datasets[name].embedding_path))
+        files[name] = embed_source(source, model, settings)
     if settings.map:
         make_map(files, rows, model, settings)
 
 
-def embed_dataset(dataset, config, model, settings):
-    """Write the embeddings of a dataset; returns the file's path."""
-    store = open_store(config.datasets[dataset].embedding_path)
-    eids = list(store.files)[: settings.sample_limit or None]
+def embed_source(source, model, settings):
+    """Write the embeddings of a source's studies; returns the file's path."""
+    dataset, store = source.name, source.store
+    eids = source.eids[: settings.sample_limit or None]
     warn_of_another_encoder(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
@@ -2568,155 +2647,618 @@ def make_map(files, rows, model, settings):
     print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
 
 
+# -------------------------------------------------------------------------------------- attribution
+
+QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
+NODES, MOST_NODES = 8, 512  # of the path integral: to begin with, and at most
+MOST_NODES_IN_HALF = 64  # more of them would not bring bf16 any nearer
+COMPLETE = 0.01  # the error that 'adaptive' goes on to, as a share of the summed absolute scores
+
+
+@dataclass
+class Attribution:
+    """What a study's clips counted for in T outputs, in the network's own units."""
+
+    scores: np.ndarray  # (T, V, C) signed, summed over features
+    absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
+    error: np.ndarray  # (T,) by how much the scores miss what they should add up to; NaN: no sum
+
+
+def attribute_clips(net, bag, settings, objectives, baseline=None):
+    """Attribution of a study by `settings.explain_method`.
+
+    bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T), what is explained; baseline:
+    (D,) clip embedding from which the path starts, None: zero.
+    """
+    method, (V, C, _) = settings.explain_method, bag.shape
+    bag = np.ascontiguousarray(bag, np.float32)
+    tokens = torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
+    if method == "attention":
+        shares = attention_rollout(net, tokens).expand(net.n_labels, -1)
+        scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
+        return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
+    if method == "leave_one_out":
+        answer = objectives(outputs_of(net, [tokens], settings))
+        scores = (
+            (answer - objectives(outputs_without(net, bag, settings))).T.cpu().numpy()
+        )  # (T, V)
+        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared out evenly
+        return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
+    start = torch.zeros(D) if baseline is None else baseline
+    start = start.to(tokens).expand_as(tokens)
+    integrate = published_gradients if method in QUADRATURES else integrated_gradients
+    parts, error = integrate(net, tokens, start, settings, objectives, V)
+    parts = parts.view(len(parts), V, C, D)
+    scores, absolute = parts.sum(3), parts.abs().sum((2, 3))
+    return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error)
+
+
+def device_of(net):
+    return next(net.parameters()).device
+
+
+def integrated_gradients(net, tokens, start, settings, objectives, V):
+    """Integrated gradients of T objectives in tokens (N, D): (T, N, D), and their errors (T,).
+
+    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The first
+    LayerNorm makes the answer change almost wholly within the first hundredths of the path, so
+    the path is run through by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
+    (`turning_point`): evenly in alpha near the start, evenly in log alpha beyond. Gauss-Legendre
+    nodes in u then converge fast; they are doubled for the objectives that are not yet complete.
+    All objectives share one forward pass a node.
+    """
+    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
+    change, wanted = tokens - start, ends[1] - ends[0]
+    a, n_nodes = turning_point(net, start, tokens), NODES
+    parts = torch.zeros(len(wanted), *tokens.shape, device=tokens.device)
+    error = torch.full_like(wanted, torch.inf)
+    unfinished = torch.arange(len(wanted))
+    while len(unfinished):
+        u, weights = np.polynomial.legendre.leggauss(n_nodes)
+        stretch = np.arcsinh(1 / a)
+        v = (u + 1) / 2 * stretch
+        alphas, weights = a * np.sinh(v), weights / 2 * a * stretch * np.cosh(v)
+        sums = path_integral(net, start, change, alphas, weights, settings, objectives, unfinished)
+        parts[unfinished] = sums.mul_(change)
+        error[unfinished] = incompleteness(parts[unfinished], wanted[unfinished], V)
+        n_nodes *= 2
+        if n_nodes > (MOST_NODES if settings.precision == "fp32" else MOST_NODES_IN_HALF):
+            break
+        unfinished = torch.flatten((error >= COMPLETE).nonzero()).cpu()
+    return parts, error.cpu().numpy()
+
+
+def path_integral(net, start, change, alphas, weights, settings, objectives, wanted):
+    """Weighted sum over nodes of the gradients of some objectives (W,): (W, N, D).
+
+    As many nodes as `settings.batch_tokens` and `batch_size` allow run together.
+    """
+    N, sums = len(change), torch.zeros(len(wanted), *change.shape, device=change.device)
+    together = max(1, min(settings.batch_tokens // N, settings.batch_size or len(alphas)))
+    for k in range(0, len(alphas), together):
+        alpha = torch.tensor(alphas[k : k + together]).to(change)
+        weight = torch.tensor(weights[k : k + together]).to(change)
+        points = (start + alpha[:, None, None] * change).requires_grad_(True)  # (K, N, D)
+        with torch.enable_grad():
+            values = objectives(outputs_of(net, points, settings, grad=True))  # (K, T)
+        for i, t in enumerate(wanted.tolist()):
+            more = i + 1 < len(wanted)
+            (gradient,) = torch.autograd.grad(values[:, t] @ weight, points, retain_graph=more)
+            sums[i] += gradient.sum(0)
+    return sums
+
+
+def incompleteness(parts, wanted, V):
+    """|sum of attributions - change in the objective| as a share of the summed absolute scores of
+    the V videos; parts (T, N, D), wanted (T,) -> (T,)."""
+    scores = parts.view(len(parts), V, -1).double().sum(2)
+    return (scores.sum(1) - wanted).abs() / scores.abs().sum(1).clamp(min=1e-9)
+
+
+def turning_point(net, start, tokens):
+    """Where on the path (0 to 1) the first LayerNorm turns from the start to the tokens.
+
+    The median over tokens of the ratio between its input at the start and the change of it: below
+    that share of the path the start decides its output, beyond it the tokens do.
+    """
+    if not net.depth:
+        return 1.0
+    mha = net.encoder.layers[0].self_attn
+
+    def layer_norm_input(x):
+        queries = net.queries
+        x = x if queries is None else torch.cat([queries, x])
+        n_queries = len(queries) if queries is not None and net.depth == 1 else 0
+        x = x[: n_queries or None] + attend(mha, x, [len(x)], n_queries)
+        return x - x.mean(1, keepdim=True)
+
+    with torch.no_grad():
+        before, after = layer_norm_input(start), layer_norm_input(tokens)
+        ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
+    return float(ratio.median().clamp(1e-4, 1))
+
+
+def outputs_of(net, bags, settings, grad=False):
+    """Outputs (S, T) in float32 of some studies' tokens, each (N, D)."""
+    device = device_of(net).type
+    half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16")
+    with torch.set_grad_enabled(grad), half:
+        return net(torch.cat(list(bags)), [len(b) for b in bags])[0].float()
+
+
+def published_gradients(net, tokens, start, settings, objectives, V):
+    """As `integrated_gradients`, by one of Captum's quadratures, an objective at a time."""
+    from captum.attr import IntegratedGradients
+
+    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
+    parts = []
+    for t in range(ends.shape[1]):
+
+        def forward(bags, t=t):
+            grad = torch.is_grad_enabled()
+            return objectives(outputs_of(net, bags, settings, grad))[:, t]
+
+        together = min(settings.batch_tokens // len(tokens), settings.batch_size or 10**9)
+        parts.append(
+            IntegratedGradients(forward).attribute(
+                tokens[None],
+                start[None],
+                n_steps=settings.explain_steps,
+                method=settings.explain_method,
+                internal_batch_size=max(1, together),
+            )[0]
+        )
+    parts = torch.stack(parts).detach().float()
+    return parts, incompleteness(parts, ends[1] - ends[0], V).cpu().numpy()
+
+
+def outputs_without(net, bag, settings):
+    """Outputs (V, T) of a study (V, C, D) without each of its videos; NaN where it has but one."""
+    V, C, _ = bag.shape
+    device = device_of(net)
+    if V == 1:
+        return torch.full((1, net.n_labels), torch.nan, device=device)
+    bag, outputs = torch.from_numpy(np.ascontiguousarray(bag, np.float32)).to(device), []
+    together = max(1, min(settings.batch_tokens // ((V - 1) * C), settings.batch_size or V))
+    for first in range(0, V, together):
+        left_out = range(first, min(V, first + together))
+        rest = [torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1) for v in left_out]
+        outputs.append(outputs_of(net, rest, settings))
+    return torch.cat(outputs)
+
+
+@torch.no_grad()
+def attention_rollout(net, tokens):
+    """The share of each token (N, D) in the pooled output, by attention alone: (1, N) or, where
+    each label has its query, (T, N).
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged
+    over heads, half of it the residual path, multiplied from layer to layer.
+    """
+    queries = net.queries
+    x = tokens if queries is None else torch.cat([queries, tokens])
+    rollout = torch.eye(len(x), device=x.device)
+    for layer in net.encoder.layers if net.depth else [None]:
+        mha = layer.self_attn if layer else net.encoder
+        q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
+        q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
+        weights = (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0)
+        if layer:  # depth 0 has no residual path
+            weights = (weights + torch.eye(len(x), device=x.device)) / 2
+            x = encoder_layer(layer, x, [len(x)])
+        rollout = weights @ rollout
+    shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
+    shares = shares[:, 0 if queries is None else len(queries) :]
+    return shares / shares.sum(1, keepdim=True)
+
+
+@dataclass
+class Objectives:
+    """logits (S, T_all) -> (S, T): the outputs of some labels, or each one's loss.
+
+    columns: numbers of the labels; targets: (T,) normalised, for the loss; kind: as the model's.
+    """
+
+    columns: list[int]
+    kind: str
+    targets: np.ndarray | None = None
+
+    def pick(self, logits):
+        return logits[:, self.columns]
+
+    def __call__(self, logits):
+        logits = self.pick(logits)
+        if self.targets is None:
+            return logits
+        targets = torch.tensor(self.targets, dtype=logits.dtype, device=logits.device)
+        return losses_of_labels(logits, targets.expand_as(logits), self.kind)
+
+
 # ------------------------------------------------------------------------------------------ explain
 
 
-def attribute(net, bag, objective, settings):
-    """Integrated gradients of one output with respect to a study's clips, zero baseline.
-
-    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017, by Captum.
-    bag: (V, C, D); objective: logits (S, T) -> (S,). Returns attributions (V, C, D) and the
-    convergence error: |sum of attributions - (f(bag) - f(0))|, as a share of the summed absolute
-    scores of the videos.
-
-    The integrand changes fastest near the baseline. Gauss-Legendre nodes crowd towards the ends;
-    'adaptive' doubles them until the error is below 1 % (256 at most).
-    """
-    from captum.attr import IntegratedGradients
-
-    x = torch.from_numpy(bag).to(net.ff.weight.device)[None]  # (1, V, C, D)
-    n = x.shape[1] * x.shape[2]
-
-    def forward(bags):
-        logits, _ = net(bags.reshape(-1, D), [n] * len(bags))
-        return objective(logits)
-
-    with torch.no_grad():
-        change = float(forward(x) - forward(torch.zeros_like(x)))
-    adaptive = settings.explain_method == "adaptive"
-    steps = settings.explain_steps
-    while True:
-        attributions = IntegratedGradients(forward).attribute(
-            x,
-            n_steps=steps,
-            method="gausslegendre" if adaptive else settings.explain_method,
-            internal_batch_size=max(1, settings.batch_tokens // n),
-        )
-        scores = attributions[0].double().sum((1, 2))  # (V,)
-        error = abs(float(scores.sum()) - change) / max(float(scores.abs().sum()), 1e-9)
-        if not adaptive or error < 0.01 or steps >= 256:
-            return attributions[0].detach().float().cpu().numpy(), error
-        steps *= 2
-
-
-def objective_for(model, index, mode, target):
-    """logits (S, T) -> (S,): the output of a label, or its loss towards a normalised target."""
-    if mode == "pred":
-        return lambda logits: logits[:, index]
-    target = torch.tensor([[target]], dtype=torch.float32, device=model.net.ff.weight.device)
-    return lambda logits: study_losses(
-        logits[:, [index]], target.expand(len(logits), 1), model.type
-    )
-
-
-def explained_studies(model, config, settings, store):
-    """Studies to explain, as a label table; without labels every study, its truths missing."""
-    dataset = config.datasets[settings.dataset]
-    task = config.tasks[config.pick("task", settings.task)]
-    if dataset.label_path or task.label_path:
-        return labelled_studies(model, config, settings, store)[0]
-    if settings.explain_mode == "loss":
-        raise UserError("--explain_mode loss needs labels: set label_path in the config")
-    print("no label table: every study of the dataset is explained")
-    eids = list(store.files)[: settings.sample_limit or None]
-    return pd.DataFrame(np.nan, index=eids, columns=model.labels).assign(pid="")
-
-
-def cmd_explain(typed):
-    """The contribution of every video to every answer, and the published table of the top n."""
-    settings, config, model = start_with_model("explain", typed)
-    store = open_store(config.datasets[settings.dataset].embedding_path)
-    wanted = settings.explain_tasks or model.labels
-    for label in wanted:
+def label_columns(model, labels):
+    """Label names -> their numbers. Raises UserError."""
+    for label in labels:
         if label not in model.labels:
             raise UserError(
                 f"no label {label} in {model.folder.name}{nearest(label, model.labels)}"
             )
-    table = explained_studies(model, config, settings, store)
-    warn_of_another_encoder(model, store, list(table.index))
-    targets = table[model.labels].to_numpy()
+    return [model.labels.index(label) for label in labels]
+
+
+def clip_baseline(model, settings):
+    """The clip embedding that `--baseline` names: (D,) tensor, None for zero. Raises UserError."""
+    if settings.baseline == "zero":
+        return None
+    if model.clip_mean is None:
+        raise UserError(
+            f"{model.folder.name} does not hold the mean clip embedding of its training fold (it "
+            "was trained elsewhere, or before that was kept); use --baseline zero"
+        )
+    return model.clip_mean
+
+
+def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
+    """A unit of the journal: Attribution and answers of one study for some labels.
+
+    truths: (T_all,) normalised labels, NaN where missing; what the loss is taken against.
+    """
+    net, x = model.net, np.ascontiguousarray(bag.embeddings, np.float32)
+    truths = np.full(net.n_labels, np.nan) if truths is None else truths
+    targets = None
+    if settings.explain_mode == "loss":
+        columns = [i for i in columns if not np.isnan(truths[i])]
+        targets = truths[columns]
+    unit = {"eid": eid, "columns": columns, "videos": bag.videos}
+    if not columns:
+        return unit
+    tokens = torch.from_numpy(x).to(device_of(net)).flatten(0, 1)
+    start = torch.zeros(D) if baseline is None else baseline
+    ends = outputs_of(net, [tokens, start.to(tokens).expand_as(tokens)], settings)
+    losses = losses_of_labels(ends[:1], torch.tensor(truths).to(ends)[None], model.type)
+    objectives = Objectives(columns, model.type, targets)
+    found = attribute_clips(net, x, settings, objectives, baseline)
+    unit |= {"answer": ends[:1].cpu().numpy(), "baseline": ends[1:].cpu().numpy()}
+    unit |= {"without": outputs_without(net, x, settings).cpu().numpy(), "truths": truths}
+    return unit | {"losses": losses[0].cpu().numpy()} | vars(found)
+
+
+def score_unit(model, label, settings):
+    """(factor from the network's units, name of the unit) of a label's scores."""
+    if settings.explain_method == "attention":
+        return 1.0, "share"
+    if settings.explain_mode == "loss":
+        return 1.0, "loss"
+    if model.type == "binary":
+        return 1.0, "log-odds"
+    if model.scaling[label]["apply_boxcox"]:
+        return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
+    return float(model.scaling[label]["stdev"]), model.units.get(label, "label's unit")
+
+
+def video_rows(model, unit, settings):
+    """A row a label and video, best first by absolute score: DataFrame.
+
+    Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
+    rank, without (the answer without the video), baseline (the answer at the baseline),
+    convergence_error.
+    """
+    parts = []
+    answers = {k: model.readable(unit[k]) for k in ("answer", "baseline", "without")}
+    for k, i in enumerate(unit["columns"]):
+        label = model.labels[i]
+        factor, name = score_unit(model, label, settings)
+        order = np.argsort(-unit["absolute"][k], kind="stable")
+        part = {"eid": unit["eid"], "label": label, "prediction": answers["answer"][0, i]}
+        part |= {"video": [unit["videos"][v] for v in order]}
+        part |= {"score": factor * unit["scores"][k].sum(1, dtype=np.float64)[order]}
+        part |= {"score_abs": factor * unit["absolute"][k][order]}
+        part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
+        part |= {"baseline": answers["baseline"][0, i], "convergence_error": unit["error"][k]}
+        parts.append(pd.DataFrame(part | {"score_unit": name}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def top_rows(model, unit, settings, truths, dataset):
+    """Rows of the published table: one a label, with the top videos by absolute score."""
+    values, rows = model.readable(unit["answer"])[0], []
+    for k, i in enumerate(unit["columns"]):
+        order = np.argsort(-unit["absolute"][k], kind="stable")[: settings.explain_n]
+        loss = np.nan if np.isnan(unit["truths"][i]) else unit["losses"][i]
+        row = {"echo_id": unit["eid"], "measure": model.labels[i], "y_true": truths[i]}
+        row |= {"y_pred": values[i], "loss": loss}
+        for n in range(settings.explain_n):  # blank where a study has fewer videos
+            there = n < len(order)
+            row[f"top_video_{n + 1}"] = unit["videos"][order[n]] if there else ""
+            row[f"top_video_{n + 1}_score"] = unit["absolute"][k][order[n]] if there else np.nan
+        rows.append(row | {"dataset": dataset})
+    return rows
+
+
+def cmd_explain(typed):
+    """The contribution of every video to every answer, and the published table of the top n."""
+    with join_world(pick_device(typed.get("device", "")), "share the studies") as world:
+        explain(typed, world)
+
+
+def explain(typed, world):
+    """What each process of `explain` does."""
+    if world.size > 1 and typed.get("videos"):
+        raise UserError("several processes explain what is extracted already: run predict first")
+    settings, config, model, source = start_with_model("explain", typed)
+    columns = label_columns(model, settings.explain_tasks or model.labels)
+    baseline = clip_baseline(model, settings)
+    eids, truths = explained_studies(model, config, settings, source)
+    warn_of_another_encoder(model, source.store, eids)
+    eids = select_studies(model, source.store, eids, truths, columns, settings)
+    targets = truths.to_numpy()
     if model.type == "regression":
         targets = scale(targets, model.labels, model.scaling)
-    targets = dict(zip(table.index, targets, strict=True))
+    targets = dict(zip(truths.index, targets, strict=True))
 
-    videos, tops, unreadable = [], [], {}
-    for eid in progress(table.index, desc="explain", unit="study"):
-        try:
-            bag = store.read(eid)
-        except UnreadableStudy as error:
-            unreadable[eid] = str(error)
-            continue
-        with torch.inference_mode():
-            tokens = torch.from_numpy(bag.embeddings).flatten(0, 1).to(model.net.ff.weight.device)
-            logits = model.net(tokens, [len(tokens)])[0].cpu().numpy()
-        values = model.readable(logits)[0]
-        for label in wanted:
-            i = model.labels.index(label)
-            target = targets[eid][i]
-            if settings.explain_mode == "loss" and np.isnan(target):
+    names = explanation_names(model, settings, source.name, columns, eids)
+    journal = None
+    if not world.rank:
+        ways = ("explain_mode", "explain_method", "explain_steps", "baseline")
+        work = work_of(
+            model, source.store, eids, settings, columns=columns,
+            truths=hashlib.sha256(truths.loc[eids].to_csv().encode()).hexdigest(),
+            **{name: getattr(settings, name) for name in ways},
+        )  # fmt: skip
+        journal = Journal(journal_path(model.folder / names["videos"]), work, "studies")
+    done = world.gather(journal.n if journal else 0)[0]
+    explain_one = partial(
+        explain_study, model, columns=columns, settings=settings, baseline=baseline
+    )
+    rounds = range(done, len(eids), world.size)
+    for first in progress(rounds, desc="explain", unit="study", disable=world.rank > 0):
+        unit = None
+        if first + world.rank < len(eids):
+            eid = eids[first + world.rank]
+            try:
+                unit = explain_one(eid, source.store.read(eid), truths=targets[eid])
+            except UnreadableStudy as error:
+                unit = {"eid": eid, "columns": [], "unreadable": str(error)}
+        for finished in filter(None, world.gather(unit)):
+            if journal:
+                journal.add(finished)
+    if journal:
+        write_explanations(model, journal, truths, settings, source.name, names)
+        journal.delete()
+
+
+def write_explanations(model, journal, truths, settings, dataset, names):
+    """The long table, the published one, and the clips' scores, from the units of a journal."""
+    videos, tops, unreadable, folder = [], [], {}, model.folder
+    labelled = truths.notna().any(axis=None)
+    with atomic_path(folder / names["clips"]) as temporary, h5py.File(temporary, "w") as f:
+        f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
+        for unit in journal:
+            if "unreadable" in unit:
+                unreadable[unit["eid"]] = unit["unreadable"]
+            if not unit["columns"]:
                 continue
-            objective = objective_for(model, i, settings.explain_mode, target)
-            scores, error = attribute(model.net, bag.embeddings, objective, settings)
-            rows = video_rows(eid, label, values[i], bag.videos, scores, error)
-            loss = study_losses(
-                torch.tensor(logits[:, [i]]), torch.tensor([[target]]).float(), model.type
-            )
-            videos += rows
-            tops.append(
-                {"echo_id": eid, "measure": label, "y_true": table.loc[eid, label]}
-                | {"y_pred": values[i], "loss": np.nan if np.isnan(target) else float(loss)}
-                | top_columns(rows, settings.explain_n)
-                | {"dataset": settings.dataset}
-            )
-    report_unreadable(unreadable)
-    if not videos:
-        raise UserError("nothing could be explained")
-    mode = f"explain_n-{settings.explain_n}.mode-{settings.explain_mode}"
-    top_name = f"explanation_{settings.subset}_{settings.dataset}.{mode}.csv"
-    suffix = "" if settings.explain_mode == "pred" else f".mode-{settings.explain_mode}"
-    video_name = f"explanation_{settings.dataset}{suffix}.csv"
-    for name, frame in ((video_name, videos), (top_name, tops)):
-        write_table(pd.DataFrame(frame), model.folder / name)
-        print(f"wrote {model.folder / name}")
+            truth = truths.loc[unit["eid"]].to_numpy()
+            rows = video_rows(model, unit, settings)
+            if labelled:
+                of_label = dict(zip(model.labels, truth, strict=True))
+                rows.insert(2, "y_true", rows["label"].map(of_label))
+            videos.append(rows)
+            tops += top_rows(model, unit, settings, truth, dataset)
+            labels = [model.labels[i] for i in unit["columns"]]
+            f[f"{unit['eid']}/scores"] = unit["scores"]  # (T, V, C), in the network's units
+            for name, texts in (("labels", labels), ("videos", unit["videos"])):
+                f[unit["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
+        report_unreadable(unreadable)
+        if not videos:
+            raise UserError("nothing could be explained")
+    videos = pd.concat(videos, ignore_index=True)
+    write_table(videos, folder / names["videos"])
+    write_table(pd.DataFrame(tops), folder / names["tops"])
+    worst = videos["convergence_error"].max()
+    if worst >= COMPLETE:
+        print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
+    for name in names.values():
+        print(f"wrote {folder / name}")
 
 
-def video_rows(eid, label, prediction, videos, scores, error):
-    """One dict a video, best first: attributions (V, C, D) summed over clips and features."""
-    signed, absolute = scores.sum((1, 2)), np.abs(scores).sum((1, 2))
-    order = np.argsort(-absolute, kind="stable")
-    return [
-        {
-            "eid": eid,
-            "label": label,
-            "prediction": prediction,
-            "video": videos[v],
-            "score": signed[v],
-            "score_abs": absolute[v],
-            "rank": rank,
-            "convergence_error": error,
-        }
-        for rank, v in enumerate(order, start=1)
-    ]
+def explanation_names(model, settings, dataset, columns, eids):
+    """File names that hold all that was chosen, so that no other choice overwrites them."""
+    chosen = [f"{settings.subset}_{dataset}"]
+    if settings.eids or settings.select != "all":
+        key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
+        chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
+    if len(columns) < len(model.labels):
+        text = "_".join(re.sub(r"\W", "-", model.labels[i]) for i in columns)
+        if len(text) > 40:
+            text = hashlib.sha256(text.encode()).hexdigest()[:8]
+        chosen.append(f"labels-{text}")
+    tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
+    if settings.explain_mode != "pred":
+        chosen.append(f"mode-{settings.explain_mode}")
+    other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
+    other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
+    long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
+    tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
+    return {"videos": f"{long}.csv", "tops": f"{tops}.csv", "clips": f"{long}.clips.h5"}
 
 
-def top_columns(rows, n):
-    """The first n of `video_rows` as columns; blank where a study has fewer videos."""
-    columns = {}
-    for k in range(n):
-        row = rows[k] if k < len(rows) else {"video": "", "score_abs": np.nan}
-        columns[f"top_video_{k + 1}"] = row["video"]
-        columns[f"top_video_{k + 1}_score"] = row["score_abs"]
-    return columns
+def explained_studies(model, config, settings, source):
+    """(ids of the studies to explain, their labels in physical units, NaN where there is none).
+
+    Studies that no label table names are explained too: those that the model has not seen are
+    of the test fold.
+    """
+    task, dataset = config.tasks[settings.task], config.datasets[source.name]
+    path, there = dataset.label_path or task.label_path, source.eids
+    truths = pd.DataFrame(np.nan, index=pd.Index(there, name="eid"), columns=model.labels)
+    folds = pd.Series("test", index=truths.index)
+    if model.seen:
+        nobody = truths.assign(pid=[f"study {eid}" for eid in there])  # known by study alone
+        before = seen_weights(model.seen, nobody)
+        folds = before.map({0: "test", 1: "val", 2: "train"})
+    if dataset.label_path or (path and path.is_file()):
+        _, table, of_table, _ = labelled_folds(model, config, settings, source.store)
+        named = table.index.intersection(there)
+        truths.loc[named], folds[named] = table.loc[named, model.labels], of_table[named]
+    elif settings.explain_mode == "loss":
+        raise UserError("--explain_mode loss needs labels: set label_path in the config")
+    if settings.eids:
+        for eid in settings.eids:
+            if eid not in truths.index:
+                raise UserError(f"no study {eid} in {source.name}{nearest(eid, there)}")
+        return list(dict.fromkeys(settings.eids)), truths
+    if settings.subset != "all":
+        there = [eid for eid in there if folds[eid] == settings.subset]
+    if not there:
+        raise UserError(f"no study of {source.name} is in the fold {settings.subset}")
+    return sorted(there), truths
+
+
+SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
+
+
+def select_studies(model, store, eids, truths, columns, settings):
+    """The studies that `--select` names, best first, --sample_limit of them.
+
+    confident: answers farthest from their thresholds; wrong: decisions against the label, or the
+    largest errors of a measurement, worst first; balanced: in turn with and without a finding (by
+    label where there is one, else by decision). Raises UserError.
+    """
+    limit = settings.sample_limit
+    if settings.select == "all":
+        return eids[: limit or None]
+    if settings.select != "wrong" and model.type != "binary":
+        raise UserError(f"--select {settings.select} is for findings, not for measurements")
+    found = run_studies(model.net, store, eids, settings, label="select")
+    truth = truths.loc[found.eids].to_numpy()[:, columns]
+    if settings.select == "wrong" and np.isnan(truth).all():
+        raise UserError("--select wrong needs labels: set label_path in the config")
+    if model.type == "binary":
+        thresholds = model.made_with.get("thresholds", {})
+        cuts = np.array([thresholds.get(model.labels[i], 0.5) for i in columns])
+        margins = found.logits[:, columns] - np.log(cuts / (1 - cuts))  # in log-odds
+        decided = np.where(np.isnan(truth), margins >= 0, truth == 1).any(axis=1)
+        wrong = np.where(np.isnan(truth) | ((margins >= 0) == (truth == 1)), 0, np.abs(margins))
+    else:
+        scaled = scale(truths.loc[found.eids].to_numpy(), model.labels, model.scaling)
+        wrong = np.nan_to_num(np.abs(found.logits - scaled)[:, columns])
+    if settings.select == "wrong":
+        order = [i for i in np.argsort(-wrong.max(axis=1), kind="stable") if wrong[i].max() > 0]
+    else:
+        order = np.argsort(-np.abs(margins).max(axis=1), kind="stable")
+    if settings.select == "balanced":
+        groups = [[i for i in order if decided[i]], [i for i in order if not decided[i]]]
+        order = list(chain(*zip(*groups, strict=False)))
+    chosen = [found.eids[i] for i in order][: limit or SELECTED]
+    if not chosen:
+        raise UserError(f"--select {settings.select} finds no study")
+    print(f"{len(chosen)} of {len(eids)} studies are explained: {settings.select}")
+    return chosen
+
+
+# ------------------------------------------------------------------------------------- as a library
+
+
+def load(model_name, task="", device=""):
+    """A model for the functions below, by its name in ./trained_models or a path: LoadedModel.
+
+    task: of the config, where a published checkpoint does not say which labels it has; device:
+    as --device. Raises UserError.
+    """
+    config = read_config("", needed=False)
+    folder = find_model_folder(str(model_name), task=task, config=config)
+    return load_model(folder, config, task, device=pick_device(device))
+
+
+def predict(model, source, **options):
+    """One row a study with the model's answers: DataFrame, see `prediction_table`.
+
+    source: see `studies_of`. options: those of `predict`, e.g. precision="bf16". The studies
+    without an answer are in `.attrs["left_out"]`, a dict of study to reason. Raises UserError.
+    """
+    settings, store, eids = studies_of(source, options)
+    table, left_out, _ = answer_studies(model, store, eids, settings)
+    table.attrs["left_out"] = left_out
+    return table
+
+
+def study_embeddings(model, source, **options):
+    """One 768-vector a study: DataFrame (S, 768) by study id; otherwise as `predict`."""
+    settings, store, eids = studies_of(source, options)
+    unreadable = {}
+    found = run_studies(model.net, store, eids, settings, unreadable=unreadable)
+    table = pd.DataFrame(found.embeddings, index=pd.Index(found.eids, name="eid"))
+    table.attrs["left_out"] = unreadable
+    return table
+
+
+def attribute(model, study, labels=None, **options):
+    """What each video of a study counted for in each answer: DataFrame, see `video_rows`.
+
+    study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
+    options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
+    """
+    settings = Settings(**options)
+    bag = study if isinstance(study, StudyClips) else bag_of("study", study)
+    columns = label_columns(model, labels or model.labels)
+    unit = explain_study(model, "study", bag, columns, settings, clip_baseline(model, settings))
+    return video_rows(model, unit, settings).drop(columns="eid")
+
+
+def studies_of(source, options):
+    """(Settings, store, study ids) of what a user has: a dict of study id to clip embeddings
+    (V videos, C clips, 768), a folder of embedding files or of videos, or a store.
+
+    Videos are extracted as `--videos` does, into ./clip_embeddings; options may hold its options.
+    """
+    extraction = extraction_defaults()
+    typed = extraction | {k: options.pop(k) for k in list(options) if k in extraction}
+    settings = Settings(**options)
+    if isinstance(source, dict):
+        store = Arrays(source)
+    elif not isinstance(source, str | os.PathLike):
+        store = source
+    elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
+        store = open_store(Path(source))
+    else:
+        settings.videos = str(source)
+        typed |= {"device": settings.device, "precision": settings.precision}
+        source = extracted(typed, settings, Config(Path("(none)"), {}, {}))
+        return settings, source.store, source.eids
+    return settings, store, list(store.files)[: settings.sample_limit or None]
+
+
+def extraction_defaults():
+    """The options of an extraction, as a dict."""
+    parser = Parser()
+    extract.add_options(parser)
+    return vars(parser.parse_args([]))
+
+
+class Arrays:
+    """Clip embeddings in memory as a store: dict of study id to (V videos, C clips, 768)."""
+
+    def __init__(self, arrays):
+        self.files = {str(eid): bag_of(eid, array) for eid, array in arrays.items()}
+
+    def read(self, eid, rng=None):
+        return self.files[eid]
+
+    def size(self, eid):
+        V, C, _ = self.files[eid].embeddings.shape
+        return V * C
+
+
+def bag_of(eid, array):
+    """StudyClips of an array (V, C, 768); its videos are numbered. Raises UserError."""
+    array = np.asarray(array, np.float32)
+    if array.ndim != 3 or array.shape[2] != D or not array.size or not np.isfinite(array).all():
+        raise UserError(
+            f"study {eid}: expected finite clip embeddings (videos, clips, {D}), got {array.shape}"
+        )
+    return StudyClips(array, [f"video {v}" for v in range(len(array))])
 
 
 # -------------------------------------------------------------------------------------------- check
@@ -2996,7 +3538,7 @@ def build_parser():
                 **kind,
                 **f.metadata["argparse"],
             )
-        if command in ("predict", "check"):
+        if command == "check" or command in WITH_MODEL.split():
             extract.add_options(sub)
     return parser
 
@@ -3004,7 +3546,7 @@ def build_parser():
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
-    if command != "train" and from_environment("WORLD_SIZE", 1, least=1) > 1:
+    if command not in ("train", "explain") and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
     COMMANDS[command](typed)
 

@@ -105,8 +105,12 @@ class Settings:
     subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
     out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
     videos: str = option(
-        "", "folder of a study's videos or of studies, to start from", "predict check"
+        "", "folder of a study's videos or of studies, to start from", f"{WITH_MODEL} check"
     )
+    keep: str = option(
+        "", "folder for the clip embeddings of --videos [./clip_embeddings]", WITH_MODEL
+    )
+    label_path: str = option("", "label table, instead of the config's", "evaluate explain")
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
     )
@@ -126,12 +130,27 @@ class Settings:
     explain_tasks: list = option([], "labels to explain [all]", "explain", nargs="+")
     explain_method: str = option(
         "adaptive",
-        "quadrature: adaptive is Gauss-Legendre with nodes doubled until complete to 1 %%",
+        "adaptive: integrated gradients, refined until complete to 1 %%; the next three: a fixed "
+        "quadrature of them; leave_one_out: the change without the video; attention: rollout",
         "explain",
-        choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
+        choices=(
+            *("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
+            *("leave_one_out", "attention"),
+        ),
     )
-    explain_steps: int = option(
-        64, "integration steps (adaptive: to begin with)", "explain", least=1
+    explain_steps: int = option(64, "steps of a fixed quadrature", "explain", least=1)
+    baseline: str = option(
+        "zero",
+        "where integrated gradients start: zero, or the mean clip embedding in training",
+        "explain",
+        choices=("zero", "mean"),
+    )
+    eids: list = option([], "studies to explain, whatever their fold", "explain", nargs="+")
+    select: str = option(
+        "all",
+        "studies to explain, best first, --sample_limit of them [20]",
+        "explain",
+        choices=("all", "confident", "wrong", "balanced"),
     )
     dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
     studies: int = option(100, "phantom studies to make", "demo", least=1)

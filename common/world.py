@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -40,15 +41,24 @@ def pick_device(name=""):
     """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
-    # fp32 is fp32 on a GPU too: torch would run convolutions in TF32, with 10 bits of mantissa, and
-    # embeddings would differ from a CPU's by a thousandth.
-    torch.backends.cudnn.allow_tf32 = False
     try:
         device = torch.device(name or "cpu")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} is not to be had here; cpu always is") from error
     return device
+
+
+@contextmanager
+def exact_convolutions():
+    """fp32 is fp32 on a GPU too for the block: torch would run convolutions in TF32, with 10 bits
+    of mantissa, and embeddings would differ from a CPU's by a thousandth."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @dataclass
@@ -73,22 +83,24 @@ class World:
         return things
 
 
-def join_world(device):
-    """The World of this process; those that are not the first fall silent on standard output."""
+@contextmanager
+def join_world(device, what):
+    """The World of this process for the block, in which all but the first process are silent on
+    standard output; `what` the processes do together, for a person."""
     world = World(*place("RANK", "WORLD_SIZE"))
     if world.size == 1:
-        return world
+        yield world
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
     )
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    else:
-        print(f"{world.size} processes share each optimiser step")
-    return world
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
+        print(f"{world.size} processes {what}")
+        yield world
+    torch.distributed.destroy_process_group()
 
 
 def meeting_point(world):

@@ -45,7 +45,7 @@ from common import __version__
 from common.console import Parser, UserError, clean_text, progress, run_main
 from common.files import atomic_path, quoted, stamp_of, unquoted
 from common.hdf5 import UNREADABLE
-from common.world import pick_device
+from common.world import exact_convolutions, pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.store import (
     FileRecord,
@@ -584,7 +584,10 @@ def extract(studies, out, settings):
     encoder = Encoder(model.encoder, device, batch, settings.precision, size)
     total = sum(len(s.videos) for s in studies)
     label = f"extract {index}/{count}" if count > 1 else "extract"
-    with progress(total=total, desc=label, unit="video", disable=not total) as bar:
+    with (
+        exact_convolutions(),
+        progress(total=total, desc=label, unit="video", disable=not total) as bar,
+    ):
         jobs = run.jobs(own_first(studies, index, count), bar)
         with contextlib.closing(decode(jobs, settings.sampling, workers)) as decoded:
             for (study, video), (reply, seconds), embeddings in encoder(decoded):

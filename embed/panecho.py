@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -403,20 +404,26 @@ def read_weights(path):
     return {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
 
 
+@cache
+def random_digest():
+    sha256 = hashlib.sha256()
+    for tensor in random_weights().values():
+        sha256.update(tensor.numpy())
+    return sha256.hexdigest()
+
+
+def weights_digest(weights):
+    """The SHA-256 that names weights, see `load_panecho`."""
+    return random_digest() if weights == "random" else sha256_file(find_weights(weights))
+
+
 def load_panecho(weights="panecho", clip_len=16):
     """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
 
     `weights` is a path, a URL, 'panecho' (the release) or 'random'. Raises WeightsError.
     """
-    model = without_weights(clip_len=clip_len)
-    if weights == "random":
-        state, sha256 = random_weights(), hashlib.sha256()
-        for tensor in state.values():
-            sha256.update(tensor.numpy())
-        digest = sha256.hexdigest()
-    else:
-        path = find_weights(weights)
-        state, digest = read_weights(path), sha256_file(path)
+    model, digest = without_weights(clip_len=clip_len), weights_digest(weights)
+    state = random_weights() if weights == "random" else read_weights(find_weights(weights))
     load_strictly(model, state, weights, "PanEcho")
     return model.eval(), digest
 

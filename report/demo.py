@@ -105,7 +105,7 @@ def summarise_demo(folder):
     ef = pd.read_csv(models / "ef" / "saveout_test_phantoms.csv", dtype=ids)
     defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
     auroc = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv")["auroc"][0]
-    videos = pd.read_csv(models / "defect" / "explanation_phantoms.csv", dtype=ids)
+    videos = pd.read_csv(models / "defect" / "explanation_test_phantoms.csv", dtype=ids)
     videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
     videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
     top = videos[videos["rank"] == 1]["shows_defect"]
@@ -120,7 +120,7 @@ def summarise_demo(folder):
         f"\n\nLook at, in {folder}:"
         "\n  demo.png                                                these results"
         "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
-        "\n  trained_models/defect/explanation_phantoms.csv          every video in every answer"
+        "\n  trained_models/defect/explanation_test_phantoms.csv     every video in every answer"
         "\n  real.csv                                                the real echocardiogram"
         "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
     )

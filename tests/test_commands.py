@@ -85,9 +85,10 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
 
     status, out, err = cli("explain", "--explain_n", "3")
     assert status == 0, err
-    videos = pd.read_csv(folder / "explanation_site.csv", dtype={"eid": str})
-    columns = ["eid", "label", "prediction", "video", "score", "score_abs", "rank"]
-    assert list(videos) == [*columns, "convergence_error"]
+    videos = pd.read_csv(folder / "explanation_test_site.csv", dtype={"eid": str})
+    columns = ["eid", "label", "y_true", "prediction", "video", "score", "score_abs", "rank"]
+    columns += ["without", "baseline", "convergence_error", "score_unit"]
+    assert list(videos) == columns
     assert set(videos["eid"]) == set(saved["Echo_ID"])
     assert len(videos) == predicted.loc[saved["Echo_ID"], "n_videos"].sum()
     for _, study in videos.groupby("eid"):
@@ -228,24 +229,6 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     shutil.copytree("trained_models/EchoFocus_CHD", "trained_models/unknown")
     status, _, err = cli("predict", "--model_name", "unknown")
     assert status == 1 and "22 outputs" in err
-
-
-def test_explain_needs_no_labels(tmp_path, monkeypatch, cli):
-    """A released model on a dataset without a label table: the published scores per video."""
-    monkeypatch.chdir(tmp_path)
-    labels = recorded("labels.json")["chd"]
-    config = {"task": {"chd": {"task_labels": labels}}, "dataset": {"x": {"embedding_path": "emb"}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    write_embeddings(tmp_path / "emb", "s2", normal(102, 7, 16, 768), "published")
-    published_model(tmp_path / "trained_models/EchoFocus_CHD", 22)
-    options = ("--explain_method", "riemann_right", "--explain_steps", "64")
-    status, _, err = cli("explain", "--explain_tasks", "ASD", *options)
-    assert status == 0, err
-    found = pd.read_csv("trained_models/EchoFocus_CHD/explanation_x.csv").sort_values("video")
-    numbers = recorded("study_parity.npz")
-    assert relative_error(found["score_abs"], numbers["ig/A/2/sum_abs"]) < 1e-4
-    assert relative_error(found["score"], numbers["ig/A/2/sum"]) < 1e-4
-    assert found["video"].iloc[0] == "v00.avi"  # no absolute path
 
 
 def test_predict_from_dicom(cohort, cli):

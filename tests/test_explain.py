@@ -1,0 +1,350 @@
+"""Attribution: against recorded numbers, brute force, and what scores must add up to."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, normal, recorded, relative_error, write_embeddings
+from test_commands import published_model
+from test_study_model import by_rule, study
+
+import echofocus as ef
+from embed.store import open_store
+
+
+def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
+    objectives = ef.Objectives(list(columns), kind, targets)
+    return ef.attribute_clips(net, np.asarray(bag), ef.Settings(**options), objectives, baseline)
+
+
+@pytest.mark.parametrize("i", [2, 3])
+def test_published_integrated_gradients(i):
+    """With the published quadrature (64 right Riemann steps) the published attributions."""
+    numbers, net = recorded("study_parity.npz"), by_rule(n_labels=22)
+    published = dict(explain_method="riemann_right", explain_steps=64)
+    found = attributed(net, study(i), **published)
+    assert relative_error(found.absolute[0], numbers[f"ig/A/{i}/sum_abs"]) < 1e-4
+    assert relative_error(found.scores[0].sum(1), numbers[f"ig/A/{i}/sum"]) < 1e-4
+    if i == 2:
+        clips = numbers["ig/A/2/attributions"].sum(2)
+        assert relative_error(found.scores[0], clips) < 1e-4
+        loss = attributed(net, study(i), targets=np.array([1.0]), **published)
+        assert relative_error(loss.absolute[0], numbers["ig/A/2/loss_bce_y1_sum_abs"]) < 1e-4
+
+
+MODELS = [
+    dict(n_labels=3),
+    dict(n_labels=3, depth=5),
+    dict(n_labels=3, depth=0),
+    dict(n_labels=3, combine="max"),
+    dict(n_labels=3, kind="query"),
+    dict(n_labels=3, kind="multiquery", depth=2),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_add_up_to_the_change_in_the_answer(model):
+    """From zero and from another baseline, for all labels at once, on models by rule."""
+    net, bag = by_rule(**model), study(1)[:, :6]
+    for baseline in (None, torch.from_numpy(normal(7, 768))):
+        found = attributed(net, bag, range(3), baseline=baseline)
+        start = torch.zeros(768) if baseline is None else baseline
+        tokens = bag.flatten(0, 1)
+        change = net(tokens, [12])[0] - net(start.expand(12, 768), [12])[0]
+        missed = abs(found.scores.sum((1, 2)) - change[0].numpy())
+        assert (missed / abs(found.scores.sum(2)).sum(1) < 0.011).all() and (
+            found.error < 0.01
+        ).all()
+
+
+def test_the_path_is_substituted_rightly():
+    """Each video's score against Captum's own engine along alpha = u^5, 64 Gauss-Legendre nodes."""
+    from captum.attr import IntegratedGradients
+
+    net, bag = by_rule(n_labels=22), study(2)[:, :8]
+    found = attributed(net, bag, [0, 5])
+    x = bag.flatten(0, 1)
+
+    def fifth_power(y):
+        return net((y * (y / x).nan_to_num() ** 4).flatten(0, 1), [len(x)] * len(y))[0]
+
+    for k, column in enumerate((0, 5)):
+        expected = IntegratedGradients(fifth_power).attribute(
+            x[None], target=column, n_steps=64, method="gausslegendre", internal_batch_size=8
+        )
+        expected = expected[0].view(bag.shape).sum((1, 2)).numpy()
+        assert relative_error(found.scores[k].sum(1), expected) < 0.02
+
+
+def test_leave_one_out_is_the_change_without_the_video():
+    net, bag = by_rule(n_labels=4, depth=2), study(2)[:, :3]
+    found = attributed(net, bag, [1, 3], explain_method="leave_one_out", batch_tokens=40)
+    whole = net(bag.flatten(0, 1), [21])[0][0, [1, 3]]
+    for v in range(7):
+        rest = torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1)
+        expected = whole - net(rest, [18])[0][0, [1, 3]]
+        np.testing.assert_allclose(found.scores[:, v].sum(1), expected, atol=1e-5)
+    np.testing.assert_allclose(found.absolute, abs(found.scores.sum(2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_attention_rollout(model):
+    """Against torch's own modules: their weights, half of each the residual, multiplied."""
+    net, bag = by_rule(**model), study(1)[:, :5]
+    found = attributed(net, bag, range(3), explain_method="attention").scores
+    n_queries = 0 if net.queries is None else len(net.queries)
+    x = bag.flatten(0, 1) if not n_queries else torch.cat([net.queries, bag.flatten(0, 1)])
+    flow = torch.eye(len(x))
+    for layer in net.encoder.layers if net.depth else [None]:
+        mha = layer.self_attn if layer else net.encoder
+        _, weights = mha(x[None], x[None], x[None], need_weights=True)
+        flow = (weights[0] + torch.eye(len(x)) if layer else weights[0]) @ flow
+        x = layer(x[None])[0] if layer else x
+    rows = flow[:n_queries] if n_queries else flow.mean(0, keepdim=True)
+    shares = rows[:, n_queries:] / rows[:, n_queries:].sum(1, keepdim=True)
+    assert relative_error(found, shares.expand(3, -1).view(3, 2, 5)) < 1e-4
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def test_explain_needs_no_labels(tmp_path, monkeypatch, cli):
+    """A released model on a dataset without a label table: the published scores per video."""
+    monkeypatch.chdir(tmp_path)
+    labels = recorded("labels.json")["chd"]
+    config = {"task": {"chd": {"task_labels": labels}}, "dataset": {"x": {"embedding_path": "emb"}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_embeddings(tmp_path / "emb", "s2", normal(102, 7, 16, 768), "published")
+    published_model(tmp_path / "trained_models/EchoFocus_CHD", 22)
+    options = ("--explain_method", "riemann_right", "--explain_steps", "64")
+    status, _, err = cli("explain", "--explain_tasks", "ASD", *options)
+    assert status == 0, err
+    found = pd.read_csv(
+        "trained_models/EchoFocus_CHD/explanation_test_x.labels-ASD.riemann_right.csv"
+    ).sort_values("video")
+    numbers = recorded("study_parity.npz")
+    assert relative_error(found["score_abs"], numbers["ig/A/2/sum_abs"]) < 1e-4
+    assert relative_error(found["score"], numbers["ig/A/2/sum"]) < 1e-4
+    assert found["video"].iloc[0] == "v00.avi"  # no absolute path
+    assert "y_true" not in found and (found["score_unit"] == "log-odds").all()
+
+
+@pytest.fixture
+def trained(cohort, cli):
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "2")
+    assert status == 0, err
+    return cohort
+
+
+FOLDER = Path("trained_models/defect")
+
+
+def table(name, folder=FOLDER):
+    return pd.read_csv(folder / name, dtype={"eid": str, "echo_id": str})
+
+
+def test_no_choice_overwrites_another(trained, cli):
+    lines = (
+        (),
+        ("--subset", "val"),
+        ("--explain_mode", "loss"),
+        ("--explain_method", "leave_one_out"),
+        ("--baseline", "mean"),
+        ("--eids", "1000", "1003"),
+        ("--eids", "1000"),
+        ("--select", "wrong"),
+        ("--select", "confident", "--sample_limit", "3"),
+    )
+    before = {}
+    for line in lines:
+        status, _, err = cli("explain", *line)
+        assert status == 0, err
+        now = {p.name: p.stat().st_mtime_ns for p in FOLDER.glob("explanation_*")}
+        assert len(now) == len(before) + 3 and before.items() <= now.items(), line
+        before = now
+
+
+def test_what_the_long_table_says(trained, cli):
+    """The answer without each video and at the baseline, by predicting those studies."""
+    assert cli("explain", "--subset", "all")[0] == 0
+    found = table("explanation_all_site.csv").set_index("eid")
+    labels = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
+    assert (found["y_true"] == labels[found.index]).all() and found.index.nunique() == 60
+    assert (found["convergence_error"] < 0.01).all()
+    logit = np.log(found[["prediction", "baseline"]] / (1 - found[["prediction", "baseline"]]))
+    change = (logit["prediction"] - logit["baseline"]).groupby(level=0).first()
+    sums = found["score"].groupby(level=0).agg(["sum", lambda x: x.abs().sum()])
+    assert ((change - sums["sum"]).abs() < 0.01 * sums.iloc[:, 1] + 1e-3).all()
+    model = ef.load("defect")
+    store = open_store(Path("emb"))
+    eid = next(eid for eid in store.files if len(store.read(eid).videos) == 3)
+    bag = store.read(eid)
+    for video, row in found.loc[eid].set_index("video").iterrows():
+        rest = bag.embeddings[[v != video for v in bag.videos]]
+        answer = ef.predict(model, {"x": rest})["finding"][0]
+        assert row["without"] == pytest.approx(answer, rel=1e-4)
+    alone = found[found.groupby(level=0)["video"].transform("size") == 1]
+    assert len(alone) and alone["without"].isna().all()
+    with h5py.File(FOLDER / "explanation_all_site.clips.h5") as f:
+        assert f[eid]["scores"].shape == (1, 3, 4)
+        scores = dict(zip(f[eid]["videos"].asstr()[:], f[eid]["scores"][0].sum(1), strict=True))
+    by_video = found.loc[eid].set_index("video")["score"]
+    assert by_video.to_dict() == pytest.approx(scores, rel=1e-4)
+
+
+def test_scores_of_a_measurement_are_in_its_unit(cohort, cli):
+    assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
+    assert cli("explain")[0] == 0
+    found = table("explanation_test_site.csv", Path("trained_models/sizes"))
+    change = found.groupby("eid")[["prediction", "baseline"]].first()
+    sums = found.groupby("eid")["score"].agg(["sum", lambda x: x.abs().sum()])
+    assert (found["score_unit"] == "cm").all()
+    missed = (change["prediction"] - change["baseline"] - sums["sum"]).abs()
+    assert (missed < 0.01 * sums.iloc[:, 1] + 1e-3).all()
+
+
+def test_unlabelled_studies_are_explained(trained, cli):
+    """A new study, of no label table, is of the test fold; labels only add the truth."""
+    write_embeddings(Path("emb"), "new", normal(5, 3, 4, 768))
+    assert cli("explain")[0] == 0
+    found = table("explanation_test_site.csv").groupby("eid")["y_true"].first()
+    assert np.isnan(found["new"]) and found.drop("new").notna().all()
+    split = pd.read_csv(FOLDER / "split.csv", dtype=str)
+    assert set(found.index) == {*split["eid"][split["fold"] == "test"], "new"}
+
+
+def test_selections(trained, cli):
+    assert cli("predict")[0] == 0
+    rows = pd.read_csv(FOLDER / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
+    truth = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
+    split = pd.read_csv(FOLDER / "split.csv", dtype=str).set_index("eid")["fold"]
+    logit = np.log(rows["finding"] / (1 - rows["finding"]))
+    cut = rows["finding_threshold"].iloc[0]
+    margin = (logit - np.log(cut / (1 - cut))).abs()
+    test = margin.index[margin.index.map(split) == "test"]
+
+    def chosen(select):
+        for old in FOLDER.glob("explanation_*"):
+            old.unlink()
+        status, _, err = cli("explain", "--select", select, "--sample_limit", "4")
+        assert status == 0, err
+        (path,) = FOLDER.glob(f"explanation_test_site.{select}-????????.csv")
+        return table(path.name)["eid"].unique().tolist()
+
+    assert chosen("confident") == margin[test].nlargest(4).index.tolist()
+    wrong = test[rows.loc[test, "finding_decision"] != truth[test]]
+    assert chosen("wrong") == margin[wrong].nlargest(4).index.tolist()
+    assert truth[chosen("balanced")].tolist() == [1, 0, 1, 0]
+    status, _, err = cli("explain", "--eids", "100")
+    assert status == 1 and "no study 100 in site; did you mean 10" in err
+
+
+def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
+    """The same tables to the last bit; precision and batches are part of the work."""
+    assert cli("explain")[0] == 0
+    names = ["explanation_test_site.csv", "explanation_test_site.explain_n-5.mode-pred.csv"]
+    whole = {name: (FOLDER / name).read_bytes() for name in names}
+    explain, asked = ef.explain_study, []
+
+    def stops(model, eid, *args, **kwargs):
+        asked.append(eid)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return explain(model, eid, *args, **kwargs)
+
+    monkeypatch.setattr(ef, "explain_study", stops)
+    assert cli("explain")[0] == 130
+    status, out, err = cli("explain")
+    assert status == 0 and "going on after 4 studies done before" in out, err
+    assert len(asked) == len(set(asked)) + 1
+    assert whole == {name: (FOLDER / name).read_bytes() for name in names}
+    assert not list(FOLDER.glob(".*journal"))
+    assert cli("explain", "--precision", "bf16", "--batch_size", "1")[0] == 0
+    half, full = table(names[0]), pd.read_csv(FOLDER / "explanation_test_site.csv")
+    assert whole[names[0]] != (FOLDER / names[0]).read_bytes() and len(half) == len(full)
+
+
+def test_float16_packs_can_be_explained(trained, cli):
+    assert cli("explain")[0] == 0
+    plain = table("explanation_test_site.csv")
+    assert cli("pack", "--dtype", "float16")[0] == 0
+    status, _, err = cli("explain")
+    assert status == 0, err
+    both = plain.merge(table("explanation_test_site.csv"), on=["eid", "video"])
+    np.testing.assert_allclose(both["score_x"], both["score_y"], atol=0.02)
+
+
+def test_the_mean_baseline_is_refused_where_it_is_not_known(trained, cli):
+    assert cli("explain", "--baseline", "mean")[0] == 0
+    model, store = ef.load("defect"), open_store(Path("emb"))
+    split = pd.read_csv(FOLDER / "split.csv", dtype=str)
+    training = split["eid"][split["fold"] == "train"]
+    means = [store.read(eid).embeddings.mean((0, 1)) for eid in training]
+    np.testing.assert_allclose(model.clip_mean, np.mean(means, 0), atol=1e-5)
+    saved = torch.load(FOLDER / "best_checkpoint.pt", weights_only=True)
+    del saved["clip_mean"]
+    torch.save(saved, FOLDER / "best_checkpoint.pt")
+    status, _, err = cli("explain", "--baseline", "mean")
+    assert status == 1 and "does not hold the mean clip embedding" in err
+
+
+def test_several_processes(trained, cli):
+    """The tables of one process."""
+    assert cli("explain")[0] == 0
+    name = "explanation_test_site.csv"
+    one = table(name)
+    (FOLDER / name).unlink()
+    line = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--log-dir", "torchrun"]
+    line += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", ROOT / "echofocus.py"]
+    done = subprocess.run(
+        [sys.executable, *map(str, line), "explain", "--device", "cpu"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes share the studies" in done.stdout and done.stdout.count("wrote") == 3
+    two = table(name)
+    pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- folders of videos
+
+
+def test_videos_are_decoded_once_for_all_commands_and_models(cohort, cli):
+    """predict, embed, explain, evaluate; a second model; the same numbers as by --dataset."""
+    import pydicom
+
+    for name in ("defect", "sizes"):
+        assert cli("train", "--task", name, "--epoch_lim", "1")[0] == 0
+    Path("visits/1000").mkdir(parents=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), "visits/1000/cine.dcm")
+    videos = ("--videos", "visits", "--weights", "random", "--size", "56", "--n_clips", "2")
+    Path("config.json").rename("other.json")  # no config is needed
+    status, out, err = cli("predict", "--model_name", "defect", *videos, "--out", "p.csv")
+    assert status == 0 and "1 studies extracted" in out, err
+    (kept,) = Path("clip_embeddings").iterdir()
+    assert kept.name.startswith("visits_") and f"kept in {kept}" in out and "MB" in out
+    for line in (
+        ("predict", "--model_name", "sizes", *videos, "--out", "s.csv"),
+        ("embed", "--model_name", "defect", *videos),
+        ("explain", "--model_name", "defect", *videos),
+        ("evaluate", "--model_name", "defect", *videos, "--label_path", "labels.csv",
+         "--subset", "all"),
+    ):  # fmt: skip
+        status, out, err = cli(*line)
+        assert status == 0 and "0 studies extracted, 1 already there" in out, err
+    found = table(f"explanation_test_{kept.name}.csv").iloc[0]
+    predicted = pd.read_csv("p.csv").iloc[0]
+    assert found["prediction"] == pytest.approx(predicted["finding"], rel=1e-4)
+    saved = pd.read_csv(FOLDER / f"saveout_all_{kept.name}.csv").iloc[0]
+    assert saved["finding_Predict"] == pytest.approx(predicted["finding"], rel=1e-4)
+    assert len(list(Path("clip_embeddings").iterdir())) == 1
+    line = ("predict", "--model_name", "defect", *videos, "--sampling_seed", "1", "--keep", "k")
+    assert cli(*line)[0] == 0 and len(list(Path("k").iterdir())) == 1

@@ -1,0 +1,75 @@
+"""`import echofocus`: the functions of the README do what the command line does."""
+
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import echofocus as ef
+from embed.store import open_store
+
+
+@pytest.fixture
+def trained(cohort, cli):
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "1")
+    assert status == 0, err
+    return cohort
+
+
+def test_the_snippet_of_the_readme_runs(trained, capfd):
+    text = (ROOT / "README.md").read_text()
+    code = re.search(r"<!-- run:library -->\n```python\n(.*?)```", text, re.S)[1]
+    exec(code, {})
+    out = capfd.readouterr().out
+    assert "visit 1" in out and "finding_decision" in out and "video 4" in out
+
+
+def test_the_same_numbers_as_the_command_line(trained, cli):
+    assert cli("predict", "--out", "p.csv")[0] == 0 and cli("embed")[0] == 0
+    model = ef.load("trained_models/defect")
+    for source in ("emb", {p.stem: open_store(Path("emb")).read(p.stem).embeddings
+                           for p in Path("emb").iterdir()}):  # fmt: skip
+        table = ef.predict(model, source).set_index("eid").sort_index()
+        expected = pd.read_csv("p.csv", dtype={"eid": str}).set_index("eid").sort_index()
+        assert list(table) == list(expected) and table.attrs["left_out"] == {}
+        np.testing.assert_allclose(table["finding"], expected["finding"], rtol=1e-5)
+        vectors = ef.study_embeddings(model, source)
+        with h5py.File("trained_models/defect/embeddings_site_defect.h5") as f:
+            np.testing.assert_allclose(vectors.loc["1000"], f["1000"][:], atol=1e-5)
+
+
+def test_what_does_not_fit_is_one_clear_error(trained):
+    model = ef.load("defect")
+    for clips, text in (
+        (
+            np.zeros((3, 768)),
+            r"expected finite clip embeddings \(videos, clips, 768\), got \(3, 768\)",
+        ),
+        (np.full((1, 2, 768), np.nan), "study x: expected finite"),
+    ):
+        with pytest.raises(ef.UserError, match=text):
+            ef.predict(model, {"x": clips})
+    with pytest.raises(ef.UserError, match="no label findings in defect; did you mean finding"):
+        ef.attribute(model, np.ones((1, 2, 768)), ["findings"])
+
+
+def test_no_call_touches_global_state(trained, cli):
+    """torch's generator, its flags and standard output are as they were."""
+    import sys
+
+    before = torch.get_rng_state(), torch.backends.cudnn.allow_tf32, sys.stdout
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0
+        model = ef.load("defect")
+        ef.predict(model, "emb")
+        ef.attribute(model, np.ones((2, 2, 768), np.float32))
+        assert torch.equal(torch.get_rng_state(), before[0]) and sys.stdout is before[2]
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[1]
