@@ -361,11 +361,7 @@ def test_unreadable_studies_are_listed(cohort, cli):
     assert status == 0, err
     status, out, _ = cli("predict")
     assert status == 0
-    assert (
-        "2 studies left out" in out
-        and "1003.hdf5" in out
-        and "1004.hdf5: it holds NaN" in out
-    )
+    assert "2 studies left out" in out and "1003.hdf5" in out and "1004.hdf5: it holds NaN" in out
     assert len(pd.read_csv("trained_models/defect/predictions_site.csv")) == 58
 
 
