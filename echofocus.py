@@ -28,11 +28,10 @@ import re
 import shutil
 import sys
 import time
-from argparse import SUPPRESS
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -69,15 +68,28 @@ from common.files import (
     unquoted,
     write_table,
 )
-from common.schema import (
+from common.options import (
+    EXTRACTION,
     FOLDS,
-    MODELS,
+    OPTIONS,
+    RECORDED,
     Settings,
-    Task,
-    check_name,
+    add_options,
+    checked_options,
     options_of,
+    parse_split,
+    validated,
+)
+from common.schema import (
+    MODELS,
+    Config,
+    Input,
+    Record,
+    Task,
+    input_options,
+    pick_dataset,
     read_config,
-    reserved,
+    read_record,
     resolve_settings,
 )
 from common.tables import clean_ids, read_table, to_numbers
@@ -114,7 +126,7 @@ def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
 
     The task is a copy; what is found on the way is told to the listener.
     """
-    task, dataset = replace(config.tasks[task_name]), config.datasets[dataset_name]
+    task, dataset = config.tasks[task_name].model_copy(), config.datasets[dataset_name]
     path = dataset.label_path or task.label_path
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
@@ -449,17 +461,6 @@ def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
     return FOLDS[-1]
 
 
-def parse_split(text):
-    """'64,16,20' -> (64.0, 16.0, 20.0)."""
-    try:
-        percent = tuple(float(x) for x in text.split(","))
-    except ValueError:
-        percent = ()
-    if len(percent) != 3 or min(percent) < 0 or sum(percent) <= 0:
-        raise UserError(f"--split takes three percentages as in 64,16,20, not {text}")
-    return percent
-
-
 def split_patients(table, made):
     """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold.
 
@@ -588,15 +589,15 @@ def what_is_seen(model, table, dataset, digest, assume_unseen):
     3. A published model was trained elsewhere; nothing can be compared, which is said.
     4. Else the user must say `--assume_unseen`.
     """
-    made, name = model.made_with, model.folder.name
+    record, name = model.record, model.folder.name
     if model.seen is not None:
         return model.seen, "by patient and study id"
-    if "labels" not in made:
+    if not record.labels:
         print(f"{name} was trained elsewhere, on patients it does not name: all count as unseen")
         return [], "trained elsewhere, not compared"
-    home = dataset == made.get("dataset")
-    if home and not made.get("init_from") and digest() == made.get("labels_sha256"):
-        own = Seen.of(table[["pid"]].assign(fold=split_patients(table, made)), "00")
+    home, made = dataset == record.dataset, record.settings
+    if home and not made.init_from and digest() == record.labels_sha256:
+        own = Seen.of(table[["pid"]].assign(fold=split_patients(table, vars(made))), "00")
         return [own], "by patient and study id"
     if assume_unseen:
         print(f"WARNING: {dataset} counts as unseen by {name}, as --assume_unseen says")
@@ -616,7 +617,7 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
     digest: a function that gives the digest of the labels, as training computed it.
     """
     seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
-    home = dataset == model.made_with.get("dataset")
+    home = dataset == model.record.dataset
     if home and seen:
         refuse_moved(seen[0], table, listener)
     folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
@@ -633,7 +634,7 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
             "or their patients, by the ids"
         )
     folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
-    return folds.fillna(split_patients(table, model.made_with) if home else "test"), how
+    return folds.fillna(split_patients(table, vars(model.record.settings)) if home else "test"), how
 
 
 def refuse_moved(seen, table, listener):
@@ -665,13 +666,13 @@ def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=Fa
 
 def cmd_pack(typed):
     """One HDF5 file of a dataset's embeddings, <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
-    config = read_config(typed.get("config"))
-    name = config.pick("dataset", typed.get("dataset"))
+    config = read_config(typed.get("config"), needed=not typed.get("embedding_path"))
+    name, _ = pick_dataset(typed, config)
     folder = config.datasets[name].embedding_path
     source, path = open_folder(folder), packed_path(folder)
     clear_leftovers(path.parent)
     try:
-        unreadable = write_pack(source, path, np.dtype(typed.get("dtype", Settings.dtype)))
+        unreadable = write_pack(source, path, np.dtype(Settings(**typed).dtype))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot write {path}: {error}; an older pack stays as it is, the same command begins "
@@ -809,21 +810,24 @@ def collate(studies, ends_step):
 
 
 def describe_input(store, eids, n=64):
-    """What a model is trained on: MADE_WITH of the files, and the norms of their clip embeddings.
-
-    Returns the attributes that all studies share, and mean and standard deviation of the mean
-    norms of `n` of them (the checks of `InputCheck`).
+    """The Input that a model is trained on: the attributes that all studies share, and mean and
+    standard deviation of the mean norms of `n` of them (for `InputCheck`).
     """
     made_with = store.made_with(eids)
     shared = {name: next(iter(studies)) for name, studies in made_with.items() if len(studies) == 1}
-    shared = {name: value for name, value in shared.items() if value != ""}
-    norms = []
+    studies = []
     for eid in sorted(eids, key=lambda eid: derive_seed("input", eid))[:n]:
         with suppress(UnreadableStudy):
-            norms.append(mean_norm(store.read(eid)))
-    if not norms:
-        return shared
-    return shared | {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
+            studies.append(store.read(eid))
+    more = [
+        {"weights": s.made_with.get("weights", ""), "n_clips": s.embeddings.shape[1]}
+        for s in studies
+    ]
+    shared |= {k: v for k, v in more[0].items() if all(m[k] == v for m in more)} if more else {}
+    shared = {k: v for k, v in shared.items() if v != "" and str(v).isprintable()}
+    norms = [mean_norm(study) for study in studies]
+    norms = {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))} if norms else {}
+    return validated(Input, shared | norms, "the attributes of the embedding files")
 
 
 def mean_norm(study):
@@ -842,7 +846,7 @@ class InputCheck:
         if untrained and ref.get("weights_sha256") != made_with.get("weights_sha256"):
             differences.append("the encoder was untrained: the answers mean nothing")
         for name in MADE_WITH:
-            if name in ref and made_with.get(name, ref[name]) != ref[name]:
+            if name in ref and str(made_with.get(name, ref[name])) != str(ref[name]):
                 now, then = (str(x)[:12] for x in (made_with[name], ref[name]))
                 differences.append(f"{name} {now}, trained on {then}")
         if "norm_mean" in ref:
@@ -861,7 +865,7 @@ def report_warnings(warnings, model_name):
 
 def warn_of_another_encoder(model, store, eids, listener=RUN):
     """Tell which studies were embedded by another encoder than what the model was trained on."""
-    name, trained = model.folder.name, model.made_with.get("encoder_sha256")
+    name, trained = model.folder.name, model.record.encoder_sha256
     others = store.made_with(eids)["weights_sha256"] if trained else {}
     others = {given: studies for given, studies in others.items() if given not in ("", trained)}
     for given, studies in others.items():
@@ -1098,7 +1102,7 @@ class LoadedModel:
     labels: list[str]  # stripped, in output order
     type: str  # binary or regression
     scaling: dict | None  # the published input_norm_dict
-    made_with: dict  # settings at training; {} for a published checkpoint
+    record: Record  # of a published checkpoint: what is known of its input
     units: dict
     seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
 
@@ -1107,7 +1111,7 @@ class LoadedModel:
         if isinstance(self.net, Readings):
             return np.asarray(logits)
         values = readable(logits, self.labels, self.scaling)
-        unlearnt = np.isin(self.labels, self.made_with.get("unlearnt", []))
+        unlearnt = np.isin(self.labels, self.record.unlearnt)
         lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         if lost.any():
             names = some(x for x, y in zip(self.labels, lost.any(axis=0), strict=True) if y)
@@ -1166,51 +1170,6 @@ def network_from(state, combine, path):
     return net, n_labels
 
 
-def own_record(saved, path):
-    """The 'echofocus' entry of our own checkpoints; {} for a published one. Raises UserError."""
-    record = saved.get("echofocus", {})
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: its 'echofocus' entry is a {type(record).__name__}, not a dict")
-    if not record:
-        return {}
-    kinds = {f.name: f.type for f in fields(Settings)} | {"units": dict, "labels": list}
-    kinds |= {"type": str, "encoder_sha256": str, "unlearnt": list}
-    kinds |= {"thresholds": dict, "input": dict}
-    for name, kind in kinds.items():
-        value = record.get(name)
-        if value is not None and not isinstance(value, (int, float) if kind is float else kind):
-            raise UserError(f"{path}: its {name} is a {type(value).__name__}, not {kind.__name__}")
-    for name in ("task", "labels", "units"):
-        if name not in record:
-            raise UserError(f"{path} lacks '{name}' in its 'echofocus' entry")
-    if record.get("tf_combine", "avg") not in ("avg", "max"):
-        raise UserError(f"{path}: its tf_combine is {ascii(record['tf_combine'])[:40]}")
-    for label, threshold in record.get("thresholds", {}).items():
-        if label not in record["labels"] or not isinstance(threshold, float):
-            raise UserError(f"{path}: its thresholds are not a number for some of its labels")
-    about = record.get("input", {})
-    if any(not isinstance(about.get(k, ""), str | int) for k in MADE_WITH) or any(
-        not isinstance(about.get(k, 0.0), float) for k in ("norm_mean", "norm_sd")
-    ):
-        raise UserError(f"{path}: its description of the training input cannot be used")
-    for name in filter(None, (record["task"], record.get("dataset", ""))):
-        if isinstance(name, str):
-            check_name(name, f"{path}, task or dataset")
-    if taken := reserved(record["labels"]):
-        raise UserError(f"{path}: a label is called {taken}, as a column of our tables")
-    names = [record["task"], record.get("dataset", ""), *record["labels"]]
-    names += [x for pair in record["units"].items() for x in pair]
-    if any(not isinstance(x, str) or not x.isprintable() for x in names):
-        raise UserError(f"{path}: its task, dataset and labels must be printable text")
-    if (
-        not record["task"]
-        or "/" in record["task"]
-        or len(set(record["labels"])) < len(record["labels"])
-    ):
-        raise UserError(f"{path}: it has no usable task name, or a label twice")
-    return record
-
-
 def released_task(task):
     """The registry entry of a released model with that task, or {}."""
     return next((e for e in releases.registry().values() if e.get("task") == task), {})
@@ -1224,10 +1183,10 @@ def labels_for(folder, record, n_labels, config, task=""):
     called like the folder, or of the one task of the config with so many labels.
     """
     if record:
-        labels = record["labels"]
+        labels = record.labels
         if len(labels) != n_labels:
             raise UserError(f"{folder.name} has {n_labels} outputs and names {len(labels)} labels")
-        return record["task"], labels, record["units"], "its own file"
+        return record.task, labels, record.units, "its own file"
     known = releases.released(folder)
     if not known and task not in config.tasks:
         known = released_task(task)
@@ -1273,21 +1232,25 @@ def load_model(folder, config, task="", which="best", device="cpu"):
         return load_readings(folder, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
-    made_with = own_record(saved, path)
-    combine = made_with.get("tf_combine", "avg")  # the released models ignore their tf_combine
-    net, n_labels = network_from(saved["model_state_dict"], combine, path)
-    task, labels, units, origin = labels_for(folder, made_with, n_labels, config, task)
-    if not made_with:
+    record = read_record(saved, path)
+    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
+    task, labels, units, origin = labels_for(folder, record, n_labels, config, task)
+    if not record:
         print(f"labels of {folder.name}: task {task} of {origin} ({n_labels})")
     scaling = scaling_from(saved, labels, path)
-    kind = made_with.get("type") or ("regression" if scaling else "binary")
+    kind = (record and record.type) or ("regression" if scaling else "binary")
     if kind != ("regression" if scaling else "binary"):
         raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
-    made_with = made_with or {"input": {"size": 224, "clip_len": 16}}  # as published models were
+    record = record or Record(input=Input(size=224, clip_len=16))  # as published models were
     return LoadedModel(
-        folder, net, task, list(labels), kind, scaling, made_with, units, seen_from(saved, folder)
+        folder, net, task, list(labels), kind, scaling, record, units, seen_from(saved, folder)
     )
+
+
+def pooling_of(record):
+    """How a model pools over clips; the released models ignore their tf_combine."""
+    return record.settings.tf_combine if record else "avg"
 
 
 def load_readings(folder, device):
@@ -1295,8 +1258,8 @@ def load_readings(folder, device):
     releases.check_source(folder / "panecho.pt")
     encoder, digest = panecho.load_panecho(folder / "panecho.pt")
     net = Readings(encoder).to(device).eval().requires_grad_(False)
-    made_with = {"encoder_sha256": digest, "input": {"weights_sha256": digest}}
-    return LoadedModel(folder, net, "panecho", net.columns, "readings", None, made_with, {})
+    record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest))
+    return LoadedModel(folder, net, "panecho", net.columns, "readings", None, record, {})
 
 
 def model_folder(name, run_id=""):
@@ -1352,12 +1315,12 @@ def is_of_task(folder, task, config):
     path = folder / "best_checkpoint.pt"
     try:
         saved = read_checkpoint(path)
-        record = own_record(saved, path)
+        record = read_record(saved, path)
         _, n_labels = network_from(saved["model_state_dict"], "avg", path)
     except UserError as error:
         print(f"passed over {folder.name}: {error}")
         return False
-    own = record.get("task") or releases.released(folder).get("task")
+    own = record.task if record else releases.released(folder).get("task")
     if own or not config or task not in config.tasks:
         return own == task
     return len(config.tasks[task].task_labels) == n_labels
@@ -1403,7 +1366,7 @@ def check_download(folder, entry):
     """UserError for a downloaded model that cannot be used. entry: of the registry, or {}."""
     for path in sorted(folder.glob("*_checkpoint.pt")):
         saved = read_checkpoint(path)
-        record = own_record(saved, path)
+        record = read_record(saved, path)
         _, n_labels = network_from(saved["model_state_dict"], "avg", path)
         if not record and n_labels != len(entry.get("labels", range(n_labels))):
             raise UserError(f"{path} has {n_labels} outputs, not {len(entry['labels'])}")
@@ -1425,10 +1388,10 @@ def cmd_inspect(typed):
     files = sorted(path.parent.iterdir()) if path.name in releases.CHECKPOINTS else [path]
     facts["files"] = {p.name: p.stat().st_size for p in files if p.is_file()}
     print_description(facts)
-    if settings.json:
-        with atomic_path(settings.json) as temporary:
+    if settings.json_:
+        with atomic_path(settings.json_) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, default=str) + "\n")
-        print(f"wrote {settings.json}")
+        print(f"wrote {settings.json_}")
 
 
 def find_model_file(name):
@@ -1450,9 +1413,8 @@ def origin_of(folder):
 def model_facts(path, config):
     """What a checkpoint says of itself; labels that nobody names are numbered."""
     saved = read_checkpoint(path)
-    record = own_record(saved, path)
-    combine = record.get("tf_combine", "avg")
-    net, n_labels = network_from(saved["model_state_dict"], combine, path)
+    record = read_record(saved, path)
+    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
     facts = {}
     try:
         task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
@@ -1461,7 +1423,9 @@ def model_facts(path, config):
         task, labels, units, origin = "", [f"output {i + 1}" for i in range(n_labels)], {}, "nobody"
         scaling, facts["labels_missing"] = {}, str(error)
     facts |= {"task": task, "labels_from": origin}
-    return facts | describe_model(net, saved, record, labels, units, scaling)
+    return facts | describe_model(
+        net, saved, record.to_save() if record else {}, labels, units, scaling
+    )
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -1690,7 +1654,7 @@ def cmd_train(typed):
         if not isinstance(begun_from.net, StudyModel):
             raise UserError(f"{settings.init_from} is no study-level model to start from")
         adopt_architecture(settings, begun_from.net, typed)
-    column = split_column_of(config, settings)
+    column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
     store = open_store(config.datasets[settings.dataset].embedding_path)
     whole, limit = table, settings.sample_limit
@@ -1754,15 +1718,17 @@ def unlearnable_labels(table, task, listener=RUN):
 
 
 def check_settings(settings):
-    """UserError for numbers that make no sense, before any work is done."""
-    parse_split(settings.split)
+    """UserError for numbers that do not go together, before any work is done."""
     if settings.n_folds and not (settings.n_folds >= 3 and 0 <= settings.fold < settings.n_folds):
         raise UserError(
             f"--n_folds must be 3 or more and --fold below it, not {settings.n_folds} and "
             f"{settings.fold}"
         )
-    if settings.clip_dropout >= 1:
-        raise UserError(f"--clip_dropout must be below 1, not {settings.clip_dropout}")
+    if settings.n_folds and settings.split_column:
+        raise UserError(
+            f"--n_folds and split_column ({settings.split_column}) both say the folds: leave one "
+            "out"
+        )
 
 
 def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
@@ -1806,24 +1772,14 @@ def labels_digest(table):
 
 def digest_at_training(model, table, store, task):
     """`labels_digest` of this label table, if a model of an older version was trained with it."""
-    made = model.made_with
-    limit, first_only = made.get("sample_limit", 0), made.get("first_study_only", False)
+    made = model.record.settings
+    limit, first_only = made.sample_limit, made.first_study_only
     return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
-
-
-def split_column_of(config, settings):
-    """The column of the label table that gives the folds: as typed, the dataset's, the task's."""
-    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
-    column = settings.split_column or dataset.split_column or task.split_column
-    if column and settings.n_folds:
-        raise UserError(f"--n_folds and split_column ({column}) both say the folds: leave one out")
-    settings.split_column = column  # so that the model's record has it
-    return column
 
 
 def training_folds(table, settings, task, begun_from=None, listener=RUN, **about_seen):
     """Study id -> fold for training; 'left out' where a given split or an ancestor says so."""
-    folds = split_patients(table, asdict(settings))
+    folds = split_patients(table, vars(settings))
     if begun_from:
         folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
     for fold in ("train", "val"):
@@ -1925,7 +1881,7 @@ class Training:
         self.labels_sha256 = labels_digest(table)
         labels, inherited = task.task_labels, {}
         if begun_from and begun_from.scaling and task.type == "regression":
-            wanted = set(labels) - set(begun_from.made_with.get("unlearnt", []))
+            wanted = set(labels) - set(begun_from.record.unlearnt)
             inherited = {k: v for k, v in begun_from.scaling.items() if k in wanted}
         learnt = learnable(table, folds, task, inherited=inherited)
         self.unlearnt, self.scaling, self.targets, self.eids = learnt
@@ -1974,12 +1930,23 @@ class Training:
     @property
     def finished(self):
         limit = self.settings.epoch_lim
-        return self.epoch >= limit or self.stale >= self.settings.epoch_early_stop
+        return 0 < limit <= self.epoch or self.stale >= self.settings.epoch_early_stop
 
-    def portable_settings(self):
-        """The settings for files that may be shared: names, no paths."""
-        paths = {n: Path(getattr(self.settings, n)).name for n in ("config", "init_from")}
-        return asdict(self.settings) | paths | {"model_name": self.folder.name}
+    def used(self):
+        """The settings that decide the weights, for files that may be shared: names, no paths."""
+        used = {name: getattr(self.settings, name) for name in RECORDED}
+        return used | {"init_from": Path(self.settings.init_from).name}
+
+    def record(self):
+        """What the checkpoint says of itself: see `Record`."""
+        s = self.settings
+        return Record(
+            version=__version__, task=s.task, dataset=s.dataset, labels=self.task.task_labels,
+            type=self.task.type, units=self.task.units, unlearnt=self.unlearnt,
+            thresholds=self.thresholds, labels_sha256=self.labels_sha256,
+            encoder_sha256=self.input.weights_sha256 or "", input=self.input,
+            settings=Settings(**self.used()),
+        )  # fmt: skip
 
     def begin(self):
         """Resume from the last checkpoint, or start: split and settings are written first."""
@@ -1995,55 +1962,62 @@ class Training:
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.table, self.folds)
-        write_table(pd.DataFrame([self.portable_settings()]), self.folder / "train_args.csv")
-        record = {
-            "settings": self.portable_settings(),
+        names = {"model_name": self.folder.name, "task": self.settings.task}
+        names |= {"dataset": self.settings.dataset} | self.used()
+        write_table(pd.DataFrame([names]), self.folder / "train_args.csv")
+        run = {
+            "settings": names,
             "labels": self.task.task_labels,
             "studies": {fold: len(eids) for fold, eids in self.eids.items()},
             "labels_sha256": self.labels_sha256,
             "embeddings_sha256": self.store.digest(self.table.index),
-            "encoder_sha256": self.input.get("weights_sha256", ""),
+            "encoder_sha256": self.input.weights_sha256 or "",
             "device": str(self.net.ff.weight.device),
             "processes": self.world.size,
             "versions": {"echofocus": __version__, "torch": torch.__version__}
             | {"numpy": np.__version__, "python": platform.python_version()},
         }
         with atomic_path(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+            temporary.write_text(json.dumps(run, indent=2))
 
     def resume(self, path):
         saved = read_checkpoint(path)
-        before = saved.get("echofocus")
+        before = read_record(saved, path)
         if not before:
             raise UserError(f"{path} was not made by this program; use another --model_name")
         self.refuse_changes(before)
-        self.net.load_state_dict(saved["model_state_dict"])
-        self.optimizer.load_state_dict(saved["optimizer_state_dict"])
-        self.scheduler.load_state_dict(saved["scheduler_state_dict"])
-        if before["learning_rate"] != self.settings.learning_rate:
+        try:
+            self.net.load_state_dict(saved["model_state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer_state_dict"])
+            self.scheduler.load_state_dict(saved["scheduler_state_dict"])
+            self.history = [[int(row[0]), *map(float, row[1:])] for row in saved["perf_log"]]
+            self.position = Position(**saved.get("position", {}))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged, no run can go on from it; delete it") from error
+        if before.settings.learning_rate != self.settings.learning_rate:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate
-        self.history = [list(row) for row in saved["perf_log"]]
-        self.position = Position(**saved.get("position", {}))
-        self.thresholds = before.get("thresholds", {})
+        self.thresholds = before.thresholds
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
 
     def refuse_changes(self, before):
         """What a resumed run may not change: its model, labels, and any patient's fold."""
-        fixed = ("task", "dataset", "transformer_type", "encoder_depth", "tf_combine", "seed")
-        now = self.portable_settings() | {"labels": self.task.task_labels}
-        now |= {"type": self.task.type}
-        for name in (*fixed, "labels", "type", "split", "n_folds", "fold", "init_from"):
-            if before.get(name) != now[name]:
+        now, then = self.record(), before.settings
+        fixed = ("transformer_type", "encoder_depth", "tf_combine", "seed", "split", "n_folds")
+        pairs = {n: (getattr(before, n), getattr(now, n)) for n in ("task", "dataset", "labels")}
+        pairs["type"] = before.type, now.type
+        pairs |= {n: (getattr(then, n), v) for n, v in self.used().items()}
+        for name, (was, value) in pairs.items():
+            if was == value:
+                continue
+            if name in (*fixed, "task", "dataset", "labels", "type", "fold", "init_from"):
                 raise UserError(
-                    f"{self.folder} was trained with {name} = {before.get(name)}, not "
-                    f"{now[name]}; use another --model_name or --run_id"
+                    f"{self.folder} was trained with {name} = {was}, not {value}; use another "
+                    "--model_name or --run_id"
                 )
-        for name, value in self.portable_settings().items():
-            if name in before and before[name] != value and name not in ("device", "config"):
-                print(f"changed on resume: {name} = {value}, was {before[name]}")
-        if before.get("labels_sha256") != self.labels_sha256:
+            print(f"changed on resume: {name} = {value}, was {was}")
+        if before.labels_sha256 != self.labels_sha256:
             raise UserError(
                 f"the label table has changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
@@ -2128,18 +2102,7 @@ class Training:
             "cuda_random_state": None,
             "position": asdict(self.position),
             "seen": [part.saved() for part in self.seen],
-            "echofocus": self.portable_settings()
-            | {
-                "version": __version__,
-                "labels_sha256": self.labels_sha256,
-                "labels": self.task.task_labels,
-                "type": self.task.type,
-                "units": self.task.units,
-                "encoder_sha256": self.input.get("weights_sha256", ""),
-                "input": self.input,
-                "unlearnt": self.unlearnt,
-                "thresholds": self.thresholds,
-            },
+            "echofocus": self.record().to_save(),
         }
         with atomic_path(self.folder / f"{name}_checkpoint.pt") as temporary:
             torch.save(state, temporary)
@@ -2211,7 +2174,8 @@ def youden_thresholds(truth, probabilities, labels):
 
 def start_with_model(command, typed):
     """What commands that use a model begin with: (settings, config, model)."""
-    config = read_config(typed.get("config"), needed=not typed.get("videos"))
+    needed = not (typed.get("videos") or typed.get("embedding_path"))
+    config = read_config(typed.get("config"), needed)
     task = typed.get("task", "")
     if task and not released_task(task):
         config.pick("task", task)
@@ -2219,8 +2183,31 @@ def start_with_model(command, typed):
     model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
     if command in ("evaluate", "explain") and isinstance(model.net, Readings):
         raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
-    config.tasks.setdefault(model.task, Task(model.labels, type=model.type, units=model.units))
+    if model.task not in config.tasks and model.type != "readings":
+        config.tasks[model.task] = Task(
+            task_labels=model.labels, type=model.type, units=model.units
+        )
     return resolve_settings(command, typed, config, model), config, model
+
+
+def warn_of_another_input(model, settings, typed):
+    """Say before any video is read that a model was trained on videos extracted otherwise.
+
+    Raises UserError for another encoder that nobody asked for.
+    """
+    trained, digest = model.record.encoder_sha256, ""
+    if trained:
+        _, digest = panecho.load_panecho(settings.weights, settings.clip_len)
+    if digest != trained:
+        text = f"{model.folder.name} was trained on embeddings of another encoder (weights "
+        text += f"{trained[:12]}, {settings.weights} is {digest[:12]})"
+        if "weights" not in typed:
+            raise UserError(f"{text}; give its file with --weights")
+        print(f"WARNING: {text}: its answers mean nothing here")
+    for name, was in input_options(model.record.input).items():
+        if getattr(settings, name) != was and name != "weights":
+            now = getattr(settings, name)
+            print(f"WARNING: --{name} {now}: {model.folder.name} was trained with {was}")
 
 
 def labelled_studies(model, config, settings, store):
@@ -2231,8 +2218,8 @@ def labelled_studies(model, config, settings, store):
             f"task {settings.task} of {config.path} and {model.folder.name} differ in labels"
         )
     config.tasks[settings.task].type = model.type
-    own = settings.dataset == model.made_with.get("dataset")
-    column = model.made_with.get("split_column", "") if own else ""
+    own = settings.dataset == model.record.dataset
+    column = model.record.settings.split_column if own else ""
     task, whole = load_labels(config, settings.task, settings.dataset, split_column=column)
     digest = partial(digest_at_training, model, whole, store, task)
     folds, how = folds_for(model, whole, settings.dataset, RUN, settings.assume_unseen, digest)
@@ -2284,14 +2271,13 @@ def cmd_predict(typed):
         output_path(typed["out"], "--out")
     if typed.get("videos"):
         source = Path(typed["videos"])
-        studies = extract.find_studies(
-            source, *(typed[n] for n in ("group", "manifest", "study_id"))
-        )
         settings, config, model = start_with_model("predict", typed)
+        studies = extract.find_studies(source, settings.group, settings.manifest, settings.study_id)
+        warn_of_another_input(model, settings, typed)
         key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
         name = f"{source.resolve().name}_{key}"  # another source of that name: other files
         folder = model.folder / f"clip_embeddings_{name}"
-        summary = extract.extract(studies, folder, extract.settings_from(typed))
+        summary = extract.extract(studies, folder, extract.settings_from(vars(settings)))
         summary.print()
         if not summary.written and not summary.finished:
             raise UserError(f"no study in {source} has a usable video")
@@ -2327,10 +2313,8 @@ def refuse_other_mode(typed):
         if typed.get("dataset"):
             raise UserError("--videos and --dataset are two sources: give one")
         return
-    parser = Parser()
-    extract.add_options(parser)
-    for name, default in vars(parser.parse_args([])).items():
-        if typed.get(name, default) != default:
+    for name in typed:
+        if OPTIONS[name].json_schema_extra["group"] == EXTRACTION:
             raise UserError(f"--{name} is for videos: it needs --videos")
 
 
@@ -2351,7 +2335,11 @@ def answer_studies(model, store, eids, settings, journal=None):
     The journal gets a unit a window of studies (`plan_batches`), whole or not at all: what is
     computed after a restart is computed in the same company as without.
     """
-    check, unreadable, outcomes = InputCheck(model.made_with.get("input", {})), {}, []
+    check, unreadable, outcomes = (
+        InputCheck(model.record.input.model_dump(exclude_none=True)),
+        {},
+        [],
+    )
     for window in journal or ():
         outcomes.append(outcome_of(window))
         check.warnings |= window["warnings"]
@@ -2419,13 +2407,13 @@ def prediction_table(model, found, warnings):
     values = model.readable(found.logits)
     values[~np.isfinite(values)] = np.nan
     blank = np.isnan(values)
-    learnt = ~np.isin(model.labels, model.made_with.get("unlearnt", []))
+    learnt = ~np.isin(model.labels, model.record.unlearnt)
     lost = blank[:, learnt].all(axis=1)
     left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
     table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
     for label, column in zip(model.labels, values.T, strict=True):
         table[f"{label} [{unit}]" if (unit := model.units.get(label)) else label] = column
-    for label, threshold in model.made_with.get("thresholds", {}).items():
+    for label, threshold in model.record.thresholds.items():
         column = values[:, model.labels.index(label)]
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
         table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
@@ -2517,7 +2505,7 @@ def map_rows(config, settings, datasets):
         path = config.datasets[name].label_path or (task.label_path if task else None)
         try:
             if columns and column in task.task_labels:
-                rows[name] = read_labels(path, replace(task, task_labels=columns))
+                rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
             else:
                 rows[name] = read_rows(path, columns)
         except UserError as error:
@@ -2744,8 +2732,10 @@ def cmd_check(typed):
         check_data(settings, config, model, section)
     with section("videos", "see --videos") as listener:
         if videos:
-            trained_on = model.made_with.get("encoder_sha256", "") if model else ""
-            size = preview_extraction(typed, trained_on, listener)
+            typed = {name: typed[name] for name in typed if name in options_of("extract")}
+            options = resolve_settings("extract", typed, config or Config(), model)
+            trained_on = model.record.encoder_sha256 if model else ""
+            size = preview_extraction(vars(options) | {"videos": videos}, trained_on, listener)
             check_room("clip embeddings of --videos", MODELS, size, listener.error, listener)
         else:
             listener.ok("none looked at; --videos names a folder")
@@ -2765,7 +2755,9 @@ def check_section(levels, title, remedy):
     try:
         yield heard
     except UserError as error:
-        text, _, said = str(error).partition("; ")
+        text, said = str(error), ""
+        if "\n" not in text:  # else a list of faults
+            text, _, said = text.partition("; ")
         heard.error(text, said or remedy)
     if heard.findings:
         print(title)
@@ -2805,8 +2797,7 @@ def check_choice(typed, config, model, listener):
     made = any(d.embedding_path.is_dir() for d in config.datasets.values())
     if typed.get("videos") and not typed.get("dataset") and not made:
         return listener.ok("no dataset is extracted yet: only --videos is looked at")
-    options = {f.name for f in options_of("train")}
-    typed = {k: v for k, v in typed.items() if k in options}
+    typed = {k: v for k, v in typed.items() if k in options_of("train")}
     settings = resolve_settings("train", typed, config, model)
     check_settings(settings)
     if settings.task in config.tasks:
@@ -2871,8 +2862,8 @@ def check_labels(settings, config, model, listener):
             "set label_path of the task or the dataset in the config",
         )
         return task, None
-    column = split_column_of(config, settings)
-    return load_labels(config, settings.task, settings.dataset, listener, column)
+    names = settings.task, settings.dataset
+    return load_labels(config, *names, listener, settings.split_column)
 
 
 def check_embeddings(path, store, settings, listener):
@@ -2912,7 +2903,7 @@ def check_folds(settings, config, model, data, listener):
         seen = (listener, settings.assume_unseen, digest)
         folds, _ = folds_for(model, studies, settings.dataset, *seen)
         listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
-        if settings.dataset != model.made_with.get("dataset"):
+        if settings.dataset != model.record.dataset:
             return None
     else:
         folds = training_folds(studies, settings, task, listener=listener)
@@ -2982,28 +2973,14 @@ def build_parser():
     for command, function in COMMANDS.items():
         summary = " ".join(function.__doc__.split("\n\n")[0].split())
         sub = commands.add_parser(command, help=summary, description=summary)
-        for f in options_of(command):
-            kind = {} if f.type in (list, bool) else {"type": f.type}
-            given = "" if f.default in ("", MISSING, False) else f" [{f.default}]"
-            if f.type is not bool and "choices" not in f.metadata["argparse"]:
-                kind["metavar"] = f.name.upper()
-            is_word = f.name == "source"  # without --
-            sub.add_argument(
-                f.name if is_word else f"--{f.name.rstrip('_')}",
-                **({} if is_word else {"dest": f.name}),
-                default=SUPPRESS,  # what is not typed is decided in resolve_settings
-                help=f.metadata["help"] + given,
-                **kind,
-                **f.metadata["argparse"],
-            )
-        if command in ("predict", "check"):
-            extract.add_options(sub)
+        add_options(sub, command)
     return parser
 
 
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
+    typed = checked_options(typed)
     if command != "train" and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
     COMMANDS[command](typed)

@@ -254,7 +254,7 @@ def main():
     parser.add_argument("--studies", type=int, default=300)
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--kind", default="standard", choices=("standard", "query"))
-    parser.add_argument("--tokens", type=int, default=ef.Settings.batch_tokens)
+    parser.add_argument("--tokens", type=int, default=ef.Settings().batch_tokens)
     parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
     parser.add_argument("--only_load", action="store_true", help="measure reading alone")
     parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")

@@ -58,10 +58,68 @@ class Collected(Findings):
         self.findings.append(Finding("ERROR", text, remedy))
 
 
+# A name of ours -> what people type for it. A word that means two things stands twice, and both
+# are offered.
+MEANINGS = {
+    "batch_number": "batchsize",
+    "batch_size": "batchsize",
+    "clip_dropout": "dropout",
+    "clip_len": "clips frames",
+    "config": "config_path",
+    "dataset": "data datasets cohort",
+    "device": "cuda gpu gpus",
+    "dtype": "fp16 half",
+    "embed_file": "output output_dir output_path",
+    "embedding_path": "data data_path embeddings files folder input path",
+    "encoder_depth": "depth layers num_layers",
+    "epoch_early_stop": "patience early_stopping",
+    "explain_method": "method",
+    "explain_mode": "mode",
+    "explain_n": "topk top_k",
+    "explain_steps": "steps",
+    "fold": "fold folds",
+    "folds": "fold",
+    "init_from": "pretrained finetune",
+    "label_path": "data_path csv label labels path",
+    "model_name": "checkpoint checkpoint_path model model_path model_dir name resume",
+    "n_clips": "clips num_clips",
+    "n_folds": "folds cv",
+    "out": "folder output output_dir output_path save",
+    "pool_queries": "pooling",
+    "precision": "amp bf16 fp16 half mixed_precision",
+    "run_id": "name resume",
+    "sample_limit": "limit n_samples",
+    "settings": "options",
+    "split": "splits",
+    "subset": "fold folds",
+    "task": "outcome recipe target tasks",
+    "task_labels": "label labels outcome target targets",
+    "tf_combine": "pooling",
+    "transformer_type": "arch architecture kind",
+    "type": "kind",
+    "units": "unit",
+    "valid_range": "ranges",
+    "video_base_path": "video_path videos",
+    "videos": "dicom files folder input video video_path visits",
+    "weights": "pretrained encoder",
+    "workers": "num_workers threads",
+}
+
+
 def nearest(name, valid):
-    """'; did you mean X?' when some valid name is close to `name`, else ''."""
-    close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """'; did you mean X?' when some valid name means or looks like `name`, else ''.
+
+    By meaning first, then by a part of the name (`rate`: learning_rate), then by letters.
+    """
+    word, names = plain_word(name), {plain_word(v): str(v) for v in valid}
+    meant = [n for n in names if word in MEANINGS.get(n, "").split()]
+    meant = meant or [n for n in names if len(word) > 2 and word in n.split("_")][:4]
+    meant = meant or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(names[m] for m in meant)}?" if meant else ""
+
+
+def plain_word(name):
+    return str(name).strip().lstrip("-").lower().replace("-", "_")
 
 
 def progress(iterable=None, **options):
@@ -69,6 +127,17 @@ def progress(iterable=None, **options):
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+
+
+class Switch(argparse.Action):
+    """`--redo`, `--no_redo`; with Parser also `--redo True` and `--redo False`."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        names = [*option_strings, *(f"--no_{name[2:]}" for name in option_strings)]
+        super().__init__(names, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,9 +151,27 @@ class Parser(argparse.ArgumentParser):
         args = [underscores(a) for a in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            valid = [o for o in self.options_of(parsed) if o.startswith("--")]
-            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0], valid)}")
+            self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0], parsed)}")
         return parsed
+
+    def parse_known_args(self, args=None, namespace=None):
+        switches = {o for o, a in self._option_string_actions.items() if isinstance(a, Switch)}
+        args = without_truth(sys.argv[1:] if args is None else args, switches)
+        return super().parse_known_args(args, namespace)
+
+    def hint(self, argument, parsed):
+        """What a misspelt option of the command in use may mean, or which command has it."""
+        if not argument.startswith("--"):
+            return ""
+        argument = argument.split("=")[0]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                takers = [
+                    k for k, p in action.choices.items() if argument in p._option_string_actions
+                ]
+                if takers:
+                    return f"; it is an option of {', '.join(takers)}"
+        return nearest(argument, [o for o in self.options_of(parsed) if not o.startswith("--no_")])
 
     def options_of(self, parsed):
         """All option strings of this parser and of the subcommand in use."""
@@ -94,6 +181,22 @@ class Parser(argparse.ArgumentParser):
                 chosen = action.choices.get(getattr(parsed, action.dest, None))
                 options += list(chosen._option_string_actions) if chosen else []
         return options
+
+
+def without_truth(args, switches):
+    """`--redo True` -> `--redo`; `--redo False`, `--redo=False` -> `--no_redo`."""
+    out = []
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        if not equals and out and out[-1] in switches:
+            name, value = out[-1], argument
+        if name in switches and value.lower() in ("true", "false"):
+            if not equals:
+                out.pop()
+            out.append(name if value.lower() == "true" else f"--no_{name[2:]}")
+        else:
+            out.append(argument)
+    return out
 
 
 def underscores(argument):

@@ -1,353 +1,397 @@
-"""Settings and the config: what may be said, and who wins."""
+"""Who wins: typed options, the config, a model's own record; the last two are declared here."""
 
 import json
-import re
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import numpy as np
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from common.console import UserError, nearest
+from common.console import UserError, nearest, printable
+from common.options import (
+    IN_CONFIG,
+    OPTIONS,
+    RECORDED,
+    SYNONYMS,
+    Entry,
+    Location,
+    Name,
+    Settings,
+    Text,
+    given,
+    one_name,
+    options_of,
+    readable_text,
+    shown,
+    validated,
+)
 
 MODELS = Path("trained_models")
-
-FOLDS = ("train", "val", "test")
-
 CONFIGS = (Path("config.json"), Path("config-example.json"))
-
-
-# ------------------------------------------------------------------------------------------ options
-
-
-def option(default, help, commands, least=None, **argparse_options):
-    """A settings field: its default, meaning, least value and commands, in one place."""
-    metadata = {"help": help, "commands": commands.split(), "argparse": argparse_options}
-    metadata["least"] = least
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-WITH_MODEL = "evaluate predict embed explain"
-
-ALL = f"train check {WITH_MODEL}"
-
-
-@dataclass
-class Settings:
-    """Every option. An empty text or list is found from the others; what was taken is printed."""
-
-    config: str = option(
-        "", "tasks and datasets [config.json, else config-example.json]", f"{ALL} pack inspect"
-    )
-    model_name: str = option(
-        "",
-        "folder in ./trained_models, or a path [train: the task; else the newest]",
-        f"{ALL} download inspect",
-    )
-    dataset: str = option(
-        "", "a dataset of the config [the model's, else the first]", f"{ALL} pack"
-    )
-    task: str = option("", "a task of the config [the model's, else the first]", ALL)
-    run_id: str = option("", "appended to the model's name, to keep runs apart", ALL)
-    device: str = option("", "cpu, cuda, cuda:1 [CUDA if there is one]", ALL)
-    sample_limit: int = option(0, "use so many studies at most; 0 is all", ALL, least=0)
-    batch_size: int = option(
-        0, "studies computed together at most; 0: as batch_tokens says", ALL, least=0
-    )
-    batch_tokens: int = option(
-        4096, "clips computed together, but a whole study at least", ALL, least=1
-    )
-
-    seed: int = option(0, "of the split, the order and the dropout", "train")
-    split: str = option("64,16,20", "percent of patients to train,val,test", "train")
-    split_column: str = option(
-        "", "column of the label table with train, val or test, instead of --split", "train"
-    )
-    checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", "train", least=0
-    )
-    n_folds: int = option(0, "cross-validation instead of --split; 0: none", "train")
-    fold: int = option(0, "of --n_folds: the test fold; the next one validates", "train")
-    first_study_only: bool = option(
-        False,
-        "only the first usable study of each patient",
-        "train evaluate explain",
-        action="store_true",
-    )
-    assume_unseen: bool = option(
-        False,
-        "take a dataset as unseen by a model where its file does not say whom it was trained on",
-        "train evaluate explain",
-        action="store_true",
-    )
-    allow_mixed: bool = option(
-        False, "train on embeddings of different encoders or settings", "train check",
-        action="store_true",
-    )  # fmt: skip
-    init_from: str = option("", "model to start from; heads matched by label name", "train")
-    precision: str = option("fp32", "of the computation", ALL, choices=("fp32", "bf16"))
-    transformer_type: str = option(
-        "standard", "aggregator", "train", choices=("standard", "query", "multiquery")
-    )
-    encoder_depth: int = option(1, "transformer layers; 0 is one attention layer", "train", least=0)
-    tf_combine: str = option("avg", "pooling over clips", "train", choices=("avg", "max"))
-    clip_dropout: float = option(
-        0.5, "share of a study's clips dropped in training", "train", least=0
-    )
-    learning_rate: float = option(1e-4, "of AdamW", "train", least=1e-12)
-    batch_number: int = option(128, "studies an optimiser step", "train", least=1)
-    epoch_lim: int = option(30, "epochs at most", "train", least=1)
-    epoch_early_stop: int = option(
-        10, "stop after so many epochs without improvement", "train", least=1
-    )
-
-    subset: str = option("test", "the fold to use", "evaluate explain", choices=(*FOLDS, "all"))
-    out: str = option("", "table to write [predictions_<dataset>.csv beside the model]", "predict")
-    videos: str = option(
-        "", "folder of a study's videos or of studies, to start from", "predict check"
-    )
-    embed_file: str = option(
-        "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", "embed"
-    )
-    level: str = option(
-        "study", "one vector a study, or one a video", "embed", choices=("study", "video")
-    )
-    datasets: list = option([], "several datasets, instead of --dataset", "embed", nargs="+")
-    map: str = option(
-        "", "also draw the studies in a plane: pca (if not said) or tsne", "embed",
-        choices=("pca", "tsne"), nargs="?", const="pca",
-    )  # fmt: skip
-    color_by: str = option("dataset", "dataset, or a column of the label table", "embed")
-    explain_n: int = option(5, "top videos in the published table", "explain", least=1)
-    explain_mode: str = option(
-        "pred", "explain the prediction or its loss", "explain", choices=("pred", "loss")
-    )
-    explain_tasks: list = option([], "labels to explain [all]", "explain", nargs="+")
-    explain_method: str = option(
-        "adaptive",
-        "quadrature: adaptive is Gauss-Legendre with nodes doubled until complete to 1 %%",
-        "explain",
-        choices=("adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid"),
-    )
-    explain_steps: int = option(
-        64, "integration steps (adaptive: to begin with)", "explain", least=1
-    )
-    dtype: str = option("float32", "of the packed numbers", "pack", choices=("float32", "float16"))
-    studies: int = option(100, "phantom studies to make", "demo", least=1)
-    source: str = option(
-        "",
-        "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
-        "download inspect",
-        nargs="?",
-    )
-    list_: bool = option(False, "name the released models", "download", action="store_true")
-    sha256: str = option("", "the file's SHA-256, where you know it", "download")
-    json: str = option("", "file to write the same to, for programs", "inspect")
-
-
-RECIPES = {  # how the published models were trained
-    "chd": {"encoder_depth": 1, "learning_rate": 1e-4, "batch_number": 128, "epoch_lim": 30},
-    "measure": {"encoder_depth": 5, "learning_rate": 1e-5, "batch_number": 32, "epoch_lim": 12},
-}
-
-
-def options_of(command):
-    """The Settings fields that a command takes."""
-    return [f for f in fields(Settings) if command in f.metadata["commands"]]
-
-
-def resolve_settings(command, typed, config, model=None):
-    """Who wins: what is typed, the model's own, the config's task, the published recipe, defaults.
-
-    typed: dict of the options given; model: a LoadedModel or None. Returns Settings and prints
-    what was taken that nobody typed.
-    """
-    task = typed.get("task") or (model.task if model else config.pick("task", ""))
-    if typed.get("videos"):
-        dataset = Path(typed["videos"]).resolve().name
-    else:
-        trained_on = model.made_with.get("dataset", "") if model else ""
-        dataset = config.pick("dataset", typed.get("dataset") or trained_on)
-    layers = [
-        ("typed", typed),
-        ("in the config", config.tasks[task].settings if task in config.tasks else {}),
-        (f"the published {task} recipe", RECIPES.get(task, {})),
-        ("the model's" if model else "the config's first", {"task": task, "dataset": dataset}),
-        ("the task's name", {} if model else {"model_name": task}),
-    ]
-    settings, taken = Settings(config=str(config.path)), [f"config = {config.path.name}"]
-    for f in options_of(command):
-        for source, values in layers:
-            if values.get(f.name) not in (None, ""):
-                setattr(settings, f.name, values[f.name])
-                if source != "typed":
-                    taken.append(f"{f.name} = {values[f.name]} ({source})")
-                break
-    print("using " + "; ".join(taken))
-    check_least(settings)
-    return settings
-
-
-def check_least(settings):
-    """UserError for a number below what its option allows, before any work is done."""
-    for f in fields(settings):
-        least, value = f.metadata["least"], getattr(settings, f.name)
-        if least is not None and not (value >= least and value < np.inf):
-            raise UserError(f"--{f.name} must be {least:g} or more, not {value}")
-
 
 # ------------------------------------------------------------------------------------------- config
 
 
-@dataclass
-class Task:
+def with_options(values):
+    """Options that stand as plain keys of a task or dataset are moved into its `settings`."""
+    if not isinstance(values, dict):
+        return values
+    settings, rest = values.get("settings", {}), {}
+    plain = {k: v for k, v in values.items() if SYNONYMS.get(k, k) in IN_CONFIG}
+    rest = {k: v for k, v in values.items() if k not in plain}
+    if not plain or not isinstance(settings, dict):
+        return rest
+    return rest | {"settings": one_name(plain, one_name(settings))}
+
+
+def for_config(settings):
+    """Refuse settings of a task or dataset that are for the command line alone."""
+    if odd := sorted(settings.model_fields_set - IN_CONFIG):
+        raise ValueError(f"{', '.join(odd)}: for the command line, not for the config")
+    return settings
+
+
+def as_labels(value):
+    """Label names, stripped; numbers are names too."""
+    if isinstance(value, list):
+        value = [str(x) if type(x) in (int, float) else x for x in value]
+        value = [x.strip() if isinstance(x, str) else x for x in value]
+    return value
+
+
+def by_label(value):
+    if not isinstance(value, dict):
+        return value
+    return {k.strip() if isinstance(k, str) else k: v for k, v in value.items()}
+
+
+def range_of(ends):
+    numbers = isinstance(ends, list) and len(ends) == 2
+    if not numbers or not all(x is None or (type(x) in (int, float) and x == x) for x in ends):
+        raise ValueError("[low, high], null for no limit")
+    if None not in ends and ends[0] > ends[1]:
+        raise ValueError(f"[low, high] is upside down: {ends[0]} is above {ends[1]}")
+    return ends
+
+
+OWN_COLUMNS = ("pid", "eid", "PID", "Echo_ID", "n_videos", "n_clips", "warning")
+OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Predict")
+
+
+def label_faults(labels, units):
+    """What is wrong with label names, in lines: none, one twice, or one that is our column."""
+    if not labels or len(set(labels)) < len(labels):
+        return ["task_labels must name at least one label, and none twice"]
+    taken, faults = dict.fromkeys(OWN_COLUMNS), []
+    for label in labels:
+        unit = units.get(label)
+        for column in dict.fromkeys([label, f"{label} [{unit}]" if unit else label]):
+            whose = taken.get(column)
+            if whose:
+                faults.append(f"labels {whose} and {label} would share a column {column}")
+            elif column in taken:
+                faults.append(f"{column} is a column of our tables and cannot be a label")
+            taken[column] = label
+    for label in labels:
+        faults += [
+            f"{label}{end} is a column of our tables, for {label}, and cannot be a label"
+            for end in OWN_ENDS
+            if label + end in taken
+        ]
+    return faults
+
+
+Labels = Annotated[list[Text], BeforeValidator(as_labels)]
+Units = Annotated[dict[Text, Text], BeforeValidator(by_label)]
+Range = Annotated[list, BeforeValidator(range_of)]
+ForConfig = Annotated[Settings, AfterValidator(for_config)]
+
+
+class Task(Entry):
     """What to learn: label names in order and how to read them."""
 
-    task_labels: list[str]
-    label_path: Path | None = None
-    type: str = ""  # binary or regression; '' is decided by the values
-    units: dict = field(default_factory=dict)  # label -> unit, for tables and figures
-    boxcox: list | None = None  # labels made normal by Box-Cox; None: the published five
-    valid_range: dict | None = None  # label -> [low, high]; None: the published two
-    split_column: str = ""  # of the label table: train, val or test
-    settings: dict = field(default_factory=dict)  # option -> value, for this task
+    task_labels: Labels
+    label_path: Location | None = None
+    type: Literal["", "binary", "regression"] = ""  # '' is decided by the values
+    units: Units = Field({})  # label -> unit, for tables and figures
+    boxcox: Labels | None = None  # labels made normal by Box-Cox; None: the published five
+    # label -> [low, high]; None: the published two
+    valid_range: Annotated[dict[str, Range], BeforeValidator(by_label)] | None = None
+    settings: ForConfig = Settings()  # options, for this task
+
+    plain_options = model_validator(mode="before")(with_options)
+
+    @model_validator(mode="after")
+    def agree(self):
+        faults = label_faults(self.task_labels, self.units)
+        for key in ("units", "boxcox", "valid_range"):
+            faults += [
+                f"{key} has {printable(x)[:60]}, which is no label{nearest(x, self.task_labels)}"
+                for x in getattr(self, key) or ()
+                if x not in self.task_labels
+            ]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
 
 
-@dataclass
-class Dataset:
-    """Where a cohort's clip embeddings lie, and its own label table if it has one."""
+class Dataset(Entry):
+    """Where a cohort's clip embeddings lie, and its own label table and videos if it has them."""
 
-    embedding_path: Path
-    label_path: Path | None = None
-    split_column: str = ""  # of the label table: train, val or test
+    embedding_path: Location
+    label_path: Location | None = None
+    video_base_path: Location | None = None  # holds a folder of videos a study, called:
+    video_subdir_format: str = "{echo_id}_trim"
+    settings: ForConfig = Settings()  # options, for this dataset
+
+    plain_options = model_validator(mode="before")(with_options)
+
+    @field_validator("video_subdir_format")
+    @classmethod
+    def one_folder(cls, text):
+        rest = text.replace("{echo_id}", "", 1)
+        if rest == text or set(rest) & set("{}\0\\") or ".." in text or text.startswith("/"):
+            raise ValueError("a folder's name with {echo_id} in it, below video_base_path")
+        return text
+
+
+class ConfigFile(Entry):
+    """The config as it is written."""
+
+    task: Annotated[dict[Name, Task], Field(min_length=1)]
+    dataset: Annotated[dict[Name, Dataset], Field(min_length=1)]
 
 
 @dataclass
 class Config:
-    path: Path
-    tasks: dict[str, Task]
-    datasets: dict[str, Dataset]
+    """Tasks and datasets by name; paths are relative to the current folder."""
+
+    path: Path = Path("(none)")
+    tasks: dict[str, Task] = field(default_factory=dict)
+    datasets: dict[str, Dataset] = field(default_factory=dict)
 
     def pick(self, kind, name):
-        """The name of a task or dataset, the first when none is named. Raises UserError."""
-        known = self.tasks if kind == "task" else self.datasets
+        """The name of a task or dataset, the first when none is named ('' of an empty config).
+
+        Raises UserError.
+        """
+        there = self.tasks if kind == "task" else self.datasets
         if not name:
-            return next(iter(known))
-        if name not in known:
+            return next(iter(there), "")
+        if name not in there:
             raise UserError(
-                f"{self.path} has no {kind} {name}{nearest(name, known)} (it has: "
-                f"{', '.join(known)})"
+                f"{self.path} has no {kind} {name}{nearest(name, there)} (it has: "
+                f"{', '.join(there)})"
             )
         return name
 
 
-def read_config(path, needed=True):
+def read_config(path="", needed=True):
     """Read and check the JSON config; paths in it are relative to its folder. Raises UserError.
 
     Where it is not needed and there is none, the result has no task and no dataset.
     """
     if not path and not needed and not any(p.is_file() for p in CONFIGS):
-        return Config(Path("(none)"), {}, {})
+        return Config()
     path = Path(path) if path else next((p for p in CONFIGS if p.is_file()), CONFIGS[0])
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except OSError as error:
         raise UserError(f"no config {path}; copy config-example.json and edit it") from error
+    except RecursionError:
+        raise UserError(f"{path} is no config: it is nested too deep") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    check_keys(raw, {"task": dict, "dataset": dict}, path)
-    for kind in ("task", "dataset"):
-        if not raw.get(kind):
-            raise UserError(f"{path} needs a section '{kind}' with at least one {kind}")
-
-    def located(entry):
-        return {k: path.parent / v if k.endswith("_path") else v for k, v in entry.items()}
-
-    tasks, datasets = {}, {}
-    for name, entry in raw["task"].items():
-        where = f"{path}, task {name}"
-        check_name(name, f"{path}, task")
-        check_keys(entry, TASK_KEYS, where, ["task_labels"])
-        check_settings_entry(entry.get("settings", {}), f"{where}, settings")
-        if entry.get("type", "") not in ("", "binary", "regression"):
-            raise UserError(f"{where}: type is binary or regression")
-        labels = [str(label).strip() for label in entry["task_labels"]]
-        if not labels or len(set(labels)) < len(labels):
-            raise UserError(f"{where}: task_labels must name at least one label, and none twice")
-        if taken := reserved(labels):
-            raise UserError(f"{where}: {taken} is a column of our tables and cannot be a label")
-        units = entry.get("units", {}).values()
-        if any(not isinstance(unit, str) for unit in units):
-            raise UserError(f"{where}: units are text")
-        if odd := [text for text in (*labels, *units) if not text.isprintable()]:
-            raise UserError(f"{where}: {odd[0]!a} holds a character that cannot be printed")
-        for key in ("units", "boxcox", "valid_range"):
-            for label in entry.get(key, ()):
-                if label not in labels:
-                    raise UserError(f"{where}, {key}: no label {label}{nearest(label, labels)}")
-        for label, ends in entry.get("valid_range", {}).items():
-            if not is_range(ends):
-                raise UserError(f"{where}, valid_range of {label}: [low, high], null for no limit")
-        tasks[name] = Task(**(located(entry) | {"task_labels": labels}))
-    for name, entry in raw["dataset"].items():
-        check_name(name, f"{path}, dataset")
-        check_keys(entry, DATASET_KEYS, f"{path}, dataset {name}", ["embedding_path"])
-        datasets[name] = Dataset(**located(entry))
-    return Config(path, tasks, datasets)
+    file = validated(ConfigFile, raw, str(path))
+    for entry in (*file.task.values(), *file.dataset.values()):
+        for key in type(entry).model_fields:
+            if isinstance(there := getattr(entry, key), Path):
+                setattr(entry, key, path.parent / there.expanduser())
+    return Config(path, file.task, file.dataset)
 
 
-def check_name(name, what):
-    """UserError for a name that would lead out of its folder or hide in it."""
-    if not re.fullmatch(r"\w[\w .+-]*", name):
-        raise UserError(f"{what}: {ascii(name)[:60]} is no name; use letters, digits, . - + and _")
+def without_repeats(pairs):
+    """A JSON object as a dict; of a key that stands twice JSON would keep the last in silence."""
+    values = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key '{printable(key)[:60]}' stands twice in one object")
+        values[key] = value
+    return values
 
 
-def reserved(labels):
-    """A label that one of our own columns is called, or ''."""
-    own = {"pid", "eid", "n_videos", "n_clips", "warning"}
-    own |= {f"{x}_{what}" for x in labels for what in ("decision", "threshold")}
-    return next((label for label in labels if label in own), "")
+# ------------------------------------------------------------------------- a checkpoint's record
 
 
-def is_range(ends):
-    numbers = isinstance(ends, list) and len(ends) == 2
-    return numbers and all(x is None or (type(x) in (int, float) and x == x) for x in ends)
+def plain_value(value):
+    if type(value) not in (str, int, float) or (type(value) is float and not math.isfinite(value)):
+        raise ValueError(f"text or a number, not {shown(value)}")
+    return readable_text(value) if type(value) is str else value
 
 
-TASK_KEYS = {"task_labels": list, "label_path": str, "type": str, "units": dict, "boxcox": list}
-
-TASK_KEYS |= {"valid_range": dict, "settings": dict, "split_column": str}
-
-DATASET_KEYS = {"embedding_path": str, "label_path": str, "split_column": str}
-
-JSON_NAMES = {list: "a list", str: "text", dict: "an object", int: "a number", float: "a number"}
+def whole_number(value):
+    """A number, or its digits: attributes of a file are compared as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 9 else value
 
 
-def check_settings_entry(entry, where):
-    """UserError for settings of a task that `train` has not, or of the wrong kind."""
-    options = {f.name: f for f in options_of("train") if "check" not in f.metadata["commands"]}
-    check_keys(entry, {name: f.type for name, f in options.items()}, where)
-    for name, value in entry.items():
-        choices = options[name].metadata["argparse"].get("choices", (value,))
-        if value not in choices:
-            raise UserError(f"{where}: {name} is one of {', '.join(choices)}, not {value}")
+Plain = Annotated[Any, AfterValidator(plain_value)]
+Whole = Annotated[int | None, BeforeValidator(whole_number)]
 
 
-def check_keys(entry, valid, where, required=()):
-    """UserError for a key that is not known or of the wrong type, or a required one missing.
+class Input(Entry):
+    """What a model was trained on: attributes that its embedding files share, and their norms."""
 
-    valid: key to type.
+    weights_sha256: Plain = None
+    weights: Plain = None  # the file's name
+    size: Whole = None
+    clip_len: Whole = None
+    n_clips: Whole = None
+    sampling: Plain = None
+    mask: Literal["none", "sector"] | None = None
+    norm_mean: float | None = None  # of a study's clip embeddings, over studies
+    norm_sd: float | None = None
+
+
+class Record(Entry):
+    """The `echofocus` entry of our own checkpoints: what training used and what a user needs."""
+
+    format: Literal[1] = 1
+    version: str = ""
+    task: Name = ""
+    dataset: Name = ""
+    labels: list[Text] = Field([])  # in output order
+    type: Literal["", "binary", "regression"] = ""
+    units: Units = Field({})
+    unlearnt: list[str] = Field([])  # labels that had no two values in training
+    thresholds: dict[str, float] = Field({})  # label -> probability that counts as present
+    labels_sha256: str = ""
+    encoder_sha256: str = ""
+    input: Input = Input()
+    settings: Settings = Settings()  # RECORDED of them
+
+    @model_validator(mode="after")
+    def agree(self):
+        faults = label_faults(self.labels, self.units)
+        for key in ("unlearnt", "thresholds"):
+            odd = [x for x in getattr(self, key) if x not in self.labels]
+            faults += [f"{key} has {printable(x)[:60]}, which is no label" for x in odd]
+        if faults and self.task:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def to_save(self):
+        """As plain Python values, with the settings that decide the weights and no others."""
+        settings = {name: getattr(self.settings, name) for name in RECORDED}
+        saved = self.model_dump(exclude={"settings", "input"})
+        return saved | {"settings": settings, "input": self.input.model_dump(exclude_none=True)}
+
+
+def from_format_0(old):
+    """Until 0.1.0 the record had no format, and every option of every command beside the facts."""
+    facts = {n: old[n] for n in Record.model_fields if n != "settings" and old.get(n) is not None}
+    settings = {n: old[n] for n in RECORDED if old.get(n) is not None}
+    return facts | {"settings": settings, "format": 1}
+
+
+PATCHES = (from_format_0,)  # the patch at place n makes format n into n + 1
+
+
+def read_record(saved, file):
+    """The Record in a checkpoint's dict, whatever its format; None in a published one.
+
+    Raises UserError for one that cannot be used.
     """
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: expected an object {{...}}, got {json.dumps(entry)[:40]}")
-    for key, value in entry.items():
-        if key not in valid:
-            raise UserError(f"{where}: unknown key '{key}'{nearest(key, valid)}")
-        kind = (int, float) if valid[key] is float else valid[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and valid[key] is not bool):
-            wanted = JSON_NAMES.get(valid[key], valid[key].__name__)
-            raise UserError(f"{where}: '{key}' must be {wanted}, not {json.dumps(value)[:40]}")
-    for key in required:
-        if key not in entry:
-            raise UserError(f"{where}: '{key}' is missing")
+    raw = saved.get("echofocus")
+    if "echofocus" not in saved:
+        return None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: its 'echofocus' entry is a {type(raw).__name__}, not a dict")
+    number = raw.get("format", 0)
+    if type(number) is not int or not 0 <= number <= len(PATCHES):
+        raise UserError(
+            f"{file}: its record has the format {shown(number)}, this program reads 0 to "
+            f"{len(PATCHES)}; update it, or take another model"
+        )
+    for patch in PATCHES[number:]:
+        raw = patch(raw)
+    for name in ("task", "labels"):
+        if name not in raw:
+            raise UserError(f"{file}, its record: '{name}' is missing")
+    return validated(Record, raw, f"{file}, its record")
+
+
+# ---------------------------------------------------------------------------------------- who wins
+
+RECIPES = {  # how the published models were trained
+    "chd": {"encoder_depth": 1, "learning_rate": 1e-4, "batch_number": 128, "epoch_lim": 30},
+    "measure": {"encoder_depth": 5, "learning_rate": 1e-5, "batch_number": 32, "epoch_lim": 12},
+    "fyler": {"transformer_type": "multiquery", "encoder_depth": 10, "learning_rate": 1e-4}
+    | {"batch_number": 512, "clip_dropout": 0.5, "epoch_lim": 20, "epoch_early_stop": 10},
+}
+
+
+def resolve_settings(command, typed, config, model=None):
+    """Who wins, for every option of a command; prints what was taken that nobody typed.
+
+    What is typed, the config's dataset, the config's task, for videos the input that the model was
+    trained on, the published recipe of the task, the defaults. model: a LoadedModel or None.
+    """
+    task = typed.get("task") or (model.task if model else config.pick("task", ""))
+    dataset, why = pick_dataset(typed, config, model)
+    layers = [("typed", typed)]
+    for kind, entries, name in (
+        ("dataset", config.datasets, dataset),
+        ("task", config.tasks, task),
+    ):
+        if name in entries:
+            layers.append((f"the config's {kind} {name}", given(entries[name].settings)))
+    if model and (typed.get("videos") or command == "extract"):
+        trained = input_options(model.record.input).items()
+        trained = {n: v for n, v in trained if v != OPTIONS[n].default}
+        layers.append((f"as {model.folder.name} was trained", trained))
+    layers += [
+        (f"the published {task} recipe", RECIPES.get(task, {})),
+        ("the model's" if model else "the config's first", {"task": task}),
+        (why, {"dataset": dataset}),
+        ("the task's name", {} if model else {"model_name": task}),
+    ]
+    values, taken = {"config": str(config.path)}, [f"config = {config.path.name}"]
+    for name in options_of(command):
+        for source, layer in layers:
+            if layer.get(name) not in (None, ""):
+                values[name] = layer[name]
+                if source != "typed":
+                    taken.append(f"{name} = {layer[name]} ({source})")
+                break
+    print("using " + "; ".join(taken))
+    return validated(Settings, values)
+
+
+def pick_dataset(typed, config, model=None):
+    """(name, why that) of the dataset to work on; typed paths replace those of the config."""
+    if typed.get("videos"):
+        return Path(typed["videos"]).resolve().name, "the folder of --videos"
+    name, folder = typed.get("dataset", ""), typed.get("embedding_path")
+    trained_on, why = model.record.dataset if model else "", "typed"
+    if folder:
+        name, why = name or Path(folder).resolve().name, "the folder of --embedding_path"
+        entry = config.datasets.get(name) or Dataset(embedding_path=folder)
+        config.datasets[name] = entry.model_copy(update={"embedding_path": Path(folder)})
+    elif name or trained_on not in config.datasets:
+        name, why = config.pick("dataset", name), "the config's first"
+        if trained_on and name != trained_on:
+            why += f"; the model's {trained_on} is not in it"
+    else:
+        name, why = trained_on, "the model's"
+    if name and (table := typed.get("label_path")):
+        config.datasets[name] = config.datasets[name].model_copy(update={"label_path": Path(table)})
+    return name, why
+
+
+def input_options(model_input):
+    """How the videos that a model was trained on were extracted, as options; as far as known."""
+    told = model_input.model_dump(exclude_none=True)
+    found = {n: told[n] for n in ("size", "clip_len", "n_clips", "mask") if n in told}
+    random = str(told.get("weights", "")).startswith("random")
+    return found | ({"weights": "random"} if random else {})

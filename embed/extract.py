@@ -45,6 +45,8 @@ from common import __version__
 from common.console import Parser, UserError, clean_text, progress, run_main
 from common.files import atomic_path, quoted, stamp_of, unquoted
 from common.hdf5 import UNREADABLE
+from common.options import Settings as Options
+from common.options import add_options, validated
 from common.world import pick_device
 from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.store import (
@@ -74,7 +76,7 @@ class Settings:
     device: str = ""  # '' is CUDA when there is one
     precision: str = "fp32"
     image_batch: int = 0  # images; 0: see default_batch
-    workers: int = 0  # decoder processes; 0 is half the cores, 16 at most
+    workers: int = 0  # see decoders
     shard: str = "auto"
     redo: bool = False
 
@@ -541,6 +543,11 @@ def note_copies(records):
             records[name] = replace(record, reason="; ".join(notes))
 
 
+def decoders(asked):
+    """How many decoder processes; 0 asked for: half the cores, 16 at most."""
+    return asked or max(1, min(16, (os.cpu_count() or 1) // 2))
+
+
 def default_batch(device, size):
     """Images a batch: many on a GPU; on a CPU so few that their activations stay in the cache."""
     return 256 if torch.device(device).type == "cuda" else min(32, max(1, 8 * 224**2 // size**2))
@@ -578,7 +585,7 @@ def extract(studies, out, settings):
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
     run = Run(out, attributes_of(settings, digest), settings.redo, alone=count == 1)
-    workers = settings.workers or max(1, min(16, (os.cpu_count() or 1) // 2))
+    workers = decoders(settings.workers)
     size = settings.sampling.size
     batch = settings.image_batch or default_batch(device, size)
     encoder = Encoder(model.encoder, device, batch, settings.precision, size)
@@ -593,74 +600,8 @@ def extract(studies, out, settings):
     return run.summary
 
 
-def add_options(parser):
-    """The options that `settings_from` reads; `predict --videos` has them too."""
-    s, d = Sampling(), Settings()
-    option = parser.add_argument_group("extraction").add_argument
-    option(
-        "--weights",
-        default=d.weights,
-        metavar="FILE",
-        help="PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once into "
-        "torch.hub's cache), or 'random' to try without",
-    )
-    option(
-        "--group",
-        default="dicom",
-        choices=("dicom", "folder", "one"),
-        help="what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), a "
-        "subfolder, or the whole source",
-    )
-    option(
-        "--study_id",
-        default="folder",
-        choices=("folder", "uid", "digest"),
-        help="what names a study: its folder, the StudyInstanceUID, or a digest of that",
-    )
-    option(
-        "--manifest",
-        nargs="+",
-        default=[],
-        metavar="CSV",
-        help="lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
-        "EchoNet's FileList; paths start at the source",
-    )
-    option(
-        "--mask",
-        default=s.mask,
-        choices=("none", "sector"),
-        help="'sector' blacks out what lies outside the ultrasound sector, such as names",
-    )
-    option("--n_clips", type=int, default=s.n_clips, help="clips a video")
-    option("--clip_len", type=int, default=s.clip_len, help="frames a clip")
-    option("--size", type=int, default=s.size, help="pixels a side that the encoder sees")
-    option("--sampling_seed", type=int, default=s.seed, help="seed of the random clip starts")
-    option(
-        "--starts",
-        default=s.starts,
-        choices=("modulo", "independent"),
-        help="how a video's clip starts are drawn: from one residue class modulo 3, which halves "
-        "the encoder's work, or each by itself as published",
-    )
-    option("--image_batch", type=int, default=d.image_batch, help="images a batch; 0: by device")
-    option("--workers", type=int, default=d.workers, help="decoder processes; 0: by cores")
-    option(
-        "--shard",
-        default=d.shard,
-        metavar="I/N",
-        help="which share to begin with; 'auto' asks torchrun's or SLURM's environment",
-    )
-    option(
-        "--redo", action="store_true", help="make damaged files and those of other settings anew"
-    )
-
-
 def settings_from(typed):
-    """Parsed options (a dict) -> Settings; UserError for a number that makes no sense."""
-    limits = {"n_clips": 1, "clip_len": 1, "size": 32, "augment": 0, "workers": 0, "image_batch": 0}
-    for name, least in limits.items():
-        if typed.get(name, least) < least:
-            raise UserError(f"--{name} must be {least} or more, not {typed[name]}")
+    """Options (a dict, all of them) -> Settings."""
     sampling = Sampling(
         n_clips=typed["n_clips"],
         clip_len=typed["clip_len"],
@@ -668,31 +609,26 @@ def settings_from(typed):
         seed=typed["sampling_seed"],
         starts=typed["starts"],
         mask=typed["mask"],
-        augment=typed.get("augment", 0),
+        augment=typed["augment"],
     )
-    names = ("weights", "image_batch", "workers", "shard", "redo")
-    shared = {name: typed[name] for name in ("device", "precision") if name in typed}
-    return Settings(sampling=sampling, **shared, **{name: typed[name] for name in names})
+    names = ("weights", "device", "precision", "image_batch", "workers", "shard", "redo")
+    return Settings(sampling=sampling, **{name: typed[name] for name in names})
 
 
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="a folder of study folders, or of one study's files")
     parser.add_argument("--out", required=True, help="folder for the HDF5 files")
-    parser.add_argument("--device", default="", help="cpu, cuda, cuda:1; '': CUDA if there is one")
-    parser.add_argument(
-        "--augment", type=int, default=0, metavar="K", help="randomly transformed copies to add"
-    )
-    parser.add_argument("--precision", default="fp32", choices=tuple(PRECISIONS))
-    add_options(parser)
-    args = parser.parse_args(argv)
-    settings = settings_from(vars(args))
-    how = args.group, args.manifest, args.study_id
-    studies = find_studies(args.source, *how, leave_out=args.out)
-    summary = extract(studies, args.out, settings)
+    add_options(parser, "extract")
+    typed = vars(parser.parse_args(argv))
+    source, out = typed.pop("source"), typed.pop("out")
+    options = validated(Options, typed)
+    how = options.group, options.manifest, options.study_id
+    studies = find_studies(source, *how, leave_out=out)
+    summary = extract(studies, out, settings_from(vars(options)))
     summary.print()
-    print(f"embeddings in {args.out}")
-    summary.refuse_nothing(args.source, shard_from(args.shard)[1])
+    print(f"embeddings in {out}")
+    summary.refuse_nothing(source, shard_from(options.shard)[1])
 
 
 def program():

@@ -1,6 +1,5 @@
 """What an extraction would do: the files that it would skip by their headers, and the time."""
 
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -77,7 +76,7 @@ def preview_encoder(typed, sampling, trained_on, listener):
 def estimate_time(typed, sampling, encoder, usable, listener):
     """How long the (study, video) pairs take, from one decoded and a few images encoded."""
     device = pick_device(typed.get("device", ""))
-    workers = typed["workers"] or max(1, min(16, (os.cpu_count() or 1) // 2))
+    workers = extract.decoders(typed["workers"])
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
         listener.warning(f"{study.name}/{name}: {reply}", "it will be skipped")

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 
 from common.console import UserError, progress
-from common.schema import MODELS, Settings, check_least
+from common.options import Settings
+from common.schema import MODELS
 from embed import panecho
 from report.figures import draw_roc, new_figure, save_figure
 
@@ -34,7 +35,6 @@ DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
 def cmd_demo(typed):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
     folder, settings = Path("demo"), Settings(**typed)
-    check_least(settings)
     weights = make_demo(folder, settings.studies)
     extraction = ["--weights", weights, "--size", "112", "--n_clips", "1"]
     for line in (

@@ -13,7 +13,6 @@ ELSEWHERE = (
     "thresholds",
     "task",
     "type",
-    "seen",
     "settings",
     "input",
 )
@@ -50,7 +49,6 @@ def describe_model(net, saved, record, labels, units, scaling):
         "type": "regression" if saved.get("input_norm_dict") else "binary",
         "labels": [describe_label(label, units, scaling, record) for label in labels],
         "history": describe_history(saved.get("perf_log")),
-        "trained_on": {name: len(ids) for name, ids in record.get("seen", {}).items()},
         "input": record.get("input", {}),
         "settings": {k: v for k, v in facts.items() if k not in told and v not in ("", [], {})},
     }

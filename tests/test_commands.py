@@ -312,22 +312,27 @@ MISTAKES = {
     "wrong type": (lambda: edit_config(label_path=5), "'label_path' must be text, not 5"),
     "wrong number": (
         lambda: edit_config(settings={"epoch_lim": "ten"}),
-        "'epoch_lim' must be a number, not",
+        "settings: 'epoch_lim' must be a whole number, not",
     ),
     "no training option": (
         lambda: edit_config(settings={"dataset": "site"}),
-        "unknown key 'dataset'",
+        "settings: dataset: for the command line, not for the config",
     ),
     "id as label": (lambda: edit_config(task_labels=["pid"]), "cannot be a label"),
     "a name that leads out": (
         lambda: Path("config.json").write_text(
-            json.dumps({"task": {"..": {"task_labels": ["a"]}}, "dataset": {"b": {}}})
+            json.dumps(
+                {
+                    "task": {"..": {"task_labels": ["a"]}},
+                    "dataset": {"b": {"embedding_path": "emb"}},
+                }
+            )
         ),
         "'..' is no name",
     ),
     "bad range": (
         lambda: edit_config(valid_range={"finding": "0"}),
-        "valid_range of finding: [low, high]",
+        "valid_range, finding: [low, high]",
     ),
     "column twice": (
         bad_labels(lambda t: t.assign(**{"eid ": t["eid"]})),

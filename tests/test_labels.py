@@ -12,7 +12,7 @@ from scipy import stats
 
 import echofocus as ef
 from common.console import Collected
-from common.schema import Task
+from common.schema import Record, Task
 
 TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
 
@@ -21,7 +21,7 @@ def warnings(values, **task):
     """What is said of a label with these values, number by study id."""
     table = pd.DataFrame({"L": np.array(values, float)}, index=map(str, range(len(values))))
     listener = Collected()
-    task = Task(["L"], type="regression", **task)
+    task = Task(task_labels=["L"], type="regression", **task)
     ef.warn_of_suspicious(table, task, "t.csv", listener)
     return [finding.text for finding in listener.findings]
 
@@ -71,7 +71,7 @@ def test_beyond_the_unit():
 
 def scaling_of(values, boxcox):
     table, listener = pd.DataFrame({"L": np.array(values, float)}), Collected()
-    task = Task(["L"], type="regression", boxcox=["L"] if boxcox else [])
+    task = Task(task_labels=["L"], type="regression", boxcox=["L"] if boxcox else [])
     return ef.fit_scaling(table, task, listener=listener), [f.text for f in listener.findings]
 
 
@@ -224,7 +224,7 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
 def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
     """Never a blank without a reason."""
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
-    model = ef.LoadedModel(Path("m"), None, "t", ["L"], "regression", s, {}, {})
+    model = ef.LoadedModel(Path("m"), None, "t", ["L"], "regression", s, Record(), {})
     found = model.readable(np.array([[0.0], [9.0]], np.float32))
     assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
     assert "1 answers of L lie past the end of the Box-Cox scale" in capsys.readouterr().out

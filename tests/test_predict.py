@@ -12,6 +12,7 @@ import torch
 from conftest import normal, write_embeddings
 
 import echofocus as ef
+from common.schema import Record
 from embed import panecho
 from embed.store import EmbeddingFolder
 
@@ -99,8 +100,8 @@ def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
 
 def test_one_answer_that_is_no_number_is_blank_with_a_warning():
     net = ef.StudyModel(2)
-    made_with = {"thresholds": {"a": 0.5, "b": 0.4}}
-    model = ef.LoadedModel(Path("m"), net, "t", ["a", "b"], "binary", None, made_with, {})
+    record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
+    model = ef.LoadedModel(Path("m"), net, "t", ["a", "b"], "binary", None, record, {})
     found = ef.Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
     rows, left_out = ef.prediction_table(model, found, {"x": "odd"})
     assert left_out == {} and rows["warning"].tolist() == ["odd; no number for b", ""]

@@ -86,7 +86,7 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = ef.fit_scaling(table, ef.Task(labels))
+    found = ef.fit_scaling(table, ef.Task(task_labels=labels))
     for label in labels:
         assert set(found[label]) == set(published[label])
         for key, value in published[label].items():

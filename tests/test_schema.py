@@ -1,0 +1,520 @@
+"""What may be said and who wins: options, the config, a checkpoint's record."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+import torch
+from conftest import ROOT, normal, recorded, rule_weights, write_embeddings
+
+import echofocus as ef
+from common import schema
+from common.console import UserError, nearest
+from common.options import OPTIONS, RECORDED, checked_options, options_of
+from embed import extract
+
+TASK = {"task_labels": ["a", "b"], "label_path": "labels.csv"}
+CONFIG = {"task": {"t": TASK}, "dataset": {"site": {"embedding_path": "emb"}}}
+
+
+def written(tmp_path, task=None, dataset=None, **more):
+    """config.json with the keys of task t and dataset site changed."""
+    config = {"task": {"t": TASK | (task or {})}}
+    config["dataset"] = {"site": {"embedding_path": "emb"} | (dataset or {})}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config | more))
+    return path
+
+
+# ------------------------------------------------------------------------------------------- config
+
+FAULTS = {
+    "unknown key": (dict(task={"task_label": ["a"]}), "task t: unknown key 'task_label'; did you"),
+    "by meaning": (dict(task={"targets": ["a"]}), "'targets'; did you mean task_labels?"),
+    "of a dataset": (
+        dict(dataset={"csv": "x"}),
+        "dataset site: unknown key 'csv'; did you",
+    ),
+    "of the file": (dict(tasks={}), "unknown key 'tasks'; did you mean task?"),
+    "a section": (dict(dataset={"settings": []}), "dataset site: 'settings' must be an object"),
+    "kind": (dict(task={"label_path": 5}), "task t: 'label_path' must be text, not 5"),
+    "null": (dict(task={"task_labels": None}), "'task_labels' must be a list, not null"),
+    "labels are objects": (
+        dict(task={"task_labels": [{"name": "a"}, "b"]}),
+        "task t, task_labels: 'item 1' must be text, not",
+    ),
+    "labels nested": (dict(task={"task_labels": [["a"], "b"]}), "'item 1' must be text"),
+    "labels null": (dict(task={"task_labels": ["a", None]}), "'item 2' must be text, not null"),
+    "labels empty": (dict(task={"task_labels": ["a", " "]}), "item 2: '' is empty"),
+    "label twice": (dict(task={"task_labels": ["a", "a "]}), "none twice"),
+    "no label": (dict(task={"task_labels": []}), "at least one label"),
+    "steers the terminal": (dict(task={"task_labels": ["a", "\x1b[2J"]}), "cannot be printed"),
+    "unit steers": (dict(task={"units": {"a": "\x07"}}), "cannot be printed"),
+    "unit of no label": (
+        dict(task={"units": {"bb": "cm"}}),
+        "units has bb, which is no label",
+    ),
+    "our column": (dict(task={"task_labels": ["a", "n_clips"]}), "n_clips is a column of our tabl"),
+    "our ending": (dict(task={"task_labels": ["a", "a_low"]}), "a_low is a column of our tables"),
+    "one column": (
+        dict(task={"task_labels": ["a", "a [%]"], "units": {"a": "%"}}),
+        "labels a and a [%] would share a column a [%]",
+    ),
+    "upside down": (dict(task={"valid_range": {"a": [9, 1]}}), "valid_range, a: [low, high] is up"),
+    "range is text": (dict(task={"valid_range": {"a": "0"}}), "valid_range, a: [low, high], null"),
+    "range nested": (dict(task={"valid_range": {"a": [[1], 2]}}), "valid_range, a: [low, high]"),
+    "type": (dict(task={"type": "binry"}), "'type' must be"),
+    "setting unknown": (dict(task={"settings": {"learningrate": 1}}), "did you mean learning_rate"),
+    "setting's kind": (
+        dict(task={"settings": {"epoch_lim": "ten"}}),
+        "task t, settings: 'epoch_lim' must be a whole number",
+    ),
+    "setting's bound": (
+        dict(task={"settings": {"clip_dropout": 1}}),
+        "'clip_dropout' must be",
+    ),
+    "setting's choice": (
+        dict(dataset={"settings": {"precision": "fp8"}}),
+        "be 'fp32' or 'bf16'",
+    ),
+    "setting is true": (dict(task={"settings": {"epoch_lim": True}}), "must be a whole number"),
+    "not for the config": (
+        dict(task={"settings": {"run_id": "x"}}),
+        "run_id: for the",
+    ),
+    "said twice": (
+        dict(task={"lr": 1, "settings": {"learning_rate": 2}}),
+        "is said twice",
+    ),
+    "settings null": (dict(task={"settings": None}), "'settings' must be an object, not null"),
+    "path empty": (dict(dataset={"embedding_path": ""}), "a path is text that is not empty"),
+    "leads out": (dict(dataset={"video_subdir_format": "../{echo_id}"}), "a folder's name with"),
+    "runs code": (dict(dataset={"video_subdir_format": "{echo_id.__class__}"}), "a folder's name"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_config_is_one_line_with_its_place(tmp_path, fault):
+    changes, message = FAULTS[fault]
+    with pytest.raises(UserError) as error:
+        schema.read_config(written(tmp_path, **changes))
+    text = str(error.value)
+    assert message in text and "\n" not in text and text.isprintable()
+    assert text.startswith(str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", ".hidden", "a\x1bb", "a\n", "x" * 200])
+@pytest.mark.parametrize("kind", ["task", "dataset"])
+def test_names_stay_in_their_folder(tmp_path, kind, name):
+    entry = TASK if kind == "task" else {"embedding_path": "emb"}
+    with pytest.raises(UserError, match="is no name") as error:
+        schema.read_config(named(tmp_path, kind, name, entry))
+    assert "\n" not in str(error.value)
+
+
+def named(tmp_path, kind, name, entry):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG | {kind: {name: entry}}))
+    return path
+
+
+def test_all_faults_at_once(cohort, cli):
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"] |= {"type": "binry", "units": {"finding": 3}, "boxcoks": []}
+    config["dataset"]["site"]["embedding_path"] = None
+    Path("config.json").write_text(json.dumps(config))
+    for command in ("train", "check"):
+        status, out, err = cli(command, "--task", "defect")
+        text = out + err
+        assert status == 1 and "config.json: 4 faults" in text and "Traceback" not in text
+        assert "config.json, task defect: 'type' must be" in text
+        assert "config.json, task defect, units: 'finding' must be text, not 3" in text
+        assert "config.json, task defect: unknown key 'boxcoks'; did you mean boxcox?" in text
+        assert "config.json, dataset site: 'embedding_path' must be text, not null" in text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"task": {"t": {}, "t": {}}}', "the key 't' stands twice"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"task":' * 100_000, "nested too deep"),
+        ("[1, 2]", "must be an object"),
+        ("null", "must be an object"),
+        ("{'a': 1}", "is not valid JSON"),
+        ("{" + '"a": 1' * 2, "is not valid JSON"),
+        ("9" * 5000, "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+    ],
+)
+def test_what_is_no_config(cohort, cli, text, message):
+    Path("config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, _, err = cli("train")
+    assert status == 1 and message in err and err.count("\n") == 1, err
+
+
+def test_paths_are_relative_to_the_config_and_labels_lose_blanks(tmp_path):
+    path = written(
+        tmp_path,
+        task={"task_labels": ["a ", 1450], "units": {"a ": "%"}, "valid_range": {"a": [0, None]}},
+        dataset={"video_base_path": "videos"},
+    )
+    path.write_text("\ufeff" + path.read_text())
+    config = schema.read_config(path)
+    task, dataset = config.tasks["t"], config.datasets["site"]
+    assert task.task_labels == ["a", "1450"] and task.units == {"a": "%"}
+    assert task.label_path == tmp_path / "labels.csv"
+    assert dataset.embedding_path == tmp_path / "emb"
+    assert dataset.video_base_path == tmp_path / "videos"
+    assert dataset.video_subdir_format == "{echo_id}_trim"
+
+
+# ----------------------------------------------------------------------------------------- who wins
+
+
+def resolved(config, *line, model=None):
+    """The settings of a command line, by the real parser."""
+    typed = vars(ef.build_parser().parse_args([*line]))
+    command = typed.pop("command")
+    return schema.resolve_settings(command, checked_options(typed), config, model)
+
+
+def test_who_wins(tmp_path):
+    """Typed, the config's dataset, its task (in settings or as a plain key), recipe, default."""
+    config = schema.read_config(
+        named(
+            tmp_path,
+            "task",
+            "measure",
+            TASK
+            | {"settings": {"precision": "bf16", "seed": 7}, "lr": 3e-3}
+            | {"split": [80, 10, 10]},
+        )
+    )
+    settings = resolved(config, "train")
+    assert (settings.precision, settings.seed, settings.learning_rate) == ("bf16", 7, 3e-3)
+    assert settings.split == "80,10,10"
+    assert (settings.encoder_depth, settings.batch_number) == (5, 32)  # the recipe
+    assert settings.clip_dropout == 0.5  # the default
+    config.datasets["site"] = schema.Dataset(embedding_path="emb", seed=8, batch_number=4)
+    settings = resolved(config, "train", "--batch_number", "2", "--precision", "fp32")
+    assert (settings.precision, settings.seed, settings.batch_number) == ("fp32", 8, 2)
+
+
+def test_a_tasks_precision_holds_for_every_command(cohort, cli):
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"]["settings"] |= {"precision": "bf16"}
+    Path("config.json").write_text(json.dumps(config))
+    for line, n in (("train", 20), ("predict", 2), ("embed", 2)):
+        more = ("--epoch_lim", "1") if line == "train" else ()
+        status, out, err = cli(line, "--task", "defect", "--sample_limit", n, *more)
+        assert status == 0 and "precision = bf16 (the config's task defect)" in out, err
+
+
+def test_a_model_of_another_dataset_falls_back_to_the_first(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    config = json.loads(Path("config.json").read_text())
+    config["dataset"] = {"elsewhere": {"embedding_path": "emb"}}
+    Path("config.json").write_text(json.dumps(config))
+    status, out, err = cli("predict")
+    assert status == 0, err
+    assert "dataset = elsewhere (the config's first; the model's site is not in it)" in out
+
+
+def test_paths_on_the_command_line(cohort, cli):
+    """--embedding_path and --label_path stand for the dataset's, or for one that has no name."""
+    Path("emb").rename("other")
+    Path("labels.csv").rename("table.csv")
+    line = ("--task", "defect", "--label_path", "table.csv", "--embedding_path", "other")
+    status, out, err = cli("train", *line, "--dataset", "site", "--epoch_lim", "1")
+    assert status == 0, err
+    status, out, err = cli("evaluate", *line, "--dataset", "site")
+    assert status == 0, err
+    Path("config.json").unlink()
+    status, out, err = cli("predict", "--embedding_path", "other")
+    assert status == 0 and "dataset = other (the folder of --embedding_path)" in out, err
+    assert Path("trained_models/defect/predictions_other.csv").is_file()
+
+
+def test_published_spellings():
+    """What the later published branch takes on its command line."""
+    parse = ef.build_parser().parse_args
+
+    def typed(*line):
+        found = vars(parse(list(line)))
+        del found["command"]
+        return checked_options(found)
+
+    assert typed("train", "--split", "(64,16,20)") == {"split": "64,16,20"}
+    assert typed("train", "--split", "[64.5, 15.5, 20]") == {"split": "64.5,15.5,20"}
+    assert typed("train", "--total_epochs", "-1") == {"epoch_lim": -1}
+    assert typed("train", "--lr", "1e-5", "--epochs", "3") == {
+        "learning_rate": 1e-5,
+        "epoch_lim": 3,
+    }
+    assert typed("train", "--load-transformer-path", "x") == {"init_from": "x"}
+    for words in (["('train','val','test')"], ["train,val,test"], ["train", "val", "test"]):
+        assert typed("evaluate", "--folds", *words) == {"folds": ["train", "val", "test"]}
+    assert typed("explain", "--explain_tasks", "all") == {"explain_tasks": []}
+    assert typed("explain", "--explain_tasks", "('a b', 'c')") == {"explain_tasks": ["a b", "c"]}
+    assert typed("explain", "--explain_tasks", "a, b") == {"explain_tasks": ["a, b"]}
+    for words, value in (([], True), (["True"], True), (["False"], False), (["false"], False)):
+        assert typed("train", "--first_study_only", *words) == {"first_study_only": value}
+        assert typed("embed", "--pool_queries", *words) == {"pool_queries": value}
+    assert typed("embed", "--pool_queries=False") == {"pool_queries": False}
+    assert typed("embed", "--no-pool-queries", "--map") == {"pool_queries": False, "map": "pca"}
+    assert typed("download", "--list", "EchoFocus_CHD") == {
+        "list_": True,
+        "source": "EchoFocus_CHD",
+    }
+
+
+@pytest.mark.parametrize(
+    "line, status, message",
+    [
+        (["train", "--split", "50,50"], 1, "--split: three percentages"),
+        (["train", "--split", "(64,16,x)"], 1, "--split: three percentages"),
+        (["train", "--split", "nan,1,1"], 1, "--split: three percentages"),
+        (["train", "--epoch_lim", "0"], 1, "--epoch_lim: 1 or more, or -1 for no limit, not 0"),
+        (["train", "--epoch_lim", "-2"], 1, "not -2"),
+        (["evaluate", "--folds", "tests"], 1, "--folds must be"),
+        (["train", "--learning_rate", "inf"], 1, "--learning_rate must be a finite number"),
+        (["predict", "--size", "5"], 1, "--size must be 32 or more, not 5"),
+        (["train", "--epoch_lim", "ten"], 2, "invalid int value: 'ten'"),
+        (["predict", "--output", "x"], 2, "did you mean --out?"),
+        (["embed", "--output", "x"], 2, "did you mean --embed_file?"),
+        (["train", "--data", "x"], 2, "did you mean --dataset or --embedding_path?"),
+        (["predict", "--checkpoint", "x"], 2, "did you mean --model_name?"),
+        (["train", "--gpu", "0"], 2, "did you mean --device?"),
+        (["train", "--patience", "3"], 2, "did you mean --epoch_early_stop?"),
+        (["train", "--batch", "3"], 2, "--batch_tokens or --batch_size or --batch_number?"),
+        (["train", "--rate", "3"], 2, "did you mean --learning_rate?"),
+        (["train", "--subset", "val"], 2, "it is an option of evaluate, explain"),
+        (["predict", "--lr", "1"], 2, "it is an option of train"),
+    ],
+)
+def test_options_that_are_wrong(cli, line, status, message):
+    found, _, err = cli(*line)
+    assert (found, message in err) == (status, True), err
+    assert "Traceback" not in err
+
+
+def test_all_wrong_options_at_once(cli):
+    status, _, err = cli("train", "--batch_number", "0", "--clip_dropout", "1")
+    assert status == 1 and "options: 2 faults" in err
+    assert "--batch_number must be 1 or more, not 0" in err
+    assert "--clip_dropout must be below 1, not 1" in err
+
+
+def test_help_is_in_groups(cli):
+    _, out, _ = cli("predict", "--help")
+    groups = ["what to work on:", "data:", "computing:", "files:", "extraction:"]
+    assert [line for line in out.splitlines() if line in groups] == groups
+    assert "--learning_rate" not in out
+
+
+def test_every_option_is_some_commands(cli):
+    commands = {*ef.COMMANDS, "extract"}
+    for name, f in OPTIONS.items():
+        assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
+    defaults = extract.Settings()
+    for name in ("weights", "precision", "image_batch", "workers", "shard", "redo"):
+        assert OPTIONS[name].default == getattr(defaults, name)
+    for name in ("n_clips", "clip_len", "size", "mask", "augment"):
+        assert OPTIONS[name].default == getattr(defaults.sampling, name)
+    assert OPTIONS["sampling_seed"].default == defaults.sampling.seed
+    assert "weights" in options_of("extract") and "learning_rate" not in options_of("extract")
+
+
+def test_the_nearest_is_by_meaning_then_by_letters():
+    assert nearest("VSDADJ", ["ASD", "VSD_ADJ"]) == "; did you mean VSD_ADJ?"
+    assert nearest("pooling", ["tf_combine", "pool_queries"]).count("or") == 1
+    assert nearest("zzz", ["ASD"]) == ""
+
+
+# ---------------------------------------------------------------------------- a checkpoint's record
+
+
+def frozen(kind):
+    """A checkpoint as the program made it before its record had a format; weights by rule."""
+    entry = recorded("records_format0.json")[kind]
+    settings, n = entry["echofocus"], len(entry["echofocus"]["labels"])
+    shapes = ef.StudyModel(n, settings["transformer_type"], settings["encoder_depth"]).state_dict()
+    return {
+        "model_state_dict": rule_weights({k: v.shape for k, v in shapes.items()}),
+        "perf_log": [[1, 0.5, 0.6, 1e-4, 1.0]],
+        **entry,
+    }
+
+
+def saved_model(checkpoint, name="old"):
+    folder = Path("trained_models") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, folder / "best_checkpoint.pt")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_a_frozen_checkpoint_keeps_loading(tmp_path, monkeypatch, cli, kind):
+    monkeypatch.chdir(tmp_path)
+    checkpoint, entry = frozen(kind), recorded("records_format0.json")[kind]["echofocus"]
+    folder = saved_model(checkpoint)
+    model = ef.load_model(folder, schema.Config())
+    record = model.record
+    assert (model.task, model.labels, model.type) == (entry["task"], entry["labels"], kind)
+    assert record.format == 1 and record.dataset == "site" and record.units == entry["units"]
+    assert record.thresholds == entry["thresholds"]
+    assert record.encoder_sha256 == record.input.weights_sha256 == "ab" * 32
+    assert record.input.model_dump(exclude_none=True) == entry["input"]
+    for name in set(RECORDED) & set(entry):
+        assert getattr(record.settings, name) == entry[name], name
+    assert model.net.kind == entry["transformer_type"]
+    write_embeddings(Path("emb"), "s", normal(1, 2, 3, 768))
+    config = {"task": {"x": {"task_labels": ["q"]}}, "dataset": {"d": {"embedding_path": "emb"}}}
+    Path("config.json").write_text(json.dumps(config))
+    assert cli("predict", "--model_name", "old", "--out", "p.csv")[0] == 0
+    values = pd.read_csv("p.csv").iloc[0][entry["labels"][0] + (" [cm]" if entry["units"] else "")]
+    tokens = torch.from_numpy(normal(1, 2, 3, 768)).flatten(0, 1)
+    logits, _ = model.net(tokens, [len(tokens)])
+    assert values == pytest.approx(model.readable(logits.numpy())[0, 0], rel=1e-5)
+    # What is saved now is read the same.
+    again = schema.read_record({"echofocus": record.to_save()}, "x")
+    assert again == record and set(record.to_save()["settings"]) == set(RECORDED)
+
+
+ODD = [None, 5, -1, 2.5, float("nan"), True, "", "x", "\x1b[2J", "../x", b"x", [], [1], [[]], ["a"]]
+ODD += [{}, {"a": 1}, {1: 2}, {"a": {"b": []}}, ["a", "a"], torch.zeros(2), np.float64(1), (1,)]
+
+
+def fuzzed():
+    """Records of today with one key, at any depth, replaced by an odd value or left out."""
+    good = schema.read_record(frozen("binary"), "x").to_save()
+    for key in good:
+        yield key, None, {k: v for k, v in good.items() if k != key}
+        for odd in ODD:
+            yield key, odd, good | {key: odd}
+    for part in ("settings", "input", "thresholds", "units"):
+        for key in [*good[part], "unknown"]:
+            for odd in ODD:
+                yield f"{part}.{key}", odd, good | {part: good[part] | {key: odd}}
+    yield "unknown", 1, good | {"unknown": 1}
+
+
+def test_no_record_is_a_traceback():
+    """One clear line that names the file, or a record whose values are of the right kinds."""
+    refused = read = 0
+    for key, odd, raw in fuzzed():
+        try:
+            record = schema.read_record({"echofocus": raw}, "best.pt")
+            read += 1
+        except UserError as error:
+            lines = str(error).split("\n")
+            assert lines[0].startswith("best.pt"), (key, odd)
+            assert all(line.isprintable() and len(line) < 300 for line in lines), (key, odd)
+            refused += 1
+            continue
+        assert all(isinstance(x, str) for x in (record.task, *record.labels)), (key, odd)
+        assert all(isinstance(x, float) for x in record.thresholds.values()), (key, odd)
+        json.dumps(record.to_save())
+    assert refused > 400 and read > 50
+    for raw in (None, 5, [1], "x", torch.zeros(1)):
+        with pytest.raises(UserError, match="entry is a"):
+            schema.read_record({"echofocus": raw}, "best.pt")
+    old = frozen("binary")["echofocus"]
+    for key in old:
+        for odd in ODD:
+            try:
+                schema.read_record({"echofocus": old | {key: odd}}, "best.pt")
+            except UserError as error:
+                assert str(error).startswith("best.pt"), (key, odd)
+
+
+def test_a_record_of_a_later_program_is_refused():
+    with pytest.raises(UserError, match="format 2, this program reads 0 to 1; update it"):
+        schema.read_record({"echofocus": {"format": 2}}, "best.pt")
+    assert schema.read_record({}, "best.pt") is None  # as published
+
+
+def test_a_record_keeps_no_path_and_only_what_training_used(cohort, cli):
+    Path("runs").mkdir()
+    line = ("train", "--task", "defect", "--epoch_lim", "1")
+    assert cli(*line)[0] == 0
+    folder = cohort / "trained_models/defect"
+    status, _, err = cli(*line, "--init_from", folder, "--model_name", cohort / "runs" / "next")
+    assert status == 0, err
+    saved = ef.read_checkpoint(Path("runs/next/last_checkpoint.pt"))["echofocus"]
+    assert saved["format"] == 1 and set(saved["settings"]) == set(RECORDED)
+    assert saved["settings"]["init_from"] == "defect" and saved["input"]["n_clips"] == 4
+    texts = [Path("runs/next", x).read_text() for x in ("run.json", "train_args.csv")]
+    assert not any(str(cohort) in text for text in (json.dumps(saved), *texts))
+    damaged = ef.read_checkpoint(folder / "last_checkpoint.pt")
+    for key, value in (("position", {"x": 1}), ("perf_log", 5), ("optimizer_state_dict", [])):
+        torch.save(damaged | {key: value}, folder / "last_checkpoint.pt")
+        status, _, err = cli(*line)
+        assert status == 1 and "is damaged" in err and err.count("\n") == 1
+
+
+def test_no_limit_of_epochs(cohort, cli):
+    line = ("train", "--task", "defect", "--total_epochs", "-1", "--epoch_early_stop", "1")
+    # At so high a rate the loss soon rises.
+    status, out, err = cli(*line, "--learning_rate", "0.1", "--sample_limit", "20")
+    assert status == 0 and "best validation loss" in out, err
+    assert cli("check", "--task", "defect", "--sample_limit", "5")[0] == 0
+
+
+# --------------------------------------------------------------------------- the model's own input
+
+
+@pytest.fixture
+def trained_on_small_images(cohort, cli):
+    """A model whose embeddings say: images of 56 pixels, 3 clips, random weights."""
+    _, digest = extract.load_panecho("random")
+    for path in Path("emb").iterdir():
+        with h5py.File(path, "a") as f:
+            f.attrs.update(size=56, mask="sector", weights_sha256=digest, clip_len=16)
+            f.attrs["weights"] = "random: untrained, not for results"
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    (cohort / "visits" / "v1").mkdir(parents=True)
+    cine = Path(pydicom.examples.get_path("ybr_color"))
+    (cohort / "visits" / "v1" / "cine.dcm").write_bytes(cine.read_bytes())
+
+
+def test_videos_are_extracted_as_the_model_was_trained(trained_on_small_images, cli):
+    status, out, err = cli("predict", "--videos", "visits")
+    assert status == 0, err
+    for said in ("size = 56", "mask = sector", "n_clips = 4", "weights = random"):
+        assert f"{said} (as defect was trained)" in out
+    (path,) = Path("trained_models/defect").glob("clip_embeddings_*/v1.hdf5")
+    with h5py.File(path) as f:
+        assert (f.attrs["size"], f.attrs["mask"], f["embeddings"].shape[1]) == (56, "sector", 4)
+    assert "WARNING" not in out.split("studies extracted")[0]
+    status, out, err = cli("predict", "--videos", "visits", "--size", "64", "--redo")
+    before = out.split("studies extracted")[0]
+    assert status == 0 and "WARNING: --size 64: defect was trained with 56" in before, err
+
+
+def test_another_encoder_is_said_before_extraction(cohort, cli, monkeypatch):
+    for path in Path("emb").iterdir():
+        with h5py.File(path, "a") as f:
+            f.attrs["weights_sha256"] = "ab" * 32
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    Path("visits/v1").mkdir(parents=True)
+    cine = Path(pydicom.examples.get_path("ybr_color"))
+    Path("visits/v1/cine.dcm").write_bytes(cine.read_bytes())
+    monkeypatch.setattr(ef.panecho, "load_panecho", lambda *_: (None, "cd" * 32))
+    monkeypatch.setattr(ef.extract, "extract", lambda *_: pytest.fail("extraction began"))
+    status, _, err = cli("predict", "--videos", "visits")
+    assert status == 1 and "trained on embeddings of another encoder (weights abab" in err
+    assert "give its file with --weights" in err
+
+
+def test_help_is_quick():
+    """The options and the config need neither torch nor pandas."""
+    code = "import sys, common.schema; assert not {'torch', 'pandas', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
