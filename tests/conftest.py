@@ -1,9 +1,14 @@
 """What several tests need: recorded numbers, inputs and weights by rule, the command line."""
 
 import json
+import os
 import sys
 import zlib
 from pathlib import Path
+
+# Tests run side by side, a core each; threads of their own would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import h5py
 import numpy as np

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import echofocus as ef
+from embed.store import open_store
 
 # Batches of few clips, so that a step has several and the last one fewer than there are processes.
 LINE = ["train", "--task", "defect", "--epoch_lim", "3", "--batch_tokens", "20"]
@@ -107,3 +108,31 @@ def test_several_processes_and_a_dead_worker(whole):
     np.testing.assert_allclose(*history, rtol=1e-4)
     assert len(pd.read_csv(path.with_name("train_losses.csv"))) == 3
     assert out.count("best validation loss") == 1  # one process speaks
+
+
+def test_batches_side_by_side_train_as_one_after_the_other(cohort):
+    """Two batches at a time: the same losses and weights as one, and each time the same bits."""
+    store, threads = open_store(cohort / "emb"), torch.get_num_threads()
+    eids = list(store.files)[:24]
+    targets = {eid: np.array([float(i % 2)]) for i, eid in enumerate(eids)}
+    settings = ef.Settings(batch_number=12, batch_tokens=16, learning_rate=1e-3)
+
+    def trained(n):
+        torch.set_num_threads(n)
+        try:
+            with torch.random.fork_rng([]):
+                torch.manual_seed(0)
+                net = ef.StudyModel(1)
+            optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+            how = dict(targets=targets, task_type="binary", optimizer=optimizer)
+            before = torch.get_rng_state()
+            losses = [loss for *_, loss in ef.run_steps(net, store, eids, settings, **how)]
+            assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == n
+            return losses, torch.cat([p.detach().flatten() for p in net.parameters()])
+        finally:
+            torch.set_num_threads(threads)
+
+    (one, weights), (two, side), (_, again) = trained(1), trained(2), trained(2)
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-6)
+    assert torch.equal(side, again)
+    torch.testing.assert_close(side, weights, rtol=1e-4, atol=1e-5)
