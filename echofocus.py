@@ -2261,8 +2261,7 @@ def extracted(typed, settings, config, model):
     folder = Path(settings.keep or CLIP_EMBEDDINGS) / name
     summary = extract.extract(studies, folder, how)
     summary.print()
-    if not summary.written and not summary.finished:
-        raise UserError(f"no study in {videos} has a usable video")
+    summary.refuse_nothing(videos)
     size = sum(file.stat().st_size for file in folder.glob("*.hdf5"))
     print(
         f"clip embeddings are kept in {folder} ({size / 1e6:.1f} MB), for other models too; delete "
