@@ -685,6 +685,12 @@ def cmd_pack(typed):
     print(f"packed {name}: {packed} studies, {path.stat().st_size / 1e9:.2f} GB in {path.name}")
 
 
+def store_of(config, settings, name="", listener=RUN):
+    """The clip embeddings of a dataset, that of the settings unless another is named."""
+    path = config.datasets[name or settings.dataset].embedding_path
+    return open_store(path, listener, settings.max_videos_per_study)
+
+
 def refuse_mixed(store, eids, allowed, findings):
     """An error where studies were made with different encoders or settings, or some do not say.
 
@@ -902,6 +908,7 @@ class StudyModel(nn.Module):
     def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
         super().__init__()
         self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
+        self.pool_queries = True  # multiquery: the study embedding is the mean over labels
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
@@ -923,6 +930,7 @@ class StudyModel(nn.Module):
     def forward(self, tokens, lengths, rng=None):
         """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D).
 
+        The latter are (S, T, D) of a multiquery model without `pool_queries`.
         rng: a numpy Generator that dropout draws from in training; torch's own without.
         """
         S, queries = len(lengths), self.queries
@@ -936,7 +944,7 @@ class StudyModel(nn.Module):
         x = x.view(S, len(queries), D)
         if self.kind == "query":
             return self.ff(x[:, 0]), x[:, 0]
-        return self.ff(x).squeeze(-1), x.mean(1)
+        return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
 
     def encode(self, x, lengths, n_queries, rng=None):
         """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
@@ -1681,7 +1689,7 @@ def train_model(typed, world):
         adopt_architecture(settings, begun_from.net, typed)
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
-    store = open_store(config.datasets[settings.dataset].embedding_path)
+    store = store_of(config, settings)
     whole, limit = table, settings.sample_limit
     table = match_studies(table, store, task, limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
@@ -2216,9 +2224,7 @@ def start_with_model(command, typed):
     if settings.videos:
         source = extracted(typed, settings, config, model)
     else:
-        source = Source(
-            settings.dataset, open_store(config.datasets[settings.dataset].embedding_path)
-        )
+        source = Source(settings.dataset, store_of(config, settings))
     if settings.label_path:
         config.datasets[source.name].label_path = Path(settings.label_path)
     return settings, config, model, source
@@ -2269,7 +2275,7 @@ def extracted(typed, settings, config, model):
     )
     config.datasets[name] = Dataset(embedding_path=folder)
     settings.dataset = name
-    return Source(name, open_store(folder), sorted(s.name for s in studies))
+    return Source(name, store_of(config, settings), sorted(s.name for s in studies))
 
 
 def warn_of_another_input(model, settings, typed):
@@ -2322,7 +2328,12 @@ def labelled_studies(model, config, settings, store):
 def cmd_evaluate(typed):
     """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
     settings, config, model, source = start_with_model("evaluate", typed)
-    store = source.store
+    for fold in dict.fromkeys(settings.folds or [settings.subset]):
+        evaluate_fold(settings.model_copy(update={"subset": fold}), config, model, source.store)
+
+
+def evaluate_fold(settings, config, model, store):
+    """`evaluate` on the fold `settings.subset`."""
     table, how = labelled_studies(model, config, settings, store)
     warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
@@ -2396,6 +2407,7 @@ def work_of(model, store, eids, settings, **more):
     """What the results of a command depend on, for its Journal."""
     work = {"model": network_digest(model.net), "studies": store.digest(eids)}
     work |= {"precision": settings.precision, "version": __version__}
+    work |= {"most_videos": settings.max_videos_per_study}
     return work | more
 
 
@@ -2510,12 +2522,16 @@ def cmd_embed(typed):
     if typed.get("embed_file"):
         output_path(typed["embed_file"], "--embed_file")
     settings, config, model, source = start_with_model("embed", typed)
+    if not settings.pool_queries:
+        if settings.map or getattr(model.net, "kind", "") != "multiquery":
+            raise UserError("--no_pool_queries is for multiquery models, and for no map")
+        model.net.pool_queries = False
     datasets = [config.pick("dataset", name) for name in settings.datasets or [source.name]]
     rows = map_rows(config, settings, datasets) if settings.map else None  # first: it may refuse
     files = {}
     for name in dict.fromkeys(datasets):
         if name != source.name:
-            source = Source(name, open_store(config.datasets[name].embedding_path))
+            source = Source(name, store_of(config, settings, name))
         files[name] = embed_source(source, model, settings)
     if settings.map:
         make_map(files, rows, model, settings)
@@ -2542,7 +2558,12 @@ def embed_source(source, model, settings):
 
 
 def embed_studies(f, model, store, eids, settings, unreadable):
-    """A dataset (768,) a study into the open HDF5 file, as published; returns how many."""
+    """A dataset (768,) a study into the open HDF5 file, as published; returns how many.
+
+    Without pooled queries (labels, 768), the attribute `labels` naming the rows.
+    """
+    if not settings.pool_queries:
+        f.attrs["labels"] = model.labels
     found = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="embed")
     for eid, embedding in zip(found.eids, found.embeddings, strict=True):
         f[eid] = embedding
@@ -3350,7 +3371,7 @@ def check_data(settings, config, model, section):
         with section("labels", "mend the label table") as listener:
             task, table = check_labels(settings, config, model, listener)
     with section("embeddings", "see embedding_path in the config") as listener:
-        store = open_store(dataset.embedding_path, listener)
+        store = store_of(config, settings, listener=listener)
         headers = check_embeddings(dataset.embedding_path, store, settings, listener)
     if model and store:
         with section("encoder", "") as listener:
@@ -3475,9 +3496,12 @@ def check_time(net, store, eids, folds, settings, listener):
     if folds is not None:
         train, val = ((folds == fold).sum() for fold in ("train", "val"))
         epoch = train * each["train"] + val * each["predict"]
+        whole, n = "", settings.epoch_lim
+        if n > 0:
+            whole = f", {n} epochs: {duration(epoch * n)}"
         listener.ok(
-            f"an epoch of training on {train} studies: about {duration(epoch)} on {device}, "
-            f"{settings.epoch_lim} epochs: {duration(epoch * settings.epoch_lim)} (rough)"
+            f"an epoch of training on {train} studies: about {duration(epoch)} on {device}"
+            f"{whole} (rough)"
         )
 
 

@@ -24,7 +24,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -33,7 +33,7 @@ import torch
 
 from common import __version__
 from common.console import Findings, UserError, clean_text, printable, progress, some
-from common.files import atomic_path, stamp_of
+from common.files import atomic_path, derive_seed, stamp_of
 from common.hdf5 import (
     MOST_BYTES,
     MOST_TEXT,
@@ -278,6 +278,8 @@ def draw_copy(rng, copies):
 class Store:
     """What stores have in common; each says how it opens a study. See the top of this file."""
 
+    most_videos = 0  # of a study that has more, so many are read; 0: all
+
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
 
@@ -309,16 +311,24 @@ class Store:
             header = self.header(eid)
         except UnreadableStudy:
             return 0
-        return header.videos * header.clips
+        return min(header.videos, self.most_videos or header.videos) * header.clips
 
     def read(self, eid, rng=None):
         """A study's StudyClips. Raises UnreadableStudy.
 
         rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
-        transformed copies, if there are any.
+        transformed copies, if there are any; then which videos, where there are more than
+        `most_videos`. Without it these are always the same ones.
         """
         with self.opened(eid) as study:
-            return study(draw_copy(rng, study.header.copies))
+            clips = study(draw_copy(rng, study.header.copies))
+        n, most = len(clips.videos), self.most_videos
+        if not most or n <= most:
+            return clips
+        rng = rng or np.random.default_rng(derive_seed("videos", eid))
+        taken = np.sort(rng.choice(n, most, replace=False))
+        videos = [clips.videos[i] for i in taken]
+        return replace(clips, embeddings=clips.embeddings[taken], videos=videos)
 
     def read_all(self, eid):
         """Yield a study's plain StudyClips, then those of its transformed copies, one at a time."""
@@ -366,11 +376,18 @@ def reason_of(error, folder):
     return clean_text(str(error).replace(f"{folder}{os.sep}", ""))
 
 
-def open_store(path, findings=None):
+def open_store(path, findings=None, most_videos=0):
     """The clip embeddings of a dataset: what `pack` made of a folder, or the folder itself.
 
     A pack that is damaged, or older than a file of the folder, is not used: findings is told.
+    most_videos: see Store.read.
     """
+    store = open_packed_or_folder(path, findings)
+    store.most_videos = most_videos
+    return store
+
+
+def open_packed_or_folder(path, findings):
     findings, packed = findings or Findings(), packed_path(path)
     again = "run pack again"
     if path.with_name(f"{path.name}.packed").is_dir():

@@ -468,6 +468,69 @@ def test_no_limit_of_epochs(cohort, cli):
     assert cli("check", "--task", "defect", "--sample_limit", "5")[0] == 0
 
 
+# ---------------------------------------------------------------------- published ways of working
+
+
+def test_several_folds_at_once(cohort, cli):
+    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+    status, _, err = cli("evaluate", "--folds", "('train','val','test')")
+    assert status == 0, err
+    split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
+    for fold in ("train", "val", "test"):
+        found = pd.read_csv(f"trained_models/defect/saveout_{fold}_site.csv", dtype=str)
+        assert set(found["Echo_ID"]) == set(split["eid"][split["fold"] == fold])
+
+
+def test_one_vector_a_label(cohort, cli):
+    """--pool_queries False: each label's vector gives its logit by the shared head."""
+    line = ("train", "--task", "defect", "--transformer_type", "multiquery", "--epoch_lim", "1")
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["defect"]["task_labels"] = ["finding", "other"]
+    Path("config.json").write_text(json.dumps(config))
+    table = pd.read_csv("labels.csv")
+    table.assign(other=(table["size"] > 5).astype(int)).to_csv("labels.csv", index=False)
+    assert cli(*line)[0] == 0
+    assert cli("embed", "--embed_file", "pooled.h5")[0] == 0
+    status, _, err = cli("embed", "--pool_queries", "False", "--embed_file", "each.h5")
+    assert status == 0, err
+    assert cli("predict", "--out", "p.csv")[0] == 0
+    head = ef.read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["model_state_dict"]
+    with h5py.File("each.h5") as each, h5py.File("pooled.h5") as pooled:
+        assert list(each.attrs["labels"]) == ["finding", "other"]
+        x = each["1000"][:]
+        assert x.shape == (2, 768)
+        np.testing.assert_allclose(x.mean(0), pooled["1000"][:], atol=1e-6)
+    logits = x @ head["ff.weight"].numpy()[0] + head["ff.bias"].numpy()
+    answers = pd.read_csv("p.csv", dtype={"eid": str}).set_index("eid").loc["1000"]
+    expected = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(answers[["finding", "other"]].astype(float), expected, rtol=1e-4)
+    status, _, err = cli("embed", "--pool_queries", "False", "--map")
+    assert status == 1 and "multiquery models, and for no map" in err
+
+
+def test_few_videos_of_a_study(cohort, cli):
+    """The same ones each time outside training; in training any, anew each epoch."""
+    line = ("--max_videos_per_study", "2", "--batch_size", "1")
+    assert cli("train", "--task", "defect", "--epoch_lim", "1", *line)[0] == 0
+    record = ef.load_model(Path("trained_models/defect"), schema.Config()).record
+    assert record.settings.max_videos_per_study == 2
+    for name in ("a.csv", "b.csv"):
+        assert cli("predict", *line, "--out", name)[0] == 0
+    few = pd.read_csv("a.csv")
+    assert few["n_videos"].max() == 2 and few["n_videos"].min() == 1
+    pd.testing.assert_frame_equal(few, pd.read_csv("b.csv"))
+    whole, store = ef.open_store(Path("emb")), ef.open_store(Path("emb"), most_videos=2)
+    eid = next(e for e in whole.files if len(whole.read(e).videos) == 4)
+    assert store.size(eid) == 8 and whole.size(eid) == 16
+    drawn = set()
+    for k in range(40):
+        study = store.read(eid, np.random.default_rng(k))
+        places = [whole.read(eid).videos.index(v) for v in study.videos]
+        np.testing.assert_array_equal(study.embeddings, whole.read(eid).embeddings[places])
+        drawn.add(tuple(study.videos))
+    assert len(drawn) == 6  # of 4 any 2
+
+
 # --------------------------------------------------------------------------- the model's own input
 
 
