@@ -109,7 +109,15 @@ from embed.store import (
     packed_path,
     write_pack,
 )
+from report.attribution import clip_baseline, explain_study
 from report.demo import cmd_demo
+from report.explanations import (
+    SELECTED,
+    explanation_names,
+    ranked,
+    video_rows,
+    write_explanations,
+)
 from report.figures import plot_evaluation, plot_history, plot_map
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
@@ -946,6 +954,27 @@ class StudyModel(nn.Module):
             return self.ff(x[:, 0]), x[:, 0]
         return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
 
+    def first_norm_input(self, tokens):
+        """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        n_queries = len(x) - len(tokens) if self.depth == 1 else 0
+        attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
+        return x[: n_queries or None] + attended
+
+    def attention_maps(self, tokens):
+        """Each layer's attention within a study's tokens (N, D), the queries before them.
+
+        Yields ((N, N) mean over heads, whether the layer has a residual path, as all but that of
+        depth 0 have).
+        """
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        for layer in self.encoder.layers if self.depth else [None]:
+            mha = layer.self_attn if layer else self.encoder
+            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
+            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
+            yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
+            x = encoder_layer(layer, x, [len(x)]) if layer else x
+
     def encode(self, x, lengths, n_queries, rng=None):
         """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
         if not self.depth:
@@ -1121,6 +1150,10 @@ class LoadedModel:
     units: dict
     seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is known
+
+    def losses(self, logits, targets):
+        """The loss of each study's each label, both (S, T)."""
+        return losses_of_labels(logits, targets, self.type)
 
     def readable(self, logits):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
@@ -2655,233 +2688,6 @@ def make_map(files, rows, model, settings):
     print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
 
 
-# -------------------------------------------------------------------------------------- attribution
-
-QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
-NODES, MOST_NODES = 8, 512  # of the path integral: to begin with, and at most
-MOST_NODES_IN_HALF = 64  # more of them would not bring bf16 any nearer
-COMPLETE = 0.01  # the error that 'adaptive' goes on to, as a share of the summed absolute scores
-
-
-@dataclass
-class Attribution:
-    """What a study's clips counted for in T outputs, in the network's own units."""
-
-    scores: np.ndarray  # (T, V, C) signed, summed over features
-    absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
-    error: np.ndarray  # (T,) by how much the scores miss what they should add up to; NaN: no sum
-
-
-def attribute_clips(net, bag, settings, objectives, baseline=None):
-    """Attribution of a study by `settings.explain_method`.
-
-    bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T), what is explained; baseline:
-    (D,) clip embedding from which the path starts, None: zero.
-    """
-    method, (V, C, _) = settings.explain_method, bag.shape
-    bag = np.ascontiguousarray(bag, np.float32)
-    tokens = torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
-    if method == "attention":
-        shares = attention_rollout(net, tokens).expand(net.n_labels, -1)
-        scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
-        return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
-    if method == "leave_one_out":
-        answer = objectives(outputs_of(net, [tokens], settings))
-        scores = (
-            (answer - objectives(outputs_without(net, bag, settings))).T.cpu().numpy()
-        )  # (T, V)
-        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared out evenly
-        return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
-    start = torch.zeros(D) if baseline is None else baseline
-    start = start.to(tokens).expand_as(tokens)
-    integrate = published_gradients if method in QUADRATURES else integrated_gradients
-    parts, error = integrate(net, tokens, start, settings, objectives, V)
-    parts = parts.view(len(parts), V, C, D)
-    scores, absolute = parts.sum(3), parts.abs().sum((2, 3))
-    return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error)
-
-
-def device_of(net):
-    return next(net.parameters()).device
-
-
-def integrated_gradients(net, tokens, start, settings, objectives, V):
-    """Integrated gradients of T objectives in tokens (N, D): (T, N, D), and their errors (T,).
-
-    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The first
-    LayerNorm makes the answer change almost wholly within the first hundredths of the path, so
-    the path is run through by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
-    (`turning_point`): evenly in alpha near the start, evenly in log alpha beyond. Gauss-Legendre
-    nodes in u then converge fast; they are doubled for the objectives that are not yet complete.
-    All objectives share one forward pass a node.
-    """
-    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
-    change, wanted = tokens - start, ends[1] - ends[0]
-    a, n_nodes = turning_point(net, start, tokens), NODES
-    parts = torch.zeros(len(wanted), *tokens.shape, device=tokens.device)
-    error = torch.full_like(wanted, torch.inf)
-    unfinished = torch.arange(len(wanted))
-    while len(unfinished):
-        u, weights = np.polynomial.legendre.leggauss(n_nodes)
-        stretch = np.arcsinh(1 / a)
-        v = (u + 1) / 2 * stretch
-        alphas, weights = a * np.sinh(v), weights / 2 * a * stretch * np.cosh(v)
-        sums = path_integral(net, start, change, alphas, weights, settings, objectives, unfinished)
-        parts[unfinished] = sums.mul_(change)
-        error[unfinished] = incompleteness(parts[unfinished], wanted[unfinished], V)
-        n_nodes *= 2
-        if n_nodes > (MOST_NODES if settings.precision == "fp32" else MOST_NODES_IN_HALF):
-            break
-        unfinished = torch.flatten((error >= COMPLETE).nonzero()).cpu()
-    return parts, error.cpu().numpy()
-
-
-def path_integral(net, start, change, alphas, weights, settings, objectives, wanted):
-    """Weighted sum over nodes of the gradients of some objectives (W,): (W, N, D).
-
-    As many nodes as `settings.batch_tokens` and `batch_size` allow run together.
-    """
-    N, sums = len(change), torch.zeros(len(wanted), *change.shape, device=change.device)
-    together = max(1, min(settings.batch_tokens // N, settings.batch_size or len(alphas)))
-    for k in range(0, len(alphas), together):
-        alpha = torch.tensor(alphas[k : k + together]).to(change)
-        weight = torch.tensor(weights[k : k + together]).to(change)
-        points = (start + alpha[:, None, None] * change).requires_grad_(True)  # (K, N, D)
-        with torch.enable_grad():
-            values = objectives(outputs_of(net, points, settings, grad=True))  # (K, T)
-        for i, t in enumerate(wanted.tolist()):
-            more = i + 1 < len(wanted)
-            (gradient,) = torch.autograd.grad(values[:, t] @ weight, points, retain_graph=more)
-            sums[i] += gradient.sum(0)
-    return sums
-
-
-def incompleteness(parts, wanted, V):
-    """|sum of attributions - change in the objective| as a share of the summed absolute scores of
-    the V videos; parts (T, N, D), wanted (T,) -> (T,)."""
-    scores = parts.view(len(parts), V, -1).double().sum(2)
-    return (scores.sum(1) - wanted).abs() / scores.abs().sum(1).clamp(min=1e-9)
-
-
-def turning_point(net, start, tokens):
-    """Where on the path (0 to 1) the first LayerNorm turns from the start to the tokens.
-
-    The median over tokens of the ratio between its input at the start and the change of it: below
-    that share of the path the start decides its output, beyond it the tokens do.
-    """
-    if not net.depth:
-        return 1.0
-    mha = net.encoder.layers[0].self_attn
-
-    def layer_norm_input(x):
-        queries = net.queries
-        x = x if queries is None else torch.cat([queries, x])
-        n_queries = len(queries) if queries is not None and net.depth == 1 else 0
-        x = x[: n_queries or None] + attend(mha, x, [len(x)], n_queries)
-        return x - x.mean(1, keepdim=True)
-
-    with torch.no_grad():
-        before, after = layer_norm_input(start), layer_norm_input(tokens)
-        ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
-    return float(ratio.median().clamp(1e-4, 1))
-
-
-def outputs_of(net, bags, settings, grad=False):
-    """Outputs (S, T) in float32 of some studies' tokens, each (N, D)."""
-    device = device_of(net).type
-    half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16")
-    with torch.set_grad_enabled(grad), half:
-        return net(torch.cat(list(bags)), [len(b) for b in bags])[0].float()
-
-
-def published_gradients(net, tokens, start, settings, objectives, V):
-    """As `integrated_gradients`, by one of Captum's quadratures, an objective at a time."""
-    from captum.attr import IntegratedGradients
-
-    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
-    parts = []
-    for t in range(ends.shape[1]):
-
-        def forward(bags, t=t):
-            grad = torch.is_grad_enabled()
-            return objectives(outputs_of(net, bags, settings, grad))[:, t]
-
-        together = min(settings.batch_tokens // len(tokens), settings.batch_size or 10**9)
-        parts.append(
-            IntegratedGradients(forward).attribute(
-                tokens[None],
-                start[None],
-                n_steps=settings.explain_steps,
-                method=settings.explain_method,
-                internal_batch_size=max(1, together),
-            )[0]
-        )
-    parts = torch.stack(parts).detach().float()
-    return parts, incompleteness(parts, ends[1] - ends[0], V).cpu().numpy()
-
-
-def outputs_without(net, bag, settings):
-    """Outputs (V, T) of a study (V, C, D) without each of its videos; NaN where it has but one."""
-    V, C, _ = bag.shape
-    device = device_of(net)
-    if V == 1:
-        return torch.full((1, net.n_labels), torch.nan, device=device)
-    bag, outputs = torch.from_numpy(np.ascontiguousarray(bag, np.float32)).to(device), []
-    together = max(1, min(settings.batch_tokens // ((V - 1) * C), settings.batch_size or V))
-    for first in range(0, V, together):
-        left_out = range(first, min(V, first + together))
-        rest = [torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1) for v in left_out]
-        outputs.append(outputs_of(net, rest, settings))
-    return torch.cat(outputs)
-
-
-@torch.no_grad()
-def attention_rollout(net, tokens):
-    """The share of each token (N, D) in the pooled output, by attention alone: (1, N) or, where
-    each label has its query, (T, N).
-
-    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged
-    over heads, half of it the residual path, multiplied from layer to layer.
-    """
-    queries = net.queries
-    x = tokens if queries is None else torch.cat([queries, tokens])
-    rollout = torch.eye(len(x), device=x.device)
-    for layer in net.encoder.layers if net.depth else [None]:
-        mha = layer.self_attn if layer else net.encoder
-        q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
-        q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
-        weights = (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0)
-        if layer:  # depth 0 has no residual path
-            weights = (weights + torch.eye(len(x), device=x.device)) / 2
-            x = encoder_layer(layer, x, [len(x)])
-        rollout = weights @ rollout
-    shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
-    shares = shares[:, 0 if queries is None else len(queries) :]
-    return shares / shares.sum(1, keepdim=True)
-
-
-@dataclass
-class Objectives:
-    """logits (S, T_all) -> (S, T): the outputs of some labels, or each one's loss.
-
-    columns: numbers of the labels; targets: (T,) normalised, for the loss; kind: as the model's.
-    """
-
-    columns: list[int]
-    kind: str
-    targets: np.ndarray | None = None
-
-    def pick(self, logits):
-        return logits[:, self.columns]
-
-    def __call__(self, logits):
-        logits = self.pick(logits)
-        if self.targets is None:
-            return logits
-        targets = torch.tensor(self.targets, dtype=logits.dtype, device=logits.device)
-        return losses_of_labels(logits, targets.expand_as(logits), self.kind)
-
-
 # ------------------------------------------------------------------------------------------ explain
 
 
@@ -2893,95 +2699,6 @@ def label_columns(model, labels):
                 f"no label {label} in {model.folder.name}{nearest(label, model.labels)}"
             )
     return [model.labels.index(label) for label in labels]
-
-
-def clip_baseline(model, settings):
-    """The clip embedding that `--baseline` names: (D,) tensor, None for zero. Raises UserError."""
-    if settings.baseline == "zero":
-        return None
-    if model.clip_mean is None:
-        raise UserError(
-            f"{model.folder.name} does not hold the mean clip embedding of its training fold (it "
-            "was trained elsewhere, or before that was kept); use --baseline zero"
-        )
-    return model.clip_mean
-
-
-def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
-    """A unit of the journal: Attribution and answers of one study for some labels.
-
-    truths: (T_all,) normalised labels, NaN where missing; what the loss is taken against.
-    """
-    net, x = model.net, np.ascontiguousarray(bag.embeddings, np.float32)
-    truths = np.full(net.n_labels, np.nan) if truths is None else truths
-    targets = None
-    if settings.explain_mode == "loss":
-        columns = [i for i in columns if not np.isnan(truths[i])]
-        targets = truths[columns]
-    unit = {"eid": eid, "columns": columns, "videos": bag.videos}
-    if not columns:
-        return unit
-    tokens = torch.from_numpy(x).to(device_of(net)).flatten(0, 1)
-    start = torch.zeros(D) if baseline is None else baseline
-    ends = outputs_of(net, [tokens, start.to(tokens).expand_as(tokens)], settings)
-    losses = losses_of_labels(ends[:1], torch.tensor(truths).to(ends)[None], model.type)
-    objectives = Objectives(columns, model.type, targets)
-    found = attribute_clips(net, x, settings, objectives, baseline)
-    unit |= {"answer": ends[:1].cpu().numpy(), "baseline": ends[1:].cpu().numpy()}
-    unit |= {"without": outputs_without(net, x, settings).cpu().numpy(), "truths": truths}
-    return unit | {"losses": losses[0].cpu().numpy()} | vars(found)
-
-
-def score_unit(model, label, settings):
-    """(factor from the network's units, name of the unit) of a label's scores."""
-    if settings.explain_method == "attention":
-        return 1.0, "share"
-    if settings.explain_mode == "loss":
-        return 1.0, "loss"
-    if model.type == "binary":
-        return 1.0, "log-odds"
-    if model.scaling[label]["apply_boxcox"]:
-        return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
-    return float(model.scaling[label]["stdev"]), model.units.get(label, "label's unit")
-
-
-def video_rows(model, unit, settings):
-    """A row a label and video, best first by absolute score: DataFrame.
-
-    Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
-    rank, without (the answer without the video), baseline (the answer at the baseline),
-    convergence_error.
-    """
-    parts = []
-    answers = {k: model.readable(unit[k]) for k in ("answer", "baseline", "without")}
-    for k, i in enumerate(unit["columns"]):
-        label = model.labels[i]
-        factor, name = score_unit(model, label, settings)
-        order = np.argsort(-unit["absolute"][k], kind="stable")
-        part = {"eid": unit["eid"], "label": label, "prediction": answers["answer"][0, i]}
-        part |= {"video": [unit["videos"][v] for v in order]}
-        part |= {"score": factor * unit["scores"][k].sum(1, dtype=np.float64)[order]}
-        part |= {"score_abs": factor * unit["absolute"][k][order]}
-        part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
-        part |= {"baseline": answers["baseline"][0, i], "convergence_error": unit["error"][k]}
-        parts.append(pd.DataFrame(part | {"score_unit": name}))
-    return pd.concat(parts, ignore_index=True)
-
-
-def top_rows(model, unit, settings, truths, dataset):
-    """Rows of the published table: one a label, with the top videos by absolute score."""
-    values, rows = model.readable(unit["answer"])[0], []
-    for k, i in enumerate(unit["columns"]):
-        order = np.argsort(-unit["absolute"][k], kind="stable")[: settings.explain_n]
-        loss = np.nan if np.isnan(unit["truths"][i]) else unit["losses"][i]
-        row = {"echo_id": unit["eid"], "measure": model.labels[i], "y_true": truths[i]}
-        row |= {"y_pred": values[i], "loss": loss}
-        for n in range(settings.explain_n):  # blank where a study has fewer videos
-            there = n < len(order)
-            row[f"top_video_{n + 1}"] = unit["videos"][order[n]] if there else ""
-            row[f"top_video_{n + 1}_score"] = unit["absolute"][k][order[n]] if there else np.nan
-        rows.append(row | {"dataset": dataset})
-    return rows
 
 
 def cmd_explain(typed):
@@ -3000,10 +2717,7 @@ def explain(typed, world):
     eids, truths = explained_studies(model, config, settings, source)
     warn_of_another_encoder(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
-    targets = truths.to_numpy()
-    if model.type == "regression":
-        targets = scale(targets, model.labels, model.scaling)
-    targets = dict(zip(truths.index, targets, strict=True))
+    targets = dict(zip(truths.index, normalised(model, truths), strict=True))
 
     names = explanation_names(model, settings, source.name, columns, eids)
     journal = None
@@ -3032,64 +2746,8 @@ def explain(typed, world):
             if journal:
                 journal.add(finished)
     if journal:
-        write_explanations(model, journal, truths, settings, source.name, names)
+        write_explanations(model, journal, truths, settings, source.name, names, report_unreadable)
         journal.delete()
-
-
-def write_explanations(model, journal, truths, settings, dataset, names):
-    """The long table, the published one, and the clips' scores, from the units of a journal."""
-    videos, tops, unreadable, folder = [], [], {}, model.folder
-    labelled = truths.notna().any(axis=None)
-    with atomic_path(folder / names["clips"]) as temporary, h5py.File(temporary, "w") as f:
-        f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
-        for unit in journal:
-            if "unreadable" in unit:
-                unreadable[unit["eid"]] = unit["unreadable"]
-            if not unit["columns"]:
-                continue
-            truth = truths.loc[unit["eid"]].to_numpy()
-            rows = video_rows(model, unit, settings)
-            if labelled:
-                of_label = dict(zip(model.labels, truth, strict=True))
-                rows.insert(2, "y_true", rows["label"].map(of_label))
-            videos.append(rows)
-            tops += top_rows(model, unit, settings, truth, dataset)
-            labels = [model.labels[i] for i in unit["columns"]]
-            f[f"{unit['eid']}/scores"] = unit["scores"]  # (T, V, C), in the network's units
-            for name, texts in (("labels", labels), ("videos", unit["videos"])):
-                f[unit["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
-        report_unreadable(unreadable)
-        if not videos:
-            raise UserError("nothing could be explained")
-    videos = pd.concat(videos, ignore_index=True)
-    write_table(videos, folder / names["videos"])
-    write_table(pd.DataFrame(tops), folder / names["tops"])
-    worst = videos["convergence_error"].max()
-    if worst >= COMPLETE:
-        print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
-    for name in names.values():
-        print(f"wrote {folder / name}")
-
-
-def explanation_names(model, settings, dataset, columns, eids):
-    """File names that hold all that was chosen, so that no other choice overwrites them."""
-    chosen = [f"{settings.subset}_{dataset}"]
-    if settings.eids or settings.select != "all":
-        key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
-        chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
-    if len(columns) < len(model.labels):
-        text = "_".join(re.sub(r"\W", "-", model.labels[i]) for i in columns)
-        if len(text) > 40:
-            text = hashlib.sha256(text.encode()).hexdigest()[:8]
-        chosen.append(f"labels-{text}")
-    tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
-    if settings.explain_mode != "pred":
-        chosen.append(f"mode-{settings.explain_mode}")
-    other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
-    other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
-    long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
-    tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
-    return {"videos": f"{long}.csv", "tops": f"{tops}.csv", "clips": f"{long}.clips.h5"}
 
 
 def explained_studies(model, config, settings, source):
@@ -3124,46 +2782,26 @@ def explained_studies(model, config, settings, source):
     return sorted(there), truths
 
 
-SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
-
-
 def select_studies(model, store, eids, truths, columns, settings):
-    """The studies that `--select` names, best first, --sample_limit of them.
-
-    confident: answers farthest from their thresholds; wrong: decisions against the label, or the
-    largest errors of a measurement, worst first; balanced: in turn with and without a finding (by
-    label where there is one, else by decision). Raises UserError.
-    """
-    limit = settings.sample_limit
+    """The studies that `--select` names, best first (`explanations.ranked`). Raises UserError."""
     if settings.select == "all":
-        return eids[: limit or None]
+        return eids[: settings.sample_limit or None]
     if settings.select != "wrong" and model.type != "binary":
         raise UserError(f"--select {settings.select} is for findings, not for measurements")
     found = run_studies(model.net, store, eids, settings, label="select")
-    truth = truths.loc[found.eids].to_numpy()[:, columns]
-    if settings.select == "wrong" and np.isnan(truth).all():
-        raise UserError("--select wrong needs labels: set label_path in the config")
-    if model.type == "binary":
-        thresholds = model.record.thresholds
-        cuts = np.array([thresholds.get(model.labels[i], 0.5) for i in columns])
-        margins = found.logits[:, columns] - np.log(cuts / (1 - cuts))  # in log-odds
-        decided = np.where(np.isnan(truth), margins >= 0, truth == 1).any(axis=1)
-        wrong = np.where(np.isnan(truth) | ((margins >= 0) == (truth == 1)), 0, np.abs(margins))
-    else:
-        scaled = scale(truths.loc[found.eids].to_numpy(), model.labels, model.scaling)
-        wrong = np.nan_to_num(np.abs(found.logits - scaled)[:, columns])
-    if settings.select == "wrong":
-        order = [i for i in np.argsort(-wrong.max(axis=1), kind="stable") if wrong[i].max() > 0]
-    else:
-        order = np.argsort(-np.abs(margins).max(axis=1), kind="stable")
-    if settings.select == "balanced":
-        groups = [[i for i in order if decided[i]], [i for i in order if not decided[i]]]
-        order = list(chain(*zip(*groups, strict=False)))
-    chosen = [found.eids[i] for i in order][: limit or SELECTED]
+    targets = normalised(model, truths.loc[found.eids])
+    order = ranked(model, found.logits, targets, columns, settings.select)
+    chosen = [found.eids[i] for i in order][: settings.sample_limit or SELECTED]
     if not chosen:
         raise UserError(f"--select {settings.select} finds no study")
     print(f"{len(chosen)} of {len(eids)} studies are explained: {settings.select}")
     return chosen
+
+
+def normalised(model, truths):
+    """Labels (S, T) in physical units -> as the network's outputs are."""
+    truths = truths.to_numpy()
+    return truths if model.type == "binary" else scale(truths, model.labels, model.scaling)
 
 
 # ------------------------------------------------------------------------------------- as a library

@@ -2,9 +2,9 @@
 
 Seconds a study and convergence error, for one label and for all, on one study of clip embeddings.
 The published way is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
-and one step at a time. Ours is `echofocus.integrated_gradients`. Both take turns, so that a noisy
-machine hits them alike. The trained model learns planted patterns here, in a minute; the random one
-is as torch begins it, without training.
+and one step at a time. Ours is `report.attribution.integrated_gradients`. Both take turns, so that
+a noisy machine hits them alike. The trained model learns planted patterns here, in a minute; the
+random one is as torch begins it, without training.
 """
 
 import argparse
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import echofocus as ef
 from benchmarks.machine import describe, timed
+from report import attribution
 
 D, LABELS = 768, 22
 
@@ -57,14 +58,14 @@ def make_model(depth, device, trained):
 def compare(net, bag, columns, repeats):
     """dict: seconds and largest error of both ways, for some labels, and their ratio."""
     V = len(bag)
-    tokens = bag.flatten(0, 1).to(ef.device_of(net))
-    start, objectives = torch.zeros_like(tokens), ef.Objectives(columns, "binary")
+    tokens = bag.flatten(0, 1).to(attribution.device_of(net))
+    start, objectives = torch.zeros_like(tokens), attribution.Objectives(columns)
     ways = {
         "published": (
-            ef.published_gradients,
+            attribution.published_gradients,
             ef.Settings(explain_method="riemann_right", explain_steps=64, batch_size=1),
         ),
-        "ours": (ef.integrated_gradients, ef.Settings()),
+        "ours": (attribution.integrated_gradients, ef.Settings()),
     }
     seconds, errors = {name: [] for name in ways}, {}
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -18,11 +19,12 @@ from test_study_model import by_rule, study
 
 import echofocus as ef
 from embed.store import open_store
+from report.attribution import Objectives, attribute_clips
 
 
 def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
-    objectives = ef.Objectives(list(columns), kind, targets)
-    return ef.attribute_clips(net, np.asarray(bag), ef.Settings(**options), objectives, baseline)
+    objectives = Objectives(list(columns), targets, partial(ef.losses_of_labels, task_type=kind))
+    return attribute_clips(net, np.asarray(bag), ef.Settings(**options), objectives, baseline)
 
 
 @pytest.mark.parametrize("i", [2, 3])
