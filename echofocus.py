@@ -15,8 +15,8 @@ datasets), a label table (CSV: pid, eid, one column a label), a folder of clip e
 file a study, from embed/extract.py or the published scripts), a model folder below trained_models/.
 
 The file is in the order in which data flows: config -> labels, scaling, patient splits -> embedding
-store and batches -> model -> checkpoints -> the loop -> training -> metrics -> evaluate, predict,
-embed, explain, check -> figures -> demo -> command line.
+store and batches -> model -> checkpoints -> the loop -> training -> evaluate, predict, embed,
+explain, check -> command line.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -2131,8 +2131,11 @@ class Training:
         truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
         predicted = readable(val.logits, self.task.task_labels, self.scaling)
         if self.stale == 0 and self.task.type == "binary":
-            found = youden_thresholds(truth, predicted, self.task.task_labels)
-            self.thresholds = {k: v for k, v in found.items() if k not in self.unlearnt}
+            from report.metrics import choose_threshold
+
+            found = zip(self.task.task_labels, truth.T, predicted.T, strict=True)
+            found = {k: choose_threshold(y, p) for k, y, p in found if k not in self.unlearnt}
+            self.thresholds = {k: cut for k, cut in found.items() if cut is not None}
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
             f"{self.validation_metric(truth, predicted)}, lr {rate:g}"
@@ -2140,16 +2143,24 @@ class Training:
         self.save()
 
     def validation_metric(self, truth, predicted):
-        """The mean over labels of AUROC or of the median absolute error, as text."""
-        name = "auroc" if self.task.type == "binary" else "median_absolute_error"
-        found = [
-            label_metrics(truth[:, i], predicted[:, i], self.task.type)[name]
-            for i, label in enumerate(self.task.task_labels)
-            if label not in self.unlearnt
-        ]
+        """AUROC or error of the labels as text: in a unit for one label, without one for more."""
+        from report.metrics import auroc
+
+        labels = self.task.task_labels
+        truth = np.where(np.isnan(predicted), np.nan, truth)
+        learnt = [i for i, label in enumerate(labels) if label not in self.unlearnt]
+        if self.task.type == "binary":
+            found = [auroc(truth[:, i], predicted[:, i]) for i in learnt]
+            name = "AUROC"
+        else:
+            if len(learnt) > 1:
+                truth, predicted = (scale(x, labels, self.scaling) for x in (truth, predicted))
+            found = [abs(truth[:, i] - predicted[:, i]) for i in learnt]
+            name = "median absolute error" + " in SD" * (len(learnt) > 1)
+            found = [np.nanmedian(e) if np.isfinite(e).any() else np.nan for e in found]
         found = [x for x in found if not np.isnan(x)]
-        text = f"{np.mean(found):.3f}" if found else "not defined"
-        return f"{'mean ' if len(found) > 1 else ''}{name.replace('_', ' ')} {text}"
+        text = f"{np.median(found):.3f}" if found else "not defined"
+        return f"{name} {text}" + f" (median of {len(found)} labels)" * (len(found) > 1)
 
     def save_checkpoint(self, name):
         """Write <name>_checkpoint.pt; the first process does it for all."""
@@ -2185,53 +2196,6 @@ class Training:
         if time.time() - self.plotted > 10 or self.finished:
             plot_history(history, self.folder)
             self.plotted = time.time()
-
-
-# ------------------------------------------------------------------------------------------ metrics
-
-
-def label_metrics(y, p, kind):
-    """Metrics of one label, NaN truths left out: dict; a metric that is not defined is NaN.
-
-    Binary: p is a probability; area under the ROC curve, average precision (scikit-learn's).
-    Regression: median and mean absolute error in the label's unit, R2.
-    """
-    from sklearn import metrics
-
-    known = ~(np.isnan(y) | np.isnan(p))
-    y, p = y[known], p[known]
-    if kind == "binary":
-        out = {"n": len(y), "n_positive": int(y.sum())}
-        both = 0 < y.sum() < len(y)
-        out["auroc"] = metrics.roc_auc_score(y, p) if both else np.nan
-        out["average_precision"] = metrics.average_precision_score(y, p) if both else np.nan
-        return out
-    return {
-        "n": len(y),
-        "median_absolute_error": float(np.median(abs(y - p))) if len(y) else np.nan,
-        "mean_absolute_error": float(np.mean(abs(y - p))) if len(y) else np.nan,
-        "r2": metrics.r2_score(y, p) if len(y) > 1 else np.nan,
-    }
-
-
-def youden_thresholds(truth, probabilities, labels):
-    """Label -> the probability from which on it counts as present; labels of one class have none.
-
-    The one with the largest sensitivity + specificity (Youden, Cancer 1950), halfway to the next
-    lower probability, so that rounding decides nothing. Both (S, T).
-    """
-    from sklearn.metrics import roc_curve
-
-    found = {}
-    for y, p, label in zip(truth.T, probabilities.T, labels, strict=True):
-        known = ~np.isnan(y)
-        if 0 < y[known].sum() < known.sum():
-            false_positive, true_positive, cuts = roc_curve(y[known], p[known])
-            cut = cuts[np.argmax(true_positive - false_positive)]
-            lower = p[known & (p < cut)]
-            if np.isfinite(cut) and len(lower):
-                found[label] = float((cut + lower.max()) / 2)
-    return found
 
 
 # --------------------------------------------------------------------- evaluate, predict and embed
@@ -2367,6 +2331,9 @@ def cmd_evaluate(typed):
 
 def evaluate_fold(settings, config, model, store):
     """`evaluate` on the fold `settings.subset`."""
+    from report import evaluation
+    from report.statistics import estimates as estimates_of
+
     table, how = labelled_studies(model, config, settings, store)
     warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
@@ -2380,18 +2347,22 @@ def evaluate_fold(settings, config, model, store):
     truth, predicted = table[model.labels].to_numpy(), model.readable(found.logits)
 
     columns = {"PID": table["pid"].to_numpy(), "Echo_ID": found.eids}
-    rows = []
     for i, label in enumerate(model.labels):
         columns[f"{label}_Correct"] = truth[:, i]
         columns[f"{label}_Predict"] = predicted[:, i]
-        metrics = label_metrics(truth[:, i], predicted[:, i], model.type)
-        rows.append({"label": label, "unit": model.units.get(label, ""), **metrics})
-    rows = pd.DataFrame(rows)
-    table_of_metrics = rows.assign(unseen=how if settings.subset == "test" else "")
+    thresholds = model.record.thresholds
+    outcomes = evaluation.outcomes_of(
+        model.labels, truth, predicted, model.type, model.units, thresholds
+    )
+    estimates = estimates_of(outcomes, table["pid"].to_numpy(), settings.n_boot, settings.seed)
+    rows = evaluation.metrics_table(estimates)
     name = f"{settings.subset}_{settings.dataset}"
     write_table(pd.DataFrame(columns), model.folder / f"saveout_{name}.csv")
-    write_table(table_of_metrics, model.folder / f"metrics_{name}.csv")
-    figure = plot_evaluation(model, truth, predicted, rows, name)
+    write_table(
+        rows.assign(unseen=how if settings.subset == "test" else ""),
+        model.folder / f"metrics_{name}.csv",
+    )
+    figure = plot_evaluation(model, truth, predicted, name)
     print(rows.to_string(index=False, float_format="{:.3f}".format))
     print(f"wrote saveout_{name}.csv, metrics_{name}.csv and {figure} to {model.folder}")
 

@@ -184,7 +184,10 @@ class Settings(Entry):
     split: Annotated[str, BeforeValidator(percentages)] = option(
         "64,16,20", "percent of patients to train,val,test", DATA, "train"
     )
-    seed: int = option(0, "of the split, the order and the dropout", DATA, "train")
+    seed: int = option(
+        0, "of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
+        "train evaluate",
+    )
     n_folds: int = option(0, "cross-validation instead of --split; 0: none", DATA, "train")
     fold: int = option(0, "of --n_folds: the test fold; the next one validates", DATA, "train")
     split_column: str = option(
@@ -196,6 +199,11 @@ class Settings(Entry):
     assume_unseen: bool = option(
         False, "take a dataset as unseen by a model where its file does not say whom it was "
         "trained on", DATA, "train evaluate explain",
+    )
+
+    n_boot: int = option(
+        1000, "resamples of the patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
+        least=0, also="n_bootstrap",
     )
 
     allow_mixed: bool = option(

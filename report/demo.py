@@ -104,7 +104,8 @@ def summarise_demo(folder):
     guess = labels["EF"].reindex(split.index[split == "train"]).median()
     ef = pd.read_csv(models / "ef" / "saveout_test_phantoms.csv", dtype=ids)
     defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
-    auroc = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv")["auroc"][0]
+    metrics = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv").set_index("metric")
+    auroc = metrics.loc["auroc"]
     videos = pd.read_csv(models / "defect" / "explanation_test_phantoms.csv", dtype=ids)
     videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
     videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
@@ -114,7 +115,8 @@ def summarise_demo(folder):
         f"\nEjection fraction, {len(ef)} test studies: median error "
         f"{(ef['EF_Predict'] - ef['EF_Correct']).abs().median():.1f} % (guessing the training "
         f"median: {(guess - ef['EF_Correct']).abs().median():.1f} %)"
-        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc:.2f} (guessing: 0.5)"
+        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc['value']:.2f} "
+        f"({auroc['ci_low']:.2f} to {auroc['ci_high']:.2f}; guessing: 0.5)"
         f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
         f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
         f"\n\nLook at, in {folder}:"

@@ -35,8 +35,10 @@ def plot_history(history, folder):
     save_figure(figure, folder / "training_progress")
 
 
-def plot_evaluation(model, truth, predicted, rows, name):
+def plot_evaluation(model, truth, predicted, name):
     """A panel a label: ROC curves, or predicted against measured; returns the PDF's name."""
+    from report.metrics import auroc
+
     n = len(model.labels)
     columns = min(n, 4)
     figure, axes = new_figure(
@@ -47,19 +49,18 @@ def plot_evaluation(model, truth, predicted, rows, name):
         axis.axis("off")
     for i, (axis, label) in enumerate(zip(axes.flat, model.labels, strict=False)):
         known = ~np.isnan(truth[:, i] + predicted[:, i])
-        y, p, row = truth[known, i], predicted[known, i], rows.iloc[i]
+        y, p = truth[known, i], predicted[known, i]
         if model.type == "binary":
             draw_roc(axis, y, p)
-            axis.set_title(f"{label}: AUROC {row['auroc']:.2f} (n = {len(y)}, {y.sum():.0f} +)")
+            axis.set_title(f"{label}: AUROC {auroc(y, p):.2f} (n = {len(y)}, {y.sum():.0f} +)")
         else:
             unit = f" [{model.units[label]}]" if label in model.units else ""
             axis.scatter(y, p, s=10, alpha=0.6)
             if len(y):
                 axis.axline((y.mean(), y.mean()), slope=1, color="grey", lw=0.8)
             axis.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
-            axis.set_title(
-                f"{label}: median error {row['median_absolute_error']:.3g}, n = {len(y)}"
-            )
+            error = np.median(abs(y - p)) if len(y) else np.nan
+            axis.set_title(f"{label}: median error {error:.3g}, n = {len(y)}")
         axis.title.set_fontsize(9)
     file = f"{'roc_curves' if model.type == 'binary' else 'scatter_plots'}_{name}"
     save_figure(figure, model.folder / file)

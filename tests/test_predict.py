@@ -191,12 +191,6 @@ def test_options_without_effect_are_refused(trained, cli):
     assert status == 1 and "--mask is for videos" in err
 
 
-def test_a_model_of_one_class_in_validation_has_no_threshold():
-    truth = np.array([[0.0, 1.0], [1.0, 1.0], [np.nan, 1.0]])
-    found = ef.youden_thresholds(truth, np.array([[0.2, 0.5], [0.7, 0.6], [0.9, 0.1]]), ["a", "b"])
-    assert found == {"a": pytest.approx(0.45)}
-
-
 def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     """The full model on the clips, averaged over clips and videos; no video touched again."""
     monkeypatch.chdir(tmp_path)

@@ -156,10 +156,10 @@ def test_a_published_model_was_trained_elsewhere(trained, cli):
     found, out = studies_tested(cli, "published", "--task", "defect")
     assert len(found) == 60 and "was trained elsewhere" in out
     metrics = pd.read_csv(MODELS / "published" / "metrics_test_site.csv")
-    assert metrics["unseen"].tolist() == ["trained elsewhere, not compared"]
+    assert set(metrics["unseen"]) == {"trained elsewhere, not compared"}
     studies_tested(cli, "defect")
     metrics = pd.read_csv(MODELS / "defect" / "metrics_test_site.csv")
-    assert metrics["unseen"].tolist() == ["by patient and study id"]
+    assert set(metrics["unseen"]) == {"by patient and study id"}
 
 
 def test_a_checkpoint_names_nobody(trained, cli):
