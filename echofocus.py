@@ -14,9 +14,9 @@ What is left out has a default, and the tool prints which it took. Files: a conf
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
 file a study, from embed/extract.py or the published scripts), a model folder below trained_models/.
 
-The file is in the order in which data flows: config -> labels, scaling, patient splits -> embedding
-store and batches -> model -> checkpoints -> the loop -> training -> evaluate, predict, embed,
-explain, check -> command line.
+The file is in the order in which data flows: embedding store and batches -> model -> checkpoints ->
+the loop -> training -> evaluate, predict, embed, explain, check -> command line. What comes before
+(config, label table, patient splits) is read by common/, what comes after is drawn by report/.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -46,8 +46,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common import __version__, checkpoints, releases
 from common.console import (
+    RUN,
     Collected,
-    Findings,
     Parser,
     UserError,
     duration,
@@ -65,8 +65,16 @@ from common.files import (
     derive_seed,
     output_path,
     sha256_file,
-    unquoted,
     write_table,
+)
+from common.labels import (
+    fit_scaling,
+    load_labels,
+    read_labels,
+    read_rows,
+    scale,
+    scaling_fault,
+    unscale,
 )
 from common.options import (
     EXTRACTION,
@@ -77,7 +85,6 @@ from common.options import (
     add_options,
     checked_options,
     options_of,
-    parse_split,
     validated,
 )
 from common.schema import (
@@ -93,7 +100,16 @@ from common.schema import (
     read_record,
     resolve_settings,
 )
-from common.tables import clean_ids, read_table, to_numbers
+from common.splits import (
+    Seen,
+    folds_for,
+    keep_apart,
+    read_split,
+    seen_from,
+    seen_weights,
+    split_patients,
+    write_split,
+)
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
@@ -121,555 +137,6 @@ from report.explanations import (
 from report.figures import plot_evaluation, plot_history, plot_map
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
-
-RUN = Findings()  # who listens to the readers where nobody else does
-
-# ------------------------------------------------------------------------------------------ labels
-
-PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
-PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
-GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
-
-
-def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
-    """(task with its type decided, label table) of a dataset, or (task, None) without a table.
-
-    The task is a copy; what is found on the way is told to the listener.
-    """
-    task, dataset = config.tasks[task_name].model_copy(), config.datasets[dataset_name]
-    path = dataset.label_path or task.label_path
-    if path is None:
-        raise UserError("no label table: set label_path of the task or the dataset in the config")
-    table = read_labels(path, task, listener, split_column)
-    if table is not None and not task.type:
-        decide_type(table, task, path, listener)
-    if table is not None:
-        warn_of_suspicious(table, task, path, listener)
-    return task, table
-
-
-def read_labels(path, task, listener=RUN, split_column=""):
-    """The label table: DataFrame indexed by study id (text), columns pid (text) and the labels.
-
-    Labels are float64 in physical units. Values that are no numbers, out of range or, for a binary
-    task, not 0 or 1 become missing and are told; a label that the table lacks is taken from
-    `task.task_labels` once the listener has heard of it. `split_column` becomes GIVEN_FOLD.
-    None where a column of ids is missing.
-    """
-    columns = [*task.task_labels, *([split_column] if split_column else [])]
-    cells = read_cells(path, columns, listener)
-    if cells is None:
-        return None
-    task.task_labels = [label for label in task.task_labels if label in cells]
-    rows = cells[["pid", "eid"]]
-    if task.task_labels:
-        values = to_numbers(cells[task.task_labels], path, listener)
-        rows = rows.join(usable_values(values, cells, task, path, listener))
-    if split_column in cells:
-        rows[GIVEN_FOLD] = given_folds(cells[split_column], path, listener)
-    table = one_row_a_study(rows, path, listener)
-    if GIVEN_FOLD in table:
-        refuse_split_patients(table, split_column, path, listener)
-    return table
-
-
-def read_rows(path, columns, listener=RUN):
-    """pid and some more columns of a label table, as text, one row a study (the index)."""
-    cells = read_cells(path, columns, listener)
-    return None if cells is None else one_row_a_study(cells, path, listener)
-
-
-def read_cells(path, columns, listener):
-    """pid, eid and those of `columns` that are there, as text; the index is the line in the file.
-
-    Rows without ids are left out. None where there is no pid or no eid.
-    """
-    raw = read_table(path, listener, "label table")
-    missing = [column for column in ("pid", "eid", *columns) if column not in raw]
-    for column in missing:
-        close = nearest(column, raw.columns).removeprefix("; ")
-        listener.error(
-            f"{path} has no column '{column}'",
-            f"{close} " * bool(close) + "rename the column, or mend the config (a label table has "
-            "pid, eid and one column a label)",
-        )
-    if {"pid", "eid"} & set(missing):
-        return None
-    raw = raw[["pid", "eid", *(c for c in columns if c not in missing)]]
-    rows = raw.dropna(subset=["pid", "eid"]).copy()
-    for column in ("pid", "eid"):
-        rows[column] = clean_ids(rows[column], path, listener)
-    if lost := len(raw) - len(rows):
-        listener.warning(f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out")
-    return rows
-
-
-def one_row_a_study(rows, path, listener):
-    """Rows with pid and eid -> one a study, its id the index; contradictions are errors."""
-    again = rows[rows.duplicated()]
-    if len(again):
-        listener.warning(
-            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
-            "delete them; each is read once",
-        )
-    rows = rows.drop_duplicates()
-    twice = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
-    if len(twice):
-        listener.error(
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
-            f"{lines_of(twice)}",
-            "keep one row a study",
-        )
-    table = rows.drop_duplicates("eid").set_index("eid")
-    listener.ok(f"{path}: {len(table)} studies of {table['pid'].nunique()} patients")
-    return table
-
-
-def lines_of(rows):
-    """The first studies of some rows and their lines in the file, as text."""
-    return some((f"{printable(eid)} (line {line})" for line, eid in rows["eid"].items()), 6)
-
-
-def cells_of(cells, eids):
-    """The first of some cells and their studies, as text."""
-    pairs = zip(cells[:4], eids[:4], strict=True)
-    return some(f"{printable(cell)[:40]} (study {printable(eid)})" for cell, eid in pairs)
-
-
-def usable_values(values, cells, task, path, listener):
-    """Values (DataFrame, a column a label) with NaN for what cannot be used, which is told."""
-    values = values.copy()
-    ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
-    for label, y in values.items():
-        faults = {"no numbers": y.isna() & cells[label].notna()}
-        if task.type == "binary":
-            faults["not 0 or 1"] = y.notna() & ~y.isin([0, 1])
-            warn_of_one_and_two(label, y, path, listener)
-        else:
-            low, high = (-np.inf if x is None else x for x in ranges.get(label, (None, None)))
-            high = np.inf if high == -np.inf else high
-            faults["out of range"] = (y < low) | (y > high)
-        for fault, where in faults.items():
-            if where.any():
-                examples = cells_of(cells.loc[where, label], cells.loc[where, "eid"])
-                listener.warning(
-                    f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
-                    "correct them; they count as missing",
-                )
-            values.loc[where, label] = np.nan
-    return values
-
-
-def decide_type(table, task, path, listener):
-    """Set task.type: 'binary' when every value of every label is 0, 1 or missing."""
-    binary = {label: table[label].dropna().isin([0, 1]) for label in task.task_labels}
-    task.type = "binary" if all(where.all() for where in binary.values()) else "regression"
-    listener.note(f"the task is {task.type}, by the values of its labels")
-    for label, where in binary.items():
-        if task.type == "regression" and where.mean() > 0.8:
-            odd = table.loc[where.index[~where], label]
-            because = f" because of {cells_of(odd.map('{:g}'.format), odd.index)}"
-            listener.warning(
-                f"{path}, {label}: {where.mean():.0%} of the values are 0 or 1, yet the task is a "
-                f"regression{because * (len(odd) > 0)}",
-                'say "type": "binary" in the task, or correct the values',
-            )
-
-
-def warn_of_suspicious(table, task, path, listener):
-    """Values that may mean something else than they say; they are used as they are."""
-    for label in task.task_labels if task.type == "regression" else ():
-        y = table[label].dropna()
-        warn_of_one_and_two(label, y, path, listener)
-        codes = y.isin(missing_codes(y.to_numpy()))
-        rest = y[~codes]
-        small, large = rest[(rest > 0) & (rest <= 1)], rest[rest > 1]
-        mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 10 * small.max()
-        mixed = mixed and large.min() / 2 < 100 * small.median() < 2 * large.max()
-        percent = task.units.get(label, "").startswith("%")
-        for odd, text, remedy in (
-            (y[codes], "look like a code for 'missing'", "leave these cells empty"),
-            (rest[rest > 100 if percent else rest > np.inf], "are above 100 %", "correct them"),
-            (small if mixed else small[:0], "look like fractions among percentages", "use one"),
-        ):
-            if len(odd):
-                examples = cells_of(odd.map("{:g}".format), odd.index)
-                listener.warning(
-                    f"{path}, {label}: {len(odd)} values {text}: {examples}",
-                    f"{remedy}; they are taken as they are (valid_range of the task refuses some)",
-                )
-
-
-def warn_of_one_and_two(label, y, path, listener):
-    if set(y.dropna().unique()) == {1, 2}:
-        listener.warning(
-            f"{path}, {label}: every value is 1 or 2", "write 0 and 1, if these are no and yes"
-        )
-
-
-CODES = {int(digit * n) for digit in "789" for n in range(2, 7)} | {9}
-CODES |= {-1} | {-x for x in CODES}
-
-
-def missing_codes(y):
-    """Values of a label at the end of its range, and apart from the rest, such as 99 and -9."""
-    values, counts = np.unique(y, return_counts=True)
-    found, values, counts = [], list(values), list(counts)
-    while len(values) > 1 and values[-1] in CODES and values[-1] > 0:
-        gap, spread = values[-1] - values[-2], values[-2] - values[0]
-        if gap <= (0.1 if counts[-1] > 1 else 0.25) * spread:
-            break
-        found.append(values.pop())
-        counts.pop()
-    while len(values) > 1 and values[0] in CODES and values[0] < 0:
-        gap, spread = values[1] - values[0], values[-1] - values[1]
-        if values[1] < 0 and gap <= 0.25 * spread:
-            break
-        found.append(values.pop(0))
-    return found
-
-
-# ------------------------------------------------------------------------------------------ scaling
-
-
-def fit_scaling(table, task, unlearnable=(), listener=RUN):
-    """The published `input_norm_dict` from training labels (DataFrame, physical units).
-
-    Per label: shift = |mean| - min; Box-Cox of value + shift for some (Box and Cox, 1964, lambda
-    by maximum likelihood); then the mean and standard deviation of that. A label that gives
-    numbers no model could be loaded with is an error.
-    """
-    chosen = PUBLISHED_BOXCOX if task.boxcox is None else task.boxcox
-    scaling = {"type": "boxcox"}
-    for label in task.task_labels:
-        scaling[label] = {"shift": 0.0, "apply_boxcox": False, "mean": 0.0, "stdev": 1.0}
-        if label in unlearnable:
-            continue
-        with np.errstate(all="ignore"):
-            scaling[label] = entry = fit_label(table[label].dropna().to_numpy(), label in chosen)
-        if fault := scaling_fault(entry):
-            remedy = "leave it out of boxcox in the task" if entry["apply_boxcox"] else ""
-            listener.error(
-                f"label {label} cannot be scaled: {fault}",
-                remedy or "give it in another unit, or correct its values",
-            )
-    return scaling
-
-
-def fit_label(y, apply_boxcox):
-    """One label's entry of the `input_norm_dict`, from its values in the training fold."""
-    from scipy.stats import boxcox_normmax
-
-    # Box-Cox takes positive numbers alone: the mean may be 0.
-    least = 1e-3 * y.std() if apply_boxcox else 0.0
-    entry = {"shift": float(max(abs(y.mean()), least) - y.min()), "apply_boxcox": apply_boxcox}
-    z = y + entry["shift"]
-    if apply_boxcox:
-        try:
-            entry["lmbda"] = float(boxcox_normmax(z, method="mle"))
-        except (ValueError, OverflowError):
-            entry["lmbda"] = np.nan
-        z = boxcox(z, entry["lmbda"])
-    return entry | {"mean": float(z.mean()), "stdev": float(z.std())}
-
-
-def scaling_fault(entry):
-    """Why a label's scaling cannot be used, or ''."""
-    for name in ("shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])):
-        value = entry.get(name)
-        if not isinstance(value, int | float | np.number) or not np.isfinite(value):
-            return f"no finite number '{name}'"
-        if abs(value) > 1e9 or (name == "stdev" and value < 1e-9):
-            return f"{name} cannot be {value:g}"
-    return ""
-
-
-def boxcox(x, lmbda):
-    return np.log(x) if lmbda == 0 else (x**lmbda - 1) / lmbda
-
-
-def scale(values, labels, scaling):
-    """Physical units (S, T) -> normalised (S, T), a new array; NaN stays.
-
-    A value below what a label's Box-Cox can take becomes NaN.
-    """
-    out = np.array(values, dtype=np.float64)
-    for i, label in enumerate(labels):
-        s = scaling[label]
-        z = out[:, i] + s["shift"]
-        if s["apply_boxcox"]:  # unseen values may lie below the training minimum
-            z = boxcox(np.where(z > 0, z, np.nan), s["lmbda"])
-        out[:, i] = (z - s["mean"]) / s["stdev"]
-    return out
-
-
-def unscale(values, labels, scaling):
-    """Normalised (S, T) -> physical units (S, T), a new array; the inverse of `scale`.
-
-    With a negative lambda Box-Cox ends at -1 / lambda: past it there is no value but NaN.
-    """
-    out = np.array(values, dtype=np.float64)
-    for i, label in enumerate(labels):
-        s = scaling[label]
-        z = out[:, i] * s["stdev"] + s["mean"]
-        if s["apply_boxcox"]:
-            lmbda = s["lmbda"]
-            base = z * lmbda + 1
-            base = np.maximum(base, 1e-6) if lmbda > 0 else np.where(base > 0, base, np.nan)
-            z = np.exp(z) if lmbda == 0 else base ** (1 / lmbda)
-        out[:, i] = z - s["shift"]
-    return out
-
-
-# ------------------------------------------------------------------------------------------- splits
-
-FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
-
-
-def given_folds(cells, path, listener):
-    """The cells of a split column (text) -> train, val, test or None; other words are an error."""
-    folds = cells.str.lower().map(FOLD_WORDS)
-    odd = cells[folds.isna() & cells.notna()]
-    if len(odd):
-        listener.error(
-            f"{path}, {cells.name}: no folds: {some(map(printable, odd.unique()))} "
-            f"(line {some(odd.index)})",
-            f"use train, val and test ({', '.join(FOLD_WORDS)} are understood)",
-        )
-    return folds.astype(object)
-
-
-def refuse_split_patients(table, column, path, listener):
-    """A patient whose studies a given split puts into two folds is an error."""
-    folds = table.dropna(subset=[GIVEN_FOLD]).groupby("pid")[GIVEN_FOLD].nunique()
-    both = folds.index[folds > 1]
-    if len(both):
-        listener.error(
-            f"{path}, {column}: {len(both)} patients are in two folds (studies "
-            f"{some(table.index[table['pid'].isin(both)])})",
-            "give all studies of a patient one fold",
-        )
-    if blank := int(table[GIVEN_FOLD].isna().sum()):
-        listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
-
-
-def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
-    """The fold of a patient: by a seeded hash of the id, so that new patients move nobody.
-
-    With n_folds the patients fall into so many equal parts: part `test_fold` is the test fold,
-    the next one validates, the others train.
-    """
-    share = derive_seed("split", seed, pid) / 2**63
-    if n_folds:
-        part = (int(share * n_folds) - test_fold) % n_folds
-        return {0: "test", 1: "val"}.get(part, "train")
-    position = share * sum(percent)
-    for fold, edge in zip(FOLDS, np.cumsum(percent), strict=True):
-        if position < edge:
-            return fold
-    return FOLDS[-1]
-
-
-def split_patients(table, made):
-    """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold.
-
-    A column GIVEN_FOLD decides instead; where it is blank the study is 'left out'.
-    """
-    if GIVEN_FOLD in table:
-        return table[GIVEN_FOLD].fillna("left out").rename("fold")
-    rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
-    folds = {pid: fold_of(pid, *rule) for pid in table["pid"].unique()}
-    return table["pid"].map(folds).rename("fold")
-
-
-def write_split(folder, table, folds):
-    """split.csv: study, patient and fold, for a person to look up."""
-    split = table[["pid"]].assign(fold=folds).rename_axis("eid")
-    write_table(split, folder / "split.csv")
-
-
-def read_split(folder):
-    """The model folder's split as DataFrame (index eid; pid, fold), or None: it has none."""
-    path = folder / "split.csv"
-    if not path.is_file():
-        return None
-    split = read_table(path, RUN).map(unquoted)
-    for column in ("eid", "pid", "fold"):
-        if column not in split:
-            raise UserError(f"{path} has no column '{column}'; it lists eid, pid and fold")
-    return split.set_index("eid")
-
-
-# --------------------------------------------------------------------------- what a model has seen
-
-
-@dataclass
-class Seen:
-    """The patients and studies that a run trained and validated on, as hashes under its own key.
-
-    So a checkpoint knows them without a file beside it and names nobody: 8 bytes each (keyed
-    BLAKE2b), a patient or a study matches by itself.
-    """
-
-    key: str  # hexadecimal
-    train: np.ndarray  # int64, sorted
-    val: np.ndarray
-
-    @classmethod
-    def of(cls, split, key):
-        """From a DataFrame of pid and fold, indexed by study id."""
-        parts = {}
-        for fold in ("train", "val"):
-            part = split[split["fold"] == fold]
-            ids = hashed(part["pid"], "p", key), hashed(part.index, "e", key)
-            parts[fold] = np.unique(np.concatenate(ids))
-        return cls(key, **parts)
-
-    def weights(self, table):
-        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
-        pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
-        codes = hashed(pids, "p", self.key)[place], hashed(table.index, "e", self.key)
-        return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
-
-    def saved(self):
-        """As it is kept in a checkpoint."""
-        return {"key": self.key} | {k: torch.from_numpy(getattr(self, k)) for k in ("train", "val")}
-
-    @classmethod
-    def load(cls, saved, path):
-        """From what `saved` gave. Raises UserError."""
-        try:
-            bytes.fromhex(saved["key"])
-            parts = [saved[fold].numpy() for fold in ("train", "val")]
-            if any(x.dtype != np.int64 or x.ndim != 1 for x in parts):
-                raise ValueError
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path}: its list of seen patients is damaged") from error
-        return cls(saved["key"], *parts)
-
-
-def hashed(ids, kind, key):
-    """Ids -> int64 (n,), keyed so that lists of two runs cannot be matched with each other."""
-    key = bytes.fromhex(key)
-    parts = (
-        hashlib.blake2b(f"{kind}|{x}".encode(errors="surrogatepass"), digest_size=8, key=key)
-        for x in ids
-    )
-    return np.frombuffer(b"".join(part.digest() for part in parts), np.int64)
-
-
-def seen_from(saved, folder):
-    """What a checkpoint's model and its ancestors have seen: a list of Seen, its own first.
-
-    From the checkpoint; for one of an older version, or a published one, from split.csv in its
-    folder. None where neither says it.
-    """
-    path = folder / "split.csv"
-    if "seen" in saved:
-        if not isinstance(saved["seen"], list) or not saved["seen"]:
-            raise UserError(f"{folder}: its list of seen patients is damaged")
-        return [Seen.load(entry, folder) for entry in saved["seen"]]
-    split = read_split(folder)
-    if split is None:
-        return None
-    ancestors = split[split["fold"].isin(["seen", "left out"])]  # older: 'seen' is an ancestor's
-    own = Seen.of(split, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
-    return [own, Seen.of(ancestors.assign(fold="train"), own.key)]
-
-
-def seen_weights(seen, table):
-    """(S,) 2 where a model was trained on a study or its patient, 1 validated, 0 neither.
-
-    A match of the patient id or of the study id is enough, and holds for all the patient's
-    studies in the table: ids of patients are often coded anew, those of studies are not.
-    """
-    weights = np.zeros(len(table), int)
-    for part in seen:
-        weights = np.maximum.reduce([weights, *part.weights(table)])
-    return pd.Series(weights, table.index).groupby(table["pid"]).transform("max")
-
-
-def what_is_seen(model, table, dataset, digest, assume_unseen):
-    """(list of Seen to keep away from a test, how it is known). Raises UserError if it is not.
-
-    1. The checkpoint or its split.csv says it (`seen_from`).
-    2. Our own model of an older version alone, and the very table of its training (`digest`):
-       rebuilt from seed and split, unless it was begun from another model.
-    3. A published model was trained elsewhere; nothing can be compared, which is said.
-    4. Else the user must say `--assume_unseen`.
-    """
-    record, name = model.record, model.folder.name
-    if model.seen is not None:
-        return model.seen, "by patient and study id"
-    if not record.labels:
-        print(f"{name} was trained elsewhere, on patients it does not name: all count as unseen")
-        return [], "trained elsewhere, not compared"
-    home, made = dataset == record.dataset, record.settings
-    if home and not made.init_from and digest() == record.labels_sha256:
-        own = Seen.of(table[["pid"]].assign(fold=split_patients(table, vars(made))), "00")
-        return [own], "by patient and study id"
-    if assume_unseen:
-        print(f"WARNING: {dataset} counts as unseen by {name}, as --assume_unseen says")
-        return [], "assumed"
-    raise UserError(
-        f"{name} does not say whom it was trained on (an older version wrote it), and its "
-        f"split.csv is not beside it: studies of {dataset} may be of its training; put split.csv "
-        "there, or say --assume_unseen if you know that none is"
-    )
-
-
-def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=str):
-    """(study id -> fold of a labelled dataset, how it is known that a test study is unseen).
-
-    On its own dataset each patient keeps the fold of the training, and new ones get theirs by the
-    same rule. Any other dataset is all test, less what the model or an ancestor has seen.
-    digest: a function that gives the digest of the labels, as training computed it.
-    """
-    seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
-    home = dataset == model.record.dataset
-    if home and seen:
-        refuse_moved(seen[0], table, listener)
-    folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
-    known = folds.notna() | (seen_weights(seen[1:], table) > 0)
-    if not home and known.any():
-        if assume_unseen:
-            listener.warning(
-                f"{known.sum()} studies of {dataset} have ids that {model.folder.name} was trained "
-                "on; they count as unseen, as --assume_unseen says"
-            )
-            return pd.Series("test", index=table.index), "assumed"
-        listener.note(
-            f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on them "
-            "or their patients, by the ids"
-        )
-    folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
-    return folds.fillna(split_patients(table, vars(model.record.settings)) if home else "test"), how
-
-
-def refuse_moved(seen, table, listener):
-    """An error when the table gives a study of the training to a patient who was not in it."""
-    by_patient, by_study = seen.weights(table)
-    moved = table.index[(by_study > 0) & (by_patient == 0)]
-    if len(moved):
-        listener.error(
-            f"the label table gives {len(moved)} studies to other patients than when the model was "
-            f"trained ({some(moved)}): a training patient could turn up in the test fold",
-            "restore the pids, or train under a new name",
-        )
-
-
-def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=False, digest=str):
-    """Folds without the val and test patients that the model to start from was trained on."""
-    seen, _ = what_is_seen(begun_from, table, dataset, digest, assume_unseen)
-    before = seen_weights(seen, table)
-    lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
-    if lost.any():
-        listener.note(
-            f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them"
-        )
-    return folds.mask(lost, "left out")
-
 
 # ---------------------------------------------------------------------------------- embedding store
 

@@ -40,6 +40,9 @@ class Findings:
         raise UserError(f"{text}{'; ' if remedy else ''}{remedy}")
 
 
+RUN = Findings()  # who listens to the readers where nobody else does
+
+
 class Collected(Findings):
     """Listens for `check`: keeps everything, so that the reader goes on with what can be used."""
 

@@ -11,6 +11,8 @@ from conftest import write_embeddings
 from scipy import stats
 
 import echofocus as ef
+from common import labels as lb
+from common import splits as sp
 from common.console import Collected
 from common.schema import Record, Task
 
@@ -22,7 +24,7 @@ def warnings(values, **task):
     table = pd.DataFrame({"L": np.array(values, float)}, index=map(str, range(len(values))))
     listener = Collected()
     task = Task(task_labels=["L"], type="regression", **task)
-    ef.warn_of_suspicious(table, task, "t.csv", listener)
+    lb.warn_of_suspicious(table, task, "t.csv", listener)
     return [finding.text for finding in listener.findings]
 
 
@@ -72,7 +74,7 @@ def test_beyond_the_unit():
 def scaling_of(values, boxcox):
     table, listener = pd.DataFrame({"L": np.array(values, float)}), Collected()
     task = Task(task_labels=["L"], type="regression", boxcox=["L"] if boxcox else [])
-    return ef.fit_scaling(table, task, listener=listener), [f.text for f in listener.findings]
+    return lb.fit_scaling(table, task, listener=listener), [f.text for f in listener.findings]
 
 
 def test_scaling_is_as_published_and_turns_back():
@@ -83,18 +85,18 @@ def test_scaling_is_as_published_and_turns_back():
         z = y + abs(y.mean()) - y.min()
         z = stats.boxcox(z)[0] if boxcox else z
         expected = (z - z.mean()) / z.std()
-        found = ef.scale(y[:, None], ["L"], scaling)
+        found = lb.scale(y[:, None], ["L"], scaling)
         np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
-        np.testing.assert_allclose(ef.unscale(found, ["L"], scaling)[:, 0], y, rtol=1e-6)
+        np.testing.assert_allclose(lb.unscale(found, ["L"], scaling)[:, 0], y, rtol=1e-6)
         assert not said
 
 
 def test_box_cox_of_a_label_with_mean_0():
     y = np.r_[-np.arange(1, 51), np.arange(1, 51)].astype(float)
     scaling, said = scaling_of(y, True)
-    found = ef.scale(y[:, None], ["L"], scaling)
+    found = lb.scale(y[:, None], ["L"], scaling)
     assert not said and np.isfinite(found).all() and abs(found.std() - 1) < 1e-9
-    np.testing.assert_allclose(ef.unscale(found, ["L"], scaling)[:, 0], y, atol=1e-6)
+    np.testing.assert_allclose(lb.unscale(found, ["L"], scaling)[:, 0], y, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_box_cox_of_a_label_with_mean_0():
 def test_labels_that_no_model_could_be_loaded_with(values, boxcox):
     """What is fitted is refused by the rule by which a checkpoint's scaling is refused."""
     scaling, (said,) = scaling_of(values, boxcox)
-    assert "label L cannot be scaled" in said and ef.scaling_fault(scaling["L"])
+    assert "label L cannot be scaled" in said and lb.scaling_fault(scaling["L"])
 
 
 def test_outside_of_a_box_cox_there_is_no_value():
@@ -119,9 +121,9 @@ def test_outside_of_a_box_cox_there_is_no_value():
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
     at = -1 / s["L"]["lmbda"]  # where it ends
     z = np.array([[(at - 0.5 - 1e-3) / 0.5], [(at - 0.5) / 0.5], [10.0]])
-    found = ef.unscale(z, ["L"], s)[:, 0]
+    found = lb.unscale(z, ["L"], s)[:, 0]
     assert np.isfinite(found[0]) and np.isnan(found[1:]).all()
-    assert np.isnan(ef.scale(np.array([[-1.0], [0.0]]), ["L"], s)).all()
+    assert np.isnan(lb.scale(np.array([[-1.0], [0.0]]), ["L"], s)).all()
 
 
 # ---------------------------------------------------------------------------------- by command line
@@ -210,13 +212,13 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
     write_embeddings(cohort / "emb", "1000", np.ones((1, 1, 768), np.float32))
     config = ef.read_config("config.json")
     began = time.process_time()
-    task, found = ef.load_labels(config, "defect", "site", Collected())
+    task, found = lb.load_labels(config, "defect", "site", Collected())
     store = type("Store", (), {"files": dict.fromkeys(found.index)})
     found = ef.match_studies(found, store, task, listener=Collected())
     folds = ef.training_folds(found, ef.Settings(), task, listener=Collected())
     ef.learnable(found, folds, task, Collected())
-    seen = ef.Seen.of(found[["pid"]].assign(fold=folds), "00")
-    assert (ef.seen_weights([seen], found) > 0).equals(folds != "test")
+    seen = sp.Seen.of(found[["pid"]].assign(fold=folds), "00")
+    assert (sp.seen_weights([seen], found) > 0).equals(folds != "test")
     ef.labels_digest(found)
     assert time.process_time() - began < 20
 

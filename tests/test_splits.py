@@ -12,6 +12,7 @@ import torch
 from conftest import write_embeddings
 
 import echofocus as ef
+from common import splits as sp
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
 MODELS = Path("trained_models")
@@ -181,11 +182,11 @@ def test_a_checkpoint_names_nobody(trained, cli):
 
 def test_two_runs_have_lists_that_cannot_be_matched():
     split = pd.DataFrame({"pid": ["a", "b"], "fold": ["train", "val"]}, index=["1", "2"])
-    one, two = ef.Seen.of(split, "00"), ef.Seen.of(split, "01")
+    one, two = sp.Seen.of(split, "00"), sp.Seen.of(split, "01")
     assert not set(one.train) & set(two.train)
     table = pd.DataFrame({"pid": ["a", "x", "x", "2", "b"]}, index=["9", "1", "8", "a", "7"])
     for part in (one, two):  # by patient, by study, with him, an id of the other kind, validated
-        assert ef.seen_weights([part], table).tolist() == [2, 2, 2, 0, 1]
+        assert sp.seen_weights([part], table).tolist() == [2, 2, 2, 0, 1]
 
 
 def test_a_moved_patient_is_refused(trained, cli):
@@ -291,10 +292,10 @@ def test_the_first_usable_study_of_each_patient(cohort, cli):
 def test_split_is_by_patient_and_stable():
     table = pd.DataFrame({"pid": [f"P{i // 3}" for i in range(3000)]})
     rule = dict(seed=0, split="64,16,20", n_folds=0, fold=0)
-    folds = ef.split_patients(table, rule)
+    folds = sp.split_patients(table, rule)
     assert (folds.groupby(table["pid"]).nunique() == 1).all()
     shares = folds.value_counts(normalize=True)
     assert abs(shares - pd.Series({"train": 0.64, "val": 0.16, "test": 0.20})).max() < 0.05
-    fewer = ef.split_patients(table[::7], rule)
+    fewer = sp.split_patients(table[::7], rule)
     assert (folds[fewer.index] == fewer).all()
-    assert (folds != ef.split_patients(table, rule | {"seed": 1})).mean() > 0.3
+    assert (folds != sp.split_patients(table, rule | {"seed": 1})).mean() > 0.3

@@ -8,6 +8,7 @@ from conftest import normal, recorded, relative_error, rule_weights
 from torch import nn
 
 import echofocus as ef
+from common import labels as lb
 
 N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
@@ -84,16 +85,16 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = ef.fit_scaling(table, ef.Task(task_labels=labels))
+    found = lb.fit_scaling(table, ef.Task(task_labels=labels))
     for label in labels:
         assert set(found[label]) == set(published[label])
         for key, value in published[label].items():
             assert found[label][key] == pytest.approx(value, rel=1e-6)
-    scaled = ef.scale(table.to_numpy(), labels, published)
+    scaled = lb.scale(table.to_numpy(), labels, published)
     np.testing.assert_allclose(scaled, numbers["measure/df_normalized_fixed"], atol=1e-9)
-    back = ef.unscale(numbers["measure/out_norm"], labels, published)
+    back = lb.unscale(numbers["measure/out_norm"], labels, published)
     assert relative_error(back, numbers["measure/out_unnorm"]) < 1e-4
-    np.testing.assert_allclose(ef.unscale(scaled, labels, published), table.to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(lb.unscale(scaled, labels, published), table.to_numpy(), rtol=1e-6)
 
 
 def test_dropout_on_a_cpu():

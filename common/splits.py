@@ -1,0 +1,262 @@
+"""Which patient is in which fold, and whom a model has seen: no patient may be on both sides.
+
+The folds are a seeded hash of the patient, or what a column of the label table gives. A model
+carries hashes of its own and its ancestors' patients and studies.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from common.console import RUN, UserError, printable, some
+from common.files import derive_seed, unquoted, write_table
+from common.options import FOLDS, parse_split
+from common.tables import read_table
+
+GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
+FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+
+
+def given_folds(cells, path, listener):
+    """The cells of a split column (text) -> train, val, test or None; other words are an error."""
+    folds = cells.str.lower().map(FOLD_WORDS)
+    odd = cells[folds.isna() & cells.notna()]
+    if len(odd):
+        listener.error(
+            f"{path}, {cells.name}: no folds: {some(map(printable, odd.unique()))} "
+            f"(line {some(odd.index)})",
+            f"use train, val and test ({', '.join(FOLD_WORDS)} are understood)",
+        )
+    return folds.astype(object)
+
+
+def refuse_split_patients(table, column, path, listener):
+    """A patient whose studies a given split puts into two folds is an error."""
+    folds = table.dropna(subset=[GIVEN_FOLD]).groupby("pid")[GIVEN_FOLD].nunique()
+    both = folds.index[folds > 1]
+    if len(both):
+        listener.error(
+            f"{path}, {column}: {len(both)} patients are in two folds (studies "
+            f"{some(table.index[table['pid'].isin(both)])})",
+            "give all studies of a patient one fold",
+        )
+    if blank := int(table[GIVEN_FOLD].isna().sum()):
+        listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
+
+
+def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
+    """The fold of a patient: by a seeded hash of the id, so that new patients move nobody.
+
+    With n_folds the patients fall into so many equal parts: part `test_fold` is the test fold,
+    the next one validates, the others train.
+    """
+    share = derive_seed("split", seed, pid) / 2**63
+    if n_folds:
+        part = (int(share * n_folds) - test_fold) % n_folds
+        return {0: "test", 1: "val"}.get(part, "train")
+    position = share * sum(percent)
+    for fold, edge in zip(FOLDS, np.cumsum(percent), strict=True):
+        if position < edge:
+            return fold
+    return FOLDS[-1]
+
+
+def split_patients(table, made):
+    """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold.
+
+    A column GIVEN_FOLD decides instead; where it is blank the study is 'left out'.
+    """
+    if GIVEN_FOLD in table:
+        return table[GIVEN_FOLD].fillna("left out").rename("fold")
+    rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
+    folds = {pid: fold_of(pid, *rule) for pid in table["pid"].unique()}
+    return table["pid"].map(folds).rename("fold")
+
+
+def write_split(folder, table, folds):
+    """split.csv: study, patient and fold, for a person to look up."""
+    split = table[["pid"]].assign(fold=folds).rename_axis("eid")
+    write_table(split, folder / "split.csv")
+
+
+def read_split(folder):
+    """The model folder's split as DataFrame (index eid; pid, fold), or None: it has none."""
+    path = folder / "split.csv"
+    if not path.is_file():
+        return None
+    split = read_table(path, RUN).map(unquoted)
+    for column in ("eid", "pid", "fold"):
+        if column not in split:
+            raise UserError(f"{path} has no column '{column}'; it lists eid, pid and fold")
+    return split.set_index("eid")
+
+
+@dataclass
+class Seen:
+    """The patients and studies that a run trained and validated on, as hashes under its own key.
+
+    So a checkpoint knows them without a file beside it and names nobody: 8 bytes each (keyed
+    BLAKE2b), a patient or a study matches by itself.
+    """
+
+    key: str  # hexadecimal
+    train: np.ndarray  # int64, sorted
+    val: np.ndarray
+
+    @classmethod
+    def of(cls, split, key):
+        """From a DataFrame of pid and fold, indexed by study id."""
+        parts = {}
+        for fold in ("train", "val"):
+            part = split[split["fold"] == fold]
+            ids = hashed(part["pid"], "p", key), hashed(part.index, "e", key)
+            parts[fold] = np.unique(np.concatenate(ids))
+        return cls(key, **parts)
+
+    def weights(self, table):
+        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
+        pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
+        codes = hashed(pids, "p", self.key)[place], hashed(table.index, "e", self.key)
+        return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
+
+    def saved(self):
+        """As it is kept in a checkpoint."""
+        return {"key": self.key} | {k: torch.from_numpy(getattr(self, k)) for k in ("train", "val")}
+
+    @classmethod
+    def load(cls, saved, path):
+        """From what `saved` gave. Raises UserError."""
+        try:
+            bytes.fromhex(saved["key"])
+            parts = [saved[fold].numpy() for fold in ("train", "val")]
+            if any(x.dtype != np.int64 or x.ndim != 1 for x in parts):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: its list of seen patients is damaged") from error
+        return cls(saved["key"], *parts)
+
+
+def hashed(ids, kind, key):
+    """Ids -> int64 (n,), keyed so that lists of two runs cannot be matched with each other."""
+    key = bytes.fromhex(key)
+    parts = (
+        hashlib.blake2b(f"{kind}|{x}".encode(errors="surrogatepass"), digest_size=8, key=key)
+        for x in ids
+    )
+    return np.frombuffer(b"".join(part.digest() for part in parts), np.int64)
+
+
+def seen_from(saved, folder):
+    """What a checkpoint's model and its ancestors have seen: a list of Seen, its own first.
+
+    From the checkpoint; for one of an older version, or a published one, from split.csv in its
+    folder. None where neither says it.
+    """
+    path = folder / "split.csv"
+    if "seen" in saved:
+        if not isinstance(saved["seen"], list) or not saved["seen"]:
+            raise UserError(f"{folder}: its list of seen patients is damaged")
+        return [Seen.load(entry, folder) for entry in saved["seen"]]
+    split = read_split(folder)
+    if split is None:
+        return None
+    ancestors = split[split["fold"].isin(["seen", "left out"])]  # older: 'seen' is an ancestor's
+    own = Seen.of(split, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+    return [own, Seen.of(ancestors.assign(fold="train"), own.key)]
+
+
+def seen_weights(seen, table):
+    """(S,) 2 where a model was trained on a study or its patient, 1 validated, 0 neither.
+
+    A match of the patient id or of the study id is enough, and holds for all the patient's
+    studies in the table: ids of patients are often coded anew, those of studies are not.
+    """
+    weights = np.zeros(len(table), int)
+    for part in seen:
+        weights = np.maximum.reduce([weights, *part.weights(table)])
+    return pd.Series(weights, table.index).groupby(table["pid"]).transform("max")
+
+
+def what_is_seen(model, table, dataset, digest, assume_unseen):
+    """(list of Seen to keep away from a test, how it is known). Raises UserError if it is not.
+
+    1. The checkpoint or its split.csv says it (`seen_from`).
+    2. Our own model of an older version alone, and the very table of its training (`digest`):
+       rebuilt from seed and split, unless it was begun from another model.
+    3. A published model was trained elsewhere; nothing can be compared, which is said.
+    4. Else the user must say `--assume_unseen`.
+    """
+    record, name = model.record, model.folder.name
+    if model.seen is not None:
+        return model.seen, "by patient and study id"
+    if not record.labels:
+        print(f"{name} was trained elsewhere, on patients it does not name: all count as unseen")
+        return [], "trained elsewhere, not compared"
+    home, made = dataset == record.dataset, record.settings
+    if home and not made.init_from and digest() == record.labels_sha256:
+        own = Seen.of(table[["pid"]].assign(fold=split_patients(table, vars(made))), "00")
+        return [own], "by patient and study id"
+    if assume_unseen:
+        print(f"WARNING: {dataset} counts as unseen by {name}, as --assume_unseen says")
+        return [], "assumed"
+    raise UserError(
+        f"{name} does not say whom it was trained on (an older version wrote it), and its "
+        f"split.csv is not beside it: studies of {dataset} may be of its training; put split.csv "
+        "there, or say --assume_unseen if you know that none is"
+    )
+
+
+def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=str):
+    """(study id -> fold of a labelled dataset, how it is known that a test study is unseen).
+
+    On its own dataset each patient keeps the fold of the training, and new ones get theirs by the
+    same rule. Any other dataset is all test, less what the model or an ancestor has seen.
+    digest: a function that gives the digest of the labels, as training computed it.
+    """
+    seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
+    home = dataset == model.record.dataset
+    if home and seen:
+        refuse_moved(seen[0], table, listener)
+    folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
+    known = folds.notna() | (seen_weights(seen[1:], table) > 0)
+    if not home and known.any():
+        if assume_unseen:
+            listener.warning(
+                f"{known.sum()} studies of {dataset} have ids that {model.folder.name} was trained "
+                "on; they count as unseen, as --assume_unseen says"
+            )
+            return pd.Series("test", index=table.index), "assumed"
+        listener.note(
+            f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on them "
+            "or their patients, by the ids"
+        )
+    folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
+    return folds.fillna(split_patients(table, vars(model.record.settings)) if home else "test"), how
+
+
+def refuse_moved(seen, table, listener):
+    """An error when the table gives a study of the training to a patient who was not in it."""
+    by_patient, by_study = seen.weights(table)
+    moved = table.index[(by_study > 0) & (by_patient == 0)]
+    if len(moved):
+        listener.error(
+            f"the label table gives {len(moved)} studies to other patients than when the model was "
+            f"trained ({some(moved)}): a training patient could turn up in the test fold",
+            "restore the pids, or train under a new name",
+        )
+
+
+def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=False, digest=str):
+    """Folds without the val and test patients that the model to start from was trained on."""
+    seen, _ = what_is_seen(begun_from, table, dataset, digest, assume_unseen)
+    before = seen_weights(seen, table)
+    lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
+    if lost.any():
+        listener.note(
+            f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them"
+        )
+    return folds.mask(lost, "left out")
