@@ -45,6 +45,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common import __version__, checkpoints, releases
+from common.cohort import (
+    cohort_of,
+    digest_at_training,
+    fold_table,
+    match_studies,
+    training_folds,
+)
 from common.console import (
     RUN,
     Collected,
@@ -53,7 +60,6 @@ from common.console import (
     duration,
     listed,
     nearest,
-    printable,
     progress,
     run_main,
     some,
@@ -68,7 +74,6 @@ from common.files import (
     write_table,
 )
 from common.labels import (
-    fit_scaling,
     load_labels,
     read_labels,
     read_rows,
@@ -101,13 +106,10 @@ from common.schema import (
     resolve_settings,
 )
 from common.splits import (
-    Seen,
     folds_for,
-    keep_apart,
     read_split,
     seen_from,
     seen_weights,
-    split_patients,
     write_split,
 )
 from common.world import World, from_environment, join_world, pick_device
@@ -1203,7 +1205,8 @@ def train_model(typed, world):
     folds = training_folds(
         table, settings, task, begun_from, assume_unseen=settings.assume_unseen, digest=digest
     )
-    run = Training(folder, settings, task, store, table, folds, begun_from, world)
+    cohort = cohort_of(task, table, folds, inherited_scaling(begun_from, task))
+    run = Training(folder, settings, cohort, store, begun_from, world)
     run.begin()
     while not run.finished:
         run.one_epoch()
@@ -1225,29 +1228,6 @@ def adopt_architecture(settings, net, typed):
         setattr(settings, name, value)
 
 
-def unlearnable_labels(table, task, listener=RUN):
-    """Labels whose training values do not differ; that is told, and which have few positives."""
-    out = []
-    for label in task.task_labels:
-        y = table[label].dropna()
-        if y.nunique() < 2:
-            kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
-            listener.warning(
-                f"label {label} cannot be learnt: {kind} in the training fold",
-                "add such studies, or drop it; it stays blank",
-            )
-            out.append(label)
-        elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
-            listener.warning(
-                f"label {label} is hard to learn: few examples in the training fold, {y.sum():.0f} "
-                f"of {len(y)} +",
-                "add such studies, or drop it",
-            )
-    if len(out) == len(task.task_labels):
-        listener.error("no label can be learnt", "labels need two values in the training fold")
-    return out
-
-
 def check_settings(settings):
     """UserError for numbers that do not go together, before any work is done."""
     if settings.n_folds and not (settings.n_folds >= 3 and 0 <= settings.fold < settings.n_folds):
@@ -1262,116 +1242,24 @@ def check_settings(settings):
         )
 
 
-def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
-    """The rows of the label table with embeddings and a label, sorted; the rest is told.
+def inherited_scaling(begun_from, task):
+    """Label -> scaling of the model to start from, of those that it has learnt and the task has."""
+    if not begun_from or not begun_from.scaling or task.type != "regression":
+        return {}
+    wanted = set(task.task_labels) - set(begun_from.record.unlearnt)
+    return {label: entry for label, entry in begun_from.scaling.items() if label in wanted}
 
-    first_only: of each patient the first of these alone, in the table's order. limit: so many
-    studies at most, by a hash of their ids; 0 is all.
-    """
-    labelled = table[task.task_labels].notna().any(axis=1)
-    found = table[labelled & table.index.isin(list(store.files))]
-    for text, eids, remedy in (
-        ("studies of the label table have no embeddings", set(table.index) - set(store.files),
-         "extract them"),
-        ("embedded studies are not in the label table", set(store.files) - set(table.index),
-         "add their rows"),
-        ("studies have no label at all", table.index[~labelled], "fill them in"),
-    ):  # fmt: skip
-        if len(eids):
-            examples = some(map(printable, sorted(eids)))
-            listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
-    if first_only:
-        found = found.drop_duplicates("pid")
-    if limit:
-        found = found.loc[sorted(found.index, key=lambda eid: derive_seed("limit", eid))[:limit]]
-    text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
-    if len(found):
-        listener.note(text)
-    else:
-        listener.error(
-            f"no study is both labelled and embedded (eid: {some(map(printable, table.index))}; "
-            f"files: {some(map(printable, sorted(store.files)))})",
-            "make the eid column and the names of the embedding files agree",
+
+def fresh_network(settings, labels, begun_from=None):
+    """A StudyModel by these settings, its weights drawn by the seed or those of another model."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seed("weights", settings.seed))
+        net = StudyModel(
+            len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
         )
-    return found.sort_index()
-
-
-def labels_digest(table):
-    """SHA-256 of the studies, patients and labels that a run is given."""
-    return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
-
-
-def digest_at_training(model, table, store, task):
-    """`labels_digest` of this label table, if a model of an older version was trained with it."""
-    made = model.record.settings
-    limit, first_only = made.sample_limit, made.first_study_only
-    return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
-
-
-def training_folds(table, settings, task, begun_from=None, listener=RUN, **about_seen):
-    """Study id -> fold for training; 'left out' where a given split or an ancestor says so."""
-    folds = split_patients(table, vars(settings))
     if begun_from:
-        folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
-    for fold in ("train", "val"):
-        if not (folds == fold).any():
-            listener.error(f"no study falls into the {fold} fold", "change --split, --seed")
-    listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
-    return folds
-
-
-def fold_table(table, folds, task):
-    """A row a label, a column a fold: positives of known, or the median and how many are known."""
-    columns = {}
-    for fold in FOLDS:
-        part = table[folds == fold]
-        cells = {"studies": len(part), "patients": part["pid"].nunique()}
-        for label in task.task_labels:
-            y = part[label].dropna()
-            if task.type == "binary":
-                share = f" ({y.mean():.1%})" if len(y) else ""
-                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
-            else:
-                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
-        columns[fold] = cells
-    return pd.DataFrame(columns)
-
-
-def learnable(table, folds, task, listener=RUN, inherited=None):
-    """(labels that cannot be learnt, scaling or None, targets, studies by fold) of a training.
-
-    inherited: label -> scaling of the model to start from, so that its heads mean what they meant.
-    """
-    training, scaling = table[folds == "train"], None
-    unlearnt = unlearnable_labels(training, task, listener)
-    if task.type == "regression":
-        scaling = fit_scaling(training, task, unlearnt, listener) | (inherited or {})
-    return unlearnt, scaling, *targets_of(table, folds, task, scaling, unlearnt, listener)
-
-
-def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
-    """(study id -> what to learn (T,), NaN where missing; fold -> the studies that have some)."""
-    labels = task.task_labels
-    values = table[labels].mask(~folds.isin(FOLDS)).to_numpy()
-    if scaling:
-        known = ~np.isnan(values)
-        values = scale(values, labels, scaling)
-        for label, lost in zip(labels, (known & np.isnan(values)).sum(0), strict=True):
-            if lost:
-                listener.warning(
-                    f"label {label}: {lost} values lie below what its Box-Cox can take",
-                    "leave it out of boxcox in the task; they count as missing",
-                )
-    values = np.where(np.isin(labels, unlearnt), np.nan, values)
-    eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
-    usable = set(table.index[~np.isnan(values).all(axis=1)])
-    for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0
-        had, eids[fold] = eids[fold], [eid for eid in eids[fold] if eid in usable]
-        if had and not eids[fold] and len(unlearnt) < len(labels):
-            listener.error(
-                f"no study of the {fold} fold has a label that can be learnt", "change --split"
-            )
-    return dict(zip(table.index, values, strict=True)), eids
+        start_from(net, labels, begun_from)
+    return net
 
 
 def start_from(net, labels, begun_from):
@@ -1405,25 +1293,11 @@ class Position:
 class Training:
     """A run: its state is what the last checkpoint holds, so that it can go on from there."""
 
-    def __init__(self, folder, settings, task, store, table, folds, begun_from=None, world=None):
-        self.folder, self.settings, self.task, self.store = folder, settings, task, store
-        self.table, self.folds, self.begun_from = table, folds, begun_from
-        self.world = world or World()
-        self.labels_sha256 = labels_digest(table)
-        labels, inherited = task.task_labels, {}
-        if begun_from and begun_from.scaling and task.type == "regression":
-            wanted = set(labels) - set(begun_from.record.unlearnt)
-            inherited = {k: v for k, v in begun_from.scaling.items() if k in wanted}
-        learnt = learnable(table, folds, task, inherited=inherited)
-        self.unlearnt, self.scaling, self.targets, self.eids = learnt
-        with torch.random.fork_rng([]):
-            torch.manual_seed(derive_seed("weights", settings.seed))
-            net = StudyModel(
-                len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
-            )
-        self.net = net.to(pick_device(settings.device))
-        if begun_from:
-            start_from(self.net, labels, begun_from)
+    def __init__(self, folder, settings, cohort, store, begun_from=None, world=None):
+        self.folder, self.settings, self.store = folder, settings, store
+        self.cohort, self.task, self.world = cohort, cohort.task, world or World()
+        self.net = fresh_network(settings, cohort.labels, begun_from)
+        self.net.to(pick_device(settings.device))
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=settings.learning_rate, weight_decay=0.01
         )
@@ -1433,10 +1307,8 @@ class Training:
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
         self.thresholds = {}  # label -> probability, at the best epoch
-        self.input, self.clip_mean = describe_input(store, self.eids["train"])
-        split = table[["pid"]].assign(fold=folds)
-        self.seen = [Seen.of(split, hashlib.sha256(self.labels_sha256.encode()).hexdigest()[:32])]
-        self.seen += (begun_from.seen or []) if begun_from else []
+        self.input, self.clip_mean = describe_input(store, cohort.eids["train"])
+        self.seen = [cohort.seen(), *((begun_from.seen or []) if begun_from else [])]
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
@@ -1472,9 +1344,9 @@ class Training:
         """What the checkpoint says of itself: see `Record`."""
         s = self.settings
         return Record(
-            version=__version__, task=s.task, dataset=s.dataset, labels=self.task.task_labels,
-            type=self.task.type, units=self.task.units, unlearnt=self.unlearnt,
-            thresholds=self.thresholds, labels_sha256=self.labels_sha256,
+            version=__version__, task=s.task, dataset=s.dataset, labels=self.cohort.labels,
+            type=self.task.type, units=self.task.units, unlearnt=self.cohort.unlearnt,
+            thresholds=self.thresholds, labels_sha256=self.cohort.digest,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.used()),
         )  # fmt: skip
@@ -1492,16 +1364,16 @@ class Training:
         clear_leftovers(self.folder)
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_split(self.folder, self.table, self.folds)
+            write_split(self.folder, self.cohort.split)
         names = {"model_name": self.folder.name, "task": self.settings.task}
         names |= {"dataset": self.settings.dataset} | self.used()
         write_table(pd.DataFrame([names]), self.folder / "train_args.csv")
         run = {
             "settings": names,
-            "labels": self.task.task_labels,
-            "studies": {fold: len(eids) for fold, eids in self.eids.items()},
-            "labels_sha256": self.labels_sha256,
-            "embeddings_sha256": self.store.digest(self.table.index),
+            "labels": self.cohort.labels,
+            "studies": {fold: len(eids) for fold, eids in self.cohort.eids.items()},
+            "labels_sha256": self.cohort.digest,
+            "embeddings_sha256": self.store.digest(self.cohort.table.index),
             "encoder_sha256": self.input.weights_sha256 or "",
             "device": str(self.net.ff.weight.device),
             "processes": self.world.size,
@@ -1548,16 +1420,15 @@ class Training:
                     "--model_name or --run_id"
                 )
             print(f"changed on resume: {name} = {value}, was {was}")
-        if before.labels_sha256 != self.labels_sha256:
+        if before.labels_sha256 != self.cohort.digest:
             raise UserError(
                 f"the label table has changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
             )
-        written = read_split(self.folder)
+        written, folds = read_split(self.folder), self.cohort.folds
         if written is not None:
-            written = written[written["fold"] != "seen"]
-        kept = written["fold"].reindex(self.folds.index) if written is not None else None
-        if kept is None or (kept != self.folds).any() or len(written) != len(self.folds):
+            written = written[written["fold"] != "seen"]  # an older version's lines of an ancestor
+        if written is None or not written["fold"].sort_index().equals(folds.sort_index()):
             raise UserError(
                 f"the studies or patients have changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
@@ -1565,23 +1436,10 @@ class Training:
 
     def one_epoch(self):
         """Train on every study once, validate, write checkpoints, history and curves."""
-        began, number, done = time.time(), self.epoch + 1, self.position
-        before, saved = done.seconds, time.time()
-        rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
-        order = [self.eids["train"][i] for i in rng.permutation(len(self.eids["train"]))]
-        common = dict(targets=self.targets, task_type=self.task.type)
-        common |= dict(unreadable=self.unreadable, world=self.world)
-        for _, n, loss in run_steps(
-            self.net, self.store, order[done.studies :], self.settings, optimizer=self.optimizer,
-            epoch=number, label=f"epoch {number}", **common,
-        ):  # fmt: skip
-            done.studies = min(done.studies + self.settings.batch_number, len(order))
-            done.n, done.losses = done.n + n, done.losses + n * loss
-            if time.time() - saved >= 60 * self.settings.checkpoint_minutes:
-                done.seconds = before + time.time() - began
-                self.save_checkpoint("last")
-                saved = time.time()
-        val = run_studies(self.net, self.store, self.eids["val"], self.settings, **common)
+        began, before, number = time.time(), self.position.seconds, self.epoch + 1
+        self.train_through(number, began - before)
+        val = run_studies(self.net, self.store, self.cohort.eids["val"], self.settings, **self.data)
+        done, rate = self.position, self.optimizer.param_groups[0]["lr"]
         if not done.n or not len(val):
             report_unreadable(self.unreadable)
             raise UserError("no study of the training or validation fold can be read")
@@ -1590,38 +1448,72 @@ class Training:
                 f"the loss of epoch {number} is not a number: lower --learning_rate; the best "
                 f"checkpoint stays, last_checkpoint.pt in {self.folder} is of the epoch before"
             )
-        rate = self.optimizer.param_groups[0]["lr"]
         row = [number, done.losses / done.n, float(val.losses.mean(dtype=np.float64)), rate]
         self.history.append([*row, before + time.time() - began])
         self.position = Position()
         self.scheduler.step(row[2])
-        truth = self.table.loc[val.eids, self.task.task_labels].to_numpy()
-        predicted = readable(val.logits, self.task.task_labels, self.scaling)
-        if self.stale == 0 and self.task.type == "binary":
-            from report.metrics import choose_threshold
-
-            found = zip(self.task.task_labels, truth.T, predicted.T, strict=True)
-            found = {k: choose_threshold(y, p) for k, y, p in found if k not in self.unlearnt}
-            self.thresholds = {k: cut for k, cut in found.items() if cut is not None}
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
-            f"{self.validation_metric(truth, predicted)}, lr {rate:g}"
+            f"{self.validated(val)}, lr {rate:g}"
         )
         self.save()
+
+    @property
+    def data(self):
+        """What training and validation give the loop alike."""
+        return dict(
+            targets=self.cohort.targets, task_type=self.task.type, unreadable=self.unreadable,
+            world=self.world,
+        )  # fmt: skip
+
+    def train_through(self, number, since):
+        """The rest of epoch `number`, from `position` on; a checkpoint every so many minutes.
+
+        since: when the epoch would have begun, had it not been interrupted (seconds).
+        """
+        done, saved = self.position, time.time()
+        rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
+        eids = self.cohort.eids["train"]
+        order = [eids[i] for i in rng.permutation(len(eids))]
+        for _, n, loss in run_steps(
+            self.net, self.store, order[done.studies :], self.settings, optimizer=self.optimizer,
+            epoch=number, label=f"epoch {number}", **self.data,
+        ):  # fmt: skip
+            done.studies = min(done.studies + self.settings.batch_number, len(order))
+            done.n, done.losses = done.n + n, done.losses + n * loss
+            if time.time() - saved >= 60 * self.settings.checkpoint_minutes:
+                done.seconds = time.time() - since
+                self.save_checkpoint("last")
+                saved = time.time()
+
+    def validated(self, val):
+        """The metric of an epoch's validation, as text; thresholds are kept if it is the best."""
+        from report.metrics import choose_threshold
+
+        cohort = self.cohort
+        truth = cohort.table.loc[val.eids, cohort.labels].to_numpy()
+        predicted = readable(val.logits, cohort.labels, cohort.scaling)
+        if self.stale == 0 and self.task.type == "binary":
+            found = zip(cohort.labels, truth.T, predicted.T, strict=True)
+            found = {k: choose_threshold(y, p) for k, y, p in found if k not in cohort.unlearnt}
+            self.thresholds = {k: cut for k, cut in found.items() if cut is not None}
+        return self.validation_metric(truth, predicted)
 
     def validation_metric(self, truth, predicted):
         """AUROC or error of the labels as text: in a unit for one label, without one for more."""
         from report.metrics import auroc
 
-        labels = self.task.task_labels
+        labels = self.cohort.labels
         truth = np.where(np.isnan(predicted), np.nan, truth)
-        learnt = [i for i, label in enumerate(labels) if label not in self.unlearnt]
+        learnt = [i for i, label in enumerate(labels) if label not in self.cohort.unlearnt]
         if self.task.type == "binary":
             found = [auroc(truth[:, i], predicted[:, i]) for i in learnt]
             name = "AUROC"
         else:
             if len(learnt) > 1:
-                truth, predicted = (scale(x, labels, self.scaling) for x in (truth, predicted))
+                truth, predicted = (
+                    scale(x, labels, self.cohort.scaling) for x in (truth, predicted)
+                )
             found = [abs(truth[:, i] - predicted[:, i]) for i in learnt]
             name = "median absolute error" + " in SD" * (len(learnt) > 1)
             found = [np.nanmedian(e) if np.isfinite(e).any() else np.nan for e in found]
@@ -1638,7 +1530,7 @@ class Training:
             "perf_log": self.history,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict(),
-            "input_norm_dict": self.scaling,
+            "input_norm_dict": self.cohort.scaling,
             "numpy_random_state": None,  # every draw is derived from the seed, epoch and study
             "torch_random_state": None,
             "cuda_random_state": None,
@@ -2535,7 +2427,7 @@ def check_folds(settings, config, model, data, listener):
             return None
     else:
         folds = training_folds(studies, settings, task, listener=listener)
-    learnable(studies, folds, task, listener)
+    cohort_of(task, studies, folds, listener=listener)
     return folds
 
 

@@ -77,10 +77,9 @@ def split_patients(table, made):
     return table["pid"].map(folds).rename("fold")
 
 
-def write_split(folder, table, folds):
-    """split.csv: study, patient and fold, for a person to look up."""
-    split = table[["pid"]].assign(fold=folds).rename_axis("eid")
-    write_table(split, folder / "split.csv")
+def write_split(folder, split):
+    """split.csv: study, patient and fold, for a person to look up. split: pid and fold by eid."""
+    write_table(split.rename_axis("eid"), folder / "split.csv")
 
 
 def read_split(folder):

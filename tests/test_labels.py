@@ -11,6 +11,7 @@ from conftest import write_embeddings
 from scipy import stats
 
 import echofocus as ef
+from common import cohort as ch
 from common import labels as lb
 from common import splits as sp
 from common.console import Collected
@@ -214,12 +215,12 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
     began = time.process_time()
     task, found = lb.load_labels(config, "defect", "site", Collected())
     store = type("Store", (), {"files": dict.fromkeys(found.index)})
-    found = ef.match_studies(found, store, task, listener=Collected())
-    folds = ef.training_folds(found, ef.Settings(), task, listener=Collected())
-    ef.learnable(found, folds, task, Collected())
+    found = ch.match_studies(found, store, task, listener=Collected())
+    folds = ch.training_folds(found, ef.Settings(), task, listener=Collected())
+    ch.cohort_of(task, found, folds, listener=Collected())
     seen = sp.Seen.of(found[["pid"]].assign(fold=folds), "00")
     assert (sp.seen_weights([seen], found) > 0).equals(folds != "test")
-    ef.labels_digest(found)
+    ch.labels_digest(found)
     assert time.process_time() - began < 20
 
 

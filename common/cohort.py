@@ -1,0 +1,184 @@
+"""Who is in a training: labelled studies with embeddings, in folds, and what can be learnt of them.
+
+One reader for a run and for `check`: what it leaves out or cannot use it tells a listener.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from common.console import RUN, Collected, printable, some
+from common.files import derive_seed
+from common.labels import fit_scaling, scale
+from common.options import FOLDS
+from common.schema import Task
+from common.splits import Seen, keep_apart, split_patients
+
+
+@dataclass
+class Cohort:
+    """A labelled dataset in folds, ready to learn from."""
+
+    task: Task  # its type decided
+    table: pd.DataFrame  # index study id; pid and the labels, in physical units
+    folds: pd.Series  # study id -> train, val, test, or why it is in none
+    unlearnt: list[str]  # labels that training cannot learn
+    scaling: dict | None  # of a regression: the published input_norm_dict
+    targets: dict  # study id -> (T,) what to learn, NaN where missing
+    eids: dict[str, list[str]]  # fold -> its studies; those of train and val have a target
+
+    @property
+    def labels(self):
+        return self.task.task_labels
+
+    @cached_property
+    def digest(self):
+        return labels_digest(self.table)
+
+    @property
+    def split(self):
+        """pid and fold by study id."""
+        return self.table[["pid"]].assign(fold=self.folds)
+
+    def seen(self):
+        """The patients and studies of the training and validation fold, hashed."""
+        return Seen.of(self.split, hashlib.sha256(self.digest.encode()).hexdigest()[:32])
+
+
+def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
+    """The rows of the label table with embeddings and a label, sorted; the rest is told.
+
+    first_only: of each patient the first of these alone, in the table's order. limit: so many
+    studies at most, by a hash of their ids; 0 is all.
+    """
+    labelled = table[task.task_labels].notna().any(axis=1)
+    found = table[labelled & table.index.isin(list(store.files))]
+    for text, eids, remedy in (
+        ("studies of the label table have no embeddings", set(table.index) - set(store.files),
+         "extract them"),
+        ("embedded studies are not in the label table", set(store.files) - set(table.index),
+         "add their rows"),
+        ("studies have no label at all", table.index[~labelled], "fill them in"),
+    ):  # fmt: skip
+        if len(eids):
+            examples = some(map(printable, sorted(eids)))
+            listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
+    if first_only:
+        found = found.drop_duplicates("pid")
+    if limit:
+        found = found.loc[sorted(found.index, key=lambda eid: derive_seed("limit", eid))[:limit]]
+    text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
+    if len(found):
+        listener.note(text)
+    else:
+        listener.error(
+            f"no study is both labelled and embedded (eid: {some(map(printable, table.index))}; "
+            f"files: {some(map(printable, sorted(store.files)))})",
+            "make the eid column and the names of the embedding files agree",
+        )
+    return found.sort_index()
+
+
+def labels_digest(table):
+    """SHA-256 of the studies, patients and labels that a run is given."""
+    return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
+
+
+def digest_at_training(model, table, store, task):
+    """`labels_digest` of this label table, if a model of an older version was trained with it."""
+    made = model.record.settings
+    limit, first_only = made.sample_limit, made.first_study_only
+    return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
+
+
+def training_folds(table, settings, task, begun_from=None, listener=RUN, **about_seen):
+    """Study id -> fold for training; 'left out' where a given split or an ancestor says so."""
+    folds = split_patients(table, vars(settings))
+    if begun_from:
+        folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
+    for fold in ("train", "val"):
+        if not (folds == fold).any():
+            listener.error(f"no study falls into the {fold} fold", "change --split, --seed")
+    listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
+    return folds
+
+
+def fold_table(table, folds, task):
+    """A row a label, a column a fold: positives of known, or the median and how many are known."""
+    columns = {}
+    for fold in FOLDS:
+        part = table[folds == fold]
+        cells = {"studies": len(part), "patients": part["pid"].nunique()}
+        for label in task.task_labels:
+            y = part[label].dropna()
+            if task.type == "binary":
+                share = f" ({y.mean():.1%})" if len(y) else ""
+                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
+            else:
+                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
+        columns[fold] = cells
+    return pd.DataFrame(columns)
+
+
+def cohort_of(task, table, folds, inherited=None, listener=RUN):
+    """The Cohort of a table (of `match_studies`) in folds (of `training_folds`).
+
+    inherited: label -> scaling of the model to start from, so that its heads mean what they meant.
+    """
+    training, scaling = table[folds == "train"], None
+    unlearnt = unlearnable_labels(training, task, listener)
+    if task.type == "regression":
+        scaling = fit_scaling(training, task, unlearnt, listener) | (inherited or {})
+    targets, eids = targets_of(table, folds, task, scaling, unlearnt, listener)
+    return Cohort(task, table, folds, unlearnt, scaling, targets, eids)
+
+
+def unlearnable_labels(table, task, listener=RUN):
+    """Labels whose training values do not differ; that is told, and which have few positives."""
+    out = []
+    for label in task.task_labels:
+        y = table[label].dropna()
+        if y.nunique() < 2:
+            kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
+            listener.warning(
+                f"label {label} cannot be learnt: {kind} in the training fold",
+                "add such studies, or drop it; it stays blank",
+            )
+            out.append(label)
+        elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
+            listener.warning(
+                f"label {label} is hard to learn: few examples in the training fold, {y.sum():.0f} "
+                f"of {len(y)} +",
+                "add such studies, or drop it",
+            )
+    if len(out) == len(task.task_labels):
+        listener.error("no label can be learnt", "labels need two values in the training fold")
+    return out
+
+
+def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
+    """(study id -> what to learn (T,), NaN where missing; fold -> the studies that have some)."""
+    labels = task.task_labels
+    values = table[labels].mask(~folds.isin(FOLDS)).to_numpy()
+    if scaling:
+        known = ~np.isnan(values)
+        values = scale(values, labels, scaling)
+        for label, lost in zip(labels, (known & np.isnan(values)).sum(0), strict=True):
+            if lost:
+                listener.warning(
+                    f"label {label}: {lost} values lie below what its Box-Cox can take",
+                    "leave it out of boxcox in the task; they count as missing",
+                )
+    values = np.where(np.isin(labels, unlearnt), np.nan, values)
+    eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
+    usable = set(table.index[~np.isnan(values).all(axis=1)])
+    for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0
+        had, eids[fold] = eids[fold], [eid for eid in eids[fold] if eid in usable]
+        if had and not eids[fold] and len(unlearnt) < len(labels):
+            listener.error(
+                f"no study of the {fold} fold has a label that can be learnt", "change --split"
+            )
+    return dict(zip(table.index, values, strict=True)), eids
