@@ -30,7 +30,7 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import accumulate, chain
@@ -65,14 +65,15 @@ from common.console import (
     some,
 )
 from common.files import (
-    Journal,
     atomic_path,
-    clear_leftovers,
     derive_seed,
+    lock,
+    open_journal,
     output_path,
     sha256_file,
     write_table,
 )
+from common.hdf5 import new_hdf5
 from common.labels import (
     load_labels,
     read_labels,
@@ -84,6 +85,8 @@ from common.labels import (
 from common.options import (
     EXTRACTION,
     FOLDS,
+    MOST_LABELS,
+    MOST_LAYERS,
     OPTIONS,
     RECORDED,
     Settings,
@@ -149,9 +152,9 @@ def cmd_pack(typed):
     name, _ = pick_dataset(typed, config)
     folder = config.datasets[name].embedding_path
     source, path = open_folder(folder), packed_path(folder)
-    clear_leftovers(path.parent)
     try:
-        unreadable = write_pack(source, path, np.dtype(Settings(**typed).dtype))
+        with lock(path, timeout=0):
+            unreadable = write_pack(source, path, np.dtype(Settings(**typed).dtype))
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot write {path}: {error}; an older pack stays as it is, the same command begins "
@@ -658,9 +661,6 @@ def read_checkpoint(path):
 
 def is_encoder(saved):
     return isinstance(saved, dict) and isinstance(saved.get("weights"), dict)
-
-
-MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
 
 
 def network_from(state, combine, path):
@@ -1206,10 +1206,11 @@ def train_model(typed, world):
         table, settings, task, begun_from, assume_unseen=settings.assume_unseen, digest=digest
     )
     cohort = cohort_of(task, table, folds, inherited_scaling(begun_from, task))
-    run = Training(folder, settings, cohort, store, begun_from, world)
-    run.begin()
-    while not run.finished:
-        run.one_epoch()
+    with nullcontext() if world.rank else lock(folder, timeout=0):
+        run = Training(folder, settings, cohort, store, begun_from, world)
+        run.begin()
+        while not run.finished:
+            run.one_epoch()
     print(
         f"best validation loss {run.best:.4f} after epoch {run.best_epoch} of {run.epoch}; the "
         f"model is {folder}"
@@ -1361,7 +1362,6 @@ class Training:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if self.world.rank:
             return
-        clear_leftovers(self.folder)
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.cohort.split)
@@ -1737,14 +1737,14 @@ def cmd_predict(typed):
     eids = source.eids[: settings.sample_limit or None]
     warn_of_another_encoder(model, store, eids)
     work = work_of(model, store, eids, settings)
-    journal = Journal(journal_path(path), work, f"windows of {WINDOW} studies")
-    table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
-    left_out = dict.fromkeys(sorted(absent), "no embeddings") | reasons
-    report_left_out(left_out, path)
-    if not len(table):
-        raise UserError("no study could be read")
-    write_table(table, path)
-    journal.delete()
+    with open_journal(journal_path(path), work, f"windows of {WINDOW} studies") as journal:
+        table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
+        left_out = dict.fromkeys(sorted(absent), "no embeddings") | reasons
+        report_left_out(left_out, path)
+        if not len(table):
+            raise UserError("no study could be read")
+        write_table(table, path)
+        journal.delete()
     shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
     print(shown.to_string(index=False, float_format="{:.3f}".format, max_cols=12))
     report_warnings(warnings, model.folder.name)
@@ -1909,7 +1909,7 @@ def embed_source(source, model, settings):
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
     unreadable = {}
-    with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
+    with atomic_path(path) as temporary, new_hdf5(temporary) as f:
         n = write(f, model, store, eids, settings, unreadable)
         f.attrs["dataset"], f.attrs["task"] = dataset, settings.task
         f.attrs["model_name"] = model.folder.name
@@ -2033,12 +2033,13 @@ def label_columns(model, labels):
 
 def cmd_explain(typed):
     """The contribution of every video to every answer, and the published table of the top n."""
-    with join_world(pick_device(typed.get("device", "")), "share the studies") as world:
-        explain(typed, world)
+    device = pick_device(typed.get("device", ""))
+    with join_world(device, "share the studies") as world, ExitStack() as held:
+        explain(typed, world, held)
 
 
-def explain(typed, world):
-    """What each process of `explain` does."""
+def explain(typed, world, held):
+    """What each process of `explain` does; held: ExitStack that keeps the journal's lock."""
     if world.size > 1 and typed.get("videos"):
         raise UserError("several processes explain what is extracted already: run predict first")
     settings, config, model, source = start_with_model("explain", typed)
@@ -2058,7 +2059,8 @@ def explain(typed, world):
             truths=hashlib.sha256(truths.loc[eids].to_csv().encode()).hexdigest(),
             **{name: getattr(settings, name) for name in ways},
         )  # fmt: skip
-        journal = Journal(journal_path(model.folder / names["videos"]), work, "studies")
+        path = journal_path(model.folder / names["videos"])
+        journal = held.enter_context(open_journal(path, work, "studies"))
     done = world.gather(journal.n if journal else 0)[0]
     explain_one = partial(
         explain_study, model, columns=columns, settings=settings, baseline=baseline

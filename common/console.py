@@ -212,6 +212,9 @@ def underscores(argument):
 
 def run_main(main, program):
     """Call `main()` as a program: a UserError is one line and exit status 1, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or log that has not every letter
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -223,9 +226,24 @@ def run_main(main, program):
     except OSError as error:  # a path that cannot be read or written: it names itself
         print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"{program}: error: the memory is full; take a smaller --batch_tokens or --batch_size, "
+            "or a machine with more; the same command goes on from here",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether Python, numpy or torch found no memory; torch says it in words alone."""
+    words = ("allocate memory", "out of memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def some(names, n=3):

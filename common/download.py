@@ -163,10 +163,7 @@ def alone(path):
         except OSError as error:
             print(f"this disk gives no lock ({error.strerror}): downloading without one")
             part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            yield part
-        finally:  # while it is held: whoever waits for it looks whether it is still there
-            path.with_name(path.name + ".lock").unlink(missing_ok=True)
+        yield part
 
 
 def receive(url, f, etag_file, title, show):

@@ -2,16 +2,20 @@
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from common.console import UserError
@@ -44,9 +48,8 @@ def atomic_path(path):
     if path.is_dir():
         raise IsADirectoryError(21, "Is a directory, not a file to write", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-    # The suffix stays, since writers choose a format by it; the stem is cut to what a name may be.
-    temporary = path.with_name(f".{path.stem[:50]}.{own}.tmp{path.suffix}")
+    clear_once(path.parent.absolute())
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb+") as f:
@@ -56,8 +59,21 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def temporary_path(path):
+    """A name beside `path` that `clear_leftovers` knows, should this process be killed."""
+    own = f"{machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    # The suffix stays, since writers choose a format by it; the stem is cut to what a name may be.
+    return path.with_name(f".{path.stem[:50]}.{own}.tmp{path.suffix}")
+
+
+@cache
+def clear_once(folder):
+    """`clear_leftovers`, the first time that this process writes into the folder."""
+    clear_leftovers(folder)
+
+
 def clear_leftovers(folder):
-    """Delete temporary files of `atomic_path` in a folder whose writers were killed.
+    """Delete what lies at a `temporary_path` in a folder and whose writers were killed.
 
     Those of processes that live, here or on another machine, stay.
     """
@@ -69,7 +85,9 @@ def clear_leftovers(folder):
                 left = not is_alive(int(match["pid"]))
             else:
                 left = time.time() - path.stat().st_mtime > ABANDONED
-            if left:
+            if left and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif left:
                 path.unlink()
 
 
@@ -146,6 +164,13 @@ def write_table(frame, path, digits=6):
 # ----------------------------------------------------------------------------------------- journals
 
 
+@contextmanager
+def open_journal(path, work, what="units"):
+    """The Journal of a path for the block. UserError when another process is at the same work."""
+    with lock(path, timeout=0):
+        yield Journal(path, work, what)
+
+
 class Journal:
     """The finished units of a long piece of work, a line each, so that a stopped run goes on.
 
@@ -186,7 +211,7 @@ class Journal:
                 try:
                     chain, n, unit = json.loads(line)
                     good = n == self.n and chain == digest_of(self.chain, f"{n} {unit}")
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     good = False
                 if not good:
                     self.n, self.chain = 0, start
@@ -240,6 +265,9 @@ def decode_array(entry):
 # -------------------------------------------------------------------------------------------- locks
 
 
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
 @contextmanager
 def lock(path, timeout=-1):
     """Hold the lock of a path for the block: one process of those that share the file system.
@@ -248,27 +276,40 @@ def lock(path, timeout=-1):
     the file system has no locks, the file's existence is the lock. timeout: seconds to wait,
     -1 for ever. Raises UserError when the time is up.
     """
-    import filelock
-
     path = Path(path)
     file = path.with_name(path.name + ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = acquired(file, timeout)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another process is at work on {path}; wait until it is done (if there is none, "
+            f"delete {file.name})"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            file.unlink()
+        held.release()
+
+
+def acquired(file, timeout):
+    """The held filelock of a file. Raises filelock.Timeout."""
     for kind in (filelock.FileLock, filelock.SoftFileLock):
         held = kind(file)
         try:
             held.acquire(timeout=timeout)
-            break
+            while not file.exists():  # its last holder has just deleted it: another may lock anew
+                held.release()
+                held.acquire(timeout=timeout)
+            return held
         except NotImplementedError:  # a system or a disk without locks
             continue
-        except filelock.Timeout as error:
-            raise UserError(
-                f"another process is at work on {path}; wait until it is done (if there is none, "
-                f"delete {file.name})"
-            ) from error
-    try:
-        yield
-    finally:
-        held.release()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+    raise OSError(errno.ENOLCK, "no lock can be had", str(file))
 
 
 # ---------------------------------------------------------------------------------- digests, seeds
@@ -293,15 +334,3 @@ def stamp_of(path):
     except OSError:
         return None
     return [about.st_size, about.st_mtime_ns]
-
-
-def read_lines(path):
-    """The objects of a file of JSON lines; a last line that a killed run left broken is dropped."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines

@@ -4,8 +4,10 @@ Whatever is read of such a file is opened here. A file that does not keep to thi
 UNREADABLE, with the reason.
 """
 
+import io
 import math
 import os
+from contextlib import contextmanager
 
 import h5py
 import numpy as np
@@ -33,6 +35,43 @@ def open_hdf5(path):
     if not path.is_file():
         raise OSError("no regular file")
     return h5py.File(path, "r", locking=False)
+
+
+@contextmanager
+def new_hdf5(path, mode="w"):
+    """An h5py.File to write for the block. Raises OSError, with the system's reason.
+
+    HDF5 that writes to a full disk by itself tells no reason, and may crash the interpreter at its
+    end: it writes through Python, which keeps the first error until HDF5 has closed.
+    """
+    with Kept(path, "w+b" if mode == "w" else "r+b") as file:
+        with h5py.File(file, mode) as f:
+            yield f
+        if file.error:
+            raise OSError(file.error.errno, file.error.strerror, str(path))
+
+
+class Kept(io.FileIO):
+    """A file that keeps its first error and takes no more."""
+
+    error = None
+
+    def write(self, data):
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while len(left) and not self.error:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
 
 
 def own_dataset(group, name, kind="f", most=MOST_BYTES):

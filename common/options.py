@@ -25,6 +25,7 @@ from pydantic import (
 from common.console import Switch, UserError, nearest, printable
 
 FOLDS = ("train", "val", "test")
+MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
 
 
 class Entry(BaseModel):
@@ -229,7 +230,8 @@ class Settings(Entry):
         "standard", "aggregator", MODEL, "train"
     )
     encoder_depth: int = option(
-        1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0
+        1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0,
+        below=MOST_LAYERS + 1,
     )
     tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
     init_from: str = option(

@@ -23,7 +23,7 @@ from common.archives import CHECKPOINTS, USED, table_name, unpack
 from common.checkpoints import WeightsError
 from common.console import UserError, nearest, printable, some
 from common.download import NotThere, fetch, file_name, one_line, open_url, plain_url, split_url
-from common.files import atomic_path, sha256_file
+from common.files import atomic_path, clear_leftovers, sha256_file, temporary_path
 
 REGISTRY = Path(__file__).resolve().parent.parent / "trained_models" / "registry.json"
 SOURCE = "source.json"  # in a downloaded model's folder: where it came from, and digests
@@ -271,13 +271,14 @@ def install(source, models, name, sha256, check):
         raise UserError(
             f"{printable(name)[:100]} cannot name a model folder; give another with --model_name"
         )
-    folder, temporary = models / name, models / f".{name}.{os.getpid()}.tmp"
+    folder, temporary = models / name, temporary_path(models / name)
     if folder.exists():
         raise UserError(f"{folder} exists; delete it, or take another name with --model_name")
     released_name = source if source in entries else name if name in entries else None
     entry = entries.get(released_name, {})
     own = words(released_name, entries)[0] if released_name else {name.casefold()}
     fetched = []
+    clear_leftovers(models)
     try:
         obtained = obtain(source, entries, models, fetched)
         path, shown = obtained.files[0]

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from common.console import UserError, nearest, printable
 from common.options import (
     IN_CONFIG,
+    MOST_LABELS,
     OPTIONS,
     RECORDED,
     SYNONYMS,
@@ -81,6 +82,8 @@ OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Pre
 
 def label_faults(labels, units):
     """What is wrong with label names, in lines: none, one twice, or one that is our column."""
+    if len(labels) > MOST_LABELS:
+        return [f"task_labels names {len(labels)} labels; a model has {MOST_LABELS} at most"]
     if not labels or len(set(labels)) < len(labels):
         return ["task_labels must name at least one label, and none twice"]
     taken, faults = dict.fromkeys(OWN_COLUMNS), []

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 import time
 from contextlib import contextmanager, redirect_stdout
@@ -93,10 +94,20 @@ def join_world(device, what):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
-    )
+    from_environment("MASTER_PORT", 29500)
+    print(f"process {world.rank} waits for the others of {world.size}")
+    try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # DistError is a RuntimeError
+        raise UserError(
+            f"the {world.size} processes do not find each other "
+            f"({printable(error).splitlines()[0][:150]}); start them with torchrun, or unset "
+            "WORLD_SIZE and RANK to run alone"
+        ) from error
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
         print(f"{world.size} processes {what}")
         yield world

@@ -16,7 +16,6 @@ ends a run.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -40,6 +39,7 @@ from common.hdf5 import (
     UNREADABLE,
     checked,
     find_datasets,
+    new_hdf5,
     open_hdf5,
     own_attributes,
     own_dataset,
@@ -76,13 +76,16 @@ def write_study(path, videos, attributes, files):
     """videos: dict of name to (clip starts, [plain, copies...] embeddings), of those with clips;
     files: dict of name to FileRecord, of all.
 
-    The attribute `crc32` has a checksum of the plain embeddings and of each copy (`checksum`).
+    The attribute `crc32` has a checksum of the plain embeddings and of each copy (`checksum`),
+    `attributes_crc32` one of the attributes, `records_crc32` one of all else (`text_checksum`).
     """
     videos = dict(sorted(videos.items()))
     skipped = [(v, r.reason) for v, r in sorted(files.items()) if r.result != "ok"]
     rows = [(name, *vars(record).values()) for name, record in sorted(files.items())]
-    text, file = h5py.string_dtype(), io.BytesIO()  # HDF5's own errors do not say "disk full"
-    with h5py.File(file, "w") as f:
+    remembered = [list(videos), *([list(map(as_read, row)) for row in x] for x in (skipped, rows))]
+    remembered.append([starts.tolist() for starts, _ in videos.values()])
+    text = h5py.string_dtype()
+    with new_hdf5(path) as f:
         if videos:
             embeddings = np.stack([e for _, e in videos.values()], axis=1)  # (1 + K, V, C, 768)
             f["embeddings"] = embeddings[0]
@@ -95,7 +98,8 @@ def write_study(path, videos, attributes, files):
         f.create_dataset("skipped", (len(skipped), 2), data=skipped or None, dtype=text)
         f.create_dataset("files", (len(rows), 6), data=rows or None, dtype=text)
         f.attrs.update(attributes)
-    path.write_bytes(file.getbuffer())
+        f.attrs["attributes_crc32"] = text_checksum(own_attributes(f, ATTRIBUTES))
+        f.attrs["records_crc32"] = text_checksum(remembered)
 
 
 def checksum(embeddings, videos):
@@ -104,7 +108,39 @@ def checksum(embeddings, videos):
     return zlib.crc32(np.ascontiguousarray(embeddings), zlib.crc32(about.encode()))
 
 
+def as_read(text):
+    return clean_text(text, LONGEST_NAME)
+
+
+def text_checksum(values):
+    """CRC-32 of what has been read of a file: lists and dicts of text and numbers."""
+    return np.uint32(zlib.crc32(json.dumps(values, sort_keys=True).encode()))
+
+
+def check_text(values, f, name):
+    """Raise ValueError when what was read has not the checksum that the file keeps for it.
+
+    Files of earlier versions keep none.
+    """
+    kept = own_attributes(f, [name]).get(name)
+    if kept is not None and kept != text_checksum(values):
+        raise ValueError(
+            "it is damaged, what it says is not what was written: extract or copy it again"
+        )
+
+
 LONGEST_NAME = 4096  # of a file, relative to its study's folder
+
+
+def read_remembered(f):
+    """[videos, skipped, files, clip starts] of an open study's file, as lists."""
+    has_files, has_starts = "files" in f, "clip_starts" in f
+    return [
+        own_texts(f, "videos", (None,), LONGEST_NAME).tolist(),
+        own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist(),
+        own_texts(f, "files", (None, 6), LONGEST_NAME).tolist() if has_files else [],
+        own_dataset(f, "clip_starts", "i")[()].tolist() if has_starts else [],
+    ]
 
 
 def read_records(path, attributes, redo):
@@ -115,11 +151,11 @@ def read_records(path, attributes, redo):
     """
     try:
         with open_hdf5(path) as f:
-            found = own_attributes(f, attributes)
-            videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
-            skipped = own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist()
-            has_files = "files" in f
-            rows = own_texts(f, "files", (None, 6), LONGEST_NAME).tolist() if has_files else []
+            found = own_attributes(f, ATTRIBUTES)
+            check_text(found, f, "attributes_crc32")
+            remembered = read_remembered(f)
+            check_text(remembered, f, "records_crc32")
+            videos, skipped, rows, _ = remembered
     except UNREADABLE:
         return None
     for name, value in attributes.items():
@@ -170,6 +206,8 @@ class StudyClips:
 
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
+ATTRIBUTES = (*MADE_WITH, "encoder", "weights", "precision", "n_clips", "seed", "starts")
+ATTRIBUTES += ("augment", "version")  # all that an extraction notes of itself
 
 
 @dataclass(frozen=True)
@@ -229,8 +267,10 @@ def describe_own(f):
             f"augmented copies are of shape {copies.shape}, embeddings of {embeddings.shape}"
         )
     V, C, _ = embeddings.shape
-    attributes = own_attributes(f, (*MADE_WITH, "weights", "crc32"))
-    crc32 = tuple(attributes.pop("crc32", ()))
+    attributes = own_attributes(f, ATTRIBUTES)
+    check_text(attributes, f, "attributes_crc32")
+    attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, "weights")}
+    crc32 = tuple(own_attributes(f, ["crc32"]).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:
         raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")
@@ -719,7 +759,9 @@ def pack_study(source, eid, dtype, study, settings, write):
         header = source.header(eid)
         study["shape"], made_with = [header.copies, header.videos, header.clips], header.made_with
         for number, clips in enumerate(source.read_all(eid)):
-            block, videos = clips.embeddings.astype(dtype), clips.videos
+            with np.errstate(over="ignore"):  # said below, with the study
+                block = clips.embeddings.astype(dtype)
+            videos = clips.videos
             if not np.isfinite(block).all():
                 raise UnreadableStudy(f"study {eid} has numbers beyond {dtype.name}")
             write(number, block)
@@ -739,8 +781,7 @@ def begin_pack(path, rows, dtype):
     created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    reserve(path, 1 << 16)
-    with h5py.File(path, "w") as f:
+    with new_hdf5(path) as f:
         kind, space = h5py.h5t.py_create(dtype), h5py.h5s.create_simple((max(rows, 1), D))
         return h5py.h5d.create(f.id, b"embeddings", kind, space, created).get_offset()
 
@@ -756,8 +797,7 @@ def end_pack(path, index, settings, names):
         if width == (None,):
             column = [[*values, *[0] * (max(most, 1) - len(values))] for values in column]
         columns[name] = np.array(column, object if kind is str else kind)
-    reserve(path, 2 * (sum(x.nbytes for x in columns.values()) + longest * len(names)) + (1 << 20))
-    with h5py.File(path, "r+") as f:
+    with new_hdf5(path, "r+") as f:
         for name, column in columns.items():
             kind = h5py.string_dtype() if column.dtype == object else column.dtype
             f.create_dataset(f"index/{name}", data=column, dtype=kind)
@@ -765,17 +805,6 @@ def end_pack(path, index, settings, names):
         f["videos"] = np.array(names, h5py.string_dtype("utf-8", longest))
         f.attrs["index_sha256"] = index_digest(columns, settings, f["embeddings"], f["videos"])
         f.attrs.update({"format": PACK_FORMAT, "version": __version__})
-
-
-def reserve(path, size):
-    """OSError when the disk has no room for so many bytes more: HDF5 might crash instead."""
-    with open(path, "ab", buffering=0) as f:
-        there = f.tell()
-        try:
-            while f.tell() < there + size:
-                f.write(bytes(1 << 20))
-        finally:
-            f.truncate(there)
 
 
 def write_all(descriptor, array, at):

@@ -10,6 +10,7 @@ import pandas as pd
 
 from common.console import UserError
 from common.files import atomic_path, write_table
+from common.hdf5 import new_hdf5
 from report.attribution import COMPLETE
 
 
@@ -69,7 +70,7 @@ def write_explanations(model, journal, truths, settings, dataset, names, report_
     """The long table, the published one, and the clips' scores, from the units of a journal."""
     videos, tops, unreadable, folder = [], [], {}, model.folder
     labelled = truths.notna().any(axis=None)
-    with atomic_path(folder / names["clips"]) as temporary, h5py.File(temporary, "w") as f:
+    with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
         f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
         for unit in journal:
             if "unreadable" in unit:

@@ -1,6 +1,7 @@
 """The commands as a user types them, on a small cohort and on files in the published format."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from test_study_model import N_VIDEOS, by_rule
 from test_video import moving_square, write_dicom
 
 import echofocus as ef
+from common.files import lock
 
 
 def test_help_needs_little():
@@ -321,6 +323,14 @@ MISTAKES = {
         bad_labels(lambda t: t.assign(**{"eid ": t["eid"]})),
         "labels.csv has two columns 'eid'",
     ),
+    "labels without end": (
+        lambda: edit_config(task_labels=[f"a{i}" for i in range(10_001)]),
+        "names 10001 labels; a model has 10000 at most",
+    ),
+    "layers without end": (
+        lambda: edit_config(settings={"encoder_depth": 101}),
+        "'encoder_depth' must be below 101",
+    ),
     "label twice": (lambda: edit_config(task_labels=["finding", "finding "]), "none twice"),
     "no table": (lambda: edit_config(label_path="other.csv"), "no label table other.csv"),
     "not JSON": (
@@ -339,6 +349,42 @@ def test_mistakes_get_one_clear_line(cohort, cli, mistake):
     status, _, err = cli("train", "--task", "defect")
     assert status == 1
     assert message in err and "Traceback" not in err and err.count("\n") == 1
+
+
+def test_the_second_run_in_a_folder_stops(cohort, cli):
+    for held, line in (
+        ("trained_models/defect", ["train", "--task", "defect", "--epoch_lim", "1"]),
+        ("emb.packed.h5", ["pack"]),
+        ("trained_models/defect/.predictions_site.csv.journal", ["predict"]),
+        ("trained_models/defect/.explanation_test_site.csv.journal", ["explain"]),
+    ):
+        with lock(held, timeout=0):
+            status, _, err = cli(*line)
+            assert status == 1 and f"another process is at work on {held}" in err, err
+            assert err.splitlines()[-1].startswith("echofocus.py: error")
+        assert cli(*line)[0] == 0
+    assert not list(Path().rglob("*.lock"))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_full_memory_is_one_line(cli, error):
+    def fails(_):
+        raise error
+
+    status, _, err = cli(main=fails)
+    assert status == 1 and "the memory is full" in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli(main=lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
+
+
+def test_a_terminal_that_has_not_every_letter(cohort):
+    line = [sys.executable, ROOT / "echofocus.py", "check", "--config", "Ω.json"]
+    found = subprocess.run(
+        line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
+    )
+    assert found.returncode == 1 and b"no config \\u03a9.json" in found.stdout, found.stderr
 
 
 def test_wrong_options(cohort, cli):

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -77,6 +76,19 @@ with atomic_path(sys.argv[1]) as temporary:
         processes[1].kill()
         processes[1].communicate()
         processes[0].stdout.close()
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next_that_writes(tmp_path):
+    """Temporary files and folders alike, of whatever command, at its first write."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    old, folder = files.temporary_path(tmp_path / "a.pt"), files.temporary_path(tmp_path / "Model")
+    for path in (old, folder):
+        gone = path.with_name(path.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+        gone.mkdir() if path is folder else gone.write_text("half")
+    with files.atomic_path(tmp_path / "b.csv") as temporary:
+        temporary.write_text("1")
+    assert os.listdir(tmp_path) == ["b.csv"]
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -184,6 +196,7 @@ FAULTS = {
     "a line missing": lambda lines: lines.pop(1),
     "lines swapped": lambda lines: lines.insert(1, lines.pop(2)),
     "a line of nothing": lambda lines: lines.insert(2, "\n"),
+    "nested without end": lambda lines: lines.insert(2, "[" * 100_000 + "\n"),
     "no JSON": lambda lines: lines.insert(2, "ÿ{\n"),
 }
 
@@ -246,5 +259,25 @@ def test_one_process_holds_a_lock(tmp_path, kind, monkeypatch):
         process.stdin.close()
         process.wait()
     with files.lock(path, timeout=5):
-        pass
-    assert Path(path).exists() is False
+        assert os.listdir(tmp_path) == ["panecho.pt.lock"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_journal_is_one_process_alone(tmp_path):
+    path = tmp_path / ".j"
+    with files.open_journal(path, WORK) as journal:
+        journal.add(UNITS[0])
+        line = [sys.executable, "-c", OPEN, str(path), json.dumps(WORK)]
+        found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert "another process is at work on" in found.stderr
+    with files.open_journal(path, WORK) as journal:
+        assert same(journal, UNITS[:1])
+    assert os.listdir(tmp_path) == [".j"]
+
+
+OPEN = """
+import json, sys
+from common.files import open_journal
+with open_journal(sys.argv[1], json.loads(sys.argv[2])):
+    pass
+"""

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -117,6 +120,55 @@ def test_what_extraction_remembers(folder):
     assert st.read_records(path, made, False) is None
 
 
+@pytest.mark.parametrize("what", ["reason", "attribute", "start"])
+def test_a_changed_record_is_noticed(folder, what):
+    """What a study's file remembers beside its numbers decides what is not extracted again."""
+    path, made = folder / "s0.hdf5", {"weights_sha256": "ab"}
+    with h5py.File(path, "r+") as f:
+        if what == "reason":
+            rows = f["files"][:]
+            rows[2, 3] = b"again"
+            f["files"][:] = rows
+        elif what == "attribute":
+            f.attrs["weights_sha256"] = "ac"
+        else:
+            f["clip_starts"][0, 0] = 7
+    assert st.read_records(path, made | {"weights_sha256": "ac"}, False) is None
+    assert st.read_records(path, made, False) is None
+    if what == "attribute":
+        assert "not what was written" in reason(folder, "s0")
+    else:
+        assert (st.open_folder(folder).read("s0").embeddings == clips(0)).all()
+
+
+FILL = """
+import resource, sys
+import numpy as np
+from common.console import run_main
+from common.files import atomic_path
+from common.hdf5 import new_hdf5
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+
+def main():
+    with atomic_path(sys.argv[1]) as temporary, new_hdf5(temporary) as f:
+        for i in range(40):
+            f[str(i)] = np.ones((10, 768))
+            f.flush()
+
+run_main(main, "x")
+"""
+
+
+@pytest.mark.parametrize("size", [10, 3000, 70_000, 1_000_000])
+def test_a_full_disk_is_one_line(tmp_path, size):
+    """However far HDF5 came: it writes at its close too, and would crash at the end of Python."""
+    line = [sys.executable, "-c", FILL, str(tmp_path / "a.h5"), str(size)]
+    found = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
+    assert "File too large" in found.stderr and os.listdir(tmp_path) == []
+
+
 # -------------------------------------------------------------------------------- names of studies
 
 
@@ -166,6 +218,11 @@ def test_the_published_layout(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- what is odd
+
+
+def huge_attribute(f):
+    f.attrs.create("sampling", np.bytes_(b"x" * 60000))
+    del f.attrs["attributes_crc32"]  # a file of an earlier version
 
 
 def odd(change):
@@ -292,7 +349,7 @@ ODD = {
     ),
     "empty": (replaced("embeddings", data=np.zeros((0, 4, 768), "f4")), "augmented"),
     "huge attribute": (
-        odd(lambda f: f.attrs.create("sampling", np.bytes_(b"x" * 60000))),
+        odd(huge_attribute),
         None,
     ),
     "attribute of references": (
@@ -548,7 +605,9 @@ def test_half_precision_packs(folder):
     with h5py.File(folder / "big.hdf5", "w") as f:
         f["embeddings"] = np.full((1, 4, 768), 1e5, np.float32)
         f.create_dataset("videos", data=["v"], dtype=TEXT)
-    pack(folder, "float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's own would come before ours
+        pack(folder, "float16")
     store = st.open_store(folder)
     study = store.read("s1")
     assert study.embeddings.dtype == np.float32

@@ -51,3 +51,21 @@ def test_by_the_command_line(tmp_path, monkeypatch, cli, command, name):
     status, _, err = cli(command)
     assert status == 1 and err.count("\n") == 1, err
     assert f"{name} in the environment is 'many'" in err
+
+
+@pytest.mark.parametrize(
+    "variables, text",
+    [
+        ({}, "MASTER_ADDR"),
+        ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "29500"}, "do not find each other"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "MASTER_PORT in the environment"),
+    ],
+)
+def test_processes_that_cannot_meet(tmp_path, monkeypatch, cli, variables, text):
+    monkeypatch.chdir(tmp_path)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | variables).items():
+        monkeypatch.setenv(name, value)
+    status, _, err = cli("train")
+    assert status == 1 and err.count("\n") == 1 and text in err, err
