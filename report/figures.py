@@ -27,7 +27,7 @@ def save_figure(figure, path):
 
 def plot_history(history, folder):
     """Losses over epochs: training_progress.pdf and .png."""
-    figure, axis = new_figure(figsize=(6, 4), layout="constrained")
+    figure, axis = new_figure(figsize=(6, 4))  # a fixed layout: drawn in every epoch
     axis.plot(history["epochs_trained"], history["train_loss"], label="training")
     axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
     axis.set(xlabel="epoch", ylabel="loss")
