@@ -215,7 +215,7 @@ class Batch:
     ends_step: bool
 
 
-READERS = min(8, os.cpu_count() or 1)  # threads that read studies
+READERS = min(16, os.cpu_count() or 1)  # threads that read studies
 READ_AHEAD = 3  # batches read while another is computed
 WINDOW = 256  # studies between two points where results are handed on, outside training
 
@@ -246,13 +246,14 @@ def plan_batches(store, eids, settings, training, world=None):
         yield Planned(last, True)
 
 
-def read_batches(store, plan, settings, unreadable, train_seed=None, look=None):
-    """Yield the Batch of every Planned, in order; threads read ahead.
+def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, pin=False):
+    """Yield the Batch of every Planned, in order; threads read ahead, one more joins what is read.
 
     unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
     train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
     any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
     look: called with the id and the StudyClips of every study that is read.
+    pin: join in page-locked memory, which a GPU copies from while it computes.
     """
 
     def read(eid):
@@ -277,22 +278,25 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None):
         failed = {eid: x for eid, x in studies.items() if isinstance(x, UnreadableStudy)}
         unreadable.update((eid, str(error)) for eid, error in failed.items())
         read = {eid: x for eid, x in studies.items() if eid not in failed}
-        return collate(read, planned.ends_step)
+        return collate(read, planned.ends_step, pin)
 
     ahead = deque()
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
         for planned in plan:
-            ahead.append((planned, [pool.submit(read, eid) for eid in planned.eids]))
+            futures = [readers.submit(read, eid) for eid in planned.eids]
+            ahead.append(joiner.submit(collect, planned, futures))
             if len(ahead) > READ_AHEAD:
-                yield collect(*ahead.popleft())
+                yield ahead.popleft().result()
         while ahead:
-            yield collect(*ahead.popleft())
+            yield ahead.popleft().result()
 
 
-def collate(studies, ends_step):
+def collate(studies, ends_step, pin=False):
     """A Batch of studies, a dict of id to (tokens, number of videos)."""
     tokens = [tokens for tokens, _ in studies.values()]
-    joined = torch.from_numpy(np.concatenate([np.zeros((0, D), np.float32), *tokens]))
+    joined = torch.empty(sum(map(len, tokens)), D, pin_memory=pin)
+    if tokens:
+        np.concatenate(tokens, out=joined.numpy())
     n_videos = [n for _, n in studies.values()]
     return Batch(list(studies), joined, [len(t) for t in tokens], n_videos, ends_step)
 
@@ -1011,7 +1015,8 @@ def run_steps(
     net.train(training)
     quiet = not label or world.rank > 0
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
-        batches = read_batches(store, plan, settings, unreadable, train_seed, look)
+        pin = device.type == "cuda"
+        batches = read_batches(store, plan, settings, unreadable, train_seed, look, pin)
         for batch, found in side_by_side(batches, compute, device):
             if batch.eids:
                 logits, embeddings, losses, gradients = found
