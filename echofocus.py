@@ -53,6 +53,8 @@ from common.cohort import (
     training_folds,
 )
 from common.console import (
+    EXTRACT,
+    PROGRAM,
     RUN,
     Collected,
     Parser,
@@ -187,9 +189,7 @@ def refuse_mixed(store, eids, allowed, findings):
         if allowed:
             findings.warning(text, "used all the same (--allow_mixed)")
         else:
-            remedy = (
-                "extract all with the same settings (embed/extract.py --redo), or --allow_mixed"
-            )
+            remedy = f"extract all with the same settings ({EXTRACT} --redo), or --allow_mixed"
             findings.error(text, remedy)
 
 
@@ -823,7 +823,7 @@ def find_model_folder(name, run_id="", task="", config=None):
         found = [p for p in found if is_of_task(p.parent, task, config)]
     if not found:
         get = next((n for n, e in releases.registry().items() if e.get("task") == task), "")
-        get = f"python echofocus.py download {get}, " if task and get else ""
+        get = f"{PROGRAM} download {get}, " if task and get else ""
         raise UserError(
             f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
             "first, or name one with --model_name"
@@ -835,12 +835,12 @@ def find_model_folder(name, run_id="", task="", config=None):
 def how_to_get(name, known):
     """The end of 'no trained model X': what else is there, or how to get a released one."""
     if name.endswith(".pt") and Path(name).is_file():
-        return f"; make a model folder of the file: python echofocus.py download {name}"
+        return f"; make a model folder of the file: {PROGRAM} download {name}"
     if name in releases.registry():
-        return f"; get it with: python echofocus.py download {name}"
+        return f"; get it with: {PROGRAM} download {name}"
     return (
         f"{nearest(name, [*known, *releases.registry()])}; train it, or get a released one "
-        "(python echofocus.py download --list)"
+        f"({PROGRAM} download --list)"
     )
 
 
@@ -885,7 +885,7 @@ def cmd_download(typed):
     for key in ("licence", "citation"):
         if key in record:
             print(f"{key}: {record[key]}")
-    print(f"the model is {folder}; python echofocus.py inspect {folder.name} says what it holds")
+    print(f"the model is {folder}; {PROGRAM} inspect {folder.name} says what it holds")
 
 
 def print_released():
@@ -893,7 +893,7 @@ def print_released():
     for name, entry in releases.registry().items():
         there = "downloaded" if (MODELS / name / entry["file"]).is_file() else "not here"
         print(f"{name:18} {there:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
-    print("get one: python echofocus.py download NAME (research use only, under its licence)")
+    print(f"get one: {PROGRAM} download NAME (research use only, under its licence)")
 
 
 def check_download(folder, entry):

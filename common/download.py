@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from common.checkpoints import CHUNK, WeightsError, check_bytes
-from common.console import UserError, printable, progress
+from common.console import PROGRAM, UserError, printable, progress
 from common.files import lock
 
 
@@ -83,7 +83,7 @@ def http_message(url, error):
     if error.code in (404, 410):
         return (
             f"{plain_url(url)} is not there (HTTP {error.code}); find the file's address on the "
-            "release page, then: python echofocus.py download ADDRESS --model_name NAME"
+            f"release page, then: {PROGRAM} download ADDRESS --model_name NAME"
         )
     headers = error.headers or {}
     if error.code == 429 or headers.get("X-RateLimit-Remaining") == "0":
@@ -115,7 +115,7 @@ def network_message(url, error):
 
 def by_hand(url):
     name = printable(file_name(url))[:100]
-    return f"fetch it on a machine with a network, then: python echofocus.py download ./{name}"
+    return f"fetch it on a machine with a network, then: {PROGRAM} download ./{name}"
 
 
 # -------------------------------------------------------------------------------------- download

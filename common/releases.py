@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from common.archives import CHECKPOINTS, USED, table_name, unpack
 from common.checkpoints import WeightsError
-from common.console import UserError, nearest, printable, some
+from common.console import PROGRAM, UserError, nearest, printable, some
 from common.download import NotThere, fetch, file_name, one_line, open_url, plain_url, split_url
 from common.files import atomic_path, clear_leftovers, sha256_file, temporary_path
 
@@ -376,7 +376,7 @@ def local_asset(source, entries):
     if not path.exists():
         raise UserError(
             f"no released model, file or folder {source}{nearest(source, entries)} "
-            "(python echofocus.py download --list)"
+            f"({PROGRAM} download --list)"
         )
     if not path.is_file() and not path.is_dir():
         raise UserError(f"{source} is no file or folder")

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from common import __version__
-from common.console import Findings, UserError, clean_text, printable, progress, some
+from common.console import EXTRACT, Findings, UserError, clean_text, printable, progress, some
 from common.files import atomic_path, derive_seed, stamp_of
 from common.hdf5 import (
     MOST_BYTES,
@@ -472,7 +472,7 @@ class EmbeddingFolder(Store):
         names = sorted(e.name for e in os.scandir(path) if not e.name.startswith("."))
         names = [name for name in names if name.endswith((".hdf5", ".h5"))]
         if not names:
-            raise UserError(f"{path} holds no .hdf5 file; make them with embed/extract.py")
+            raise UserError(f"{path} holds no .hdf5 file; make them with {EXTRACT}")
         files = {}
         for name in names:
             eid = study_id(name.rpartition(".")[0])
