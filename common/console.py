@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a person types for a program of ours: that of the clone, or what `pip install` put on the path.
+# What a person types for a program of ours: in a clone, or as `pip install` put it on the path.
 INSTALLED = Path(__file__).resolve().parents[1].name == "_tree"
 PROGRAM = "echofocus" if INSTALLED else "python echofocus.py"
 EXTRACT = "echofocus-extract" if INSTALLED else "python embed/extract.py"
