@@ -12,7 +12,7 @@ the weights, and running sums.
 import warnings
 
 import numpy as np
-from scipy import sparse, special, stats
+from scipy import sparse, special
 
 from common.console import UserError
 
@@ -433,6 +433,8 @@ def kaplan_meier(time, event):
     Studies are taken as independent: give one a patient.
     """
     time, event = np.asarray(time, float), np.asarray(event, bool)
+    from scipy import stats
+
     found = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
     with warnings.catch_warnings():  # that it is not defined at 0 and 1
         warnings.simplefilter("ignore", RuntimeWarning)

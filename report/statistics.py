@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 from threadpoolctl import threadpool_limits
 
 from common.console import UserError
@@ -399,7 +399,7 @@ def interval(values, n_patients, part_of=0):
     n_boot = len(resampled)
     if np.isnan(value) or n_patients < 2 or n_boot < 100:
         return np.nan, np.nan, n_boot
-    z = np.sqrt(n_patients / (n_patients - 1)) * stats.t.ppf(0.975, n_patients - 1)
+    z = np.sqrt(n_patients / (n_patients - 1)) * special.stdtrit(n_patients - 1, 0.975)
     if part_of:
         sd = resampled.std(dtype=np.float64)
         size = value * (1 - value) / sd**2 if sd > 1e-6 and 0 < value < 1 else part_of
@@ -533,7 +533,7 @@ def _delong_difference(a, b, patients):
     if not sd > 0:
         return {"p_value": np.nan}
     p = 2 * special.ndtr(-abs(difference / sd))
-    low, high = difference + stats.norm.ppf([0.025, 0.975]) * sd
+    low, high = difference + special.ndtri([0.025, 0.975]) * sd
     return {"ci_low": float(low), "ci_high": float(high), "p_value": float(p)}
 
 
@@ -553,9 +553,11 @@ def delong(truth, scores, patients=None):
     m, n = len(positive), len(negative)
     if not m or not n:
         return np.full(scores.shape[1], np.nan), np.full((scores.shape[1],) * 2, np.nan)
-    ranks = stats.rankdata(scores, axis=0)
-    of_positive = (ranks[truth == 1] - stats.rankdata(positive, axis=0)) / n
-    of_negative = 1 - (ranks[truth == 0] - stats.rankdata(negative, axis=0)) / m
+    from scipy.stats import rankdata  # scipy.stats takes a second to import
+
+    ranks = rankdata(scores, axis=0)
+    of_positive = (ranks[truth == 1] - rankdata(positive, axis=0)) / n
+    of_negative = 1 - (ranks[truth == 0] - rankdata(negative, axis=0)) / m
     area = of_positive.mean(axis=0)
     patient = np.arange(m + n) if patients is None else np.unique(patients, return_inverse=True)[1]
     k = patient.max() + 1
