@@ -291,8 +291,8 @@ def regions(header):
 # ------------------------------------------------------------------------------------------- a cine
 
 
-def iter_dicom(path, notes):
-    """Decode a DICOM cine front to back: yields uint8 (H, W, 3) BGR; notes: see `iter_frames`.
+def iter_dicom(path, notes, needed=None):
+    """Decode a DICOM cine front to back: yields uint8 (H, W, 3) BGR; as `iter_frames`.
 
     Raises VideoError for what is no 2-D echo, a still, damaged, or needs a decoder.
     """
@@ -302,9 +302,10 @@ def iter_dicom(path, notes):
             yield from iter_stream(file, header, notes)
             return
         with frames:
-            reading = choose_reading(frames, header, notes)
-            for i in range(len(frames)):
-                yield frames.bgr(i, reading)
+            reading, n = choose_reading(frames, header, notes), len(frames)
+            made = set(needed(n) if needed else range(n))
+            for i in range(n):
+                yield frames.bgr(i, reading) if i in made else frames.check(i)
 
 
 def check_cine(header, file, notes, single=False):

@@ -251,6 +251,9 @@ class Frames:
         """Components (H, W) or (H, W, 3) of frame i, of which colours can be judged."""
         return self.components(i)
 
+    def check(self, i):
+        """VideoError when frame i does not decode, as `bgr` has it."""
+
     def bgr(self, i, reading):
         """Frame i, uint8 (H, W, 3) BGR. VideoError when it does not decode."""
         return reading.bgr(self.components(i))
@@ -325,6 +328,9 @@ class CodedFrames(Frames):
 
     def sample(self, i):
         return self.components(i, small=True)
+
+    def check(self, i):
+        self.components(i, small=True)
 
     def bgr(self, i, reading):
         if reading.colour == "YBR":

@@ -182,6 +182,37 @@ def test_resize_and_crop():
     assert np.abs(found - blocks).max() <= 0.51
 
 
+def test_the_centre_alone_is_resized_to_the_same_numbers():
+    """Frames of which the centre ends between pixels, amid one, both, or that are enlarged."""
+    rng = np.random.default_rng(0)
+    sides = [(600, 800), (768, 1024), (480, 640), (708, 1016), (240, 320), (512, 100)]
+    for height, width in [
+        *sides,
+        *rng.integers(200, 900, (12, 2)),
+        *16 * rng.integers(9, 60, (12, 2)),
+    ]:
+        frame = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for size in (224, 112, 160):
+            expected = video.central(video.resized(frame, size), size)
+            np.testing.assert_array_equal(video.resized_centre(frame, size), expected)
+
+
+def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
+    """They are not made, which a mask would need; but damage in them is damage of the file."""
+    sampling = video.Sampling(n_clips=1, clip_len=4)
+    (clips,) = video.read_clips(REAL, sampling)
+    every = video.read_frames(REAL)
+    expected = [
+        video.central(video.resized(every[i])) for i in np.unique(clips.starts - 1 + np.arange(4))
+    ]
+    np.testing.assert_array_equal(clips.frames, expected)
+    made = list(video.iter_frames(REAL, needed=lambda n: [3, n - 1]))
+    assert [i for i, frame in enumerate(made) if frame is not None] == [3, 29]
+    corrupt_frame(tmp_path / "a.dcm")
+    with pytest.raises(video.VideoError, match="of 30 does not decode"):
+        list(video.iter_frames(tmp_path / "a.dcm", needed=lambda n: []))
+
+
 def test_read_clips_holds_each_frame_once(tmp_path):
     frames = moving_square()
     write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
