@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common.console import UserError
+from common.files import atomic_path
 
 MOST_BYTES = 8 << 30  # of a file, and of what an archive unpacks to; the released are below 1 GB
 MOST_RECORDS = 100_000
@@ -27,6 +28,39 @@ class WeightsError(UserError):
 
 class Damaged(Exception):
     """What is wrong with an archive, to be completed by its name and the remedy."""
+
+
+def save(saved, path):
+    """Write a checkpoint whole or not at all. Raises OSError.
+
+    Through a file of Python's: torch's own names the temporary file in the archive, and has no
+    word for a full disk.
+    """
+    with atomic_path(path) as temporary, open(temporary, "wb") as f:
+        torch.save(saved, f)
+
+
+def check_like(given, own):
+    """Raise ValueError unless two values are of a kind: types, names, lengths, shapes, all finite.
+
+    Dicts and lists are looked into; a whole number will do for another one.
+    """
+    if isinstance(own, torch.Tensor):
+        good = describe(given) == tuple(own.shape) and bool(given.isfinite().all())
+    elif isinstance(own, dict):
+        good = isinstance(given, dict) and given.keys() == own.keys()
+        for key in own if good else ():
+            check_like(given[key], own[key])
+    elif isinstance(own, list):
+        good = isinstance(given, list) and len(given) == len(own)
+        for pair in zip(given, own, strict=True) if good else ():
+            check_like(*pair)
+    elif type(own) in (int, float):
+        good = type(given) in (int, float) and given == given
+    else:
+        good = type(given) is type(own)
+    if not good:
+        raise ValueError("it does not hold what this program saved")
 
 
 def load_safely(path):

@@ -216,6 +216,9 @@ def underscores(argument):
     return "--" + name.replace("-", "_") + equals + value
 
 
+LONGEST_LINE = 2000  # characters of a line that says what is wrong
+
+
 def run_main(main, program):
     """Call `main()` as a program: a UserError is one line and exit status 1, no traceback."""
     for stream in (sys.stdout, sys.stderr):
@@ -224,7 +227,7 @@ def run_main(main, program):
     try:
         main()
     except UserError as error:
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+        text = "\n".join(clean_text(line, LONGEST_LINE) for line in str(error).split("\n"))
         print(f"{program}: error: {text}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # `| head` has read enough
@@ -253,8 +256,8 @@ def is_out_of_memory(error):
 
 
 def some(names, n=3):
-    """The first few of some names, as text."""
-    names = [str(name) for name in names]
+    """The first few of some names, as text; they may be of others' files."""
+    names = [clean_text(name) for name in names]
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 

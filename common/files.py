@@ -11,6 +11,7 @@ import secrets
 import shutil
 import socket
 import time
+import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -273,18 +274,17 @@ def lock(path, timeout=-1):
     """Hold the lock of a path for the block: one process of those that share the file system.
 
     The lock is a file beside it, <name>.lock, which the system frees when its process ends; where
-    the file system has no locks, the file's existence is the lock. timeout: seconds to wait,
-    -1 for ever. Raises UserError when the time is up.
+    the file system has no locks, the existence of <name>.held is the lock.
+    timeout: seconds to wait, -1 for ever. Raises UserError when the time is up.
     """
     path = Path(path)
-    file = path.with_name(path.name + ".lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        held = acquired(file, timeout)
+        held, file = acquired(path, timeout)
     except filelock.Timeout as error:
         raise UserError(
             f"another process is at work on {path}; wait until it is done (if there is none, "
-            f"delete {file.name})"
+            f"delete {Path(error.lock_file).name})"
         ) from error
     try:
         yield
@@ -294,22 +294,27 @@ def lock(path, timeout=-1):
         held.release()
 
 
-def acquired(file, timeout):
-    """The held filelock of a file. Raises filelock.Timeout."""
-    for kind in (filelock.FileLock, filelock.SoftFileLock):
+def acquired(path, timeout):
+    """(the held filelock of a path, its file). Raises filelock.Timeout."""
+    kinds = (filelock.FileLock, ".lock"), (filelock.SoftFileLock, ".held")
+    for kind, ending in kinds:
+        file = path.with_name(path.name + ending)
         held = kind(file)
         try:
-            held.acquire(timeout=timeout)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # newer ones fall back by themselves, and warn
+                held.acquire(timeout=timeout)
             while not file.exists():  # its last holder has just deleted it: another may lock anew
                 held.release()
                 held.acquire(timeout=timeout)
-            return held
+            return held, file
         except NotImplementedError:  # a system or a disk without locks
-            continue
+            pass
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-    raise OSError(errno.ENOLCK, "no lock can be had", str(file))
+        file.unlink(missing_ok=True)  # made before the lock was refused
+    raise OSError(errno.ENOLCK, "no lock can be had", str(path))
 
 
 # ---------------------------------------------------------------------------------- digests, seeds

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from common.checkpoints import WeightsError, load_safely, load_strictly
+from common.checkpoints import WeightsError, load_safely, load_strictly, save
 from common.download import fetch
-from common.files import atomic_path, sha256_file
+from common.files import sha256_file
 from common.releases import SOURCE, check_digest, check_source
 from embed import EMBED_DIM
 
@@ -353,8 +353,7 @@ def save_untrained(path, clips):
     last = "encoder.transformer.layers.3.norm2."
     state[last + "weight"] = state[last + "weight"] / spread
     state[last + "bias"] = (state[last + "bias"] - centre) / spread
-    with atomic_path(path) as temporary:
-        torch.save({"weights": state}, temporary)
+    save({"weights": state}, path)
 
 
 def cached_weights():

@@ -620,7 +620,7 @@ class PackedEmbeddings(Store):
             self.videos = Flat(own_dataset(f, "videos", "text", np.inf))
             self.index, settings = read_index(f)
             check_index(self.index, len(settings), self.embeddings, self.videos)
-            self.settings = [json.loads(text) for text in settings]
+            self.settings = [read_made_with(text) for text in settings]
         except UNREADABLE as error:
             reason = reason_of(error, path.parent)
             raise UserError(
@@ -690,6 +690,17 @@ def read_index(f):
     if own_attributes(f, ["index_sha256"]).get("index_sha256") != found:
         raise ValueError("its index is not the one that was written")
     return index, settings
+
+
+def read_made_with(text):
+    """A Header's made_with, of its JSON. Raises ValueError."""
+    made_with = json.loads(text)
+    plain = isinstance(made_with, dict) and all(
+        isinstance(value, str | int | float) for value in made_with.values()
+    )
+    if not plain:
+        raise ValueError("how its studies were made is not said in text and numbers")
+    return {k: clean_text(v) if isinstance(v, str) else v for k, v in made_with.items()}
 
 
 def index_digest(index, settings, embeddings, videos):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_commands import published_model
 
-from common.checkpoints import WeightsError, load_safely
+from common.checkpoints import WeightsError, load_safely, save
 
 SAVED = {
     "model_state_dict": {
@@ -193,3 +193,55 @@ def test_nothing_else_is_a_checkpoint(small):
         refused(small)
     shutil.copy(small, small.with_name("x.pt"))
     refused(Path(small.parent, "gone.pt"), "no checkpoint")
+
+
+def set_at(path, value):
+    """A change of a checkpoint's dict: the entry at a path of keys becomes `value`, or goes."""
+
+    def change(saved):
+        *above, last = path
+        for key in above:
+            saved = saved[key]
+        if value is None:
+            del saved[last]
+        else:
+            saved[last] = value(saved[last]) if callable(value) else value
+
+    return change
+
+
+MOMENTS = ("optimizer_state_dict", "state", 0, "exp_avg")
+STATES = {
+    "a row too short": set_at(("perf_log", 0), [1]),
+    "no row": set_at(("perf_log",), [[]]),
+    "an epoch lost": set_at(("perf_log", 0, 0), 2),
+    "a loss that is none": set_at(("perf_log", 0, 2), float("nan")),
+    "an endless epoch": set_at(("perf_log", 0, 0), float("inf")),
+    "no optimiser": set_at(("optimizer_state_dict",), None),
+    "a moment that is none": set_at(MOMENTS, lambda x: x * float("nan")),
+    "another shape": set_at(MOMENTS, lambda x: x[:1]),
+    "a moment lost": set_at(MOMENTS, None),
+    "a rate in words": set_at(("optimizer_state_dict", "param_groups", 0, "lr"), "fast"),
+    "a plan in words": set_at(("scheduler_state_dict", "num_bad_epochs"), "many"),
+    "a method as state": set_at(("scheduler_state_dict", "patience"), {"a": 1}),
+    "a position beyond": set_at(("position", "studies"), 10**9),
+    "a weight that is none": set_at(
+        ("model_state_dict", "ff.bias"), lambda x: x * float("nan")
+    ),
+}  # fmt: skip
+
+
+def test_a_run_goes_on_from_a_sound_state_alone(cohort, cli):
+    line = ["train", "--task", "defect", "--encoder_depth", "0", "--epoch_lim"]
+    assert cli(*line, "1")[0] == 0
+    path = cohort / "trained_models" / "defect" / "last_checkpoint.pt"
+    whole = path.read_bytes()
+    for name, change in STATES.items():
+        path.write_bytes(whole)
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        save(saved, path)
+        status, _, err = cli(*line, "2")
+        assert status == 1 and err.count("\n") == 1 and "last_checkpoint.pt is damaged" in err, name
+    path.write_bytes(whole)
+    assert cli(*line, "2")[0] == 0

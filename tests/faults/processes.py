@@ -1,0 +1,384 @@
+"""Areas kill and machine: commands that are killed, or run where something is lacking.
+
+A command runs in a fork of the worker, which has everything imported: it is at work at once.
+"""
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import h5py
+import torch
+
+from tests.faults import images
+from tests.faults.stores import home, small_cohort
+from tests.faults.worker import ROOT, Case, Result, one_line
+
+LINES = {
+    "train": ["train", "--task", "defect", "--epoch_lim", "3", "--checkpoint_minutes", "0"],
+    "predict": ["predict", "--model_name", "defect", "--out", "p.csv"],
+    "embed": ["embed", "--model_name", "defect", "--embed_file", "e.h5"],
+    "explain": ["explain", "--model_name", "defect", "--subset", "all"],
+    "evaluate": ["evaluate", "--model_name", "defect", "--subset", "all"],
+    "pack": ["pack"],
+    "extract": ["source", "--out", "out", *images.HOW],
+    "download": ["download", "./z.zip", "--model_name", "z"],
+}
+
+
+def base(area):
+    images.base()
+    for name in (
+        "matplotlib.pyplot",
+        "matplotlib.backends.backend_pdf",
+        "sklearn.metrics",
+        "captum.attr",
+    ):
+        __import__(name)
+    return home()
+
+
+def prepare(command, here, base):
+    """What the command needs, in a folder of its own."""
+    if command == "extract":
+        images.healthy(here / "source")
+        for i in range(4):
+            (here / "source" / f"more{i}").mkdir()
+            data = images.cine("jpeg_ybr_labelled_rgb.dcm", 50 + i)
+            (here / "source" / f"more{i}" / "a.dcm").write_bytes(data)
+        return
+    small_cohort(here, base, 24)
+    os.unlink(here / "trained_models")
+    if command == "download":
+        shutil.make_archive("z", "zip", base / "trained_models", "defect")
+    elif command != "train":
+        shutil.copytree(base / "trained_models" / "defect", here / "trained_models" / "defect")
+
+
+def start(line, change=None):
+    """The command in a fork; returns its pid. change: called in the fork before it."""
+    sys.stdout.flush(), sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.environ["FAULTS_CHILD"] = "1"
+        for name, fd in (("stdout.txt", 1), ("stderr.txt", 2)):
+            os.dup2(os.open(f"../{name}.{os.getpid()}", os.O_CREAT | os.O_RDWR), fd)
+        import echofocus
+        from common.console import run_main
+        from embed import extract
+
+        if change:
+            change()
+        main = extract.main if line[0] == "source" else echofocus.main
+        status = 0
+        run_main(lambda: main([str(x) for x in line]), "echofocus.py")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 70
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+
+def finish(pid, seconds=60):
+    """Result of a fork. A hang is a kill and a crash that says so."""
+    end = time.time() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if time.time() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return Result(-1, "", "", f"hang: {seconds} s")
+        time.sleep(0.01)
+    texts = []
+    for name in ("stdout.txt", "stderr.txt"):
+        path = Path(f"../{name}.{pid}")
+        texts.append(path.read_text(errors="replace") if path.exists() else "")
+        path.unlink(missing_ok=True)
+    status = os.waitstatus_to_exitcode(status)
+    crash = texts[1][-1500:] if status == 70 else f"signal {-status}" if status < 0 else ""
+    return Result(status, *texts, crash)
+
+
+@cache
+def whole(command):
+    """(folder of a run never stopped, its seconds)."""
+    folder, before = Path(os.environ["FAULTS_BASE"], f"whole-{command}-{os.getpid()}"), os.getcwd()
+    (folder / "here").mkdir(parents=True)
+    os.chdir(folder / "here")
+    prepare(command, folder / "here", home())
+    began = time.time()
+    result = finish(start(LINES[command]), 300)
+    seconds = time.time() - began
+    os.chdir(before)
+    assert result.status == 0, result
+    return folder / "here", seconds
+
+
+def difference(found, expected):
+    """The first thing in which a folder differs from that of a run never stopped, or ''."""
+
+    def files(folder):
+        return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+    there, wanted = files(found), files(expected)
+    if left := [p for p in there if any(x in p for x in (".tmp", ".lock", ".journal"))]:
+        return f"left behind: {left}"
+    if there != wanted:
+        return f"files differ: {sorted(there ^ wanted)[:5]}"
+    for name in sorted(wanted):
+        a, b = found / name, expected / name
+        if name.endswith(".csv") and not name.endswith(("train_losses.csv", "extract_log.csv")):
+            same = a.read_bytes() == b.read_bytes()
+        elif name.endswith(".csv"):
+            same = len(a.read_text().splitlines()) == len(b.read_text().splitlines())
+        elif name.endswith(".pt"):
+            x, y = (torch.load(p, weights_only=True)["model_state_dict"] for p in (a, b))
+            same = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+        elif name.endswith((".h5", ".hdf5")):
+            same = numbers(a) == numbers(b)
+        else:
+            same = True
+        if not same:
+            return f"{name} differs"
+    return ""
+
+
+def numbers(path):
+    found = {}
+    with h5py.File(path) as f:
+        f.visititems(
+            lambda name, node: (
+                found.update({name: node[()].tobytes()})
+                if isinstance(node, h5py.Dataset) and node.dtype.kind == "f"
+                else None
+            )
+        )
+    return found
+
+
+def processes_left():
+    """Processes that a fork started and that did not end with it."""
+    end = time.time() + 20
+    while time.time() < end:
+        left = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if b"FAULTS_CHILD=1" in (path / "environ").read_bytes():
+                    left.append((path / "cmdline").read_bytes()[-60:])
+        if not left:
+            return ""
+        time.sleep(0.2)
+    return f"processes left: {left}"
+
+
+def kill(rng, here, base):
+    """SIGKILL or SIGTERM at random moments, then the same line again."""
+    command = str(rng.choice(list(LINES)))
+    expected, seconds = whole(command)
+    prepare(command, here, base)
+    name, kills = "SIGKILL" if rng.random() < 0.6 else "SIGTERM", int(rng.integers(1, 4))
+    for _ in range(kills):
+        pid = start(LINES[command])
+        time.sleep(float(rng.uniform(0, 1.05 * seconds)))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, getattr(signal, name))
+        result = finish(pid)
+        if result.status == 0:
+            break
+    if not result.status and command == "download":
+        return Case(f"{command}: {name}")
+    result = finish(start(LINES[command]), 120)
+    complaint = one_line(result) or (result.status and result.said[-500:])
+    complaint = complaint or difference(here, expected) or processes_left()
+    return Case(f"{command}: {name}", complaint or "")
+
+
+# ---------------------------------------------------------------------------------------- machine
+
+
+def full_disk(rng, here, base):
+    """Files of no more than so many bytes: the system's own word for a disk that is full."""
+    command = str(rng.choice([c for c in LINES if c != "download"]))
+    expected, _ = whole(command)
+    prepare(command, here, base)
+    size = int(rng.choice([0, 100, 3000, 9000, 40_000, 300_000, 5_000_000, 20_000_000]))
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+    result = finish(start(LINES[command], limit))
+    complaint = one_line(result)
+    if not complaint:
+        again = finish(start(LINES[command]), 120)
+        complaint = one_line(again) or (again.status and again.said[-500:])
+    return Case(f"full disk: {command}", complaint or difference(here, expected))
+
+
+def read_only(rng, here, base):
+    """A folder that nobody may write into, as another user."""
+    command = str(rng.choice([c for c in LINES if c != "download"]))
+    prepare(command, here, base)
+    root = os.geteuid() == 0
+    for path in [here.parent, here, *here.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    here.parent.chmod(0o777)
+    result = finish(start(LINES[command], (lambda: os.setuid(65534)) if root else None))
+    for path in [here.parent, here, *here.rglob("*")]:
+        path.chmod(0o755)
+    complaint = one_line(result)
+    if not complaint and result.status == 0:
+        complaint = "it wrote where it may not"
+    return Case(f"read-only: {command}", complaint)
+
+
+def vanishing(rng, here, base):
+    """A study's file that goes, or becomes another, while the others are read."""
+    small_cohort(here, base, 24)
+    victim, n, how = here / "emb" / "s9.hdf5", int(rng.integers(1, 20)), rng.integers(3)
+
+    def change():
+        from embed.store import Store
+
+        read, count = Store.read, [0]
+
+        def reading(self, *args):
+            count[0] += 1
+            if count[0] == n:
+                if how == 0:
+                    victim.unlink(missing_ok=True)
+                elif how == 1:
+                    victim.write_bytes(victim.read_bytes()[:-500])
+                else:
+                    shutil.rmtree(here / "emb")
+            return read(self, *args)
+
+        Store.read = reading
+
+    result = finish(start(LINES["predict"], change))
+    complaint = one_line(result)
+    if not complaint and how < 2 and result.status:
+        complaint = result.said[-500:]
+    return Case(f"vanishing: {['one file', 'cut', 'the folder'][how]}", complaint)
+
+
+def no_locks(rng, here, base):
+    """A file system that refuses locks."""
+    command = str(rng.choice(list(LINES)))
+    expected, _ = whole(command)
+    prepare(command, here, base)
+    number = int(rng.choice([errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS]))
+
+    def change():
+        import fcntl
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        fcntl.flock = fcntl.lockf = refuse
+
+    result = finish(start(LINES[command], change), 120)
+    complaint = one_line(result) or (result.status and result.said[-500:])
+    return Case(f"no locks: {command}", complaint or difference(here, expected))
+
+
+def two_at_once(rng, here, base):
+    """The second says so and stops, or does no harm."""
+    command = str(rng.choice(list(LINES)))
+    expected, seconds = whole(command)
+    prepare(command, here, base)
+    first = start(LINES[command])
+    time.sleep(float(rng.uniform(0, 0.5 * seconds)))
+    second = start(LINES[command])
+    results = finish(first, 120), finish(second, 120)
+    complaint = next(filter(None, map(one_line, results)), "")
+    if not complaint and all(r.status for r in results):
+        complaint = f"both stopped: {results[0].err[-200:]} {results[1].err[-200:]}"
+    if command == "train" and not complaint and not any(r.status for r in results):
+        end = [r.out.splitlines()[-1] for r in results]
+        complaint = "" if end[0] == end[1] else f"both trained: {end}"
+    return Case(f"two at once: {command}", complaint or difference(here, expected))
+
+
+def little_memory(rng, here, base):
+    """So many bytes more than the program itself needs."""
+    command = str(rng.choice([c for c in LINES if c not in ("download", "extract")]))
+    prepare(command, here, base)
+    more = int(rng.choice([1 << 20, 8 << 20, 30 << 20, 100 << 20, 400 << 20]))
+
+    def change():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+    result = finish(start(LINES[command], change), 120)
+    complaint = one_line(result)
+    if not complaint and result.status == 0:
+        complaint = difference(here, whole(command)[0])
+    return Case(f"little memory: {command}", complaint)
+
+
+def environment(rng, here, base):
+    """Variables of another machine, before Python starts."""
+    small_cohort(here, base, 6)
+    changes = [
+        {"HOME": None}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"TMPDIR": "/is/not/there", "HOME": "/is/not/there"}, {"TZ": ":/is/not/there"},
+        {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "x", "LINES": ""}, {"TERM": "dumb"},
+    ]  # fmt: skip
+    change = changes[int(rng.integers(len(changes)))]
+    variables = {k: v for k, v in (os.environ | change).items() if v is not None}
+    (here / "Ω").mkdir()
+    line = [sys.executable, ROOT / "echofocus.py", *LINES["predict"][:-1], "Ω/p.csv"]
+    found = subprocess.run(line, env=variables, capture_output=True, timeout=120)
+    texts = (x.decode(errors="replace") for x in (found.stdout, found.stderr))
+    result = Result(found.returncode, *texts)
+    complaint = one_line(result) or (result.status and result.said[-500:])
+    same = (here / "Ω" / "p.csv").exists() or complaint
+    return Case(f"environment: {' '.join(change)}", complaint or ("" if same else "no table"))
+
+
+def clock(rng, here, base):
+    """A clock that goes back, and files of 1901, 1970 and 2100."""
+    command = str(rng.choice(["predict", "train", "extract", "pack"]))
+    expected, _ = whole(command)
+    prepare(command, here, base)
+    for path in here.rglob("*"):
+        if path.is_file():
+            stamp = float(rng.choice([-(2**31), 0, 1, 4.1e9]))
+            os.utime(path, (stamp, stamp))
+
+    def change():
+        now = [time.time()]
+
+        def back():
+            now[0] -= 3600
+            return now[0]
+
+        time.time = back
+
+    result = finish(start(LINES[command], change), 120)
+    complaint = one_line(result) or (result.status and result.said[-500:])
+    return Case(f"clock: {command}", complaint or difference(here, expected))
+
+
+FAULTS = [full_disk, read_only, vanishing, no_locks, two_at_once, little_memory, environment, clock]
+
+
+def machine(rng, here, base):
+    return FAULTS[int(rng.integers(len(FAULTS)))](rng, here, base)
