@@ -45,7 +45,7 @@ def iter_container(path, notes):
         finally:
             capture.release()
     agrees = abs(n - declared) <= max(2, declared // 50)  # containers round their count
-    if (n < 2 or not agrees) and is_cut_short(path):
+    if (n < 2 or not agrees or has_no_count(path)) and is_cut_short(path):
         raise VideoError(f"truncated: the file breaks off, {n} frames decode")
     if n == 0:
         raise VideoError("no frame can be decoded")
@@ -73,14 +73,34 @@ def plain_name(path):
         yield str(link)
 
 
+def has_no_count(path):
+    """Whether a file is an MPEG stream, of which the count of frames is made up from its end."""
+    with open_file(path) as f:
+        head = f.read(200)
+    return head.startswith(PACK) or packet_size(head) > 0
+
+
+PACK, SYNC = b"\0\0\1\xba", 0x47  # what MPEG's program and transport streams begin with
+
+
+def packet_size(head):
+    """Bytes of a transport stream's packets, from its first 200; 0 for another kind of file."""
+    sizes = [(188, 0), (192, 4)]  # 4: after a time code, in the files of cameras
+    found = (n for n, at in sizes if len(head) > n + at and head[at] == head[at + n] == SYNC)
+    return next(found, 0)
+
+
 def is_cut_short(path):
     """Whether the last part of a container reaches beyond the end of the file, as it says itself.
 
-    False where the kind of file, or this one, does not say.
+    False where the kind of file, or this one, does not say: bare streams do not, and an MPEG stream
+    that was cut between two packets looks whole.
     """
     with open_file(path) as f:
         size = os.fstat(f.fileno()).st_size
-        head = f.read(16)
+        head = f.read(200)
+        if packet := packet_size(head):
+            return size % packet > 0
         if head[:4] == b"RIFF":
             step = riff_chunk
         elif head[:4] == b"\x1a\x45\xdf\xa3":
@@ -89,6 +109,8 @@ def is_cut_short(path):
             step = asf_object
         elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
             step = mp4_box
+        elif head.startswith(PACK):
+            step = mpeg_packet
         else:
             return False
         at = 0
@@ -117,6 +139,15 @@ def mp4_box(head):
 def asf_object(head):
     length = int.from_bytes(head[16:24], "little")
     return length if length >= 24 else 0
+
+
+def mpeg_packet(head):
+    """Of a program stream (ISO 13818-1, 2.5.3)."""
+    if not head.startswith(b"\0\0\1") or len(head) < 4 or head[3] < 0xB9:
+        return 0
+    if head.startswith(PACK):  # MPEG-2's ends with stuffing
+        return 14 + (head[13] & 7 if len(head) > 13 else 0) if head[4:5] >= b"\x40" else 12
+    return 6 + int.from_bytes(head[4:6], "big") if head[3] > PACK[3] else 4
 
 
 def ebml_element(head):

@@ -51,7 +51,9 @@ M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour D
 # Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
 # bytes of) a small length and two zeros.
 BARE_DICOM = re.compile(
-    rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)", re.DOTALL
+    rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)"
+    rb"|\0\x08\0[\x00-\x1f](AE|CS|DA|LO|SH|TM|UI|UL)",  # big-endian
+    re.DOTALL,
 )
 
 

@@ -232,6 +232,9 @@ class Frames:
     def check_decoder(self):
         """VideoError when no decoder for the first frame is installed."""
 
+    def arrange(self, numbers, notes):
+        """Find the order of components, where it is the header's alone, from frames `numbers`."""
+
     def __enter__(self):
         self.listener = pixels.Listener()
         return self
@@ -267,16 +270,35 @@ class NativeFrames(Frames):
         self.layout = layout
         self.swap_words = swap_words and layout.bytes == 1  # big-endian words of two pixels
 
+    def arrange(self, numbers, notes):
+        layout = self.layout
+        other = replace(layout, planar=not layout.planar)
+        if layout.samples != 3 or layout.halved or min(layout.rows, layout.columns) < 32:
+            return  # one way only, or too small to tell
+        declared, turned = 0.0, 0.0
+        for i in numbers:
+            data = self.uncoded(i)
+            declared += pixels.roughness(layout.components(data))
+            turned += pixels.roughness(other.components(data))
+        if turned < pixels.SMOOTHER * declared:
+            self.layout = other
+            how = "one after the other" if other.planar else "pixel by pixel"
+            notes.append(f"colours stored {how}, the header says otherwise")
+
     def components(self, i):
+        return self.layout.components(self.uncoded(i))
+
+    def uncoded(self, i):
+        """The bytes of frame i in their right order."""
         if not self.swap_words:
-            return self.layout.components(self.stored(i))
+            return self.stored(i)
         ((start, length),) = self.spans[i]
         origin = self.spans[0][0][0]
         odd = (start - origin) % 2
         self.file.seek(start - odd)
         words = self.file.read(length + odd + (length + odd) % 2)
         swapped = np.frombuffer(words, "u2").byteswap().tobytes()
-        return self.layout.components(swapped[odd : odd + length])
+        return swapped[odd : odd + length]
 
 
 class CodedFrames(Frames):
@@ -350,7 +372,9 @@ def choose_reading(frames, header, notes):
             palette = pixels.read_palette(header, header.file_meta.TransferSyntaxUID == BIG_ENDIAN)
         except Exception as error:  # numpy and pydicom raise many kinds on malformed palettes
             raise VideoError("unreadable palette") from error
-    samples = [frames.sample(i) for i in sorted({0, n // 2, n - 1})]
+    numbers = telling(frames)
+    frames.arrange(numbers, notes)
+    samples = [frames.sample(i) for i in numbers]
     if isinstance(frames, CodedFrames) and frames.size != (claims.rows, claims.columns):
         notes.append("frames of another size than the header says")
 
@@ -358,6 +382,25 @@ def choose_reading(frames, header, notes):
         every = (frames.components(i) for i in range(n))
         return max(int((c.byteswap() if swapped else c).max()) for c in every)
 
-    return pixels.choose_reading(
+    reading = pixels.choose_reading(
         claims.photometric, samples, claims.stored, palette, largest, notes
+    )
+    if all(reading.bgr(frames.sample(i)).max() < pixels.BLACK for i in [*numbers, *range(n)]):
+        raise VideoError("no image: all is black")
+    return reading
+
+
+def telling(frames):
+    """Numbers of a few frames to judge the file by: the first, middle and last one, and where these
+    are blank the first that is not."""
+    n = len(frames)
+    few = sorted({0, n // 2, n - 1})
+    return sorted({*few, next((i for i in [*few, *range(n)] if shows(frames.sample(i))), 0)})
+
+
+def shows(components):
+    """Whether a frame has more than one grey level or colour."""
+    return (
+        int(np.ptp(components.reshape(components.shape[0] * components.shape[1], -1), 0).max())
+        >= pixels.BLACK
     )

@@ -113,6 +113,20 @@ def with_transform(jpeg, transform):
     return b"".join((b"\xff\xd8", ADOBE, bytes([transform]), *kept, jpeg[last:]))
 
 
+def with_whole_scan(jpeg):
+    """A sequential JPEG whose first scan says that it is of all coefficients, 0 to 63.
+
+    No other is possible (ITU T.81, table B.3), yet some encoders write 0 to 0, on which decoders of
+    more than 8 bits stop.
+    """
+    marks = [mark for mark, _ in jpeg_segments(jpeg)]
+    scan = jpeg.find(b"\xff\xda", max(at for _, at in jpeg_segments(jpeg)))
+    if 0xC1 not in marks or scan < 0 or len(jpeg) < scan + 5:
+        return jpeg
+    at = scan + 5 + 2 * jpeg[scan + 4]
+    return jpeg[:at] + b"\0\x3f\0" + jpeg[at + 3 :]
+
+
 class Listener:
     """Calls C functions and gives what they return and what they write to standard error."""
 
@@ -179,6 +193,8 @@ def decode_coded(data, stream, stored):
     """
     from pydicom.encaps import encapsulate
 
+    if stream.kind == "JPEG 12 bit":
+        data = with_whole_scan(data)
     decoder = decoder_of(stream)
     best = stream.kind == "RLE" or {"pylibjpeg", "gdcm"} & set(decoder.available_plugins)
     bits = stream.bits if stream.kind == "RLE" else 8 if stream.bits <= 8 else 16
@@ -200,7 +216,7 @@ def decode_coded(data, stream, stored):
     except Exception as error:  # decoders raise many kinds
         if best:
             raise
-        raise Broken(f"another decoder may: {PLUGINS}") from error
+        raise NotNow(f"{stream.kind}: damaged, or for another decoder: {PLUGINS}") from error
 
 
 # ---------------------------------------------------------------------------------- stored as it is
@@ -327,8 +343,6 @@ def choose_colour(readings, samples, notes):
             raise VideoError("false colour: neither RGB nor YCbCr makes it grey on black")
     if wrong:
         notes.append(f"read as {NAMES[other.colour]}: as {NAMES[declared.colour]} it is no echo")
-    if looks[int(wrong)].max() < BLACK:
-        raise VideoError("no image: all is black")
     return readings[int(wrong)]
 
 
@@ -341,14 +355,25 @@ def share_without_colour(pixels):
 def excess_bits(largest, claimed, what, notes):
     """By how many bits values up to `largest` exceed 8: as claimed, unless it cannot be so.
 
-    It cannot when a value is larger, nor when all fit into 8 bits or four bits fewer than claimed:
-    such an image would be black.
+    It cannot when a value is larger, nor when none uses the two highest bits: the image would be
+    at a quarter of its brightness, or black.
     """
     used = max(8, largest.bit_length() + largest.bit_length() % 2)  # depths are even
-    if used > claimed + 1 or used == 8 < claimed or used <= claimed - 4:
+    if used > claimed + 1 or used == 8 < claimed or used <= claimed - 2:
         notes.append(f"{what} of {used} bits, the header says otherwise")
         claimed = used
     return max(0, claimed - 8)
+
+
+# Of two orders of the components the right one is smoother: measured on real and simulated
+# ultrasound, 0.65 of the wrong one's roughness or less.
+SMOOTHER = 0.8
+
+
+def roughness(components):
+    """Mean square change from a pixel to the next, down and to the right, of (H, W, 3)."""
+    wide = components.astype(np.float32)
+    return sum(float((np.diff(wide, axis=axis) ** 2).mean()) for axis in (0, 1))
 
 
 def byte_order(arrays):
@@ -356,13 +381,13 @@ def byte_order(arrays):
     if arrays[0].itemsize == 1:
         return False
 
-    def roughness(array):
+    def change(array):
         array = array.astype(np.float64)
         spread = array.max() - array.min()
         return np.abs(np.diff(array, axis=0)).mean() / spread if spread else 0.0
 
     straight, swapped = (
-        np.mean([roughness(a) for a in group]) for group in (arrays, [a.byteswap() for a in arrays])
+        np.mean([change(a) for a in group]) for group in (arrays, [a.byteswap() for a in arrays])
     )
     return bool(swapped < straight / 2)
 

@@ -35,6 +35,7 @@ from embed.frames import number
 from embed.source import NotNow, SourceGone, VideoError, open_file
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
+VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.

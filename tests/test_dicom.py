@@ -1,5 +1,6 @@
 """DICOM files that say other things than they hold: read right, or refused for what they are."""
 
+import contextlib
 import io
 import os
 import struct
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate, generate_frames
 
-from embed import dicom, phantom, source, studies, video
+from embed import dicom, phantom, pixels, source, studies, video
 from tests.test_video import moving_square, write_dicom
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +140,8 @@ def test_uncompressed_and_rle(tmp_path, stored, label, planar, syntax):
 
 @pytest.mark.parametrize("big_endian", [False, True])
 @pytest.mark.parametrize(
-    "shift, stored", [(0, 16), (0, 12), (0, 10), (2, 16), (4, 12), (4, 16), (8, 16), (4, 8)]
+    "shift, stored",
+    [(0, 16), (0, 12), (0, 10), (2, 12), (2, 16), (4, 12), (4, 16), (6, 16), (8, 16), (4, 8)],
 )
 def test_grey_of_any_depth_and_claim(tmp_path, shift, stored, big_endian):
     """The bits that are used decide: 8 in 16, 12 in 16, more than claimed; either byte order."""
@@ -153,6 +155,41 @@ def test_grey_of_any_depth_and_claim(tmp_path, shift, stored, big_endian):
     error, notes = error_of(tmp_path / "a", grey[..., None])
     assert error == 0
     assert ("bits" in notes) == (stored != shift + 8)
+
+
+@pytest.mark.parametrize("syntax", ["little", "big"])
+@pytest.mark.parametrize("planar", [0, 1])
+@pytest.mark.parametrize("label", ["RGB", "YBR_FULL"])
+@pytest.mark.parametrize("scene", ["speckle", "echo", "phantom"])
+def test_planar_configuration_that_is_wrong(tmp_path, scene, label, planar, syntax):
+    frames = {
+        "speckle": lambda: TRUTH,
+        "echo": lambda: np.stack([pydicom.examples.rgb_color.pixel_array] * 2),
+        "phantom": lambda: phantom.phantom_cine("A4C", 3, True, seed=5)[..., ::-1],
+    }[scene]()
+    stored = frames if label == "RGB" else np.stack([ybr(f) for f in frames])
+    dataset = write_dicom(tmp_path / "a", np.ascontiguousarray(stored), label)
+    if planar:
+        dataset.PixelData = np.moveaxis(stored, 3, 1).tobytes()
+    dataset.PlanarConfiguration = 1 - planar
+    save(dataset, tmp_path / "a", syntax)
+    error, notes = error_of(tmp_path / "a", frames)
+    assert error < 1
+    how = "one after the other" if planar else "pixel by pixel"
+    assert notes == f"colours stored {how}, the header says otherwise"
+
+
+@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+def test_frames_that_show_nothing_do_not_decide(tmp_path, stored):
+    """The first, middle and last frame black: colours and blackness are judged by the others."""
+    frames = TRUTH.copy()
+    frames[[0, 3, 5]] = 0
+    coded = [jpeg_of(frame, stored) for frame in frames]
+    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEGBaseline8Bit, "RGB")
+    assert error_of(path, frames)[0] < 1.5
+    deep = frames[..., 0].astype(np.uint16) << 4
+    write_dicom(tmp_path / "b", deep, "MONOCHROME2", BitsStored=12)
+    assert error_of(tmp_path / "b", frames[..., :1]) == (0, "")
 
 
 def test_bytes_of_a_component_the_other_way_round(tmp_path):
@@ -218,6 +255,28 @@ def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
     found, notes = read(tmp_path / "a")
     assert len(found) == max(3, frames) and notes == ""
     assert np.abs(found[0] - expected).max() <= 2
+
+
+def test_what_another_decoder_may_read_is_tried_again(tmp_path):
+    """Once a plugin is installed, the same line reads it: it is no fault of the file for good."""
+    sample = pydicom.data.get_testdata_file("JPGExtended.dcm")
+    dataset = pydicom.dcmread(sample)
+    (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    write_coded(tmp_path / "a", [still] * 2, "1.2.840.10008.1.2.4.51", "MONOCHROME2",
+                like=np.zeros((2, 1024, 256), np.uint16))  # fmt: skip
+    with contextlib.suppress(source.NotNow):  # with a plugin it decodes
+        assert len(read(tmp_path / "a")[0]) == 2
+
+
+def test_a_scan_that_is_said_to_hold_no_coefficient():
+    """pydicom's sample: 12 bits, 'scan start must be zero and scan stop must be 63'."""
+    dataset = pydicom.dcmread(pydicom.data.get_testdata_file("JPEG-lossy.dcm"))
+    (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
+    mended = pixels.with_whole_scan(still)
+    at = mended.index(b"\xff\xda") + 7
+    assert mended[at : at + 3] == b"\0\x3f\0" and still[at : at + 3] == bytes(3)
+    assert mended[:at] + mended[at + 3 :] == still[:at] + still[at + 3 :]
+    assert pixels.with_whole_scan(mended) == mended
 
 
 def test_colour_doppler_and_an_ecg_are_left_as_they_are(tmp_path):
