@@ -142,7 +142,7 @@ from report.explanations import (
     video_rows,
     write_explanations,
 )
-from report.figures import plot_evaluation, plot_history, plot_map
+from report.figures import plot_history, plot_map
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
 
@@ -1525,7 +1525,10 @@ class Training:
         predicted = readable(val.logits, cohort.labels, cohort.scaling)
         if self.stale == 0 and self.task.type == "binary":
             found = zip(cohort.labels, truth.T, predicted.T, strict=True)
-            found = {k: choose_threshold(y, p) for k, y, p in found if k not in cohort.unlearnt}
+            rule = self.settings.target or "youden"
+            found = {
+                k: choose_threshold(y, p, rule) for k, y, p in found if k not in cohort.unlearnt
+            }
             self.thresholds = {k: cut for k, cut in found.items() if cut is not None}
         return self.validation_metric(truth, predicted)
 
@@ -1699,30 +1702,46 @@ def labelled_folds(model, config, settings, store):
     return task, table, folds, how
 
 
-def labelled_studies(model, config, settings, store):
-    """(label table rows of the chosen fold with embeddings, how it is known what was seen)."""
-    task, whole, folds, how = labelled_folds(model, config, settings, store)
+def studies_in_fold(whole, folds, store, task, settings):
+    """Label table rows of the chosen fold that have embeddings."""
     table = match_studies(whole, store, task, first_only=settings.first_study_only)
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
     table = table[folds.reindex(table.index).isin(wanted)]
     if not len(table):
         raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}")
-    return table[: settings.sample_limit or None], how
+    return table[: settings.sample_limit or None]
 
 
 def cmd_evaluate(typed):
-    """Metrics per label, the table of predictions, and figures, on a fold of a labelled dataset."""
+    """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
+    by = typed.get("by", [])
+    if typed.get("predictions"):
+        return evaluate_file(typed)
     settings, config, model, source = start_with_model("evaluate", typed)
+    columns = columns_by(by, config, settings)
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
-        evaluate_fold(settings.model_copy(update={"subset": fold}), config, model, source.store)
+        own = settings.model_copy(update={"subset": fold})
+        evaluate_fold(own, config, model, source.store, columns)
 
 
-def evaluate_fold(settings, config, model, store):
+def evaluate_fold(settings, config, model, store, columns):
     """`evaluate` on the fold `settings.subset`."""
-    from report import evaluation
-    from report.statistics import estimates as estimates_of
+    thresholds = thresholds_for(model, config, settings, store)
+    studies, flow, how = answered(model, config, settings, store, thresholds)
+    name = f"{settings.subset}_{settings.dataset}"
+    write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
+    about = {"run_id": settings.run_id, "model_name": model.folder.name}
+    about |= {"unseen": how if settings.subset == "test" else ""}
+    about |= {"target": settings.target or model.record.settings.target or "youden"}
+    report_evaluation(model.folder, name, studies, flow, about, settings, config, columns)
 
-    table, how = labelled_studies(model, config, settings, store)
+
+def answered(model, config, settings, store, thresholds):
+    """(Studies of the fold with the model's answers, their flow, how it is known what was seen)."""
+    from report import evaluation
+
+    task, whole, folds, how = labelled_folds(model, config, settings, store)
+    table = studies_in_fold(whole, folds, store, task, settings)
     warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
     found = run_studies(
@@ -1731,28 +1750,130 @@ def evaluate_fold(settings, config, model, store):
     report_unreadable(unreadable)
     if not len(found):
         raise UserError("no study could be read: nothing to evaluate")
+    wanted = FOLDS if settings.subset == "all" else [settings.subset]
+    reasons = folds.map(lambda fold: "" if fold in wanted else fold_in_words(fold))
+    for reason, lost in (
+        ("no label", whole[task.task_labels].isna().all(axis=1)),
+        ("no clip embeddings", ~whole.index.isin(list(store.files))),
+        ("not asked for (first study only, or sample limit)", ~whole.index.isin(table.index)),
+        ("clip embeddings that cannot be read", ~whole.index.isin(found.eids)),
+    ):
+        reasons = reasons.mask(lost & (reasons == ""), reason)
+    flow = evaluation.flow_of(whole, reasons)
     table = table.loc[found.eids]
     truth, predicted = table[model.labels].to_numpy(), model.readable(found.logits)
-
-    columns = {"PID": table["pid"].to_numpy(), "Echo_ID": found.eids}
-    for i, label in enumerate(model.labels):
-        columns[f"{label}_Correct"] = truth[:, i]
-        columns[f"{label}_Predict"] = predicted[:, i]
-    thresholds = model.record.thresholds
     outcomes = evaluation.outcomes_of(
-        model.labels, truth, predicted, model.type, model.units, thresholds
+        model.labels, truth, predicted, model.type, model.units, thresholds, settings.prevalence
     )
-    estimates = estimates_of(outcomes, table["pid"].to_numpy(), settings.n_boot, settings.seed)
-    rows = evaluation.metrics_table(estimates)
-    name = f"{settings.subset}_{settings.dataset}"
-    write_table(pd.DataFrame(columns), model.folder / f"saveout_{name}.csv")
-    write_table(
-        rows.assign(unseen=how if settings.subset == "test" else ""),
-        model.folder / f"metrics_{name}.csv",
-    )
-    figure = plot_evaluation(model, truth, predicted, name)
-    print(rows.to_string(index=False, float_format="{:.3f}".format))
-    print(f"wrote saveout_{name}.csv, metrics_{name}.csv and {figure} to {model.folder}")
+    return evaluation.Studies(found.eids, table["pid"].to_numpy(), outcomes), flow, how
+
+
+def fold_in_words(fold):
+    return f"in the {fold} fold" if fold in FOLDS else fold
+
+
+def thresholds_for(model, config, settings, store):
+    """Label -> threshold: the model's, or those that --target chooses on its validation fold."""
+    from report.metrics import choose_threshold, read_target
+
+    rule = settings.target or "youden"
+    read_target(rule)
+    if rule == (model.record.settings.target or "youden") or model.type != "binary":
+        return model.record.thresholds
+    if settings.dataset != model.record.dataset:
+        raise UserError(
+            f"--target {rule}: thresholds are chosen on the validation fold, and that of "
+            f"{model.folder.name} is in another dataset; train with this --target"
+        )
+    chosen_on = settings.model_copy(update={"subset": "val", "sample_limit": 0})
+    studies, *_ = answered(model, config, chosen_on, store, {})
+    found = {o.label: choose_threshold(o.truth, o.probability, rule) for o in studies.outcomes}
+    return {label: cut for label, cut in found.items() if cut is not None}
+
+
+def columns_by(texts, config, settings):
+    """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
+    from report.evaluation import read_by
+
+    wanted = dict(map(read_by, texts))
+    if not wanted:
+        return {}
+    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
+    rows = read_rows(dataset.label_path or task.label_path, list(wanted))
+    return {column: (rows[column], edges) for column, edges in wanted.items()}
+
+
+def report_evaluation(folder, name, studies, flow, about, settings, config, columns):
+    """Write the evaluation of some studies, pooled by patient if asked for, and print it."""
+    from report import evaluation
+
+    others = {x: other_studies(x, config, settings, studies) for x in settings.compare}
+    notes = evaluation.notes_of(settings.subset, about.get("unseen"))
+    if settings.per == "patient":
+        studies, lost = studies.per_patient(settings.pool)
+        others = {x: other.per_patient(settings.pool)[0] for x, other in others.items()}
+        notes += [
+            f"{label}: {n} patients whose studies differ in truth" for label, n in lost.items()
+        ]
+    names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
+    facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset}
+    by = {name: (cells.reindex(studies.eids), edges) for name, (cells, edges) in columns.items()}
+    report = evaluation.Report(
+        folder, name, studies, facts | about, flow, by, others, settings.n_boot, settings.seed,
+        notes,
+    )  # fmt: skip
+    print("\n".join(report.write()))
+
+
+def other_studies(name, config, settings, studies):
+    """evaluation.Studies of a model, or of a table of predictions, to compare with these."""
+    from report.evaluation import studies_from_table
+
+    if name.endswith(".csv"):
+        return studies_from_table(Path(name), studies.outcomes, studies)
+    model = load_model(find_model_folder(name), config, device=pick_device(settings.device))
+    if model.task not in config.tasks:
+        path = config.tasks[settings.task].label_path
+        config.tasks[model.task] = Task(
+            task_labels=model.labels, type=model.type, units=model.units, label_path=path
+        )
+    own = settings.model_copy(update={"task": model.task})
+    return answered(model, config, own, store_of(config, own), model.record.thresholds)[0]
+
+
+def evaluate_file(typed):
+    """`evaluate --predictions`: a table with predictions of anyone's model, named by study id.
+
+    The truths are in it (<label>_Correct and PID, as `evaluate` writes), or in the label table.
+    """
+    from report import evaluation
+
+    if typed.get("model_name") or typed.get("subset", "all") != "all" or typed.get("folds"):
+        raise UserError("--predictions is a model's answers: leave out --model_name and --subset")
+    config, path = read_config(typed.get("config"), needed=False), Path(typed["predictions"])
+    whole = evaluation.studies_with_truth(path)
+    if whole and not typed.get("task"):
+        settings, flow = validated(Settings, typed), []
+        studies = whole
+    else:
+        if not config.tasks:
+            raise UserError(
+                f"{path} has no columns PID and <label>_Correct, so its truths are in a label "
+                "table: a config must name it"
+            )
+        settings = resolve_settings("evaluate", typed, config)
+        task, table = load_labels(config, settings.task, settings.dataset)
+        studies, flow = evaluation.studies_of_table(path, task, table)
+    settings = settings.model_copy(update={"subset": "all"})
+    columns = columns_by(settings.by, config, settings) if settings.task else {}
+    if settings.by and not columns:
+        raise UserError("--by reads the label table: name a --task of the config")
+    if settings.prevalence:
+        studies = studies.at_prevalence(settings.prevalence)
+    folder = path.with_name(f"{path.stem}_evaluation")
+    name = f"all_{settings.dataset or path.stem}"
+    about = {"run_id": "", "model_name": path.stem}
+    report_evaluation(folder, name, studies, flow, about, settings, config, columns)
 
 
 def cmd_predict(typed):

@@ -207,6 +207,32 @@ class Settings(Entry):
         least=0, also="n_bootstrap",
     )
 
+    target: str = option(
+        "", "threshold of a finding: youden, sensitivity=0.95 or specificity=0.95, chosen on the "
+        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate",
+    )
+    prevalence: float | None = option(
+        None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
+    )
+    per: Literal["study", "patient"] = option(
+        "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
+    )
+    pool: Literal["mean", "first", "last"] = option(
+        "mean", "of --per patient: the mean of the predictions, or one study by the order of the "
+        "table", DATA, "evaluate",
+    )
+    by: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "also evaluate groups: columns of the label table, numbers with their edges as in "
+        "age:40,65", DATA, "evaluate",
+    )
+    compare: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "models, or tables of predictions, to compare with on the same studies", WHAT,
+        "evaluate",
+    )
+    predictions: str = option(
+        "", "a table of anyone's predictions to evaluate instead of a model", WHAT, "evaluate"
+    )
+
     allow_mixed: bool = option(
         False, "train on embeddings of different encoders or settings", DATA, "train check"
     )
@@ -376,6 +402,7 @@ def add_options(parser, command):
         if kind is bool:
             how["action"] = Switch
         else:
+            kind = float if kind == float | None else kind
             how |= {"type": kind} | ({"choices": choices} if choices else {"metavar": name.upper()})
         how |= ({"nargs": "+"} if many else {}) | told["argparse"]
         if name == "source":  # a word without --

@@ -17,7 +17,7 @@ from common.console import UserError, progress
 from common.options import Settings
 from common.schema import MODELS
 from embed import panecho
-from report.figures import draw_roc, new_figure, save_figure
+from report.figures import new_figure, save_figure
 
 DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 30}}
 
@@ -130,11 +130,14 @@ def summarise_demo(folder):
 
 def plot_demo(ef, defect, videos, path):
     """Ejection fraction, defect ROC, and the scores of videos with and without the finding."""
+    from report.curves import draw_roc
+    from report.statistics import Binary
+
     figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
     left.axline((45, 45), slope=1, color="grey", lw=0.8)
     left.scatter(ef["EF_Correct"], ef["EF_Predict"], s=14)
     left.set(xlabel="true ejection fraction [%]", ylabel="predicted [%]")
-    draw_roc(middle, defect["VSD_Correct"], defect["VSD_Predict"])
+    draw_roc(middle, Binary("VSD", defect["VSD_Correct"], defect["VSD_Predict"]))
     middle.set_title("septal defect", fontsize=10)
     for k, (shown, colour) in enumerate(((1, "C3"), (0, "C0"))):
         part = videos[videos["shows_defect"] == shown]

@@ -1,17 +1,124 @@
-"""From predictions of labelled studies to what is read: tables, figures and one page."""
+"""From predictions of labelled studies to what is read: tables, figures and one page.
 
+    studies = Studies(eids, patients, [Binary("VSD", truth, probability, 0.31)])
+    Report(folder, "test_site", studies, about={"model_name": "chd"}).write()
+
+Nothing here knows of models or files of embeddings: predictions of anyone's model will do.
+"""
+
+import base64
+import json
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
 import pandas as pd
 
+from common import __version__
+from common.console import RUN, UserError, printable, some
+from common.files import atomic_path, write_table
+from common.tables import clean_ids, read_table, to_numbers
+from report import curves
 from report import statistics as st
+from report.curves import HEADLINE, NAMES, number, title_of, with_interval
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
+PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of the later branch
+FEW = 100  # positives below which an interval is said to be wide (Collins, Stat Med 2016;35:214)
+GROUPS = 12  # of a column, at most
+SHOWN = 25  # labels on screen
+PREDICTED = {
+    st.Binary: ("probability",),
+    st.Regression: ("values",),
+    st.MultiClass: ("probabilities",),
+    st.Survival: ("event", "risk"),
+}
 
 
-def outcomes_of(labels, truth, predicted, kind, units, thresholds):
+@dataclass(frozen=True)
+class Studies:
+    """What is evaluated: outcomes (one a label) of the same S studies, and whose they are."""
+
+    eids: list[str]
+    patients: np.ndarray
+    outcomes: list
+
+    def __len__(self):
+        return len(self.eids)
+
+    def take(self, rows):
+        """Those of an index or a mask."""
+        rows = np.arange(len(self))[rows]
+        outcomes = [rows_of(o, rows) for o in self.outcomes]
+        return Studies([self.eids[i] for i in rows], self.patients[rows], outcomes)
+
+    def saveout(self):
+        """The published table: PID, Echo_ID, truth and prediction of every label."""
+        columns = {"PID": self.patients, "Echo_ID": self.eids}
+        for o in self.outcomes:
+            columns[f"{o.label}_Correct"] = o.truth
+            for name, column in predicted_columns(o):
+                columns[name] = column
+        return pd.DataFrame(columns)
+
+    def at_prevalence(self, prevalence):
+        """The same with PPV and NPV of findings at this prevalence too."""
+        outcomes = [
+            replace(o, prevalence=prevalence) if isinstance(o, st.Binary) else o
+            for o in self.outcomes
+        ]
+        return replace(self, outcomes=outcomes)
+
+    def per_patient(self, how="mean"):
+        """(Studies of one row a patient, named by his first study; {label: patients left out}).
+
+        Of each label's studies with a truth and a prediction: see `pool_by_patient`.
+        """
+        names, first = np.unique(self.patients, return_index=True)
+        pooled, lost = [], {}
+        for o in self.outcomes:
+            if isinstance(o, st.Survival) and how == "mean":
+                raise UserError(f"{o.label}: times are not pooled: --pool first or last")
+            sort = not isinstance(o, st.Regression)
+            who, truth, predicted, n = st.pool_by_patient(
+                self.patients, o.truth, o.predicted, how, classes=sort
+            )
+            at, lost[o.label] = np.searchsorted(names, who), n
+            columns = predicted.T if isinstance(o, st.Survival) else [predicted]
+            new = {"truth": spread(truth, at, len(names))}
+            for name, column in zip(PREDICTED[type(o)], columns, strict=True):
+                new[name] = spread(column, at, len(names))
+            pooled.append(replace(o, **new))
+        eids = [self.eids[i] for i in first]
+        return Studies(eids, names, pooled), {k: n for k, n in lost.items() if n}
+
+
+def predicted_columns(outcome):
+    """[(column, (S,))] of an outcome's predictions in our tables."""
+    return [(f"{outcome.label}_Predict", outcome.predicted)]
+
+
+def rows_of(outcome, rows):
+    """An outcome of some of its studies."""
+    arrays = {f.name: getattr(outcome, f.name) for f in fields(outcome)}
+    return replace(outcome, **{k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+
+def spread(values, at, n):
+    """(n, ...) with values at `at` and NaN elsewhere."""
+    out = np.full((n, *np.shape(values)[1:]), np.nan)
+    out[at] = values
+    return out
+
+
+def outcomes_of(labels, truth, predicted, kind, units, thresholds, prevalence=None):
     """One outcome a label. truth, predicted (S, T) in physical units or probabilities."""
     if kind == "binary":
         return [
-            st.Binary(label, y, p, threshold=thresholds.get(label))
+            st.Binary(label, y, p, threshold=thresholds.get(label), prevalence=prevalence)
             for label, y, p in zip(labels, truth.T, predicted.T, strict=True)
         ]
     return [
@@ -20,6 +127,563 @@ def outcomes_of(labels, truth, predicted, kind, units, thresholds):
     ]
 
 
+# --------------------------------------------------------------------------- anyone's predictions
+
+
+def read_predictions(path, labels, units=(), listener=RUN):
+    """A table of predictions -> DataFrame indexed by study id, a column a label (float64).
+
+    Studies are `eid` (or `Echo_ID`), predictions `<label>`, `<label> [unit]` or `<label>_Predict`,
+    as `predict` and `evaluate` write them. Raises UserError.
+    """
+    raw = named_rows(path, listener)
+    columns = {}
+    for label in labels:
+        names = (label, f"{label}_Predict", f"{label} [{dict(units).get(label)}]")
+        columns[label] = next((n for n in names if n in raw), None)
+    if missing := [label for label, column in columns.items() if column is None]:
+        raise UserError(
+            f"{path} has no predictions of {some(missing)}; a column is called like the label, or "
+            f"<label>_Predict (it has: {some(map(printable, raw.columns))})"
+        )
+    values = to_numbers(raw[list(columns.values())], path, listener)
+    return values.set_axis(list(columns), axis=1), thresholds_in(raw, labels)
+
+
+def named_rows(path, listener=RUN):
+    """The rows of a table of predictions as text, indexed by study id. Raises UserError."""
+    raw = read_table(path, listener, "table of predictions")
+    eid = next((c for c in ("eid", "Echo_ID") if c in raw), None)
+    if eid is None:
+        raise UserError(f"{path} has no column of study ids; call it eid")
+    raw = raw.dropna(subset=[eid])
+    ids = clean_ids(raw[eid], path, listener)
+    if ids.duplicated().any():
+        twice = some(map(printable, ids[ids.duplicated()].unique()))
+        raise UserError(f"{path} has studies more than once: {twice}; keep one row each")
+    return raw.set_axis(pd.Index(ids, name="eid"), axis=0)
+
+
+def thresholds_in(raw, labels):
+    """label -> the threshold that `predict` wrote into its table."""
+    found = {}
+    for label in labels:
+        if (name := f"{label}_threshold") in raw:
+            values = pd.to_numeric(raw[name], errors="coerce").dropna().unique()
+            if len(values) == 1:
+                found[label] = float(values[0])
+    return found
+
+
+def studies_of_table(path, task, table):
+    """(Studies, flow) of a table of predictions and a label table (see `read_labels`)."""
+    predicted, thresholds = read_predictions(path, task.task_labels, task.units)
+    there = table.index.intersection(predicted.index)
+    if not len(there):
+        raise UserError(
+            f"{path} has no study of the label table (its ids: "
+            f"{some(map(printable, predicted.index))}; there: {some(map(printable, table.index))})"
+        )
+    if others := len(predicted) - len(there):
+        RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
+    kept = table.loc[there]
+    truth, values = kept[task.task_labels].to_numpy(), predicted.loc[there].to_numpy()
+    outcomes = outcomes_of(task.task_labels, truth, values, task.type, task.units, thresholds)
+    reasons = dict.fromkeys(table.index.difference(there), "no prediction")
+    return Studies(list(there), kept["pid"].to_numpy(), outcomes), flow_of(table, reasons)
+
+
+def studies_with_truth(path):
+    """Studies of a table that holds its truths (`saveout_*`), or None: it does not."""
+    raw = named_rows(path)
+    pid = next((c for c in ("PID", "pid") if c in raw), None)
+    labels = [c.removesuffix("_Correct") for c in raw if c.endswith("_Correct")]
+    if pid is None or not labels:
+        return None
+    truth = to_numbers(raw[[f"{x}_Correct" for x in labels]], path, RUN).to_numpy()
+    predicted, thresholds = read_predictions(path, labels)
+    outcomes = []
+    for i, label in enumerate(labels):
+        y = truth[:, i]
+        kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
+        values = predicted[[label]].to_numpy()
+        outcomes += outcomes_of([label], truth[:, [i]], values, kind, {}, thresholds)
+    pids = clean_ids(raw[pid].fillna(""), path, RUN).to_numpy()
+    return Studies(list(raw.index), pids, outcomes)
+
+
+def studies_from_table(path, outcomes, studies):
+    """Studies of another table of predictions, with the truths of these."""
+    predicted, thresholds = read_predictions(path, [o.label for o in outcomes])
+    rows = [i for i, eid in enumerate(studies.eids) if eid in predicted.index]
+    part = studies.take(rows)
+    values = predicted.loc[part.eids]
+    made = []
+    for o in part.outcomes:
+        if not isinstance(o, st.Binary | st.Regression):
+            raise UserError(f"{path}: a table is compared for findings and measurements alone")
+        new = {PREDICTED[type(o)][0]: values[o.label].to_numpy()}
+        if isinstance(o, st.Binary):
+            new["threshold"] = thresholds.get(o.label, o.threshold)
+        made.append(replace(o, **new))
+    return replace(part, outcomes=made)
+
+
+# ---------------------------------------------------------------------------------------- subgroups
+
+
+def read_by(text):
+    """'age:40,65' -> ('age', [40.0, 65.0]); 'sex' -> ('sex', [])."""
+    column, _, edges = text.partition(":")
+    try:
+        found = [float(x) for x in edges.split(",")] if edges else []
+    except ValueError:
+        found = None
+    if not column or found is None or sorted(set(found)) != found:
+        raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
+    return column, found
+
+
+def groups_of(cells, edges):
+    """(names in order, (S,) place of each study or -1) of a column's text, cut at `edges`.
+
+    Raises UserError where there are more than GROUPS of them, or numbers are none.
+    """
+    name, known = cells.name, cells.notna().to_numpy()
+    if edges:
+        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(float)
+        if odd := int((np.isnan(numbers) & known).sum()):
+            examples = some(map(printable, cells[np.isnan(numbers) & known].unique()))
+            raise UserError(f"--by {name}: {odd} cells are no numbers: {examples}")
+        place = np.where(known, np.searchsorted(edges, numbers, side="right"), -1)
+        ends = [f"{x:g}" for x in edges]
+        middle = [f"{a} to < {b}" for a, b in pairwise(ends)]
+        return [f"< {ends[0]}", *middle, f">= {ends[-1]}"], place
+    names = sorted(cells[known].unique())
+    if len(names) > GROUPS:
+        raise UserError(
+            f"--by {name}: {len(names)} different values; numbers are cut at edges, as in "
+            f"--by {name}:40,65"
+        )
+    return [printable(x)[:40] for x in names], np.where(known, cells.map(names.index), -1)
+
+
+def subgroups(studies, cells, edges, n_boot, seed):
+    """[(group, Estimate)] of every group of a column and label; 'missing' is a group too."""
+    names, place = groups_of(cells, edges)
+    found = []
+    for k, name in [*enumerate(names), (-1, "missing")]:
+        part = studies.take(place == k)
+        if len(part) or k >= 0:
+            each = st.estimates(part.outcomes, part.patients, n_boot, seed)
+            found += [(name, x) for x in each if "_q" not in x.metric and x.label != "mean"]
+    return found
+
+
+# --------------------------------------------------------------------------------- flow of studies
+
+
+def flow_of(table, reasons):
+    """[{"text", "studies", "patients", "left_out"}]: the label table, who was left out and why in
+    the order of `reasons`, and who was evaluated.
+
+    table: pid, indexed by study id; reasons: study id -> text, '' where it was evaluated. A patient
+    counts as left out where none of his studies is left.
+    """
+    reasons = pd.Series(reasons).reindex(table.index).fillna("")
+    there = table["pid"]
+    rows = [box("in the label table", there, False)]
+    for reason in dict.fromkeys(x for x in reasons if x):
+        lost = there[reasons.loc[there.index] == reason]
+        kept = there.drop(lost.index)
+        rows.append(box(reason, lost[~lost.isin(kept)], True) | {"studies": len(lost)})
+        there = kept
+    return [*rows, box("evaluated", there, False)]
+
+
+def box(text, pids, left_out):
+    return {
+        "text": text,
+        "studies": len(pids),
+        "patients": int(pids.nunique()),
+        "left_out": left_out,
+    }
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
 def metrics_table(estimates):
     """DataFrame: a row a label and metric."""
     return pd.DataFrame([x.row() for x in estimates], columns=list(COLUMNS))
+
+
+def metrics_json(estimates, about):
+    """The same as nested dicts, with the keys of the published later branch."""
+    labels = {}
+    for x in estimates:
+        row, label = x.row(), labels.setdefault(x.label, {"n_samples": x.n})
+        if x.n_positive >= 0:
+            label["n_positive"] = x.n_positive
+        label[PUBLISHED.get(x.metric, x.metric)] = {
+            "value": row["value"], "ci_lower": row["ci_low"], "ci_upper": row["ci_high"],
+            "n_bootstrap_effective": x.n_boot, "unit": x.unit, "note": x.note,
+        }  # fmt: skip
+    return about | {"metrics": labels}
+
+
+def headlines_of(studies, estimates):
+    """label -> the Estimate of the metric that speaks for its kind."""
+    wanted = {o.label: HEADLINE[type(o)] for o in studies.outcomes}
+    return {x.label: x for x in estimates if wanted.get(x.label) == x.metric}
+
+
+def on_screen(headlines, means=()):
+    """Lines: a label with its headline metric, SHOWN at most."""
+    lines = [title_of(x).replace("\n", ": ") for x in list(headlines.values())[:SHOWN]]
+    if len(headlines) > SHOWN:
+        lines.append(f"... and {len(headlines) - SHOWN} more labels")
+    wanted = {x.metric for x in headlines.values()}
+    for x in means:
+        if x.metric in wanted:
+            name = NAMES.get(x.metric, x.metric)
+            lines.append(f"{x.note}: {name} {with_interval(x)}{x.unit and ' ' + x.unit}")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------- a report
+
+FIGURES = (  # file, title, kind of outcome, how a panel is drawn, the metric of its title
+    ("roc_curves", "ROC curves", st.Binary, curves.draw_roc, "auroc"),
+    ("pr_curves", "Precision and recall", st.Binary, curves.draw_precision, "average_precision"),
+    ("reliability", "Calibration", st.Binary, curves.draw_reliability, "calibration_slope"),
+    ("decision_curves", "Decision curves", st.Binary, curves.draw_decision, "auroc"),
+    ("scatter_plots", "Predicted against measured", st.Regression, curves.draw_scatter,
+     "median_absolute_error"),
+    ("bland_altman", "Agreement (Bland and Altman)", st.Regression, curves.draw_bland_altman,
+     "bias"),
+    ("roc_classes", "ROC curves, each class against the rest", st.MultiClass,
+     curves.draw_classes, "auroc"),
+    ("kaplan_meier", "Survival by thirds of risk", st.Survival, curves.draw_kaplan_meier,
+     "c_index"),
+    ("confusion", "Truth and call", st.Binary, curves.draw_confusion, "f1"),
+    ("confusion_classes", "Truth and call of grades", st.MultiClass, curves.draw_confusion,
+     "balanced_accuracy"),
+)  # fmt: skip
+LEGENDS = {
+    "roc_curves": "Shaded: pointwise 95 % band over patients. Dot: at the threshold.",
+    "pr_curves": "Shaded: pointwise 95 % band over patients. Grey line: the prevalence.",
+    "reliability": "Ten parts of equal size with 95 % bars; on the diagonal a predicted risk is "
+    "the observed one. Grey: how many studies have each probability.",
+    "decision_curves": "Net benefit (Vickers and Elkin 2006) of calling by the model, of calling "
+    "all and of calling nobody.",
+    "confusion_classes": "Rows: truth. Columns: the most probable class.",
+    "confusion": "Rows: truth. Columns: called at the threshold.",
+    "scatter_plots": "Equal axes; the line is equality.",
+    "bland_altman": "Solid: mean difference; broken: limits of agreement (1.96 SD).",
+    "roc_classes": "With the area and the number of studies of each class.",
+    "kaplan_meier": "With Greenwood's 95 % intervals, and events of studies.",
+    "forest": "Squares: the value; lines: 95 % intervals over patients.",
+}
+
+
+@dataclass
+class Report:
+    """An evaluation that is written into a folder under `name`, such as test_site.
+
+    about: facts for the JSON and the table of settings: name -> text or number. by: column ->
+    (cells as text in the studies' order, edges). others: name -> Studies of another model, the same
+    ones or some of them. notes: what a reader must know.
+    """
+
+    folder: Path
+    name: str
+    studies: Studies
+    about: dict = field(default_factory=dict)
+    flow: list = field(default_factory=list)
+    by: dict = field(default_factory=dict)
+    others: dict = field(default_factory=dict)
+    n_boot: int = 1000
+    seed: int = 0
+    notes: list = field(default_factory=list)
+
+    def write(self):
+        """Tables, figures and the page; returns the lines for the screen."""
+        studies = self.studies
+        self.figures, self.files = [], []
+        self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
+        self.headlines = headlines_of(studies, self.estimates)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.table("metrics", metrics_table(self.estimates).assign(**self.unseen))
+        with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
+            facts = self.about | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
+            whole = metrics_json(self.estimates, facts)
+            temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
+        self.draw()
+        self.groups = {column: self.subgroup(column) for column in self.by}
+        self.comparison = [row for name in self.others for row in self.compared(name)]
+        if self.comparison:
+            self.table("comparison", pd.DataFrame(self.comparison))
+        self.write_page()
+        means = [x for x in self.estimates if x.label == "mean"]
+        lines = on_screen(self.headlines, means)
+        for row in self.comparison:
+            if row["metric"] in {x.metric for x in self.headlines.values()}:
+                p = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
+                ends = "{} to {}".format(*(number_or_na(row[k]) for k in ("ci_low", "ci_high")))
+                lines.append(
+                    f"{row['label']}: {row['metric']} less that of {row['other']} "
+                    f"{number_or_na(row['difference'])} ({ends}{p})"
+                )
+        return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
+
+    @property
+    def unseen(self):
+        """How it is known that a test study is unseen, a column of the table of metrics."""
+        return {k: v for k, v in self.about.items() if k == "unseen"}
+
+    def table(self, what, rows):
+        write_table(rows, self.folder / f"{what}_{self.name}.csv")
+        self.files.append(f"{what}_{self.name}.csv")
+
+    def figure(self, file, title, draw, legend=""):
+        """Make a figure by draw(path), and keep it for the page."""
+        path = self.folder / f"{file}_{self.name}"
+        draw(path)
+        png = base64.b64encode(path.with_name(path.name + ".png").read_bytes()).decode()
+        self.figures.append(
+            {"title": title, "file": path.name, "png": png, "legend": LEGENDS.get(legend, "")}
+        )
+
+    def draw(self):
+        """The figures of each kind of label, and the forest of all labels."""
+        for file, title, kind, draw, metric in FIGURES:
+            of = [o for o in self.studies.outcomes if type(o) is kind]
+            if file == "confusion":
+                of = [o for o in of if o.threshold is not None]
+            self.panels(file, title, draw, metric, of)
+        for kind, metric in HEADLINE.items():
+            of = [self.headlines[o.label] for o in self.studies.outcomes if type(o) is kind]
+            if len(of) > 1 and len({x.unit for x in of}) == 1:
+                name = NAMES[metric] + (f" [{of[0].unit}]" if of[0].unit else "")
+                rows = [(x.label, x) for x in of]
+                more = f" of the first {curves.ROWS} labels" * (len(of) > curves.ROWS)
+                self.figure(
+                    f"forest_{metric}", f"{name}{more}",
+                    partial(curves.forest, rows, name), "forest",
+                )  # fmt: skip
+
+    def panels(self, file, title, draw, metric, outcomes):
+        if not outcomes:
+            return
+        shown, extra = curves.drawn(outcomes), {}
+        titles = {x.label: x for x in self.estimates if x.metric == metric}
+        if file == "roc_curves":
+            self.bands = curves.bands(shown, self.studies.patients, self.seed)
+        if file in ("roc_curves", "pr_curves"):
+            extra = {label: {"band": band} for label, band in self.bands.items()}
+        if file == "reliability":
+            extra = {o.label: {"patients": self.studies.patients} for o in shown}
+        if len(shown) < len(outcomes):
+            title += f" ({len(shown)} of {len(outcomes)} labels: those with the most examples)"
+        self.figure(
+            file, title,
+            partial(curves.panel_figure, shown, draw, titles, extra=extra), file,
+        )  # fmt: skip
+
+    def subgroup(self, column):
+        """The table of a column's groups, its forest plot, and rows for the page."""
+        cells, edges = self.by[column]
+        found = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
+        rows = [{"column": column, "group": group} | x.row() for group, x in found]
+        columns = ["column", "group", *COLUMNS]
+        self.table(f"by_{column}", pd.DataFrame(rows, columns=columns))
+        lines, labels = [], []
+        for o in curves.drawn(self.studies.outcomes):
+            own = [(g, x) for g, x in found if (x.label, x.metric) == (o.label, HEADLINE[type(o)])]
+            labels.append((o, own))
+        kinds = {(HEADLINE[type(o)], o.unit(HEADLINE[type(o)])) for o, _ in labels}
+        for metric, unit in sorted(kinds):
+            lines = []
+            for o, own in labels:
+                if (HEADLINE[type(o)], o.unit(HEADLINE[type(o)])) == (metric, unit):
+                    lines += [(o.label, self.headlines[o.label])]
+                    lines += [(f"{column} {g}", x) for g, x in own]
+            heads = [o.label for o, _ in labels]
+            name = NAMES[metric] + (f" [{unit}]" if unit else "")
+            one = lines[0][1].value if len(labels) == 1 else None
+            self.figure(
+                f"forest_by_{column}" + (f"_{metric}" if len(kinds) > 1 else ""),
+                f"{name} by {column}",
+                partial(curves.forest, lines, name, reference=one, headings=heads),
+                "forest",
+            )
+        wanted = {(o.label, HEADLINE[type(o)]) for o in self.studies.outcomes}
+        return [(g, x) for g, x in found if (x.label, x.metric) in wanted]
+
+    def compared(self, name):
+        """Rows of this model less another, on the studies that both predict."""
+        other = self.others[name]
+        place = {eid: i for i, eid in enumerate(other.eids)}
+        both = [i for i, eid in enumerate(self.studies.eids) if eid in place]
+        if not both:
+            raise UserError(f"--compare {name}: it has no study in common with this evaluation")
+        one = self.studies.take(both)
+        other = other.take([place[eid] for eid in one.eids])
+        shared = {o.label for o in one.outcomes} & {o.label for o in other.outcomes}
+        if not shared:
+            raise UserError(f"--compare {name}: it has no label in common with this model")
+        first, second = (
+            sorted((o for o in x.outcomes if o.label in shared), key=lambda o: o.label)
+            for x in (one, other)
+        )
+        found = st.compare(first, second, one.patients, self.n_boot, self.seed)
+        return [
+            {"other": name, "difference": r.pop("value")} | r | {"p_value": p}
+            for x in found
+            for r, p in [(x.row(), x.row()["p_value"])]
+        ]
+
+    def write_page(self):
+        """The page: one file without scripts, links or anything from the network."""
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+        where = FileSystemLoader(Path(__file__).parent / "templates")
+        env = Environment(loader=where, autoescape=True, undefined=StrictUndefined)
+        env.filters |= {"number": number_or_na, "interval": with_interval}
+        env.globals |= {"names": NAMES}
+        page = env.get_template("evaluation.html").render(
+            report=self, version=__version__, rows=page_rows(self), methods=methods(self),
+            cautions=[*self.notes, *cautions(self)],
+        )  # fmt: skip
+        with atomic_path(self.folder / f"report_{self.name}.html") as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        self.files.append(f"report_{self.name}.html")
+
+
+def number_or_na(value):
+    return "n/a" if value is None else number(value)
+
+
+SECTIONS = {  # what the page's tables show of each kind; the rest is in the CSV
+    st.Binary: {
+        "Discrimination and calibration": (
+            *("auroc", "average_precision", "brier"),
+            *("calibration_slope", "calibration_intercept", "ece"),
+        ),
+        "At the threshold": (
+            *("sensitivity", "specificity", "ppv", "npv", "lr_positive", "lr_negative", "f1"),
+        ),
+    },
+    st.Regression: {
+        "Error": ("median_absolute_error", "mean_absolute_error", "rmse", "bias"),
+        "Agreement": ("loa_low", "loa_high", "r2", "pearson", "spearman"),
+    },
+    st.MultiClass: {"Grades": ("auroc", "balanced_accuracy", "kappa")},
+    st.Survival: {"Survival": ("c_index",)},
+}
+
+
+def page_rows(report):
+    """[(title, metrics, [(label, threshold, {metric: Estimate})])] for the page's tables."""
+    of = {(x.label, x.metric): x for x in report.estimates}
+    tables = []
+    for kind, sections in SECTIONS.items():
+        outcomes = [o for o in report.studies.outcomes if type(o) is kind]
+        for title, metrics in sections.items():
+            if kind is st.Binary and title == "At the threshold":
+                outcomes = [o for o in outcomes if o.threshold is not None]
+                if any(o.prevalence for o in outcomes):
+                    metrics += ("ppv_at_prevalence", "npv_at_prevalence")
+            if outcomes:
+                rows = [(o, {m: of[o.label, m] for m in metrics}) for o in outcomes]
+                tables.append((title, metrics, rows))
+    return tables
+
+
+def notes_of(fold, unseen):
+    """Sentences about whether the model knew these studies."""
+    if fold != "test" and unseen is not None:
+        return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
+    if unseen == "trained elsewhere, not compared":
+        return ["The model was trained elsewhere; that it has not seen these patients is assumed."]
+    if unseen == "assumed":
+        return ["That the model has not seen these patients was said by the user, not compared."]
+    return []
+
+
+def cautions(report):
+    """Sentences that a reader must not miss."""
+    few = [
+        f"{o.label} ({o.n_positive} of {o.n})"
+        for o in report.studies.outcomes
+        if isinstance(o, st.Binary) and 0 < min(o.n_positive, o.n - o.n_positive) < FEW
+    ]
+    if few:
+        yield (
+            f"Fewer than {FEW} studies with, or without, the finding: {some(few, 8)}. Estimates of "
+            "such size move with single patients; see the intervals."
+        )
+    absent = Counter(
+        x.note for x in report.headlines.values() if not np.isfinite(x.value) and x.note
+    )
+    for note, n in absent.items():
+        labels = [x.label for x in report.headlines.values() if x.note == note]
+        yield f"Not defined for {n} of the labels ({some(labels, 8)}): {note}."
+    left = [x.label for x in report.headlines.values() if np.isfinite(x.value)]
+    wide = [k for k in left if not np.isfinite(report.headlines[k].ci_low)]
+    if wide and report.n_boot:
+        yield f"Without an interval: {some(wide, 8)}; see the notes in the table."
+
+
+def methods(report):
+    """Sentences for a paper's methods section, in TRIPOD+AI's terms (BMJ 2024;385:e078378)."""
+    kinds = {type(o) for o in report.studies.outcomes}
+    studies, about = report.studies, report.about
+    n, patients = len(studies), len(np.unique(studies.patients))
+    yield (
+        f"Performance of the model was evaluated in {n} "
+        f"{'patients' if about.get('per') == 'patient' else 'studies'} of {patients} patients "
+        f"({about.get('fold', 'all')} fold of {about.get('dataset', 'the data set')})."
+    )
+    if about.get("per") == "patient":
+        how = {"mean": "the mean over a patient's studies", "first": "a patient's first study"}
+        how = how.get(about.get("pool"), "a patient's last study")
+        yield f"Predictions were pooled by patient: {how}."
+    if st.Binary in kinds:
+        yield (
+            "Discrimination was measured by the area under the receiver operating characteristic "
+            "curve (AUROC) and average precision; calibration by the Brier score, calibration "
+            "slope and intercept, expected calibration error and a calibration plot; clinical "
+            "utility by decision curves."
+        )
+        if any(getattr(o, "threshold", None) is not None for o in studies.outcomes):
+            rule = about.get("target") or "youden"
+            rule = "maximise Youden's index" if rule == "youden" else f"reach a {rule}"
+            yield (
+                "Sensitivity, specificity, predictive values and likelihood ratios are given at "
+                f"the threshold chosen to {rule.replace('=', ' of ')} in the validation fold."
+            )
+    if st.Regression in kinds:
+        yield (
+            "Agreement of measurements was assessed by the median and mean absolute error, root "
+            "mean squared error, R2, correlation, and bias with 95 % limits of agreement."
+        )
+    if st.MultiClass in kinds:
+        yield ("Grades were assessed by one-vs-rest AUROC, balanced accuracy and quadratic kappa.")
+    if st.Survival in kinds:
+        yield "Time to event was assessed by Harrell's C and survival by thirds of predicted risk."
+    if report.n_boot:
+        yield (
+            f"95 % confidence intervals are from {report.n_boot} bootstrap resamples of patients "
+            f"(seed {report.seed}), all studies of a patient together: percentile intervals, "
+            "Wilson's interval with the bootstrap's effective size for proportions and AUROC."
+        )
+    if report.by:
+        yield f"Subgroups by {', '.join(report.by)} were evaluated in the same way."
+    if report.others:
+        yield (
+            f"Models ({', '.join(report.others)}) were compared on the same studies: AUROC by "
+            "DeLong's test for clustered data, other metrics by the paired bootstrap."
+        )
+    yield f"Computed with EchoFocus {__version__}."

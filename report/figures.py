@@ -26,6 +26,7 @@ def save_figure(figure, path):
         figure.savefig(picture, dpi=120, format=suffix[1:])
         with atomic_path(path.with_name(path.name + suffix)) as temporary:
             temporary.write_bytes(picture.getbuffer())
+        figure.set_layout_engine("none")  # laid out by the first one
     plt.close(figure)
 
 
@@ -37,38 +38,6 @@ def plot_history(history, folder):
     axis.set(xlabel="epoch", ylabel="loss")
     axis.legend()
     save_figure(figure, folder / "training_progress")
-
-
-def plot_evaluation(model, truth, predicted, name):
-    """A panel a label: ROC curves, or predicted against measured; returns the PDF's name."""
-    from report.metrics import auroc
-
-    n = len(model.labels)
-    columns = min(n, 4)
-    figure, axes = new_figure(
-        -(-n // columns), columns, figsize=(3.6 * columns, 3.4 * -(-n // columns)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for axis in axes.flat[n:]:
-        axis.axis("off")
-    for i, (axis, label) in enumerate(zip(axes.flat, model.labels, strict=False)):
-        known = ~np.isnan(truth[:, i] + predicted[:, i])
-        y, p = truth[known, i], predicted[known, i]
-        if model.type == "binary":
-            draw_roc(axis, y, p)
-            axis.set_title(f"{label}: AUROC {auroc(y, p):.2f} (n = {len(y)}, {y.sum():.0f} +)")
-        else:
-            unit = f" [{model.units[label]}]" if label in model.units else ""
-            axis.scatter(y, p, s=10, alpha=0.6)
-            if len(y):
-                axis.axline((y.mean(), y.mean()), slope=1, color="grey", lw=0.8)
-            axis.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
-            error = np.median(abs(y - p)) if len(y) else np.nan
-            axis.set_title(f"{label}: median error {error:.3g}, n = {len(y)}")
-        axis.title.set_fontsize(9)
-    file = f"{'roc_curves' if model.type == 'binary' else 'scatter_plots'}_{name}"
-    save_figure(figure, model.folder / file)
-    return file + ".pdf"
 
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
@@ -134,13 +103,3 @@ def categories_of(value):
         text = text.where(text.isin(common) | text.isna(), "other")
         return text, dict(zip([*sorted(common), "other"], OKABE_ITO, strict=True))
     return text, dict(zip(sorted(common), OKABE_ITO, strict=False))
-
-
-def draw_roc(axis, y, p):
-    from sklearn.metrics import roc_curve
-
-    axis.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    if 0 < y.sum() < len(y):
-        false_positive, true_positive, _ = roc_curve(y, p)
-        axis.plot(false_positive, true_positive)
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")

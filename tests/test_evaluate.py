@@ -1,0 +1,234 @@
+"""evaluate as a user types it: tables, figures and the page, of a model and of any predictions."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import metrics as sk
+
+from report import curves, evaluation
+from report import statistics as st
+
+FEW = ("--n_boot", "200")
+
+
+@pytest.fixture(scope="module")
+def table():
+    """300 studies of 200 patients: a finding, a size, and what to group them by."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=300)
+    finding = (rng.random(300) < 1 / (1 + np.exp(1.5 - 1.5 * x))).astype(int)
+    return pd.DataFrame(
+        {"pid": [f"P{i % 200:03}" for i in range(300)], "eid": [f"S{i:03}" for i in range(300)]}
+        | {"finding": finding, "size": 5 + x, "age": rng.integers(0, 90, 300)}
+        | {
+            "sex": rng.choice(["F", "M"], 300),
+            "p": 1 / (1 + np.exp(1 - x)),
+            "noise": rng.random(300),
+        }
+        | {"guess": 5 + 0.8 * x + rng.normal(size=300) * 0.3}
+    )
+
+
+@pytest.fixture
+def site(table, tmp_path, monkeypatch):
+    """The current folder: a config of two tasks, the label table, and anyone's predictions."""
+    monkeypatch.chdir(tmp_path)
+    table[["pid", "eid", "finding", "size", "age", "sex"]].to_csv("labels.csv", index=False)
+    task = {"label_path": "labels.csv"}
+    config = {"task": {"defect": {"task_labels": ["finding"], **task}}, "dataset": {}}
+    config["task"]["sizes"] = {"task_labels": ["size"], "units": {"size": "cm"}, **task}
+    config["dataset"]["site"] = {"embedding_path": "emb"}
+    Path("config.json").write_text(json.dumps(config))
+    theirs = table.iloc[:280].assign(finding=table["p"], size=table["guess"])
+    theirs[["eid", "finding", "size"]].to_csv("theirs.csv", index=False)
+    table.assign(finding=table["noise"])[["eid", "finding"]].to_csv("noise.csv", index=False)
+    return tmp_path
+
+
+def metrics_of(path):
+    return pd.read_csv(path).set_index(["label", "metric"])
+
+
+def test_anyones_predictions_by_groups_and_against_others(site, table, cli):
+    status, out, err = cli(
+        "evaluate", "--predictions", "theirs.csv", "--by", "sex", "age:18,65",
+        "--compare", "noise.csv", "--prevalence", "0.01", *FEW,
+    )  # fmt: skip
+    assert status == 0, err
+    folder = site / "theirs_evaluation"
+    part = table.iloc[:280]
+    found = metrics_of(folder / "metrics_all_site.csv").loc["finding"]
+    assert found["value"]["auroc"] == pytest.approx(sk.roc_auc_score(part["finding"], part["p"]))
+    assert found["ci_low"]["auroc"] < found["value"]["auroc"] < found["ci_high"]["auroc"]
+    assert found["n"].eq(280).all() and found["n_positive"].eq(part["finding"].sum()).all()
+    assert found["note"]["sensitivity"] == "no threshold is stored with the model"
+
+    saved = json.loads((folder / "metrics_all_site.json").read_text())
+    assert {"run_id", "model_name", "task", "dataset", "fold", "n_bootstrap"} <= set(saved)
+    label = saved["metrics"]["finding"]
+    assert label["n_samples"] == 280 and label["roc_auc_score"]["n_bootstrap_effective"] == 200
+    assert label["roc_auc_score"]["value"] == pytest.approx(found["value"]["auroc"], rel=1e-5)
+    assert {"value", "ci_lower", "ci_upper"} <= set(label["average_precision"])
+    flow = [(box["text"], box["studies"]) for box in saved["flow"]]
+    assert flow == [("in the label table", 300), ("no prediction", 20), ("evaluated", 280)]
+
+    by = pd.read_csv(folder / "by_age_all_site.csv")
+    by = by[by["metric"] == "auroc"].set_index("group")
+    bands = {"< 18": (0, 18), "18 to < 65": (18, 65), ">= 65": (65, 999)}
+    assert list(by.index) == list(bands)
+    for group, (low, high) in bands.items():
+        own = part[part["age"].between(low, high, inclusive="left")]
+        assert by["n"][group] == len(own)
+        assert by["value"][group] == pytest.approx(sk.roc_auc_score(own["finding"], own["p"]))
+    assert (folder / "forest_by_sex_all_site.pdf").stat().st_size > 1000
+
+    against = pd.read_csv(folder / "comparison_all_site.csv").set_index("metric").loc["auroc"]
+    other = sk.roc_auc_score(part["finding"], part["noise"])
+    assert against["difference"] == pytest.approx(found["value"]["auroc"] - other, abs=1e-5)
+    assert against["p_value"] < 0.001 and "noise.csv" in out
+    check_page((folder / "report_all_site.html").read_text())
+
+
+def check_page(page):
+    """One file, nothing from elsewhere, and what a reader looks for."""
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
+    assert not re.search(r"https?://", page)
+    for text in ("Who was evaluated", "no prediction", "Methods, ready to adapt", "TRIPOD+AI"):
+        assert text in page
+    assert page.count("data:image/png;base64,") >= 5
+
+
+def test_regression_in_units_pooled_by_patient(site, table, cli):
+    args = ("--task", "sizes", "--per", "patient", *FEW)
+    assert cli("evaluate", "--predictions", "theirs.csv", *args)[0] == 0
+    part = table.iloc[:280].groupby("pid")[["size", "guess"]].mean()
+    found = metrics_of("theirs_evaluation/metrics_all_site.csv").loc["size"]
+    error = (part["guess"] - part["size"]).abs()
+    assert found["value"]["median_absolute_error"] == pytest.approx(error.median(), rel=1e-4)
+    assert found["unit"]["median_absolute_error"] == "cm" and found["n"].eq(len(part)).all()
+    for name in ("scatter_plots", "bland_altman"):
+        for end in ("png", "pdf"):
+            assert Path(f"theirs_evaluation/{name}_all_site.{end}").stat().st_size > 1000
+    assert "the mean over a patient" in Path("theirs_evaluation/report_all_site.html").read_text()
+
+
+def test_a_table_that_holds_its_truths_needs_no_config(site, table, cli):
+    own = {"PID": table["pid"], "Echo_ID": table["eid"]}
+    own |= {"x_Correct": table["finding"], "x_Predict": table["p"], "x_threshold": 0.4}
+    Path("alone").mkdir()
+    pd.DataFrame(own).to_csv("alone/saveout.csv", index=False)
+    Path("config.json").unlink()
+    status, _, err = cli("evaluate", "--predictions", "alone/saveout.csv", *FEW)
+    assert status == 0, err
+    found = metrics_of("alone/saveout_evaluation/metrics_all_saveout.csv").loc["x"]
+    called = table["p"] >= 0.4
+    assert found["value"]["ppv"] == pytest.approx(table["finding"][called].mean(), rel=1e-5)
+
+
+def test_predictions_that_cannot_be_used(site, table, cli):
+    pd.DataFrame({"eid": ["S001", "S001"], "finding": [0.1, 0.2]}).to_csv("twice.csv")
+    pd.DataFrame({"eid": ["S001"], "other": [0.1]}).to_csv("label.csv")
+    pd.DataFrame({"eid": ["S001"], "finding": [-3.2]}).to_csv("logits.csv")
+    pd.DataFrame({"study": ["S001"], "finding": [0.2]}).to_csv("ids.csv")
+    for file, text in {
+        "twice.csv": "more than once: S001",
+        "label.csv": "no predictions of finding",
+        "logits.csv": "are these logits?",
+        "ids.csv": "no column of study ids",
+    }.items():
+        status, _, err = cli("evaluate", "--predictions", file, *FEW)
+        assert status == 1 and text in err and "Traceback" not in err, err
+    for args, text in {
+        ("--by", "age"): "give edges",
+        ("--by", "age:9,3"): "rising edges",
+        ("--by", "weight"): "no column 'weight'",
+        ("--compare", "label.csv"): "no predictions of finding",
+        ("--subset", "test"): "leave out",
+    }.items():
+        status, _, err = cli("evaluate", "--predictions", "theirs.csv", *args, *FEW)
+        assert status == 1 and text.replace("give edges", "are cut at edges") in err, err
+
+
+def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
+    rng = np.random.default_rng(0)
+    y, p = (rng.random((200, 60)) < 0.3).astype(float), rng.random((200, 60))
+    outcomes = [st.Binary(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
+    shown = curves.drawn(outcomes)
+    size = [min(o.n_positive, o.n - o.n_positive) for o in outcomes]
+    assert len(shown) == curves.PANELS
+    assert sum(min(o.n_positive, o.n - o.n_positive) for o in shown) == sum(sorted(size)[-12:])
+    studies = evaluation.Studies(list(map(str, range(60))), np.arange(60), outcomes[:30])
+    estimates = st.estimates(studies.outcomes, studies.patients, 0)
+    lines = evaluation.on_screen(evaluation.headlines_of(studies, estimates))
+    assert len(lines) == evaluation.SHOWN + 1 and lines[-1].endswith("5 more labels")
+
+
+def test_roc_band_against_a_loop(table):
+    """Sensitivity at each 1 - specificity, by drawing patients one by one."""
+    y, p = table["finding"].to_numpy(float), table["p"].to_numpy()
+    weights = next(st.resamples(table["pid"], 5, seed=3))
+    roc, precision = curves.curves(y, p, weights)
+    for b in range(5):
+        rows = np.repeat(np.arange(300), weights[:, b].astype(int))
+        false, true, _ = sk.roc_curve(y[rows], p[rows], drop_intermediate=False)
+        np.testing.assert_allclose(roc[:, b], np.interp(curves.GRID, false, true), atol=1e-6)
+        n, at = y[rows].sum(), curves.GRID[50]
+        below = np.interp(at, true, false * (len(rows) - n))
+        assert precision[50, b] == pytest.approx(at * n / (at * n + below), rel=1e-5)
+
+
+def test_a_flow_counts_patients_once():
+    table = pd.DataFrame({"pid": list("aabbcd")}, index=list("123456"))
+    reasons = {"1": "no label", "3": "no label", "4": "in the train fold", "6": "no label"}
+    flow = evaluation.flow_of(table, reasons)
+    assert [(x["text"], x["studies"], x["patients"]) for x in flow] == [
+        ("in the label table", 6, 4),
+        ("no label", 3, 1),  # d alone: a and b have another study
+        ("in the train fold", 1, 1),
+        ("evaluated", 2, 2),
+    ]
+
+
+def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
+    label = '<img src="x" onerror="alert(1)">'
+    y, p = np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40)
+    studies = evaluation.Studies(
+        [str(i) for i in range(40)], np.arange(40), [st.Binary(label, y, p)]
+    )
+    evaluation.Report(tmp_path, "test_x", studies, {"model_name": "<b>"}, n_boot=100).write()
+    page = (tmp_path / "report_test_x.html").read_text()
+    assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
+
+
+def test_a_models_fold_thresholds_and_another_model(cohort, cli):
+    fast = ("--epoch_lim", "2")
+    assert cli("train", "--task", "defect", *fast, "--target", "sensitivity=0.9")[0] == 0
+    assert cli("train", "--task", "defect", "--model_name", "other", "--seed", "3", *fast)[0] == 0
+    status, _, err = cli(
+        "evaluate", "--model_name", "defect", "--compare", "other", "--target",
+        "specificity=0.8", *FEW,
+    )  # fmt: skip
+    assert status == 0, err
+    folder = cohort / "trained_models" / "defect"
+    for name in ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion"):
+        assert (folder / f"{name}_test_site.png").stat().st_size > 1000
+    assert cli("evaluate", "--model_name", "defect", "--subset", "val", *FEW)[0] == 0
+    chosen = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
+    assert chosen["sensitivity"] >= 0.9  # stored with the model, on this very fold
+    page = (folder / "report_val_site.html").read_text()
+    assert "was trained on them or chosen by them" in page and "reach a sensitivity of 0.9" in page
+    args = ("--subset", "val", "--target", "specificity=0.8")
+    assert cli("evaluate", "--model_name", "defect", *args, *FEW)[0] == 0
+    chosen = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
+    assert chosen["specificity"] >= 0.8
+
+    split = {
+        m: pd.read_csv(folder.parent / m / "split.csv", dtype=str) for m in ("defect", "other")
+    }
+    tested = [set(x["eid"][x["fold"] == "test"]) for x in split.values()]
+    against = pd.read_csv(folder / "comparison_test_site.csv")
+    assert against["n"].eq(len(tested[0] & tested[1])).all()  # unseen by both
