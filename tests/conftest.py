@@ -1,7 +1,9 @@
 """What several tests need: recorded numbers, inputs and weights by rule, the command line."""
 
+import base64
 import json
 import os
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -40,6 +42,26 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in reasons:
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+BLANK = base64.b64decode(  # a picture of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(request, monkeypatch):
+    """Figures are drawn in the tests that look at them (`figures`): all else is quicker."""
+    if "figures" not in request.keywords:
+        from matplotlib.figure import Figure
+
+        def save(self, file, **options):
+            if hasattr(file, "write"):
+                file.write(BLANK)
+            else:
+                Path(file).write_bytes(BLANK)
+
+        monkeypatch.setattr(Figure, "savefig", save)
 
 
 def normal(seed, *shape):
@@ -106,12 +128,10 @@ def write_embeddings(folder, eid, embeddings, layout="ours"):
             f[f"lab-share/site/{eid}_trim/{video}/emb"] = array
 
 
-@pytest.fixture
-def cohort(tmp_path, monkeypatch):
-    """A small cohort in the current folder: 60 studies of 40 patients, config, labels, embeddings.
-
-    `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
-    """
+@pytest.fixture(scope="session")
+def one_cohort(tmp_path_factory):
+    """The files of `cohort`, written once."""
+    folder = tmp_path_factory.mktemp("cohort")
     rng = np.random.default_rng(0)
     pattern, direction = rng.standard_normal((2, 768))
     rows = []
@@ -123,8 +143,8 @@ def cohort(tmp_path, monkeypatch):
         rows.append(
             {"pid": f"P{i % 40:03}", "eid": f"{1000 + i}", "finding": finding, "size": size}
         )
-        write_embeddings(tmp_path / "emb", rows[-1]["eid"], bag.astype(np.float32))
-    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
+        write_embeddings(folder / "emb", rows[-1]["eid"], bag.astype(np.float32))
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
     settings = {"learning_rate": 1e-3, "batch_number": 8, "epoch_lim": 4}
     entry = {"label_path": "labels.csv", "settings": settings}
     config = {
@@ -134,6 +154,16 @@ def cohort(tmp_path, monkeypatch):
         },
         "dataset": {"site": {"embedding_path": "emb"}},
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def cohort(one_cohort, tmp_path, monkeypatch):
+    """A small cohort in the current folder: 60 studies of 40 patients, config, labels, embeddings.
+
+    `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
+    """
+    shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy)
     monkeypatch.chdir(tmp_path)
     return tmp_path

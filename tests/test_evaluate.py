@@ -12,6 +12,7 @@ from sklearn import metrics as sk
 from report import curves, evaluation
 from report import statistics as st
 
+pytestmark = pytest.mark.figures
 FEW = ("--n_boot", "200")
 
 

@@ -89,6 +89,7 @@ def purity(points):
     return (names[away.argmin(1)] == names).mean()
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("method", ["pca", "tsne"])
 def test_map_shows_a_shift_between_sites(two_sites, cli, method):
     line = ("embed", "--datasets", "near", "far", "--map", method)
@@ -115,6 +116,7 @@ def test_map_of_sites_alike_shows_none(two_sites, cli):
     assert purity(pd.read_csv(two_sites / "map_pca_near_like_near.csv")) < 0.75
 
 
+@pytest.mark.figures
 def test_map_by_a_column(two_sites, cli):
     """A label, text and numbers; what is missing stays grey; positions do not depend on it."""
     table = pd.read_csv("labels.csv", dtype=str)
