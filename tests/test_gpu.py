@@ -27,7 +27,7 @@ def test_a_model_trained_on_a_gpu_answers_alike_on_both(cohort, cli, kind):
         assert cli("predict", "--device", device, "--out", f"{device}.csv")[0] == 0
         assert cli("explain", "--device", device)[0] == 0
         table = pd.read_csv(f"{device}.csv")
-        answers.append(table.select_dtypes(float).to_numpy())
+        answers.append(table["finding"].to_numpy())
     close(*answers, 1e-4)
 
 
