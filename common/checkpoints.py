@@ -8,6 +8,7 @@ recorded for it, and only then its tensors are read, through torch's reader of w
 import os
 import re
 import struct
+import warnings
 import zlib
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ def load_safely(path):
         check_bytes(size, path)
         if size and is_zip(path):
             check_records(path)
-        with torch.serialization.safe_globals(safe_pickle_globals()):
+        with torch.serialization.safe_globals(safe_pickle_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what the file holds
             saved = torch.load(path, map_location="cpu", weights_only=True)
         if not is_zip(path):
             print(f"{path}: in torch's old format, without checksums: damage would go unnoticed")

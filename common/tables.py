@@ -20,6 +20,7 @@ from common.console import UserError, printable, some
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MOST_BYTES = 1 << 30  # a larger file is no table of labels or videos
+MOST_SHRUNK = 100  # a sheet's XML shrinks to a tenth; what unpacks to more than this is a bomb
 MISSING = {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None"}
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}  # as pandas has
 YES = {"yes", "y", "true", "t", "present", "positive", "pos"}
@@ -225,7 +226,8 @@ def xlsx_records(path, data):
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         parts = [x for x in archive.infolist() if x.filename.startswith("xl/")]
-        if not parts or sum(x.file_size for x in archive.infolist()) > 2 * MOST_BYTES:
+        size = sum(x.file_size for x in archive.infolist())
+        if not parts or size > min(2 * MOST_BYTES, MOST_SHRUNK * len(data) + MOST_BYTES // 1024):
             raise UserError(f"{path} is a zip file and no Excel sheet; save it as CSV")
         sheets = [x for x in parts if x.filename.startswith("xl/worksheets/sheet")]
         computed = any(re.search(rb"<f[ >/]", archive.read(x)) for x in sheets)

@@ -324,14 +324,16 @@ def check_cine(header, file, notes, single=False):
 
 
 def iter_stream(file, header, notes):
-    """A video file that is the pixel data: copied to a private folder for the reader of such."""
+    """A video file that is the pixel data: copied for the reader of such to a file without a name,
+    which the system deletes with this process, however that ends."""
     start, length, _ = pixel_element(file, header)
-    with tempfile.TemporaryDirectory() as folder:
-        path, n = Path(folder, "video"), 0
-        with open(path, "wb") as stream:
-            for at, size in fragments(file, start, length)[0]:
-                file.seek(at)
-                stream.write(file.read(size))
+    nameless = Path("/proc/self/fd").is_dir()
+    with (tempfile.TemporaryFile if nameless else tempfile.NamedTemporaryFile)() as stream:
+        for at, size in fragments(file, start, length)[0]:
+            file.seek(at)
+            stream.write(file.read(size))
+        stream.flush()
+        path, n = Path(f"/proc/self/fd/{stream.fileno()}" if nameless else stream.name), 0
         for frame in iter_container(path, []):
             n += 1
             yield frame

@@ -1,8 +1,10 @@
 """Damage and deceit in what torch.save wrote: refused in one line, or the very same numbers."""
 
+import pickle
 import random
 import shutil
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -245,3 +247,11 @@ def test_a_run_goes_on_from_a_sound_state_alone(cohort, cli):
         assert status == 1 and err.count("\n") == 1 and "last_checkpoint.pt is damaged" in err, name
     path.write_bytes(whole)
     assert cli(*line, "2")[0] == 0
+
+
+def test_a_pickle_alone_is_refused_without_a_warning_of_torch(tmp_path):
+    path = tmp_path / "best_checkpoint.pt"
+    path.write_bytes(pickle.dumps({"model_state_dict": Path}, protocol=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(path)

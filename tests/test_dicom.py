@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -419,6 +420,21 @@ def test_video_streams_in_dicom(tmp_path, syntax, name):
         assert error < 3
         assert ("24 frames decode" in notes) == (declared == 3)
     assert video.why_skipped(path) == ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files without a name: Linux")
+def test_no_copy_of_a_stream_outlives_its_reader(tmp_path, monkeypatch):
+    """A reader that is killed in the middle leaves no pixels behind: there is no name to leave."""
+    data = (VIDEOS / "h264.mp4").read_bytes()
+    path = write_coded(
+        tmp_path / "a", [data], "1.2.840.10008.1.2.4.102", "YBR_PARTIAL_420",
+        like=moving_square(24, 48, 64), NumberOfFrames=24,
+    )  # fmt: skip
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
+    frames = video.iter_frames(path)
+    assert next(frames).shape == (48, 64, 3)
+    assert not list((tmp_path / "copies").iterdir())
 
 
 # -------------------------------------------------------------------------- series of single frames

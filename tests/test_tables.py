@@ -60,6 +60,14 @@ def test_read_as_meant(tmp_path, case):
     assert [said in text for text in findings] == [True] * bool(said), findings
 
 
+def zipped(name, n):
+    """A zip of one member of n zeros."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, bytes(n))
+    return buffer.getvalue()
+
+
 REFUSED = {  # content; each part of what is said
     "a comma more in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
     "a comma more in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields and the header"),
@@ -78,6 +86,7 @@ REFUSED = {  # content; each part of what is said
     "a header alone": ("pid,eid,VSD\n", "no rows"),
     "an old Excel file": (b"\xd0\xcf\x11\xe0" + bytes(100), "save it as CSV or .xlsx"),
     "a zip that is no sheet": (b"PK\x03\x04" + bytes(100), "damaged Excel file"),
+    "a sheet that unpacks without end": (zipped("xl/worksheets/sheet1.xml", 8 << 20), "no Excel"),
     "UTF-8 with a damaged byte": ("pid,ä,ö,ü,ß\n".encode() + b"1,2,3,\xff,5\n", "line 2: bytes"),
 }
 
