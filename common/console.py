@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +217,24 @@ def underscores(argument):
     return "--" + name.replace("-", "_") + equals + value
 
 
+# What would steer a terminal or turn the order of letters round: an id of a label table may hold it.
+STEERING = [*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x2028, 0x202F)]
+STEERING = dict.fromkeys([*STEERING, *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "?")
+
+
+class Shown:
+    """A text stream that shows what is printed and does nothing of what it says."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        return self.stream.write(text.translate(STEERING))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 LONGEST_LINE = 2000  # characters of a line that says what is wrong
 
 
@@ -225,7 +244,8 @@ def run_main(main, program):
         if hasattr(stream, "reconfigure"):  # a terminal or log that has not every letter
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        with redirect_stdout(Shown(sys.stdout)):
+            main()
     except UserError as error:
         text = "\n".join(clean_text(line, LONGEST_LINE) for line in str(error).split("\n"))
         print(f"{program}: error: {text}", file=sys.stderr)

@@ -570,7 +570,8 @@ def read_cache_index(path):
         index = json.loads((path / "cache_index.json").read_text())
         n, eids = index["num_shards"], index["eids"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{where} is no index of embeddings in shards: {error!r}") from error
+        reason = f"{type(error).__name__} {clean_text(error)}"
+        raise UserError(f"{where} is no index of embeddings in shards: {reason}") from error
     ids = isinstance(eids, list) and all(type(eid) in (int, str) for eid in eids)
     if type(n) is not int or not 0 < n <= MOST_SHARDS or not ids:
         raise UserError(

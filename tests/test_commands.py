@@ -379,6 +379,13 @@ def test_full_memory_is_one_line(cli, error):
         cli(main=lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
 
 
+def test_ids_do_not_steer_the_terminal(cli):
+    """Whatever is printed, by whom: ids of a label table stay as they are in outputs."""
+    text = "\x1b[2Jdone\x07\x9b\u202e\x00\tä\n"
+    status, out, _ = cli(main=lambda _: print(text, end=""))
+    assert status == 0 and out == "?[2Jdone????\tä\n"
+
+
 def test_a_terminal_that_has_not_every_letter(cohort):
     line = [sys.executable, ROOT / "echofocus.py", "check", "--config", "Ω.json"]
     found = subprocess.run(

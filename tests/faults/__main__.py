@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 from collections import Counter
+from functools import partial
 
 from tests.faults.worker import AREAS, ROOT, Worker
 
 RECORD = ROOT / "tests" / "faults" / "RESULTS.md"
 
 
-def campaign(area, cases, seed, worker, show=print):
+def campaign(area, cases, seed, worker, show=partial(print, flush=True)):
     """Run cases of an area: (Counter of faults tried, list of (number, answer) that failed)."""
     tried, failed, number = Counter(), [], 0
     while tried.total() < cases:

@@ -128,7 +128,10 @@ def one_line(result, *names):
         return f"a warning of a library: {warned[0][:300]}"
     if result.status == 0:
         return ""
-    last = result.err.rstrip().rpartition("\n")[2].rpartition("\r")[2]
+    lines = [x.rpartition("\r")[2] for x in result.err.rstrip().split("\n")]
+    while len(lines) > 1 and lines[-1].startswith("  "):
+        lines.pop()  # a list of faults below the line
+    last = lines[-1]
     if result.status not in (1, 2) or "error:" not in last:
         return f"no line of an error: status {result.status}, {result.err[-300:]!r}"
     if len(last) > 2000:
