@@ -4,6 +4,7 @@ What is sent is not trusted: nothing is written before everything that the archi
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -180,9 +181,9 @@ def unpack(asset, folder, shown, fits):
         raise WeightsError(
             f"{shown} was refused: {str(error).replace(str(asset), shown)}"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged archive makes the readers raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # no place before the start
+            raise
         reason = printable(error)[:100] or type(error).__name__
         raise WeightsError(
             f"{shown} cannot be unpacked ({reason}): it is damaged; fetch it again"

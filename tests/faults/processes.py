@@ -5,18 +5,21 @@ A command runs in a fork of the worker, which has everything imported: it is at 
 
 import contextlib
 import errno
+import faulthandler
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import cache
 from pathlib import Path
 
 import h5py
 import torch
+from tqdm import tqdm
 
 from tests.faults import images
 from tests.faults.stores import home, small_cohort
@@ -74,6 +77,8 @@ def start(line, change=None):
         os.environ["FAULTS_CHILD"] = "1"
         for name, fd in (("stdout.txt", 1), ("stderr.txt", 2)):
             os.dup2(os.open(f"../{name}.{os.getpid()}", os.O_CREAT | os.O_RDWR), fd)
+        faulthandler.dump_traceback_later(45)
+        tqdm.set_lock(threading.RLock())  # a thread of the worker may hold the other
         import echofocus
         from common.console import run_main
         from embed import extract
@@ -106,7 +111,8 @@ def finish(pid, seconds=60):
         if time.time() > end:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return Result(-1, "", "", f"hang: {seconds} s")
+            told = Path(f"../stderr.txt.{pid}").read_text(errors="replace")
+            return Result(-1, "", "", f"hang: {seconds} s {told}")
         time.sleep(0.01)
     texts = []
     for name in ("stdout.txt", "stderr.txt"):
