@@ -217,7 +217,7 @@ def underscores(argument):
     return "--" + name.replace("-", "_") + equals + value
 
 
-# What would steer a terminal or turn the order of letters round: an id of a label table may hold it.
+# What would steer a terminal, or turn letters round: an id of a label table may hold it.
 STEERING = [*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x2028, 0x202F)]
 STEERING = dict.fromkeys([*STEERING, *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "?")
 

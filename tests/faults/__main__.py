@@ -4,14 +4,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from functools import partial
 
 from tests.faults.worker import AREAS, ROOT, Worker
 
 RECORD = ROOT / "tests" / "faults" / "RESULTS.md"
 
 
-def campaign(area, cases, seed, worker, show=partial(print, flush=True)):
+def campaign(area, cases, seed, worker, show=print):
     """Run cases of an area: (Counter of faults tried, list of (number, answer) that failed)."""
     tried, failed, number = Counter(), [], 0
     while tried.total() < cases:
@@ -56,6 +55,7 @@ def main():
     parser.add_argument("--first", type=int, help="this one case alone, with its whole answer")
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # a campaign is watched in its log
     worker, rows, lost = Worker(), [], 0
     try:
         if args.first is not None:
