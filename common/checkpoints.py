@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.console import UserError
-from common.files import atomic_path
+from common.files import atomic_path, kept_errors
 
 MOST_BYTES = 8 << 30  # of a file, and of what an archive unpacks to; the released are below 1 GB
 MOST_RECORDS = 100_000
@@ -34,10 +34,9 @@ class Damaged(Exception):
 def save(saved, path):
     """Write a checkpoint whole or not at all. Raises OSError.
 
-    Through a file of Python's: torch's own names the temporary file in the archive, and has no
-    word for a full disk.
+    Through a file of Python's: torch's own names the temporary file in the archive.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as f:
+    with atomic_path(path) as temporary, kept_errors(temporary) as f:
         torch.save(saved, f)
 
 

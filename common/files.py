@@ -4,6 +4,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -103,6 +104,45 @@ def is_alive(pid):
     except OSError:  # somebody else's
         return True
     return True
+
+
+class Kept(io.FileIO):
+    """A file that keeps its first error and takes no more."""
+
+    error = None
+
+    def write(self, data):
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while len(left) and not self.error:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size=None):
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+
+@contextmanager
+def kept_errors(path, mode="w+b"):
+    """A file for a library that writes it and has no word for a full disk: yields a `Kept`.
+
+    Raises OSError in the end, with the system's reason, where something could not be written.
+    """
+    with Kept(path, mode) as file:
+        try:
+            yield file
+        except Exception:  # a library that reads back what was never written
+            if not file.error:
+                raise
+        if file.error:
+            raise OSError(file.error.errno, file.error.strerror, str(path))
 
 
 def output_path(text, option):

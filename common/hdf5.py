@@ -4,7 +4,6 @@ Whatever is read of such a file is opened here. A file that does not keep to thi
 UNREADABLE, with the reason.
 """
 
-import io
 import math
 import os
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import h5py
 import numpy as np
 
 from common.console import clean_text
+from common.files import kept_errors
 
 # What h5py raises on files that are damaged, or made to do harm, and what is raised here.
 UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
@@ -44,34 +44,9 @@ def new_hdf5(path, mode="w"):
     HDF5 that writes to a full disk by itself tells no reason, and may crash the interpreter at its
     end: it writes through Python, which keeps the first error until HDF5 has closed.
     """
-    with Kept(path, "w+b" if mode == "w" else "r+b") as file:
-        with h5py.File(file, mode) as f:
-            yield f
-        if file.error:
-            raise OSError(file.error.errno, file.error.strerror, str(path))
-
-
-class Kept(io.FileIO):
-    """A file that keeps its first error and takes no more."""
-
-    error = None
-
-    def write(self, data):
-        left = memoryview(data).cast("B")
-        size = len(left)
-        try:
-            while len(left) and not self.error:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.error = error
-        return size
-
-    def truncate(self, size=None):
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size
+    how = "w+b" if mode == "w" else "r+b"
+    with kept_errors(path, how) as file, h5py.File(file, mode) as f:
+        yield f
 
 
 def own_dataset(group, name, kind="f", most=MOST_BYTES):

@@ -255,3 +255,17 @@ def test_a_pickle_alone_is_refused_without_a_warning_of_torch(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         refused(path)
+
+
+@pytest.mark.parametrize("size", [0, 50, 200, 1500])
+def test_a_full_disk_is_said_by_the_system(tmp_path, size):
+    """torch's own error would come on top: a position that it did not expect."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save(SAVED, tmp_path / "best_checkpoint.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
