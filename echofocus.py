@@ -30,8 +30,8 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -123,16 +123,18 @@ from embed import EMBED_DIM as D
 from embed import extract, panecho
 from embed.preview import preview_extraction
 from embed.store import (
-    MADE_WITH,
     PackedEmbeddings,
     StudyClips,
+    StudyDetails,
     UnreadableStudy,
     VideosAsStudies,
     open_folder,
     open_store,
     packed_path,
+    read_details,
     write_pack,
 )
+from embed.studies import studies_of_dataset
 from report.attribution import clip_baseline, explain_study
 from report.demo import cmd_demo
 from report.explanations import (
@@ -145,6 +147,16 @@ from report.explanations import (
 from report.figures import plot_history, plot_map
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
+from report.predictions import prediction_table, report_left_out
+from report.trust import (
+    DRAWS,
+    InputCheck,
+    Novelty,
+    Resamples,
+    TrainingInput,
+    report_warnings,
+    spread_of,
+)
 
 # ---------------------------------------------------------------------------------- embedding store
 
@@ -300,62 +312,6 @@ def collate(studies, ends_step, pin=False):
         np.concatenate(tokens, out=joined.numpy())
     n_videos = [n for _, n in studies.values()]
     return Batch(list(studies), joined, [len(t) for t in tokens], n_videos, ends_step)
-
-
-def describe_input(store, eids, n=64):
-    """The Input that a model is trained on: the attributes that all studies share, and mean and
-    standard deviation of the mean norms of `n` of them (for `InputCheck`); and the mean clip
-    embedding (D,) of those `n` studies, each counting alike.
-    """
-    made_with = store.made_with(eids)
-    shared = {name: next(iter(studies)) for name, studies in made_with.items() if len(studies) == 1}
-    norms, means, more = [], [], []
-    for eid in sorted(eids, key=lambda eid: derive_seed("input", eid))[:n]:
-        with suppress(UnreadableStudy):
-            study = store.read(eid)
-            norms.append(mean_norm(study))
-            means.append(study.embeddings.mean((0, 1), dtype=np.float64))
-            weights, n_clips = study.made_with.get("weights", ""), study.embeddings.shape[1]
-            more.append({"weights": weights, "n_clips": n_clips})
-    mean = torch.from_numpy(np.mean(means, axis=0)).float() if means else torch.zeros(D)
-    shared |= {k: v for k, v in more[0].items() if all(m[k] == v for m in more)} if more else {}
-    shared = {k: v for k, v in shared.items() if v != "" and str(v).isprintable()}
-    if norms:
-        shared |= {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
-    return validated(Input, shared, "the attributes of the embedding files"), mean
-
-
-def mean_norm(study):
-    return float(np.linalg.norm(study.embeddings, axis=2).mean())
-
-
-class InputCheck:
-    """Collects in what a study does not look like the input that a model was trained on."""
-
-    def __init__(self, reference):
-        self.reference, self.warnings = reference, {}
-
-    def __call__(self, eid, study):
-        differences, ref, made_with = [], self.reference, study.made_with
-        untrained = str(made_with.get("weights", "")).startswith("random")
-        if untrained and ref.get("weights_sha256") != made_with.get("weights_sha256"):
-            differences.append("the encoder was untrained: the answers mean nothing")
-        for name in MADE_WITH:
-            if name in ref and str(made_with.get(name, ref[name])) != str(ref[name]):
-                now, then = (str(x)[:12] for x in (made_with[name], ref[name]))
-                differences.append(f"{name} {now}, trained on {then}")
-        if "norm_mean" in ref:
-            norm, usual = mean_norm(study), ref["norm_mean"]
-            if abs(norm - usual) > max(6 * ref["norm_sd"], 0.1 * usual):
-                differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
-        if differences:
-            self.warnings[eid] = "; ".join(differences)
-
-
-def report_warnings(warnings, model_name):
-    """A few lines on screen; the whole is in the table."""
-    for text, n in Counter(warnings.values()).most_common(3):
-        print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
 
 
 def warn_of_another_encoder(model, store, eids, listener=RUN):
@@ -627,12 +583,13 @@ class LoadedModel:
     units: dict
     seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is known
+    novelty: Novelty | None = None  # how unlike the training fold a study is, where it is known
 
     def losses(self, logits, targets):
         """The loss of each study's each label, both (S, T)."""
         return losses_of_labels(logits, targets, self.type)
 
-    def readable(self, logits):
+    def readable(self, logits, listener=RUN):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
             return np.asarray(logits)
@@ -641,7 +598,7 @@ class LoadedModel:
         lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         if lost.any():
             names = some(x for x, y in zip(self.labels, lost.any(axis=0), strict=True) if y)
-            RUN.warning(
+            listener.warning(
                 f"{lost.sum()} answers of {names} lie past the end of the Box-Cox scale",
                 "they stay blank",
             )
@@ -768,7 +725,7 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     record = record or Record(input=Input(size=224, clip_len=16))  # as published models were
     return LoadedModel(
         folder, net, task, list(labels), kind, scaling, record, units,
-        seen_from(saved, folder), clip_mean_from(saved, path),
+        seen_from(saved, folder), clip_mean_from(saved, path), novelty_from(saved, path),
     )  # fmt: skip
 
 
@@ -781,6 +738,14 @@ def clip_mean_from(saved, path):
     if not fits or not mean.isfinite().all():
         raise UserError(f"{path}: its clip_mean is no clip embedding")
     return mean
+
+
+def novelty_from(saved, path):
+    """The Novelty in a checkpoint, or None. Raises UserError."""
+    try:
+        return saved.get("novelty") and Novelty.load(saved["novelty"])
+    except ValueError as error:
+        raise UserError(f"{path}: its novelty is damaged: {error}") from error
 
 
 def pooling_of(record):
@@ -1317,7 +1282,9 @@ class Training:
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
         self.thresholds = {}  # label -> probability, at the best epoch
-        self.input, self.clip_mean = describe_input(store, cohort.eids["train"])
+        patients = cohort.table["pid"].loc[cohort.eids["train"]]
+        self.about = TrainingInput.of(store, dict(patients))
+        self.input = self.about.input
         self.seen = [cohort.seen(), *((begun_from.seen or []) if begun_from else [])]
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
@@ -1569,7 +1536,8 @@ class Training:
             "cuda_random_state": None,
             "position": asdict(self.position),
             "seen": [part.saved() for part in self.seen],
-            "clip_mean": self.clip_mean,
+            "clip_mean": self.about.clip_mean,
+            "novelty": self.about.novelty and self.about.novelty.to_save(),
             "echofocus": self.record().to_save(),
         }
         checkpoints.save(state, self.folder / f"{name}_checkpoint.pt")
@@ -1625,6 +1593,7 @@ class Source:
     name: str  # in the names of what is written about them
     store: object
     wanted: list[str] | None = None  # of a folder of videos: its studies, also unusable ones
+    studies: list = field(default_factory=list)  # the videos of each, where they are at hand
 
     @property
     def eids(self):
@@ -1663,7 +1632,7 @@ def extracted(typed, settings, config, model):
     )
     config.datasets[name] = Dataset(embedding_path=folder)
     settings.dataset = name
-    return Source(name, store_of(config, settings), sorted(s.name for s in studies))
+    return Source(name, store_of(config, settings), sorted(s.name for s in studies), studies)
 
 
 def warn_of_another_input(model, settings, typed):
@@ -1895,10 +1864,26 @@ def cmd_predict(typed):
             raise UserError("no study could be read")
         write_table(table, path)
         journal.delete()
+    if settings.page:
+        predict_page(path, model, source, config, settings, table, left_out)
     shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
-    print(shown.to_string(index=False, float_format="{:.3f}".format, max_cols=12))
+    print(shown.to_string(index=False, float_format="{:.4g}".format, max_cols=12))
     report_warnings(warnings, model.folder.name)
     print(f"wrote {len(table)} studies to {path}")
+
+
+def predict_page(path, model, source, config, settings, table, left_out):
+    """The page of predictions, beside their table; the scores of all labels are computed for it."""
+    folder, eids = path.with_name(f"{path.stem}_page"), list(table["eid"])
+    if isinstance(model.net, Readings):  # there is nothing to attribute
+        make_page(folder, model, source, config, settings, table, left_out)
+        return
+    columns = label_columns(model, model.labels)
+    with ExitStack() as held:
+        path = journal_path(folder)
+        journal = explain_studies(model, source.store, eids, settings, path, held, columns)
+        make_page(folder, model, source, config, settings, table, left_out, journal)
+        journal.delete()
 
 
 def refuse_other_mode(typed):
@@ -1920,7 +1905,7 @@ def work_of(model, store, eids, settings, **more):
     """What the results of a command depend on, for its Journal."""
     work = {"model": network_digest(model.net), "studies": store.digest(eids)}
     work |= {"precision": settings.precision, "version": __version__}
-    work |= {"most_videos": settings.max_videos_per_study}
+    work |= {"most_videos": settings.max_videos_per_study, "spread": settings.spread}
     return work | more
 
 
@@ -1930,31 +1915,57 @@ def answer_studies(model, store, eids, settings, journal=None):
     The journal gets a unit a window of studies (`plan_batches`), whole or not at all: what is
     computed after a restart is computed in the same company as without.
     """
-    check, unreadable, outcomes = (
-        InputCheck(model.record.input.model_dump(exclude_none=True)),
-        {},
-        [],
-    )
-    for window in journal or ():
-        outcomes.append(outcome_of(window))
-        check.warnings |= window["warnings"]
-        unreadable |= window["unreadable"]
-    rest = eids[WINDOW * len(outcomes) :]
+    check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
+    windows, unreadable = list(journal or ()), {}
+    rest = eids[WINDOW * len(windows) :]
     steps = run_steps(
         model.net, store, rest, settings, unreadable=unreadable, label="predict", look=check
     )
     for number, (outcome, _, _) in enumerate(steps):
-        outcomes.append(outcome)
+        own = rest[WINDOW * number : WINDOW * (number + 1)]
+        outcome = replace(outcome, embeddings=outcome.embeddings[:, :0])  # not needed here
+        window = vars(outcome) | {
+            "deviations": deviations_of(model, store, outcome, settings, check.found)
+        }
+        window |= {name: {e: x[e] for e in own if e in x} for name, x in vars(check.found).items()}
+        window["unreadable"] = {eid: unreadable[eid] for eid in own if eid in unreadable}
+        windows.append(window)
         if journal is not None:
-            own = rest[WINDOW * number : WINDOW * (number + 1)]
-            window = vars(outcome) | {"embeddings": outcome.embeddings[:, :0]}  # not needed here
-            window["warnings"] = {eid: check.warnings[eid] for eid in own if eid in check.warnings}
-            window["unreadable"] = {eid: unreadable[eid] for eid in own if eid in unreadable}
             journal.add(window)
-    outcomes = [replace(x, embeddings=x.embeddings[:, :0]) for x in outcomes]
-    found = merged(outcomes, eids, model.net)
-    table, no_number = prediction_table(model, found, check.warnings)
-    return table, unreadable | no_number, check.warnings
+    for window in windows:
+        unreadable |= window["unreadable"]
+        for name, found in vars(check.found).items():
+            found |= window[name]
+    found = merged([outcome_of(window) for window in windows], eids, model.net)
+    note_cut_studies(store, found, check.found)
+    rows = [
+        dict(zip(w["eids"], w["deviations"], strict=True))
+        for w in windows
+        if w["deviations"] is not None
+    ]
+    rows = {eid: row for part in rows for eid, row in part.items()}
+    deviations = np.array([rows[eid] for eid in found.eids]) if rows else None
+    table, no_number = prediction_table(model, found, check.found, deviations)
+    return table, unreadable | no_number, check.found.warnings
+
+
+def deviations_of(model, store, outcome, settings, told):
+    """How much each answer of an Outcome moves with other clips: see `trust.spread_of`, or None."""
+    if settings.spread == "none" or isinstance(model.net, Readings) or not len(outcome):
+        return None
+    keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
+    drawn = run_studies(model.net, Resamples(store, settings.spread), keys, settings)
+    clips = np.divide(outcome.n_clips, outcome.n_videos)
+    modulo = [told.modulo[eid] for eid in outcome.eids]
+    return spread_of(drawn.logits.reshape(len(outcome), DRAWS, -1), clips, modulo)
+
+
+def note_cut_studies(store, found, told):
+    """Note in an InputFound the studies of which `--max_videos_per_study` left videos out."""
+    if getattr(store, "most_videos", 0):
+        for eid, n in zip(found.eids, found.n_videos, strict=True):
+            if n < (whole := store.header(eid).videos):
+                told.notes[eid] = f"from {n} of its {whole} videos (--max_videos_per_study)"
 
 
 def labelled_ids(config, settings, store):
@@ -1968,17 +1979,6 @@ def labelled_ids(config, settings, store):
     return ids if own else []  # a task's table may be that of another dataset
 
 
-def report_left_out(left_out, path):
-    """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
-    table = path.with_name(f"{path.stem}_left_out.csv")
-    table.unlink(missing_ok=True)
-    if left_out:
-        print(f"{len(left_out)} studies left out, listed in {table}:")
-        for eid, reason in list(left_out.items())[:10]:
-            print(f"  {eid}: {reason}")
-        write_table(pd.DataFrame(left_out.items(), columns=["eid", "reason"]), table)
-
-
 def outcome_of(window):
     """A unit of the journal -> Outcome."""
     return Outcome(**{f.name: window[f.name] for f in fields(Outcome)})
@@ -1990,36 +1990,6 @@ def network_digest(net):
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def prediction_table(model, found, warnings):
-    """A row a study: ids and counts, a column a label (with its unit), decisions and the
-    thresholds they were taken at, warnings. Returns the table, and why studies are not in it.
-
-    A study without one finite answer is not in it; labels never learnt are blank, and a single
-    answer that is no number is blank with a warning.
-    """
-    values = model.readable(found.logits)
-    values[~np.isfinite(values)] = np.nan
-    blank = np.isnan(values)
-    learnt = ~np.isin(model.labels, model.record.unlearnt)
-    lost = blank[:, learnt].all(axis=1)
-    left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
-    table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
-    for label, column in zip(model.labels, values.T, strict=True):
-        table[f"{label} [{unit}]" if (unit := model.units.get(label)) else label] = column
-    for label, threshold in model.record.thresholds.items():
-        column = values[:, model.labels.index(label)]
-        decided = np.where(np.isnan(column), np.nan, column >= threshold)
-        table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
-        table[f"{label}_threshold"] = threshold
-    table["warning"] = [warnings.get(eid, "") for eid in found.eids]
-    for i in np.flatnonzero((blank & learnt).any(axis=1) & ~lost):
-        missing = [label for label, no in zip(model.labels, blank[i] & learnt, strict=True) if no]
-        table["warning"][i] = "; ".join(
-            filter(None, (table["warning"][i], f"no number for {', '.join(missing)}"))
-        )
-    return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
 def cmd_embed(typed):
@@ -2191,25 +2161,44 @@ def cmd_explain(typed):
 def explain(typed, world, held):
     """What each process of `explain` does; held: ExitStack that keeps the journal's lock."""
     if world.size > 1 and typed.get("videos"):
-        raise UserError("several processes explain what is extracted already: run predict first")
+        raise UserError(
+            "explain --videos extracts first, which one process does: run predict --videos, then "
+            "give its folder below clip_embeddings as --embedding_path"
+        )
     settings, config, model, source = start_with_model("explain", typed)
     columns = label_columns(model, settings.explain_tasks or model.labels)
-    baseline = clip_baseline(model, settings)
     eids, truths = explained_studies(model, config, settings, source)
     warn_of_another_encoder(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
-    targets = dict(zip(truths.index, normalised(model, truths), strict=True))
-
     names = explanation_names(model, settings, source.name, columns, eids)
+    path = journal_path(model.folder / names["videos"])
+    journal = explain_studies(
+        model, source.store, eids, settings, path, held, columns, truths, world
+    )
+    if journal:
+        write_explanations(model, journal, truths, settings, source.name, names, report_unreadable)
+        if settings.page:
+            table, left_out, _ = answer_studies(model, source.store, eids, settings)
+            folder = model.folder / names["videos"].removesuffix(".csv")
+            make_page(folder, model, source, config, settings, table, left_out, journal, truths)
+        journal.delete()
+
+
+def explain_studies(model, store, eids, settings, path, held, columns, truths=None, world=None):
+    """The Journal at `path` of what `explain_study` finds of each study, open as long as `held`
+    (ExitStack); None in other processes of `world` than the first."""
+    world, baseline = world or World(), clip_baseline(model, settings)
+    if truths is None:
+        truths = pd.DataFrame(np.nan, index=pd.Index(eids, name="eid"), columns=model.labels)
+    targets = dict(zip(truths.index, normalised(model, truths), strict=True))
     journal = None
     if not world.rank:
         ways = ("explain_mode", "explain_method", "explain_steps", "baseline")
         work = work_of(
-            model, source.store, eids, settings, columns=columns,
+            model, store, eids, settings, columns=columns,
             truths=hashlib.sha256(truths.loc[eids].to_csv().encode()).hexdigest(),
             **{name: getattr(settings, name) for name in ways},
         )  # fmt: skip
-        path = journal_path(model.folder / names["videos"])
         journal = held.enter_context(open_journal(path, work, "studies"))
     done = world.gather(journal.n if journal else 0)[0]
     explain_one = partial(
@@ -2221,15 +2210,41 @@ def explain(typed, world, held):
         if first + world.rank < len(eids):
             eid = eids[first + world.rank]
             try:
-                unit = explain_one(eid, source.store.read(eid), truths=targets[eid])
+                unit = explain_one(eid, store.read(eid), truths=targets[eid])
             except UnreadableStudy as error:
                 unit = {"eid": eid, "columns": [], "unreadable": str(error)}
         for finished in filter(None, world.gather(unit)):
             if journal:
                 journal.add(finished)
-    if journal:
-        write_explanations(model, journal, truths, settings, source.name, names, report_unreadable)
-        journal.delete()
+    return journal
+
+
+def make_page(folder, model, source, config, settings, table, left_out, units=(), truths=None):
+    """The page of the studies in a prediction table: see report/page.py."""
+    from report.page import Page, PageStudy, write_page
+
+    units = {unit["eid"]: unit for unit in units if unit["columns"]}
+    sources = source_studies(source, config, list(table["eid"]))
+    path, studies = config.datasets[source.name].embedding_path, []
+    files = open_folder(path).files if path.is_dir() else {}
+    for row in table.to_dict("records"):
+        eid = row["eid"]
+        unit = units.get(eid)
+        names = unit["videos"] if unit else source.store.read(eid).videos
+        truth = None if truths is None else truths.loc[eid].to_numpy()
+        details = read_details(files[eid]) if eid in files else StudyDetails()
+        studies.append(PageStudy(eid, row, names, unit, truth, details, sources.get(eid)))
+    print(f"wrote {write_page(Page(folder, model, settings, studies, left_out))}")
+
+
+def source_studies(source, config, eids):
+    """Study id -> the Study that its videos are, where they are at hand."""
+    dataset = config.datasets[source.name]
+    if not source.studies and dataset.video_base_path:
+        source.studies = studies_of_dataset(
+            dataset.video_base_path, dataset.video_subdir_format, eids
+        )
+    return {study.name: study for study in source.studies}
 
 
 def explained_studies(model, config, settings, source):

@@ -280,6 +280,18 @@ class Settings(Entry):
         10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0
     )
 
+    spread: Literal["clips", "videos", "none"] = option(
+        "clips", "a range beside each answer: how much it moves with other clips of the videos, or "
+        "with other videos too", OUTPUT, "predict explain",
+    )
+    page: bool = option(
+        False, "also a page to look at, with the videos playing: a folder with index.html", OUTPUT,
+        "predict explain",
+    )
+    page_mask: Literal["sector", "none"] = option(
+        "sector", "the page's clips: black outside the ultrasound sector, or whole frames", OUTPUT,
+        "predict explain",
+    )
     level: Literal["study", "video"] = option(
         "study", "one vector a study, or one a video", OUTPUT, "embed"
     )

@@ -58,7 +58,7 @@ from embed.store import (
     write_study,
 )
 from embed.studies import Claims, find_studies, listed, own_first, shard_from, visible
-from embed.video import NotNow, Sampling, SourceGone, VideoError, content_digest
+from embed.video import NotNow, Sampling, SourceGone, VideoError, content_digest, read_clips
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
@@ -90,8 +90,8 @@ class DecoderProcess:
     def __init__(self):
         self.process = None
 
-    def __call__(self, path, sampling):
-        """(list of Clips, or the VideoError that says why there are none; seconds it took)."""
+    def __call__(self, *call):
+        """Run (function, *arguments): (what it returns, or a VideoError; seconds it took)."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("video.py"))],
@@ -103,7 +103,7 @@ class DecoderProcess:
         timer = threading.Timer(DECODE_SECONDS, lambda: (timed_out.set(), process.kill()))
         timer.start()
         try:
-            pickle.dump((path, sampling), process.stdin)
+            pickle.dump(call, process.stdin)
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -123,25 +123,30 @@ class DecoderProcess:
 
 
 def decode(jobs, sampling, workers):
-    """(study, video) jobs -> ((study, video), reply of a DecoderProcess), in order, ahead of use.
+    """(study, video) jobs -> ((study, video), (list of Clips or a VideoError, seconds))."""
+    calls = (((study, video), (read_clips, study.source(video), sampling)) for study, video in jobs)
+    yield from in_processes(calls, workers)
 
-    At most twice as many videos as workers are held.
+
+def in_processes(calls, workers):
+    """(job, call) pairs -> (job, reply of a DecoderProcess), in order, ahead of use.
+
+    At most twice as many replies as workers are held.
     """
     idle = [DecoderProcess() for _ in range(workers)]
 
-    def work(job):
-        study, video = job
+    def work(call):
         decoder = idle.pop()
         try:
-            return decoder(study.source(video), sampling)
+            return decoder(*call)
         finally:
             idle.append(decoder)
 
     ahead = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for job in jobs:
-                ahead.append((job, pool.submit(work, job)))
+            for job, call in calls:
+                ahead.append((job, pool.submit(work, call)))
                 if len(ahead) >= 2 * workers:
                     done, future = ahead.popleft()
                     yield done, future.result()

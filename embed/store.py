@@ -188,6 +188,31 @@ def read_results(path, names):
     return {name: (starts[places[name]], embeddings[:, places[name]]) for name in names}
 
 
+@dataclass
+class StudyDetails:
+    """What a study's file says of its videos beside the numbers; empty where it does not."""
+
+    clip_len: int = 0  # frames
+    starts: dict = field(default_factory=dict)  # video -> clip starts as drawn, (C,)
+    contents: dict = field(default_factory=dict)  # video -> SHA-256 of its bytes
+    skipped: list = field(default_factory=list)  # (file, why it gave no clip)
+
+
+def read_details(path):
+    """The StudyDetails in a study's file, which may be a published one, or damaged."""
+    try:
+        with open_hdf5(path) as f:
+            clip_len = own_attributes(f, ["clip_len"]).get("clip_len", 0)
+            videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
+            starts = own_dataset(f, "clip_starts", "i")[()]
+            skipped = own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist()
+            rows = own_texts(f, "files", (None, 6), LONGEST_NAME).tolist() if "files" in f else []
+    except UNREADABLE:
+        return StudyDetails()
+    contents = {name: r.content for name, *row in rows if (r := FileRecord(*row)).content}
+    return StudyDetails(int(clip_len), dict(zip(videos, starts, strict=False)), contents, skipped)
+
+
 # ------------------------------------------------------------------------------------------ a study
 
 
@@ -269,7 +294,7 @@ def describe_own(f):
     V, C, _ = embeddings.shape
     attributes = own_attributes(f, ATTRIBUTES)
     check_text(attributes, f, "attributes_crc32")
-    attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, "weights")}
+    attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, "weights", "starts")}
     crc32 = tuple(own_attributes(f, ["crc32"]).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:

@@ -359,9 +359,9 @@ def region_mask(boxes, full):
 
 
 def serve():
-    """Answer `read_clips` calls, pickled on standard input, until it closes.
+    """Answer calls, (function, *arguments) pickled on standard input, until it closes.
 
-    Replies are (list of Clips or a VideoError, seconds). What libraries print goes to standard
+    Replies are (what it returns or a VideoError, seconds). What libraries print goes to standard
     error.
     """
     import cv2
@@ -371,12 +371,12 @@ def serve():
     os.dup2(2, 1)
     while True:
         try:
-            call = pickle.load(sys.stdin.buffer)
+            function, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         began = time.perf_counter()
         try:
-            reply = read_clips(*call)
+            reply = function(*arguments)
         except VideoError as error:
             reply = error
         except Exception:  # an odd file must not end the run

@@ -185,15 +185,19 @@ def test_a_decoder_that_crashes_or_hangs_is_one_file_lost(tmp_path, monkeypatch)
     sampling = video.Sampling(n_clips=1, size=56)
     decoder = extract.DecoderProcess()
     try:
-        assert isinstance(decoder(tmp_path / "a.dcm", sampling)[0][0], video.Clips)
+        assert isinstance(
+            decoder(video.read_clips, tmp_path / "a.dcm", sampling)[0][0], video.Clips
+        )
         os.kill(decoder.process.pid, signal.SIGKILL)
-        reply, _ = decoder(tmp_path / "a.dcm", sampling)
+        reply, _ = decoder(video.read_clips, tmp_path / "a.dcm", sampling)
         assert isinstance(reply, video.VideoError) and "crashed" in str(reply)
-        assert isinstance(decoder(tmp_path / "a.dcm", sampling)[0][0], video.Clips)
+        assert isinstance(
+            decoder(video.read_clips, tmp_path / "a.dcm", sampling)[0][0], video.Clips
+        )
 
         os.kill(decoder.process.pid, signal.SIGSTOP)  # as if it hung
         monkeypatch.setattr(extract, "DECODE_SECONDS", 1)
-        reply, _ = decoder(tmp_path / "a.dcm", sampling)
+        reply, _ = decoder(video.read_clips, tmp_path / "a.dcm", sampling)
         assert isinstance(reply, video.VideoError) and "no result after 1 s" in str(reply)
     finally:
         decoder.close()
@@ -286,9 +290,9 @@ def test_log_has_one_row_a_video(source, tmp_path, cli, monkeypatch):
     monkeypatch.setattr(
         extract.DecoderProcess,
         "__call__",
-        lambda self, path, how: (
+        lambda self, function, path, how: (
             decoded.append(str(path.relative_to(source))),
-            work(self, path, how),
+            work(self, function, path, how),
         )[1],
     )
 
@@ -316,9 +320,9 @@ def decoded(monkeypatch):
     """The names of the files that the decoders are asked for."""
     names, work = [], extract.DecoderProcess.__call__
 
-    def note(self, path, how):
+    def note(self, function, path, how):
         names.append(path.name)
-        return work(self, path, how)
+        return work(self, function, path, how)
 
     monkeypatch.setattr(extract.DecoderProcess, "__call__", note)
     return names

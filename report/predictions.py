@@ -1,0 +1,63 @@
+"""The table of answers, a row a study, and the studies that have none."""
+
+import numpy as np
+import pandas as pd
+
+from common.console import Collected
+from common.files import write_table
+from report.trust import answer_range
+
+
+def prediction_table(model, found, told, deviations=None):
+    """A row a study: ids and counts, a column a label (with its unit) and its range, decisions and
+    the thresholds they were taken at, novelty, warnings. Returns the table, and why studies are
+    not in it.
+
+    told: the studies' InputFound; deviations: see `trust.spread_of`. A study without one finite
+    answer is not in the table; labels never learnt are blank, and a single answer that
+    is no number is blank with a warning.
+    """
+    values = model.readable(found.logits)
+    values[~np.isfinite(values)] = np.nan
+    blank = np.isnan(values)
+    learnt = ~np.isin(model.labels, model.record.unlearnt)
+    lost = blank[:, learnt].all(axis=1)
+    left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
+    table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
+    parts = {"": values}
+    if deviations is not None:
+        ends = answer_range(found.logits, deviations)
+        low, high = (model.readable(x.astype(np.float32), Collected()) for x in ends)
+        parts |= {"_low": low, "_high": high}
+    for i, label in enumerate(model.labels):
+        unit = f" [{model.units[label]}]" if model.units.get(label) else ""
+        table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
+    for label, threshold in model.record.thresholds.items():
+        column = values[:, model.labels.index(label)]
+        decided = np.where(np.isnan(column), np.nan, column >= threshold)
+        table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
+        table[f"{label}_threshold"] = threshold
+    if told.novelty:
+        table["novelty"] = [told.novelty.get(eid, np.nan) for eid in found.eids]
+    warnings = [[told.warnings.get(eid), told.notes.get(eid)] for eid in found.eids]
+    for i in np.flatnonzero((blank & learnt).any(axis=1) & ~lost):
+        past = blank[i] & learnt & np.isfinite(found.logits[i])
+        for which, text in (
+            (past, "past the end of the Box-Cox scale"),
+            (blank[i] & learnt & ~past, "no number"),
+        ):
+            names = [label for label, no in zip(model.labels, which, strict=True) if no]
+            warnings[i].append(names and f"{', '.join(names)}: {text}")
+    table["warning"] = ["; ".join(filter(None, texts)) for texts in warnings]
+    return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
+
+
+def report_left_out(left_out, path):
+    """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
+    table = path.with_name(f"{path.stem}_left_out.csv")
+    table.unlink(missing_ok=True)
+    if left_out:
+        print(f"{len(left_out)} studies left out, listed in {table}:")
+        for eid, reason in list(left_out.items())[:10]:
+            print(f"  {eid}: {reason}")
+        write_table(pd.DataFrame(left_out.items(), columns=["eid", "reason"]), table)

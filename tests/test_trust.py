@@ -1,0 +1,163 @@
+"""How far to trust an answer: its range against drawing clips anew, and what is unusual."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import normal, write_embeddings
+from test_study_model import by_rule
+
+import echofocus as ef
+from common.console import UserError
+from common.schema import Record
+from embed.store import StudyClips
+from report.predictions import prediction_table
+from report.trust import (
+    DRAWS,
+    FEWEST,
+    InputFound,
+    Novelty,
+    Resamples,
+    answer_range,
+    spread_of,
+)
+
+SHAPE = (6, 8, 768)  # videos, clips, features
+
+
+def draw_clips(study, extraction):
+    """Clips of a study's videos, as another extraction would draw them from each."""
+    videos = normal(100 + study, SHAPE[0], 1, SHAPE[2])
+    return videos + 0.5 * normal(1000 * study + extraction + 7, *SHAPE)
+
+
+def answers(net, bags):
+    tokens = torch.from_numpy(np.concatenate([b.reshape(-1, 768) for b in bags]))
+    return net(tokens, [b.shape[0] * b.shape[1] for b in bags])[0].detach().numpy()
+
+
+class Drawn:
+    """A store of drawn studies."""
+
+    def read(self, study):
+        return StudyClips(draw_clips(study, 0), list("abcdef"))
+
+
+def test_another_extraction_lies_in_the_range_nine_times_of_ten():
+    net, studies = by_rule(n_labels=4).eval(), range(12)
+    resamples = Resamples(Drawn(), "clips")
+    drawn = [resamples.read((s, k)).embeddings for s in studies for k in range(DRAWS)]
+    deviations = spread_of(answers(net, drawn).reshape(12, DRAWS, 4), [8] * 12)
+    low, high = answer_range(answers(net, [draw_clips(s, 0) for s in studies]), deviations)
+    covered = []
+    for extraction in range(1, 9):
+        again = answers(net, [draw_clips(s, extraction) for s in studies])
+        covered.append((low <= again) & (again <= high))
+    assert 0.84 < np.mean(covered) < 0.96
+
+
+def test_resampling_keeps_to_a_video_or_draws_videos_too():
+    whole = draw_clips(3, 0)
+    same = Resamples(Drawn(), "clips").read((3, 1)).embeddings
+    for video, clips in zip(whole, same, strict=True):
+        assert all((clip == video).all(axis=1).any() for clip in clips)
+    assert (same == Resamples(Drawn(), "clips").read((3, 1)).embeddings).all()
+    other = Resamples(Drawn(), "videos").read((3, 1)).embeddings
+    taken = {next(v for v in range(6) if (x[0] == whole[v]).all(1).any()) for x in other}
+    assert len(taken) < 6  # with replacement
+
+
+def of_one_site(study, shift=0.0, seed=0):
+    """Videos' mean embeddings (V, D) of a study: variation along a few directions, and noise."""
+    rng = np.random.default_rng([seed, study])
+    directions = 3 * normal(5, 8, 768)
+    mean = rng.standard_normal((1, 8)) @ directions
+    V = rng.integers(2, 7)
+    return shift + mean + rng.standard_normal((V, 8)) @ directions + rng.standard_normal((V, 768))
+
+
+def as_study(videos):
+    return StudyClips(videos[:, None].astype(np.float32), [str(i) for i in range(len(videos))])
+
+
+@pytest.fixture(scope="module")
+def novelty():
+    studies = [of_one_site(i) for i in range(120)]
+    return Novelty.of(studies, [f"P{i // 2}" for i in range(120)])
+
+
+def test_held_out_studies_of_the_same_site_are_no_news(novelty):
+    found = np.array([novelty(as_study(of_one_site(i))) for i in range(1000, 1150)])
+    assert 0.35 < found.mean() < 0.65 and (found > 0.99).mean() < 0.06
+
+
+def test_studies_of_elsewhere_are_unusual(novelty):
+    for odd in (
+        [of_one_site(i, shift=0.5) for i in range(2000, 2020)],
+        [of_one_site(i) + 3 * normal(9, 1, 768) for i in range(2000, 2020)],
+        [3 * normal(i, 4, 768) for i in range(20)],
+        [of_one_site(i) * 2 for i in range(2000, 2020)],
+    ):
+        assert np.mean([novelty(as_study(v)) > 0.99 for v in odd]) >= 0.9
+
+
+def test_what_is_stored_of_novelty(novelty):
+    """The same answer after saving; no study in it; damage is refused."""
+    saved = novelty.to_save()
+    study = as_study(of_one_site(1234))
+    assert Novelty.load(saved)(study) == pytest.approx(novelty(study), abs=1e-3)
+    assert sum(x.numel() for x in saved.values()) < 40 * 768
+    assert Novelty.of([of_one_site(i) for i in range(FEWEST - 1)], range(FEWEST - 1)) is None
+    for name, value in (
+        ("mean", torch.full((768,), torch.nan)),
+        ("components", torch.zeros(3, 5)),
+        ("video_variance", -saved["video_variance"]),
+        ("quantiles", saved["quantiles"].flip(1)),
+        ("mean", [1.0] * 768),
+    ):
+        with pytest.raises(ValueError):
+            Novelty.load(saved | {name: value})
+    with pytest.raises(UserError, match=r"m\.pt: its novelty is damaged"):
+        ef.novelty_from({"novelty": {"mean": 1}}, "m.pt")
+
+
+def table(path):
+    return pd.read_csv(path, dtype={"eid": str}, keep_default_na=False).set_index("eid")
+
+
+def test_the_columns_of_predict(cohort, cli):
+    """Range and novelty; warnings of the unusual, the cut, and the end of a Box-Cox scale."""
+    assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
+    write_embeddings(Path("emb"), "odd", 1 + normal(1, 3, 4, 768))
+    write_embeddings(Path("emb"), "one", normal(2, 3, 1, 768))
+    status, out, err = cli("predict", "--out", "p.csv")
+    assert status == 0 and "unlike the training data" in out, err
+    found = table("p.csv")
+    rows = found.drop("one").astype({f"size{end} [cm]": float for end in ("", "_low", "_high")})
+    assert (rows["size_low [cm]"] < rows["size [cm]"]).all()
+    assert (rows["size [cm]"] < rows["size_high [cm]"]).all()
+    assert found.loc["one", "size_low [cm]"] == ""  # of one clip a video nothing can be said
+    assert found.loc["odd", "novelty"] == 1
+    assert found.loc["odd", "warning"] == "unlike the training data (novelty above 0.99)"
+    usual = found.drop(["odd", "one"])
+    assert (usual["warning"] != "").sum() < 4 and usual["novelty"].between(0.1, 0.9).sum() > 20
+    assert cli("predict", "--out", "q.csv")[0] == 0
+    assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
+    assert cli("predict", "--out", "q.csv", "--spread", "none")[0] == 0
+    assert "size_low [cm]" not in table("q.csv")
+    assert cli("predict", "--out", "q.csv", "--max_videos_per_study", "2")[0] == 0
+    assert "from 2 of its 3 videos (--max_videos_per_study)" in table("q.csv")["warning"]["odd"]
+
+
+def test_the_end_of_a_box_cox_scale_is_said_in_the_table():
+    """With lambda -1 Box-Cox ends at 1: what the network says beyond is no value."""
+    plain = {"apply_boxcox": False, "shift": 0.0, "mean": 0.0, "stdev": 1.0}
+    scaling = {"a": plain | {"apply_boxcox": True, "lmbda": -1.0}, "b": plain}
+    record = Record(labels=["a", "b"])
+    model = ef.LoadedModel(Path("m"), None, "t", ["a", "b"], "regression", scaling, record, {})
+    found = ef.Outcome(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
+    rows, _ = prediction_table(model, found, InputFound(), np.full((2, 2), 0.1))
+    assert rows["warning"].tolist() == ["a: past the end of the Box-Cox scale", ""]
+    assert np.isnan(rows["a"][0]) and rows["a_low"][1] < rows["a"][1] < rows["a_high"][1]
