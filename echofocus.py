@@ -51,6 +51,7 @@ from common.cohort import (
     digest_at_training,
     fold_table,
     match_studies,
+    stored_names,
     training_folds,
 )
 from common.console import (
@@ -73,6 +74,7 @@ from common.files import (
     lock,
     open_journal,
     output_path,
+    packed_path,
     sha256_file,
     write_table,
 )
@@ -130,7 +132,6 @@ from embed.store import (
     VideosAsStudies,
     open_folder,
     open_store,
-    packed_path,
     read_details,
     write_pack,
 )
@@ -1163,6 +1164,7 @@ def train_model(typed, world):
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
     store = store_of(config, settings)
+    table = table.rename(index=stored_names(table.index, store))
     whole, limit = table, settings.sample_limit
     table = match_studies(table, store, task, limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
@@ -1562,7 +1564,8 @@ class Training:
 
 def start_with_model(command, typed):
     """What commands that use a model begin with: (settings, config, model, source)."""
-    refuse_other_mode(typed)
+    if typed.get("videos") and typed.get("dataset"):
+        raise UserError("--videos and --dataset are two sources: give one")
     needed = not (typed.get("videos") or typed.get("embedding_path"))
     config = read_config(typed.get("config"), needed)
     task = typed.get("task", "")
@@ -1577,13 +1580,19 @@ def start_with_model(command, typed):
             task_labels=model.labels, type=model.type, units=model.units
         )
     settings = resolve_settings(command, typed, config, model)
-    if settings.videos:
+    if settings.videos or is_of_videos(settings, config):
         source = extracted(typed, settings, config, model)
     else:
+        refuse_video_options(typed)
         source = Source(settings.dataset, store_of(config, settings))
     if settings.label_path:
         config.datasets[source.name].label_path = Path(settings.label_path)
     return settings, config, model, source
+
+
+def is_of_videos(settings, config):
+    """Whether a run is given a dataset that has videos and no clip embeddings yet."""
+    return not settings.embedding_path and config.datasets[settings.dataset].is_of_videos
 
 
 @dataclass
@@ -1606,22 +1615,28 @@ CLIP_EMBEDDINGS = Path("clip_embeddings")
 
 
 def extracted(typed, settings, config, model):
-    """The Source of `--videos`: clip embeddings, extracted once for all models.
+    """The Source of `--videos`, or of a dataset's: clip embeddings, extracted once for all models.
 
-    They lie in a folder of their own for each source, encoder and way of sampling. The dataset is
-    put into the config, under the name of that folder. Raises UserError.
+    They lie in a folder of their own for each source, encoder and way of sampling. The dataset of
+    `--videos` is put into the config, under the name of that folder. Raises UserError.
     """
     warn_of_another_input(model, settings, typed)
-    videos, how = Path(settings.videos), extract.settings_from(vars(settings))
-    named = [settings.group, settings.manifest, settings.study_id]
-    studies = extract.find_studies(videos, *named)
-    studies = studies[: settings.sample_limit or None]
+    how, dataset = extract.settings_from(vars(settings)), config.datasets.get(settings.dataset)
+    if settings.videos:
+        videos = Path(settings.videos)
+        named = [settings.group, settings.manifest, settings.study_id]
+        studies = extract.find_studies(videos, *named)[: settings.sample_limit or None]
+    else:
+        videos, named = dataset.video_base_path, [dataset.video_subdir_format]
+        print(f"{settings.dataset} has no clip embeddings yet; its videos in {videos} are read")
+        studies = studies_of_dataset(videos, *named)
     made = extract.attributes_of(how, panecho.weights_digest(how.weights))
     made = {k: v for k, v in made.items() if k not in ("version", "weights")}
     place = json.dumps([str(videos.resolve()), named, made], sort_keys=True)
     key = hashlib.sha256(place.encode()).hexdigest()[:8]
     name = f"{videos.resolve().name}_{key}"
     folder = Path(settings.keep or CLIP_EMBEDDINGS) / name
+    name = name if settings.videos else settings.dataset
     summary = extract.extract(studies, folder, how)
     summary.print()
     summary.refuse_nothing(videos)
@@ -1630,8 +1645,11 @@ def extracted(typed, settings, config, model):
         f"clip embeddings are kept in {folder} ({size / 1e6:.1f} MB), for other models too; delete "
         "that folder to clear them"
     )
-    config.datasets[name] = Dataset(embedding_path=folder)
-    settings.dataset = name
+    if settings.videos:
+        config.datasets[name] = Dataset(embedding_path=folder)
+        settings.dataset = name
+    else:
+        config.datasets[name] = dataset.model_copy(update={"embedding_path": folder})
     return Source(name, store_of(config, settings), sorted(s.name for s in studies), studies)
 
 
@@ -1666,6 +1684,7 @@ def labelled_folds(model, config, settings, store):
     own = settings.dataset == model.record.dataset
     column = model.record.settings.split_column if own else ""
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
+    table = table.rename(index=stored_names(table.index, store))
     digest = partial(digest_at_training, model, table, store, task)
     folds, how = folds_for(model, table, settings.dataset, RUN, settings.assume_unseen, digest)
     return task, table, folds, how
@@ -1886,15 +1905,14 @@ def predict_page(path, model, source, config, settings, table, left_out):
         journal.delete()
 
 
-def refuse_other_mode(typed):
-    """UserError for an option that would have no effect: for videos without them, or reversed."""
-    if typed.get("videos"):
-        if typed.get("dataset"):
-            raise UserError("--videos and --dataset are two sources: give one")
-        return
+def refuse_video_options(typed):
+    """UserError for an option of videos, which would have no effect on clip embeddings."""
     for name in typed:
         if OPTIONS[name].json_schema_extra["group"] == EXTRACTION:
-            raise UserError(f"--{name} is for videos: it needs --videos")
+            raise UserError(
+                f"--{name} is for videos: it needs --videos, or a dataset that has videos and no "
+                "embeddings yet"
+            )
 
 
 def journal_path(path):
@@ -1974,7 +1992,8 @@ def labelled_ids(config, settings, store):
     path = dataset.label_path or (task.label_path if task else None)
     if path is None or not path.is_file():
         return []
-    ids = list(read_rows(path, []).index)
+    ids = read_rows(path, []).index
+    ids = list(ids.to_series().replace(stored_names(ids, store)))
     own = dataset.label_path or set(ids) & set(store.files)
     return ids if own else []  # a task's table may be that of another dataset
 
@@ -2505,6 +2524,16 @@ def check_data(settings, config, model, section):
     if settings.task in config.tasks:
         with section("labels", "mend the label table") as listener:
             task, table = check_labels(settings, config, model, listener)
+    if dataset.is_of_videos and not settings.embedding_path:
+        with section("videos", "") as listener:
+            where = dataset.video_base_path, dataset.video_subdir_format
+            found = studies_of_dataset(*where, listener=listener)
+            n = sum(len(study.videos) for study in found)
+            listener.ok(
+                f"{where[0]}: {len(found)} studies, {n} videos; no clip embeddings yet, which "
+                "predict, evaluate, embed and explain make"
+            )
+        return
     with section("embeddings", "see embedding_path in the config") as listener:
         store = store_of(config, settings, listener=listener)
         headers = check_embeddings(dataset.embedding_path, store, settings, listener)
@@ -2513,6 +2542,7 @@ def check_data(settings, config, model, section):
             warn_of_another_encoder(model, store, list(headers), listener)
     if table is not None and store:
         with section("labels and embeddings", "") as listener:
+            table = table.rename(index=stored_names(table.index, store, listener))
             limit, first_only = settings.sample_limit, settings.first_study_only
             studies = match_studies(table, store, task, limit, first_only, listener)
     if studies is not None and len(studies):

@@ -4,6 +4,8 @@ One reader for a run and for `check`: what it leaves out or cannot use it tells 
 """
 
 import hashlib
+import unicodedata
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +48,25 @@ class Cohort:
     def seen(self):
         """The patients and studies of the training and validation fold, hashed."""
         return Seen.of(self.split, hashlib.sha256(self.digest.encode()).hexdigest()[:32])
+
+
+def stored_names(ids, store, listener=RUN):
+    """Id -> the store's, of ids that differ from one of its by their Unicode normal form alone.
+
+    File systems and spreadsheets write one word in several forms (e and an accent, or one letter).
+    Where a form stands for two ids, of the table or the store, each stays what it is.
+    """
+    forms = defaultdict(lambda: (set(), set()))
+    for place, names in enumerate((ids, store.files)):
+        for name in names:
+            forms[unicodedata.normalize("NFC", name)][place].add(name)
+    pairs = [(*a, *b) for a, b in forms.values() if len(a) == len(b) == 1 and a != b]
+    if pairs:
+        listener.note(
+            f"{len(pairs)} studies are written in another Unicode normal form in the label table: "
+            f"{some(printable(eid) for eid, _ in pairs)}"
+        )
+    return dict(pairs)
 
 
 def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):

@@ -379,3 +379,8 @@ def stamp_of(path):
     except OSError:
         return None
     return [about.st_size, about.st_mtime_ns]
+
+
+def packed_path(folder):
+    """Where a folder of clip embeddings lies in one file, which embed/store.py writes and reads."""
+    return folder.with_name(folder.name + ".packed.h5")

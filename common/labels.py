@@ -174,6 +174,11 @@ def warn_of_suspicious(table, task, path, listener):
             (y[codes], "look like a code for 'missing'", "leave these cells empty"),
             (rest[rest > 100 if percent else rest > np.inf], "are above 100 %", "correct them"),
             (small if mixed else small[:0], "look like fractions among percentages", "use one"),
+            (
+                rest if percent and len(small) and rest.max() <= 1 else rest[:0],
+                "are 1 or less, though the unit is %",
+                "give them in percent, or mend the unit in the config",
+            ),
         ):
             if len(odd):
                 examples = cells_of(odd.map("{:g}".format), odd.index)

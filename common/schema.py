@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from common.console import UserError, nearest, printable
+from common.files import packed_path
 from common.options import (
     IN_CONFIG,
     MOST_LABELS,
@@ -149,6 +150,12 @@ class Dataset(Entry):
     settings: ForConfig = Settings()  # options, for this dataset
 
     plain_options = model_validator(mode="before")(with_options)
+
+    @property
+    def is_of_videos(self):
+        """Whether it has videos and no clip embeddings yet: commands with a model extract them."""
+        made = self.embedding_path.exists() or packed_path(self.embedding_path).exists()
+        return self.video_base_path is not None and not made
 
     @field_validator("video_subdir_format")
     @classmethod
@@ -349,7 +356,8 @@ def resolve_settings(command, typed, config, model=None):
     ):
         if name in entries:
             layers.append((f"the config's {kind} {name}", given(entries[name].settings)))
-    if model and (typed.get("videos") or command == "extract"):
+    entry = config.datasets.get(dataset)
+    if model and (typed.get("videos") or command == "extract" or (entry and entry.is_of_videos)):
         trained = input_options(model.record.input).items()
         trained = {n: v for n, v in trained if v != OPTIONS[n].default}
         layers.append((f"as {model.folder.name} was trained", trained))

@@ -41,7 +41,7 @@ def read_table(path, listener, what="table"):
     path = Path(path)
     data = read_bytes(path, what)
     if data.startswith(b"PK\x03\x04"):
-        lines, records, said = *xlsx_records(path, data), ["an Excel sheet"]
+        lines, records, said = xlsx_records(path, data)
     elif data.startswith(b"\xd0\xcf\x11\xe0"):
         raise UserError(f"{path} is an old Excel file; save it as CSV or .xlsx")
     else:
@@ -216,7 +216,7 @@ def squared(lines, records, path, said):
 
 
 def xlsx_records(path, data):
-    """(lines, records) of the first sheet that holds something, as text."""
+    """(lines, records) of the first sheet that holds something, as text; what it is, for a note."""
     try:
         import openpyxl
     except ImportError as error:
@@ -231,8 +231,8 @@ def xlsx_records(path, data):
             raise UserError(f"{path} is a zip file and no Excel sheet; save it as CSV")
         sheets = [x for x in parts if x.filename.startswith("xl/worksheets/sheet")]
         computed = any(re.search(rb"<f[ >/]", archive.read(x)) for x in sheets)
-        values = first_sheet(openpyxl, data, data_only=True)
-        formulas = first_sheet(openpyxl, data, data_only=False) if computed else {}
+        values, said = first_sheet(openpyxl, data, data_only=True)
+        formulas = first_sheet(openpyxl, data, data_only=False)[0] if computed else {}
     except UserError:
         raise
     except Exception as error:  # openpyxl raises many kinds on a damaged file
@@ -245,27 +245,39 @@ def xlsx_records(path, data):
                     "save it in the spreadsheet program, or save it as CSV"
                 )
     width = max((i + 1 for row in values.values() for i, x in enumerate(row) if x), default=0)
-    return list(values), [row[:width] for row in values.values()]
+    return list(values), [row[:width] for row in values.values()], said
 
 
 def first_sheet(openpyxl, data, data_only):
-    """Line -> cells as text, of the first sheet with cells; blank rows left out."""
+    """(line -> cells as text, of the first sheet with cells; what is to be said of the file)."""
+    found, others, percentages = {}, 0, False
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=data_only)
     for sheet in book.worksheets:
         sheet.reset_dimensions()  # as declared by others: count instead
-        rows = {i: [excel_text(c) for c in row] for i, row in enumerate(sheet.iter_rows(), 1)}
+        if found:
+            others += any(cell.value is not None for row in sheet.iter_rows() for cell in row)
+            continue
+        cells = list(sheet.iter_rows())
+        percentages = any(is_percentage(cell) for row in cells for cell in row)
+        rows = {i: [excel_text(c) for c in row] for i, row in enumerate(cells, 1)}
         width = max(map(len, rows.values()), default=0)
-        rows = {i: row + [""] * (width - len(row)) for i, row in rows.items() if any(row)}
-        if rows:
-            return rows
-    return {}
+        found = {i: row + [""] * (width - len(row)) for i, row in rows.items() if any(row)}
+    said = ["an Excel sheet", f"the first of {1 + others} with cells"][: 2 if others else 1]
+    return found, said + ["percentages as they are shown (55 for 55%)"] * percentages
+
+
+def is_percentage(cell):
+    form = str(cell.number_format) if type(cell.value) in (int, float) else ""
+    return bool(re.fullmatch(r"[0.]+ ?%", form))
 
 
 def excel_text(cell):
-    """A cell as a person sees it: 5.0 is 5, and 123 shown by the format 00000 is 00123."""
+    """A cell as a person sees it: 5.0 is 5, 123 by the format 00000 is 00123, 0.55 by 0% is 55."""
     value = cell.value
     if value is None:
         return ""
+    if is_percentage(cell):
+        value = round(100 * value, 9)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     if isinstance(value, int) and re.fullmatch("0{2,}", str(cell.number_format)):

@@ -318,7 +318,8 @@ def check_cine(header, file, notes, single=False):
         return None
     frames = frames_of(file, header, notes)
     if len(frames) == 1 and not single:
-        raise VideoError("still image")
+        more = (frames.claims.frames or 1) > 1
+        raise VideoError("still image, though the header says more" if more else "still image")
     frames.check_decoder()
     return frames
 

@@ -53,7 +53,7 @@ class Claims:
     @classmethod
     def of(cls, header):
         rows, columns = number(header, "Rows"), number(header, "Columns")
-        photometric = text(header, "PhotometricInterpretation")
+        photometric = text(header, "PhotometricInterpretation").upper()
         if not rows or not columns or not photometric:
             raise VideoError("DICOM without image data, or cut short")
         check_budget(1, rows, columns)

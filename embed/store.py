@@ -32,7 +32,7 @@ import torch
 
 from common import __version__
 from common.console import EXTRACT, Findings, UserError, clean_text, printable, progress, some
-from common.files import atomic_path, derive_seed, stamp_of
+from common.files import atomic_path, derive_seed, packed_path, stamp_of
 from common.hdf5 import (
     MOST_BYTES,
     MOST_TEXT,
@@ -619,10 +619,6 @@ COLUMNS = {  # of a pack's index: a row a study, with its number of columns wher
     "source": (np.int64, (2,)),  # size and time of the file that it was packed from
     "reason": (str, ()),  # why its numbers are not there, or ''
 }
-
-
-def packed_path(folder):
-    return folder.with_name(folder.name + ".packed.h5")
 
 
 class PackedEmbeddings(Store):

@@ -78,6 +78,32 @@ def scaling_of(values, boxcox):
     return lb.fit_scaling(table, task, listener=listener), [f.text for f in listener.findings]
 
 
+def test_fractions_of_a_label_in_percent():
+    said = warnings([0.31, 0.6, 0.55, 1], units={"L": "%"})
+    assert len(said) == 1 and "4 values are 1 or less, though the unit is %" in said[0]
+    assert not warnings([0.31, 0.6, 0.55, 1], units={"L": "cm"})
+
+
+def test_ids_in_another_unicode_normal_form(cohort, cli):
+    """Matched where one form stands for one study; two studies that differ by it alone stay two."""
+    forms = {"1000": "J\u00f6rg", "1001": "Jo\u0308rg", "1002": "Ra\u0301ul"}
+    for old, new in forms.items():
+        (cohort / "emb" / f"{old}.hdf5").rename(cohort / "emb" / f"{new}.hdf5")
+    table = pd.read_csv(cohort / "labels.csv", dtype=str)
+    table["eid"] = table["eid"].replace(forms | {"1002": "R\u00e1ul"})
+    table.to_csv(cohort / "labels.csv", index=False)
+    status, out, err = cli(*TRAIN)
+    assert status == 0, err
+    assert (
+        "1 studies are written in another Unicode normal form in the label table: R\u00e1ul" in out
+    )
+    assert "60 labelled studies" in out
+    split = pd.read_csv(cohort / "trained_models" / "defect" / "split.csv", dtype=str)
+    assert set(forms.values()) <= set(split["eid"])
+    status, out, err = cli("predict", "--task", "defect")
+    assert status == 0 and "no embeddings" not in out, err
+
+
 def test_scaling_is_as_published_and_turns_back():
     """Shift |mean| - min, Box-Cox by scipy's own, z-score; in the training fold mean 0, sd 1."""
     y = np.random.default_rng(0).gamma(2, 3, 500)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import normal, write_embeddings
+from conftest import copy_example, normal, write_embeddings
 
 import echofocus as ef
 from common.schema import Record
@@ -279,3 +279,21 @@ def test_studies_without_a_learnable_label_do_not_count(cohort, cli):
     Path("config.json").write_text(json.dumps(config))
     status, _, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "b")
     assert status == 1 and "no study of the val fold has a label that can be learnt" in err
+
+
+def test_a_dataset_that_has_videos_and_no_embeddings(trained, cli):
+    """As the published configs name them; extracted once, and found again by the next command."""
+    for i, eid in enumerate(("1000", "77")):
+        (trained / "films" / f"{eid}_trim").mkdir(parents=True)
+        copy_example(trained / "films" / f"{eid}_trim" / "a.dcm", study=f"1.2.{i}")
+    config = json.loads((trained / "config.json").read_text())
+    config["dataset"]["film"] = {"embedding_path": "not_yet", "video_base_path": "films"}
+    (trained / "config.json").write_text(json.dumps(config))
+    options = ("--dataset", "film", "--weights", "random", "--size", "56", "--n_clips", "1")
+    status, out, err = cli("check", "--task", "defect", "--dataset", "film")
+    assert "2 studies, 2 videos; no clip embeddings yet" in out, err
+    status, out, err = cli("predict", "--task", "defect", *options)
+    assert status == 0 and "2 studies extracted" in out, err
+    assert list(table("trained_models/defect/predictions_film.csv").index) == ["1000", "77"]
+    status, out, err = cli("explain", "--task", "defect", *options, "--subset", "all")
+    assert status == 0 and "2 already there" in out, err

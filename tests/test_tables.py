@@ -154,6 +154,19 @@ def test_excel(tmp_path):
         read(path, path.read_bytes())
 
 
+def test_excel_of_several_sheets_and_percentages(tmp_path):
+    """The other sheets are not passed over in silence; 0.55 shown as 55 % is 55 %."""
+    path = tmp_path / "t.xlsx"
+    rows = [["pid", "eid", "EF"], ["P0", 7, 0.55], ["P1", 8, 0.605], ["P2", 9, 0.4]]
+    book = workbook(path, rows, [], [["pid", "eid", "EF"], ["P3", 10, 0.7]])
+    for i, form in enumerate(("0%", "0.0%", "General")):
+        book.worksheets[0].cell(2 + i, 3).number_format = form
+    book.save(path)
+    table, (said,) = read(path, path.read_bytes())
+    assert table["EF"].tolist() == ["55", "60.5", "0.4"]
+    assert "the first of 2 with cells" in said and "percentages as they are shown" in said
+
+
 def test_excel_without_openpyxl(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     with pytest.raises(UserError, match="the extra 'xlsx'"):
