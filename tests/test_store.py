@@ -17,7 +17,7 @@ import torch
 from conftest import write_embeddings
 
 import echofocus as ef
-from common import hdf5
+from common import hdf5, packed
 from common.console import Collected, UserError
 from embed import store as st
 
@@ -728,7 +728,7 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     x, found = torch.randn(300, 768), []
     for most in (1 << 26, 300 * 6 * 37):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ef, "MOST_WEIGHTS", most)
+            patch.setattr(packed, "MOST_WEIGHTS", most)
             patch.setattr(ef, "drop", lambda x, dropout, rng: x)
             net.train().zero_grad()
             logits, _ = net(x, [300])
@@ -737,11 +737,11 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:  # a piece drops the same when computed again
-        patch.setattr(ef, "MOST_WEIGHTS", 300 * 6 * 37)
+        patch.setattr(packed, "MOST_WEIGHTS", 300 * 6 * 37)
         q, k, v = torch.randn(3, 1, 6, 300, 128, dtype=torch.float64)
         v.requires_grad_()
         dropout, rng = torch.nn.Dropout(0.2).train(), np.random.default_rng(1)
-        out = ef.weighted_values(q, k, v, dropout, rng)
+        out = packed.weighted_values(q, k, v, dropout, rng)
         out.sum().backward()
         # The output is linear in v: <v, gradient> is the output itself.
         assert float((v * v.grad).sum()) == pytest.approx(float(out.sum()), rel=1e-9)

@@ -9,6 +9,7 @@ from torch import nn
 
 import echofocus as ef
 from common import labels as lb
+from common import packed
 
 N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
@@ -100,14 +101,14 @@ def test_published_scaling_of_labels():
 def test_dropout_on_a_cpu():
     """Mask, scale and gradient as defined; the seed decides; without dropout nothing changes."""
     x, dropout = torch.ones(1000, 768, requires_grad=True), nn.Dropout(0.2)
-    y = ef.drop(x, dropout, np.random.default_rng(0))
+    y = packed.drop(x, dropout, np.random.default_rng(0))
     kept = y.detach() != 0
     assert kept.float().mean() == pytest.approx(0.8, abs=0.002)
     assert torch.allclose(y[kept], torch.tensor(1.25))
     y.sum().backward()
     assert torch.allclose(x.grad, kept * 1.25)
-    assert torch.equal(ef.drop(x, dropout, np.random.default_rng(0)), y)
-    assert not torch.equal(ef.drop(x, dropout, np.random.default_rng(1)), y)
+    assert torch.equal(packed.drop(x, dropout, np.random.default_rng(0)), y)
+    assert not torch.equal(packed.drop(x, dropout, np.random.default_rng(1)), y)
     net, bag = by_rule(n_labels=3, depth=2), torch.from_numpy(normal(5, 30, 768))
     expected = net(bag, [10, 20])[0]
     for module in net.modules():
