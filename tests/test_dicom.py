@@ -364,6 +364,16 @@ def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
     assert notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
 
 
+def test_a_still_that_is_said_to_be_a_cine(tmp_path):
+    """All frames in one fragment: decoders see the first alone, which is no plain still."""
+    whole = b"".join(jpeg_of(frame, "YCbCr") for frame in TRUTH)
+    write_coded(tmp_path / "a", [whole], pydicom.uid.JPEGBaseline8Bit, "ybr_full")
+    with pytest.raises(video.VideoError, match="still image, though the header says more"):
+        read(tmp_path / "a")
+    write_dicom(tmp_path / "b", TRUTH, "rgb")
+    assert error_of(tmp_path / "b") == (0, "")
+
+
 def test_odd_frames_and_padding(tmp_path):
     odd = np.ascontiguousarray(TRUTH[:5, :3, :3])
     odd[:, 1] = 200
