@@ -448,6 +448,16 @@ def open_store(path, findings=None, most_videos=0):
     most_videos: see Store.read.
     """
     store = open_packed_or_folder(path, findings)
+    if isinstance(store, EmbeddingShards) and store.index.get("transform") not in (
+        None,
+        "none",
+        "",
+    ):
+        (findings or Findings()).warning(
+            f"{path.name} was made with the transform {printable(store.index['transform'])[:60]}: "
+            "if that is the random one of training, it holds one augmented draw of each video",
+            "make evaluations on embeddings without it",
+        )
     store.most_videos = most_videos
     return store
 

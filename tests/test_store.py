@@ -443,6 +443,17 @@ def test_a_cache_in_shards_is_a_dataset(tmp_path):
             assert store.size(eid) == 4 * len(numbers) and study.made_with == {"clip_len": 16}
 
 
+def test_a_cache_of_augmented_draws_is_said(tmp_path):
+    for transform, warned in (("train\x1b", 1), ("none", 0), (None, 0), (["crop", 0.5], 1)):
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        write_cache(tmp_path / "cache", transform=transform)
+        listener = Collected()
+        st.open_store(tmp_path / "cache", listener)
+        said = [f.text for f in listener.findings]
+        assert len(said) == warned and all("one augmented draw" in t for t in said)
+        assert "\x1b" not in "".join(said)
+
+
 def test_index_and_shards_that_disagree_are_refused(tmp_path):
     for i, (index, change, text) in enumerate(
         (
