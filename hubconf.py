@@ -1,6 +1,6 @@
 """torch.hub entry point: `torch.hub.load('<this repository>', 'PanEcho', source='local')`."""
 
-dependencies = ["torch", "numpy"]
+dependencies = ["torch", "numpy", "pydantic"]
 
 
 def PanEcho(

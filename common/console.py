@@ -91,6 +91,7 @@ MEANINGS = {
     "folds": "fold",
     "init_from": "pretrained finetune",
     "label_path": "data_path csv label labels path",
+    "learning_rate": "rate",
     "model_name": "checkpoint checkpoint_path model model_path model_dir name resume",
     "n_clips": "clips num_clips",
     "n_folds": "folds cv",

@@ -97,6 +97,12 @@ def usable_path(path):
     return path
 
 
+def frozen(text):
+    if not re.fullmatch("|encoder|aggregator|stages:[1-4]", text):
+        raise ValueError(f"encoder, aggregator or stages:1 to stages:4, not {shown(text)}")
+    return text
+
+
 def limit_or_none(value):
     if value != -1 and value < 1:
         raise ValueError(f"1 or more, or -1 for no limit, not {value}")
@@ -114,10 +120,12 @@ Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
 WHAT, DATA, COMPUTING = "what to work on", "data", "computing"
 MODEL, TRAINING, EXPLAINING = "model", "training", "explanation"
 OUTPUT, FILES, EXTRACTION = "output", "files", "extraction"
+THROUGH = "training through the encoder"
 
 WITH_MODEL = "evaluate predict embed explain"
 ALL = f"train check {WITH_MODEL}"
 EXTRACTS = f"extract {WITH_MODEL} check"
+READS_VIDEOS = f"{EXTRACTS} train"
 
 
 def option(default, help, group, commands, least=None, below=None, also="", **argparse_options):
@@ -128,7 +136,22 @@ def option(default, help, group, commands, least=None, below=None, also="", **ar
 
 
 # fmt: off
-class Settings(Entry):
+class CohortOptions(Entry):
+    """Which videos with labels the encoder is trained on; `check` reads them too."""
+
+    cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
+        "", "how the encoder's training data are laid out", WHAT, "train_encoder check"
+    )
+    data_dir: str = option(
+        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check"
+    )
+    tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "tasks of PanEcho's to learn, or a JSON file of your own [EF; hospital: every task "
+        "that the tables have]", WHAT, "train_encoder check",
+    )
+
+
+class Settings(CohortOptions):
     """Every option. An empty text or list is found from the others; what was taken is printed."""
 
     @model_validator(mode="before")
@@ -157,7 +180,8 @@ class Settings(Entry):
     )
     label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
     videos: str = option(
-        "", "folder of a study's videos or of studies, to start from", WHAT, f"{WITH_MODEL} check"
+        "", "folder of a study's videos or of studies, to start from", WHAT,
+        f"{WITH_MODEL} check train",
     )
     keep: str = option(
         "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
@@ -341,37 +365,63 @@ class Settings(Entry):
         "explain",
     )
 
+    end_to_end: bool = option(
+        False, "train through the encoder, on the videos of --videos or of the dataset's "
+        "video_base_path", THROUGH, "train"
+    )
+    num_clips: int = option(
+        1, "clips of a video in a step, drawn anew each epoch", THROUGH, "train", least=1
+    )
+    clips_at_once: int = option(
+        8, "clips in the encoder at a time: what bounds the memory", THROUGH, "train", least=1
+    )
+    freeze: Annotated[str, AfterValidator(frozen)] = option(
+        "", "what is not trained: encoder, aggregator, or stages:N of the image encoder", THROUGH,
+        "train",
+    )
+    encoder_learning_rate: float = option(1e-6, "of AdamW", THROUGH, "train", least=1e-12)
+    head_learning_rate: float = option(
+        1e-4, "of AdamW, for the study-level model", THROUGH, "train", least=1e-12
+    )
+    ping_pong: bool = option(
+        False, "train the study-level model and the encoder in turn, an epoch each", THROUGH,
+        "train",
+    )
+    cache_dir: str = option("frame_cache", "folder for decoded videos", THROUGH, "train")
+
     weights: str = option(
         "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
-        "into torch.hub's cache), or 'random' to try without", EXTRACTION, EXTRACTS,
+        "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS,
     )
     group: Literal["dicom", "folder", "one"] = option(
         "dicom", "what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), "
-        "a subfolder, or the whole source", EXTRACTION, EXTRACTS,
+        "a subfolder, or the whole source", EXTRACTION, READS_VIDEOS,
     )
     study_id: Literal["folder", "uid", "digest"] = option(
         "folder", "what names a study: its folder, the StudyInstanceUID, or a digest of that",
-        EXTRACTION, EXTRACTS,
+        EXTRACTION, READS_VIDEOS,
     )
     manifest: list[str] = option(
         [], "lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
-        "EchoNet's FileList; paths start at the source", EXTRACTION, EXTRACTS,
+        "EchoNet's FileList; paths start at the source", EXTRACTION, READS_VIDEOS,
     )
     mask: Literal["none", "sector"] = option(
         "none", "'sector' blacks out what lies outside the ultrasound sector, such as names",
         EXTRACTION, EXTRACTS,
     )
     n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1)
-    clip_len: int = option(16, "frames a clip", EXTRACTION, EXTRACTS, least=1)
-    size: int = option(224, "pixels a side that the encoder sees", EXTRACTION, EXTRACTS, least=32)
-    sampling_seed: int = option(0, "seed of the random clip starts", EXTRACTION, EXTRACTS)
+    clip_len: int = option(16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1)
+    size: int = option(
+        224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32
+    )
+    sampling_seed: int = option(0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS)
     augment: int = option(0, "randomly transformed copies to add", EXTRACTION, "extract", least=0)
     starts: Literal["modulo", "independent"] = option(
         "modulo", "how a video's clip starts are drawn: from one residue class modulo 3, which "
         "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS,
     )
     image_batch: int = option(0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0)
-    workers: int = option(0, "decoder processes; 0: by cores", EXTRACTION, EXTRACTS, least=0)
+    workers: int = option(0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0)
     shard: str = option(
         "auto", "which share to begin with, I/N; 'auto' asks torchrun's or SLURM's environment",
         EXTRACTION, EXTRACTS,
@@ -387,20 +437,22 @@ SYNONYMS = {word: name for name, f in OPTIONS.items() for word in f.json_schema_
 IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"] not in (WHAT, FILES)}
 
 
-def options_of(command):
-    """Option -> its declaration, of a command."""
-    return {n: f for n, f in OPTIONS.items() if command in f.json_schema_extra["commands"]}
+def options_of(command, settings=Settings):
+    """Option -> its declaration, of a command, among those of `settings`."""
+    fields = settings.model_fields.items()
+    return {n: f for n, f in fields if command in f.json_schema_extra["commands"]}
 
 
 # What a checkpoint's record keeps of the settings: what decides the weights, and no path.
-UNRECORDED = ("device", "checkpoint_minutes", "assume_unseen", "allow_mixed")
+UNRECORDED = ("device", "checkpoint_minutes", "assume_unseen", "allow_mixed", "clips_at_once")
+UNRECORDED += ("weights", "group", "study_id", "manifest", "cache_dir", "workers")
 RECORDED = [n for n in options_of("train") if n in IN_CONFIG and n not in UNRECORDED]
 
 
-def add_options(parser, command):
+def add_options(parser, command, settings=Settings):
     """Give a parser a command's options, in groups; one that is not typed is not in the result."""
     groups = {}
-    for name, f in options_of(command).items():
+    for name, f in options_of(command, settings).items():
         told, kind, choices = f.json_schema_extra, f.annotation, None
         if (title := told["group"]) not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -524,7 +576,7 @@ def shown(value):
 def keys_at(kind, place):
     """The keys that an entry may have, at a place below the model `kind`."""
     for key in place:
-        inner = get_args(kind)[1:]  # of dict[name, entry]
-        kind = inner[0] if inner else kind.model_fields[key].annotation
+        inner = get_args(kind)  # of dict[name, entry] or list[entry]
+        kind = inner[-1] if inner else kind.model_fields[key].annotation
     keys = sorted(IN_CONFIG) if kind is Settings else list(kind.model_fields)
     return [*keys, *sorted(IN_CONFIG)] if hasattr(kind, "plain_options") else keys

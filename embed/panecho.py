@@ -10,6 +10,8 @@ published weights (image encoder: torchvision's ConvNeXt-Tiny), so that the rele
 Reference: Holste et al., "Complete AI-Enabled Echocardiography Interpretation With Multitask Deep
 Learning", JAMA 2025; Liu et al., "A ConvNet for the 2020s", CVPR 2022.
 
+    python embed/panecho.py predict FOLDER     # its readings of a folder of exams
+
 Inputs are normalised with `MEAN` and `STD`; see `embed/video.py` for the channel order that the
 released study-level models expect.
 """
@@ -17,6 +19,8 @@ released study-level models expect.
 import hashlib
 import json
 import math
+import subprocess
+import sys
 import zlib
 from functools import cache
 from pathlib import Path
@@ -25,11 +29,16 @@ import numpy as np
 import torch
 from torch import nn
 
+if __name__ == "__main__":  # run as a script: the repository is the import root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from common.checkpoints import WeightsError, load_safely, load_strictly, save
+from common.console import Parser, run_main
 from common.download import fetch
 from common.files import sha256_file
 from common.releases import SOURCE, check_digest, check_source
 from embed import EMBED_DIM
+from embed.record import record_of
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
 DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py download PanEcho`
@@ -41,6 +50,8 @@ CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of
 TASKS = json.loads(Path(__file__).with_name("panecho_tasks.json").read_text())
 """The 40 heads in order: name, type, class_names in output order, mean over the training labels,
 unit of regressions."""
+
+PUBLISHED = {"encoder": "panecho.model.", "study": "transformer."}  # of end-to-end checkpoints
 
 POSITIVE_IS_SECOND = {  # binary heads trained on the normal class: 1 - sigmoid is the abnormal one
     "MVStenosis",
@@ -78,9 +89,12 @@ class ConvNeXtBlock(nn.Module):
             nn.Linear(4 * dim, dim),
         )
 
-    def forward(self, x):  # (B, C, H, W)
+    def forward(self, x, keep=None):
+        """x (B, C, H, W). keep (B,): stochastic depth's factor of each image, in training."""
         y = self.block[0](x).permute(0, 2, 3, 1)  # (B, H, W, C)
         y = self.block[2:](y) * self.layer_scale.view(-1)
+        if keep is not None:
+            y = y * keep.view(-1, 1, 1, 1).to(y.dtype)
         return x + y.permute(0, 3, 1, 2)
 
 
@@ -131,15 +145,27 @@ class ConvNeXt(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
+        """x (B, 3, H, W) -> (B, 768). keep (18 blocks, B): see ConvNeXtBlock."""
         H, W = x.shape[2:]
         x = x.to(self.features[0][0].weight.dtype, memory_format=torch.channels_last)
         whole = torch.is_grad_enabled() or x.device.type != "cpu"
         for stage in range(len(CONVNEXT_TINY)):
             layers = self.features[2 * stage : 2 * stage + 2]
+            if keep is not None:
+                x, keep = self.run_stage(layers, x, keep)
+                continue
             parts = x.split(len(x) if whole else images_at_once(stage, H, W))
             x = torch.cat([layers(part) for part in parts])
         return self.classifier(x.float().mean((2, 3), keepdim=True))
+
+    @staticmethod
+    def run_stage(layers, x, keep):
+        """A stage with stochastic depth: (x, what of `keep` is for the stages after it)."""
+        x = layers[0](x)
+        for block, factor in zip(layers[1], keep, strict=False):
+            x = block(x, factor)
+        return x, keep[len(layers[1]) :]
 
     @torch.no_grad()
     def pack(self, dtype, size):
@@ -172,12 +198,16 @@ def can_pack(dtype):
 class ImageEncoder(nn.Module):
     """One image to one feature vector: (B, 3, H, W) -> (B, 768)."""
 
+    width = EMBED_DIM
+
     def __init__(self):
         super().__init__()
         self.model = ConvNeXt()
+        # Stochastic depth of each block in training (Huang et al., 2016), as torchvision's has.
+        self.drop_rates = np.linspace(0, 0.1, sum(n for _, n in CONVNEXT_TINY))
 
-    def forward(self, x):
-        return self.model(x)
+    def forward(self, x, keep=None):
+        return self.model(x, keep)
 
 
 # --------------------------------------------------------------------------------- video encoder
@@ -208,34 +238,39 @@ class FrameTransformer(nn.Module):
     """The PanEcho backbone: clips (B, 3, L, H, W), any L, -> clip embeddings (B, 768).
 
     `encode_images` and `encode_clips` are its two halves, for callers that share images
-    between clips.
+    between clips. With other image encoders the features have those' width instead of 768.
     """
 
-    def __init__(self, clip_len=16):
+    def __init__(self, clip_len=16, images=None, layers=4, heads=8, dropout=0.0):
         super().__init__()
-        self.encoder = ImageEncoder()
+        self.encoder = images or ImageEncoder()
+        self.width = width = self.encoder.width
+        self.drop_rates = getattr(self.encoder, "drop_rates", ())
         layer = nn.TransformerEncoderLayer(
-            EMBED_DIM, nhead=8, dim_feedforward=768, dropout=0.0, batch_first=True
+            width, nhead=heads, dim_feedforward=width, dropout=dropout, batch_first=True
         )
-        self.transformer = nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
+        self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         # Computed, not learned: kept out of the state dict so that any clip length loads.
-        self.register_buffer("positions", frame_positions(clip_len), persistent=False)
+        self.register_buffer("positions", frame_positions(clip_len, width), persistent=False)
 
-    def encode_images(self, images):
-        """Normalised images (N, 3, H, W), see `clip_planes`, -> image features (N, 768)."""
-        return self.encoder(images)
+    def encode_images(self, images, keep=None):
+        """Normalised images (N, 3, H, W), see `clip_planes`, -> image features (N, 768).
+
+        keep (blocks, N): see ConvNeXtBlock; of image encoders with `drop_rates`, in training.
+        """
+        return self.encoder(images) if keep is None else self.encoder(images, keep)
 
     def encode_clips(self, features):
         """Image features (B, L, 768) in clip order -> clip embeddings (B, 768)."""
         L = features.shape[1]
         if self.positions.shape[1] < L:
-            self.positions = frame_positions(L).to(self.positions)
+            self.positions = frame_positions(L, self.width).to(self.positions)
         return self.transformer(features + self.positions[:, :L]).mean(dim=1)
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
         B, C, L, H, W = x.shape
         images = x.reshape(B * L, C, H, W)  # no axis moved, as the released weights were trained
-        return self.encode_clips(self.encode_images(images).view(B, L, -1))
+        return self.encode_clips(self.encode_images(images, keep).view(B, L, -1))
 
 
 class PanEcho(nn.Module):
@@ -245,14 +280,15 @@ class PanEcho(nn.Module):
     are softmaxes in the order of `class_names`, regression tasks are in their own unit.
     """
 
-    def __init__(self, tasks="all", activations=True, clip_len=16):
+    def __init__(self, tasks="all", activations=True, clip_len=16, backbone=None, dropout=0.25):
+        """tasks: as `select_tasks` takes them. backbone: any with a `width`; None: PanEcho's."""
         super().__init__()
         self.tasks = select_tasks(tasks)
         self.activations = activations
-        self.encoder = FrameTransformer(clip_len)
+        self.encoder = backbone or FrameTransformer(clip_len)
         for task in self.tasks:
             n_out = len(task["class_names"]) if task["type"].startswith("multi") else 1
-            head = nn.Sequential(nn.Dropout(0.25), nn.Linear(EMBED_DIM, n_out))
+            head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.encoder.width, n_out))
             if n_out == 1:
                 nn.init.constant_(head[1].bias, task["mean"])
             self.add_module(f"{task['name']}_head", head)
@@ -277,19 +313,28 @@ class PanEcho(nn.Module):
                 names.append(name if positive == "1.0" else f"{name}: {positive}")
         return names
 
-    def read(self, embeddings):
-        """Clip embeddings (B, 768) -> dict of task name to (B, n) outputs."""
+    def read(self, embeddings, keep=None):
+        """Clip embeddings (B, 768) -> dict of task name to (B, n) outputs.
+
+        keep (tasks, B, 768): the factors of dropout, for callers that draw them themselves.
+        """
         out = {}
-        for task in self.tasks:
-            logits = self.get_submodule(f"{task['name']}_head")(embeddings)
+        for i, task in enumerate(self.tasks):
+            head = self.get_submodule(f"{task['name']}_head")
+            logits = head(embeddings) if keep is None else head[1](embeddings * keep[i])
             out[task["name"]] = activate(logits, task) if self.activations else logits
         return out
 
 
 def select_tasks(tasks):
-    """`'all'`, a task name or a list of names -> the entries of TASKS, in TASKS' order."""
+    """`'all'`, a task name or a list of names -> the entries of TASKS, in TASKS' order.
+
+    A list of entries (dicts like those of TASKS) is what it is.
+    """
     if tasks == "all":
         return TASKS
+    if not isinstance(tasks, str) and tasks and all(isinstance(t, dict) for t in tasks):
+        return list(tasks)
     wanted = [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = sorted(set(wanted) - {t["name"] for t in TASKS})
     if unknown:
@@ -378,7 +423,7 @@ def find_weights(source="panecho", show=True):
             fetch(url, path, show)
         check_digest(path)
         return path
-    path = Path(source)
+    path = newest_epoch(source) or Path(source)
     if not path.is_file():
         raise WeightsError(
             f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
@@ -388,19 +433,64 @@ def find_weights(source="panecho", show=True):
     return path
 
 
+def newest_epoch(folder):
+    """The highest chkpt_epoch-N.pt of a run's folder, published or ours, or the encoder.pt of a
+    model that was trained through its encoder; None without one."""
+    if (file := Path(folder, "encoder.pt")).is_file():
+        return file
+    found = Path(folder).glob("chkpt_epoch-*.pt") if Path(folder).is_dir() else ()
+    numbered = {int(n): p for p in found if (n := p.stem.removeprefix("chkpt_epoch-")).isdecimal()}
+    return numbered[max(numbered)] if numbered else None
+
+
+def encoder_in(place):
+    """The encoder file of a model's folder, or a .pt file that is none of a study-level model."""
+    place = Path(place)
+    if place.suffix == ".pt" and place.is_file() and not place.name.endswith("_checkpoint.pt"):
+        return place
+    file = place / DOWNLOADED.name
+    return file if file.is_file() else newest_epoch(place)
+
+
 def url_cache(url):
     """A cache name of its own for each URL, so that two files called alike do not mix."""
     name = f"{Path(url).stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pt"
     return cached_weights().with_name(name)
 
 
-def read_weights(path):
-    """The full model's state dict in a published weights file, read without running its code."""
+def published_parts(state):
+    """A published end-to-end state dict -> {'encoder': ..., 'study': ...}; {} for any other."""
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+        return {}
+    parts = {
+        part: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        for part, prefix in PUBLISHED.items()
+    }
+    return parts if all(parts.values()) else {}
+
+
+def read_encoder(path):
+    """(state dict of the full model, EncoderRecord or None) of a weights file, published or ours.
+
+    A published end-to-end checkpoint has a backbone and no heads. Nothing in the file is run.
+    Raises WeightsError.
+    """
     saved = load_safely(path)
-    state = saved.get("weights") if isinstance(saved, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
+    state = saved.get("weights")
+    if parts := published_parts(saved.get("model_state_dict")):
+        state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
-    return {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
+    state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
+    return state, record_of(saved, path)
+
+
+def tasks_in(state, record):
+    """The tasks of a file's heads, by its record or the names of TASKS; [] of a backbone alone."""
+    if record:
+        return [task.entry() for task in record.tasks]
+    return [t for t in TASKS if any(k.startswith(f"{t['name']}_head.") for k in state)]
 
 
 @cache
@@ -419,11 +509,23 @@ def weights_digest(weights):
 def load_panecho(weights="panecho", clip_len=16):
     """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
 
-    `weights` is a path, a URL, 'panecho' (the release) or 'random'. Raises WeightsError.
+    `weights` is a path (a run's folder of `embed/train.py`, too), a URL, 'panecho' (the release) or
+    'random'. Its heads are those that the file has. Raises WeightsError.
     """
-    model, digest = without_weights(clip_len=clip_len), weights_digest(weights)
-    state = random_weights() if weights == "random" else read_weights(find_weights(weights))
-    load_strictly(model, state, weights, "PanEcho")
+    digest = weights_digest(weights)
+    if weights == "random":
+        state, record, path = random_weights(), None, weights
+    else:
+        path = find_weights(weights)
+        state, record = read_encoder(path)
+    if record and not record.is_panecho:
+        raise WeightsError(
+            f"{path} is a {record.model_name} of {record.arch} for inputs by "
+            f"'{record.normalization}': extraction takes PanEcho's architecture alone "
+            "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
+        )
+    model = without_weights(tasks=tasks_in(state, record), clip_len=clip_len)
+    load_strictly(model, state, path, "PanEcho")
     return model.eval(), digest
 
 
@@ -440,7 +542,7 @@ def build(
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
         path = find_weights()
-        state = read_weights(path)
+        state, _ = read_encoder(path)
         heads = tuple(f"{t['name']}_head." for t in TASKS)
         kept = tuple(f"{t['name']}_head." for t in model.tasks)
         state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}
@@ -454,3 +556,25 @@ def normalise(planes, channel):
     """uint8 planes (..., H, W) of the colour channels `channel` (...) -> float32, normalised."""
     mean, std = (torch.tensor(v, device=planes.device)[channel] for v in (MEAN, STD))
     return planes.float().div_(255).sub_(mean[..., None, None]).div_(std[..., None, None])
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def main(argv=None):
+    """Readings of a folder of exams: what `echofocus.py predict` gives with the same encoder."""
+    parser = Parser(prog="embed/panecho.py", description=main.__doc__)
+    parser.add_argument("command", choices=["predict"], help="the readings, a row a study")
+    parser.add_argument("folder", help="a folder of study folders, or of one study's files")
+    parser.add_argument("--weights", default="panecho", help="as of embed/extract.py")
+    parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
+    typed, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    file = find_weights(typed.weights)
+    out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"
+    program = Path(__file__).resolve().parent.parent / "echofocus.py"
+    line = ["predict", "--model_name", file.resolve(), "--weights", file, "--videos", typed.folder]
+    sys.exit(subprocess.call([sys.executable, *map(str, [program, *line, "--out", out, *rest])]))
+
+
+if __name__ == "__main__":
+    run_main(main, "embed/panecho.py")

@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 
 from common.console import duration, listed, progress, some
+from common.files import derive_seed
 from common.world import pick_device
 from embed import EMBED_DIM, extract, panecho
-from embed.video import why_skipped
+from embed.cohorts import read_cohort
+from embed.video import small_frames, why_skipped
 
 # What any export holds beside cines.
 USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image")
@@ -89,6 +91,44 @@ def estimate_time(typed, sampling, encoder, usable, listener):
         f"extraction of {len(usable)} videos: about {duration(each * len(usable))} on {device} "
         "(rough: from one video decoded and a few images encoded)"
     )
+
+
+def preview_cohort(typed, listener):
+    """Tell a listener of a cohort that the encoder would be trained on (`check --cohort`).
+
+    typed: the options cohort, data_dir and tasks. Returns the bytes that its decoded videos take.
+    """
+    name = typed["cohort"]
+    folder = typed.get("data_dir") or f"data/{name}"
+    cohort = read_cohort(name, folder, typed.get("tasks", ()), listener)
+    names, paths = list(cohort.videos.index), list(cohort.videos["path"])
+    pairs = progress(zip(names, paths, strict=True), desc="videos", total=len(names), unit="video")
+    reasons = {name: why for name, path in pairs if (why := why_skipped(path))}
+    for fold, labels in cohort.labels.groupby(cohort.videos["split"]):
+        known = "; ".join(
+            f"{t} {y.count()} known, mean {y.mean():.3g}" if y.count() else f"{t} none"
+            for t, y in labels.items()
+        )
+        listener.ok(f"{fold}: {len(labels)} videos: {known[:400]}")
+    sample = sorted(set(paths) - {paths[names.index(n)] for n in reasons}, key=derive_seed)[:200]
+    size, began = 0, time.perf_counter()
+    calls = ((path, (small_frames, path, 224)) for path in sample)
+    for path, (reply, _) in extract.in_processes(calls, extract.decoders(0)):
+        if isinstance(reply, Exception):
+            reasons[names[paths.index(path)]] = str(reply)
+        else:
+            size += reply.nbytes
+    if reasons:
+        listener.warning(
+            f"{len(reasons)} videos cannot be used:{listed(reasons)}",
+            "export them again; training leaves them out",
+        )
+    if not size:
+        listener.error("no video of the cohort can be decoded", "see the reasons above")
+        return 0
+    each = (time.perf_counter() - began) / len(sample)
+    listener.ok(f"decoding {len(paths)} videos once: about {duration(each * len(paths))} (rough)")
+    return size * len(paths) // len(sample)
 
 
 def timed(function):

@@ -257,6 +257,14 @@ def read_clips(source, sampling):
     return copies
 
 
+def small_frames(source, size):
+    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR: of its own size, or `resized` if
+    that is smaller, which gives the same when it is resized again. Raises VideoError."""
+    full = round(size * RESIZE_OVER_CROP)
+    frames = iter_frames(source)
+    return np.stack([x if x.size < 3 * full**2 else resized(x, size) for x in frames])
+
+
 def random_transform(frames, size, rng):
     """The published training transforms, drawn once for all frames of a clip.
 

@@ -320,7 +320,7 @@ def test_help_is_in_groups(cli):
 
 
 def test_every_option_is_some_commands(cli):
-    commands = {*ef.COMMANDS, "extract"}
+    commands = {*ef.COMMANDS, "extract", "train_encoder"}
     for name, f in OPTIONS.items():
         assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
     defaults = extract.Settings()

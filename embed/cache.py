@@ -1,0 +1,159 @@
+"""Decoded videos on disk: each decoded once to small frames, clips of which are read at random.
+
+    fill: files -> decoder processes -> <folder>/<2 digits>/<key>.npy, uint8 (n, H, W, 3) BGR
+    clips: which frames of it, resized, transformed or cropped -> uint8 (C, L, S, S, 3)
+
+A file's key is a digest of its path, size and time, so that a changed video is decoded anew. Frames
+smaller than what is asked of them are kept as they are: fewer bytes, and resizing them when read
+gives the same pixels. Several processes may fill one folder.
+"""
+
+import hashlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.console import UserError, progress
+from common.files import atomic_path, clear_leftovers, stamp_of
+from embed.extract import decoders, in_processes
+from embed.video import (
+    NotNow,
+    VideoError,
+    central,
+    clip_starts,
+    first_frames,
+    random_transform,
+    resized,
+    seeded,
+    small_frames,
+)
+
+
+@dataclass(frozen=True)
+class ClipSampling:
+    """How training takes clips of a video."""
+
+    clip_len: int = 16  # frames
+    size: int = 224  # pixels, square
+    rate: int = 1  # every rate-th frame
+    augment: bool = False  # the published training transforms, drawn for each clip
+
+
+class FrameCache:
+    """The small frames of videos, below a folder, for images of `size` pixels."""
+
+    def __init__(self, folder, size=224):
+        self.folder, self.size = Path(folder), size
+
+    def place(self, path):
+        """Where a video's frames lie; UserError when the video is gone.
+
+        path: of its file, or a tuple of those of its single frames.
+        """
+        parts = [Path(part) for part in (path if isinstance(path, tuple) else (path,))]
+        stamps = [stamp_of(part) for part in parts]
+        if None in stamps:
+            gone = parts[stamps.index(None)]
+            raise UserError(f"{gone} is gone; put it back, or leave it out of the tables")
+        text = f"{[str(part.absolute()) for part in parts]}|{stamps}|{self.size}|1"
+        key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+        return self.folder / key[:2] / f"{key[2:]}.npy"
+
+    def fill(self, paths, workers=0, label="decode", quiet=False):
+        """Decode what is not there yet; path -> reason of the videos that cannot be used."""
+        reasons, wanted = {}, []
+        for path in paths:
+            place = self.place(path)
+            if place.with_suffix(".txt").is_file():
+                reasons[path] = place.with_suffix(".txt").read_text(encoding="utf-8")
+            elif not place.is_file():
+                wanted.append(path)
+        if self.folder.is_dir():
+            for part in self.folder.glob("??"):
+                clear_leftovers(part)
+        calls = ((path, (small_frames, path, self.size)) for path in wanted)
+        with progress(total=len(wanted), desc=label, unit="video", disable=quiet) as bar:
+            for path, (reply, _) in in_processes(calls, decoders(workers)):
+                bar.update()
+                if isinstance(reply, VideoError):
+                    reasons[path] = str(reply)
+                self.put(path, reply)
+        return reasons
+
+    def digest(self, named):
+        """SHA-256 of (name, path) pairs: of the names, and of paths, sizes and times."""
+        lines = [f"{name} {self.place(path).name}" for name, path in named]
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    def put(self, path, reply):
+        """Write a video's frames, or why there are none, if that will not pass."""
+        place = self.place(path)
+        if isinstance(reply, NotNow):
+            return
+        try:
+            if isinstance(reply, VideoError):
+                with atomic_path(place.with_suffix(".txt")) as temporary:
+                    temporary.write_text(str(reply), encoding="utf-8")
+            else:
+                with atomic_path(place) as temporary:
+                    np.save(temporary, reply)
+        except OSError as error:
+            raise UserError(
+                f"cannot write decoded frames to {self.folder}: {error.strerror}; make room, or "
+                "name another folder; the same command goes on from here"
+            ) from error
+
+    def frames(self, path):
+        """A video's small frames, uint8 (n, H, W, 3) BGR, mapped from the file. UserError."""
+        place = self.place(path)
+        if not place.is_file() and (reasons := self.fill([path], 1, quiet=True)):
+            raise UserError(f"{path}: {reasons[path]}")
+        try:
+            frames = np.load(place, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{place} is damaged; delete it, it is made anew") from error
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise UserError(f"{place} is damaged; delete it, it is made anew")
+        return frames
+
+    def clips(self, path, n_clips, sampling, seed, key):
+        """Random clips of a video, uint8 (n_clips, L, S, S, 3) BGR, drawn by `seed` and `key`."""
+        return clips_of(self.frames(path), n_clips, sampling, seed, key)
+
+
+def clips_of(frames, n_clips, sampling, seed, key):
+    """Random clips of small frames: see `FrameCache.clips`.
+
+    Starts are drawn alike over the video; a video that is too short repeats its last frame.
+    """
+    L, size, rate = sampling.clip_len, sampling.size, sampling.rate
+    starts = clip_starts(len(frames), n_clips, (L - 1) * rate + 1, seed, key, "independent")
+    numbers = first_frames(starts)[:, None] + rate * np.arange(L)
+    rng = seeded(seed, f"{key}#transform")
+    clips = np.empty((n_clips, L, size, size, 3), np.uint8)
+    for clip, wanted in zip(clips, np.minimum(numbers, len(frames) - 1), strict=True):
+        images = [resized(np.asarray(frames[i]), size) for i in wanted]
+        if sampling.augment:
+            clip[:] = random_transform(images, size, rng)
+        else:
+            clip[:] = [central(image, size) for image in images]
+    return clips
+
+
+def ahead(read, jobs, threads, most):
+    """Yield `read(job)` of each job in order, `most` of them read ahead by threads."""
+    waiting = deque()
+    with ThreadPoolExecutor(threads, "clips") as pool:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(read, job))
+                if len(waiting) > most:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,314 @@
+"""Videos with labels, as their publishers lay them out, for the encoder's training.
+
+    echonetdynamic     FileList.csv (FileName, EF, ESV, EDV, Split), Videos/<FileName>.avi
+    echonetpediatric   A4C/ and PSAX/, each Videos/ and FileList.csv (FileName
+                       <patient>-<accession>-<n>.avi, EF, Split 0 to 9)
+    hospital           train.csv, val.csv, test.csv: fname, video_dir, acc_num and a column a task;
+                       a column `patient` where several accessions are one patient's
+
+A run and `check` read them here; what is found is told to a listener (common/console.py).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.console import RUN, UserError, nearest, printable, some
+from common.options import FOLDS
+from common.tables import clean_ids, read_table, to_numbers
+from embed.panecho import TASKS
+from embed.record import read_tasks
+
+VIEWS = ("A4C", "PSAX")  # of EchoNet-Pediatric
+PEDIATRIC_FOLDS = 10
+ECHONET = {  # volumes and EF are the columns that FileList.csv has
+    "ESV": {"name": "ESV", "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"},
+    "EDV": {"name": "EDV", "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"},
+}
+
+
+@dataclass
+class VideoCohort:
+    """The videos of a cohort, a row each.
+
+    videos: index = the video's name in outputs; columns path, study, patient, split (train, val,
+    test, or the number of a fold). labels: same index, a column a task, NaN where missing; classes
+    are numbers from 0 in the order of `class_names`.
+    """
+
+    name: str
+    tasks: list[dict]
+    videos: pd.DataFrame
+    labels: pd.DataFrame
+
+    @property
+    def by_metric(self):
+        """Whether training is stopped by AUROC and R2; else by the validation loss."""
+        return self.name == "hospital"
+
+    def folds(self, k=0):
+        """train, val or test of each video; of numbered folds k tests, the next one validates."""
+        split = self.videos["split"]
+        if self.name != "echonetpediatric":
+            return split
+        numbers = split.astype(int)
+        val = (k + 1) % PEDIATRIC_FOLDS
+        named = np.where(numbers == k, "test", np.where(numbers == val, "val", "train"))
+        return pd.Series(named, self.videos.index)
+
+    def digest(self):
+        """SHA-256 of names, patients, folds and labels."""
+        table = self.videos.drop(columns="path").join(self.labels)
+        return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
+
+    def without(self, names):
+        """The cohort less some videos."""
+        kept = ~self.videos.index.isin(list(names))
+        return VideoCohort(self.name, self.tasks, self.videos[kept], self.labels[kept])
+
+
+def read_cohort(name, folder, tasks=(), listener=RUN):
+    """The VideoCohort in a folder. Raises UserError.
+
+    tasks: names of PanEcho's (EchoNet's volumes too), or one JSON file of one's own, see
+    `record.read_tasks`; none: EF for EchoNet, else every task that the tables have.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; --data_dir names the folder of the cohort")
+    read = {
+        "hospital": read_hospital,
+        "echonetdynamic": read_dynamic,
+        "echonetpediatric": read_pediatric,
+    }[name]
+    cells, file = read(folder, listener)
+    chosen = choose_tasks(name, list(tasks), cells, file)
+    labels = pd.DataFrame(
+        {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
+    )
+    videos = cells[["path", "study", "patient", "split"]]
+    refuse_twice(videos, file)
+    cohort = VideoCohort(
+        name, chosen, videos.set_axis(cells["name"]), labels.set_axis(cells["name"])
+    )
+    tell_overlaps(cohort, file, listener)
+    return with_labels_and_files(cohort, folder, listener)
+
+
+# ------------------------------------------------------------------------------------- the layouts
+
+
+def read_list(path, columns, listener, what="list of videos"):
+    """A table as text with at least these columns. UserError names those that are missing."""
+    cells = read_table(path, listener, what)
+    for column in columns:
+        if column not in cells:
+            raise UserError(
+                f"{path} has no column '{column}'{nearest(column, cells.columns)}; it has: "
+                f"{some(map(printable, cells.columns), 12)}"
+            )
+    blank = cells[list(columns)].isna().any(axis=1)
+    if blank.any():
+        listener.warning(
+            f"{path}: {blank.sum()} rows lack {' or '.join(columns)}: line "
+            f"{some(cells.index[blank])}",
+            "fill in; they are left out",
+        )
+    return cells[~blank].copy()
+
+
+def with_suffix(name):
+    """A video's file as EchoNet's lists name it, with or without .avi."""
+    return name if name.lower().endswith(".avi") else f"{name}.avi"
+
+
+def read_dynamic(folder, listener):
+    """EchoNet-Dynamic: each video is a study and a patient of its own, as nothing else is told."""
+    path = folder / "FileList.csv"
+    cells = read_list(path, ("FileName", "Split"), listener)
+    cells["name"] = cells["FileName"].map(with_suffix)
+    cells["path"] = [below(folder / "Videos", name, path) for name in cells["name"]]
+    cells["study"] = cells["patient"] = cells["name"].str.removesuffix(".avi")
+    cells["split"] = cells["Split"].str.lower()
+    refuse_odd_splits(cells, FOLDS, path)
+    return cells, path
+
+
+def read_pediatric(folder, listener):
+    """EchoNet-Pediatric: both views of an accession are a study."""
+    views = [view for view in VIEWS if (folder / view).is_dir()]
+    if not views:
+        raise UserError(
+            f"{folder} has neither A4C nor PSAX; it is not laid out as EchoNet-Pediatric"
+        )
+    if len(views) == 1:
+        listener.warning(f"{folder} has {views[0]} alone", "the other view is left out")
+    parts = []
+    for view in views:
+        path = folder / view / "FileList.csv"
+        cells = read_list(path, ("FileName", "Split"), listener)
+        names = cells["FileName"].map(with_suffix)
+        pieces = names.str.removesuffix(".avi").str.split("-")
+        odd = names[pieces.str.len() != 3]
+        if len(odd):
+            raise UserError(
+                f"{path}, line {odd.index[0]}: {printable(odd.iloc[0])[:60]} is not "
+                "<patient>-<accession>-<number>.avi"
+            )
+        cells["name"] = view + "/" + names
+        cells["path"] = [below(folder / view / "Videos", name, path) for name in names]
+        cells["patient"] = pieces.str[0]
+        cells["study"] = pieces.str[0] + "-" + pieces.str[1]
+        cells["split"] = cells["Split"].str.replace(r"\.0$", "", regex=True)
+        refuse_odd_splits(cells, [str(k) for k in range(PEDIATRIC_FOLDS)], path)
+        parts.append(cells)
+    return pd.concat(parts, ignore_index=True), folder / views[0] / "FileList.csv"
+
+
+def read_hospital(folder, listener):
+    """One CSV a split; paths start at the folder, or are absolute."""
+    parts = []
+    for split in FOLDS:
+        path = folder / f"{split}.csv"
+        if split == "test" and not path.is_file():
+            listener.warning(f"no {path}", "without it there are no results of a test")
+            continue
+        cells = read_list(path, ("fname", "video_dir", "acc_num"), listener)
+        cells["study"] = clean_ids(cells["acc_num"], path, listener)
+        own = "patient" in cells
+        cells["patient"] = clean_ids(cells["patient"], path, listener) if own else cells["study"]
+        cells["patient"] = cells["patient"].fillna(cells["study"])
+        files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")
+        cells["path"] = [
+            str(folder / d / f) for d, f in zip(cells["video_dir"], files, strict=True)
+        ]
+        cells["name"] = cells["study"] + "/" + files.map(lambda f: Path(f).name)
+        cells["split"] = split
+        parts.append(cells)
+    return pd.concat(parts, ignore_index=True), folder / "train.csv"
+
+
+def below(folder, name, table):
+    """The path of a file in a folder. UserError for a name that leads elsewhere."""
+    if Path(name).name != name or "\0" in name:
+        raise UserError(f"{table}: {printable(name)[:60]} is not a file's name")
+    return str(folder / name)
+
+
+def refuse_odd_splits(cells, allowed, path):
+    odd = cells[~cells["split"].isin(list(allowed))]
+    if len(odd):
+        raise UserError(
+            f"{path}, line {odd.index[0]}: the Split {printable(odd['split'].iloc[0])[:30]} is "
+            f"none of {', '.join(allowed)}"
+        )
+
+
+def refuse_twice(videos, file):
+    """UserError for a video that stands twice: its labels or folds might differ."""
+    twice = videos[videos["path"].duplicated()]
+    if len(twice):
+        raise UserError(
+            f"{file}: {len(twice)} videos stand twice, such as "
+            f"{printable(Path(twice['path'].iloc[0]).name)}; keep one row a video"
+        )
+
+
+# ------------------------------------------------------------------------------------------ labels
+
+
+def choose_tasks(name, wanted, cells, file):
+    """The entries (like those of TASKS) of the tasks to learn."""
+    if len(wanted) == 1 and wanted[0].endswith(".json"):
+        entries = read_tasks(wanted[0])
+        wanted = [t["name"] for t in entries]
+        known = {t["name"]: t for t in entries}
+    else:
+        known = {t["name"]: t for t in TASKS} | (ECHONET if name != "hospital" else {})
+    if not wanted:
+        wanted = [t for t in known if t in cells] if name == "hospital" else ["EF"]
+    for task in wanted:
+        if task not in known:
+            raise UserError(
+                f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, known)}; a "
+                "task of your own comes from a JSON file: name, type, classes, unit"
+            )
+        if task not in cells:
+            raise UserError(
+                f"{file} has no column '{task}'{nearest(task, cells.columns)}; add it, or leave "
+                "the task out"
+            )
+    if not wanted:
+        raise UserError(
+            f"{file} has no column of a task of PanEcho's; name those to learn with --tasks, or "
+            "your own in a JSON file"
+        )
+    return [dict(known[task]) for task in wanted]
+
+
+def values_of(column, task, cohort, file, listener):
+    """A task's cells (text) as float64, NaN where missing; in hospital tables -1 is missing too."""
+    name, classes = task["name"], task["class_names"]
+    cells = column.copy()
+    if classes:  # by name, or by number
+        names = {c.lower(): str(i) for i, c in enumerate(classes)}
+        cells = cells.map(lambda c: names.get(c.lower(), c), na_action="ignore")
+    values = to_numbers(cells.to_frame(name), file, listener)[name]
+    if cohort == "hospital":
+        values = values.mask(values == -1)
+        cells = cells.mask(cells.isin(["-1", "-1.0"]))
+    odd = values.isna() & cells.notna()
+    if classes:
+        odd |= values.notna() & ~values.isin(range(len(classes)))
+    if odd.any():
+        wanted = f"0 to {len(classes) - 1} or a class's name" if classes else "a number"
+        listener.warning(
+            f"{file}, {name}: {odd.sum()} values are not {wanted}: "
+            f"{some(printable(c)[:30] for c in column[odd])}",
+            "correct them; they count as missing",
+        )
+    return values.mask(odd)
+
+
+def tell_overlaps(cohort, file, listener):
+    """Patients, or studies, that stand in several folds; an error in tables of one's own."""
+    for what in ("study", "patient"):
+        split = cohort.videos.groupby(what)["split"].nunique()
+        both = split.index[split > 1]
+        if len(both):
+            tell = listener.error if cohort.by_metric else listener.warning
+            word = "studies" if what == "study" else "patients"
+            tell(
+                f"{file}: {len(both)} {word} stand in several folds: {some(map(printable, both))}",
+                "results on them would look better than they are: give each patient one fold",
+            )
+            return
+
+
+def with_labels_and_files(cohort, folder, listener):
+    """The cohort less videos without a label or a file, which are told."""
+    unlabelled = cohort.labels.isna().all(axis=1)
+    absent = pd.Series([not Path(p).is_file() for p in cohort.videos["path"]], unlabelled.index)
+    for where, text, remedy in (
+        (unlabelled, "have no label", "fill them in"),
+        (absent, "are not there", "put the files where the tables say"),
+    ):
+        names = some(printable(n) for n in where.index[where])
+        if where.all() and len(where):
+            listener.error(f"{folder}: all {len(where)} videos {text}: {names}", remedy)
+        elif where.any():
+            listener.warning(
+                f"{folder}: {where.sum()} videos {text}: {names}", f"{remedy}; they are left out"
+            )
+    cohort = cohort.without(cohort.labels.index[unlabelled | absent])
+    counts = cohort.videos["split"].value_counts().sort_index()
+    listener.note(
+        f"{cohort.name}: {len(cohort.videos)} videos of {cohort.videos['study'].nunique()} "
+        f"studies, {cohort.videos['patient'].nunique()} patients ("
+        + ", ".join(f"{split} {n}" for split, n in counts.items())
+        + f"); {len(cohort.tasks)} tasks"
+    )
+    return cohort
