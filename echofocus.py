@@ -93,6 +93,7 @@ from common.options import (
     MOST_LAYERS,
     OPTIONS,
     RECORDED,
+    THROUGH,
     Settings,
     add_options,
     checked_options,
@@ -123,7 +124,9 @@ from common.splits import (
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
-from embed.preview import preview_extraction
+from embed.end_to_end import ENCODER_FILE, EndToEnd, open_videos
+from embed.panecho import published_parts
+from embed.preview import preview_cohort, preview_extraction
 from embed.store import (
     PackedEmbeddings,
     StudyClips,
@@ -223,7 +226,7 @@ class Batch:
     """Some studies' clips, one after the other: no padding. Empty where none can be read."""
 
     eids: list[str]
-    tokens: torch.Tensor  # (N, D) float32
+    tokens: torch.Tensor  # (N, D) float32; for an EndToEnd uint8 images (N, L, S, S, 3)
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
     ends_step: bool
@@ -281,7 +284,8 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, 
             return error
         if look:
             look(eid, study)
-        tokens = study.embeddings.reshape(-1, D)  # (V * C, D)
+        tokens = study.embeddings  # (V, C, D), or of images (V, C, L, S, S, 3)
+        tokens = tokens.reshape(-1, *tokens.shape[2:])
         if rng is not None and settings.clip_dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
@@ -308,7 +312,9 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, 
 def collate(studies, ends_step, pin=False):
     """A Batch of studies, a dict of id to (tokens, number of videos)."""
     tokens = [tokens for tokens, _ in studies.values()]
-    joined = torch.empty(sum(map(len, tokens)), D, pin_memory=pin)
+    each = tokens[0].shape[1:] if tokens else (D,)
+    kind = torch.uint8 if len(each) > 1 else torch.float32  # images, or embeddings
+    joined = torch.empty(sum(map(len, tokens)), *each, dtype=kind, pin_memory=pin)
     if tokens:
         np.concatenate(tokens, out=joined.numpy())
     n_videos = [n for _, n in studies.values()]
@@ -470,6 +476,7 @@ class LoadedModel:
     record: Record  # of a published checkpoint: what is known of its input
     units: dict
     seen: list | None = None  # of Seen: own, then ancestors'; None: its file does not say
+    encoder_file: Path | None = None  # that it was trained with, where it is in its folder
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is known
     novelty: Novelty | None = None  # how unlike the training fold a study is, where it is known
 
@@ -503,6 +510,9 @@ def readable(logits, labels, scaling):
 def read_checkpoint(path):
     """The dict in a checkpoint file, read without running anything in it. Raises UserError."""
     saved = checkpoints.load_safely(path)
+    if isinstance(saved, dict) and (parts := published_parts(saved.get("model_state_dict"))):
+        saved["model_state_dict"] = parts["study"]  # published, trained through the encoder
+        saved["end_to_end"] = True
     if not isinstance(saved, dict) or not isinstance(saved.get("model_state_dict"), dict):
         hint = "; it is an encoder: give it as --weights" if is_encoder(saved) else ""
         raise UserError(f"{path} is not a checkpoint: it has no model_state_dict{hint}")
@@ -596,8 +606,8 @@ def scaling_from(saved, labels, path):
 def load_model(folder, config, task="", which="best", device="cpu"):
     """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
     path = folder / f"{which}_checkpoint.pt"
-    if not path.is_file() and (folder / "panecho.pt").is_file():
-        return load_readings(folder, device)
+    if not path.is_file() and (file := panecho.encoder_in(folder)):
+        return load_readings(file, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
     record = read_record(saved, path)
@@ -610,10 +620,16 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     if kind != ("regression" if scaling else "binary"):
         raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
     net.to(device).eval().requires_grad_(False)
-    record = record or Record(input=Input(size=224, clip_len=16))  # as published models were
+    encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
+    encoder_file = encoder_file if encoder_file.is_file() else None
+    if not record:
+        digest = sha256_file(path) if encoder_file == path else None
+        record = Record(input=Input(size=224, clip_len=16, weights_sha256=digest))  # as published
+        record.encoder_sha256 = digest or ""
     return LoadedModel(
         folder, net, task, list(labels), kind, scaling, record, units,
-        seen_from(saved, folder), clip_mean_from(saved, path), novelty_from(saved, path),
+        seen_from(saved, folder), encoder_file, clip_mean_from(saved, path),
+        novelty_from(saved, path),
     )  # fmt: skip
 
 
@@ -641,13 +657,16 @@ def pooling_of(record):
     return record.settings.tf_combine if record else "avg"
 
 
-def load_readings(folder, device):
-    """PanEcho's heads, from the folder that holds panecho.pt."""
-    releases.check_source(folder / "panecho.pt")
-    encoder, digest = panecho.load_panecho(folder / "panecho.pt")
+def load_readings(file, device):
+    """The heads of an encoder file: panecho.pt, or one that embed/train.py wrote."""
+    encoder, digest = panecho.load_panecho(file)
+    if not encoder.tasks:
+        raise UserError(f"{file} is an encoder without a head: it gives embeddings, no readings")
     net = Readings(encoder).to(device).eval().requires_grad_(False)
-    record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest))
-    return LoadedModel(folder, net, "panecho", net.columns, "readings", None, record, {})
+    own = panecho.read_encoder(file)[1]
+    size = {"size": own.size, "clip_len": own.clip_len} if own else {}
+    record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest, **size))
+    return LoadedModel(file.parent, net, "panecho", net.columns, "readings", None, record, {})
 
 
 def model_folder(name, run_id=""):
@@ -667,8 +686,9 @@ def find_model_folder(name, run_id="", task="", config=None):
         folder = Path(name).parent
         return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
     if name:
-        folder = model_folder(name, run_id)
-        if not any((folder / file).is_file() for file in ("best_checkpoint.pt", "panecho.pt")):
+        file = name.endswith(".pt") and panecho.encoder_in(name)
+        folder = file or model_folder(name, run_id)
+        if not ((folder / "best_checkpoint.pt").is_file() or panecho.encoder_in(folder)):
             known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
             raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
         return folder
@@ -786,7 +806,7 @@ def find_model_file(name):
     """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
     if name.endswith(".pt") and Path(name).is_file():
         return Path(name)
-    if name and (path := model_folder(name) / "panecho.pt").is_file():
+    if name and (path := panecho.encoder_in(model_folder(name))):
         return path
     return find_model_folder(name) / "best_checkpoint.pt"
 
@@ -915,7 +935,7 @@ def side_by_side(batches, compute, device):
 def run_batch(net, batch, settings, targets, task_type, seed):
     """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
 
-    seed: of the dropout, in training, which alone has gradients: a list as net.parameters().
+    seed: of the dropout, in training, which alone has gradients: a list as trained(net).
     Embeddings are (S, 0) where there are targets.
     """
     if not batch.eids:
@@ -923,7 +943,9 @@ def run_batch(net, batch, settings, targets, task_type, seed):
     device, training = next(net.parameters()).device, seed is not None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
     with torch.set_grad_enabled(training), autocast, seeded(seed, batch.eids[0], device) as rng:
-        tokens = batch.tokens.to(device, non_blocking=True).float()
+        tokens = batch.tokens
+        if tokens.is_floating_point():  # images go to the device a group of clips at a time
+            tokens = tokens.to(device, non_blocking=True).float()
         logits, embeddings = net(tokens, batch.lengths, rng)
         logits, losses = logits.float(), torch.zeros(0)
         if targets is not None:
@@ -932,7 +954,7 @@ def run_batch(net, batch, settings, targets, task_type, seed):
             embeddings = embeddings[:, :0]
     gradients = None
     if training:
-        gradients = torch.autograd.grad(losses.sum(), list(net.parameters()))
+        gradients = torch.autograd.grad(losses.sum(), trained(net))
     return logits.detach(), embeddings.detach().float(), losses.detach(), gradients
 
 
@@ -952,6 +974,11 @@ def seeded(seed, eid, device):
             yield None
 
 
+def trained(net):
+    """The parameters that are not frozen."""
+    return [p for p in net.parameters() if p.requires_grad]
+
+
 def add(total, gradients):
     """Sum of two lists of tensors, either of which may be None; in place of the first."""
     if total is None or gradients is None:
@@ -966,7 +993,7 @@ def update(net, optimizer, gradients, losses, world):
     gradients: their sum over this process's studies, None if it had none. Returns the number of
     all studies and their mean loss.
     """
-    gradients = gradients or [torch.zeros_like(p) for p in net.parameters()]
+    gradients = gradients or [torch.zeros_like(p) for p in trained(net)]
     about = torch.tensor([len(losses), losses.sum(dtype=np.float64)], device=gradients[0].device)
     about = about.to(gradients[0].dtype)
     if world.size > 1:
@@ -975,7 +1002,7 @@ def update(net, optimizer, gradients, losses, world):
         gradients = [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
     n, loss = about.tolist()
     if n:
-        for p, gradient in zip(net.parameters(), gradients, strict=True):
+        for p, gradient in zip(trained(net), gradients, strict=True):
             p.grad = gradient.div_(n)
         optimizer.step()
     optimizer.zero_grad()
@@ -1038,7 +1065,11 @@ def train_model(typed, world):
     """What each process of `train` does."""
     config = read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
-    settings = resolve_settings("train", typed, config)
+    own = {k: v for k, v in typed.items() if k != "videos"}  # which name no dataset here
+    settings = resolve_settings("train", own, config)
+    settings.videos = typed.get("videos", "")
+    if settings.end_to_end and not settings.batch_size:
+        settings.batch_size = 1  # a study's images are large
     check_settings(settings)
     begun_from = None
     if settings.init_from:
@@ -1050,7 +1081,11 @@ def train_model(typed, world):
         adopt_architecture(settings, begun_from.net, typed)
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
-    store = store_of(config, settings)
+    if settings.end_to_end:
+        store = open_videos(settings, config.datasets[settings.dataset], list(table.index), world)
+    else:
+        refuse_through(typed)
+        store = store_of(config, settings)
     table = table.rename(index=stored_names(table.index, store))
     whole, limit = table, settings.sample_limit
     table = match_studies(table, store, task, limit, settings.first_study_only)
@@ -1078,6 +1113,36 @@ def train_model(typed, world):
     for unreadable in world.gather(run.unreadable):
         run.unreadable |= unreadable
     report_unreadable(run.unreadable)
+    if settings.end_to_end:
+        validate_extracted(run, config)
+
+
+def refuse_through(typed):
+    """UserError for an option that has no effect without --end_to_end."""
+    for name in typed:
+        if OPTIONS[name].json_schema_extra["group"] in (THROUGH, EXTRACTION) or name == "videos":
+            raise UserError(f"train takes --{name} with --end_to_end alone")
+
+
+def validate_extracted(run, config):
+    """The validation of a model that was trained through its encoder, on the published number of
+    clips: extracted into the model's folder, as every later command extracts."""
+    best = load_model(
+        run.folder, config, run.settings.task, device=pick_device(run.settings.device)
+    )
+    how = vars(run.settings) | {"weights": str(best.encoder_file)}
+    studies = [run.store.files[eid] for eid in run.cohort.eids["val"]]
+    folder = run.folder / "clip_embeddings"
+    extract.extract(studies, folder, extract.settings_from(how))
+    run.world.gather(None)
+    store = open_store(folder)
+    eids = [eid for eid in run.cohort.eids["val"] if eid in store.files]
+    data = {"targets": run.cohort.targets, "task_type": run.task.type}
+    val = run_studies(best.net, store, eids, run.settings, **data)
+    truth = run.cohort.table.loc[val.eids, run.cohort.labels].to_numpy()
+    metric = run.validation_metric(truth, best.readable(val.logits))
+    print(f"validation on {len(val)} studies of {run.settings.n_clips} clips a video, extracted: "
+          f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
 
 
 def adopt_architecture(settings, net, typed):
@@ -1141,6 +1206,10 @@ def start_from(net, labels, begun_from):
     print(f"starting from {begun_from.folder.name}: {len(both)} heads kept, {len(fresh)} fresh")
 
 
+THROUGH_FIXED = ("init_from", "end_to_end", "num_clips", "freeze", "ping_pong", "size", "clip_len")
+THROUGH_FIXED += ("encoder_learning_rate", "head_learning_rate", "sampling_seed")
+
+
 @dataclass
 class Position:
     """How far an epoch is, as a checkpoint within it holds."""
@@ -1160,19 +1229,26 @@ class Training:
     def __init__(self, folder, settings, cohort, store, begun_from=None, world=None):
         self.folder, self.settings, self.store = folder, settings, store
         self.cohort, self.task, self.world = cohort, cohort.task, world or World()
-        self.net = fresh_network(settings, cohort.labels, begun_from)
+        self.study = fresh_network(settings, cohort.labels, begun_from)
+        if settings.end_to_end:
+            self.net = EndToEnd.of(settings, self.study)
+            groups = self.net.groups(settings)
+        else:
+            self.net = self.study
+            groups = [{"params": self.net.parameters(), "lr": settings.learning_rate}]
         self.net.to(pick_device(settings.device))
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=settings.learning_rate, weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, patience=3, factor=0.5
         )
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
         self.thresholds = {}  # label -> probability, at the best epoch
-        patients = cohort.table["pid"].loc[cohort.eids["train"]]
-        self.about = TrainingInput.of(store, dict(patients))
+        if settings.end_to_end:
+            self.about = TrainingInput(Input(**self.net.input()), None, None)
+        else:
+            patients = cohort.table["pid"].loc[cohort.eids["train"]]
+            self.about = TrainingInput.of(store, dict(patients))
         self.input = self.about.input
         self.seen = [cohort.seen(), *((begun_from.seen or []) if begun_from else [])]
         self.unreadable = {}
@@ -1240,7 +1316,7 @@ class Training:
             "labels_sha256": self.cohort.digest,
             "embeddings_sha256": self.store.digest(self.cohort.table.index),
             "encoder_sha256": self.input.weights_sha256 or "",
-            "device": str(self.net.ff.weight.device),
+            "device": str(self.study.ff.weight.device),
             "processes": self.world.size,
             "versions": {"echofocus": __version__, "torch": torch.__version__}
             | {"numpy": np.__version__, "python": platform.python_version()},
@@ -1258,7 +1334,8 @@ class Training:
             self.restore(saved)
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path} is damaged, no run can go on from it; delete it") from error
-        if before.settings.learning_rate != self.settings.learning_rate:
+        changed = before.settings.learning_rate != self.settings.learning_rate
+        if changed and not self.settings.end_to_end:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate
         self.thresholds = before.thresholds
@@ -1267,13 +1344,19 @@ class Training:
 
     def restore(self, saved):
         """Take over a checkpoint's state, all of which is of the kind and shape of this run's."""
-        weights, like = saved["model_state_dict"], dict(self.net.state_dict())
-        checkpoints.check_like(weights, like)
-        moments, rate = saved["optimizer_state_dict"], self.optimizer.param_groups[0]["lr"]
-        step, parameters = torch.zeros(()), enumerate(self.net.parameters())
-        own = {i: {"step": step, "exp_avg": p, "exp_avg_sq": p} for i, p in parameters}
-        checkpoints.check_like(moments["state"], own if moments["state"] else {})
-        checkpoints.check_like(moments["param_groups"][0]["lr"], rate)
+        parts = {"model_state_dict": self.study}
+        if self.settings.end_to_end:
+            parts["encoder_state_dict"] = self.net.encoder
+        for name, part in parts.items():
+            checkpoints.check_like(saved[name], dict(part.state_dict()))
+        moments, groups = saved["optimizer_state_dict"], self.optimizer.state_dict()["param_groups"]
+        parameters = enumerate(p for g in self.optimizer.param_groups for p in g["params"])
+        moved, step = moments["state"], torch.zeros(())  # what is frozen has no moments
+        like = {i: {"step": step, "exp_avg": p, "exp_avg_sq": p} for i, p in parameters}
+        checkpoints.check_like(moved, {i: like[i] for i in moved})
+        for group, given in zip(groups, moments["param_groups"], strict=True):
+            checkpoints.check_like(given["lr"], group["lr"])
+            group["lr"] = given["lr"]
         plan, given = self.scheduler.state_dict(), saved["scheduler_state_dict"]
         known = {k: given[k] for k in plan if k in given and plan[k] is not None}
         checkpoints.check_like(known, {k: plan[k] for k in known})
@@ -1284,10 +1367,9 @@ class Training:
             raise ValueError("epochs are missing")
         if not 0 <= self.position.n <= self.position.studies <= len(self.cohort.eids["train"]):
             raise ValueError("a position beyond the studies")
-        self.net.load_state_dict(weights)
-        groups = self.optimizer.state_dict()["param_groups"]
-        groups[0]["lr"] = moments["param_groups"][0]["lr"]
-        self.optimizer.load_state_dict({"state": moments["state"], "param_groups": groups})
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.optimizer.load_state_dict({"state": moved, "param_groups": groups})
         self.scheduler.load_state_dict(plan | known)
 
     def refuse_changes(self, before):
@@ -1300,7 +1382,7 @@ class Training:
         for name, (was, value) in pairs.items():
             if was == value:
                 continue
-            if name in (*fixed, "task", "dataset", "labels", "type", "fold", "init_from"):
+            if name in (*fixed, *THROUGH_FIXED, "task", "dataset", "labels", "type", "fold"):
                 raise UserError(
                     f"{self.folder} was trained with {name} = {was}, not {value}; use another "
                     "--model_name or --run_id"
@@ -1314,7 +1396,11 @@ class Training:
         written, folds = read_split(self.folder), self.cohort.folds
         if written is not None:
             written = written[written["fold"] != "seen"]  # an older version's lines of an ancestor
-        if written is None or not written["fold"].sort_index().equals(folds.sort_index()):
+        both = [
+            x.astype(str).sort_index()
+            for x in (folds, *(() if written is None else [written["fold"]]))
+        ]
+        if len(both) < 2 or not both[1].equals(both[0]):
             raise UserError(
                 f"the studies or patients have changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
@@ -1358,6 +1444,8 @@ class Training:
         since: when the epoch would have begun, had it not been interrupted (seconds).
         """
         done, saved = self.position, time.time()
+        if self.settings.end_to_end:
+            self.net.begin_epoch(number)
         rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
         eids = self.cohort.eids["train"]
         order = [eids[i] for i in rng.permutation(len(eids))]
@@ -1414,8 +1502,13 @@ class Training:
         """Write <name>_checkpoint.pt; the first process does it for all."""
         if self.world.rank:
             return
+        more = {}
+        if self.settings.end_to_end and name == "last":
+            more = {"encoder_state_dict": self.net.encoder.state_dict()}
+        elif self.settings.end_to_end:
+            self.input = Input(**self.net.write(self.folder))
         state = {
-            "model_state_dict": self.net.state_dict(),
+            "model_state_dict": self.study.state_dict(),
             "perf_log": self.history,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict(),
@@ -1428,7 +1521,7 @@ class Training:
             "clip_mean": self.about.clip_mean,
             "novelty": self.about.novelty and self.about.novelty.to_save(),
             "echofocus": self.record().to_save(),
-        }
+        } | more
         checkpoints.save(state, self.folder / f"{name}_checkpoint.pt")
 
     def save(self):
@@ -2312,6 +2405,11 @@ def cmd_check(typed):
     levels, videos = Counter(), typed.get("videos")
     section = partial(check_section, levels)
     config = model = settings = None
+    if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
+        with section("cohort", "mend the tables, or name the folder with --data_dir") as listener:
+            size = preview_cohort(typed, listener)
+            check_room("decoded videos", Path(), size, listener.error, listener)
+        return end_check(levels)
     with section("config", "mend the config; config-example.json shows one") as listener:
         config = read_config(typed.get("config"), needed=not videos)
         names = some(config.tasks, 9), some(config.datasets, 9)
@@ -2332,6 +2430,11 @@ def cmd_check(typed):
             check_room("clip embeddings of --videos", MODELS, size, listener.error, listener)
         else:
             listener.ok("none looked at; --videos names a folder")
+    end_check(levels)
+
+
+def end_check(levels):
+    """The last line of `check`; UserError where a run would fail. levels: see `check_section`."""
     print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")

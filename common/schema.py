@@ -360,6 +360,8 @@ def resolve_settings(command, typed, config, model=None):
     if model and (typed.get("videos") or command == "extract" or (entry and entry.is_of_videos)):
         trained = input_options(model.record.input).items()
         trained = {n: v for n, v in trained if v != OPTIONS[n].default}
+        if model.encoder_file:
+            trained["weights"] = str(model.encoder_file)
         layers.append((f"as {model.folder.name} was trained", trained))
     layers += [
         (f"the published {task} recipe", RECIPES.get(task, {})),

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common import __version__, releases
-from common.checkpoints import load_safely, load_strictly
+from common.checkpoints import load_safely, load_strictly, save
 from common.console import Parser, UserError, listed, progress, run_main
 from common.files import atomic_path, clear_leftovers, derive_seed, sha256_file, write_table
 from common.options import (
@@ -539,9 +539,9 @@ class Run:
     def predictions(self, raw):
         """Predictions from raw outputs, a row a video."""
         targets = self.cohort.labels.loc[raw.index, [t["name"] for t in self.tasks]].to_numpy()
-        outputs = split_outputs(self.tasks, torch.from_numpy(raw.to_numpy()))
+        outputs = split_outputs(self.tasks, torch.tensor(raw.to_numpy()))
         divisors = self.loss.divisors(targets)
-        sums = self.loss.sums(outputs, torch.from_numpy(targets).float())
+        sums = self.loss.sums(outputs, torch.tensor(targets).float())
         losses = {
             f"{t['name']}_loss": float(total) / float(n) if n else math.nan
             for t, total, n in zip(self.tasks, sums, divisors, strict=True)
@@ -571,8 +571,7 @@ class Run:
             "scaler": self.scaler.state_dict(), "history": self.history, "scores": self.scores,
             "position": asdict(self.position), "encoder": self.record().to_save(),
         }  # fmt: skip
-        with atomic_path(self.folder / "last_checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        save(state, self.folder / "last_checkpoint.pt")
 
     def save(self):
         """The best weights (first: last says that the epoch is done), last checkpoint, history."""
@@ -583,9 +582,7 @@ class Run:
     def write(self):
         if self.best_epoch == self.epoch:
             path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
-            with atomic_path(path) as temporary:
-                weights, record = self.net.state_dict(), self.record().to_save()
-                torch.save({"weights": weights, "encoder": record}, temporary)
+            save({"weights": self.net.state_dict(), "encoder": self.record().to_save()}, path)
             for old in self.folder.glob("chkpt_epoch-*.pt"):
                 if old != path:
                     old.unlink()

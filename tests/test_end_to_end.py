@@ -1,0 +1,234 @@
+"""Training through the encoder: exact gradients, bounded memory, files; by the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import echofocus as ef
+from common.files import sha256_file
+from embed import end_to_end, panecho
+from embed.end_to_end import EndToEnd
+from embed.phantom import write_video
+
+NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    """PanEcho with a ConvNeXt of four blocks and one layer over frames; 'random' is drawn anew."""
+    monkeypatch.setattr(panecho, "CONVNEXT_TINY", NARROW)
+    monkeypatch.setattr(end_to_end, "CONVNEXT_TINY", NARROW)
+    monkeypatch.setattr(panecho.FrameTransformer.__init__, "__defaults__", (16, None, 1, 8, 0.0))
+    select = panecho.select_tasks
+    monkeypatch.setattr(panecho, "select_tasks", lambda t: select("EF" if t == "all" else t))
+    panecho.random_digest.cache_clear()
+    yield
+    panecho.random_digest.cache_clear()
+
+
+def network(**options):
+    torch.manual_seed(0)
+    full, _ = panecho.load_panecho("random", 4)
+    return EndToEnd(full, ef.StudyModel(2, depth=1), **options)
+
+
+def images(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, 256, (n, 4, 32, 32, 3), dtype=np.uint8))
+
+
+def gradients(net, clips, lengths, plain=False):
+    """Of the sum of squares of the logits, with the same draws; plain: all clips at once."""
+    net.train()
+    rng = np.random.default_rng(5)
+    if plain:
+        seed = int(rng.integers(2**62))
+        logits, _ = net.study(net.encode_group(clips, 0, seed), lengths, rng)
+    else:
+        logits, _ = net(clips, lengths, rng)
+    return torch.autograd.grad(logits.pow(2).sum(), ef.trained(net))
+
+
+@pytest.mark.parametrize("freeze", ["", "stages:2", "aggregator"])
+def test_gradients_are_exact(freeze):
+    """Equal to those of one plain pass over all clips, stochastic depth and dropout included."""
+    clips, lengths = images(7), [3, 4]
+    plain = gradients(network(freeze=freeze), clips, lengths, plain=True)
+    for at_once in (1, 3, 7):
+        found = gradients(network(clips_at_once=at_once, freeze=freeze), clips, lengths)
+        for a, b in zip(plain, found, strict=True):
+            assert float((a - b).abs().max()) <= 1e-5 * max(1e-3, float(a.abs().max()))
+    assert max(float(g.abs().max()) for g in found) > 0
+
+
+def test_what_is_frozen():
+    """Frozen parts have no gradient and stay in evaluation mode; positions are never trained."""
+    whole = network()
+    names = {k for k, p in whole.named_parameters() if p.requires_grad}
+    assert not any("positions" in k for k in names)
+    stages = network(freeze="stages:2")
+    fixed = {k for k, p in stages.named_parameters() if not p.requires_grad}
+    assert fixed == {k for k in names if k.startswith(tuple(
+        f"encoder.encoder.model.features.{i}." for i in range(4)))}  # fmt: skip
+    frozen = network(freeze="encoder").train()
+    assert not frozen.encoder.training and frozen.study.training
+    assert all(k.startswith("study.") for k, p in frozen.named_parameters() if p.requires_grad)
+    clips = images(2)
+    with torch.no_grad():
+        a, b = (frozen.encode(clips, np.random.default_rng(i)) for i in range(2))
+    assert torch.equal(a, b)
+    turns = network(ping_pong=True)
+    for number, part in ((1, "study."), (2, "encoder."), (3, "study.")):
+        turns.begin_epoch(number)
+        assert all(k.startswith(part) for k, p in turns.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="stages:1"):
+        network(freeze="stages:9")
+
+
+PEAK = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+import test_end_to_end as t
+from embed import end_to_end, panecho
+panecho.CONVNEXT_TINY = end_to_end.CONVNEXT_TINY = t.NARROW
+panecho.FrameTransformer.__init__.__defaults__ = (16, None, 1, 8, 0.0)
+net, n = t.network(clips_at_once=2), int(sys.argv[1])
+t.gradients(net, t.images(n).repeat(1, 1, 2, 2, 1), [n])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_is_bounded(tmp_path):
+    """From 5 to 50 clips of a study the peak grows by little more than the images themselves."""
+    (tmp_path / "peak.py").write_text(PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT)))
+
+    def peak(n):
+        line = [sys.executable, str(tmp_path / "peak.py"), str(n)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout) * 1024
+
+    assert peak(50) - peak(5) < 20e6
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """12 studies of 2 short videos: `bright` is how bright a moving square is."""
+    monkeypatch.chdir(tmp_path)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(12):
+        bright = i % 2
+        rows.append({"pid": f"P{i}", "eid": f"e{i}", "bright": bright})
+        rows[-1]["fold"] = ("train", "train", "train", "train", "val", "test")[i // 2]
+        for k in range(2):
+            frames = rng.integers(0, 30, (8, 40, 40, 3), dtype=np.uint8)
+            for t in range(8):
+                frames[t, 10 + t : 22 + t, 8 + k : 20 + k] += np.uint8(40 + 120 * bright)
+            write_video(tmp_path / "vids" / f"e{i}_trim" / f"v{k}.avi", frames)
+    (tmp_path / "vids" / "e0_trim" / "v1.avi").write_bytes(b"damaged")
+    pd.DataFrame(rows).to_csv("labels.csv", index=False)
+    task = {"task_labels": ["bright"], "label_path": "labels.csv", "split_column": "fold"}
+    data = {"embedding_path": "emb", "video_base_path": "vids"}
+    config = {"task": {"t": task}, "dataset": {"d": data}}
+    Path("config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+LINE = "train --end_to_end --weights random --size 32 --clip_len 4 --num_clips 1 --clips_at_once 3 "
+LINE += "--encoder_learning_rate 1e-4 --head_learning_rate 1e-3 --batch_number 4 --clip_dropout 0 "
+LINE += "--device cpu --workers 1"
+
+
+def test_a_model_and_its_encoder(site, cli):
+    """Killed and restarted to the bit; a model folder with encoder.pt, which predict takes."""
+    line = [*LINE.split(), "--checkpoint_minutes", "0"]
+    status, out, err = cli(*line, "--epoch_lim", "2")
+    assert status == 0, err
+    assert "extracted: loss" in out
+    folder = Path("trained_models/t")
+    whole = ef.read_checkpoint(folder / "last_checkpoint.pt")
+    assert whole["echofocus"]["settings"]["end_to_end"] is True
+    assert "weights" not in whole["echofocus"]["settings"]
+    best = ef.read_checkpoint(folder / "best_checkpoint.pt")
+    assert best["echofocus"]["encoder_sha256"] == sha256_file(folder / "encoder.pt")
+    before = panecho.load_panecho("random", 4)[0].state_dict()
+    after = panecho.read_encoder(folder / "encoder.pt")[0]
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    assert changed and not any("_head" in k for k in changed)
+
+    update, calls = ef.update, []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return update(*args)
+
+    ef.update = dies
+    try:
+        assert cli(*line, "--epoch_lim", "2", "--run_id", "again")[0] == 130
+    finally:
+        ef.update = update
+    status, out, err = cli(*line, "--epoch_lim", "2", "--run_id", "again")
+    assert status == 0 and "resuming" in out, err
+    again = ef.read_checkpoint(Path("trained_models/t_again/last_checkpoint.pt"))
+    for part in ("model_state_dict", "encoder_state_dict"):
+        for name, tensor in whole[part].items():
+            assert torch.equal(tensor, again[part][name]), name
+
+    status, out, err = cli("predict", "--model_name", "t", "--videos", "vids", "--out", "p.csv")
+    assert status == 0 and "WARNING" not in out.replace("RANDOM", ""), out + err
+    assert len(pd.read_csv("p.csv")) == 12
+
+
+def test_published_form(site, cli):
+    """Exported with the published names, and read back as a model and as an encoder."""
+    assert cli(*LINE.split(), "--epoch_lim", "1")[0] == 0
+    Path("trained_models/pub").mkdir()
+    end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
+    saved = torch.load("trained_models/pub/best_checkpoint.pt", weights_only=True)
+    names = set(saved["model_state_dict"])
+    assert {"transformer.ff.weight", "panecho.model.encoder.model.features.0.0.weight"} <= names
+    del saved["echofocus"]  # a stranger's
+    saved["model_state_dict"]["panecho.model.time_encoder.pe"] = torch.zeros(1, 16, 768)
+    torch.save(saved, "trained_models/pub/best_checkpoint.pt")
+    tables = []
+    for name in ("t", "pub"):
+        more = ["--size", "32", "--clip_len", "4", "--out", f"{name}.csv"]
+        status, out, err = cli("predict", "--model_name", name, "--task", "t", "--videos", "vids",
+                               *more)  # fmt: skip
+        assert status == 0, out + err
+        tables.append(pd.read_csv(f"{name}.csv")["bright"])
+    assert np.allclose(*tables, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("train --freeze encoder", "--end_to_end"),
+        ("train --weights random", "--end_to_end"),
+        ("train --end_to_end --freeze all", "stages:1"),
+        ("train --end_to_end --weights nowhere.pt", "no weights file nowhere.pt"),
+        ("train --end_to_end --weights random --videos nowhere", "nowhere"),
+    ],
+)
+def test_one_clear_line(site, cli, line, wrong):
+    status, _, err = cli(*line.split())
+    assert status in (1, 2) and wrong in err and "Traceback" not in err
+
+
+def test_learns_through_the_encoder(site, cli):
+    """With the study-level model frozen, the loss falls all the same."""
+    line = [*LINE.split(), "--epoch_lim", "8", "--freeze", "aggregator", "--batch_number", "8"]
+    status, _, err = cli(*line)
+    assert status == 0, err
+    losses = pd.read_csv("trained_models/t/train_losses.csv")["train_loss"]
+    assert losses.iloc[-3:].mean() < 0.9 * losses.iloc[0]

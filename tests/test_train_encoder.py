@@ -1,0 +1,546 @@
+"""embed/train.py on phantoms in the three published layouts, by its command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from sklearn.metrics import log_loss
+from sklearn.utils.class_weight import compute_class_weight
+
+from common.console import UserError
+from embed import backbones, cache, cohorts, extract, panecho, train, video
+from embed.losses import MultiTaskLoss, class_weights, fill_means
+from embed.phantom import phantom_cine, write_video
+from report import encoder
+
+FRAME = "--model_name frame_transformer --fc_dropout 0.25 --augment --reduce_lr 3 --amp"
+TINY_CONVNEXT = "--arch convnext_tiny --normalization imagenet"
+FINE_TUNING = {
+    "PanEcho": f"--model_dir_path panecho {FRAME} {TINY_CONVNEXT}",
+    "scratch": f"--rand_init {FRAME} {TINY_CONVNEXT}",
+    "ImageNet": f"{FRAME} {TINY_CONVNEXT}",
+    "EchoCLIP": f"{FRAME} --arch echo-clip --normalization ''",
+    "Kinetics": "--model_name 3dresnet18 --normalization kinetics --augment --reduce_lr 3 --amp",
+}
+DOCUMENTED = [f"--cohort hospital --output_dir panecho {FRAME} {TINY_CONVNEXT}"] + [
+    f"--cohort {cohort} --output_dir {cohort} {line}"
+    for cohort in ("echonetdynamic", "echonetpediatric")
+    for line in FINE_TUNING.values()
+]
+SMALL = "--model_name frame_transformer --arch convnext_tiny --normalization imagenet --n_layers 1 "
+SMALL += "--n_heads 2 --rand_init --size 32 --clip_len 4 --num_clips 2 --batch_size 6 --device cpu "
+SMALL += "--n_bootstrap 100 --num_workers 1"
+NARROW = ((8, 1), (16, 1), (32, 1), (32, 1))
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    """A ConvNeXt of four narrow blocks, and no figures: a step takes milliseconds."""
+    monkeypatch.setattr(panecho, "CONVNEXT_TINY", NARROW)
+    monkeypatch.setattr(panecho, "EMBED_DIM", 32)
+    monkeypatch.setattr(panecho.ImageEncoder, "width", 32)
+    for name in ("plot_predictions", "plot_history"):
+        monkeypatch.setattr(encoder, name, lambda *_: None)
+
+
+def draw(path, ef, seed):
+    write_video(path, phantom_cine("A4C", ef, frames=16, size=(40, 48), seed=seed))
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """EchoNet-Dynamic as it is distributed: 44 videos; one is damaged, one is not there."""
+    folder, rng, rows = tmp_path_factory.mktemp("dynamic"), np.random.default_rng(0), []
+    for i in range(44):
+        ef = round(rng.uniform(15, 75), 1)
+        draw(folder / "Videos" / f"0X{i:02}.avi", ef, i)
+        split = "TRAIN" if i < 28 else "VAL" if i < 36 else "TEST"
+        rows.append([f"0X{i:02}", ef, 100 - ef, 100, 40, 48, 30, 12, split])
+    (folder / "Videos" / "0X00.avi").write_bytes(b"no video")
+    rows.append(["0XGONE", 50, 50, 100, 40, 48, 30, 12, "TRAIN"])
+    columns = ["FileName", "EF", "ESV", "EDV", "FrameHeight", "FrameWidth", "FPS"]
+    columns += ["NumberOfFrames", "Split"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "FileList.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(cli, *line):
+    words = [w for part in line for w in str(part).split()]
+    return cli(*words, main=train.main)
+
+
+def numbers(text):
+    return torch.load(text, weights_only=True)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_lines(line):
+    """Every published line, its script's name and --cohort alone changed."""
+    parser = train.Parser()
+    train.add_options(parser, train.THIS, train.EncoderSettings)
+    words = ["" if word == "''" else word for word in line.split()]
+    settings = train.resolved(vars(parser.parse_args(words)))
+    assert settings.reduce_lr == 3 and settings.augment and settings.precision == "bf16"
+    assert (settings.max_epochs, settings.patience, settings.batch_size) == (30, 10, 16)
+    assert (settings.lr, settings.wd, settings.num_clips, settings.clip_len) == (1e-4, 0, 4, 16)
+    assert settings.rand_init == ("--rand_init" in line)
+    parsed = vars(parser.parse_args(["--reduce_lr"]))
+    assert len(DOCUMENTED) == 11 and parsed["reduce_lr"] == 2
+
+
+def test_the_readme_has_the_documented_lines():
+    text = " ".join((ROOT / "embed" / "README.md").read_text().replace("\\\n", " ").split())
+    for line in DOCUMENTED:
+        assert line in text, line
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("", "--cohort"),
+        ("--cohort echonetdynamic --data_dir nowhere", "no folder nowhere"),
+        ("--cohort hospital --rand_init --model_dir_path x", "two starts"),
+        ("--cohort hospital --cos_anneal --reduce_lr", "two schedules"),
+        ("--cohort hospital --model_name frame_transformer", "--arch"),
+        ("--cohort hospital --normalization imagnet", "--normalization"),
+        ("--cohort hospital --fc_dropout 1", "--fc_dropout"),
+    ],
+)
+def test_what_does_not_go_together(cli, here, line, wrong):
+    status, _, err = run(cli, line)
+    assert status in (1, 2) and wrong in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "package"),
+    [
+        ("--model_name 3dresnet18", "torchvision"),
+        ("--model_name frame_transformer --arch resnet18", "torchvision"),
+        ("--model_name frame_transformer --arch convnextv2_tiny.fcmae", "timm"),
+        ("--model_name frame_transformer --arch echo-clip", "open_clip_torch"),
+    ],
+)
+def test_backbones_of_others_name_their_package(cli, here, dynamic, monkeypatch, line, package):
+    for name in ("torchvision", "torchvision.models", "timm", "open_clip"):
+        monkeypatch.setitem(sys.modules, name, None)
+    limit = "--sample_limit 2 --num_workers 1"
+    status, _, err = run(cli, "--cohort echonetdynamic --data_dir", dynamic, line, limit)
+    assert status == 1 and f"pip install {package}" in err and "'backbones'" in err
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+
+def write_list(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "FileList.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"Split": "train2"}, "Split train2"),
+        ({"FileName": "../0X01"}, "not a file's name"),
+        ({"FileName": "0X02"}, "stand twice"),
+    ],
+)
+def test_odd_lists(here, dynamic, change, wrong):
+    table = pd.read_csv(dynamic / "FileList.csv").head(3)
+    for column, value in change.items():
+        table.loc[1, column] = value
+    write_list(here / "dyn", table)
+    with pytest.raises(UserError, match=wrong):
+        cohorts.read_cohort("echonetdynamic", "dyn")
+    with pytest.raises(UserError, match=r"FileList\.csv has no column 'Splt'; did|has no column"):
+        write_list(here / "dyn", table.rename(columns={"Split": "Splt"}))
+        cohorts.read_cohort("echonetdynamic", "dyn")
+
+
+def test_own_tasks(here, dynamic):
+    """A task list of one's own; classes by name; values that are none of them."""
+    table = pd.read_csv(dynamic / "FileList.csv").head(6)
+    table["grade"] = ["mild", "2", "none", "severe", "awful", ""]
+    write_list(here / "dyn", table)
+    (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
+    task = {"name": "grade", "type": "multi-class", "classes": ["none", "mild", "severe"]}
+    (here / "tasks.json").write_text(json.dumps([task]))
+    found = cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
+    assert found.labels["grade"].dropna().tolist() == [1, 2, 0, 2]
+    for fault, wrong in (
+        ({"classes": ["a", "b"]}, "three classes"),
+        ({"type": "other"}, "type"),
+        ({"name": "a/b"}, "no name"),
+        ({"klasses": []}, "unknown key"),
+    ):
+        (here / "tasks.json").write_text(json.dumps([task | fault]))
+        with pytest.raises(UserError, match=wrong):
+            cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
+
+
+def test_check(cli, here, dynamic):
+    status, out, err = cli("check", "--cohort", "echonetdynamic", "--data_dir", dynamic)
+    assert status == 0, err
+    assert "43 videos" in out or "44 videos" in out
+    assert "1 videos are not there: 0XGONE.avi" in out and "0X00.avi: " in out
+    assert "EF 28 known" in out and "decoded videos in" in out
+    status, out, _ = cli("check", "--cohort", "hospital", "--data_dir", dynamic)
+    assert status == 1 and "no label table" not in out and "train.csv" in out
+
+
+# ------------------------------------------------------------------------------------------- losses
+
+
+def test_losses_against_scikit_learn():
+    """Masked, weighted, divided by the training mean; the parts of a batch add up to it."""
+    rng, n = np.random.default_rng(0), 40
+    tasks = [
+        {"name": "b", "type": "binary_classification", "class_names": ["no", "yes"]},
+        {"name": "m", "type": "multi-class_classification", "class_names": ["x", "y", "z"]},
+        {"name": "r", "type": "regression", "class_names": []},
+        {"name": "absent", "type": "regression", "class_names": []},
+    ]
+    y = pd.DataFrame({"b": rng.random(n) < 0.2, "m": rng.integers(0, 3, n)}).astype(float)
+    y["r"], y["absent"] = rng.normal(50, 9, n), np.nan
+    y = y.mask(rng.random(y.shape) < 0.3)
+    tasks = fill_means(tasks, y)
+    weights = {t["name"]: class_weights(t, y[t["name"]]) for t in tasks}
+    for name, k in (("b", 2), ("m", 3)):
+        known = y[name].dropna()
+        expected = compute_class_weight("balanced", classes=np.arange(k), y=known)
+        assert np.allclose(weights[name], expected)
+    loss = MultiTaskLoss(tasks, weights)
+    out = {"b": torch.randn(n, 1), "m": torch.randn(n, 3), "r": 50 + torch.randn(n, 1)}
+    out["absent"] = torch.randn(n, 1)
+    targets = torch.tensor(y.to_numpy(np.float32, copy=True))
+    divisors = loss.divisors(y.to_numpy())
+    found = loss.mean(loss.sums(out, targets), divisors)
+
+    b, m, r = (y[name].notna().to_numpy() for name in "bmr")
+    p = torch.sigmoid(out["b"][torch.tensor(b), 0]).double().clone().numpy()
+    yb, w = y["b"][b].to_numpy(), weights["b"].numpy()
+    each = -(yb * np.log(p) * w[1] / w.min() + (1 - yb) * np.log(1 - p))
+    q, ym = out["m"][m].double().softmax(1).numpy(), y["m"][m].to_numpy().astype(int)
+    cross = log_loss(ym, q, sample_weight=weights["m"].numpy()[ym], labels=[0, 1, 2])
+    square = ((out["r"][r, 0].numpy() - y["r"][r]) ** 2).mean() / y["r"].mean()
+    assert float(found) == pytest.approx((each.mean() + cross + square) / 3, rel=1e-5)
+
+    half = {k: v[: n // 2] for k, v in out.items()}, {k: v[n // 2 :] for k, v in out.items()}
+    parts = (loss.sums(o, t) for o, t in zip(half, targets.split(n // 2), strict=True))
+    total = sum(float(loss.mean(s, divisors)) for s in parts)
+    assert total == pytest.approx(float(found), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- frames
+
+
+def test_cached_clips_are_the_frames(here, dynamic):
+    """A clip from the cache is what decoding, resizing and cropping the file gives; kept small."""
+    path = str(dynamic / "Videos" / "0X05.avi")
+    store = cache.FrameCache("frames", 32)
+    assert store.fill([path], 1) == {}
+    frames, sampling = video.read_frames(path), cache.ClipSampling(4, 32)
+    clips = store.clips(path, 3, sampling, 7, "x")
+    starts = video.clip_starts(len(frames), 3, 4, 7, "x", "independent")
+    for clip, numbers in zip(clips, video.clip_frames(starts, len(frames), 4), strict=True):
+        expected = [video.central(video.resized(frames[i], 32), 32) for i in numbers]
+        np.testing.assert_array_equal(clip, expected)
+    assert cache.FrameCache("frames", 224).fill([path], 1) == {}
+    assert cache.FrameCache("frames", 224).frames(path).shape == frames.shape  # not made larger
+    long = store.clips(path, 1, cache.ClipSampling(20, 32), 0, "x")[0]
+    np.testing.assert_array_equal(long[-1], long[-2])
+    stamp = os.stat(path).st_mtime_ns
+    os.utime(path, ns=(stamp, stamp + 10**9))
+    assert not store.place(path).is_file()  # a changed file is decoded anew
+    os.utime(path, ns=(stamp, stamp))
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
+    """Better than the mean on videos never seen; its weights go straight into extraction."""
+    line = f"--cohort echonetdynamic --data_dir {dynamic} --output_dir ef {SMALL} --lr 2e-3"
+    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
+    assert status == 0, err
+    assert "1 videos cannot be used and are left out:\n0X00.avi" in out
+    test = pd.read_csv("ef/preds/EF/test_EF_preds.csv")
+    train_mean = pd.read_csv(dynamic / "FileList.csv")["EF"][:28].mean()
+    assert len(test) == 8
+    mse = ((test["prediction"] - test["label"]) ** 2).mean()
+    assert mse < 0.7 * ((train_mean - test["label"]) ** 2).mean()
+    history = pd.read_csv("ef/history.csv")
+    assert list(history["phase"][:2]) == ["train", "val"] and "EF_r2" in history
+    metrics = pd.read_csv("ef/metrics_test.csv").set_index("metric")
+    assert metrics.at["rmse", "value"] == pytest.approx(mse**0.5, rel=1e-4)
+    assert "95 % interval" in Path("ef/test_summary.txt").read_text()
+    assert str(here) not in "".join(p.read_text() for p in Path("ef").rglob("*.csv"))
+
+    (weights,) = Path("ef").glob("chkpt_epoch-*.pt")
+    record = numbers(weights)["encoder"]
+    assert record["tasks"][0]["name"] == "EF" and record["started_from"] == "random"
+    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
+    assert status == 0 and "is finished" in out
+    status, _, err = run(cli, line, "--max_epochs 9")
+    assert status == 1 and "begun with" in err and "--output_dir" in err
+
+
+def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
+    """A run's folder as --weights: its newest epoch, by its own heads; another architecture not."""
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    tasks = [dict(t) for t in panecho.TASKS if t["name"] == "EF"]
+    state = {k: v for k, v in panecho.random_weights().items() if "_head" not in k or "EF_h" in k}
+    Path("run").mkdir()
+    for n, arch in ((3, "resnet18"), (12, "convnext_tiny")):
+        record = train.EncoderRecord(tasks=[train.EncoderTask(**t) for t in tasks], arch=arch)
+        saved = {"weights": state, "encoder": record.to_save()}
+        torch.save(saved, f"run/chkpt_epoch-{n}.pt")
+    words = [
+        dynamic / "Videos",
+        "--out",
+        "emb",
+        "--size",
+        "32",
+        "--n_clips",
+        "1",
+        "--clip_len",
+        "2",
+    ]
+    words += ["--group", "one", "--workers", "1", "--manifest", "few.csv", "--weights"]
+    pd.DataFrame({"study": ["s"], "path": ["0X01.avi"]}).to_csv("few.csv", index=False)
+    words.remove("--group"), words.remove("one")
+    status, _, err = cli(*words, "run", main=extract.main)
+    assert status == 0, err
+    with h5py.File("emb/s.hdf5") as f:
+        assert f["embeddings"].shape == (1, 1, 768)
+        assert f.attrs["weights_sha256"] == backbones.sha256_file("run/chkpt_epoch-12.pt")
+    status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
+    assert status == 1 and "extraction takes PanEcho's architecture" in err
+    assert panecho.load_panecho("run")[0].columns() == ["EF [%]"]
+    saved["encoder"]["tasks"][0]["name"] = "../EF"
+    torch.save(saved, "run/chkpt_epoch-20.pt")
+    status, _, err = cli(*words, "run", main=extract.main)
+    assert status == 1 and "no name of a task" in err
+
+
+class Killed(Exception):
+    pass
+
+
+def test_killed_and_restarted(cli, here, dynamic, monkeypatch):
+    """Bit for bit the weights, optimiser and history of the run that was never stopped."""
+    line = f"--cohort echonetdynamic --data_dir {dynamic} {SMALL} --max_epochs 2 --sample_limit 8"
+    line += " --checkpoint_minutes 0"
+    line += " --fc_dropout 0.25 --augment --reduce_lr --batch_size 3"
+    assert run(cli, line, "--output_dir whole")[0] == 0
+    step, save_last, calls = train.Run.step, train.Run.save_last, []
+
+    def dies(self, *args):
+        calls.append(1)
+        if len(calls) in (3, 9):
+            raise Killed
+        return (step if len(args) else save_last)(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.Run, "step", dies)
+        patched.setattr(train.Run, "save_last", dies)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                run(cli, line, "--output_dir killed")
+    status, out, _ = run(cli, line, "--output_dir killed")
+    assert status == 0 and "resuming killed after epoch" in out
+    whole, killed = (numbers(f"{name}/last_checkpoint.pt") for name in ("whole", "killed"))
+    for name, tensor in whole["weights"].items():
+        assert torch.equal(tensor, killed["weights"][name]), name
+    for i, state in whole["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, killed["optimizer"]["state"][i][name]), (i, name)
+    same = [pd.DataFrame(run["history"]).drop(columns="seconds") for run in (whole, killed)]
+    assert same[0].equals(same[1])
+    assert Path("whole/test_summary.txt").read_text() == Path("killed/test_summary.txt").read_text()
+    assert run(cli, line, "--output_dir none --resume")[0] == 1
+
+
+LAUNCH = """
+import sys
+sys.path.insert(0, {root!r})
+import embed.panecho as panecho
+panecho.CONVNEXT_TINY, panecho.EMBED_DIM = {narrow}, 32
+panecho.ImageEncoder.width = 32
+from common.console import run_main
+from embed import train
+run_main(lambda: train.main(sys.argv[1:]), "train.py")
+"""
+
+
+def test_two_processes_are_one(cli, here, dynamic):
+    """The same losses and predictions, no validation video counted twice; an odd last batch."""
+    line = f"--cohort echonetdynamic --data_dir {dynamic} {SMALL} --max_epochs 1 --sample_limit 7"
+    line += " --fc_dropout 0.25 --augment"
+    assert run(cli, line, "--output_dir one --batch_size 4")[0] == 0
+    (here / "launch.py").write_text(LAUNCH.format(root=str(ROOT), narrow=NARROW))
+    words = [sys.executable, "launch.py", *line.split(), "--output_dir", "two", "--batch_size", "2"]
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29731",
+    }
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(words, env=environment | {"RANK": str(r)}, **to) for r in range(2)]
+    outs = [p.communicate(timeout=200)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    one, two = (pd.read_csv(f"{run}/history.csv") for run in ("one", "two"))
+    assert np.allclose(one["loss"], two["loss"], rtol=1e-4)
+    one, two = (pd.read_csv(f"{run}/preds/EF/val_EF_preds.csv") for run in ("one", "two"))
+    assert len(two) == 7 and np.allclose(one["prediction"], two["prediction"], rtol=1e-3)
+
+
+def test_pediatric_views_and_folds(cli, here, monkeypatch):
+    """Both views of an accession are one answer; finished folds are skipped; folds are pooled."""
+    for module in (cohorts, train):
+        monkeypatch.setattr(module, "PEDIATRIC_FOLDS", 3)
+    for view in ("A4C", "PSAX"):
+        rows = []
+        for i in range(9):
+            name, ef = f"CR{i:02}-CA{i:02}-00000{1 + (view == 'PSAX')}.avi", 40.0 + 3 * i
+            draw(here / "ped" / view / "Videos" / name, ef, i)
+            rows.append({"FileName": name, "EF": ef, "Sex": "F", "Age": 5, "Split": i % 3})
+        write_list(here / "ped" / view, rows[: 9 if view == "A4C" else 6])
+    line = f"--cohort echonetpediatric --data_dir ped --output_dir out {SMALL} --max_epochs 1"
+    status, out, err = run(cli, line, "--fold 0")
+    assert status == 0, err
+    first = pd.read_csv("out/fold_0/preds/EF/test_EF_preds.csv")
+    videos = pd.read_csv("out/fold_0/preds/EF/test_EF_video_preds.csv")
+    assert list(first["acc_num"]) == ["CR00-CA00", "CR03-CA03", "CR06-CA06"]
+    assert len(videos) == 5 and first["label"].tolist() == [40, 49, 58]
+    means = videos.groupby("acc_num")["prediction"].mean()
+    assert np.allclose(means, first["prediction"], rtol=1e-4)
+    before = os.stat("out/fold_0/last_checkpoint.pt").st_mtime_ns
+    status, out, err = run(cli, line)
+    assert status == 0 and "fold_0 is finished" in out, err
+    assert os.stat("out/fold_0/last_checkpoint.pt").st_mtime_ns == before
+    pooled = pd.read_csv("out/echonet-pediatric_EF_preds.csv")
+    assert sorted(pooled["acc_num"]) == [f"CR{i:02}-CA{i:02}" for i in range(9)]
+    assert "r2" in Path("out/echonet-pediatric_summary.txt").read_text()
+
+
+@pytest.fixture
+def hospital(here):
+    """Three CSVs: a finding, a grade and EF, some missing (-1); two videos an accession."""
+    rng = np.random.default_rng(1)
+    for split, n in (("train", 8), ("val", 6), ("test", 6)):
+        rows = []
+        for i in range(n):
+            ef = float(round(rng.uniform(15, 75)))
+            for k in range(2):
+                draw(here / "site" / "vids" / f"{split}{i}_{k}.avi", ef, 100 * i + k)
+                rows.append(
+                    {"fname": f"{split}{i}_{k}.avi", "video_dir": "vids", "acc_num": f"{split}{i}",
+                     "video_num": k, "simple_view_pred": "A4C", "doppler": 0,
+                     "EF": ef if i else -1, "AVStructure": i % 2, "LVSize": i % 3}
+                )  # fmt: skip
+        pd.DataFrame(rows).to_csv(here / "site" / f"{split}.csv", index=False)
+    return here / "site"
+
+
+def test_hospital_multitask(cli, here, hospital):
+    line = f"--cohort hospital --data_dir site --output_dir h {SMALL} --max_epochs 1"
+    status, out, err = run(cli, line, "--use_class_weights")
+    assert status == 0, err
+    assert "3 tasks" in out
+    history = pd.read_csv("h/history.csv").iloc[-1]
+    both = history["mean_classification_auroc"], history["mean_regression_r2"]
+    assert history["mean_auroc_r2"] == pytest.approx(np.mean(both), rel=1e-4)
+    grades = pd.read_csv("h/preds/LVSize/test_LVSize_preds.csv")
+    classes = [c for c in grades if c.startswith("probability")]
+    assert len(grades) == 6 and np.allclose(grades[classes].sum(axis=1), 1, atol=1e-5)
+    assert pd.read_csv("h/preds/EF/test_EF_preds.csv")["label"].isna().sum() == 1
+    saved = numbers(next(Path("h").glob("chkpt*")))
+    means = {t["name"]: t["mean"] for t in saved["encoder"]["tasks"]}
+    labels = pd.read_csv(hospital / "train.csv")
+    assert means["EF"] == pytest.approx(labels["EF"][labels["EF"] >= 0].mean())
+
+    val = pd.read_csv(hospital / "val.csv")
+    val.loc[0, "acc_num"] = "train0"
+    val.to_csv(hospital / "val.csv", index=False)
+    status, _, err = run(cli, line)
+    assert status == 1 and "stand in several folds: train0" in err
+
+
+# ------------------------------------------------------------------------------------------- starts
+
+
+def test_start_from_imagenet(cli, here, dynamic, monkeypatch):
+    """torchvision's names and digest; another file is refused; no network is one line."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "hub"))
+    line = f"--cohort echonetdynamic --data_dir {dynamic} --output_dir i --max_epochs 1"
+    line += f" --sample_limit 2 {SMALL.replace('--rand_init', '')}"
+    monkeypatch.setattr(backbones, "IMAGENET_URL", "http://127.0.0.1:9/convnext_tiny-983f1562.pth")
+    status, _, err = run(cli, line)
+    assert status == 1 and "--rand_init" in err and err.count("error") == 1
+    state = panecho.ConvNeXt().state_dict()
+    state["classifier.2.weight"], state["classifier.2.bias"] = torch.ones(9, 32), torch.ones(9)
+    path = here / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    status, _, err = run(cli, line)
+    assert status == 1 and "not the published file" in err
+    digest = backbones.sha256_file(path)
+    monkeypatch.setattr(backbones, "IMAGENET_URL", f"http://127.0.0.1:9/c-{digest[:8]}.pth")
+    path.rename(path.with_name(f"c-{digest[:8]}.pth"))
+    images, start = backbones.build_images("convnext_tiny", True)
+    assert start.sha256 == digest and "torchvision" in start.licence
+    for name, tensor in images.model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
+def test_start_from_a_published_run(here):
+    """Its highest epoch; heads of the same task are kept, others fresh; the wrong one refused."""
+    tasks = [dict(t, mean=1.0) for t in panecho.TASKS if t["name"] == "EF"]
+    theirs = panecho.PanEcho(tasks, False, 4)
+    Path("panecho").mkdir()
+    pe = {"encoder.time_encoder.pe": torch.zeros(1, 16, 768)}
+    for n in (2, 10):
+        torch.save({"weights": theirs.state_dict() | pe, "optimizer": {}},
+                   f"panecho/chkpt_epoch-{n}.pt")  # fmt: skip
+    net = panecho.PanEcho([*tasks, {**tasks[0], "name": "ESV"}], False, 4)
+    start = train.start_from(net, "panecho")
+    assert start.name == "chkpt_epoch-10.pt" and start.licence == "not known"
+    assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight)
+    with pytest.raises(UserError, match="does not fit"):
+        other = panecho.FrameTransformer(4, None, 2)
+        train.start_from(panecho.PanEcho(tasks, False, backbone=other), "panecho")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="chkpt_epoch-N"):
+        train.start_from(net, "empty")
+
+
+def test_stochastic_depth_is_torchvisions():
+    """In expectation nothing changes; a clip's draws do not depend on its company."""
+    net = panecho.PanEcho("EF", False, 4)
+    assert np.allclose(net.encoder.drop_rates, np.linspace(0, 0.1, 4))
+    alone, _ = backbones.draw_factors(net, ["a"], 0, 4, 0)
+    company, heads = backbones.draw_factors(net, ["b", "a"], 0, 4, 0.25)
+    assert torch.equal(alone, company[:, 4:]) and heads.shape == (1, 2, 32)
+    many, heads = backbones.draw_factors(net, map(str, range(500)), 0, 4, 0.25)
+    assert np.allclose(many.mean(1), 1, atol=0.03) and float(heads.mean()) == pytest.approx(1, 0.01)
+    x = torch.randn(2, 3, 4, 32, 32)
+    ones = torch.ones(4, 8)
+    assert torch.allclose(net.encoder(x), net.encoder(x, ones), atol=1e-6)
