@@ -1393,14 +1393,10 @@ class Training:
                 f"the label table has changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
             )
-        written, folds = read_split(self.folder), self.cohort.folds
-        if written is not None:
-            written = written[written["fold"] != "seen"]  # an older version's lines of an ancestor
-        both = [
-            x.astype(str).sort_index()
-            for x in (folds, *(() if written is None else [written["fold"]]))
-        ]
-        if len(both) < 2 or not both[1].equals(both[0]):
+        written, now = read_split(self.folder), self.cohort.folds.astype(str).sort_index()
+        if written is not None:  # an older version has lines of what an ancestor has 'seen'
+            then = written["fold"][written["fold"] != "seen"].astype(str).sort_index()
+        if written is None or not then.equals(now):
             raise UserError(
                 f"the studies or patients have changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
