@@ -30,10 +30,10 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 import h5py
@@ -87,12 +87,14 @@ from common.labels import (
     unscale,
 )
 from common.options import (
+    ALL_FOLDS,
     EXTRACTION,
     FOLDS,
     MOST_LABELS,
     MOST_LAYERS,
     OPTIONS,
     RECORDED,
+    SYNONYMS,
     THROUGH,
     Settings,
     add_options,
@@ -633,6 +635,109 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     )  # fmt: skip
 
 
+class Ensemble(nn.Module):
+    """Several networks of the same labels: their outputs side by side, embeddings averaged."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.n_labels = sum(net.n_labels for net in nets)
+
+    def forward(self, tokens, lengths, rng=None):
+        """As a StudyModel's, with logits (S, networks * T)."""
+        logits, embeddings = zip(*(net(tokens, lengths, rng) for net in self.nets), strict=True)
+        return torch.cat(logits, dim=1), torch.stack(embeddings).mean(dim=0)
+
+
+@dataclass
+class LoadedEnsemble(LoadedModel):
+    """Models of the same labels, as of the folds of a cross-validation, whose answers are averaged.
+
+    Each answers in its own scale; a threshold is the mean of theirs.
+    """
+
+    members: list = ()
+
+    def answers(self, logits, listener=RUN):
+        """(networks, S, T): readable answers of each."""
+        parts = np.split(np.asarray(logits), len(self.members), axis=1)
+        return np.stack([m.readable(x, listener) for m, x in zip(self.members, parts, strict=True)])
+
+    def readable(self, logits, listener=RUN):
+        answers = self.answers(logits, listener)
+        n = np.isfinite(answers).sum(axis=0)
+        total = np.where(np.isfinite(answers), answers, 0).sum(axis=0)
+        return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+
+    def spread(self, logits):
+        """(S, T): the standard deviation of the answers."""
+        return (
+            pd.DataFrame(self.answers(logits, Collected()).reshape(len(self.members), -1))
+            .std()
+            .to_numpy()
+        )
+
+
+def load_named(name, run_id, config, task="", device="cpu"):
+    """The model of `--model_name`, or the average of several: `a,b,c`, or the folds in a folder."""
+    folders = [find_model_folder(x, run_id, task, config) for x in name.split(",")]
+    folder = folders[0]
+    if len(folders) == 1:
+        folders = folds_in_folder(folder) or folders
+    if len(folders) == 1:
+        return load_model(folder, config, task, device=device)
+    if "," in name:
+        folder = folder.with_name("+".join(f.name for f in folders)[:100])
+    members = [load_model(f, config, task, device=device) for f in folders]
+    return ensemble_of(members, folder)
+
+
+def folds_in_folder(folder):
+    """The model folders of a cross-validation, or []."""
+    if (folder / "best_checkpoint.pt").is_file():
+        return []
+    return sorted(p.parent for p in folder.glob("fold_*/best_checkpoint.pt"))
+
+
+def ensemble_of(members, folder):
+    """A LoadedEnsemble. Raises UserError for models of different labels or encoders."""
+    first = members[0]
+    for m in members[1:]:
+        for what, one, other in (
+            ("labels", first.labels, m.labels),
+            ("type", first.type, m.type),
+            ("units", first.units, m.units),
+            ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
+        ):
+            if one != other:
+                raise UserError(
+                    f"{first.folder.name} and {m.folder.name} differ in {what}: not averaged"
+                )
+    if first.type == "readings":
+        raise UserError("PanEcho's readings are one model's: they are not averaged")
+    known = [m.seen is not None for m in members]
+    ours = [bool(m.record.labels) for m in members]
+    if any(ours) and not all(known):
+        who = members[known.index(False)].folder.name
+        raise UserError(
+            f"{who} does not say whom it was trained on: leave it out, or put its split.csv there"
+        )
+    seen = [part for m in members for part in m.seen] if all(known) else None
+    thresholds = {
+        label: float(np.mean([m.record.thresholds[label] for m in members]))
+        for label in first.labels
+        if all(label in m.record.thresholds for m in members)
+    }
+    unlearnt = [x for x in first.labels if all(x in m.record.unlearnt for m in members)]
+    record = first.record.model_copy(update={"thresholds": thresholds, "unlearnt": unlearnt})
+    print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
+    net = Ensemble([m.net for m in members]).eval().requires_grad_(False)
+    return LoadedEnsemble(
+        folder, net, first.task, first.labels, first.type, first.scaling, record, first.units,
+        seen, first.clip_mean, first.novelty, members=members,
+    )  # fmt: skip
+
+
 def clip_mean_from(saved, path):
     """The mean clip embedding (D,) of the training fold in a checkpoint, or None."""
     mean = saved.get("clip_mean")
@@ -688,11 +793,13 @@ def find_model_folder(name, run_id="", task="", config=None):
     if name:
         file = name.endswith(".pt") and panecho.encoder_in(name)
         folder = file or model_folder(name, run_id)
-        if not ((folder / "best_checkpoint.pt").is_file() or panecho.encoder_in(folder)):
+        there = (folder / "best_checkpoint.pt").is_file() or folds_in_folder(folder)
+        if not (there or panecho.encoder_in(folder)):
             known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
             raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
         return folder
-    found = sorted(MODELS.glob("*/best_checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = [*MODELS.glob("*/best_checkpoint.pt"), *MODELS.glob("*/fold_0/best_checkpoint.pt")]
+    found.sort(key=lambda p: p.stat().st_mtime)
     if task:
         found = [p for p in found if is_of_task(p.parent, task, config)]
     if not found:
@@ -702,8 +809,9 @@ def find_model_folder(name, run_id="", task="", config=None):
             f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
             "first, or name one with --model_name"
         )
-    print(f"using model_name = {found[-1].parent.name} (the newest in ./{MODELS})")
-    return found[-1].parent
+    folder = MODELS / found[-1].relative_to(MODELS).parts[0]
+    print(f"using model_name = {folder.name} (the newest in ./{MODELS})")
+    return folder
 
 
 def how_to_get(name, known):
@@ -905,8 +1013,9 @@ def run_steps(
                 n, loss = update(net, optimizer, total, outcome.losses, world)
                 total = None
                 bar.update(n if world.size > 1 else 0)
-                average = loss if average is None else 0.9 * average + 0.1 * loss
-                bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+                if np.isfinite(loss):
+                    average = loss if average is None else 0.9 * average + 0.1 * loss
+                bar.set_postfix(loss=f"{loss if average is None else average:.4f}", refresh=False)
             yield outcome, n, loss
 
 
@@ -987,11 +1096,15 @@ def add(total, gradients):
     return total
 
 
+LEAST_RATE = 1e-7  # below which a loss that is no number halves the learning rate no further
+
+
 def update(net, optimizer, gradients, losses, world):
     """One optimiser step on the mean gradient over the studies of all processes.
 
     gradients: their sum over this process's studies, None if it had none. Returns the number of
-    all studies and their mean loss.
+    all studies and their mean loss. Where that or a gradient is no finite number the step is
+    dropped, the rates are halved, and the loss returned is NaN.
     """
     gradients = gradients or [torch.zeros_like(p) for p in trained(net)]
     about = torch.tensor([len(losses), losses.sum(dtype=np.float64)], device=gradients[0].device)
@@ -1001,6 +1114,11 @@ def update(net, optimizer, gradients, losses, world):
         *parts, about = flat.split([g.numel() for g in (*gradients, about)])
         gradients = [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
     n, loss = about.tolist()
+    finite = np.isfinite(loss) and torch.stack(torch._foreach_norm(gradients)).isfinite().all()
+    if n and not finite:
+        for group in optimizer.param_groups:
+            group["lr"] = max(group["lr"] / 2, min(group["lr"], LEAST_RATE))
+        return int(n), np.nan
     if n:
         for p, gradient in zip(trained(net), gradients, strict=True):
             p.grad = gradient.div_(n)
@@ -1058,7 +1176,67 @@ def report_unreadable(unreadable, listener=RUN):
 def cmd_train(typed):
     """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
     with join_world(pick_device(typed.get("device", "")), "share each optimiser step") as world:
-        train_model(typed, world)
+        if typed.get("grid"):
+            search(typed, world)
+        else:
+            train_model(typed, world)
+
+
+def search(typed, world):
+    """`train --grid`: each combination into <model>/grid_<i>, and a table by validation loss.
+
+    As one of a SLURM array it trains the combination of its index alone. No test fold is read.
+    """
+    config = read_config(typed.get("config"))
+    name = typed.get("model_name") or config.pick("task", typed.get("task", ""))
+    if typed.get("fold") == ALL_FOLDS:
+        raise UserError("--grid and --fold all are two searches: choose first, then cross-validate")
+    folder = model_folder(name, typed.get("run_id", ""))
+    combinations = grid_of(typed["grid"])
+    mine = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if mine is not None and not (mine.isdecimal() and int(mine) < len(combinations)):
+        raise UserError(f"SLURM_ARRAY_TASK_ID {mine}: the grid has 0 to {len(combinations) - 1}")
+    rest = {k: v for k, v in typed.items() if k not in ("grid", "run_id")}
+    rows = []
+    for i, combination in enumerate(combinations):
+        place = folder.absolute() / f"grid_{i}"
+        if mine is None or int(mine) == i:
+            text = ", ".join(f"{k} = {v}" for k, v in combination.items())
+            print(f"grid {i} of {len(combinations)}: {text}")
+            train_model(rest | combination | {"model_name": os.path.relpath(place)}, world)
+        if (history := place / "train_losses.csv").is_file():
+            best = pd.read_csv(history).sort_values("val_loss", kind="stable").iloc[0]
+            row = {"model": f"{folder.name}/grid_{i}", **combination, "val_loss": best["val_loss"]}
+            rows.append(row | {"epoch": int(best["epochs_trained"])})
+    if rows and not world.rank:
+        table = pd.DataFrame(rows).sort_values("val_loss", kind="stable")
+        write_table(table, folder / "grid.csv")
+        print(
+            table.to_string(index=False) + f"\nwrote {folder / 'grid.csv'}; no test was looked at"
+        )
+
+
+def grid_of(texts):
+    """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
+    axes = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = SYNONYMS.get(name, name)
+        if name not in options_of("train") or name not in RECORDED or not values:
+            hint = nearest(name, RECORDED)
+            raise UserError(
+                f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
+            )
+        axes[name] = [value_in(x) for x in values.split(",")]
+    return [checked_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+
+
+def value_in(text):
+    """A number where the text is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def train_model(typed, world):
@@ -1081,6 +1259,9 @@ def train_model(typed, world):
         adopt_architecture(settings, begun_from.net, typed)
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
+    if settings.stratify and settings.stratify not in task.task_labels:
+        hint = nearest(settings.stratify, task.task_labels)
+        raise UserError(f"--stratify {settings.stratify} is no label of {settings.task}{hint}")
     if settings.end_to_end:
         store = open_videos(settings, config.datasets[settings.dataset], list(table.index), world)
     else:
@@ -1091,30 +1272,50 @@ def train_model(typed, world):
     table = match_studies(table, store, task, limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
     folder = model_folder(settings.model_name, settings.run_id)
+    if "," in settings.model_name:
+        raise UserError(f"train makes one model, not {settings.model_name}")
+    if folds_in_folder(folder) and settings.fold != ALL_FOLDS:
+        raise UserError(f"{folder} is a cross-validation: go on with --fold all, or another name")
+    if (folder / "best_checkpoint.pt").is_file() and settings.fold == ALL_FOLDS:
+        raise UserError(f"{folder} is one model: take another --model_name for --fold all")
     if releases.read_source(folder):
         raise UserError(
             f"{folder} was downloaded and stays as it is: train under another --model_name, with "
             f"--init_from {folder.name} to start from it"
         )
     digest = partial(digest_at_training, begun_from, whole, store, task)
-    folds = training_folds(
-        table, settings, task, begun_from, assume_unseen=settings.assume_unseen, digest=digest
-    )
-    cohort = cohort_of(task, table, folds, inherited_scaling(begun_from, task))
-    with nullcontext() if world.rank else lock(folder, timeout=0):
-        run = Training(folder, settings, cohort, store, begun_from, world)
-        run.begin()
-        while not run.finished:
-            run.one_epoch()
+    about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
+    parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
+    cohorts = {}
+    for k in parts:  # all before any is trained: what is wrong with one is said now
+        own = settings.model_copy(update={"fold": k})
+        if len(parts) > 1:
+            print(f"fold {k} of {len(parts)}")
+        folds = training_folds(table, own, task, begun_from, **about_seen)
+        cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
+    for k, (own, cohort) in cohorts.items():
+        place = folder / f"fold_{k}" if len(parts) > 1 else folder
+        with nullcontext() if world.rank else lock(place, timeout=0):
+            run = Training(place, own, cohort, store, begun_from, world)
+            train_cohort(run)
+        if settings.end_to_end:
+            validate_extracted(run, config)
+    if len(parts) > 1 and not world.rank:
+        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store)
+
+
+def train_cohort(run):
+    """One training to its end, from where it was left."""
+    run.begin()
+    while not run.finished:
+        run.one_epoch()
     print(
         f"best validation loss {run.best:.4f} after epoch {run.best_epoch} of {run.epoch}; the "
-        f"model is {folder}"
+        f"model is {run.folder}"
     )
-    for unreadable in world.gather(run.unreadable):
+    for unreadable in run.world.gather(run.unreadable):
         run.unreadable |= unreadable
     report_unreadable(run.unreadable)
-    if settings.end_to_end:
-        validate_extracted(run, config)
 
 
 def refuse_through(typed):
@@ -1145,6 +1346,39 @@ def validate_extracted(run, config):
           f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
 
 
+def pool_folds(folder, settings, config, cohorts, store):
+    """The evaluation of a cross-validation: each study by the fold that has not seen it."""
+    from report import evaluation
+
+    parts, unreadable = [], {}
+    for k, cohort in cohorts.items():
+        model = load_model(folder / f"fold_{k}", config, device=pick_device(settings.device))
+        found = run_studies(
+            model.net,
+            store,
+            cohort.eids["test"],
+            settings,
+            unreadable=unreadable,
+            label=f"fold {k}",
+        )
+        if not len(found):
+            raise UserError(f"fold {k} has no study to test: take fewer --n_folds")
+        parts.append(studies_of_answers(model, cohort.table, found, model.record.thresholds))
+    studies = evaluation.joined(parts)
+    table = next(iter(cohorts.values())).table
+    flow = evaluation.flow_of(
+        table, dict.fromkeys(table.index.difference(studies.eids), "cannot be read")
+    )
+    name = f"cv_{settings.dataset}"
+    write_table(studies.saveout(), folder / f"saveout_{name}.csv")
+    facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "target", "n_folds")}
+    facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
+    report = evaluation.Report(
+        folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed, folds=parts
+    )
+    print("\n".join(report.write()))
+
+
 def adopt_architecture(settings, net, typed):
     """Take the architecture of the model to start from; UserError when another was typed."""
     own = dict(transformer_type=net.kind, encoder_depth=net.depth, tf_combine=net.combine)
@@ -1156,11 +1390,24 @@ def adopt_architecture(settings, net, typed):
 
 def check_settings(settings):
     """UserError for numbers that do not go together, before any work is done."""
-    if settings.n_folds and not (settings.n_folds >= 3 and 0 <= settings.fold < settings.n_folds):
+    n, fold = settings.n_folds, settings.fold
+    if n and not (n >= 3 and (0 <= fold < n or fold == ALL_FOLDS)):
         raise UserError(
-            f"--n_folds must be 3 or more and --fold below it, not {settings.n_folds} and "
-            f"{settings.fold}"
+            f"--n_folds must be 3 or more and --fold below it or all, not {n} and {fold}"
         )
+    if settings.freeze and not settings.end_to_end:
+        if settings.freeze != "aggregator":
+            raise UserError(f"--freeze {settings.freeze} is for --end_to_end")
+        if not settings.init_from:
+            raise UserError(
+                "--freeze aggregator keeps a model's weights: say which, by --init_from"
+            )
+    if settings.stratify and settings.split_column:
+        raise UserError("--stratify and split_column both say the folds: leave one out")
+    if settings.end_to_end and fold == ALL_FOLDS:
+        raise UserError("--fold all reads clip embeddings: train end to end a fold at a time")
+    if fold == ALL_FOLDS and not n:
+        raise UserError("--fold all is for cross-validation: say --n_folds 5")
     if settings.n_folds and settings.split_column:
         raise UserError(
             f"--n_folds and split_column ({settings.split_column}) both say the folds: leave one "
@@ -1185,7 +1432,25 @@ def fresh_network(settings, labels, begun_from=None):
         )
     if begun_from:
         start_from(net, labels, begun_from)
+    if settings.freeze and not settings.end_to_end:  # which freezes by itself
+        for name, p in net.named_parameters():
+            p.requires_grad_(is_head(name))
     return net
+
+
+def is_head(name):
+    """Whether a parameter is of a label's own: the last layer, or a label's query token."""
+    return name.split(".")[0] in ("ff", "query_tokens")
+
+
+def rate_groups(net, settings):
+    """The optimiser's groups: one, or the head with a rate of its own."""
+    if not settings.head_learning_rate:
+        return [{"params": trained(net), "lr": settings.learning_rate}]
+    named = [(is_head(name), p) for name, p in net.named_parameters() if p.requires_grad]
+    rates = {False: settings.learning_rate, True: settings.head_learning_rate}
+    groups = [{"params": [p for h, p in named if h == k], "lr": rates[k]} for k in rates]
+    return [group for group in groups if group["params"]]
 
 
 def start_from(net, labels, begun_from):
@@ -1218,6 +1483,7 @@ class Position:
     losses: float = 0.0  # their sum
     n: int = 0  # how many of them could be read
     seconds: float = 0.0
+    dropped: int = 0  # steps whose loss was no number
 
 
 HISTORY = TypeAdapter(list[tuple[int, FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]])
@@ -1235,7 +1501,7 @@ class Training:
             groups = self.net.groups(settings)
         else:
             self.net = self.study
-            groups = [{"params": self.net.parameters(), "lr": settings.learning_rate}]
+            groups = rate_groups(self.net, settings)
         self.net.to(pick_device(settings.device))
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -1243,6 +1509,7 @@ class Training:
         )
         self.history = []  # rows [epoch, train_loss, val_loss, lr, seconds]
         self.position = Position()
+        self.dropped = {}  # epoch -> steps that were dropped, their loss being no number
         self.thresholds = {}  # label -> probability, at the best epoch
         if settings.end_to_end:
             self.about = TrainingInput(Input(**self.net.input()), None, None)
@@ -1336,8 +1603,10 @@ class Training:
             raise UserError(f"{path} is damaged, no run can go on from it; delete it") from error
         changed = before.settings.learning_rate != self.settings.learning_rate
         if changed and not self.settings.end_to_end:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate
+            for group, fresh in zip(
+                self.optimizer.param_groups, rate_groups(self.net, self.settings), strict=True
+            ):
+                group["lr"] = fresh["lr"]
         self.thresholds = before.thresholds
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
@@ -1367,6 +1636,7 @@ class Training:
             raise ValueError("epochs are missing")
         if not 0 <= self.position.n <= self.position.studies <= len(self.cohort.eids["train"]):
             raise ValueError("a position beyond the studies")
+        self.dropped = TypeAdapter(dict[int, int]).validate_python(saved.get("dropped", {}))
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         self.optimizer.load_state_dict({"state": moved, "param_groups": groups})
@@ -1375,7 +1645,8 @@ class Training:
     def refuse_changes(self, before):
         """What a resumed run may not change: its model, labels, and any patient's fold."""
         now, then = self.record(), before.settings
-        fixed = ("transformer_type", "encoder_depth", "tf_combine", "seed", "split", "n_folds")
+        fixed = ("transformer_type", "encoder_depth", "tf_combine", "seed", "split", "n_folds",
+                 "stratify", "freeze", "head_learning_rate")  # fmt: skip
         pairs = {n: (getattr(before, n), getattr(now, n)) for n in ("task", "dataset", "labels")}
         pairs["type"] = before.type, now.type
         pairs |= {n: (getattr(then, n), v) for n, v in self.used().items()}
@@ -1408,16 +1679,18 @@ class Training:
         self.train_through(number, began - before)
         val = run_studies(self.net, self.store, self.cohort.eids["val"], self.settings, **self.data)
         done, rate = self.position, self.optimizer.param_groups[0]["lr"]
-        if not done.n or not len(val):
+        if not done.n + done.dropped or not len(val):
             report_unreadable(self.unreadable)
             raise UserError("no study of the training or validation fold can be read")
-        if not np.isfinite(done.losses) or not np.isfinite(val.losses).all():
+        if not done.n or not np.isfinite(val.losses).all():
             raise UserError(
                 f"the loss of epoch {number} is not a number: lower --learning_rate; the best "
                 f"checkpoint stays, last_checkpoint.pt in {self.folder} is of the epoch before"
             )
         row = [number, done.losses / done.n, float(val.losses.mean(dtype=np.float64)), rate]
         self.history.append([*row, before + time.time() - began])
+        if done.dropped:
+            self.dropped[number] = done.dropped
         self.position = Position()
         self.scheduler.step(row[2])
         print(
@@ -1450,7 +1723,11 @@ class Training:
             epoch=number, label=f"epoch {number}", **self.data,
         ):  # fmt: skip
             done.studies = min(done.studies + self.settings.batch_number, len(order))
-            done.n, done.losses = done.n + n, done.losses + n * loss
+            if np.isfinite(loss):
+                done.n, done.losses = done.n + n, done.losses + n * loss
+            else:
+                done.dropped += 1
+                print(f"a step of epoch {number} has no finite loss: dropped, rates halved")
             if time.time() - saved >= 60 * self.settings.checkpoint_minutes:
                 done.seconds = time.time() - since
                 self.save_checkpoint("last")
@@ -1513,6 +1790,7 @@ class Training:
             "torch_random_state": None,
             "cuda_random_state": None,
             "position": asdict(self.position),
+            "dropped": self.dropped,
             "seen": [part.saved() for part in self.seen],
             "clip_mean": self.about.clip_mean,
             "novelty": self.about.novelty and self.about.novelty.to_save(),
@@ -1529,10 +1807,24 @@ class Training:
             return
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
         history = pd.DataFrame(self.history, columns=columns)
+        history["dropped_steps"] = [self.dropped.get(row[0], 0) for row in self.history]
         write_table(history, self.folder / "train_losses.csv")
+        if self.settings.tensorboard:
+            write_tensorboard(history.iloc[-1], self.folder)
         if time.time() - self.plotted > 10 or self.finished:
             plot_history(history, self.folder)
             self.plotted = time.time()
+
+
+def write_tensorboard(row, folder):
+    """The last epoch as scalars, into <folder>/tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('--tensorboard needs its package: pip install "tensorboard"') from error
+    with SummaryWriter(folder / "tensorboard") as writer:
+        for name in row.index.drop("epochs_trained"):
+            writer.add_scalar(name, row[name], int(row["epochs_trained"]))
 
 
 # --------------------------------------------------------------------- evaluate, predict and embed
@@ -1547,8 +1839,12 @@ def start_with_model(command, typed):
     task = typed.get("task", "")
     if task and not released_task(task):
         config.pick("task", task)
-    folder = find_model_folder(typed.get("model_name", ""), typed.get("run_id", ""), task, config)
-    model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    names = typed.get("model_name", ""), typed.get("run_id", "")
+    model = load_named(*names, config, task, pick_device(typed.get("device", "")))
+    folder = model.folder
+    if (command == "explain" or typed.get("page")) and isinstance(model, LoadedEnsemble):
+        members = some(m.folder for m in model.members)
+        raise UserError(f"videos are explained of one model: name one of {members}")
     if command in ("evaluate", "explain") and isinstance(model.net, Readings):
         raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
     if model.task not in config.tasks and model.type != "readings":
@@ -1672,7 +1968,11 @@ def studies_in_fold(whole, folds, store, task, settings):
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
     table = table[folds.reindex(table.index).isin(wanted)]
     if not len(table):
-        raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}")
+        hint = " (of models that are averaged, a study is test where none has seen its patient)"
+        raise UserError(
+            f"no study of {settings.dataset} is in the fold {settings.subset}"
+            + hint * bool(folds.eq("seen by an ancestor").any())
+        )
     return table[: settings.sample_limit or None]
 
 
@@ -1724,12 +2024,19 @@ def answered(model, config, settings, store, thresholds):
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = evaluation.flow_of(whole, reasons)
+    return studies_of_answers(model, table, found, thresholds, settings.prevalence), flow, how
+
+
+def studies_of_answers(model, table, found, thresholds, prevalence=None):
+    """evaluation.Studies of an Outcome and the label table."""
+    from report import evaluation
+
     table = table.loc[found.eids]
     truth, predicted = table[model.labels].to_numpy(), model.readable(found.logits)
     outcomes = evaluation.outcomes_of(
-        model.labels, truth, predicted, model.type, model.units, thresholds, settings.prevalence
+        model.labels, truth, predicted, model.type, model.units, thresholds, prevalence
     )
-    return evaluation.Studies(found.eids, table["pid"].to_numpy(), outcomes), flow, how
+    return evaluation.Studies(found.eids, table["pid"].to_numpy(), outcomes)
 
 
 def fold_in_words(fold):
@@ -2306,8 +2613,7 @@ def load(model_name, task="", device=""):
     as --device. Raises UserError.
     """
     config = read_config("", needed=False)
-    folder = find_model_folder(str(model_name), task=task, config=config)
-    return load_model(folder, config, task, device=pick_device(device))
+    return load_named(str(model_name), "", config, task, pick_device(device))
 
 
 def predict(model, source, **options):
@@ -2468,10 +2774,11 @@ def check_model(typed, config, listener):
         return listener.ok("none looked at; --model_name names one")
     if not name:
         name = task or config.pick("task", "")
-        if not (model_folder(name, run_id) / "best_checkpoint.pt").is_file():
+        folder = model_folder(name, run_id)
+        if not (folder / "best_checkpoint.pt").is_file() and not folds_in_folder(folder):
             return listener.ok(f"no model {name} yet, none looked at; --model_name names one")
-    folder = find_model_folder(name, run_id)
-    model = load_model(folder, config, task, device=pick_device(typed.get("device", "")))
+    model = load_named(name, run_id, config, task, pick_device(typed.get("device", "")))
+    folder = model.folder
     listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
     if model.task in config.tasks and config.tasks[model.task].task_labels != model.labels:
         listener.error(

@@ -124,7 +124,21 @@ def training_folds(table, settings, task, begun_from=None, listener=RUN, **about
         if not (folds == fold).any():
             listener.error(f"no study falls into the {fold} fold", "change --split, --seed")
     listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
+    warn_of_one_class(table, folds, task, listener)
     return folds
+
+
+def warn_of_one_class(table, folds, task, listener):
+    """Tell which findings cannot be judged: no positive, or no negative, outside training."""
+    for label in task.task_labels if task.type == "binary" else ():
+        for fold in ("val", "test"):
+            y = table.loc[folds == fold, label].dropna()
+            if len(y) and y.nunique() < 2:
+                listener.warning(
+                    f"label {label} has no {'negative' if y.iloc[0] else 'positive'} in the {fold} "
+                    "fold: it cannot be judged there",
+                    f"--stratify {label}, or fewer folds",
+                )
 
 
 def fold_table(table, folds, task):

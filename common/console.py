@@ -151,6 +151,13 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
+class Joined(argparse.Action):
+    """`--model_name a b` is `--model_name a,b`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, ",".join(values))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with `--model-name` for `--model_name` and a hint for a misspelt option."""
 

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from common.console import Switch, UserError, nearest, printable
+from common.console import Joined, Switch, UserError, nearest, printable
 
 FOLDS = ("train", "val", "test")
 MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
@@ -53,6 +53,17 @@ def names_in(value):
 
 def folds_in(value):
     return [x.strip() for w in names_in(value) for x in (w.split(",") if isinstance(w, str) else w)]
+
+
+ALL_FOLDS = -1
+
+
+def fold_in(value):
+    """'all' -> ALL_FOLDS; a number as it is."""
+    text = str(value)
+    if text == "all":
+        return ALL_FOLDS
+    return int(text) if isinstance(value, str) and text.isdecimal() else value
 
 
 def labels_in(value):
@@ -164,8 +175,8 @@ class Settings(CohortOptions):
         f"{ALL} pack inspect",
     )
     model_name: str = option(
-        "", "folder in ./trained_models, or a path [train: the task; else the newest]", WHAT,
-        f"{ALL} download inspect",
+        "", "folder in ./trained_models, or a path [train: the task; else the newest]; several are "
+        "averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined,
     )
     run_id: str = option("", "appended to the model's name, to keep runs apart", WHAT, ALL)
     task: str = option("", "a task of the config [the model's, else the first]", WHAT, ALL)
@@ -214,7 +225,13 @@ class Settings(CohortOptions):
         "train evaluate",
     )
     n_folds: int = option(0, "cross-validation instead of --split; 0: none", DATA, "train")
-    fold: int = option(0, "of --n_folds: the test fold; the next one validates", DATA, "train")
+    fold: Annotated[int, BeforeValidator(fold_in)] = option(
+        0, "of --n_folds: the test fold, the next one validates; 'all': one after the other, into "
+        "<model>/fold_<k>", DATA, "train", type=str,
+    )
+    stratify: str = option(
+        "", "a label of which every fold gets its share of patients, for rare ones", DATA, "train"
+    )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train"
     )
@@ -290,6 +307,20 @@ class Settings(CohortOptions):
     )
 
     learning_rate: float = option(1e-4, "of AdamW", TRAINING, "train", least=1e-12, also="lr")
+    head_learning_rate: float = option(
+        0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
+        "others, end to end 1e-4", TRAINING, "train", least=0,
+    )
+    freeze: Annotated[str, AfterValidator(frozen)] = option(
+        "", "what is not trained: aggregator (a linear probe on --init_from); end to end also "
+        "encoder, or stages:N of the image encoder", TRAINING, "train",
+    )
+    grid: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
+    )
+    tensorboard: bool = option(
+        False, "also write the history for TensorBoard", COMPUTING, "train"
+    )
     batch_number: int = option(128, "studies an optimiser step", TRAINING, "train", least=1)
     clip_dropout: float = option(
         0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1
@@ -375,14 +406,7 @@ class Settings(CohortOptions):
     clips_at_once: int = option(
         8, "clips in the encoder at a time: what bounds the memory", THROUGH, "train", least=1
     )
-    freeze: Annotated[str, AfterValidator(frozen)] = option(
-        "", "what is not trained: encoder, aggregator, or stages:N of the image encoder", THROUGH,
-        "train",
-    )
     encoder_learning_rate: float = option(1e-6, "of AdamW", THROUGH, "train", least=1e-12)
-    head_learning_rate: float = option(
-        1e-4, "of AdamW, for the study-level model", THROUGH, "train", least=1e-12
-    )
     ping_pong: bool = option(
         False, "train the study-level model and the encoder in turn, an epoch each", THROUGH,
         "train",
@@ -445,7 +469,7 @@ def options_of(command, settings=Settings):
 
 # What a checkpoint's record keeps of the settings: what decides the weights, and no path.
 UNRECORDED = ("device", "checkpoint_minutes", "assume_unseen", "allow_mixed", "clips_at_once")
-UNRECORDED += ("weights", "group", "study_id", "manifest", "cache_dir", "workers")
+UNRECORDED += ("tensorboard", "weights", "group", "study_id", "manifest", "cache_dir", "workers")
 RECORDED = [n for n in options_of("train") if n in IN_CONFIG and n not in UNRECORDED]
 
 

@@ -54,7 +54,11 @@ def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
     With n_folds the patients fall into so many equal parts: part `test_fold` is the test fold,
     the next one validates, the others train.
     """
-    share = derive_seed("split", seed, pid) / 2**63
+    return fold_at(derive_seed("split", seed, pid) / 2**63, percent, n_folds, test_fold)
+
+
+def fold_at(share, percent, n_folds=0, test_fold=0):
+    """The fold at a place from 0 to 1 among the patients, see `fold_of`."""
     if n_folds:
         part = (int(share * n_folds) - test_fold) % n_folds
         return {0: "test", 1: "val"}.get(part, "train")
@@ -72,9 +76,36 @@ def split_patients(table, made):
     """
     if GIVEN_FOLD in table:
         return table[GIVEN_FOLD].fillna("left out").rename("fold")
-    rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
-    folds = {pid: fold_of(pid, *rule) for pid in table["pid"].unique()}
+    seed, *rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
+    if made.get("stratify"):
+        folds = stratified(table, made["stratify"], seed, rule)
+    else:
+        folds = {pid: fold_of(pid, seed, *rule) for pid in table["pid"].unique()}
     return table["pid"].map(folds).rename("fold")
+
+
+def stratified(table, label, seed, rule):
+    """Patient -> fold: patients alike in a label are dealt in equal shares, in the hash's order.
+
+    Alike: with a positive study, with none, or without the label; of a measurement, the third that
+    the patient's mean is in. Unlike by the hash alone, patients who come later would move others:
+    the folds of a training are written down, and later patients count as test.
+    """
+    y = table[label].groupby(table["pid"]).agg("max" if is_finding(table[label]) else "mean")
+    group = y if is_finding(y) else pd.Series(np.nan, y.index)
+    if not is_finding(y):
+        known = y.dropna()
+        group[known.index] = np.searchsorted(known.quantile([1 / 3, 2 / 3]), known)
+    folds = {}
+    for _, alike in group.groupby(group.fillna(-1)):
+        order = sorted(alike.index, key=lambda pid: derive_seed("split", seed, pid))
+        places = (np.arange(len(order)) + 0.5) / max(len(order), 1)
+        folds |= {pid: fold_at(x, *rule) for pid, x in zip(order, places, strict=True)}
+    return folds
+
+
+def is_finding(values):
+    return values.dropna().isin([0, 1]).all()
 
 
 def write_split(folder, split):
@@ -214,10 +245,11 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
 
     On its own dataset each patient keeps the fold of the training, and new ones get theirs by the
     same rule. Any other dataset is all test, less what the model or an ancestor has seen.
+    Of models that are averaged a study is test where none has seen its patient.
     digest: a function that gives the digest of the labels, as training computed it.
     """
     seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
-    home = dataset == model.record.dataset
+    home = dataset == model.record.dataset and not getattr(model, "members", ())
     if home and seen:
         refuse_moved(seen[0], table, listener)
     folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
@@ -234,7 +266,9 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
             "or their patients, by the ids"
         )
     folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
-    return folds.fillna(split_patients(table, vars(model.record.settings)) if home else "test"), how
+    made = vars(model.record.settings)
+    by_rule = home and not made.get("stratify")
+    return folds.fillna(split_patients(table, made) if by_rule else "test"), how
 
 
 def refuse_moved(seen, table, listener):

@@ -41,6 +41,9 @@ ENCODER_FILE = "encoder.pt"  # in the model's folder
 # ------------------------------------------------------------------------------------ the network
 
 
+HEAD_RATE = 1e-4  # of the study-level model, where no other is said
+
+
 def frozen_parts(freeze):
     """`--freeze` -> ('', 'encoder' or 'aggregator', or 'stages'; number of stages). ValueError."""
     if freeze in ("", "encoder", "aggregator"):
@@ -100,7 +103,10 @@ class EndToEnd(nn.Module):
     def groups(self, settings):
         """Parameter groups of an optimiser: the encoder's and the study-level model's."""
         return [
-            {"params": list(self.study.parameters()), "lr": settings.head_learning_rate},
+            {
+                "params": list(self.study.parameters()),
+                "lr": settings.head_learning_rate or HEAD_RATE,
+            },
             {"params": list(self.encoder.parameters()), "lr": settings.encoder_learning_rate},
         ]
 

@@ -114,7 +114,7 @@ def draw_roc(axis, outcome, band=None, **_):
         true, false = every_cut(y, p)
         axis.plot(false / false[-1], true / true[-1], color=BLUE)
         if outcome.threshold is not None:
-            called = p >= outcome.threshold
+            called = outcome.called[outcome.known]
             at = called[y == 0].mean(), called[y == 1].mean()
             axis.plot(*at, "o", color=ORANGE, ms=5)
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
@@ -183,7 +183,7 @@ def draw_confusion(axis, outcome, **_):
         called = outcome.probabilities[outcome.known].argmax(axis=1)
     else:
         names, y = ("absent", "present"), outcome.truth[outcome.known]
-        called = outcome.probability[outcome.known] >= outcome.threshold
+        called = outcome.called[outcome.known]
     table = mt.confusion(y, called, len(names))[..., 0]
     part = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     axis.imshow(part, cmap="Blues", vmin=0, vmax=1)

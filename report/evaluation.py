@@ -96,6 +96,26 @@ class Studies:
         return Studies(eids, names, pooled), {k: n for k, n in lost.items() if n}
 
 
+def joined(parts):
+    """Studies of several, one after the other, as of the test folds of a cross-validation.
+
+    A finding's threshold becomes one a study, that of its fold; none where a fold has none.
+    """
+    outcomes = []
+    for same in zip(*(part.outcomes for part in parts), strict=True):
+        new = {}
+        for f in fields(same[0]):
+            values = [getattr(o, f.name) for o in same]
+            if isinstance(values[0], np.ndarray):
+                new[f.name] = np.concatenate(values)
+            elif f.name == "threshold" and len(set(values)) > 1:
+                each = None if None in values else zip(values, same, strict=True)
+                new[f.name] = each and np.concatenate([np.full(len(o.truth), x) for x, o in each])
+        outcomes.append(replace(same[0], **new))
+    eids = [eid for part in parts for eid in part.eids]
+    return Studies(eids, np.concatenate([part.patients for part in parts]), outcomes)
+
+
 def predicted_columns(outcome):
     """[(column, (S,))] of an outcome's predictions in our tables."""
     return [(f"{outcome.label}_Predict", outcome.predicted)]
@@ -393,7 +413,8 @@ class Report:
 
     about: facts for the JSON and the table of settings: name -> text or number. by: column ->
     (cells as text in the studies' order, edges). others: name -> Studies of another model, the same
-    ones or some of them. notes: what a reader must know.
+    ones or some of them. notes: what a reader must know. folds: Studies of each part of a
+    cross-validation, of which mean and SD are given beside.
     """
 
     folder: Path
@@ -406,6 +427,7 @@ class Report:
     n_boot: int = 1000
     seed: int = 0
     notes: list = field(default_factory=list)
+    folds: list = field(default_factory=list)
 
     def write(self):
         """Tables, figures and the page; returns the lines for the screen."""
@@ -414,7 +436,7 @@ class Report:
         self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
         self.headlines = headlines_of(studies, self.estimates)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.table("metrics", metrics_table(self.estimates).assign(**self.unseen))
+        self.table("metrics", metrics_table(self.estimates).assign(**self.unseen, **self.by_fold))
         with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
             facts = self.about | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
             whole = metrics_json(self.estimates, facts)
@@ -436,6 +458,17 @@ class Report:
                     f"{number_or_na(row['difference'])} ({ends}{p})"
                 )
         return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
+
+    @property
+    def by_fold(self):
+        """fold_mean and fold_sd of every row of the table of metrics, of a cross-validation."""
+        if not self.folds:
+            return {}
+        each = [st.estimates(part.outcomes, part.patients, 0) for part in self.folds]
+        each = [{(x.label, x.metric): x.value for x in found} for found in each]
+        rows = [[f.get((x.label, x.metric), np.nan) for f in each] for x in self.estimates]
+        rows = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan)
+        return {"fold_mean": rows.mean(axis=1), "fold_sd": rows.std(axis=1)}
 
     @property
     def unseen(self):
@@ -562,6 +595,8 @@ class Report:
 
 
 def number_or_na(value):
+    if isinstance(value, np.ndarray):
+        return "of each fold"
     return "n/a" if value is None else number(value)
 
 

@@ -35,6 +35,9 @@ def plot_history(history, folder):
     figure, axis = new_figure(figsize=(6, 4))  # a fixed layout: drawn in every epoch
     axis.plot(history["epochs_trained"], history["train_loss"], label="training")
     axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
+    best = history.loc[history["val_loss"].idxmin()]
+    chosen = f"chosen: epoch {best['epochs_trained']:.0f}"
+    axis.plot(best["epochs_trained"], best["val_loss"], "o", color="black", ms=5, label=chosen)
     axis.set(xlabel="epoch", ylabel="loss")
     axis.legend()
     save_figure(figure, folder / "training_progress")

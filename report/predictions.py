@@ -32,6 +32,10 @@ def prediction_table(model, found, told, deviations=None):
     for i, label in enumerate(model.labels):
         unit = f" [{model.units[label]}]" if model.units.get(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
+    if hasattr(model, "spread"):  # several that are averaged
+        spread = model.spread(found.logits).reshape(values.shape)
+        table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
+    given = np.isfinite(found.logits).reshape(len(values), -1, len(model.labels)).any(axis=1)
     for label, threshold in model.record.thresholds.items():
         column = values[:, model.labels.index(label)]
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
@@ -41,7 +45,7 @@ def prediction_table(model, found, told, deviations=None):
         table["novelty"] = [told.novelty.get(eid, np.nan) for eid in found.eids]
     warnings = [[told.warnings.get(eid), told.notes.get(eid)] for eid in found.eids]
     for i in np.flatnonzero((blank & learnt).any(axis=1) & ~lost):
-        past = blank[i] & learnt & np.isfinite(found.logits[i])
+        past = blank[i] & learnt & given[i]
         for which, text in (
             (past, "past the end of the Box-Cox scale"),
             (blank[i] & learnt & ~past, "no number"),

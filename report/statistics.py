@@ -135,10 +135,13 @@ def _set(outcome, **values):
 
 @dataclass(frozen=True, eq=False)
 class Binary(Outcome):
-    """A finding: truth 0 or 1, probability (S,). From `threshold` on a study is called positive."""
+    """A finding: truth 0 or 1, probability (S,). From `threshold` on a study is called positive.
+
+    threshold: one number, or one a study (S,), as of cross-validation, whose folds have their own.
+    """
 
     probability: np.ndarray
-    threshold: float | None = None
+    threshold: float | np.ndarray | None = None
     prevalence: float | None = None
     net_benefit_at: tuple[float, ...] = ()
 
@@ -159,8 +162,13 @@ class Binary(Outcome):
     def n_positive(self):
         return int(self.truth[self.known].sum())
 
+    @property
+    def called(self):
+        """(S,) bool: called positive; nobody without a threshold."""
+        return self.probability >= (np.inf if self.threshold is None else self.threshold)
+
     def part_of(self, metric):
-        called = self.known & (self.probability >= (self.threshold or 0))
+        called = self.known & self.called
         return {
             "auroc": _smaller(self.known & (self.truth == 1), self.known & (self.truth == 0)),
             "sensitivity": self.known & (self.truth == 1),
@@ -187,7 +195,7 @@ class Binary(Outcome):
     def _metrics(self, weights):
         y, p = self.truth[self.known], self.probability[self.known]
         found = mt.ranking(y, p, weights) | mt.calibration(y, p, weights)
-        called = p >= (np.inf if self.threshold is None else self.threshold)
+        called = self.called[self.known]
         table = mt.sums([called * y, called * (1 - y), ~called * (1 - y), ~called * y], weights)
         if self.threshold is None:
             table = np.full_like(table, np.nan)

@@ -1,0 +1,101 @@
+"""Folds of rare labels, frozen aggregators, two rates, steps that fail, a search by validation."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import echofocus as ef
+from common.cohort import warn_of_one_class
+from common.console import Collected
+from common.schema import Task
+from common.splits import split_patients
+from common.world import World
+
+MODELS = Path("trained_models")
+MADE = {"seed": 0, "split": "64,16,20", "n_folds": 5, "fold": 0, "stratify": "rare"}
+
+
+@pytest.fixture
+def rare():
+    """500 patients, ten of whom have the finding in one of two studies."""
+    pids = [f"P{i % 500}" for i in range(1000)]
+    return pd.DataFrame({"pid": pids, "rare": [float(i < 10) for i in range(1000)]})
+
+
+def test_every_fold_has_its_share_of_a_rare_label(rare):
+    for k in range(5):
+        folds = split_patients(rare, MADE | {"fold": k})
+        assert folds.groupby(rare["pid"]).nunique().eq(1).all()
+        positives = rare.groupby(folds)["rare"].sum()
+        assert positives.to_dict() == {"test": 2, "train": 6, "val": 2}
+        assert folds.value_counts()["test"] == 200
+    tested = [
+        set(rare["pid"][split_patients(rare, MADE | {"fold": k}) == "test"]) for k in range(5)
+    ]
+    assert sum(map(len, tested)) == len(set.union(*tested)) == 500
+    size = rare.assign(rare=np.arange(1000.0) % 500)
+    means = size.groupby(split_patients(size, MADE))["rare"].mean()
+    assert (means - 249.5).abs().max() < 30
+
+
+def test_a_fold_without_a_positive_is_said(rare):
+    heard = Collected()
+    folds = pd.Series(["train"] * 10 + ["val"] * 490 + ["test"] * 500, rare.index)
+    folds[9] = "val"
+    warn_of_one_class(rare, folds, Task(task_labels=["rare"], type="binary"), heard)
+    assert [f.text for f in heard.findings] == [
+        "label rare has no positive in the test fold: it cannot be judged there"
+    ]
+
+
+def test_a_step_without_a_finite_loss_is_dropped():
+    net = ef.StudyModel(1, depth=0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    before = [p.clone() for p in net.parameters()]
+    fine = [torch.ones_like(p) for p in net.parameters()]
+    broken = [*fine[:-1], torch.full_like(fine[-1], np.inf)]
+    for gradients, losses in ((fine, [1.0, np.nan]), (broken, [1.0, 2.0])):
+        n, loss = ef.update(net, optimizer, gradients, np.array(losses), World())
+        assert n == 2 and np.isnan(loss)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+    assert optimizer.param_groups[0]["lr"] == 1e-3 / 4
+    assert ef.update(net, optimizer, fine, np.array([1.0, 2.0]), World()) == (2, 1.5)
+    assert not torch.equal(next(net.parameters()), before[0])
+
+
+def state(name):
+    return ef.read_checkpoint(MODELS / name / "last_checkpoint.pt")["model_state_dict"]
+
+
+def test_a_frozen_aggregator_and_a_search(cohort, cli):
+    one = ("--epoch_lim", "1")
+    status, out, err = cli(
+        "train", "--task", "defect", "--grid", "lr=1e-3,1e-5", "--stratify", "finding", *one
+    )
+    assert status == 0, err
+    table = pd.read_csv(MODELS / "defect" / "grid.csv")
+    assert set(table["learning_rate"]) == {1e-3, 1e-5} and table["val_loss"].is_monotonic_increasing
+    for row in table.itertuples():
+        losses = pd.read_csv(MODELS / row.model / "train_losses.csv")
+        assert row.val_loss == losses["val_loss"].min()
+        assert losses["lr"][0] == row.learning_rate
+    assert not list(MODELS.rglob("saveout_*")) and "no test was looked at" in out
+
+    start = str(MODELS / "defect" / "grid_0")
+    probe = ("train", "--task", "defect", "--model_name", "probe", "--init_from", start, *one)
+    assert cli(*probe, "--freeze", "aggregator", "--head_learning_rate", "0.01")[0] == 0
+    before, after = state("defect/grid_0"), state("probe")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert set(before) - same == {"ff.weight", "ff.bias"}
+    assert pd.read_csv(MODELS / "probe" / "train_losses.csv")["dropped_steps"].eq(0).all()
+    for args, text in {
+        ("--freeze", "aggregator"): "--init_from",
+        ("--grid", "lrr=1,2"): "lrr=1,2",
+        ("--grid", "learning_rate=fast"): "learning_rate must be a number",
+        ("--stratify", "findings"): "no label",
+    }.items():
+        status, _, err = cli("train", "--task", "defect", "--model_name", "new", *args, *one)
+        assert status == 1 and text in err, err

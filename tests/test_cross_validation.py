@@ -1,0 +1,103 @@
+"""Cross-validation in one line, and models whose answers are averaged."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_embeddings
+from sklearn.metrics import roc_auc_score
+
+import echofocus as ef
+
+MODELS = Path("trained_models")
+LINE = ("train", "--task", "defect", "--n_folds", "3", "--fold", "all", "--epoch_lim", "2")
+IDS = {"eid": str, "pid": str, "Echo_ID": str, "PID": str}
+
+
+def test_folds_pooled_and_averaged(cohort, cli):
+    status, out, err = cli(*LINE)
+    assert status == 0, err
+    folder = MODELS / "defect"
+    splits = [pd.read_csv(folder / f"fold_{k}" / "split.csv", dtype=IDS) for k in range(3)]
+    tested = [x[x["fold"] == "test"] for x in splits]
+    assert sorted(pd.concat(tested)["eid"]) == sorted(splits[0]["eid"])  # each once
+    assert not set(tested[0]["pid"]) & set(tested[1]["pid"])
+
+    pooled = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
+    by_hand = []
+    for k in range(3):
+        one = ef.load(folder / f"fold_{k}")
+        answers = ef.predict(one, "emb").set_index("eid")["finding"]
+        by_hand.append(answers[tested[k]["eid"]])
+    by_hand = pd.concat(by_hand)
+    np.testing.assert_allclose(pooled["finding_Predict"][by_hand.index], by_hand, rtol=1e-4)
+    metrics = pd.read_csv(folder / "metrics_cv_site.csv").set_index("metric")
+    area = roc_auc_score(pooled["finding_Correct"], pooled["finding_Predict"])
+    assert metrics["value"]["auroc"] == pytest.approx(area, rel=1e-5)
+    each = [pooled.loc[x["eid"]] for x in tested]
+    each = [roc_auc_score(x["finding_Correct"], x["finding_Predict"]) for x in each]
+    assert metrics["fold_mean"]["auroc"] == pytest.approx(np.mean(each), rel=1e-5)
+    assert metrics["fold_sd"]["auroc"] == pytest.approx(np.std(each, ddof=1), rel=1e-5)
+    called = pooled["finding_Predict"].astype(object)
+    for k in range(3):
+        cut = ef.load(folder / f"fold_{k}").record.thresholds["finding"]
+        called[tested[k]["eid"]] = called[tested[k]["eid"]] >= cut
+    sensitivity = called[pooled["finding_Correct"] == 1].astype(float).mean()
+    assert metrics["value"]["sensitivity"] == pytest.approx(sensitivity, rel=1e-5)
+
+    before = (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime
+    (folder / "fold_2" / "best_checkpoint.pt").unlink()
+    (folder / "fold_2" / "last_checkpoint.pt").unlink()
+    status, out, err = cli(*LINE)  # goes on with what is missing
+    assert status == 0 and "resuming" in out, err
+    assert (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime == before
+    again = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
+    np.testing.assert_allclose(again["finding_Predict"], pooled["finding_Predict"], rtol=1e-5)
+
+    averaged(cli, folder)
+    unseen_alone_are_test(cli, folder)
+
+
+def averaged(cli, folder):
+    """predict with the folder, and with a list of models: their mean and SD."""
+    assert cli("predict", "--model_name", "defect")[0] == 0
+    found = pd.read_csv(folder / "predictions_site.csv", dtype=IDS).set_index("eid")
+    each = [ef.predict(ef.load(folder / f"fold_{k}"), "emb")["finding"] for k in range(3)]
+    np.testing.assert_allclose(found["finding"], np.mean(each, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(found["finding_sd"], np.std(each, axis=0, ddof=1), atol=1e-5)
+    names = (folder / "fold_0", folder / "fold_2", "--out", "two.csv")
+    assert cli("predict", "--model_name", *names)[0] == 0
+    two = pd.read_csv("two.csv")
+    np.testing.assert_allclose(two["finding"], np.mean([each[0], each[2]], axis=0), rtol=1e-4)
+    assert cli("embed", "--model_name", "defect")[0] == 0
+    status, _, err = cli("explain", "--model_name", "defect")
+    assert status == 1 and "explained of one model" in err
+
+
+def unseen_alone_are_test(cli, folder):
+    """Every patient was seen by some fold: none is test, until new ones come."""
+    status, _, err = cli("evaluate", "--model_name", "defect", "--n_boot", "0")
+    assert status == 1 and "none has seen its patient" in err
+    rng = np.random.default_rng(5)
+    rows = pd.read_csv("labels.csv", dtype=IDS)
+    new = [{"pid": f"N{i}", "eid": f"N{i}", "finding": i % 2, "size": 5} for i in range(6)]
+    new.append({"pid": "P001", "eid": "N6", "finding": 1, "size": 5})  # a new study of a known one
+    for row in new:
+        write_embeddings(Path("emb"), row["eid"], rng.standard_normal((2, 4, 768)).astype("f4"))
+    pd.concat([rows, pd.DataFrame(new)]).to_csv("labels.csv", index=False)
+    status, _, err = cli("evaluate", "--model_name", "defect", "--n_boot", "0")
+    assert status == 0, err
+    tested = pd.read_csv(folder / "saveout_test_site.csv", dtype=IDS)["Echo_ID"]
+    assert set(tested) == {f"N{i}" for i in range(6)}
+
+
+def test_what_does_not_go_together(cohort, cli):
+    for args, text in {
+        ("--fold", "all"): "--n_folds 5",
+        ("--n_folds", "2", "--fold", "all"): "3 or more",
+        ("--n_folds", "5", "--fold", "every"): "--fold must be a whole number",
+        ("--model_name", "a", "b"): "train makes one model",
+    }.items():
+        status, _, err = cli("train", "--task", "defect", *args)
+        assert status == 1 and text in err, err
