@@ -259,7 +259,9 @@ def test_a_study_without_a_given_fold_is_left_out(cohort, cli):
     status, out, err = cli(*DEFECT, "--split_column", "part")
     assert status == 0 and "2 studies have no fold" in out, err
     assert split_of("defect").loc[["1025", "1039"], "fold"].tolist() == ["left out"] * 2
-    status, out, err = cli("train", "--task", "defect", "--split_column", "part", "--epoch_lim", "2")
+    status, out, err = cli(
+        "train", "--task", "defect", "--split_column", "part", "--epoch_lim", "2"
+    )
     assert status == 0 and "resuming" in out, err
     status, _, err = cli(*DEFECT, "--split_column", "parts", "--run_id", "b")
     assert status == 1 and "no column 'parts'; did you mean part" in err
