@@ -7,6 +7,7 @@ import pickle
 import shutil
 import stat
 import struct
+import warnings
 import zipfile
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,7 @@ def odd_entry(saved, rng):
         del holder[path[-1]]
     elif draw < 0.4 and torch.is_tensor(old):
         changes = [
-            old[:0], old.double(), old.half(), old * float("nan"), old.flatten(),
+            old.flatten()[:0], old.double(), old.half(), old * float("nan"), old.flatten(),
             old.to(torch.int8), torch.zeros(1, *old.shape), old.to_sparse(),
             old.expand(3, *old.shape), old.to("meta"),
         ]  # fmt: skip
@@ -86,7 +87,8 @@ def attack(rng):
         deep = b"\x80\x02" + b"](" * 50_000 + b"e" * 50_000 + b"."
         return "attack: nested", deep
     buffer = io.BytesIO(whole()[0])
-    with zipfile.ZipFile(buffer, "a") as archive:
+    with zipfile.ZipFile(buffer, "a") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         name = archive.namelist()[0]
         archive.writestr(name, pickle.dumps(Attack()))
     return "attack: record twice", buffer.getvalue()
