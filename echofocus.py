@@ -150,6 +150,7 @@ from report.explanations import (
     video_rows,
     write_explanations,
 )
+from report.faithfulness import read_views, write_curves, write_views
 from report.figures import plot_history, plot_map
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import as_numbers, map_positions, shift_between
@@ -2469,7 +2470,7 @@ def explain(typed, world, held):
         )
     settings, config, model, source = start_with_model("explain", typed)
     columns = label_columns(model, settings.explain_tasks or model.labels)
-    eids, truths = explained_studies(model, config, settings, source)
+    eids, truths, patients = explained_studies(model, config, settings, source)
     warn_of_another_encoder(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
     names = explanation_names(model, settings, source.name, columns, eids)
@@ -2478,11 +2479,21 @@ def explain(typed, world, held):
         model, source.store, eids, settings, path, held, columns, truths, world
     )
     if journal:
-        write_explanations(model, journal, truths, settings, source.name, names, report_unreadable)
+        videos = write_explanations(
+            model, journal, truths, settings, source.name, names, report_unreadable
+        )
+        beside = model.folder / names["videos"].removesuffix(".csv")
+        if views := config.datasets[source.name].views:
+            write_views(videos, read_views(views, RUN), patients, beside)
+            print(f"wrote {beside}.views.csv, .png and .pdf")
+        if settings.curves:
+            targets = dict(zip(truths.index, normalised(model, truths), strict=True))
+            areas = write_curves(model, source.store, journal, targets, patients, settings, beside)
+            print(areas.to_string(index=False, float_format="{:.3g}".format))
+            print(f"wrote {beside}.curves.csv, .curve_areas.csv, .png and .pdf")
         if settings.page:
             table, left_out, _ = answer_studies(model, source.store, eids, settings)
-            folder = model.folder / names["videos"].removesuffix(".csv")
-            make_page(folder, model, source, config, settings, table, left_out, journal, truths)
+            make_page(beside, model, source, config, settings, table, left_out, journal, truths)
         journal.delete()
 
 
@@ -2550,7 +2561,8 @@ def source_studies(source, config, eids):
 
 
 def explained_studies(model, config, settings, source):
-    """(ids of the studies to explain, their labels in physical units, NaN where there is none).
+    """(ids of the studies to explain, their labels in physical units, NaN where there is none,
+    the patients of those that a label table names).
 
     Studies that no label table names are explained too: those that the model has not seen are
     of the test fold.
@@ -2558,7 +2570,7 @@ def explained_studies(model, config, settings, source):
     task, dataset = config.tasks[settings.task], config.datasets[source.name]
     path, there = dataset.label_path or task.label_path, source.eids
     truths = pd.DataFrame(np.nan, index=pd.Index(there, name="eid"), columns=model.labels)
-    folds = pd.Series("test", index=truths.index)
+    folds, patients = pd.Series("test", index=truths.index), {}
     if model.seen:
         nobody = truths.assign(pid=[f"study {eid}" for eid in there])  # known by study alone
         before = seen_weights(model.seen, nobody)
@@ -2566,6 +2578,7 @@ def explained_studies(model, config, settings, source):
     if dataset.label_path or (path and path.is_file()):
         _, table, of_table, _ = labelled_folds(model, config, settings, source.store)
         named = table.index.intersection(there)
+        patients = dict(table["pid"])
         truths.loc[named], folds[named] = table.loc[named, model.labels], of_table[named]
     elif settings.explain_mode == "loss":
         raise UserError("--explain_mode loss needs labels: set label_path in the config")
@@ -2573,12 +2586,12 @@ def explained_studies(model, config, settings, source):
         for eid in settings.eids:
             if eid not in truths.index:
                 raise UserError(f"no study {eid} in {source.name}{nearest(eid, there)}")
-        return list(dict.fromkeys(settings.eids)), truths
+        return list(dict.fromkeys(settings.eids)), truths, patients
     if settings.subset != "all":
         there = [eid for eid in there if folds[eid] == settings.subset]
     if not there:
         raise UserError(f"no study of {source.name} is in the fold {settings.subset}")
-    return sorted(there), truths
+    return sorted(there), truths, patients
 
 
 def select_studies(model, store, eids, truths, columns, settings):

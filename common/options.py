@@ -206,7 +206,7 @@ class Settings(CohortOptions):
     )
     list_: bool = option(False, "name the released models", WHAT, "download")
     sha256: str = option("", "the file's SHA-256, where you know it", WHAT, "download")
-    studies: int = option(100, "phantom studies to make", WHAT, "demo", least=1)
+    studies: int = option(80, "phantom studies to make", WHAT, "demo", least=1)
 
     subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
@@ -390,6 +390,10 @@ class Settings(CohortOptions):
     baseline: Literal["zero", "mean"] = option(
         "zero", "where integrated gradients start: zero, or the mean clip embedding in training",
         EXPLAINING, "explain",
+    )
+    curves: bool = option(
+        False, "also take videos away and give them back, by score and at random: what the answers "
+        "to labelled studies become", EXPLAINING, "explain",
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
         "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING,

@@ -147,6 +147,7 @@ class Dataset(Entry):
     label_path: Location | None = None
     video_base_path: Location | None = None  # holds a folder of videos a study, called:
     video_subdir_format: str = "{echo_id}_trim"
+    views: Location | None = None  # a table of eid, video, view, for importance by view
     settings: ForConfig = Settings()  # options, for this dataset
 
     plain_options = model_validator(mode="before")(with_options)

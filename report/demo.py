@@ -19,15 +19,23 @@ from common.schema import MODELS
 from embed import panecho
 from report.figures import new_figure, save_figure
 
-DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 30}}
+DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 20}}
 
 DEMO_CONFIG = {
     "task": {
         "ef": {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression"},
         "defect": {"task_labels": ["VSD"], "type": "binary"},
     },
-    "dataset": {"phantoms": {"embedding_path": "embeddings"}},
+    "dataset": {
+        "phantoms": {
+            "embedding_path": "embeddings",
+            "video_base_path": "videos",
+            "video_subdir_format": "{echo_id}",
+        }
+    },
 }
+
+SIZE = "64"  # pixels: a third of the time that 112 take
 
 DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
 
@@ -36,7 +44,7 @@ def cmd_demo(typed):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
     folder, settings = Path("demo"), Settings(**typed)
     weights = make_demo(folder, settings.studies)
-    extraction = ["--weights", weights, "--size", "112", "--n_clips", "1"]
+    extraction = ["--weights", weights, "--size", SIZE, "--n_clips", "1"]
     for line in (
         ["embed/extract.py", "videos", "--out", "embeddings", *extraction],
         ["echofocus.py", "train", "--task", "ef"],
@@ -55,7 +63,7 @@ def cmd_demo(typed):
             "real.csv",
         ],
         ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
-        ["echofocus.py", "explain", "--task", "defect"],
+        ["echofocus.py", "explain", "--task", "defect", "--page"],
     ):
         print(f"\n$ python ../{shlex.join(line)}", flush=True)
         program = Path(__file__).resolve().parent.parent / line[0]
@@ -89,7 +97,7 @@ def make_demo(folder, studies):
     print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
     clips = []
     for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
-        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=112))
+        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=int(SIZE)))
         frames = torch.from_numpy(sampled.frames[sampled.index[0]])
         clips.append(panecho.normalise(frames.permute(3, 0, 1, 2), torch.arange(3)[:, None]))
     panecho.save_untrained(folder / "untrained.pt", clips)
@@ -120,6 +128,7 @@ def summarise_demo(folder):
         f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
         f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
         f"\n\nLook at, in {folder}:"
+        "\n  trained_models/defect/explanation_test_phantoms/index.html   what drove each answer"
         "\n  demo.png                                                these results"
         "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
         "\n  trained_models/defect/explanation_test_phantoms.csv     every video in every answer"

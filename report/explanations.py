@@ -67,7 +67,10 @@ def top_rows(model, unit, settings, truths, dataset):
 
 
 def write_explanations(model, journal, truths, settings, dataset, names, report_unreadable):
-    """The long table, the published one, and the clips' scores, from the units of a journal."""
+    """The long table, the published one, and the clips' scores, from the units of a journal.
+
+    Returns the first.
+    """
     videos, tops, unreadable, folder = [], [], {}, model.folder
     labelled = truths.notna().any(axis=None)
     with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
@@ -99,6 +102,7 @@ def write_explanations(model, journal, truths, settings, dataset, names, report_
         print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
     for name in names.values():
         print(f"wrote {folder / name}")
+    return videos
 
 
 def explanation_names(model, settings, dataset, columns, eids):
