@@ -626,9 +626,9 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
     if not record:
-        digest = sha256_file(path) if encoder_file == path else None
-        record = Record(input=Input(size=224, clip_len=16, weights_sha256=digest))  # as published
-        record.encoder_sha256 = digest or ""
+        record = Record(input=Input(size=224, clip_len=16))  # as published models were
+        if encoder_file == path:
+            record.input.weights_sha256 = record.encoder_sha256 = sha256_file(path)
     return LoadedModel(
         folder, net, task, list(labels), kind, scaling, record, units,
         seen_from(saved, folder), encoder_file, clip_mean_from(saved, path),
@@ -735,7 +735,8 @@ def ensemble_of(members, folder):
     net = Ensemble([m.net for m in members]).eval().requires_grad_(False)
     return LoadedEnsemble(
         folder, net, first.task, first.labels, first.type, first.scaling, record, first.units,
-        seen, first.clip_mean, first.novelty, members=members,
+        seen, encoder_file=first.encoder_file, clip_mean=first.clip_mean, novelty=first.novelty,
+        members=members,
     )  # fmt: skip
 
 
