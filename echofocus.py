@@ -14,9 +14,9 @@ What is left out has a default, and the tool prints which it took. Files: a conf
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
 file a study, from embed/extract.py or the published scripts), a model folder below trained_models/.
 
-The file is in the order in which data flows: embedding store and batches -> model -> checkpoints ->
-the loop -> training -> evaluate, predict, embed, explain, check -> command line. What comes before
-(config, label table, patient splits) is read by common/, what comes after is drawn by report/.
+The file is in the order in which data flows: embedding store and batches -> checkpoints -> the loop
+-> training -> evaluate, predict, embed, explain, check -> command line. What comes before (config,
+label table, folds) and the network are in common/, what a person looks at is drawn by report/.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -30,17 +30,16 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from pydantic import FiniteFloat, TypeAdapter
 from torch import nn
 
@@ -80,7 +79,6 @@ from common.files import (
 from common.hdf5 import new_hdf5
 from common.labels import (
     load_labels,
-    read_labels,
     read_rows,
     scale,
     scaling_fault,
@@ -94,15 +92,14 @@ from common.options import (
     MOST_LAYERS,
     OPTIONS,
     RECORDED,
-    SYNONYMS,
     THROUGH,
     Settings,
     add_options,
     checked_options,
+    grid_of,
     options_of,
     validated,
 )
-from common.packed import attend, encoder_layer, pool
 from common.schema import (
     MODELS,
     Config,
@@ -123,6 +120,7 @@ from common.splits import (
     seen_weights,
     write_split,
 )
+from common.study_model import Readings, StudyModel, losses_of_labels, study_losses
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
@@ -151,9 +149,9 @@ from report.explanations import (
     write_explanations,
 )
 from report.faithfulness import read_views, write_curves, write_views
-from report.figures import plot_history, plot_map
+from report.figures import plot_history
 from report.inspect import describe_encoder, describe_model, print_description
-from report.maps import as_numbers, map_positions, shift_between
+from report.maps import make_map, map_rows
 from report.predictions import prediction_table, report_left_out
 from report.trust import (
     DRAWS,
@@ -339,128 +337,6 @@ def warn_of_another_encoder(model, store, eids, listener=RUN):
         listener.ok(f"{name} does not say which encoder it goes with")
     elif not others:
         listener.ok("the model and the embeddings go with one encoder")
-
-
-# -------------------------------------------------------------------------------------------- model
-
-HEADS = 6
-DROPOUT = 0.2
-
-
-class StudyModel(nn.Module):
-    """The set transformer: a study's clips, an unordered set, to its labels.
-
-    standard: encoder over the clips, mean or max over them, linear head.
-    query: a learned query token joins the clips, its output goes to the head.
-    multiquery: one query a label, one shared head.
-    Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
-    """
-
-    def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
-        super().__init__()
-        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
-        self.pool_queries = True  # multiquery: the study embedding is the mean over labels
-        if kind == "query":
-            self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
-        if kind == "multiquery":
-            self.query_tokens = nn.Parameter(torch.randn(1, n_labels, D) * 0.02)
-        if depth:
-            layer = nn.TransformerEncoderLayer(D, HEADS, D, DROPOUT, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        else:
-            self.encoder = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
-        self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_labels)
-
-    @property
-    def queries(self):
-        """The learned query tokens (Q, D); none for the standard kind."""
-        if self.kind == "standard":
-            return None
-        return (self.query_token if self.kind == "query" else self.query_tokens)[0]
-
-    def forward(self, tokens, lengths, rng=None):
-        """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D).
-
-        The latter are (S, T, D) of a multiquery model without `pool_queries`.
-        rng: a numpy Generator that dropout draws from in training; torch's own without.
-        """
-        S, queries = len(lengths), self.queries
-        if queries is not None:  # each study's queries stand before its clips
-            parts = [x for study in tokens.split(lengths) for x in (queries, study)]
-            tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
-        x = self.encode(tokens, lengths, 0 if queries is None else len(queries), rng)
-        if self.kind == "standard":
-            pooled = pool(x, lengths, self.combine)
-            return self.ff(pooled), pooled
-        x = x.view(S, len(queries), D)
-        if self.kind == "query":
-            return self.ff(x[:, 0]), x[:, 0]
-        return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
-
-    def first_norm_input(self, tokens):
-        """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
-        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
-        n_queries = len(x) - len(tokens) if self.depth == 1 else 0
-        attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
-        return x[: n_queries or None] + attended
-
-    def attention_maps(self, tokens):
-        """Each layer's attention within a study's tokens (N, D), the queries before them.
-
-        Yields ((N, N) mean over heads, whether the layer has a residual path, as all but that of
-        depth 0 have).
-        """
-        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
-        for layer in self.encoder.layers if self.depth else [None]:
-            mha = layer.self_attn if layer else self.encoder
-            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
-            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
-            yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
-            x = encoder_layer(layer, x, [len(x)]) if layer else x
-
-    def encode(self, x, lengths, n_queries, rng=None):
-        """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
-        if not self.depth:
-            return attend(self.encoder, x, lengths, n_queries, rng)
-        for i, layer in enumerate(self.encoder.layers):
-            last = i == self.depth - 1
-            x = encoder_layer(layer, x, lengths, n_queries if last else 0, rng)
-        return x
-
-
-class Readings(nn.Module):
-    """PanEcho's own answers from stored clip embeddings: its heads are linear in them.
-
-    A study's reading is the mean over its clips and videos of the activated outputs. Called like a
-    StudyModel: tokens (N, D), lengths (S) -> readings (S, T) and mean clip embeddings (S, D).
-    """
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.heads, self.columns = encoder, encoder.columns()
-        self.n_labels = len(self.columns)
-        del self.heads.encoder  # no video is touched again
-
-    def forward(self, tokens, lengths, rng=None):
-        outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
-        return pool(outputs, lengths), pool(tokens, lengths)
-
-
-def study_losses(logits, targets, task_type):
-    """Loss of each study (S,): the mean over its labels that are not missing (NaN); 0 if all are.
-
-    Binary: cross-entropy with logits. Regression: squared error of normalised labels.
-    """
-    known = ~targets.isnan()
-    each = losses_of_labels(logits, targets.nan_to_num(), task_type)
-    return (each * known).sum(1) / known.sum(1).clamp(min=1)
-
-
-def losses_of_labels(logits, targets, task_type):
-    """The loss of each study's each label (S, T), see `study_losses`."""
-    if task_type == "binary":
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return F.mse_loss(logits, targets, reduction="none")
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -1218,47 +1094,11 @@ def search(typed, world):
         )
 
 
-def grid_of(texts):
-    """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
-    axes = {}
-    for text in texts:
-        name, _, values = text.partition("=")
-        name = SYNONYMS.get(name, name)
-        if name not in options_of("train") or name not in RECORDED or not values:
-            hint = nearest(name, RECORDED)
-            raise UserError(
-                f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
-            )
-        axes[name] = [value_in(x) for x in values.split(",")]
-    return [checked_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
-
-
-def value_in(text):
-    """A number where the text is one."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def train_model(typed, world):
     """What each process of `train` does."""
     config = read_config(typed.get("config"))
-    config.pick("task", typed.get("task"))
-    own = {k: v for k, v in typed.items() if k != "videos"}  # which name no dataset here
-    settings = resolve_settings("train", own, config)
-    settings.videos = typed.get("videos", "")
-    if settings.end_to_end and not settings.batch_size:
-        settings.batch_size = 1  # a study's images are large
-    check_settings(settings)
-    begun_from = None
-    if settings.init_from:
-        begun_from = find_model_folder(settings.init_from)
-        own = "" if releases.released(begun_from) else settings.task  # a released one has its own
-        begun_from = load_model(begun_from, config, own)
-        if not isinstance(begun_from.net, StudyModel):
-            raise UserError(f"{settings.init_from} is no study-level model to start from")
-        adopt_architecture(settings, begun_from.net, typed)
+    settings = training_settings(typed, config)
+    begun_from = model_to_start_from(typed, settings, config)
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
     if settings.stratify and settings.stratify not in task.task_labels:
@@ -1269,10 +1109,58 @@ def train_model(typed, world):
     else:
         refuse_through(typed)
         store = store_of(config, settings)
+    folder = folder_to_train_in(settings)
     table = table.rename(index=stored_names(table.index, store))
-    whole, limit = table, settings.sample_limit
-    table = match_studies(table, store, task, limit, settings.first_study_only)
+    digest = partial(digest_at_training, begun_from, table, store, task)
+    table = match_studies(table, store, task, settings.sample_limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
+    parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
+    cohorts = {}
+    for k in parts:  # all before any is trained: what is wrong with one is said now
+        own = settings.model_copy(update={"fold": k})
+        if len(parts) > 1:
+            print(f"fold {k} of {len(parts)}")
+        about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
+        folds = training_folds(table, own, task, begun_from, **about_seen)
+        cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
+    for k, (own, cohort) in cohorts.items():
+        place = folder / f"fold_{k}" if len(parts) > 1 else folder
+        with nullcontext() if world.rank else lock(place, timeout=0):
+            run = Training(place, own, cohort, store, begun_from, world)
+            train_cohort(run)
+        if settings.end_to_end:
+            validate_extracted(run, config)
+    if len(parts) > 1 and not world.rank:
+        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store)
+
+
+def training_settings(typed, config):
+    """The Settings of a training, judged together before any work is done."""
+    config.pick("task", typed.get("task"))
+    own = {k: v for k, v in typed.items() if k != "videos"}  # which name no dataset here
+    settings = resolve_settings("train", own, config)
+    settings.videos = typed.get("videos", "")
+    if settings.end_to_end and not settings.batch_size:
+        settings.batch_size = 1  # a study's images are large
+    check_settings(settings)
+    return settings
+
+
+def model_to_start_from(typed, settings, config):
+    """The LoadedModel of --init_from, whose architecture the settings take over, or None."""
+    if not settings.init_from:
+        return None
+    folder = find_model_folder(settings.init_from)
+    own = "" if releases.released(folder) else settings.task  # a released one has its own
+    begun_from = load_model(folder, config, own)
+    if not isinstance(begun_from.net, StudyModel):
+        raise UserError(f"{settings.init_from} is no study-level model to start from")
+    adopt_architecture(settings, begun_from.net, typed)
+    return begun_from
+
+
+def folder_to_train_in(settings):
+    """The model's folder. Raises UserError for one that holds another kind of thing."""
     folder = model_folder(settings.model_name, settings.run_id)
     if "," in settings.model_name:
         raise UserError(f"train makes one model, not {settings.model_name}")
@@ -1285,25 +1173,7 @@ def train_model(typed, world):
             f"{folder} was downloaded and stays as it is: train under another --model_name, with "
             f"--init_from {folder.name} to start from it"
         )
-    digest = partial(digest_at_training, begun_from, whole, store, task)
-    about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
-    parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
-    cohorts = {}
-    for k in parts:  # all before any is trained: what is wrong with one is said now
-        own = settings.model_copy(update={"fold": k})
-        if len(parts) > 1:
-            print(f"fold {k} of {len(parts)}")
-        folds = training_folds(table, own, task, begun_from, **about_seen)
-        cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
-    for k, (own, cohort) in cohorts.items():
-        place = folder / f"fold_{k}" if len(parts) > 1 else folder
-        with nullcontext() if world.rank else lock(place, timeout=0):
-            run = Training(place, own, cohort, store, begun_from, world)
-            train_cohort(run)
-        if settings.end_to_end:
-            validate_extracted(run, config)
-    if len(parts) > 1 and not world.rank:
-        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store)
+    return folder
 
 
 def train_cohort(run):
@@ -2375,71 +2245,6 @@ def embed_videos(f, model, store, eids, settings, unreadable):
         f[eid].create_dataset("videos", data=bag.videos, dtype=h5py.string_dtype())
         n += len(found)
     return n
-
-
-def map_rows(config, settings, datasets):
-    """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
-
-    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
-    are numbers, else text. Raises UserError when no table has the column.
-    """
-    column, task = settings.color_by.strip(), config.tasks.get(settings.task)
-    if column in ("pid", "eid"):
-        raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
-    columns, rows, reasons = [] if column == "dataset" else [column], {}, []
-    for name in datasets:
-        path = config.datasets[name].label_path or (task.label_path if task else None)
-        try:
-            if columns and column in task.task_labels:
-                rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
-            else:
-                rows[name] = read_rows(path, columns)
-        except UserError as error:
-            rows[name] = None
-            reasons.append(str(error))
-            continue
-    if columns and len(reasons) == len(datasets):
-        raise UserError(f"--color_by {column}: {reasons[0]}")
-    for reason in reasons if columns else ():
-        print(f"no colours: {reason}")
-    return rows
-
-
-def make_map(files, rows, model, settings):
-    """Study embeddings of some datasets in a plane: map_*.csv, .png and .pdf beside the model.
-
-    files: dataset -> file of study embeddings; rows: see `map_rows`.
-    """
-    eids, x, names = [], [], []
-    for name, path in files.items():
-        with h5py.File(path, "r") as f:
-            eids += list(f)
-            x += [f[eid][:] for eid in f]
-            names += [name] * len(f)
-    x, column = np.stack(x), settings.color_by.strip()
-    if len(x) < 4 or not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
-        raise UserError("a map needs the embeddings of four studies that differ")
-    points = pd.DataFrame({"eid": eids, "dataset": names})
-    of_study = [
-        (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
-        for name, part in points.groupby("dataset", sort=False)
-    ]
-    said = pd.concat(of_study, ignore_index=True)
-    points["value"] = points["dataset"] if column == "dataset" else as_numbers(said[column])
-    places, axes = map_positions(x, settings.map)
-    points["x"], points["y"] = places.T
-    shift = ""
-    if len(files) > 1:
-        patients = said["pid"] if "pid" in said else pd.Series(np.nan, index=points.index)
-        patients = patients.where(patients.notna(), points["eid"])
-        shift = shift_between(x, points["dataset"], patients)
-        print(shift)
-    by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
-    path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
-    write_table(points, path.with_name(path.name + ".csv"))
-    unit = f" [{model.units[column]}]" if column in model.units else ""
-    plot_map(points, axes, column + unit, shift, path)
-    print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
 
 
 # ------------------------------------------------------------------------------------------ explain

@@ -9,6 +9,8 @@ import math
 import re
 from argparse import SUPPRESS
 from ast import literal_eval
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -608,3 +610,26 @@ def keys_at(kind, place):
         kind = inner[-1] if inner else kind.model_fields[key].annotation
     keys = sorted(IN_CONFIG) if kind is Settings else list(kind.model_fields)
     return [*keys, *sorted(IN_CONFIG)] if hasattr(kind, "plain_options") else keys
+
+
+def grid_of(texts):
+    """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
+    axes = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = SYNONYMS.get(name, name)
+        if name not in options_of("train") or name not in RECORDED or not values:
+            hint = nearest(name, RECORDED)
+            raise UserError(
+                f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
+            )
+        axes[name] = [value_in(x) for x in values.split(",")]
+    return [checked_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+
+
+def value_in(text):
+    """A number where the text is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

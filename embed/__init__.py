@@ -1,3 +1,5 @@
 """Videos into clip embeddings: the PanEcho encoder, the extraction, the embedding files."""
 
-EMBED_DIM = 768  # numbers in a clip embedding
+from common import EMBED_DIM
+
+__all__ = ["EMBED_DIM"]

@@ -1,6 +1,78 @@
 """Study embeddings in a plane, and how well datasets can be told apart by them."""
 
+import h5py
+import numpy as np
 import pandas as pd
+
+from common.console import UserError
+from common.files import write_table
+from common.labels import read_labels, read_rows
+from report.figures import plot_map
+
+
+def map_rows(config, settings, datasets):
+    """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
+
+    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
+    are numbers, else text. Raises UserError when no table has the column.
+    """
+    column, task = settings.color_by.strip(), config.tasks.get(settings.task)
+    if column in ("pid", "eid"):
+        raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
+    columns, rows, reasons = [] if column == "dataset" else [column], {}, []
+    for name in datasets:
+        path = config.datasets[name].label_path or (task.label_path if task else None)
+        try:
+            if columns and column in task.task_labels:
+                rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
+            else:
+                rows[name] = read_rows(path, columns)
+        except UserError as error:
+            rows[name] = None
+            reasons.append(str(error))
+            continue
+    if columns and len(reasons) == len(datasets):
+        raise UserError(f"--color_by {column}: {reasons[0]}")
+    for reason in reasons if columns else ():
+        print(f"no colours: {reason}")
+    return rows
+
+
+def make_map(files, rows, model, settings):
+    """Study embeddings of some datasets in a plane: map_*.csv, .png and .pdf beside the model.
+
+    files: dataset -> file of study embeddings; rows: see `map_rows`.
+    """
+    eids, x, names = [], [], []
+    for name, path in files.items():
+        with h5py.File(path, "r") as f:
+            eids += list(f)
+            x += [f[eid][:] for eid in f]
+            names += [name] * len(f)
+    x, column = np.stack(x), settings.color_by.strip()
+    if len(x) < 4 or not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
+        raise UserError("a map needs the embeddings of four studies that differ")
+    points = pd.DataFrame({"eid": eids, "dataset": names})
+    of_study = [
+        (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
+        for name, part in points.groupby("dataset", sort=False)
+    ]
+    said = pd.concat(of_study, ignore_index=True)
+    points["value"] = points["dataset"] if column == "dataset" else as_numbers(said[column])
+    places, axes = map_positions(x, settings.map)
+    points["x"], points["y"] = places.T
+    shift = ""
+    if len(files) > 1:
+        patients = said["pid"] if "pid" in said else pd.Series(np.nan, index=points.index)
+        patients = patients.where(patients.notna(), points["eid"])
+        shift = shift_between(x, points["dataset"], patients)
+        print(shift)
+    by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
+    path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
+    write_table(points, path.with_name(path.name + ".csv"))
+    unit = f" [{model.units[column]}]" if column in model.units else ""
+    plot_map(points, axes, column + unit, shift, path)
+    print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
 
 
 def map_positions(x, method):

@@ -1,0 +1,127 @@
+"""The set transformer that reads a study's clips, PanEcho's own heads, and their losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import EMBED_DIM as D
+from common.packed import attend, encoder_layer, pool
+
+HEADS = 6
+DROPOUT = 0.2
+
+
+class StudyModel(nn.Module):
+    """The set transformer: a study's clips, an unordered set, to its labels.
+
+    standard: encoder over the clips, mean or max over them, linear head.
+    query: a learned query token joins the clips, its output goes to the head.
+    multiquery: one query a label, one shared head.
+    Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
+    """
+
+    def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
+        super().__init__()
+        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
+        self.pool_queries = True  # multiquery: the study embedding is the mean over labels
+        if kind == "query":
+            self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+        if kind == "multiquery":
+            self.query_tokens = nn.Parameter(torch.randn(1, n_labels, D) * 0.02)
+        if depth:
+            layer = nn.TransformerEncoderLayer(D, HEADS, D, DROPOUT, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        else:
+            self.encoder = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
+        self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_labels)
+
+    @property
+    def queries(self):
+        """The learned query tokens (Q, D); none for the standard kind."""
+        if self.kind == "standard":
+            return None
+        return (self.query_token if self.kind == "query" else self.query_tokens)[0]
+
+    def forward(self, tokens, lengths, rng=None):
+        """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D).
+
+        The latter are (S, T, D) of a multiquery model without `pool_queries`.
+        rng: a numpy Generator that dropout draws from in training; torch's own without.
+        """
+        S, queries = len(lengths), self.queries
+        if queries is not None:  # each study's queries stand before its clips
+            parts = [x for study in tokens.split(lengths) for x in (queries, study)]
+            tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
+        x = self.encode(tokens, lengths, 0 if queries is None else len(queries), rng)
+        if self.kind == "standard":
+            pooled = pool(x, lengths, self.combine)
+            return self.ff(pooled), pooled
+        x = x.view(S, len(queries), D)
+        if self.kind == "query":
+            return self.ff(x[:, 0]), x[:, 0]
+        return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
+
+    def first_norm_input(self, tokens):
+        """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        n_queries = len(x) - len(tokens) if self.depth == 1 else 0
+        attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
+        return x[: n_queries or None] + attended
+
+    def attention_maps(self, tokens):
+        """Each layer's attention within a study's tokens (N, D), the queries before them.
+
+        Yields ((N, N) mean over heads, whether the layer has a residual path, as all but that of
+        depth 0 have).
+        """
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        for layer in self.encoder.layers if self.depth else [None]:
+            mha = layer.self_attn if layer else self.encoder
+            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
+            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
+            yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
+            x = encoder_layer(layer, x, [len(x)]) if layer else x
+
+    def encode(self, x, lengths, n_queries, rng=None):
+        """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
+        if not self.depth:
+            return attend(self.encoder, x, lengths, n_queries, rng)
+        for i, layer in enumerate(self.encoder.layers):
+            last = i == self.depth - 1
+            x = encoder_layer(layer, x, lengths, n_queries if last else 0, rng)
+        return x
+
+
+class Readings(nn.Module):
+    """PanEcho's own answers from stored clip embeddings: its heads are linear in them.
+
+    A study's reading is the mean over its clips and videos of the activated outputs. Called like a
+    StudyModel: tokens (N, D), lengths (S) -> readings (S, T) and mean clip embeddings (S, D).
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.heads, self.columns = encoder, encoder.columns()
+        self.n_labels = len(self.columns)
+        del self.heads.encoder  # no video is touched again
+
+    def forward(self, tokens, lengths, rng=None):
+        outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
+        return pool(outputs, lengths), pool(tokens, lengths)
+
+
+def study_losses(logits, targets, task_type):
+    """Loss of each study (S,): the mean over its labels that are not missing (NaN); 0 if all are.
+
+    Binary: cross-entropy with logits. Regression: squared error of normalised labels.
+    """
+    known = ~targets.isnan()
+    each = losses_of_labels(logits, targets.nan_to_num(), task_type)
+    return (each * known).sum(1) / known.sum(1).clamp(min=1)
+
+
+def losses_of_labels(logits, targets, task_type):
+    """The loss of each study's each label (S, T), see `study_losses`."""
+    if task_type == "binary":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return F.mse_loss(logits, targets, reduction="none")
