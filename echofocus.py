@@ -2615,7 +2615,7 @@ def check_choice(typed, config, model, listener):
     made = any(d.embedding_path.is_dir() for d in config.datasets.values())
     if typed.get("videos") and not typed.get("dataset") and not made:
         return listener.ok("no dataset is extracted yet: only --videos is looked at")
-    typed = {k: v for k, v in typed.items() if k in options_of("train")}
+    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
     settings = resolve_settings("train", typed, config, model)
     check_settings(settings)
     if settings.task in config.tasks:

@@ -131,6 +131,8 @@ def training_folds(table, settings, task, begun_from=None, listener=RUN, **about
 def warn_of_one_class(table, folds, task, listener):
     """Tell which findings cannot be judged: no positive, or no negative, outside training."""
     for label in task.task_labels if task.type == "binary" else ():
+        if table.loc[folds == "train", label].nunique() < 2:
+            continue  # it cannot be learnt, which is said
         for fold in ("val", "test"):
             y = table.loc[folds == fold, label].dropna()
             if len(y) and y.nunique() < 2:

@@ -77,7 +77,7 @@ def range_of(ends):
     return ends
 
 
-OWN_COLUMNS = ("pid", "eid", "PID", "Echo_ID", "n_videos", "n_clips", "warning")
+OWN_COLUMNS = ("pid", "eid", "PID", "Echo_ID", "n_videos", "n_clips", "novelty", "warning")
 OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Predict")
 
 
