@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from common.console import UserError, nearest, printable
-from common.files import packed_path
 from common.options import (
     IN_CONFIG,
     MOST_LABELS,
@@ -155,6 +154,8 @@ class Dataset(Entry):
     @property
     def is_of_videos(self):
         """Whether it has videos and no clip embeddings yet: commands with a model extract them."""
+        from common.files import packed_path  # numpy, which --help can do without
+
         made = self.embedding_path.exists() or packed_path(self.embedding_path).exists()
         return self.video_base_path is not None and not made
 

@@ -388,11 +388,11 @@ def test_what_may_pass_is_tried_again(source, tmp_path, cli, decoded, monkeypatc
     out, dies = tmp_path / "out", {"y.dcm", "real.dcm"}
     work = extract.DecoderProcess.__call__
 
-    def die(self, path, how):
+    def die(self, function, path, how):
         if path.name in dies:
             decoded.append(path.name)
             return video.NotNow("transfer syntax X needs a plugin"), 0.0
-        return work(self, path, how)
+        return work(self, function, path, how)
 
     monkeypatch.setattr(extract.DecoderProcess, "__call__", die)
 
@@ -417,8 +417,8 @@ def test_what_may_pass_is_tried_again(source, tmp_path, cli, decoded, monkeypatc
 def test_a_file_that_changes_while_it_is_read(source, tmp_path, cli, monkeypatch):
     work = extract.DecoderProcess.__call__
 
-    def change(self, path, how):
-        reply = work(self, path, how)
+    def change(self, function, path, how):
+        reply = work(self, function, path, how)
         if path.name == "x.dcm":
             os.utime(path, (1, 1))
         return reply
