@@ -1724,6 +1724,7 @@ def start_with_model(command, typed):
             task_labels=model.labels, type=model.type, units=model.units
         )
     settings = resolve_settings(command, typed, config, model)
+    model.net.to(pick_device(settings.device))  # which the config may say
     if settings.videos or is_of_videos(settings, config):
         source = extracted(typed, settings, config, model)
     else:

@@ -11,6 +11,7 @@ import pandas as pd
 from common.console import UserError
 from common.files import atomic_path, write_table
 from common.hdf5 import new_hdf5
+from common.options import Settings
 from report.attribution import COMPLETE
 
 
@@ -120,6 +121,8 @@ def explanation_names(model, settings, dataset, columns, eids):
     if settings.explain_mode != "pred":
         chosen.append(f"mode-{settings.explain_mode}")
     other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
+    if settings.explain_steps != Settings().explain_steps:
+        other.append(f"steps-{settings.explain_steps}")
     other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
     long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
     tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
