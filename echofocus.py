@@ -670,6 +670,8 @@ def find_model_folder(name, run_id="", task="", config=None):
         return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
     if name:
         file = name.endswith(".pt") and panecho.encoder_in(name)
+        if file and not is_encoder(checkpoints.load_safely(file)):
+            raise UserError(f"no trained model {file}{how_to_get(name, [])}")
         folder = file or model_folder(name, run_id)
         there = (folder / "best_checkpoint.pt").is_file() or folds_in_folder(folder)
         if not (there or panecho.encoder_in(folder)):

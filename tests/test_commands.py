@@ -551,6 +551,7 @@ def test_run_record_and_changes_on_resume(cohort, cli):
     assert status == 1 and "label table has changed" in err
 
 
+@pytest.mark.slow
 def test_half_precision_is_close(cohort, cli):
     assert cli("train", "--task", "defect", "--epoch_lim", "2", "--precision", "bf16")[0] == 0
     assert cli("predict", "--precision", "bf16", "--out", "half.csv")[0] == 0

@@ -12,7 +12,7 @@ from embed import phantom, video
 
 
 def test_demo(tmp_path):
-    line = [sys.executable, ROOT / "echofocus.py", "demo", "--studies", "16"]
+    line = [sys.executable, ROOT / "echofocus.py", "demo", "--studies", "22"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     for step in ("embed/extract.py videos", "train --task ef", "train --task defect", "evaluate",

@@ -106,6 +106,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
     """From 5 to 50 clips of a study the peak grows by little more than the images themselves."""
     (tmp_path / "peak.py").write_text(PEAK.format(tests=str(ROOT / "tests"), root=str(ROOT)))
@@ -225,6 +226,7 @@ def test_one_clear_line(site, cli, line, wrong):
     assert status in (1, 2) and wrong in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_learns_through_the_encoder(site, cli):
     """With the study-level model frozen, the loss falls all the same."""
     line = [*LINE.split(), "--epoch_lim", "8", "--freeze", "aggregator", "--batch_number", "8"]

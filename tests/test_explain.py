@@ -269,9 +269,11 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
     assert len(asked) == len(set(asked)) + 1
     assert whole == {name: (FOLDER / name).read_bytes() for name in names}
     assert not list(FOLDER.glob(".*journal"))
-    assert cli("explain", "--precision", "bf16", "--batch_size", "1")[0] == 0
-    half, full = table(names[0]), pd.read_csv(FOLDER / "explanation_test_site.csv")
-    assert whole[names[0]] != (FOLDER / names[0]).read_bytes() and len(half) == len(full)
+    full = table(names[0])
+    few = ("--sample_limit", "2")  # half precision is slow where a CPU has no instructions for it
+    assert cli("explain", "--precision", "bf16", "--batch_size", "1", *few)[0] == 0
+    half = table(names[0]).merge(full, on=["eid", "video"])
+    assert half["eid"].nunique() == 2 and (half["score_x"] != half["score_y"]).any()
 
 
 def test_float16_packs_can_be_explained(trained, cli):
@@ -298,6 +300,7 @@ def test_the_mean_baseline_is_refused_where_it_is_not_known(trained, cli):
     assert status == 1 and "does not hold the mean clip embedding" in err
 
 
+@pytest.mark.slow
 def test_several_processes(trained, cli):
     """The tables of one process."""
     assert cli("explain")[0] == 0

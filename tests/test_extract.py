@@ -468,6 +468,7 @@ def test_a_vanished_source_costs_only_its_study(source, tmp_path, cli, monkeypat
         assert f["videos"].asstr()[:].tolist() == ["real.dcm"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(source, tmp_path):
     """The system refuses files beyond 5 KiB; once it does not, the same command goes on."""
     out = tmp_path / "out"
@@ -485,6 +486,7 @@ def test_a_full_disk_is_one_line(source, tmp_path):
     assert len(read_log(out)) == 6
 
 
+@pytest.mark.slow
 def test_augmented_copies_and_precision(source, tmp_path, cli):
     options = (*OPTIONS, "--augment", "2")
     assert cli(source / "B", "--out", tmp_path / "a", *options, main=extract.main)[0] == 0
