@@ -35,7 +35,8 @@ def prediction_table(model, found, told, deviations=None):
     if hasattr(model, "spread"):  # several that are averaged
         spread = model.spread(found.logits).reshape(values.shape)
         table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
-    given = np.isfinite(found.logits).reshape(len(values), -1, len(model.labels)).any(axis=1)
+    shape = len(values), found.logits.shape[1] // len(model.labels), len(model.labels)
+    given = np.isfinite(found.logits).reshape(shape).any(axis=1)
     for label, threshold in model.record.thresholds.items():
         column = values[:, model.labels.index(label)]
         decided = np.where(np.isnan(column), np.nan, column >= threshold)

@@ -740,7 +740,7 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     for most in (1 << 26, 300 * 6 * 37):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packed, "MOST_WEIGHTS", most)
-            patch.setattr(ef, "drop", lambda x, dropout, rng: x)
+            patch.setattr(packed, "drop", lambda x, dropout, rng: x)
             net.train().zero_grad()
             logits, _ = net(x, [300])
             logits.sum().backward()
