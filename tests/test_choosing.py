@@ -43,7 +43,7 @@ def test_every_fold_has_its_share_of_a_rare_label(rare):
 
 def test_a_fold_without_a_positive_is_said(rare):
     heard = Collected()
-    folds = pd.Series(["train"] * 10 + ["val"] * 490 + ["test"] * 500, rare.index)
+    folds = pd.Series(["train"] * 20 + ["val"] * 480 + ["test"] * 500, rare.index)
     folds[9] = "val"
     warn_of_one_class(rare, folds, Task(task_labels=["rare"], type="binary"), heard)
     assert [f.text for f in heard.findings] == [
