@@ -86,21 +86,24 @@ def main():
     flops = image_flops(backbone)
     backbone.to(device)
     batch = extract.default_batch(device, 224)
+    rate = {
+        "fp32": matmul_rate(device, torch.float32),
+        "bf16": matmul_rate(device, torch.bfloat16),
+    }
     encoders = {
         precision: extract.Encoder(
             panecho.load_panecho("random")[0].encoder, device, batch, precision, 224
         )
         for precision in extract.PRECISIONS
-    }
-    rate = {
-        "fp32": matmul_rate(device, torch.float32),
-        "bf16": matmul_rate(device, torch.bfloat16),
+        if rate[precision] > rate["fp32"] / 10
     }
     print(describe(device))
     print(
         f"matmul {rate['fp32'] / 1e9:.0f} GFLOP/s fp32, {rate['bf16'] / 1e9:.0f} bf16; an image "
         f"{flops / 1e9:.2f} GFLOP; batches of {batch}"
     )
+    if "bf16" not in encoders:
+        print("bf16 is emulated here: not measured")
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for n in args.frames:
