@@ -11,6 +11,7 @@ from conftest import ROOT
 from embed import phantom, video
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     line = [sys.executable, ROOT / "echofocus.py", "demo", "--studies", "22"]
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)

@@ -225,6 +225,7 @@ def read_log(out):
         return list(csv.DictReader(f))
 
 
+@pytest.mark.slow
 def test_workers_share_the_work(tmp_path):
     """Four workers, two of them killed: the rest do every study once, nothing is half-written."""
     for i in range(60):

@@ -508,6 +508,7 @@ def test_one_vector_a_label(cohort, cli):
     assert status == 1 and "multiquery models, and for no map" in err
 
 
+@pytest.mark.slow
 def test_few_videos_of_a_study(cohort, cli):
     """The same ones each time outside training; in training any, anew each epoch."""
     line = ("--max_videos_per_study", "2", "--batch_size", "1")

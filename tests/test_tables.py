@@ -238,6 +238,7 @@ def test_ids():
     assert finding.level == "ERROR" and "t.csv, line 3" in finding.text
 
 
+@pytest.mark.slow
 def test_fifty_thousand_rows_in_seconds(tmp_path):
     rng = np.random.default_rng(0)
     table = pd.DataFrame(rng.standard_normal((50_000, 30)).round(3)).add_prefix("L")

@@ -390,6 +390,7 @@ run_main(lambda: train.main(sys.argv[1:]), "train.py")
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(cli, here, dynamic):
     """The same losses and predictions, no validation video counted twice; an odd last batch."""
     line = f"--cohort echonetdynamic --data_dir {dynamic} {SMALL} --max_epochs 1 --sample_limit 7"
