@@ -128,6 +128,7 @@ from embed.end_to_end import ENCODER_FILE, EndToEnd, open_videos
 from embed.panecho import published_parts
 from embed.preview import preview_cohort, preview_extraction
 from embed.store import (
+    MADE_WITH,
     PackedEmbeddings,
     StudyClips,
     StudyDetails,
@@ -363,6 +364,14 @@ class LoadedModel:
         """The loss of each study's each label, both (S, T)."""
         return losses_of_labels(logits, targets, self.type)
 
+    def for_range(self, logits):
+        """Outputs (S, T) in the scale in which their range is symmetric."""
+        return logits
+
+    def from_range(self, values):
+        """An end of such a range -> probabilities or physical units."""
+        return self.readable(values.astype(np.float32), Collected())
+
     def readable(self, logits, listener=RUN):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
@@ -541,10 +550,20 @@ class LoadedEnsemble(LoadedModel):
         return np.stack([m.readable(x, listener) for m, x in zip(self.members, parts, strict=True)])
 
     def readable(self, logits, listener=RUN):
+        """The mean over the networks that learnt a label; blank where one of these has no answer,
+        for what is left out lies at an end of the scale."""
         answers = self.answers(logits, listener)
-        n = np.isfinite(answers).sum(axis=0)
-        total = np.where(np.isfinite(answers), answers, 0).sum(axis=0)
+        learnt = np.stack([~np.isin(self.labels, m.record.unlearnt) for m in self.members])[:, None]
+        total, n = np.where(learnt, answers, 0).sum(axis=0), learnt.sum(axis=0)
         return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+
+    def for_range(self, logits):
+        """The averaged answers (S, T), findings in log-odds: each network draws alike."""
+        values = self.readable(logits, Collected()).astype(np.float64)
+        return torch.from_numpy(values).logit(1e-7).numpy() if self.type == "binary" else values
+
+    def from_range(self, values):
+        return torch.from_numpy(values).sigmoid().numpy() if self.type == "binary" else values
 
     def spread(self, logits):
         """(S, T): the standard deviation of the answers."""
@@ -585,8 +604,9 @@ def ensemble_of(members, folder):
             ("type", first.type, m.type),
             ("units", first.units, m.units),
             ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
+            *((x, getattr(first.record.input, x), getattr(m.record.input, x)) for x in MADE_WITH),
         ):
-            if one != other:
+            if one != other and None not in (one, other):
                 raise UserError(
                     f"{first.folder.name} and {m.folder.name} differ in {what}: not averaged"
                 )
@@ -1716,9 +1736,8 @@ def start_with_model(command, typed):
     names = typed.get("model_name", ""), typed.get("run_id", "")
     model = load_named(*names, config, task, pick_device(typed.get("device", "")))
     folder = model.folder
-    if (command == "explain" or typed.get("page")) and isinstance(model, LoadedEnsemble):
-        members = some(m.folder for m in model.members)
-        raise UserError(f"videos are explained of one model: name one of {members}")
+    if command == "explain" or typed.get("page"):
+        refuse_average(model)
     if command in ("evaluate", "explain") and isinstance(model.net, Readings):
         raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
     if model.task not in config.tasks and model.type != "readings":
@@ -1754,8 +1773,7 @@ class Source:
     @property
     def eids(self):
         """The studies that have embeddings."""
-        files = self.store.files
-        return list(files) if self.wanted is None else [e for e in self.wanted if e in files]
+        return list(self.store.files)
 
 
 CLIP_EMBEDDINGS = Path("clip_embeddings")
@@ -1797,7 +1815,9 @@ def extracted(typed, settings, config, model):
         settings.dataset = name
     else:
         config.datasets[name] = dataset.model_copy(update={"embedding_path": folder})
-    return Source(name, store_of(config, settings), sorted(s.name for s in studies), studies)
+    store, wanted = store_of(config, settings), sorted(s.name for s in studies)
+    store.files = {eid: store.files[eid] for eid in wanted if eid in store.files}  # no older ones
+    return Source(name, store, wanted, studies)
 
 
 def warn_of_another_input(model, settings, typed):
@@ -2055,7 +2075,7 @@ def predict_page(path, model, source, config, settings, table, left_out):
     if isinstance(model.net, Readings):  # there is nothing to attribute
         make_page(folder, model, source, config, settings, table, left_out)
         return
-    columns = label_columns(model, model.labels)
+    columns = label_columns(model)
     with ExitStack() as held:
         path = journal_path(folder)
         journal = explain_studies(model, source.store, eids, settings, path, held, columns)
@@ -2131,9 +2151,11 @@ def deviations_of(model, store, outcome, settings, told):
         return None
     keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
     drawn = run_studies(model.net, Resamples(store, settings.spread), keys, settings)
+    draws = model.for_range(drawn.logits).reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
     modulo = [told.modulo[eid] for eid in outcome.eids]
-    return spread_of(drawn.logits.reshape(len(outcome), DRAWS, -1), clips, modulo)
+    videos = outcome.n_videos if settings.spread == "videos" else None
+    return spread_of(draws, clips, modulo, videos)
 
 
 def note_cut_studies(store, found, told):
@@ -2253,9 +2275,19 @@ def embed_videos(f, model, store, eids, settings, unreadable):
 # ------------------------------------------------------------------------------------------ explain
 
 
-def label_columns(model, labels):
-    """Label names -> their numbers. Raises UserError."""
+def refuse_average(model):
+    if isinstance(model, LoadedEnsemble):
+        members = some(m.folder for m in model.members)
+        raise UserError(f"videos are explained of one model: name one of {members}")
+
+
+def label_columns(model, labels=None):
+    """Label names (default: all that were learnt) -> their numbers. Raises UserError."""
+    if not labels:
+        labels = [label for label in model.labels if label not in model.record.unlearnt]
     for label in labels:
+        if label in model.record.unlearnt:
+            raise UserError(f"{model.folder.name} has not learnt {label}: nothing to explain")
         if label not in model.labels:
             raise UserError(
                 f"no label {label} in {model.folder.name}{nearest(label, model.labels)}"
@@ -2278,7 +2310,7 @@ def explain(typed, world, held):
             "give its folder below clip_embeddings as --embedding_path"
         )
     settings, config, model, source = start_with_model("explain", typed)
-    columns = label_columns(model, settings.explain_tasks or model.labels)
+    columns = label_columns(model, settings.explain_tasks)
     eids, truths, patients = explained_studies(model, config, settings, source)
     warn_of_another_encoder(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
@@ -2466,9 +2498,10 @@ def attribute(model, study, labels=None, **options):
     study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
     options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
     """
+    refuse_average(model)
     settings = validated(Settings, options)
     bag = study if isinstance(study, StudyClips) else bag_of("study", study)
-    columns = label_columns(model, labels or model.labels)
+    columns = label_columns(model, labels)
     unit = explain_study(model, "study", bag, columns, settings, clip_baseline(model, settings))
     return video_rows(model, unit, settings).drop(columns="eid")
 
@@ -2485,12 +2518,15 @@ def studies_of(model, source, options):
     elif not isinstance(source, str | os.PathLike):
         store = source
     elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
-        store = open_store(Path(source))
+        store = open_store(Path(source), most_videos=settings.max_videos_per_study)
     else:
         settings.videos = str(source)
         source = extracted(options, settings, Config(), model)
         return settings, source.store, source.eids
-    return settings, store, list(store.files)[: settings.sample_limit or None]
+    eids = list(store.files)[: settings.sample_limit or None]
+    if hasattr(store, "made_with"):
+        warn_of_another_encoder(model, store, eids)
+    return settings, store, eids
 
 
 class Arrays:

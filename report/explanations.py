@@ -1,6 +1,7 @@
 """Tables and files of what was explained: a unit (`attribution.explain_study`) is a study."""
 
 import hashlib
+import json
 import re
 from itertools import chain
 
@@ -113,10 +114,14 @@ def explanation_names(model, settings, dataset, columns, eids):
         key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
         chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
     if len(columns) < len(model.labels):
-        text = "_".join(re.sub(r"\W", "-", model.labels[i]) for i in columns)
-        if len(text) > 40:
-            text = hashlib.sha256(text.encode()).hexdigest()[:8]
+        labels = [model.labels[i] for i in columns]
+        text, exact = "_".join(re.sub(r"\W", "-", x) for x in labels), "_".join(labels)
+        if len(text) > 40 or text != exact:
+            digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
+            text = digest if len(text) > 40 else f"{text}-{digest}"
         chosen.append(f"labels-{text}")
+    if settings.sample_limit and settings.select == "all":
+        chosen.append(f"first-{settings.sample_limit}")
     tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
     if settings.explain_mode != "pred":
         chosen.append(f"mode-{settings.explain_mode}")

@@ -55,13 +55,22 @@ def study_curves(model, bag, unit, truths, settings):
         if np.isnan(truths[i]):
             continue
         scores = unit["scores"][k].sum(1)
-        key = scores * (2 * truths[i] - 1) if model.type == "binary" else np.abs(scores)
+        key = towards_truth(scores, truths[i], model.type, settings)
         first = np.argsort(-key, kind="stable")
         random = np.mean([at_grid(quality(outputs, i)) for outputs in by_chance], axis=0)
         found[i, "insertion", "score"] = at_grid(quality(along(first), i))
         found[i, "deletion", "score"] = at_grid(quality(along(first[::-1]), i))[::-1]
         found[i, "insertion", "random"], found[i, "deletion", "random"] = random, random[::-1]
     return found
+
+
+def towards_truth(scores, truth, kind, settings):
+    """Scores (V,) of videos -> how much each speaks for the truth, the most first."""
+    if settings.explain_mode == "loss":  # of which a score is a part
+        return -scores
+    if kind != "binary" or settings.explain_method == "attention":  # without a sign that says it
+        return np.abs(scores)
+    return scores * (2 * truth - 1)
 
 
 def write_curves(model, store, units, targets, patients, settings, path):
@@ -139,10 +148,16 @@ def read_views(path, listener):
     absent = [name for name in ("eid", "video", "view") if name not in table]
     if absent:
         raise UserError(f"{path} has no column {', '.join(absent)} (it has: {some(table.columns)})")
-    rows = table[["eid", "video", "view"]].dropna()
-    eids = clean_ids(rows["eid"], path, listener)
-    pairs = zip(eids, rows["video"].str.strip(), strict=True)
-    return dict(zip(pairs, rows["view"].str.strip(), strict=True))
+    rows = table[["eid", "video", "view"]].dropna().apply(lambda x: x.str.strip())
+    rows["eid"] = clean_ids(rows["eid"], path, listener)
+    rows = rows.drop_duplicates()
+    twice = rows[rows.duplicated(["eid", "video"])]
+    if len(twice):
+        listener.error(
+            f"{path}: {len(twice)} videos have two views: {some(twice['video'])}",
+            "keep one row a video",
+        )
+    return rows.set_index(["eid", "video"])["view"].to_dict()
 
 
 def write_views(videos, views, patients, path):
@@ -160,6 +175,9 @@ def write_views(videos, views, patients, path):
     if unknown.any():
         n = int(rows.loc[unknown, ["eid", "video"]].drop_duplicates().shape[0])
         print(f"{n} videos are not in the table of views: they count as 'unknown'")
+    if n := int(rows["score"].isna().sum()):
+        print(f"{n} scores are blank (a study of one video): they count for no view")
+    rows = rows.dropna(subset=["score"])
     rows["view"] = rows["view"].fillna("unknown")
     rows["size"] = rows["score"].abs()
     of_study = rows.groupby(["label", "eid"])["size"]

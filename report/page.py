@@ -6,6 +6,7 @@ asks nothing of the network. No identifier is on it but study ids and the videos
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -91,6 +92,8 @@ def write_clips(folder, studies, mask, workers=0):
         if study.details.contents.get(name, content) != content:
             shown.why = "the source video has changed since it was embedded"
             continue
+        if name not in study.details.contents:
+            shown.note = "by its name alone: its embeddings do not say of what video they are"
         key = hashlib.sha256(f"{content} {mask} {__version__}".encode()).hexdigest()[:16]
         clip = f"clips/{key}.webm"
         if clip not in wanted:
@@ -128,7 +131,8 @@ def tell_clip(shown, clip, reply):
     shown.width, shown.height = reply.width, reply.height
     shown.rate_shown = f"{reply.rate:.3g}"
     if not reply.rate_is_known:
-        shown.note = "its file does not say how fast it plays"
+        told = "its file does not say how fast it plays"
+        shown.note = "; ".join(filter(None, [shown.note, told]))
 
 
 # ----------------------------------------------------------------------------------------- studies
@@ -219,6 +223,10 @@ def write_page(page):
     for old in (folder / "studies").glob("*.html"):  # of a longer list that was here before
         if old.stem.isdecimal() and int(old.stem) > len(shown):
             old.unlink()
+    used = {Path(clip.clip).stem for clip in clips.values() if clip.clip}
+    for old in (folder / "clips").iterdir():  # masked otherwise, or of studies that are gone
+        if re.fullmatch(r"[0-9a-f]{16}", old.stem) and old.stem not in used:
+            old.unlink()
     return folder / "index.html"
 
 
@@ -239,7 +247,7 @@ def facts_of(page):
 
 def list_data(study):
     """What the list's script sorts and filters a study by."""
-    keys = ("value", "shown", "width", "decision", "right", "truth", "truth_shown")
+    keys = ("value", "shown", "width", "width_shown", "decision", "right", "truth", "truth_shown")
     names = [video.name for video in study["videos"]]
     text = " ".join([study["eid"], study["warning"], *names]).lower()
     return {
@@ -317,7 +325,10 @@ def tell_label(page, study, i, videos):
         )  # fmt: skip
         told["right"] = None if decision is None else decision == bool(truth)
     told["explained"] = bool(unit) and i in unit["columns"]
-    told["clarity"] = abs(value - (threshold or 0.5)) if value is not None else -1
+    told["clarity"] = -i  # measurements in their order, findings the clearest first
+    if model.type == "binary":
+        cut = 0.5 if threshold is None else threshold
+        told["clarity"] = -1 if value is None else abs(value - cut)
     if told["explained"]:
         told |= explained_label(page, study, i, videos)
     return told

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 
-from common.console import Collected
 from common.files import write_table
 from report.trust import answer_range
 
@@ -26,14 +25,13 @@ def prediction_table(model, found, told, deviations=None):
     table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
     parts = {"": values}
     if deviations is not None:
-        ends = answer_range(found.logits, deviations)
-        low, high = (model.readable(x.astype(np.float32), Collected()) for x in ends)
+        low, high = map(model.from_range, answer_range(model.for_range(found.logits), deviations))
         parts |= {"_low": low, "_high": high}
     for i, label in enumerate(model.labels):
         unit = f" [{model.units[label]}]" if model.units.get(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
     if hasattr(model, "spread"):  # several that are averaged
-        spread = model.spread(found.logits).reshape(values.shape)
+        spread = np.where(blank, np.nan, model.spread(found.logits).reshape(values.shape))
         table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
     shape = len(values), found.logits.shape[1] // len(model.labels), len(model.labels)
     given = np.isfinite(found.logits).reshape(shape).any(axis=1)

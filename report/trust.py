@@ -256,16 +256,20 @@ class Resamples:
         return self.store.size(key[0])
 
 
-def spread_of(draws, clips, modulo=False):
+def spread_of(draws, clips, modulo=False, videos=None):
     """Standard deviations (S, T) of answers over extractions, from those of resampled studies.
 
     draws: (S, DRAWS, T) outputs; clips: of a video, (S,); modulo: whether these are of one residue
-    class, (S,). A resample of C clips varies (C - 1) / C as much as C clips drawn anew; of one clip
-    nothing can be said (NaN).
+    class, (S,); videos: how many, (S,), where they were resampled too. A resample of C clips (or V
+    videos) varies (C - 1) / C as much as C drawn anew; of one nothing can be said (NaN).
     """
     clips = np.asarray(clips, float)[:, None]
     with np.errstate(divide="ignore"):
         factor = np.where(clips > 1, clips / (clips - 1), np.nan)
+    if videos is not None:
+        with np.errstate(divide="ignore"):
+            V = np.asarray(videos, float)[:, None]
+            factor = np.maximum(factor, np.where(V > 1, V / (V - 1), np.nan))
     factor = factor * (1 + BETWEEN_CLASSES * clips * np.asarray(modulo).reshape(-1, 1))
     return draws.std(axis=1, ddof=1) * np.sqrt(factor)
 

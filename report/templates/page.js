@@ -181,11 +181,12 @@ if (list) {
     let shown = 0;
     for (const i of order) {
       const label = answer(i);
-      const [answerCell, truthCell] = [rows[i].querySelector(".value"), rows[i].querySelector(".truth")];
-      answerCell.textContent = label.shown ?? "";
+      for (const name of ["shown", "width_shown", "truth_shown"]) {
+        rows[i].querySelector("." + name).textContent = label[name] ?? "";
+      }
+      const [answerCell, truthCell] = [".shown", ".truth_shown"].map((x) => rows[i].querySelector(x));
       if (label.decision === true) badge(answerCell, "yes", "\u25cf present");
       if (label.decision === false) badge(answerCell, "no", "\u25cb absent");
-      truthCell.textContent = label.truth_shown ?? "";
       if (label.right === false) badge(truthCell, "wrong", "\u2717 differs");
       if (label.right === true) badge(truthCell, "no", "\u2713 agrees");
       rows[i].hidden = !kept(i);

@@ -88,6 +88,16 @@ def one_value_far_away(rng, here, base):
     return train(table, boxcox=["finding"] if rng.random() < 0.5 else [])
 
 
+def evaluated_within(seconds, model):
+    """'', or what is wrong with evaluating a model: a complaint, or more processor time."""
+    began = time.process_time()
+    result = run("evaluate", "--model_name", model, "--subset", "all")
+    took = time.process_time() - began
+    if complaint := one_line(result) or (result.status and result.err[-300:]):
+        return complaint
+    return f"{took:.0f} s" if took > seconds else ""
+
+
 def many_labels(rng, here, base):
     """A thousand labels: training, prediction and evaluation in time."""
     table = cohort(here, base)
@@ -96,12 +106,7 @@ def many_labels(rng, here, base):
     table = pd.concat([table[["pid", "eid"]], more], axis=1)
     if complaint := train(table, task_labels=names):
         return complaint
-    began = time.process_time()
-    result = run("evaluate", "--model_name", "m", "--subset", "all")
-    took = time.process_time() - began
-    return (
-        one_line(result) or (result.status and result.err[-300:]) or (took > 45 and f"{took:.0f} s")
-    )
+    return evaluated_within(45, "m")
 
 
 def labels_like_units(rng, here, base):
@@ -118,12 +123,7 @@ def many_rows(rng, here, base):
     more = pd.DataFrame({"pid": [f"Q{i}" for i in range(n)], "eid": [f"q{i}" for i in range(n)]})
     more["finding"], more["size"] = np.arange(n) % 2, np.linspace(2, 8, n)
     pd.concat([table, more]).to_csv("labels.csv", index=False)
-    began = time.process_time()
-    result = run("evaluate", "--model_name", "defect", "--subset", "all")
-    took = time.process_time() - began
-    return (
-        one_line(result) or (result.status and result.err[-300:]) or (took > 20 and f"{took:.0f} s")
-    )
+    return evaluated_within(20, "defect")
 
 
 def flat_memory(rng, here, base):
