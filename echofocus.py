@@ -32,7 +32,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -1089,8 +1089,6 @@ def search(typed, world):
     """
     config = read_config(typed.get("config"))
     name = typed.get("model_name") or config.pick("task", typed.get("task", ""))
-    if typed.get("fold") == ALL_FOLDS:
-        raise UserError("--grid and --fold all are two searches: choose first, then cross-validate")
     folder = model_folder(name, typed.get("run_id", ""))
     combinations = grid_of(typed["grid"])
     mine = os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -1103,11 +1101,11 @@ def search(typed, world):
         if mine is None or int(mine) == i:
             text = ", ".join(f"{k} = {v}" for k, v in combination.items())
             print(f"grid {i} of {len(combinations)}: {text}")
-            train_model(rest | combination | {"model_name": os.path.relpath(place)}, world)
-        if (history := place / "train_losses.csv").is_file():
-            best = pd.read_csv(history).sort_values("val_loss", kind="stable").iloc[0]
-            row = {"model": f"{folder.name}/grid_{i}", **combination, "val_loss": best["val_loss"]}
-            rows.append(row | {"epoch": int(best["epochs_trained"])})
+            searched(place, combination)
+            line = rest | combination | {"model_name": os.path.relpath(place)}
+            train_model(line, world, searching=True)
+        if best := searched(place, combination):
+            rows.append({"model": f"{folder.name}/grid_{i}", **combination} | best)
     if rows and not world.rank:
         table = pd.DataFrame(rows).sort_values("val_loss", kind="stable")
         write_table(table, folder / "grid.csv")
@@ -1116,10 +1114,38 @@ def search(typed, world):
         )
 
 
-def train_model(typed, world):
-    """What each process of `train` does."""
+def searched(place, combination):
+    """The best epoch of a grid's model as a dict, or None: it is not finished. Raises UserError
+    where the folder holds another combination's."""
+    path = place / "last_checkpoint.pt"
+    if not path.is_file():
+        return None
+    saved = read_checkpoint(path)
+    trained = read_record(saved, path).settings
+    for name, value in combination.items():
+        if getattr(trained, name) != value:
+            raise UserError(
+                f"{place.parent.name}/{place.name} was trained with {name} = "
+                f"{getattr(trained, name)}, not {value}: take another --model_name for this grid"
+            )
+    losses = [row[2] for row in saved["perf_log"]]
+    if not is_finished(losses, trained):
+        return None
+    return {"val_loss": min(losses), "epoch": 1 + int(np.argmin(losses))}
+
+
+def is_finished(losses, settings):
+    """Whether a training with these validation losses, one an epoch, has come to its end."""
+    stale = len(losses) - 1 - int(np.argmin(losses)) if losses else 0
+    return 0 < settings.epoch_lim <= len(losses) or stale >= settings.epoch_early_stop
+
+
+def train_model(typed, world, searching=False):
+    """What each process of `train` does, for one model or one cross-validation."""
     config = read_config(typed.get("config"))
     settings = training_settings(typed, config)
+    if searching and settings.fold == ALL_FOLDS:
+        raise UserError("--grid and --fold all are two searches: choose first, then cross-validate")
     begun_from = model_to_start_from(typed, settings, config)
     column = settings.split_column
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
@@ -1136,6 +1162,8 @@ def train_model(typed, world):
     digest = partial(digest_at_training, begun_from, table, store, task)
     table = match_studies(table, store, task, settings.sample_limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
+    if begun_from and not settings.end_to_end:
+        warn_of_another_encoder(begun_from, store, list(table.index))
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained: what is wrong with one is said now
@@ -1178,6 +1206,9 @@ def model_to_start_from(typed, settings, config):
     if not isinstance(begun_from.net, StudyModel):
         raise UserError(f"{settings.init_from} is no study-level model to start from")
     adopt_architecture(settings, begun_from.net, typed)
+    if settings.end_to_end and begun_from.encoder_file and "weights" not in typed:
+        settings.weights = str(begun_from.encoder_file)
+        print(f"starting from the encoder of {folder.name} too")
     return begun_from
 
 
@@ -1435,8 +1466,7 @@ class Training:
 
     @property
     def finished(self):
-        limit = self.settings.epoch_lim
-        return 0 < limit <= self.epoch or self.stale >= self.settings.epoch_early_stop
+        return is_finished([row[2] for row in self.history], self.settings)
 
     def used(self):
         """The settings that decide the weights, for files that may be shared: names, no paths."""
@@ -1475,7 +1505,7 @@ class Training:
             "labels": self.cohort.labels,
             "studies": {fold: len(eids) for fold, eids in self.cohort.eids.items()},
             "labels_sha256": self.cohort.digest,
-            "embeddings_sha256": self.store.digest(self.cohort.table.index),
+            "embeddings_sha256": self.data_sha256,
             "encoder_sha256": self.input.weights_sha256 or "",
             "device": str(self.study.ff.weight.device),
             "processes": self.world.size,
@@ -1491,6 +1521,7 @@ class Training:
         if not before:
             raise UserError(f"{path} was not made by this program; use another --model_name")
         self.refuse_changes(before)
+        self.refuse_other_data(saved)
         try:
             self.restore(saved)
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -1566,6 +1597,29 @@ class Training:
                 f"the studies or patients have changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
             )
+
+    @cached_property
+    def data_sha256(self):
+        """What the run reads, of all its studies: see Store.digest."""
+        return self.store.digest(self.cohort.table.index)
+
+    def refuse_other_data(self, saved):
+        """A resumed run reads the same numbers, and scales its labels alike."""
+        if saved.get("input_norm_dict") != self.cohort.scaling:
+            raise UserError(
+                f"{self.folder} was trained with another scaling of its labels (boxcox, or what "
+                "it began from); use another --model_name or --run_id"
+            )
+        if saved.get("embeddings_sha256", self.data_sha256) == self.data_sha256:
+            return
+        what = "videos" if self.settings.end_to_end else "clip embeddings"
+        text = f"the {what} have changed since {self.folder} was begun"
+        if not self.settings.allow_mixed:
+            raise UserError(
+                f"{text}; use another --model_name or --run_id (--allow_mixed goes on, as for "
+                "files that were only copied and carry no checksum)"
+            )
+        RUN.warning(text, "the run goes on with them (--allow_mixed)")
 
     def one_epoch(self):
         """Train on every study once, validate, write checkpoints, history and curves."""
@@ -1685,6 +1739,7 @@ class Training:
             "cuda_random_state": None,
             "position": asdict(self.position),
             "dropped": self.dropped,
+            "embeddings_sha256": self.data_sha256,
             "seen": [part.saved() for part in self.seen],
             "clip_mean": self.about.clip_mean,
             "novelty": self.about.novelty and self.about.novelty.to_save(),

@@ -612,12 +612,21 @@ def keys_at(kind, place):
     return [*keys, *sorted(IN_CONFIG)] if hasattr(kind, "plain_options") else keys
 
 
+# Options that decide who validates, or what is known of him.
+MOVES_FOLDS = ("seed", "split", "n_folds", "fold", "stratify", "split_column", "init_from")
+MOVES_FOLDS += ("first_study_only", "sample_limit", "dataset", "task")
+
+
 def grid_of(texts):
     """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
         name = SYNONYMS.get(name, name)
+        if name in MOVES_FOLDS:
+            raise UserError(
+                f"--grid {text}: it moves the folds, and losses on other patients do not compare"
+            )
         if name not in options_of("train") or name not in RECORDED or not values:
             hint = nearest(name, RECORDED)
             raise UserError(

@@ -84,6 +84,11 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
         assert losses["lr"][0] == row.learning_rate
     assert not list(MODELS.rglob("saveout_*")) and "no test was looked at" in out
 
+    grid, before = ("train", "--task", "defect", "--stratify", "finding", *one), table.to_csv()
+    status, _, err = cli(*grid, "--grid", "lr=1e-6,1e-7")  # those folders are of other rates
+    assert status == 1 and "learning_rate = 0.001, not 1e-06" in err
+    assert pd.read_csv(MODELS / "defect" / "grid.csv").to_csv() == before
+
     start = str(MODELS / "defect" / "grid_0")
     probe = ("train", "--task", "defect", "--model_name", "probe", "--init_from", start, *one)
     assert cli(*probe, "--freeze", "aggregator", "--head_learning_rate", "0.01")[0] == 0
@@ -96,6 +101,7 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
         ("--grid", "lrr=1,2"): "lrr=1,2",
         ("--grid", "learning_rate=fast"): "learning_rate must be a number",
         ("--stratify", "findings"): "no label",
+        ("--grid", "seed=0,1"): "moves the folds",
     }.items():
         status, _, err = cli("train", "--task", "defect", "--model_name", "new", *args, *one)
         assert status == 1 and text in err, err

@@ -121,7 +121,7 @@ def test_regression_in_physical_units(cohort, cli):
     assert metrics["unit"]["rmse"] == "cm" and metrics["value"]["r2"] > 0.5
     assert (folder / "scatter_plots_all_site.pdf").exists()
     assert cli("explain", "--explain_mode", "loss", "--sample_limit", "2")[0] == 0
-    tops = pd.read_csv(folder / "explanation_test_site.explain_n-5.mode-loss.csv")
+    tops = pd.read_csv(folder / "explanation_test_site.first-2.explain_n-5.mode-loss.csv")
     truth = pd.read_csv("labels.csv").set_index("eid").loc[tops["echo_id"], "size"]
     np.testing.assert_allclose(tops["y_true"], truth, rtol=1e-5)
 
@@ -544,11 +544,24 @@ def test_run_record_and_changes_on_resume(cohort, cli):
     status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "2", "--learning_rate", "5e-4")
     assert status == 0 and "changed on resume: learning_rate = 0.0005, was 0.001" in out
     assert pd.read_csv("trained_models/defect/train_losses.csv")["lr"].tolist() == [1e-3, 5e-4]
+    write_embeddings(cohort / "emb", "1000", np.ones((1, 4, 768), np.float32))
+    line = ("train", "--task", "defect", "--epoch_lim", "3")
+    status, _, err = cli(*line)
+    assert status == 1 and "clip embeddings have changed" in err and "--allow_mixed" in err
     table = pd.read_csv("labels.csv")
     table.loc[0, "finding"] = 1 - table.loc[0, "finding"]
     table.to_csv("labels.csv", index=False)
-    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "3")
+    status, _, err = cli(*line)
     assert status == 1 and "label table has changed" in err
+
+
+def test_a_resumed_run_scales_its_labels_alike(cohort, cli):
+    assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["sizes"]["boxcox"] = ["size"]
+    Path("config.json").write_text(json.dumps(config))
+    status, _, err = cli("train", "--task", "sizes", "--epoch_lim", "2")
+    assert status == 1 and "another scaling of its labels" in err
 
 
 @pytest.mark.slow
