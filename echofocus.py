@@ -114,10 +114,12 @@ from common.schema import (
     resolve_settings,
 )
 from common.splits import (
+    all_seen,
     folds_for,
     read_split,
     seen_from,
     seen_weights,
+    without_seen,
     write_split,
 )
 from common.study_model import Readings, StudyModel, losses_of_labels, study_losses
@@ -1164,6 +1166,8 @@ def train_model(typed, world, searching=False):
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
     if begun_from and not settings.end_to_end:
         warn_of_another_encoder(begun_from, store, list(table.index))
+    end_to_end, ids = settings.end_to_end, list(table.index)
+    known = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained: what is wrong with one is said now
@@ -1171,12 +1175,12 @@ def train_model(typed, world, searching=False):
         if len(parts) > 1:
             print(f"fold {k} of {len(parts)}")
         about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
-        folds = training_folds(table, own, task, begun_from, **about_seen)
+        folds = training_folds(table, own, task, begun_from, encoder_seen=known, **about_seen)
         cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
     for k, (own, cohort) in cohorts.items():
         place = folder / f"fold_{k}" if len(parts) > 1 else folder
         with nullcontext() if world.rank else lock(place, timeout=0):
-            run = Training(place, own, cohort, store, begun_from, world)
+            run = Training(place, own, cohort, store, begun_from, world, known)
             train_cohort(run)
         if settings.end_to_end:
             validate_extracted(run, config)
@@ -1291,9 +1295,12 @@ def pool_folds(folder, settings, config, cohorts, store):
         parts.append(studies_of_answers(model, cohort.table, found, model.record.thresholds))
     studies = evaluation.joined(parts)
     table = next(iter(cohorts.values())).table
-    flow = evaluation.flow_of(
-        table, dict.fromkeys(table.index.difference(studies.eids), "cannot be read")
-    )
+    tested = {eid for cohort in cohorts.values() for eid in cohort.eids["test"]}
+    reasons = {
+        eid: "cannot be read" if eid in tested else "known to what training began from"
+        for eid in table.index.difference(studies.eids)
+    }
+    flow = evaluation.flow_of(table, reasons)
     name = f"cv_{settings.dataset}"
     write_table(studies.saveout(), folder / f"saveout_{name}.csv")
     facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "target", "n_folds")}
@@ -1417,7 +1424,9 @@ HISTORY = TypeAdapter(list[tuple[int, FiniteFloat, FiniteFloat, FiniteFloat, Fin
 class Training:
     """A run: its state is what the last checkpoint holds, so that it can go on from there."""
 
-    def __init__(self, folder, settings, cohort, store, begun_from=None, world=None):
+    def __init__(
+        self, folder, settings, cohort, store, begun_from=None, world=None, encoder_seen=()
+    ):
         self.folder, self.settings, self.store = folder, settings, store
         self.cohort, self.task, self.world = cohort, cohort.task, world or World()
         self.study = fresh_network(settings, cohort.labels, begun_from)
@@ -1442,7 +1451,7 @@ class Training:
             patients = cohort.table["pid"].loc[cohort.eids["train"]]
             self.about = TrainingInput.of(store, dict(patients))
         self.input = self.about.input
-        self.seen = [cohort.seen(), *((begun_from.seen or []) if begun_from else [])]
+        self.seen = all_seen([cohort.seen()], begun_from and begun_from.seen, encoder_seen)
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
@@ -1727,7 +1736,7 @@ class Training:
         if self.settings.end_to_end and name == "last":
             more = {"encoder_state_dict": self.net.encoder.state_dict()}
         elif self.settings.end_to_end:
-            self.input = Input(**self.net.write(self.folder))
+            self.input = Input(**self.net.write(self.folder, self.seen))
         state = {
             "model_state_dict": self.study.state_dict(),
             "perf_log": self.history,
@@ -1909,6 +1918,9 @@ def labelled_folds(model, config, settings, store):
     table = table.rename(index=stored_names(table.index, store))
     digest = partial(digest_at_training, model, table, store, task)
     folds, how = folds_for(model, table, settings.dataset, RUN, settings.assume_unseen, digest)
+    if how != "assumed":
+        known = store.encoder_seen(list(table.index.intersection(list(store.files))))
+        folds = without_seen(folds, table, known, "the encoder of the embeddings")
     return task, table, folds, how
 
 
@@ -2821,15 +2833,18 @@ def check_embeddings(path, store, settings, listener):
 def check_folds(settings, config, model, data, listener):
     """The folds of a run and what can be learnt; None where nothing of it is for training."""
     task, table, studies, store = data
+    known = store.encoder_seen(list(studies.index))
     if model:
         digest = partial(digest_at_training, model, table, store, task)
         seen = (listener, settings.assume_unseen, digest)
-        folds, _ = folds_for(model, studies, settings.dataset, *seen)
+        folds, how = folds_for(model, studies, settings.dataset, *seen)
+        if how != "assumed":
+            folds = without_seen(folds, studies, known, "the encoder of the embeddings", listener)
         listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
         if settings.dataset != model.record.dataset:
             return None
     else:
-        folds = training_folds(studies, settings, task, listener=listener)
+        folds = training_folds(studies, settings, task, listener=listener, encoder_seen=known)
     cohort_of(task, studies, folds, listener=listener)
     return folds
 

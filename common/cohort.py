@@ -17,7 +17,7 @@ from common.files import derive_seed
 from common.labels import fit_scaling, scale
 from common.options import FOLDS
 from common.schema import Task
-from common.splits import Seen, keep_apart, split_patients
+from common.splits import Seen, keep_apart, split_patients, without_seen
 
 
 @dataclass
@@ -115,11 +115,17 @@ def digest_at_training(model, table, store, task):
     return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
 
 
-def training_folds(table, settings, task, begun_from=None, listener=RUN, **about_seen):
-    """Study id -> fold for training; 'left out' where a given split or an ancestor says so."""
+def training_folds(
+    table, settings, task, begun_from=None, listener=RUN, encoder_seen=(), **about_seen
+):
+    """Study id -> fold for training; 'left out' where a given split or an ancestor says so.
+
+    encoder_seen: list of Seen, whom the encoder was trained on.
+    """
     folds = split_patients(table, vars(settings))
     if begun_from:
         folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
+    folds = without_seen(folds, table, encoder_seen, "the encoder", listener)
     for fold in ("train", "val"):
         if not (folds == fold).any():
             listener.error(f"no study falls into the {fold} fold", "change --split, --seed")

@@ -125,7 +125,7 @@ def read_split(folder):
     return split.set_index("eid")
 
 
-@dataclass
+@dataclass(eq=False)
 class Seen:
     """The patients and studies that a run trained and validated on, as hashes under its own key.
 
@@ -283,13 +283,25 @@ def refuse_moved(seen, table, listener):
         )
 
 
+def all_seen(*lists):
+    """Lists of Seen, or None, as one without doubles."""
+    parts = [part for known in lists for part in known or ()]
+    return list({(p.key, p.train.tobytes(), p.val.tobytes()): p for p in parts}.values())
+
+
 def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=False, digest=str):
     """Folds without the val and test patients that the model to start from was trained on."""
     seen, _ = what_is_seen(begun_from, table, dataset, digest, assume_unseen)
+    return without_seen(folds, table, seen, begun_from.folder.name, listener)
+
+
+def without_seen(folds, table, seen, name, listener=RUN):
+    """Folds less the val and test patients of `seen`, those whom the model `name` knows."""
     before = seen_weights(seen, table)
     lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
     if lost.any():
         listener.note(
-            f"left out {lost.sum()} studies of val and test: {begun_from.folder.name} knows them"
+            f"left out {lost.sum()} studies of val and test: {name} knows them or their patients "
+            f"({some(map(printable, lost.index[lost]))})"
         )
     return folds.mask(lost, "left out")

@@ -132,6 +132,7 @@ class Start:
     name: str = "random"
     sha256: str = ""
     licence: str = ""
+    seen: tuple = ()  # of Seen: whom it was trained on, where it says so
 
 
 def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8, dropout=0.0):

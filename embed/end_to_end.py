@@ -118,15 +118,19 @@ class EndToEnd(nn.Module):
             "clip_len": s.clip_len, "sampling": PUBLISHED_SAMPLING, "mask": "none",
         }  # fmt: skip
 
-    def write(self, folder):
-        """Write encoder.pt, the encoder with the heads that it began with; its `input`."""
+    def write(self, folder, seen):
+        """Write encoder.pt, the encoder with the heads that it began with; its `input`.
+
+        seen: list of Seen, of the training and of what it began with.
+        """
         full, s, path = self.heads[0], self.settings, Path(folder, ENCODER_FILE)
         record = EncoderRecord(
             tasks=[EncoderTask(**task) for task in full.tasks], version=__version__,
             cohort=s.dataset, size=s.size, clip_len=s.clip_len,
             started_from=Path(s.weights).name, started_sha256=self.digest,
         )  # fmt: skip
-        save({"weights": full.state_dict(), "encoder": record.to_save()}, path)
+        saved = {"weights": full.state_dict(), "encoder": record.to_save()}
+        save(saved | {"seen": [part.saved() for part in seen]}, path)
         return self.input(sha256_file(path))
 
     def forward(self, images, lengths, rng=None):
@@ -266,14 +270,15 @@ def export(folder, file):
     """Write a model folder with an encoder.pt as one published end-to-end checkpoint."""
     folder = Path(folder)
     study = load_safely(folder / "best_checkpoint.pt")
-    state, _ = read_encoder(folder / ENCODER_FILE)
+    state, _, seen = read_encoder(folder / ENCODER_FILE)
     joined = {
         PUBLISHED["encoder"] + k.removeprefix("encoder."): v
         for k, v in state.items()
         if k.startswith("encoder.")
     }
     joined |= {PUBLISHED["study"] + k: v for k, v in study["model_state_dict"].items()}
-    save(study | {"model_state_dict": joined}, Path(file))
+    whom = {"seen": [part.saved() for part in seen]} if seen else {}
+    save(study | whom | {"model_state_dict": joined}, Path(file))
 
 
 def main(argv=None):

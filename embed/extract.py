@@ -52,6 +52,7 @@ from embed.panecho import can_pack, clip_planes, load_panecho, normalise
 from embed.store import (
     FileRecord,
     empty_path,
+    keep_encoder_seen,
     read_records,
     read_results,
     study_path,
@@ -590,6 +591,8 @@ def extract(studies, out, settings):
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
     run = Run(out, attributes_of(settings, digest), settings.redo, alone=count == 1)
+    if model.seen:
+        keep_encoder_seen(out, digest, model.seen)
     workers = decoders(settings.workers)
     size = settings.sampling.size
     batch = settings.image_batch or default_batch(device, size)

@@ -470,20 +470,41 @@ def published_parts(state):
 
 
 def read_encoder(path):
-    """(state dict of the full model, EncoderRecord or None) of a weights file, published or ours.
+    """(state dict of the full model, EncoderRecord or None, list of Seen or None) of a weights
+    file, published or ours.
 
     A published end-to-end checkpoint has a backbone and no heads. Nothing in the file is run.
     Raises WeightsError.
     """
     saved = load_safely(path)
     saved = saved if isinstance(saved, dict) else {}
-    state = saved.get("weights")
+    state, seen = saved.get("weights"), seen_in(saved, path)
     if parts := published_parts(saved.get("model_state_dict")):
         state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
-    return state, record_of(saved, path)
+    record = record_of(saved, path)
+    if record and seen is None:
+        print(
+            f"WARNING: {path} does not say whom it was trained on (an older version wrote it): "
+            "keep its patients out of every validation and test yourself"
+        )
+    return state, record, seen
+
+
+def seen_in(saved, path):
+    """Whom an encoder and what it started from were trained on: a list of Seen; None: not said."""
+    if "seen" not in saved:
+        return None
+    from common.splits import seen_from  # which needs more than torch: published files have none
+
+    return seen_from(saved, path)
+
+
+def seen_by(weights):
+    """Whom an encoder (see `load_panecho`) was trained on: a list of Seen, [] where not said."""
+    return [] if weights == "random" else read_encoder(find_weights(weights))[2] or []
 
 
 def tasks_in(state, record):
@@ -510,14 +531,15 @@ def load_panecho(weights="panecho", clip_len=16):
     """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
 
     `weights` is a path (a run's folder of `embed/train.py`, too), a URL, 'panecho' (the release) or
-    'random'. Its heads are those that the file has. Raises WeightsError.
+    'random'. Its heads are those that the file has; `record` and `seen`: see `read_encoder`. Raises
+    WeightsError.
     """
     digest = weights_digest(weights)
     if weights == "random":
-        state, record, path = random_weights(), None, weights
+        state, record, seen, path = random_weights(), None, None, weights
     else:
         path = find_weights(weights)
-        state, record = read_encoder(path)
+        state, record, seen = read_encoder(path)
     if record and not record.is_panecho:
         raise WeightsError(
             f"{path} is a {record.model_name} of {record.arch} for inputs by "
@@ -526,6 +548,7 @@ def load_panecho(weights="panecho", clip_len=16):
         )
     model = without_weights(tasks=tasks_in(state, record), clip_len=clip_len)
     load_strictly(model, state, path, "PanEcho")
+    model.record, model.seen = record, seen
     return model.eval(), digest
 
 
@@ -542,7 +565,7 @@ def build(
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
         path = find_weights()
-        state, _ = read_encoder(path)
+        state, *_ = read_encoder(path)
         heads = tuple(f"{t['name']}_head." for t in TASKS)
         kept = tuple(f"{t['name']}_head." for t in model.tasks)
         state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}

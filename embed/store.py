@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from common import __version__
+from common.checkpoints import load_safely, save
 from common.console import EXTRACT, Findings, UserError, clean_text, printable, progress, some
 from common.files import atomic_path, derive_seed, packed_path, stamp_of
 from common.hdf5 import (
@@ -47,6 +48,7 @@ from common.hdf5 import (
     read_texts,
     shortest_distinct,
 )
+from common.splits import all_seen, seen_from
 from embed import EMBED_DIM as D
 
 # ------------------------------------------------------------------------------------------ writing
@@ -213,6 +215,43 @@ def read_details(path):
     return StudyDetails(int(clip_len), dict(zip(videos, starts, strict=False)), contents, skipped)
 
 
+# ---------------------------------------------------------------------------- whom an encoder knows
+
+ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; a pack has it beside it
+
+
+def read_encoder_seen(folder):
+    """SHA-256 of an encoder -> the saved Seen of those it was trained on, for a folder or its pack.
+
+    Raises UserError for a damaged file.
+    """
+    places = Path(folder) / ENCODER_SEEN, packed_seen(packed_path(Path(folder)))
+    found = [load_safely(path) for path in places if path.is_file()]
+    if not all(isinstance(known, dict) for known in found):
+        raise UserError(f"{places[0]} is damaged; extract again with --redo")
+    return {digest: parts for known in reversed(found) for digest, parts in known.items()}
+
+
+def keep_encoder_seen(folder, digest, seen):
+    """Write beside the embeddings whom the encoder that makes them was trained on."""
+    known = read_encoder_seen(folder)
+    if digest not in known:
+        save(known | {digest: [part.saved() for part in seen]}, Path(folder) / ENCODER_SEEN)
+
+
+def encoder_seen(folder, digest):
+    """Whom the encoder of embeddings was trained on: a list of Seen, [] where it is not said.
+
+    digest: the SHA-256 of its weights, as `Store.made_with` gives it.
+    """
+    parts = read_encoder_seen(folder).get(digest)
+    return seen_from({"seen": parts}, Path(folder)) if parts else []
+
+
+def packed_seen(path):
+    return path.with_name(f"{path.name}.{ENCODER_SEEN}")
+
+
 # ------------------------------------------------------------------------------------------ a study
 
 
@@ -347,6 +386,7 @@ class Store:
 
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
+        self.place = folder  # the dataset's; a pack's is the folder that it was made of
 
     @contextmanager
     def opened(self, eid):
@@ -435,6 +475,13 @@ class Store:
                 found[name][str(made_with.get(name, ""))].append(eid)
         return found
 
+    def encoder_seen(self, eids):
+        """Whom the encoders of these studies were trained on: a list of Seen."""
+        if not read_encoder_seen(self.place):
+            return []
+        made = self.made_with(eids)["weights_sha256"]
+        return all_seen(*(encoder_seen(self.place, digest) for digest in made))
+
 
 def reason_of(error, folder):
     """What went wrong, as text without the folder's path."""
@@ -458,7 +505,7 @@ def open_store(path, findings=None, most_videos=0):
             "if that is the random one of training, it holds one augmented draw of each video",
             "make evaluations on embeddings without it",
         )
-    store.most_videos = most_videos
+    store.most_videos, store.place = most_videos, path
     return store
 
 
@@ -787,6 +834,8 @@ def write_pack(source, path, dtype):
                 row += 0 if study["reason"] else int(np.prod(study["shape"]))
                 index.append(study)
         end_pack(temporary, index, settings, names)
+    if known := read_encoder_seen(source.folder):
+        save(known, packed_seen(path))
     return {study["eid"]: study["reason"] for study in index if study["reason"]}
 
 

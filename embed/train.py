@@ -46,6 +46,7 @@ from common.options import (
     option,
     validated,
 )
+from common.splits import Seen
 from common.world import World, exact_convolutions, join_world, pick_device
 from embed.backbones import (
     NAMES,
@@ -202,7 +203,7 @@ def start_from(net, source):
         if not source.is_file():
             raise UserError(f"{folder} holds no chkpt_epoch-N.pt; name a run's folder or a file")
     path = find_weights(source)
-    state, record = read_encoder(path)
+    state, record, seen = read_encoder(path)
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     given = [t.entry() for t in record.tasks] if record else None
     own = net.state_dict()
@@ -224,7 +225,7 @@ def start_from(net, source):
         f"starting from {path.name}: the backbone and {len(kept)} heads kept, "
         f"{len(net.tasks) - len(kept)} fresh"
     )
-    return Start(path.name, sha256_file(path), licence_of(path, record))
+    return Start(path.name, sha256_file(path), licence_of(path, record), tuple(seen or ()))
 
 
 def licence_of(path, record):
@@ -339,6 +340,12 @@ class Run:
             started_sha256=self.start.sha256, licence=self.start.licence,
             labels_sha256=self.cohort.digest(), settings=settings,
         )  # fmt: skip
+
+    def seen(self):
+        """Whom this training and those before it have seen: a list of Seen, its own first."""
+        videos = [self.cohort.videos.loc[self.names[f]].assign(fold=f) for f in ("train", "val")]
+        split = pd.concat(videos).set_index("study").rename(columns={"patient": "pid"})
+        return [Seen.of(split, self.cohort.digest()[:32]), *self.start.seen]
 
     def begin(self):
         """Resume from the last checkpoint, or start."""
@@ -582,7 +589,8 @@ class Run:
     def write(self):
         if self.best_epoch == self.epoch:
             path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
-            save({"weights": self.net.state_dict(), "encoder": self.record().to_save()}, path)
+            saved = {"weights": self.net.state_dict(), "encoder": self.record().to_save()}
+            save(saved | {"seen": [part.saved() for part in self.seen()]}, path)
             for old in self.folder.glob("chkpt_epoch-*.pt"):
                 if old != path:
                     old.unlink()
@@ -595,7 +603,7 @@ class Run:
             print(f"{self.folder} is finished")
             return
         path = self.folder / f"chkpt_epoch-{self.best_epoch}.pt"
-        state, _ = read_encoder(path)
+        state, *_ = read_encoder(path)
         self.net.load_state_dict(state)
         print(f"best: epoch {self.best_epoch} of {self.epoch}")
         for fold in self.result_folds:

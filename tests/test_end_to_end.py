@@ -16,6 +16,7 @@ from common.files import sha256_file
 from embed import end_to_end, panecho
 from embed.end_to_end import EndToEnd
 from embed.phantom import write_video
+from embed.store import encoder_seen
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
 
@@ -164,6 +165,10 @@ def test_a_model_and_its_encoder(site, cli):
     after = panecho.read_encoder(folder / "encoder.pt")[0]
     changed = [k for k in before if not torch.equal(before[k], after[k])]
     assert changed and not any("_head" in k for k in changed)
+    (seen,) = panecho.read_encoder(folder / "encoder.pt")[2]
+    assert len(seen.train) == 16 and len(seen.val) == 4  # patients and studies
+    assert panecho.seen_by(folder)[0].key == seen.key  # as a training that begins with it asks
+    assert encoder_seen(folder / "clip_embeddings", best["echofocus"]["encoder_sha256"])
 
     update, calls = ef.update, []
 

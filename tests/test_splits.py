@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ from conftest import write_embeddings
 
 import echofocus as ef
 from common import splits as sp
+from embed.store import keep_encoder_seen
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
 MODELS = Path("trained_models")
@@ -199,6 +201,31 @@ def test_a_moved_patient_is_refused(trained, cli):
         status, _, err = cli("evaluate", "--model_name", model)
         expected = f"1 studies to other patients than when the model was trained ({eid})"
         assert status == 1 and expected in err
+
+
+def test_patients_whom_the_encoder_saw(trained, cli):
+    """They leave validation and test, by patient or study, in training and in later tests."""
+    tests, val = sorted(trained["test"]), sorted(trained["val"])
+    patients = pd.read_csv("labels.csv", dtype=str).set_index("eid")["pid"]
+    whom = {"pid": ["none", patients[val[0]], "none"], "fold": ["train"] * 2 + ["val"]}
+    whom = pd.DataFrame(whom, index=[tests[0], "elsewhere", tests[-1]])
+    for path in Path("emb").glob("*.hdf5"):
+        with h5py.File(path, "a") as f:
+            f.attrs["weights_sha256"] = "ab"
+    keep_encoder_seen("emb", "ab", [sp.Seen.of(whom, "00")])
+    keep_encoder_seen("emb", "other", [sp.Seen.of(patients.to_frame().assign(fold="train"), "00")])
+    gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
+    for line in (("check", "--task", "defect", "--run_id", "b"), (*DEFECT, "--run_id", "b")):
+        status, out, err = cli(*line)
+        expected = f"left out {len(gone)} studies of val and test: the encoder knows them"
+        assert status == 0 and expected in out, out + err
+    split = split_of("defect_b")["fold"]
+    assert set(split.index[split == "left out"]) == set(gone)
+    found, out = studies_tested(cli, "defect")  # whose training did not know
+    assert found == trained["test"] - set(gone) and "the encoder of the embeddings knows" in out
+    shutil.copytree("emb", "emb2"), Path("emb2/encoder_seen.pt").unlink()
+    add_dataset("other", embedding_path="emb2", label_path="labels.csv")
+    assert studies_tested(cli, copy_alone("defect_b", "c"), dataset="other")[0] == found
 
 
 # ------------------------------------------------------------------------------------ given splits

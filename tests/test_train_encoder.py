@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
 from common.console import UserError
-from embed import backbones, cache, cohorts, extract, panecho, train, video
+from embed import backbones, cache, cohorts, extract, panecho, store, train, video
 from embed.losses import MultiTaskLoss, class_weights, fill_means
 from embed.phantom import phantom_cine, write_video
 from report import encoder
@@ -295,6 +295,9 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     (weights,) = Path("ef").glob("chkpt_epoch-*.pt")
     record = numbers(weights)["encoder"]
     assert record["tasks"][0]["name"] == "EF" and record["started_from"] == "random"
+    (seen,) = panecho.read_encoder(weights)[2]
+    whom = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
+    assert seen.weights(whom)[1].tolist() == [2, 1, 0]  # trained, validated, tested
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
     assert status == 0 and "is finished" in out
     status, _, err = run(cli, line, "--max_epochs 9")
@@ -308,9 +311,11 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     tasks = [dict(t) for t in panecho.TASKS if t["name"] == "EF"]
     state = {k: v for k, v in panecho.random_weights().items() if "_head" not in k or "EF_h" in k}
     Path("run").mkdir()
+    whom = pd.DataFrame({"pid": ["P"], "fold": ["train"]}, index=["e"])
     for n, arch in ((3, "resnet18"), (12, "convnext_tiny")):
         record = train.EncoderRecord(tasks=[train.EncoderTask(**t) for t in tasks], arch=arch)
         saved = {"weights": state, "encoder": record.to_save()}
+        saved["seen"] = [train.Seen.of(whom, "00").saved()]
         torch.save(saved, f"run/chkpt_epoch-{n}.pt")
     words = [
         dynamic / "Videos",
@@ -330,7 +335,14 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     assert status == 0, err
     with h5py.File("emb/s.hdf5") as f:
         assert f["embeddings"].shape == (1, 1, 768)
-        assert f.attrs["weights_sha256"] == backbones.sha256_file("run/chkpt_epoch-12.pt")
+        digest = f.attrs["weights_sha256"]
+    assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
+    store.write_pack(store.open_store(Path("emb")), store.packed_path(Path("emb")), np.dtype("f4"))
+    assert not store.encoder_seen("emb", "other")
+    for there in (True, False):  # a pack that is alone says it too
+        (known,) = store.encoder_seen("emb", digest)
+        assert known.weights(whom)[0].tolist() == [2]
+        Path("emb").rename("emb.gone") if there else Path("emb.gone").rename("emb")
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
     assert status == 1 and "extraction takes PanEcho's architecture" in err
     assert panecho.load_panecho("run")[0].columns() == ["EF [%]"]
