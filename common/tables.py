@@ -30,13 +30,15 @@ COMMENT = re.compile(r"\s*#(?!N/?A|[A-Z0-9/]+[!?])")  # not the #N/A or #DIV/0! 
 # ------------------------------------------------------------------------------------ from the file
 
 
-def read_table(path, listener, what="table"):
+def read_table(path, listener, what="table", words=None):
     """A table's cells as text: DataFrame, one column a name; the index is the line in the file.
 
     Blank cells and the usual words for 'missing' are None; blank rows and rows that begin with #
     are left out. What was recognised is told to `listener` (see common/console.py). Raises
     UserError for what cannot be read: rows of another length than the header, quotes that do not
     close, names that stand twice, other kinds of file.
+
+    words: column -> those words for 'missing' that are values there.
     """
     path = Path(path)
     data = read_bytes(path, what)
@@ -54,7 +56,9 @@ def read_table(path, listener, what="table"):
         listener.note(f"{path}: read as {', '.join(said)}")
     if not records:
         raise UserError(f"{path} has a line of column names and no rows; add them")
-    columns = ([cell_of(row[i]) for row in records] for i, _ in names)
+    columns = (
+        [cell_of(row[i], (words or {}).get(name, ())) for row in records] for i, name in names
+    )
     table = dict(zip((name for _, name in names), columns, strict=True))
     return pd.DataFrame(table, index=pd.Index(lines[1:], name="line"), dtype=object)
 
@@ -72,9 +76,9 @@ def read_bytes(path, what):
         ) from error
 
 
-def cell_of(text):
+def cell_of(text, words=()):
     text = text.strip()
-    return None if text in MISSING else text
+    return None if text in MISSING and text not in words else text
 
 
 def decode(data, path):

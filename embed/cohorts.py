@@ -10,6 +10,7 @@ A run and `check` read them here; what is found is told to a listener (common/co
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
 from common.options import FOLDS
-from common.tables import clean_ids, read_table, to_numbers
+from common.tables import MISSING, clean_ids, read_table, to_numbers
 from embed.panecho import TASKS
 from embed.record import read_tasks
 
@@ -84,8 +85,10 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
         "echonetdynamic": read_dynamic,
         "echonetpediatric": read_pediatric,
     }[name]
-    cells, file = read(folder, listener)
-    chosen = choose_tasks(name, list(tasks), cells, file)
+    known = known_tasks(name, list(tasks))
+    words = {task: MISSING.intersection(t["class_names"]) for task, t in known.items()}
+    cells, file = read(folder, listener, words)
+    chosen = choose_tasks(name, list(tasks), known, cells, file)
     labels = pd.DataFrame(
         {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
     )
@@ -101,9 +104,12 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
 # ------------------------------------------------------------------------------------- the layouts
 
 
-def read_list(path, columns, listener, what="list of videos"):
-    """A table as text with at least these columns. UserError names those that are missing."""
-    cells = read_table(path, listener, what)
+def read_list(path, columns, listener, words, what="list of videos"):
+    """A table as text with at least these columns. UserError names those that are missing.
+
+    words: see read_table.
+    """
+    cells = read_table(path, listener, what, words)
     for column in columns:
         if column not in cells:
             raise UserError(
@@ -125,10 +131,10 @@ def with_suffix(name):
     return name if name.lower().endswith(".avi") else f"{name}.avi"
 
 
-def read_dynamic(folder, listener):
+def read_dynamic(folder, listener, words):
     """EchoNet-Dynamic: each video is a study and a patient of its own, as nothing else is told."""
     path = folder / "FileList.csv"
-    cells = read_list(path, ("FileName", "Split"), listener)
+    cells = read_list(path, ("FileName", "Split"), listener, words)
     cells["name"] = cells["FileName"].map(with_suffix)
     cells["path"] = [below(folder / "Videos", name, path) for name in cells["name"]]
     cells["study"] = cells["patient"] = cells["name"].str.removesuffix(".avi")
@@ -137,7 +143,7 @@ def read_dynamic(folder, listener):
     return cells, path
 
 
-def read_pediatric(folder, listener):
+def read_pediatric(folder, listener, words):
     """EchoNet-Pediatric: both views of an accession are a study."""
     views = [view for view in VIEWS if (folder / view).is_dir()]
     if not views:
@@ -149,7 +155,7 @@ def read_pediatric(folder, listener):
     parts = []
     for view in views:
         path = folder / view / "FileList.csv"
-        cells = read_list(path, ("FileName", "Split"), listener)
+        cells = read_list(path, ("FileName", "Split"), listener, words)
         names = cells["FileName"].map(with_suffix)
         pieces = names.str.removesuffix(".avi").str.split("-")
         odd = names[pieces.str.len() != 3]
@@ -168,7 +174,7 @@ def read_pediatric(folder, listener):
     return pd.concat(parts, ignore_index=True), folder / views[0] / "FileList.csv"
 
 
-def read_hospital(folder, listener):
+def read_hospital(folder, listener, words):
     """One CSV a split; paths start at the folder, or are absolute."""
     parts = []
     for split in FOLDS:
@@ -176,7 +182,7 @@ def read_hospital(folder, listener):
         if split == "test" and not path.is_file():
             listener.warning(f"no {path}", "without it there are no results of a test")
             continue
-        cells = read_list(path, ("fname", "video_dir", "acc_num"), listener)
+        cells = read_list(path, ("fname", "video_dir", "acc_num"), listener, words)
         cells["study"] = clean_ids(cells["acc_num"], path, listener)
         own = "patient" in cells
         cells["patient"] = clean_ids(cells["patient"], path, listener) if own else cells["study"]
@@ -220,14 +226,21 @@ def refuse_twice(videos, file):
 # ------------------------------------------------------------------------------------------ labels
 
 
-def choose_tasks(name, wanted, cells, file):
-    """The entries (like those of TASKS) of the tasks to learn."""
-    if len(wanted) == 1 and wanted[0].endswith(".json"):
-        entries = read_tasks(wanted[0])
-        wanted = [t["name"] for t in entries]
-        known = {t["name"]: t for t in entries}
-    else:
-        known = {t["name"]: t for t in TASKS} | (ECHONET if name != "hospital" else {})
+def is_own_list(wanted):
+    return len(wanted) == 1 and wanted[0].endswith(".json")
+
+
+def known_tasks(name, wanted):
+    """Name -> entry, like those of TASKS, of the tasks that a cohort's tables may have."""
+    if is_own_list(wanted):
+        return {t["name"]: t for t in read_tasks(wanted[0])}
+    return {t["name"]: t for t in TASKS} | (ECHONET if name != "hospital" else {})
+
+
+def choose_tasks(name, wanted, known, cells, file):
+    """The entries of the tasks to learn; known: see `known_tasks`."""
+    if is_own_list(wanted):
+        wanted = list(known)
     if not wanted:
         wanted = [t for t in known if t in cells] if name == "hospital" else ["EF"]
     for task in wanted:
@@ -250,19 +263,25 @@ def choose_tasks(name, wanted, cells, file):
 
 
 def values_of(column, task, cohort, file, listener):
-    """A task's cells (text) as float64, NaN where missing; in hospital tables -1 is missing too."""
+    """A task's cells (text) as float64, NaN where missing; in hospital tables -1 is missing too.
+
+    Classes are written by name or by number, from 0.
+    """
     name, classes = task["name"], task["class_names"]
-    cells = column.copy()
-    if classes:  # by name, or by number
-        names = {c.lower(): str(i) for i, c in enumerate(classes)}
-        cells = cells.map(lambda c: names.get(c.lower(), c), na_action="ignore")
-    values = to_numbers(cells.to_frame(name), file, listener)[name]
+    names = {c.lower(): i for i, c in enumerate(classes) if not is_number(c)}
+    named = column.str.lower().map(names).astype(float)
+    others = column.mask(named.notna())
+    if names:  # Yes and No are none of the names, and which of them they mean is not known
+        others = others.where(others.str.contains(r"\d", na=False))
+    missing = column.isna()
     if cohort == "hospital":
-        values = values.mask(values == -1)
-        cells = cells.mask(cells.isin(["-1", "-1.0"]))
-    odd = values.isna() & cells.notna()
+        missing |= pd.to_numeric(others, errors="coerce") == -1
+    others = others.mask(missing)
+    values = to_numbers(others.to_frame(name), file, listener)[name]
     if classes:
-        odd |= values.notna() & ~values.isin(range(len(classes)))
+        values = class_numbers(values, task, file)
+        values = values.where(values.isin(range(len(classes)))).fillna(named)
+    odd = values.isna() & ~missing
     if odd.any():
         wanted = f"0 to {len(classes) - 1} or a class's name" if classes else "a number"
         listener.warning(
@@ -270,7 +289,31 @@ def values_of(column, task, cohort, file, listener):
             f"{some(printable(c)[:30] for c in column[odd])}",
             "correct them; they count as missing",
         )
-    return values.mask(odd)
+    return values
+
+
+def is_number(text):
+    return re.fullmatch(r"[-+]?\d+(\.\d*)?", text) is not None
+
+
+def class_numbers(values, task, file):
+    """Numbers in a task's column -> those of its classes, from 0.
+
+    Where classes are called by numbers these are names, or numbers from 0: whichever all values
+    are. UserError where they can be both, and mean different classes.
+    """
+    classes = task["class_names"]
+    names = {float(c): i for i, c in enumerate(classes) if is_number(c)}
+    found = set(values.dropna()) & {*names, *range(len(classes))}
+    if all(names.get(value, value) == value for value in found):
+        return values
+    by_name, by_number = found <= set(names), found <= set(range(len(classes)))
+    if by_name == by_number:
+        raise UserError(
+            f"{file}, {task['name']}: {some(f'{v:g}' for v in sorted(found))} can be names of its "
+            f"classes ({', '.join(classes)}) or their numbers from 0; write the classes in words"
+        )
+    return values.map(names) if by_name else values
 
 
 def tell_overlaps(cohort, file, listener):

@@ -47,7 +47,7 @@ class EncoderTask(Entry):
     @model_validator(mode="after")
     def agree(self):
         n, kind = len(self.classes), self.type.split("_")[0]
-        if len(set(self.classes)) < n:
+        if len({c.lower() for c in self.classes}) < n:
             raise ValueError(f"{self.name}: a class stands twice")
         if kind == "binary" and n not in (0, 2):
             raise ValueError(f"{self.name}: a binary task has two classes (no, yes), not {n}")

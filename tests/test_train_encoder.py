@@ -15,7 +15,7 @@ from conftest import ROOT
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from common.console import UserError
+from common.console import Collected, UserError
 from embed import backbones, cache, cohorts, extract, panecho, store, train, video
 from embed.losses import MultiTaskLoss, class_weights, fill_means
 from embed.phantom import phantom_cine, write_video
@@ -192,6 +192,46 @@ def test_own_tasks(here, dynamic):
         (here / "tasks.json").write_text(json.dumps([task | fault]))
         with pytest.raises(UserError, match=wrong):
             cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "cells", "expected"),
+    [
+        ("123", "1233", [0, 1, 2, 2]),
+        ("123", "0122", [0, 1, 2, 2]),
+        ("123", "1221", "can be names"),
+        ("123", "0123", "can be names"),
+        ("210", "2100", "can be names"),
+        ("012", "0129", [0, 1, 2, np.nan]),
+        (["0.0", "1.0"], "011-", [0, 1, 1, np.nan]),
+        (["0.0", "1.0"], ["No", "Yes", None, "-1"], [0, 1, np.nan, np.nan]),
+        (["Dilated", "Normal"], ["Yes", "No", "normal", "0"], [np.nan, np.nan, 1, 0]),
+    ],
+)
+def test_classes_by_name_or_number(classes, cells, expected):
+    task = {"name": "grade", "class_names": list(classes)}
+    column = pd.Series(list(cells), dtype=object)
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            cohorts.values_of(column, task, "hospital", "train.csv", Collected())
+        return
+    heard = Collected()
+    found = cohorts.values_of(column, task, "hospital", "train.csv", heard)
+    np.testing.assert_array_equal(found, expected)
+    odd = [c for c, v in zip(cells, found, strict=True) if np.isnan(v) and c not in (None, "-1")]
+    assert f"{len(odd)} values are not" in str(heard.findings) if odd else "not" not in str(heard)
+
+
+def test_a_class_called_none(here, dynamic):
+    """`None` is missing in a table, but not in a column that has a class of that name."""
+    table = pd.read_csv(dynamic / "FileList.csv").head(4)
+    table["AVStenosis"] = ["None", "Severe", "", "NA"]
+    table["LVSize"] = ["None", "Normal", "", "NA"]
+    write_list(here / "dyn", table)
+    (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
+    found = cohorts.read_cohort("echonetdynamic", "dyn", ["AVStenosis", "LVSize", "EF"]).labels
+    np.testing.assert_array_equal(found["AVStenosis"], [1, 2, np.nan, np.nan])
+    np.testing.assert_array_equal(found["LVSize"], [np.nan, 2, np.nan, np.nan])
 
 
 def test_check(cli, here, dynamic):
