@@ -25,12 +25,20 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from common import __version__
 from common.checkpoints import load_safely, save
-from common.console import Parser, UserError, run_main, some
+from common.console import Parser, UserError, listed, run_main, some
 from common.files import derive_seed, sha256_file
 from embed.backbones import as_input, draw_factors
 from embed.cache import ClipSampling, FrameCache
 from embed.extract import PUBLISHED_SAMPLING
-from embed.panecho import CONVNEXT_TINY, PUBLISHED, load_panecho, read_encoder
+from embed.panecho import (
+    CONVNEXT_TINY,
+    PUBLISHED,
+    find_weights,
+    licence_of,
+    load_panecho,
+    read_encoder,
+    tell_other_input,
+)
 from embed.record import EncoderRecord, EncoderTask
 from embed.store import MADE_WITH, StudyClips, UnreadableStudy
 from embed.studies import find_studies, studies_of_dataset
@@ -97,7 +105,10 @@ class EndToEnd(nn.Module):
         """By a run's settings; the encoder's heads are those of --weights."""
         full, digest = load_panecho(settings.weights, settings.clip_len)
         net = cls(full, study, settings.clips_at_once, settings.freeze, settings.ping_pong)
-        net.settings, net.digest = settings, digest
+        net.settings, net.digest, net.licence = settings, digest, ""
+        if settings.weights != "random":
+            net.licence = licence_of(find_weights(settings.weights), full.record)
+        tell_other_input(full.record, settings.weights, settings.size, settings.clip_len)
         return net
 
     def groups(self, settings):
@@ -119,17 +130,21 @@ class EndToEnd(nn.Module):
         }  # fmt: skip
 
     def write(self, folder, seen):
-        """Write encoder.pt, the encoder with the heads that it began with; its `input`.
+        """Write encoder.pt, with heads only where the encoder is the one they go with; its `input`.
 
+        Heads that did not learn with it would give readings that mean nothing.
         seen: list of Seen, of the training and of what it began with.
         """
         full, s, path = self.heads[0], self.settings, Path(folder, ENCODER_FILE)
+        state, tasks = full.state_dict(), full.tasks
+        if self.part != "encoder":
+            state, tasks = {k: v for k, v in state.items() if k.startswith("encoder.")}, []
         record = EncoderRecord(
-            tasks=[EncoderTask(**task) for task in full.tasks], version=__version__,
-            cohort=s.dataset, size=s.size, clip_len=s.clip_len,
+            tasks=[EncoderTask(**task) for task in tasks], version=__version__,
+            cohort=s.dataset, size=s.size, clip_len=s.clip_len, licence=self.licence,
             started_from=Path(s.weights).name, started_sha256=self.digest,
         )  # fmt: skip
-        saved = {"weights": full.state_dict(), "encoder": record.to_save()}
+        saved = {"weights": state, "encoder": record.to_save()}
         save(saved | {"seen": [part.saved() for part in seen]}, path)
         return self.input(sha256_file(path))
 
@@ -198,6 +213,13 @@ class VideoStore:
         for part in world.gather(reasons) if world else [reasons]:
             self.reasons |= part
 
+    def lost(self):
+        """Study and video -> why it cannot be decoded."""
+        every = {
+            f"{e}/{v}": self.source(e, v) for e, study in self.files.items() for v in study.videos
+        }
+        return {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
+
     def videos(self, eid):
         """The names of a study's videos that can be decoded."""
         study = self.files[eid]
@@ -260,6 +282,8 @@ def open_videos(settings, dataset, ids, world=None):
         studies, cache, settings.num_clips, settings.clip_len, settings.sampling_seed, most
     )
     store.fill(settings.workers, world)
+    if lost := store.lost():
+        print(f"WARNING: {len(lost)} videos cannot be used and are left out:{listed(lost)}")
     return store
 
 

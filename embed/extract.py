@@ -48,7 +48,7 @@ from common.hdf5 import UNREADABLE
 from common.options import Settings as Options
 from common.options import add_options, validated
 from common.world import exact_convolutions, pick_device
-from embed.panecho import can_pack, clip_planes, load_panecho, normalise
+from embed.panecho import can_pack, clip_planes, load_panecho, normalise, tell_other_input
 from embed.store import (
     FileRecord,
     empty_path,
@@ -591,6 +591,9 @@ def extract(studies, out, settings):
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
     run = Run(out, attributes_of(settings, digest), settings.redo, alone=count == 1)
+    tell_other_input(
+        model.record, settings.weights, settings.sampling.size, settings.sampling.clip_len
+    )
     if model.seen:
         keep_encoder_seen(out, digest, model.seen)
     workers = decoders(settings.workers)

@@ -36,7 +36,7 @@ from common.checkpoints import WeightsError, load_safely, load_strictly, save
 from common.console import Parser, run_main
 from common.download import fetch
 from common.files import sha256_file
-from common.releases import SOURCE, check_digest, check_source
+from common.releases import SOURCE, check_digest, check_source, read_source, registry, released
 from embed import EMBED_DIM
 from embed.record import record_of
 
@@ -505,6 +505,31 @@ def seen_in(saved, path):
 def seen_by(weights):
     """Whom an encoder (see `load_panecho`) was trained on: a list of Seen, [] where not said."""
     return [] if weights == "random" else read_encoder(find_weights(weights))[2] or []
+
+
+def licence_of(path, record):
+    """The licence of a weights file: by its record, its download's, or the registry's."""
+    if record:
+        return record.licence
+    entry = read_source(path.parent) or released(path.parent)
+    if path.name == "panecho.pt" and not entry:
+        entry = registry()["PanEcho"]
+    return str(entry.get("licence", "not known"))
+
+
+def tell_other_input(record, path, size, clip_len, rate=1):
+    """Warn where an encoder is given other clips than it was trained on; record: its, or None."""
+    was = record and {
+        "size": record.size, "clip_len": record.clip_len,
+        "sampling_rate": record.settings.get("sampling_rate", 1),
+    }  # fmt: skip
+    now = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
+    for name in was or ():
+        if was[name] != now[name]:
+            print(
+                f"WARNING: {path} was trained with {name} = {was[name]} and gets {now[name]} here: "
+                "its embeddings may mean less"
+            )
 
 
 def tasks_in(state, record):

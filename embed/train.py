@@ -30,7 +30,7 @@ from pydantic import AfterValidator
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from common import __version__, releases
+from common import __version__
 from common.checkpoints import load_safely, load_strictly, save
 from common.console import Parser, UserError, listed, progress, run_main
 from common.files import atomic_path, clear_leftovers, derive_seed, sha256_file, write_table
@@ -59,7 +59,16 @@ from embed.backbones import (
 from embed.cache import ClipSampling, FrameCache, ahead
 from embed.cohorts import PEDIATRIC_FOLDS, read_cohort
 from embed.losses import MultiTaskLoss, class_weights, fill_means
-from embed.panecho import PanEcho, activate, find_weights, newest_epoch, read_encoder
+from embed.panecho import (
+    DOWNLOADED,
+    PanEcho,
+    activate,
+    find_weights,
+    licence_of,
+    newest_epoch,
+    read_encoder,
+    tell_other_input,
+)
 from embed.record import EncoderRecord, EncoderTask, record_of
 
 # This program stands above the rooms, as echofocus.py does: results are the report's business.
@@ -191,11 +200,11 @@ def build_net(settings, tasks, labels):
             share = min(max(share, 0.5 / (n + 1)), 1 - 0.5 / (n + 1))
             torch.nn.init.constant_(head.bias, math.log(share / (1 - share)))
     if settings.model_dir_path:
-        start = start_from(net, settings.model_dir_path)
+        start = start_from(net, settings.model_dir_path, settings)
     return net, start
 
 
-def start_from(net, source):
+def start_from(net, source, settings):
     """Load a weights file's backbone and the heads of tasks that are the same; the Start."""
     folder = Path(source)
     if folder.is_dir():  # one called panecho, too: the release goes by that name without a folder
@@ -205,6 +214,9 @@ def start_from(net, source):
     path = find_weights(source)
     state, record, seen = read_encoder(path)
     state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    refuse_other_network(
+        record or (path.name == DOWNLOADED.name and EncoderRecord(tasks=[])), path, settings
+    )
     given = [t.entry() for t in record.tasks] if record else None
     own = net.state_dict()
     kept = []
@@ -228,14 +240,22 @@ def start_from(net, source):
     return Start(path.name, sha256_file(path), licence_of(path, record), tuple(seen or ()))
 
 
-def licence_of(path, record):
-    """The licence of a weights file: by its record, its download's, or the registry's."""
-    if record:
-        return record.licence
-    entry = releases.read_source(path.parent) or releases.released(path.parent)
-    if path.name == "panecho.pt" and not entry:
-        entry = releases.registry()["PanEcho"]
-    return str(entry.get("licence", "not known"))
+def refuse_other_network(record, path, settings):
+    """UserError where weights mean something else in this network, though they fit its shapes.
+
+    record: of the weights, the release's by its defaults; None or False where nothing is known.
+    """
+    if not record:
+        return
+    asked = {"model_name": "model_name", "arch": "arch", "n_layers": "layers", "n_heads": "heads"}
+    for option_name, name in (asked | {"normalization": "normalization"}).items():
+        was, value = getattr(record, name), getattr(settings, option_name)
+        if was != value and (settings.arch or not option_name.startswith("n_")):
+            raise UserError(
+                f"{path} was trained with {option_name} = {was or 'none'}, not {value or 'none'}; "
+                f"give --{option_name} {was}, or start elsewhere"
+            )
+    tell_other_input(record, path, settings.size, settings.clip_len, settings.sampling_rate)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -313,7 +333,8 @@ class Run:
 
     @property
     def best_epoch(self):
-        return 1 + int(np.argmax(self.scores)) if self.scores else 0
+        scores = np.nan_to_num(self.scores, nan=-np.inf)  # where no metric was defined
+        return 1 + int(np.argmax(scores)) if self.scores else 0
 
     @property
     def finished(self):
@@ -322,8 +343,13 @@ class Run:
 
     @property
     def reported(self):
-        """Whether the results are written; the summary comes last."""
-        return (self.folder / f"{self.result_folds[-1]}_summary.txt").is_file()
+        """Whether the results of the best epoch are written; the summary comes last."""
+        of_this = f"best epoch {self.best_epoch}"
+        files = [self.folder / f"{fold}_summary.txt" for fold in self.result_folds]
+        return all(
+            f.is_file() and f.read_text(encoding="utf-8").partition("\n")[0].endswith(f" {of_this}")
+            for f in files
+        )
 
     @property
     def result_folds(self):
@@ -375,7 +401,10 @@ class Run:
             )
         pairs = {k: (before.settings.get(k), v) for k, v in now.settings.items()}
         pairs["start"] = before.started_sha256, now.started_sha256
-        pairs["tasks"] = [t.name for t in before.tasks], [t.name for t in now.tasks]
+        pairs["tasks"], pairs["tasks' kinds"], pairs["tasks' classes"] = zip(
+            *([[getattr(t, k) for t in r.tasks] for k in ("name", "type", "classes")]
+              for r in (before, now)), strict=True,
+        )  # fmt: skip
         for name, (was, value) in pairs.items():
             if was != value:
                 raise UserError(
@@ -383,6 +412,12 @@ class Run:
                     "--output_dir"
                 )
         try:
+            over = saved["scheduler"].get("T_max", self.settings.max_epochs)
+            if over != self.settings.max_epochs:
+                raise UserError(
+                    f"{self.folder} was begun with max_epochs = {over}, over which --cos_anneal "
+                    f"runs, not {self.settings.max_epochs}; use another --output_dir"
+                )
             self.net.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])

@@ -564,7 +564,7 @@ def test_start_from_imagenet(cli, here, dynamic, monkeypatch):
         assert torch.equal(tensor, state[name])
 
 
-def test_start_from_a_published_run(here):
+def test_start_from_a_published_run(here, capsys):
     """Its highest epoch; heads of the same task are kept, others fresh; the wrong one refused."""
     tasks = [dict(t, mean=1.0) for t in panecho.TASKS if t["name"] == "EF"]
     theirs = panecho.PanEcho(tasks, False, 4)
@@ -574,15 +574,30 @@ def test_start_from_a_published_run(here):
         torch.save({"weights": theirs.state_dict() | pe, "optimizer": {}},
                    f"panecho/chkpt_epoch-{n}.pt")  # fmt: skip
     net = panecho.PanEcho([*tasks, {**tasks[0], "name": "ESV"}], False, 4)
-    start = train.start_from(net, "panecho")
+    settings = train.EncoderSettings(arch="convnext_tiny")
+    start = train.start_from(net, "panecho", settings)
     assert start.name == "chkpt_epoch-10.pt" and start.licence == "not known"
     assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight)
     with pytest.raises(UserError, match="does not fit"):
         other = panecho.FrameTransformer(4, None, 2)
-        train.start_from(panecho.PanEcho(tasks, False, backbone=other), "panecho")
+        train.start_from(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
     Path("empty").mkdir()
     with pytest.raises(UserError, match="chkpt_epoch-N"):
-        train.start_from(net, "empty")
+        train.start_from(net, "empty", settings)
+    record = train.EncoderRecord(tasks=[], clip_len=32)
+    saved = {"weights": theirs.state_dict(), "encoder": record.to_save()}
+    torch.save(saved, "ours.pt")
+    torch.save({"weights": theirs.state_dict()}, "panecho.pt")
+    for file in ("ours.pt", "panecho.pt"):  # what fits its shapes and means something else
+        for name, value, was in (("normalization", "", "imagenet"), ("n_heads", 4, 8)):
+            options = {"arch": "convnext_tiny", "normalization": "imagenet", name: value}
+            options["model_name"] = "frame_transformer"
+            with pytest.raises(UserError, match=f"with {name} = {was}, not"):
+                train.start_from(net, file, train.EncoderSettings(**options))
+    settings = train.EncoderSettings(**options | {"n_heads": 8})
+    capsys.readouterr()
+    train.start_from(net, "ours.pt", settings)
+    assert "was trained with clip_len = 32 and gets 16 here" in capsys.readouterr().out
 
 
 def test_stochastic_depth_is_torchvisions():
