@@ -10,6 +10,7 @@ A run and `check` read them here; what is found is told to a listener (common/co
 """
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
+from common.hdf5 import shortest_distinct
 from common.options import FOLDS
 from common.tables import MISSING, clean_ids, read_table, to_numbers
 from embed.panecho import TASKS
@@ -92,12 +94,13 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
     labels = pd.DataFrame(
         {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
     )
+    refuse_twice(cells, file)
     videos = cells[["path", "study", "patient", "split"]]
-    refuse_twice(videos, file)
     cohort = VideoCohort(
         name, chosen, videos.set_axis(cells["name"]), labels.set_axis(cells["name"])
     )
     tell_overlaps(cohort, file, listener)
+    tell_disagreements(cohort, file, listener)
     return with_labels_and_files(cohort, folder, listener)
 
 
@@ -184,17 +187,30 @@ def read_hospital(folder, listener, words):
             continue
         cells = read_list(path, ("fname", "video_dir", "acc_num"), listener, words)
         cells["study"] = clean_ids(cells["acc_num"], path, listener)
-        own = "patient" in cells
-        cells["patient"] = clean_ids(cells["patient"], path, listener) if own else cells["study"]
-        cells["patient"] = cells["patient"].fillna(cells["study"])
+        if "patient" in cells:
+            cells["patient"] = clean_ids(cells["patient"], path, listener)
+            if blank := int(cells["patient"].isna().sum()):
+                text = f"{path}: {blank} rows have no patient"
+                listener.warning(text, "fill in; each accession counts as a patient of its own")
         files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")
         cells["path"] = [
-            str(folder / d / f) for d, f in zip(cells["video_dir"], files, strict=True)
+            os.path.normpath(folder / d / f) for d, f in zip(cells["video_dir"], files, strict=True)
         ]
-        cells["name"] = cells["study"] + "/" + files.map(lambda f: Path(f).name)
         cells["split"] = split
         parts.append(cells)
-    return pd.concat(parts, ignore_index=True), folder / "train.csv"
+    told = [cells["split"].iloc[0] for cells in parts if "patient" in cells and len(cells)]
+    cells = pd.concat(parts, ignore_index=True)
+    if 0 < len(told) < cells["split"].nunique():
+        listener.error(
+            f"{folder}: the column patient is in the tables of {' and '.join(told)} alone: "
+            "a patient could be in two folds unseen",
+            "add it to all tables, or to none where each accession is a patient of its own",
+        )
+    cells["patient"] = cells["patient"].fillna(cells["study"]) if told else cells["study"]
+    for study, paths in cells.groupby("study")["path"]:  # one name may be in two folders
+        names = shortest_distinct([os.fsencode(path) for path in paths])
+        cells.loc[paths.index, "name"] = [f"{study}/{name}" for name in names]
+    return cells, folder / "train.csv"
 
 
 def below(folder, name, table):
@@ -213,9 +229,9 @@ def refuse_odd_splits(cells, allowed, path):
         )
 
 
-def refuse_twice(videos, file):
-    """UserError for a video that stands twice: its labels or folds might differ."""
-    twice = videos[videos["path"].duplicated()]
+def refuse_twice(cells, file):
+    """UserError for a video or a name that stands twice: its labels or folds might differ."""
+    twice = cells[cells["path"].duplicated() | cells["name"].duplicated()]
     if len(twice):
         raise UserError(
             f"{file}: {len(twice)} videos stand twice, such as "
@@ -329,6 +345,19 @@ def tell_overlaps(cohort, file, listener):
                 "results on them would look better than they are: give each patient one fold",
             )
             return
+
+
+def tell_disagreements(cohort, file, listener):
+    """Labels in which the videos of a study differ; an error in tables of one's own."""
+    n = cohort.labels.groupby(cohort.videos["study"]).nunique()
+    for label in n.columns[(n > 1).any()]:
+        both = n.index[n[label] > 1]
+        tell = listener.error if cohort.by_metric else listener.warning
+        names = some(map(printable, both))
+        tell(
+            f"{file}, {label}: the videos of {len(both)} studies differ: {names}",
+            "give a study one label; its results are compared with that of its first video",
+        )
 
 
 def with_labels_and_files(cohort, folder, listener):

@@ -292,7 +292,8 @@ class Run:
         net, self.start = build_net(settings, self.tasks, labels)
         self.device = pick_device(settings.device)
         self.net = net.to(self.device)
-        if world.size > 1 and self.device.type == "cuda":
+        self.synced = world.size > 1 and self.device.type == "cuda" and has_batch_norm(net)
+        if self.synced:
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         kind = torch.optim.AdamW if settings.adamw else torch.optim.Adam
         self.optimizer = kind(self.net.parameters(), lr=settings.lr, weight_decay=settings.wd)
@@ -473,7 +474,8 @@ class Run:
         rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
         order = [self.names["train"][i] for i in rng.permutation(len(self.names["train"]))]
         each = self.settings.batch_size * self.world.size
-        steps = [order[i : i + each] for i in range(done.videos, len(order), each)]
+        least = self.world.size if self.synced else 1
+        steps = steps_of(order[done.videos :], each, least)
         own = [step[self.world.rank :: self.world.size] for step in steps]
         s = self.settings
         sampling = ClipSampling(s.clip_len, s.size, s.sampling_rate, s.augment)
@@ -685,6 +687,26 @@ def learnable(tasks, labels):
     return kept
 
 
+def has_batch_norm(net):
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
+def steps_of(order, each, least=1):
+    """Lists of `each` names; the last has less, or joins the one before where it has not `least`.
+
+    Where processes wait for each other's statistics, each needs a video in every step.
+    """
+    if 0 < len(order) < least:
+        raise UserError(
+            f"{len(order)} training videos are too few for {least} processes whose batch "
+            "statistics are one: take fewer processes"
+        )
+    steps = [order[i : i + each] for i in range(0, len(order), each)]
+    if steps and len(steps[-1]) < least:
+        steps[-2:] = [steps[-2] + steps[-1]]
+    return steps
+
+
 def limited(names, settings):
     """So many of a fold's videos as --sample_limit says, by a hash of their names."""
     names = sorted(names)
@@ -714,7 +736,7 @@ def train(settings, world=None):
         run.finish()
         runs.append(folder)
     if len(runs) > 1 and not world.rank:
-        write_pooled(Path(settings.output_dir), runs, settings.n_bootstrap)
+        write_pooled(Path(settings.output_dir), runs, cohort.tasks, settings.n_bootstrap)
     print(f"the encoder is in {runs[-1]}: embed/extract.py --weights {runs[-1]}")
 
 

@@ -4,6 +4,8 @@ A folder of a run gets, for val and test: preds/<task>/<fold>_<task>_preds.csv (
 _video_preds.csv, metrics_<fold>.csv, figures, <fold>_summary.txt.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -133,18 +135,24 @@ def plot_predictions(outcomes, found, folder, fold):
             panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
 
 
-def write_pooled(folder, runs, n_bootstrap):
-    """The test predictions of all folds together: echonet-pediatric_<task>_preds.csv, summary."""
-    tasks = sorted(p.name for p in (runs[0] / "preds").iterdir())
-    for task in tasks:
-        parts = [pd.read_csv(r / "preds" / task / f"test_{task}_preds.csv") for r in runs]
+def write_pooled(folder, runs, tasks, n_bootstrap):
+    """The test predictions of all folds together: echonet-pediatric_<task>_preds.csv, summary.
+
+    A task that a fold could not learn has none.
+    """
+    files = {t["name"]: Path("preds", t["name"], f"test_{t['name']}_preds.csv") for t in tasks}
+    tasks = [t for t in tasks if all((run / files[t["name"]]).is_file() for run in runs)]
+    for entry in tasks:
+        task = entry["name"]
+        parts = [pd.read_csv(run / files[task], dtype={"acc_num": str}) for run in runs]
+        values = pd.concat([part.drop(columns=["acc_num", "label"]) for part in parts])
         table = pd.concat([p.assign(fold=k) for k, p in enumerate(parts)])
         write_table(table, folder / f"echonet-pediatric_{task}_preds.csv")
-        outcome = Regression(task, table["label"].to_numpy(), table["prediction"].to_numpy())
-        patients = table["acc_num"].astype(str).str.split("-").str[0].to_numpy()
-        found = estimates([outcome], patients, n_bootstrap)
+        outcomes = outcomes_of([entry], {task: values}, {task: table["label"]})
+        patients = table["acc_num"].str.split("-").str[0].to_numpy()
+        found = estimates(outcomes, patients, n_bootstrap)
         rows = pd.DataFrame([estimate.row() for estimate in found])
         write_table(rows, folder / f"echonet-pediatric_{task}_metrics.csv")
         name = "echonet-pediatric_summary.txt"
-        name = name if task == tasks[0] else f"echonet-pediatric_{task}_summary.txt"
+        name = name if entry is tasks[0] else f"echonet-pediatric_{task}_summary.txt"
         write_summary(folder / name, f"{task} over {len(runs)} folds, {len(table)} studies", rows)

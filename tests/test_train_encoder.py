@@ -537,6 +537,96 @@ def test_hospital_multitask(cli, here, hospital):
     assert status == 1 and "stand in several folds: train0" in err
 
 
+def test_hospital_tables(here, hospital):
+    """Two files of one name in an accession; patients in some tables; labels that differ."""
+    val = pd.read_csv("site/val.csv")
+    Path("site/more").mkdir()
+    Path("site/vids/val0_1.avi").rename("site/more/val0_0.avi")
+    val.loc[1, ["fname", "video_dir"]] = "val0_0.avi", "more"
+    val.to_csv("site/val.csv", index=False)
+    names = cohorts.read_cohort("hospital", "site").videos.index
+    assert {"val0/vids/val0_0.avi", "val0/more/val0_0.avi", "val1/val1_0.avi"} <= set(names)
+    val.assign(patient="P").to_csv("site/val.csv", index=False)
+    with pytest.raises(UserError, match="in the tables of val alone"):
+        cohorts.read_cohort("hospital", "site")
+    for split in ("train", "val", "test"):
+        table = pd.read_csv(f"site/{split}.csv").assign(patient=split)
+        table.loc[0, "patient"] = None
+        table.to_csv(f"site/{split}.csv", index=False)
+    heard = Collected()
+    cohorts.read_cohort("hospital", "site", (), heard)
+    assert "val.csv: 1 rows have no patient" in str(heard.findings)
+    val.loc[0, "LVSize"] = 1
+    val.to_csv("site/val.csv", index=False)
+    heard = Collected()
+    cohorts.read_cohort("hospital", "site", (), heard)
+    assert "LVSize: the videos of 1 studies differ: val0" in str(heard.findings)
+
+
+def test_going_on(cli, here, dynamic):
+    """What would change the meaning of a run's weights, or the pace they were learnt at."""
+    task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
+    table = pd.read_csv(dynamic / "FileList.csv")
+    write_list(here / "dyn", table.assign(EF=np.arange(len(table)) % 3))
+    (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
+    line = f"--cohort echonetdynamic --data_dir dyn --tasks t.json --output_dir run {SMALL}"
+    line += " --sample_limit 3 --cos_anneal --max_epochs"
+    for classes, epochs, wrong in (
+        (["low", "mid", "high"], 1, ""),
+        (["low", "mid", "high"], 2, "max_epochs = 1, over which --cos_anneal"),
+        (["low", "high", "mid"], 1, "tasks' classes"),
+    ):
+        Path("t.json").write_text(json.dumps([task | {"classes": classes}]))
+        status, _, err = run(cli, line, epochs)
+        assert (status == 1 and wrong in err) if wrong else status == 0, err
+
+
+def test_results_are_of_the_best_epoch(tmp_path):
+    """An epoch without a metric is not the best; results of an earlier best are made again."""
+    run = train.Run.__new__(train.Run)
+    run.folder, run.names, run.scores = tmp_path, {"val": ["a"], "test": ["b"]}, [np.nan, 0.3]
+    assert run.best_epoch == 2 and not run.reported
+    for fold in run.names:
+        (tmp_path / f"{fold}_summary.txt").write_text(f"{fold}: 1 studies, best epoch 2\nEF: 1\n")
+    assert run.reported
+    run.scores.append(0.9)
+    assert not run.reported
+
+
+def test_steps_for_all_processes():
+    """Where batch statistics are shared, no process is without a video in a step."""
+    order = list("abcdefghi")
+    assert train.steps_of(order, 4) == [list("abcd"), list("efgh"), ["i"]]
+    assert train.steps_of(order, 4, 2) == [list("abcd"), list("efghi")]
+    assert train.steps_of([], 4) == []
+    with pytest.raises(UserError, match="too few for 16 processes"):
+        train.steps_of(order, 32, 16)
+
+
+def test_pooled_folds_of_every_kind(here):
+    """Classes are judged as classes; a task that a fold lacks is in no summary."""
+    tasks = [
+        {"name": "b", "type": "binary_classification", "class_names": ["no", "yes"]},
+        {"name": "m", "type": "multi-class_classification", "class_names": ["x", "y", "z"]},
+        {"name": "gone", "type": "regression", "class_names": []},
+    ]
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        for task in tasks[:2]:
+            names = ["yes"] if task["name"] == "b" else task["class_names"]
+            table = pd.DataFrame({"acc_num": [f"P{i}-{k}" for i in range(9)]})
+            table["label"] = np.arange(9) % (2 if task["name"] == "b" else 3)
+            values = rng.dirichlet(np.ones(3), 9)[:, : len(names)]
+            table[[f"probability {n}" for n in names]] = values
+            path = Path(f"fold_{k}/preds/{task['name']}/test_{task['name']}_preds.csv")
+            path.parent.mkdir(parents=True)
+            table.to_csv(path, index=False)
+    encoder.write_pooled(here, [Path("fold_0"), Path("fold_1")], tasks, 20)
+    assert "auroc" in Path("echonet-pediatric_summary.txt").read_text()
+    assert "auroc" in Path("echonet-pediatric_m_metrics.csv").read_text()
+    assert not list(here.glob("*gone*"))
+
+
 # ------------------------------------------------------------------------------------------- starts
 
 
