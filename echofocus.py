@@ -1256,11 +1256,15 @@ def refuse_through(typed):
 
 def validate_extracted(run, config):
     """The validation of a model that was trained through its encoder, on the published number of
-    clips: extracted into the model's folder, as every later command extracts."""
+    clips: extracted into the model's folder, as every later command extracts. The thresholds of
+    the best checkpoint are those of this validation.
+
+    What an earlier best epoch's encoder extracted there is replaced.
+    """
     best = load_model(
         run.folder, config, run.settings.task, device=pick_device(run.settings.device)
     )
-    how = vars(run.settings) | {"weights": str(best.encoder_file)}
+    how = vars(run.settings) | {"weights": str(best.encoder_file), "redo": True}
     studies = [run.store.files[eid] for eid in run.cohort.eids["val"]]
     folder = run.folder / "clip_embeddings"
     extract.extract(studies, folder, extract.settings_from(how))
@@ -1270,7 +1274,13 @@ def validate_extracted(run, config):
     data = {"targets": run.cohort.targets, "task_type": run.task.type}
     val = run_studies(best.net, store, eids, run.settings, **data)
     truth = run.cohort.table.loc[val.eids, run.cohort.labels].to_numpy()
-    metric = run.validation_metric(truth, best.readable(val.logits))
+    predicted = best.readable(val.logits)
+    metric = run.validation_metric(truth, predicted)
+    if not run.world.rank:
+        path = run.folder / "best_checkpoint.pt"
+        best.record.thresholds = run.chosen_thresholds(truth, predicted)
+        saved = read_checkpoint(path) | {"echofocus": best.record.to_save()}
+        checkpoints.save(saved, path)
     print(f"validation on {len(val)} studies of {run.settings.n_clips} clips a video, extracted: "
           f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
 
@@ -1692,19 +1702,24 @@ class Training:
 
     def validated(self, val):
         """The metric of an epoch's validation, as text; thresholds are kept if it is the best."""
-        from report.metrics import choose_threshold
-
         cohort = self.cohort
         truth = cohort.table.loc[val.eids, cohort.labels].to_numpy()
         predicted = readable(val.logits, cohort.labels, cohort.scaling)
-        if self.stale == 0 and self.task.type == "binary":
-            found = zip(cohort.labels, truth.T, predicted.T, strict=True)
-            rule = self.settings.target or "youden"
-            found = {
-                k: choose_threshold(y, p, rule) for k, y, p in found if k not in cohort.unlearnt
-            }
-            self.thresholds = {k: cut for k, cut in found.items() if cut is not None}
+        if self.stale == 0:
+            self.thresholds = self.chosen_thresholds(truth, predicted)
         return self.validation_metric(truth, predicted)
+
+    def chosen_thresholds(self, truth, predicted):
+        """Label -> threshold of a finding by answers of the validation fold, both (S, T)."""
+        from report.metrics import choose_threshold
+
+        if self.task.type != "binary":
+            return {}
+        labels, rule = self.cohort.labels, self.settings.target or "youden"
+        found = zip(labels, truth.T, predicted.T, strict=True)
+        unlearnt = self.cohort.unlearnt
+        found = {k: choose_threshold(y, p, rule) for k, y, p in found if k not in unlearnt}
+        return {k: cut for k, cut in found.items() if cut is not None}
 
     def validation_metric(self, truth, predicted):
         """AUROC or error of the labels as text: in a unit for one label, without one for more."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import echofocus as ef
+from common.checkpoints import save
 from common.files import sha256_file
 from embed import end_to_end, panecho
 from embed.end_to_end import EndToEnd
@@ -170,6 +172,21 @@ def test_a_model_and_its_encoder(site, cli):
     assert len(seen.train) == 16 and len(seen.val) == 4  # patients and studies
     assert panecho.seen_by(folder)[0].key == seen.key  # as a training that begins with it asks
     assert encoder_seen(folder / "clip_embeddings", best["echofocus"]["encoder_sha256"])
+
+    files = {eid: folder / "clip_embeddings" / f"{eid}.hdf5" for eid in ("e8", "e9")}
+    for path in files.values():  # as an earlier best epoch left them
+        with h5py.File(path, "a") as f:
+            del f.attrs["attributes_crc32"]
+            f.attrs["weights_sha256"] = "0"
+    chosen = best["echofocus"]["thresholds"]
+    best["echofocus"]["thresholds"] = {}
+    save(best, folder / "best_checkpoint.pt")
+    status, out, err = cli(*line, "--epoch_lim", "2")
+    assert status == 0 and "extracted: loss" in out, err
+    best = ef.read_checkpoint(folder / "best_checkpoint.pt")
+    assert chosen and best["echofocus"]["thresholds"] == chosen
+    with h5py.File(files["e8"]) as f:
+        assert f.attrs["weights_sha256"] == best["echofocus"]["encoder_sha256"]
 
     update, calls = ef.update, []
 
