@@ -605,6 +605,7 @@ def ensemble_of(members, folder):
             ("labels", first.labels, m.labels),
             ("type", first.type, m.type),
             ("units", first.units, m.units),
+            ("--target", *(target_of(x) if x.record.thresholds else None for x in (first, m))),
             ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
             *((x, getattr(first.record.input, x), getattr(m.record.input, x)) for x in MADE_WITH),
         ):
@@ -1814,11 +1815,10 @@ def start_with_model(command, typed):
         config.pick("task", task)
     names = typed.get("model_name", ""), typed.get("run_id", "")
     model = load_named(*names, config, task, pick_device(typed.get("device", "")))
-    folder = model.folder
     if command == "explain" or typed.get("page"):
         refuse_average(model)
-    if command in ("evaluate", "explain") and isinstance(model.net, Readings):
-        raise UserError(f"{command} takes a study-level model; {folder.name} has readings alone")
+    if command in ("evaluate", "explain"):
+        refuse_readings(command, model)
     if model.task not in config.tasks and model.type != "readings":
         config.tasks[model.task] = Task(
             task_labels=model.labels, type=model.type, units=model.units
@@ -1939,16 +1939,17 @@ def labelled_folds(model, config, settings, store):
     return task, table, folds, how
 
 
-def studies_in_fold(whole, folds, store, task, settings):
+def studies_in_fold(model, whole, folds, store, task, settings):
     """Label table rows of the chosen fold that have embeddings."""
     table = match_studies(whole, store, task, first_only=settings.first_study_only)
     wanted = FOLDS if settings.subset == "all" else [settings.subset]
     table = table[folds.reindex(table.index).isin(wanted)]
     if not len(table):
-        hint = " (of models that are averaged, a study is test where none has seen its patient)"
+        hint = " (of models that are averaged, a study is test where none has seen its patient, "
+        hint += "val where one validated on him and none trained)"
+        averaged = isinstance(model, LoadedEnsemble)
         raise UserError(
-            f"no study of {settings.dataset} is in the fold {settings.subset}"
-            + hint * bool(folds.eq("seen by an ancestor").any())
+            f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
         )
     return table[: settings.sample_limit or None]
 
@@ -1967,13 +1968,13 @@ def cmd_evaluate(typed):
 
 def evaluate_fold(settings, config, model, store, columns):
     """`evaluate` on the fold `settings.subset`."""
+    settings = settings.model_copy(update={"target": settings.target or target_of(model)})
     thresholds = thresholds_for(model, config, settings, store)
     studies, flow, how = answered(model, config, settings, store, thresholds)
     name = f"{settings.subset}_{settings.dataset}"
     write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
     about = {"run_id": settings.run_id, "model_name": model.folder.name}
     about |= {"unseen": how if settings.subset == "test" else ""}
-    about |= {"target": settings.target or model.record.settings.target or "youden"}
     report_evaluation(model.folder, name, studies, flow, about, settings, config, columns)
 
 
@@ -1982,7 +1983,7 @@ def answered(model, config, settings, store, thresholds):
     from report import evaluation
 
     task, whole, folds, how = labelled_folds(model, config, settings, store)
-    table = studies_in_fold(whole, folds, store, task, settings)
+    table = studies_in_fold(model, whole, folds, store, task, settings)
     warn_of_another_encoder(model, store, list(table.index))
     unreadable = {}
     found = run_studies(
@@ -2020,13 +2021,18 @@ def fold_in_words(fold):
     return f"in the {fold} fold" if fold in FOLDS else fold
 
 
+def target_of(model):
+    """The rule by which its thresholds were chosen."""
+    return model.record.settings.target or "youden"
+
+
 def thresholds_for(model, config, settings, store):
     """Label -> threshold: the model's, or those that --target chooses on its validation fold."""
     from report.metrics import choose_threshold, read_target
 
-    rule = settings.target or "youden"
+    rule = settings.target or target_of(model)
     read_target(rule)
-    if rule == (model.record.settings.target or "youden") or model.type != "binary":
+    if rule == target_of(model) or model.type != "binary":
         return model.record.thresholds
     if settings.dataset != model.record.dataset:
         raise UserError(
@@ -2055,8 +2061,10 @@ def report_evaluation(folder, name, studies, flow, about, settings, config, colu
     """Write the evaluation of some studies, pooled by patient if asked for, and print it."""
     from report import evaluation
 
-    others = {x: other_studies(x, config, settings, studies) for x in settings.compare}
-    notes = evaluation.notes_of(settings.subset, about.get("unseen"))
+    others, notes = {}, evaluation.notes_of(settings.subset, about.get("unseen"))
+    for other in settings.compare:
+        others[other], more = other_studies(other, config, settings, studies)
+        notes += [f"{other}: {note}" for note in more]
     if settings.per == "patient":
         studies, lost = studies.per_patient(settings.pool)
         others = {x: other.per_patient(settings.pool)[0] for x, other in others.items()}
@@ -2074,19 +2082,29 @@ def report_evaluation(folder, name, studies, flow, about, settings, config, colu
 
 
 def other_studies(name, config, settings, studies):
-    """evaluation.Studies of a model, or of a table of predictions, to compare with these."""
-    from report.evaluation import studies_from_table
+    """(evaluation.Studies of a model, or of a table of predictions, to compare with these; notes).
+
+    A model answers its own studies of the fold, at thresholds by the same rule.
+    """
+    from report.evaluation import notes_of, studies_from_table
 
     if name.endswith(".csv"):
-        return studies_from_table(Path(name), studies.outcomes, studies)
-    model = load_model(find_model_folder(name), config, device=pick_device(settings.device))
+        return studies_from_table(Path(name), studies.outcomes, studies), []
+    model = load_named(name, "", config, device=pick_device(settings.device))
+    refuse_readings("evaluate --compare", model)
     if model.task not in config.tasks:
         path = config.tasks[settings.task].label_path
         config.tasks[model.task] = Task(
             task_labels=model.labels, type=model.type, units=model.units, label_path=path
         )
-    own = settings.model_copy(update={"task": model.task})
-    return answered(model, config, own, store_of(config, own), model.record.thresholds)[0]
+    own, notes = settings.model_copy(update={"task": model.task}), []
+    store = store_of(config, own)
+    try:
+        thresholds = thresholds_for(model, config, own, store)
+    except UserError as error:
+        thresholds, notes = {}, [f"not compared at a threshold: {error}"]
+    found, _, how = answered(model, config, own, store, thresholds)
+    return found, notes + notes_of(own.subset, how if own.subset == "test" else "")
 
 
 def evaluate_file(typed):
@@ -2112,7 +2130,7 @@ def evaluate_file(typed):
         settings = resolve_settings("evaluate", typed, config)
         task, table = load_labels(config, settings.task, settings.dataset)
         studies, flow = evaluation.studies_of_table(path, task, table)
-    settings = settings.model_copy(update={"subset": "all"})
+    settings = settings.model_copy(update={"subset": "test"})  # of models to compare with
     columns = columns_by(settings.by, config, settings) if settings.task else {}
     if settings.by and not columns:
         raise UserError("--by reads the label table: name a --task of the config")
@@ -2120,7 +2138,7 @@ def evaluate_file(typed):
         studies = studies.at_prevalence(settings.prevalence)
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
-    about = {"run_id": "", "model_name": path.stem}
+    about = {"run_id": "", "model_name": path.stem, "fold": "all"}
     report_evaluation(folder, name, studies, flow, about, settings, config, columns)
 
 
@@ -2355,6 +2373,13 @@ def embed_videos(f, model, store, eids, settings, unreadable):
 
 
 # ------------------------------------------------------------------------------------------ explain
+
+
+def refuse_readings(command, model):
+    """UserError for PanEcho, whose readings stand for no label table."""
+    if isinstance(model.net, Readings):
+        name = model.folder.name
+        raise UserError(f"{command} takes a study-level model; {name} has readings alone")
 
 
 def refuse_average(model):

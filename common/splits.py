@@ -245,15 +245,18 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
 
     On its own dataset each patient keeps the fold of the training, and new ones get theirs by the
     same rule. Any other dataset is all test, less what the model or an ancestor has seen.
-    Of models that are averaged a study is test where none has seen its patient.
+    Of models that are averaged a study is test where none has seen its patient, and val where one
+    validated on him and none trained.
     digest: a function that gives the digest of the labels, as training computed it.
     """
     seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
-    home = dataset == model.record.dataset and not getattr(model, "members", ())
+    averaged = bool(getattr(model, "members", ()))
+    home = dataset == model.record.dataset and not averaged
     if home and seen:
         refuse_moved(seen[0], table, listener)
-    folds = seen_weights(seen[:1], table).map({0: None, 1: "val", 2: "train"}).astype(object)
-    known = folds.notna() | (seen_weights(seen[1:], table) > 0)
+    own = len(seen) if averaged else 1
+    folds = seen_weights(seen[:own], table).map({0: None, 1: "val", 2: "train"}).astype(object)
+    known = folds.notna() | (seen_weights(seen[own:], table) > 0)
     if not home and known.any():
         if assume_unseen:
             listener.warning(

@@ -1,6 +1,7 @@
 """Cross-validation in one line, and models whose answers are averaged."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,9 @@ from conftest import write_embeddings
 from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
+from common.console import UserError
+from common.options import Settings
+from common.schema import Record
 
 MODELS = Path("trained_models")
 LINE = ("train", "--task", "defect", "--n_folds", "3", "--fold", "all", "--epoch_lim", "2")
@@ -90,6 +94,25 @@ def unseen_alone_are_test(cli, folder):
     assert status == 0, err
     tested = pd.read_csv(folder / "saveout_test_site.csv", dtype=IDS)["Echo_ID"]
     assert set(tested) == {f"N{i}" for i in range(6)}
+    folder = folder / "fold_1"  # four of the new patients are of its test fold
+    one = ("--model_name", folder, "--compare", "defect", "--n_boot", "0")
+    status, _, err = cli("evaluate", *one)
+    assert status == 0, err
+    assert pd.read_csv(folder / "comparison_test_site.csv")["n"].eq(4).all()
+    status, _, err = cli("evaluate", *one, "--target", "sensitivity=0.6")
+    assert status == 0, err
+    page = (folder / "report_test_site.html").read_text()
+    assert "defect: not compared at a threshold: no study of site is in the fold val" in page
+
+
+def test_thresholds_by_two_rules_are_not_averaged():
+    a, b = (
+        SimpleNamespace(labels=["x"], type="binary", units={}, folder=Path(rule), record=Record(
+            thresholds={"x": 0.5}, settings=Settings(target=rule)
+        )) for rule in ("youden", "sensitivity=0.9")
+    )  # fmt: skip
+    with pytest.raises(UserError, match="differ in --target"):
+        ef.ensemble_of([a, b], Path("a+b"))
 
 
 def test_what_does_not_go_together(cohort, cli):

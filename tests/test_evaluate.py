@@ -3,12 +3,16 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
+import echofocus as ef
+from common.options import Settings
+from common.schema import Record
 from report import curves, evaluation
 from report import statistics as st
 
@@ -205,6 +209,12 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
 
 
+def test_without_a_target_the_models_own_thresholds_hold():
+    record = Record(thresholds={"x": 0.1}, settings=Settings(target="sensitivity=0.9"))
+    model = SimpleNamespace(type="binary", record=record)
+    assert ef.thresholds_for(model, None, Settings(), None) == {"x": 0.1}
+
+
 def test_a_models_fold_thresholds_and_another_model(cohort, cli):
     fast = ("--epoch_lim", "2")
     assert cli("train", "--task", "defect", *fast, "--target", "sensitivity=0.9")[0] == 0
@@ -233,3 +243,24 @@ def test_a_models_fold_thresholds_and_another_model(cohort, cli):
     tested = [set(x["eid"][x["fold"] == "test"]) for x in split.values()]
     against = pd.read_csv(folder / "comparison_test_site.csv")
     assert against["n"].eq(len(tested[0] & tested[1])).all()  # unseen by both
+
+    own = json.loads((folder / "metrics_val_site.json").read_text())
+    assert own["target"] == "specificity=0.8"
+    assert cli("evaluate", "--model_name", "defect", *FEW)[0] == 0  # by the rule of its training
+    stored = ef.load("defect").record.thresholds["finding"]
+    saved = pd.read_csv(folder / "saveout_test_site.csv")
+    found = metrics_of(folder / "metrics_test_site.csv").loc["finding"]["value"]
+    called = saved["finding_Predict"][saved["finding_Correct"] == 1] >= stored
+    assert found["sensitivity"] == pytest.approx(called.mean(), rel=1e-5)
+
+    args = ("--model_name", "other", "--compare", "other", "--target", "sensitivity=0.3")
+    assert cli("evaluate", *args, *FEW)[0] == 0
+    against = pd.read_csv(folder.parent / "other" / "comparison_test_site.csv")
+    assert against["difference"].dropna().eq(0).all()  # itself, at one threshold
+
+    labels = pd.read_csv("labels.csv")
+    labels[["eid", "finding"]].assign(finding=0.5).to_csv("theirs.csv", index=False)
+    status, _, err = cli("evaluate", "--predictions", "theirs.csv", "--compare", "defect", *FEW)
+    assert status == 0, err
+    against = pd.read_csv("theirs_evaluation/comparison_all_site.csv")
+    assert against["n"].eq(len(tested[0])).all()  # of its test fold, not of its training

@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import write_embeddings
 
 import echofocus as ef
 from common import splits as sp
+from common.schema import Record
 from embed.store import keep_encoder_seen
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
@@ -180,6 +182,16 @@ def test_a_checkpoint_names_nobody(trained, cli):
         torch.save(torch.load(path, weights_only=True) | {"seen": damage}, path)
         status, _, err = cli("evaluate", "--model_name", "defect")
         assert status == 1 and "list of seen patients is damaged" in err and "Trace" not in err
+
+
+def test_an_average_validates_on_nobody_whom_one_was_trained_on():
+    table = pd.DataFrame({"pid": list("abcde")}, index=list("12345"))
+    each = [["train", "val", "val", "test", "val"], ["val", "val", "train", "test", "test"]]
+    seen = [sp.Seen.of(table.assign(fold=fold), "0a") for fold in each]
+    record = Record(labels=["x"], dataset="site")
+    model = SimpleNamespace(seen=seen, record=record, folder=Path("a+b"), members=[1, 2])
+    folds, _ = sp.folds_for(model, table, "site")
+    assert list(folds) == ["train", "val", "train", "test", "val"]
 
 
 def test_two_runs_have_lists_that_cannot_be_matched():
