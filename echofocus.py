@@ -1997,12 +1997,14 @@ def answered(model, config, settings, store, thresholds):
     for reason, lost in (
         ("no label", whole[task.task_labels].isna().all(axis=1)),
         ("no clip embeddings", ~whole.index.isin(list(store.files))),
-        ("not asked for (first study only, or sample limit)", ~whole.index.isin(table.index)),
+        (evaluation.NOT_ASKED, ~whole.index.isin(table.index)),
         ("clip embeddings that cannot be read", ~whole.index.isin(found.eids)),
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = evaluation.flow_of(whole, reasons)
-    return studies_of_answers(model, table, found, thresholds, settings.prevalence), flow, how
+    studies = studies_of_answers(model, table, found, thresholds, settings.prevalence)
+    order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
+    return studies.take(order), flow, how
 
 
 def studies_of_answers(model, table, found, thresholds, prevalence=None):
@@ -2063,11 +2065,12 @@ def report_evaluation(folder, name, studies, flow, about, settings, config, colu
 
     others, notes = {}, evaluation.notes_of(settings.subset, about.get("unseen"))
     for other in settings.compare:
-        others[other], more = other_studies(other, config, settings, studies)
-        notes += [f"{other}: {note}" for note in more]
-    if settings.per == "patient":
+        found, more = other_studies(other, config, settings, studies)
+        *others[other], lacking = evaluation.paired(studies, found, other)
+        notes += [f"{other}: {note}" for note in more] + lacking
+    if settings.per == "patient":  # compared on the same studies of a patient
+        others = {x: [s.per_patient(settings.pool)[0] for s in both] for x, both in others.items()}
         studies, lost = studies.per_patient(settings.pool)
-        others = {x: other.per_patient(settings.pool)[0] for x, other in others.items()}
         notes += [
             f"{label}: {n} patients whose studies differ in truth" for label, n in lost.items()
         ]
@@ -2088,7 +2091,7 @@ def other_studies(name, config, settings, studies):
     """
     from report.evaluation import notes_of, studies_from_table
 
-    if name.endswith(".csv"):
+    if is_table(name):
         return studies_from_table(Path(name), studies.outcomes, studies), []
     model = load_named(name, "", config, device=pick_device(settings.device))
     refuse_readings("evaluate --compare", model)
@@ -2107,6 +2110,11 @@ def other_studies(name, config, settings, studies):
     return found, notes + notes_of(own.subset, how if own.subset == "test" else "")
 
 
+def is_table(name):
+    """Whether an entry of --compare is a table of predictions."""
+    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
+
+
 def evaluate_file(typed):
     """`evaluate --predictions`: a table with predictions of anyone's model, named by study id.
 
@@ -2114,22 +2122,35 @@ def evaluate_file(typed):
     """
     from report import evaluation
 
-    if typed.get("model_name") or typed.get("subset", "all") != "all" or typed.get("folds"):
-        raise UserError("--predictions is a model's answers: leave out --model_name and --subset")
+    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
+        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
+            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
+            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
+    refuse_video_options(typed)
     config, path = read_config(typed.get("config"), needed=False), Path(typed["predictions"])
-    whole = evaluation.studies_with_truth(path)
-    if whole and not typed.get("task"):
-        settings, flow = validated(Settings, typed), []
-        studies = whole
+    models = [name for name in typed.get("compare", ()) if not is_table(name)]
+    by_config = models or typed.get("task") or typed.get("label_path")
+    whole = None if by_config else evaluation.studies_with_truth(path)
+    table = None
+    if whole:
+        settings, studies = validated(Settings, typed), whole
     else:
         if not config.tasks:
             raise UserError(
-                f"{path} has no columns PID and <label>_Correct, so its truths are in a label "
-                "table: a config must name it"
+                f"{path} is evaluated by a label table, which a config must name (without one, it "
+                "has columns PID and <label>_Correct and is compared with tables alone)"
             )
         settings = resolve_settings("evaluate", typed, config)
         task, table = load_labels(config, settings.task, settings.dataset)
-        studies, flow = evaluation.studies_of_table(path, task, table)
+        studies = evaluation.studies_of_table(path, task, table)
+    evaluation.warn_of_truths(path, studies.outcomes)
+    reasons = {} if table is None else dict.fromkeys(table.index, "no prediction")
+    reasons |= dict.fromkeys(studies.eids, evaluation.NOT_ASKED)
+    studies = studies.chosen(settings.first_study_only, settings.sample_limit)
+    if not studies.known.any():
+        raise UserError(f"{path}: no study has both a truth and a prediction")
+    reasons |= dict.fromkeys(studies.eids, "")
+    flow = [] if table is None else evaluation.flow_of(table, reasons)
     settings = settings.model_copy(update={"subset": "test"})  # of models to compare with
     columns = columns_by(settings.by, config, settings) if settings.task else {}
     if settings.by and not columns:

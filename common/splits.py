@@ -48,6 +48,13 @@ def refuse_split_patients(table, column, path, listener):
         listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
 
 
+def some_of(ids, limit):
+    """So many of the ids as --sample_limit says, by a hash, in the order given; 0 is all."""
+    ids = list(ids)
+    chosen = set(sorted(ids, key=lambda x: derive_seed("limit", x))[: limit or None])
+    return [x for x in ids if x in chosen]
+
+
 def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
     """The fold of a patient: by a seeded hash of the id, so that new patients move nobody.
 

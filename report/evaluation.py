@@ -20,6 +20,8 @@ import pandas as pd
 from common import __version__
 from common.console import RUN, UserError, printable, some
 from common.files import atomic_path, write_table
+from common.labels import cells_of
+from common.splits import some_of
 from common.tables import clean_ids, read_table, to_numbers
 from report import curves
 from report import statistics as st
@@ -30,6 +32,7 @@ PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of
 FEW = 100  # positives below which an interval is said to be wide (Collins, Stat Med 2016;35:214)
 GROUPS = 12  # of a column, at most
 SHOWN = 25  # labels on screen
+NOT_ASKED = "not asked for (first study only, or sample limit)"
 PREDICTED = {
     st.Binary: ("probability",),
     st.Regression: ("values",),
@@ -60,9 +63,23 @@ class Studies:
         columns = {"PID": self.patients, "Echo_ID": self.eids}
         for o in self.outcomes:
             columns[f"{o.label}_Correct"] = o.truth
-            for name, column in predicted_columns(o):
-                columns[name] = column
+            columns |= predicted_columns(o)
         return pd.DataFrame(columns)
+
+    def chosen(self, first_only, limit):
+        """Those of --first_study_only and --sample_limit, of studies with truth and prediction."""
+        if not first_only and not limit:
+            return self
+        rows = np.flatnonzero(self.known)
+        if first_only:
+            rows = np.sort(st.first_or_last(self.patients, self.known, "first")[1])
+        wanted = set(some_of([self.eids[i] for i in rows], limit))
+        return self.take([i for i in rows if self.eids[i] in wanted])
+
+    @property
+    def known(self):
+        """(S,) bool: studies with truth and prediction of some label."""
+        return np.any([o.known for o in self.outcomes], axis=0)
 
     def at_prevalence(self, prevalence):
         """The same with PPV and NPV of findings at this prevalence too."""
@@ -73,26 +90,33 @@ class Studies:
         return replace(self, outcomes=outcomes)
 
     def per_patient(self, how="mean"):
-        """(Studies of one row a patient, named by his first study; {label: patients left out}).
+        """(Studies of one row a patient, {label: patients left out}).
 
-        Of each label's studies with a truth and a prediction: see `pool_by_patient`.
+        Of each label's studies with a truth and a prediction: see `pool_by_patient`. A row is named
+        by the first of a patient's that has some, or by the last where that is taken.
         """
-        names, first = np.unique(self.patients, return_index=True)
+        names, named = np.unique(self.patients, return_index=True)
+        end = "last" if how == "last" else "first"
+        who, rows = st.first_or_last(self.patients, self.known, end)
+        named[np.searchsorted(names, who)] = rows
         pooled, lost = [], {}
         for o in self.outcomes:
             if isinstance(o, st.Survival) and how == "mean":
                 raise UserError(f"{o.label}: times are not pooled: --pool first or last")
             sort = not isinstance(o, st.Regression)
-            who, truth, predicted, n = st.pool_by_patient(
-                self.patients, o.truth, o.predicted, how, classes=sort
+            columns, values = PREDICTED[type(o)], o.predicted
+            if isinstance(getattr(o, "threshold", None), np.ndarray):  # one a study
+                columns, values = (*columns, "threshold"), np.stack([values, o.threshold], axis=1)
+            who, truth, values, n = st.pool_by_patient(
+                self.patients, o.truth, values, how, classes=sort
             )
             at, lost[o.label] = np.searchsorted(names, who), n
-            columns = predicted.T if isinstance(o, st.Survival) else [predicted]
             new = {"truth": spread(truth, at, len(names))}
-            for name, column in zip(PREDICTED[type(o)], columns, strict=True):
+            each = values.T if len(columns) > 1 else [values]
+            for name, column in zip(columns, each, strict=True):
                 new[name] = spread(column, at, len(names))
             pooled.append(replace(o, **new))
-        eids = [self.eids[i] for i in first]
+        eids = [self.eids[i] for i in named]
         return Studies(eids, names, pooled), {k: n for k, n in lost.items() if n}
 
 
@@ -116,9 +140,37 @@ def joined(parts):
     return Studies(eids, np.concatenate([part.patients for part in parts]), outcomes)
 
 
+def paired(studies, other, name):
+    """(Studies of this model, of the other, notes): what both predict, label by label."""
+    place = {eid: i for i, eid in enumerate(other.eids)}
+    both = [i for i, eid in enumerate(studies.eids) if eid in place]
+    if not both:
+        raise UserError(f"--compare {name}: it has no study in common with this evaluation")
+    one = studies.take(both)
+    other = other.take([place[eid] for eid in one.eids])
+    labels = {o.label for o in one.outcomes} & {o.label for o in other.outcomes}
+    if not labels:
+        raise UserError(f"--compare {name}: it has no label in common with this model")
+    each = (
+        sorted((o for o in x.outcomes if o.label in labels), key=lambda o: o.label)
+        for x in (one, other)
+    )
+    each = st.on_both(*each)
+    notes = []
+    for who, outcomes in zip(("this model", name), each, strict=True):
+        lack = [o.label for o in outcomes if isinstance(o, st.Binary) and o.threshold is None]
+        if lack:
+            notes.append(f"{name}: not compared at a threshold, {who} has none of {some(lack)}")
+    first, second = (Studies(one.eids, one.patients, outcomes) for outcomes in each)
+    return first, second, notes
+
+
 def predicted_columns(outcome):
-    """[(column, (S,))] of an outcome's predictions in our tables."""
-    return [(f"{outcome.label}_Predict", outcome.predicted)]
+    """Column -> (S,) or one number: an outcome's predictions and threshold in our tables."""
+    columns = {f"{outcome.label}_Predict": outcome.predicted}
+    if getattr(outcome, "threshold", None) is not None:
+        columns[f"{outcome.label}_threshold"] = outcome.threshold
+    return columns
 
 
 def rows_of(outcome, rows):
@@ -150,24 +202,43 @@ def outcomes_of(labels, truth, predicted, kind, units, thresholds, prevalence=No
 # --------------------------------------------------------------------------- anyone's predictions
 
 
-def read_predictions(path, labels, units=(), listener=RUN):
-    """A table of predictions -> DataFrame indexed by study id, a column a label (float64).
+def predictions_in(raw, path, labels, units=(), listener=RUN):
+    """Rows of `named_rows` -> (predictions, thresholds): DataFrames, a column a label (float64).
 
-    Studies are `eid` (or `Echo_ID`), predictions `<label>`, `<label> [unit]` or `<label>_Predict`,
-    as `predict` and `evaluate` write them. Raises UserError.
+    Predictions are `<label>_Predict`, `<label> [unit]` or `<label>`, as `evaluate` and `predict`
+    write them: beside one of the former `<label>` is something else, such as the truth. Thresholds
+    are `<label>_threshold`. Raises UserError.
     """
-    raw = named_rows(path, listener)
     columns = {}
     for label in labels:
-        names = (label, f"{label}_Predict", f"{label} [{dict(units).get(label)}]")
-        columns[label] = next((n for n in names if n in raw), None)
+        names = (f"{label}_Predict", f"{label} [{dict(units).get(label)}]", label)
+        there = [name for name in names if name in raw]
+        columns[label] = there[0] if there else None
+        if there[1:]:
+            listener.note(f"{path}: predictions of {label} are {there[0]}, not {some(there[1:])}")
     if missing := [label for label, column in columns.items() if column is None]:
         raise UserError(
             f"{path} has no predictions of {some(missing)}; a column is called like the label, or "
             f"<label>_Predict (it has: {some(map(printable, raw.columns))})"
         )
-    values = to_numbers(raw[list(columns.values())], path, listener)
-    return values.set_axis(list(columns), axis=1), thresholds_in(raw, labels)
+    values = numbers_in(raw, columns.values(), path, listener).set_axis(list(columns), axis=1)
+    given = [label for label in labels if f"{label}_threshold" in raw]
+    thresholds = numbers_in(raw, [f"{label}_threshold" for label in given], path, listener)
+    return values, thresholds.set_axis(given, axis=1)
+
+
+def numbers_in(raw, columns, path, listener):
+    """Columns as float64. UserError for a cell that is no number: nobody would miss it."""
+    text = raw[list(columns)]
+    values = to_numbers(text, path, listener)
+    for name in text:
+        odd = text[name][values[name].isna() & text[name].notna()]
+        if len(odd):
+            raise UserError(
+                f"{path}, {name}: {len(odd)} cells are no numbers: {cells_of(odd, odd.index)}; "
+                "write numbers, or leave these cells empty"
+            )
+    return values
 
 
 def named_rows(path, listener=RUN):
@@ -176,7 +247,7 @@ def named_rows(path, listener=RUN):
     eid = next((c for c in ("eid", "Echo_ID") if c in raw), None)
     if eid is None:
         raise UserError(f"{path} has no column of study ids; call it eid")
-    raw = raw.dropna(subset=[eid])
+    raw = with_ids(raw, eid, path, listener)
     ids = clean_ids(raw[eid], path, listener)
     if ids.duplicated().any():
         twice = some(map(printable, ids[ids.duplicated()].unique()))
@@ -184,20 +255,29 @@ def named_rows(path, listener=RUN):
     return raw.set_axis(pd.Index(ids, name="eid"), axis=0)
 
 
-def thresholds_in(raw, labels):
-    """label -> the threshold that `predict` wrote into its table."""
+def with_ids(raw, column, path, listener):
+    """The rows that have an id."""
+    rows = raw.dropna(subset=[column])
+    if lost := len(raw) - len(rows):
+        listener.warning(f"{path}: {lost} rows have no {column}", "fill in; they are left out")
+    return rows
+
+
+def thresholds_of(table, eids):
+    """label -> its threshold in a table: a number, or one a study (S,) where they differ."""
     found = {}
-    for label in labels:
-        if (name := f"{label}_threshold") in raw:
-            values = pd.to_numeric(raw[name], errors="coerce").dropna().unique()
-            if len(values) == 1:
-                found[label] = float(values[0])
+    for label, values in table.loc[eids].items():
+        known = values.dropna().unique()
+        if len(known) == 1:
+            found[label] = float(known[0])
+        elif len(known) and values.notna().all():
+            found[label] = values.to_numpy()
     return found
 
 
 def studies_of_table(path, task, table):
-    """(Studies, flow) of a table of predictions and a label table (see `read_labels`)."""
-    predicted, thresholds = read_predictions(path, task.task_labels, task.units)
+    """Studies of a table of predictions and a label table (see `read_labels`), in its order."""
+    predicted, thresholds = predictions_in(named_rows(path), path, task.task_labels, task.units)
     there = table.index.intersection(predicted.index)
     if not len(there):
         raise UserError(
@@ -208,9 +288,17 @@ def studies_of_table(path, task, table):
         RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
     kept = table.loc[there]
     truth, values = kept[task.task_labels].to_numpy(), predicted.loc[there].to_numpy()
-    outcomes = outcomes_of(task.task_labels, truth, values, task.type, task.units, thresholds)
-    reasons = dict.fromkeys(table.index.difference(there), "no prediction")
-    return Studies(list(there), kept["pid"].to_numpy(), outcomes), flow_of(table, reasons)
+    own = thresholds_of(thresholds, there)
+    outcomes = outcomes_of(task.task_labels, truth, values, task.type, task.units, own)
+    return Studies(list(there), kept["pid"].to_numpy(), outcomes)
+
+
+def warn_of_truths(path, outcomes):
+    """Tell of labels whose predictions are the truths: another column may have been meant."""
+    same = [o for o in outcomes if o.n and np.array_equal(o.truth[o.known], o.predicted[o.known])]
+    if same:
+        names = some(o.label for o in same)
+        RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
 
 
 def studies_with_truth(path):
@@ -220,31 +308,33 @@ def studies_with_truth(path):
     labels = [c.removesuffix("_Correct") for c in raw if c.endswith("_Correct")]
     if pid is None or not labels:
         return None
-    truth = to_numbers(raw[[f"{x}_Correct" for x in labels]], path, RUN).to_numpy()
-    predicted, thresholds = read_predictions(path, labels)
-    outcomes = []
+    raw = with_ids(raw, pid, path, RUN)
+    truth = numbers_in(raw, [f"{x}_Correct" for x in labels], path, RUN).to_numpy()
+    predicted, thresholds = predictions_in(raw, path, labels)
+    outcomes, own = [], thresholds_of(thresholds, raw.index)
     for i, label in enumerate(labels):
         y = truth[:, i]
         kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
         values = predicted[[label]].to_numpy()
-        outcomes += outcomes_of([label], truth[:, [i]], values, kind, {}, thresholds)
-    pids = clean_ids(raw[pid].fillna(""), path, RUN).to_numpy()
+        outcomes += outcomes_of([label], truth[:, [i]], values, kind, {}, own)
+    pids = clean_ids(raw[pid], path, RUN).to_numpy()
     return Studies(list(raw.index), pids, outcomes)
 
 
 def studies_from_table(path, outcomes, studies):
-    """Studies of another table of predictions, with the truths of these."""
-    predicted, thresholds = read_predictions(path, [o.label for o in outcomes])
+    """Studies of another table of predictions and its thresholds, with the truths of these."""
+    units = {o.label: o.unit("bias") for o in outcomes}
+    predicted, thresholds = predictions_in(named_rows(path), path, list(units), units)
     rows = [i for i, eid in enumerate(studies.eids) if eid in predicted.index]
     part = studies.take(rows)
-    values = predicted.loc[part.eids]
+    values, thresholds = predicted.loc[part.eids], thresholds_of(thresholds, part.eids)
     made = []
     for o in part.outcomes:
         if not isinstance(o, st.Binary | st.Regression):
             raise UserError(f"{path}: a table is compared for findings and measurements alone")
         new = {PREDICTED[type(o)][0]: values[o.label].to_numpy()}
         if isinstance(o, st.Binary):
-            new["threshold"] = thresholds.get(o.label, o.threshold)
+            new["threshold"] = thresholds.get(o.label)
         made.append(replace(o, **new))
     return replace(part, outcomes=made)
 
@@ -259,7 +349,8 @@ def read_by(text):
         found = [float(x) for x in edges.split(",")] if edges else []
     except ValueError:
         found = None
-    if not column or found is None or sorted(set(found)) != found:
+    rising = found is not None and sorted(set(found)) == found and np.isfinite(found).all()
+    if not column or not rising:
         raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
     return column, found
 
@@ -412,8 +503,8 @@ class Report:
     """An evaluation that is written into a folder under `name`, such as test_site.
 
     about: facts for the JSON and the table of settings: name -> text or number. by: column ->
-    (cells as text in the studies' order, edges). others: name -> Studies of another model, the same
-    ones or some of them. notes: what a reader must know. folds: Studies of each part of a
+    (cells as text in the studies' order, edges). others: name -> what `paired` gave of Studies of
+    another model. notes: what a reader must know. folds: Studies of each part of a
     cross-validation, of which mean and SD are given beside.
     """
 
@@ -457,6 +548,7 @@ class Report:
                     f"{row['label']}: {row['metric']} less that of {row['other']} "
                     f"{number_or_na(row['difference'])} ({ends}{p})"
                 )
+        lines += [f"note: {text}" for text in self.notes]
         return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
 
     @property
@@ -556,21 +648,8 @@ class Report:
 
     def compared(self, name):
         """Rows of this model less another, on the studies that both predict."""
-        other = self.others[name]
-        place = {eid: i for i, eid in enumerate(other.eids)}
-        both = [i for i, eid in enumerate(self.studies.eids) if eid in place]
-        if not both:
-            raise UserError(f"--compare {name}: it has no study in common with this evaluation")
-        one = self.studies.take(both)
-        other = other.take([place[eid] for eid in one.eids])
-        shared = {o.label for o in one.outcomes} & {o.label for o in other.outcomes}
-        if not shared:
-            raise UserError(f"--compare {name}: it has no label in common with this model")
-        first, second = (
-            sorted((o for o in x.outcomes if o.label in shared), key=lambda o: o.label)
-            for x in (one, other)
-        )
-        found = st.compare(first, second, one.patients, self.n_boot, self.seed)
+        one, other = self.others[name]
+        found = st.compare(one.outcomes, other.outcomes, one.patients, self.n_boot, self.seed)
         return [
             {"other": name, "difference": r.pop("value")} | r | {"p_value": p}
             for x in found
@@ -693,11 +772,13 @@ def methods(report):
             "utility by decision curves."
         )
         if any(getattr(o, "threshold", None) is not None for o in studies.outcomes):
-            rule = about.get("target") or "youden"
-            rule = "maximise Youden's index" if rule == "youden" else f"reach a {rule}"
+            rule = about.get("target") or ""
+            goal = "maximise Youden's index" if rule == "youden" else f"reach a {rule}"
+            how = f"chosen to {goal.replace('=', ' of ')} in the validation fold"
+            how = how if rule else "given with the predictions"
             yield (
                 "Sensitivity, specificity, predictive values and likelihood ratios are given at "
-                f"the threshold chosen to {rule.replace('=', ' of ')} in the validation fold."
+                f"the threshold {how}."
             )
     if st.Regression in kinds:
         yield (

@@ -180,12 +180,12 @@ class Binary(Outcome):
     def why_missing(self, metric):
         if text := super().why_missing(metric):
             return text
+        if metric in OPERATING and self.threshold is None:
+            return "no threshold is stored with the model"
         if not self.n_positive:
             return "no positive study"
         if self.n_positive == self.n:
             return "no negative study"
-        if metric in OPERATING and self.threshold is None:
-            return "no threshold is stored with the model"
         if metric.endswith("_at_prevalence") and self.prevalence is None:
             return "no prevalence is given"
         if metric.startswith("calibration"):
@@ -499,16 +499,9 @@ def compare(first, second, patients, n_boot=1000, seed=0):
     Each label on the studies that both models predict. AUROC of findings by `delong`, with a
     p_value; the rest by the same resamples for both. UserError where labels or truths differ.
     """
-    if [o.label for o in first] != [o.label for o in second]:
-        raise UserError("the two models do not have the same labels")
-    pairs, table = [], []
-    for a, b in zip(first, second, strict=True):
-        if type(a) is not type(b) or not np.array_equal(a.truth, b.truth, equal_nan=True):
-            raise UserError(f"{a.label}: the two models' studies do not have the same truths")
-        truth = np.where(a.known & b.known, a.truth, np.nan)
-        pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
-    one, other = (replicates(o, patients, n_boot, seed) for o in zip(*pairs, strict=True))
-    of = {a.label: (a, b) for a, b in pairs}
+    first, second = on_both(first, second)
+    one, other = (replicates(o, patients, n_boot, seed) for o in (first, second))
+    of, table = {a.label: (a, b) for a, b in zip(first, second, strict=True)}, []
     for (label, metric), values in one.items():
         if (label, metric) not in other or metric in COUNTS:
             continue
@@ -524,11 +517,25 @@ def compare(first, second, patients, n_boot=1000, seed=0):
             low, high, n = interval(difference, known)
             row = replace(row, ci_low=low, ci_high=high, n_boot=n)
         if np.isnan(row.value):
-            row = replace(row, note=a.why_missing(metric))
+            lacks, whose = (a, "") if np.isnan(values[0]) else (b, "the other: ")
+            row = replace(row, note=whose + lacks.why_missing(metric))
         elif np.isnan(row.ci_low):
             row = replace(row, note="no interval: too few patients, or all resamples the same")
         table.append(row)
     return table
+
+
+def on_both(first, second):
+    """Two models' outcomes of the same studies, the truths of those alone that both predict."""
+    if [o.label for o in first] != [o.label for o in second]:
+        raise UserError("the two models do not have the same labels")
+    pairs = []
+    for a, b in zip(first, second, strict=True):
+        if type(a) is not type(b) or not np.array_equal(a.truth, b.truth, equal_nan=True):
+            raise UserError(f"{a.label}: the two models' studies do not have the same truths")
+        truth = np.where(a.known & b.known, a.truth, np.nan)
+        pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
+    return [list(x) for x in zip(*pairs, strict=True)]
 
 
 def _delong_difference(a, b, patients):
@@ -580,6 +587,16 @@ def delong(truth, scores, patients=None):
     return area, parts + both + both.T
 
 
+def first_or_last(patients, known, how, when=None):
+    """(patients, the row of each): his first or last study of the known, by `when` or by row."""
+    rows = np.flatnonzero(known)
+    if when is not None:
+        rows = rows[np.argsort(np.asarray(when)[rows], kind="stable")]
+    rows = rows[::-1] if how == "last" else rows
+    names, first = np.unique(np.asarray(patients)[rows], return_index=True)
+    return names, rows[first]
+
+
 def pool_by_patient(patients, truth, predicted, how="mean", when=None, classes=True):
     """(patients, truth, predicted, n_left_out): one row a patient, of the studies of one label.
 
@@ -593,15 +610,11 @@ def pool_by_patient(patients, truth, predicted, how="mean", when=None, classes=T
     patients, truth = np.asarray(patients), np.asarray(truth, float)
     predicted = np.asarray(predicted, float)
     known = np.isfinite(truth) & _finite_rows(predicted)
-    rows = np.flatnonzero(known)
-    if when is not None:
-        rows = rows[np.argsort(np.asarray(when)[rows], kind="stable")]
-    names, patient = np.unique(patients[rows], return_inverse=True)
     if how != "mean":
-        first = how == "first"
-        chosen = np.full(len(names), -1)
-        chosen[patient[::-1] if first else patient] = rows[::-1] if first else rows
+        names, chosen = first_or_last(patients, known, how, when)
         return names, truth[chosen], predicted[chosen], 0
+    rows = np.flatnonzero(known)
+    names, patient = np.unique(patients[rows], return_inverse=True)
     n = np.bincount(patient, minlength=len(names))
     columns = np.column_stack([truth[rows], truth[rows] ** 2, predicted[rows]])
     means = grouped(patient, len(names), columns) / n[:, None]

@@ -11,8 +11,10 @@ import pytest
 from sklearn import metrics as sk
 
 import echofocus as ef
+from common.console import UserError
 from common.options import Settings
 from common.schema import Record
+from common.splits import some_of
 from report import curves, evaluation
 from report import statistics as st
 
@@ -148,6 +150,9 @@ def test_predictions_that_cannot_be_used(site, table, cli):
         status, _, err = cli("evaluate", "--predictions", file, *FEW)
         assert status == 1 and text in err and "Traceback" not in err, err
     for args, text in {
+        ("--target", "sensitivity=0.9"): "leave out --target (thresholds are its columns",
+        ("--by", "age:nan"): "rising edges",
+        ("--label_path", "none.csv"): "none.csv",
         ("--by", "age"): "give edges",
         ("--by", "age:9,3"): "rising edges",
         ("--by", "weight"): "no column 'weight'",
@@ -156,6 +161,88 @@ def test_predictions_that_cannot_be_used(site, table, cli):
     }.items():
         status, _, err = cli("evaluate", "--predictions", "theirs.csv", *args, *FEW)
         assert status == 1 and text.replace("give edges", "are cut at edges") in err, err
+
+
+def test_the_studies_asked_for_and_no_others(site, table, cli):
+    line = ("evaluate", "--predictions", "theirs.csv", "--n_boot", "0")
+    assert cli(*line, "--first_study_only")[0] == 0
+    assert metrics_of("theirs_evaluation/metrics_all_site.csv")["n"].eq(200).all()
+    saved = json.loads(Path("theirs_evaluation/metrics_all_site.json").read_text())
+    flow = [(box["text"], box["studies"]) for box in saved["flow"]]
+    assert (evaluation.NOT_ASKED, 80) in flow and flow[-1] == ("evaluated", 200)
+    assert cli(*line, "--first_study_only", "--sample_limit", "50")[0] == 0
+    assert metrics_of("theirs_evaluation/metrics_all_site.csv")["n"].eq(50).all()
+    page = Path("theirs_evaluation/report_all_site.html").read_text()
+    assert "Youden" not in page  # no threshold was chosen here
+    kept = some_of(table["eid"], 50)
+    assert len(kept) == 50 and kept == sorted(kept) != list(table["eid"][:50])
+    assert set(some_of(table["eid"], 20)) < set(kept)
+
+    own = pd.DataFrame({"PID": table["pid"], "Echo_ID": table["eid"], "x_Predict": table["p"]})
+    own.assign(x_Correct=table["finding"]).to_csv("saveout.csv", index=False)
+    Path("config.json").unlink()
+    status, _, err = cli("evaluate", "--predictions", "saveout.csv", "--compare", "chd")
+    assert status == 1 and "compared with tables alone" in err
+
+
+def test_a_table_says_which_columns_are_predictions(tmp_path):
+    path = tmp_path / "theirs.csv"
+    studies = evaluation.Studies(["a", "b"], np.array(["p", "q"]), [
+        st.Binary("x", [0, 1], [0.4, 0.5], threshold=0.2)
+    ])  # fmt: skip
+    for cells, said in (
+        ({"x": [0, 1], "x_Predict": [0.3, 0.7]}, None),
+        ({"x": [0.3, 0.7], "x_threshold": 0.6}, 0.6),
+        ({"x": [0.3, 0.7], "x_threshold": [0.6, 0.5]}, [0.6, 0.5]),
+        ({"x": [0.3, 0.7], "x_threshold": [0.6, None]}, 0.6),
+    ):
+        pd.DataFrame({"eid": ["a", "b"]} | cells).to_csv(path, index=False)
+        (other,) = evaluation.studies_from_table(path, studies.outcomes, studies).outcomes
+        assert list(other.probability) == [0.3, 0.7] and list(other.truth) == [0, 1]
+        assert np.array_equal(other.threshold, said)
+    saved = studies.saveout()
+    assert list(saved["x_threshold"]) == [0.2, 0.2]
+    for odd in (">0.9", "93%", "inf"):
+        pd.DataFrame({"eid": ["a", "b"], "x": ["0.1", odd]}).to_csv(path, index=False)
+        with pytest.raises(UserError, match=f"x: 1 cells are no numbers: {odd} .study b."):
+            evaluation.studies_from_table(path, studies.outcomes, studies)
+
+
+def test_studies_without_a_patient_are_not_one_patient(tmp_path, capsys):
+    own = {"PID": ["p", None, None], "Echo_ID": ["a", "b", "c"], "x_Correct": [0, 1, 1]}
+    pd.DataFrame(own | {"x_Predict": [0.1, 0.8, 0.9]}).to_csv(tmp_path / "s.csv", index=False)
+    assert evaluation.studies_with_truth(tmp_path / "s.csv").eids == ["a"]
+    assert "2 rows have no PID" in capsys.readouterr().out
+    own = {"PID": ["p", "q"], "Echo_ID": ["a", "b"], "x_Correct": [0, 1], "x_Predict": [0, 1]}
+    pd.DataFrame(own).to_csv(tmp_path / "s.csv", index=False)
+    evaluation.warn_of_truths("s.csv", evaluation.studies_with_truth(tmp_path / "s.csv").outcomes)
+    assert "every prediction of x is the truth" in capsys.readouterr().out
+
+
+def test_a_patient_is_named_by_the_study_that_is_taken():
+    cuts = np.array([0.1, 0.1, 0.1, 0.9])
+    x = st.Binary("x", [np.nan, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], threshold=cuts)
+    studies = evaluation.Studies(list("abcd"), np.array(["p", "p", "p", "q"]), [x])
+    for how, eids, p in (("first", ["b", "d"], [0.2, 0.4]), ("last", ["c", "d"], [0.3, 0.4])):
+        pooled, _ = studies.per_patient(how)
+        assert pooled.eids == eids and list(pooled.outcomes[0].probability) == p
+        assert list(pooled.outcomes[0].threshold) == [0.1, 0.9]  # that of the patient's fold
+
+
+def test_patients_are_compared_on_the_studies_that_both_have():
+    ones, p = np.ones(3), np.array([0.2, 0.6, 0.4])
+    one = evaluation.Studies(list("abc"), np.array(["p", "p", "q"]), [
+        st.Binary("x", ones, p, threshold=0.5)
+    ])  # fmt: skip
+    other = evaluation.Studies(list("cb"), np.array(["q", "p"]), [st.Binary("x", [1, 1], [0, 0])])
+    *both, notes = evaluation.paired(one, other, "theirs")
+    assert notes == ["theirs: not compared at a threshold, theirs has none of x"]
+    pooled = [studies.per_patient()[0] for studies in both]
+    assert [s.eids for s in pooled] == [["b", "c"]] * 2
+    assert list(pooled[0].outcomes[0].probability) == [0.6, 0.4]
+    found = st.compare(both[0].outcomes, both[1].outcomes, both[0].patients, 0)
+    (note,) = (e.note for e in found if e.metric == "sensitivity")
+    assert note == "the other: no threshold is stored with the model"
 
 
 def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
