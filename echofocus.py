@@ -119,6 +119,7 @@ from common.splits import (
     read_split,
     seen_from,
     seen_weights,
+    some_of,
     without_seen,
     write_split,
 )
@@ -1304,21 +1305,19 @@ def pool_folds(folder, settings, config, cohorts, store):
         if not len(found):
             raise UserError(f"fold {k} has no study to test: take fewer --n_folds")
         parts.append(studies_of_answers(model, cohort.table, found, model.record.thresholds))
+    report_unreadable(unreadable)
     studies = evaluation.joined(parts)
     table = next(iter(cohorts.values())).table
-    tested = {eid for cohort in cohorts.values() for eid in cohort.eids["test"]}
-    reasons = {
-        eid: "cannot be read" if eid in tested else "known to what training began from"
-        for eid in table.index.difference(studies.eids)
-    }
-    flow = evaluation.flow_of(table, reasons)
+    flow = evaluation.flow_of_folds(table, [c.folds for c in cohorts.values()], studies.eids)
     name = f"cv_{settings.dataset}"
     write_table(studies.saveout(), folder / f"saveout_{name}.csv")
-    facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "target", "n_folds")}
+    facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
+    facts["target"] = settings.target or "youden"
     facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
     report = evaluation.Report(
-        folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed, folds=parts
-    )
+        folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
+        notes=list(evaluation.notes_of_folds(parts)), folds=parts,
+    )  # fmt: skip
     print("\n".join(report.write()))
 
 
@@ -1869,7 +1868,9 @@ def extracted(typed, settings, config, model):
     if settings.videos:
         videos = Path(settings.videos)
         named = [settings.group, settings.manifest, settings.study_id]
-        studies = extract.find_studies(videos, *named)[: settings.sample_limit or None]
+        studies = extract.find_studies(videos, *named)
+        wanted = some_of([s.name for s in studies], settings.sample_limit)
+        studies = [s for s in studies if s.name in wanted]
     else:
         videos, named = dataset.video_base_path, [dataset.video_subdir_format]
         print(f"{settings.dataset} has no clip embeddings yet; its videos in {videos} are read")
@@ -1951,7 +1952,7 @@ def studies_in_fold(model, whole, folds, store, task, settings):
         raise UserError(
             f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
         )
-    return table[: settings.sample_limit or None]
+    return table.loc[some_of(table.index, settings.sample_limit)]
 
 
 def cmd_evaluate(typed):
@@ -1998,7 +1999,7 @@ def answered(model, config, settings, store, thresholds):
         ("no label", whole[task.task_labels].isna().all(axis=1)),
         ("no clip embeddings", ~whole.index.isin(list(store.files))),
         (evaluation.NOT_ASKED, ~whole.index.isin(table.index)),
-        ("clip embeddings that cannot be read", ~whole.index.isin(found.eids)),
+        (evaluation.UNREADABLE, ~whole.index.isin(found.eids)),
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = evaluation.flow_of(whole, reasons)
@@ -2171,7 +2172,7 @@ def cmd_predict(typed):
     store = source.store
     absent = set(source.wanted or labelled_ids(config, settings, store)) - set(store.files)
     path = Path(settings.out or model.folder / f"predictions_{source.name}.csv")
-    eids = source.eids[: settings.sample_limit or None]
+    eids = some_of(source.eids, settings.sample_limit)
     warn_of_another_encoder(model, store, eids)
     work = work_of(model, store, eids, settings)
     with open_journal(journal_path(path), work, f"windows of {WINDOW} studies") as journal:
@@ -2343,7 +2344,7 @@ def cmd_embed(typed):
 def embed_source(source, model, settings):
     """Write the embeddings of a source's studies; returns the file's path."""
     dataset, store = source.name, source.store
-    eids = source.eids[: settings.sample_limit or None]
+    eids = some_of(source.eids, settings.sample_limit)
     warn_of_another_encoder(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
@@ -2566,7 +2567,7 @@ def explained_studies(model, config, settings, source):
 def select_studies(model, store, eids, truths, columns, settings):
     """The studies that `--select` names, best first (`explanations.ranked`). Raises UserError."""
     if settings.select == "all":
-        return eids[: settings.sample_limit or None]
+        return some_of(eids, settings.sample_limit)
     if settings.select != "wrong" and model.type != "binary":
         raise UserError(f"--select {settings.select} is for findings, not for measurements")
     found = run_studies(model.net, store, eids, settings, label="select")
@@ -2651,7 +2652,7 @@ def studies_of(model, source, options):
         settings.videos = str(source)
         source = extracted(options, settings, Config(), model)
         return settings, source.store, source.eids
-    eids = list(store.files)[: settings.sample_limit or None]
+    eids = some_of(store.files, settings.sample_limit)
     if hasattr(store, "made_with"):
         warn_of_another_encoder(model, store, eids)
     return settings, store, eids
@@ -2871,9 +2872,7 @@ def check_embeddings(path, store, settings, listener):
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
     refuse_mixed(store, list(headers), settings.allow_mixed, listener)
-    eids, limit = list(headers), settings.sample_limit
-    if limit:
-        eids = sorted(eids, key=lambda eid: derive_seed("limit", eid))[:limit]
+    eids = some_of(headers, settings.sample_limit)
     for eid in progress(eids, desc="read", unit="study"):
         try:
             store.read(eid)

@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from common.console import RUN, Collected, printable, some
-from common.files import derive_seed
 from common.labels import fit_scaling, scale
 from common.options import FOLDS
 from common.schema import Task
-from common.splits import Seen, keep_apart, split_patients, without_seen
+from common.splits import Seen, keep_apart, some_of, split_patients, without_seen
 
 
 @dataclass
@@ -72,8 +71,7 @@ def stored_names(ids, store, listener=RUN):
 def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
     """The rows of the label table with embeddings and a label, sorted; the rest is told.
 
-    first_only: of each patient the first of these alone, in the table's order. limit: so many
-    studies at most, by a hash of their ids; 0 is all.
+    first_only: of each patient the first of these alone, in the table's order. limit: `some_of`.
     """
     labelled = table[task.task_labels].notna().any(axis=1)
     found = table[labelled & table.index.isin(list(store.files))]
@@ -90,7 +88,7 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
     if first_only:
         found = found.drop_duplicates("pid")
     if limit:
-        found = found.loc[sorted(found.index, key=lambda eid: derive_seed("limit", eid))[:limit]]
+        found = found.loc[some_of(found.index, limit)]
     text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
     if len(found):
         listener.note(text)

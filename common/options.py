@@ -214,7 +214,10 @@ class Settings(CohortOptions):
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
         [], "several folds, instead of --subset", DATA, "evaluate"
     )
-    sample_limit: int = option(0, "use so many studies at most; 0 is all", DATA, ALL, least=0)
+    sample_limit: int = option(
+        0, "use so many studies at most, by a hash of their ids, the same ones in every command; 0 "
+        "is all", DATA, ALL, least=0,
+    )
     max_videos_per_study: int = option(
         0, "of a study with more videos take so many, at random (in training anew each epoch, else "
         "always the same); 0 is all", DATA, ALL, least=0,
@@ -232,7 +235,8 @@ class Settings(CohortOptions):
         "<model>/fold_<k>", DATA, "train", type=str,
     )
     stratify: str = option(
-        "", "a label of which every fold gets its share of patients, for rare ones", DATA, "train"
+        "", "a label of which every fold gets its share of patients, for rare ones; all patients "
+        "who come later are test", DATA, "train",
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train"
@@ -262,7 +266,7 @@ class Settings(CohortOptions):
     )
     pool: Literal["mean", "first", "last"] = option(
         "mean", "of --per patient: the mean of the predictions, or one study by the order of the "
-        "table", DATA, "evaluate",
+        "label table", DATA, "evaluate",
     )
     by: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "also evaluate groups: columns of the label table, numbers with their edges as in "

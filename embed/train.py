@@ -46,7 +46,7 @@ from common.options import (
     option,
     validated,
 )
-from common.splits import Seen
+from common.splits import Seen, some_of
 from common.world import World, exact_convolutions, join_world, pick_device
 from embed.backbones import (
     NAMES,
@@ -709,10 +709,7 @@ def steps_of(order, each, least=1):
 
 def limited(names, settings):
     """So many of a fold's videos as --sample_limit says, by a hash of their names."""
-    names = sorted(names)
-    if not settings.sample_limit:
-        return names
-    return sorted(sorted(names, key=lambda n: derive_seed("limit", n))[: settings.sample_limit])
+    return some_of(sorted(names), settings.sample_limit)
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -21,6 +21,7 @@ from common import __version__
 from common.console import RUN, UserError, printable, some
 from common.files import atomic_path, write_table
 from common.labels import cells_of
+from common.options import FOLDS
 from common.splits import some_of
 from common.tables import clean_ids, read_table, to_numbers
 from report import curves
@@ -32,6 +33,7 @@ PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of
 FEW = 100  # positives below which an interval is said to be wide (Collins, Stat Med 2016;35:214)
 GROUPS = 12  # of a column, at most
 SHOWN = 25  # labels on screen
+UNREADABLE = "clip embeddings that cannot be read"
 NOT_ASKED = "not asked for (first study only, or sample limit)"
 PREDICTED = {
     st.Binary: ("probability",),
@@ -412,6 +414,14 @@ def flow_of(table, reasons):
     return [*rows, box("evaluated", there, False)]
 
 
+def flow_of_folds(table, folds, tested):
+    """The same of a cross-validation; folds: a Series of study -> fold a part."""
+    reasons = dict.fromkeys(table.index, UNREADABLE)
+    for part in folds:
+        reasons |= dict.fromkeys(part.index[~part.isin(FOLDS)], "known to what training began from")
+    return flow_of(table, reasons | dict.fromkeys(tested, ""))
+
+
 def box(text, pids, left_out):
     return {
         "text": text,
@@ -724,6 +734,22 @@ def notes_of(fold, unseen):
     if unseen == "assumed":
         return ["That the model has not seen these patients was said by the user, not compared."]
     return []
+
+
+def notes_of_folds(parts):
+    """Sentences about labels that some fold of a cross-validation could not learn or call."""
+    for same in zip(*(part.outcomes for part in parts), strict=True):
+        blank = [k for k, o in enumerate(same) if not np.isfinite(o.predicted).any()]
+        if blank:
+            lost = sum(int(np.isfinite(same[k].truth).sum()) for k in blank)
+            yield (
+                f"{same[0].label}: not learnt in fold {some(blank)}, whose {lost} test studies "
+                "count nowhere"
+            )
+        cuts = [getattr(o, "threshold", 0) is None for o in same]
+        if any(cuts) and not all(cuts):
+            missing = some(k for k, none in enumerate(cuts) if none)
+            yield f"{same[0].label}: no threshold in fold {missing}, so none is applied"
 
 
 def cautions(report):

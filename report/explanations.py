@@ -121,7 +121,7 @@ def explanation_names(model, settings, dataset, columns, eids):
             text = digest if len(text) > 40 else f"{text}-{digest}"
         chosen.append(f"labels-{text}")
     if settings.sample_limit and settings.select == "all":
-        chosen.append(f"first-{settings.sample_limit}")
+        chosen.append(f"sample_limit-{settings.sample_limit}")
     tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
     if settings.explain_mode != "pred":
         chosen.append(f"mode-{settings.explain_mode}")

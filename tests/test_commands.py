@@ -121,7 +121,7 @@ def test_regression_in_physical_units(cohort, cli):
     assert metrics["unit"]["rmse"] == "cm" and metrics["value"]["r2"] > 0.5
     assert (folder / "scatter_plots_all_site.pdf").exists()
     assert cli("explain", "--explain_mode", "loss", "--sample_limit", "2")[0] == 0
-    tops = pd.read_csv(folder / "explanation_test_site.first-2.explain_n-5.mode-loss.csv")
+    tops = pd.read_csv(folder / "explanation_test_site.sample_limit-2.explain_n-5.mode-loss.csv")
     truth = pd.read_csv("labels.csv").set_index("eid").loc[tops["echo_id"], "size"]
     np.testing.assert_allclose(tops["y_true"], truth, rtol=1e-5)
 

@@ -285,6 +285,29 @@ def test_a_flow_counts_patients_once():
     ]
 
 
+def test_folds_of_a_cross_validation_say_who_is_missing():
+    table = pd.DataFrame({"pid": list("abcd")}, index=list("1234"))
+    parts = [["train", "test", "val", "left out"], ["test", "train", "test", "train"]]
+    folds = [pd.Series(x, table.index) for x in parts]
+    flow = evaluation.flow_of_folds(table, folds, ["1", "2"])
+    assert [(x["text"], x["studies"]) for x in flow] == [
+        ("in the label table", 4),
+        (evaluation.UNREADABLE, 1),
+        ("known to what training began from", 1),
+        ("evaluated", 2),
+    ]
+    y, p, blank = [0, 1], [0.2, 0.6], [np.nan, np.nan]
+    each = [
+        evaluation.Studies(list("12"), np.arange(2), [st.Binary("x", y, a, threshold=cut)])
+        for a, cut in ((p, 0.5), (blank, None))
+    ]
+    assert list(evaluation.notes_of_folds(each)) == [
+        "x: not learnt in fold 1, whose 2 test studies count nowhere",
+        "x: no threshold in fold 1, so none is applied",
+    ]
+    assert list(evaluation.notes_of_folds(each[:1])) == []
+
+
 def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     label = '<img src="x" onerror="alert(1)">'
     y, p = np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40)

@@ -272,7 +272,7 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
     full = table(names[0])
     few = ("--sample_limit", "2")  # half precision is slow where a CPU has no instructions for it
     assert cli("explain", "--precision", "bf16", "--batch_size", "1", *few)[0] == 0
-    half = table("explanation_test_site.first-2.csv").merge(full, on=["eid", "video"])
+    half = table("explanation_test_site.sample_limit-2.csv").merge(full, on=["eid", "video"])
     assert half["eid"].nunique() == 2 and (half["score_x"] != half["score_y"]).any()
 
 
