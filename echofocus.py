@@ -1169,7 +1169,7 @@ def train_model(typed, world, searching=False):
     if begun_from and not settings.end_to_end:
         warn_of_another_encoder(begun_from, store, list(table.index))
     end_to_end, ids = settings.end_to_end, list(table.index)
-    known = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids)
+    known = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids, RUN)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained: what is wrong with one is said now
@@ -1935,7 +1935,7 @@ def labelled_folds(model, config, settings, store):
     digest = partial(digest_at_training, model, table, store, task)
     folds, how = folds_for(model, table, settings.dataset, RUN, settings.assume_unseen, digest)
     if how != "assumed":
-        known = store.encoder_seen(list(table.index.intersection(list(store.files))))
+        known = store.encoder_seen(list(table.index.intersection(list(store.files))), RUN)
         folds = without_seen(folds, table, known, "the encoder of the embeddings")
     return task, table, folds, how
 
@@ -2893,7 +2893,7 @@ def check_embeddings(path, store, settings, listener):
 def check_folds(settings, config, model, data, listener):
     """The folds of a run and what can be learnt; None where nothing of it is for training."""
     task, table, studies, store = data
-    known = store.encoder_seen(list(studies.index))
+    known = store.encoder_seen(list(studies.index), listener)
     if model:
         digest = partial(digest_at_training, model, table, store, task)
         seen = (listener, settings.assume_unseen, digest)

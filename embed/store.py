@@ -218,6 +218,7 @@ def read_details(path):
 # ---------------------------------------------------------------------------- whom an encoder knows
 
 ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; a pack has it beside it
+TRAINED_HERE = re.compile(r"chkpt_epoch-\d+\.pt|encoder\.pt")  # weights by their name
 
 
 def read_encoder_seen(folder):
@@ -475,12 +476,22 @@ class Store:
                 found[name][str(made_with.get(name, ""))].append(eid)
         return found
 
-    def encoder_seen(self, eids):
-        """Whom the encoders of these studies were trained on: a list of Seen."""
-        if not read_encoder_seen(self.place):
-            return []
+    def encoder_seen(self, eids, listener=None):
+        """Whom the encoders of these studies were trained on: a list of Seen.
+
+        Where an encoder was trained here and nothing says on whom, the listener is told.
+        """
         made = self.made_with(eids)["weights_sha256"]
-        return all_seen(*(encoder_seen(self.place, digest) for digest in made))
+        seen = {digest: encoder_seen(self.place, digest) for digest in made}
+        for digest, studies in made.items():
+            name = str(self.header(studies[0]).made_with.get("weights", ""))
+            if not seen[digest] and TRAINED_HERE.fullmatch(name):
+                (listener or Findings()).warning(
+                    f"nothing says whom the encoder of {len(studies)} studies ({printable(name)}) "
+                    "was trained on: studies of its training may be tests",
+                    f"put {ENCODER_SEEN} of the extraction beside them, or extract them again",
+                )
+        return all_seen(*seen.values())
 
 
 def reason_of(error, folder):

@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 
 from common.console import printable
-from embed import panecho
 
 ELSEWHERE = (
     "labels",
@@ -25,7 +24,7 @@ def describe_encoder(model):
         "architecture": {"parameters": count(model)},
         "labels": [
             {"label": t["name"], "type": t["type"], "classes": ", ".join(t["class_names"] or [])}
-            for t in panecho.TASKS
+            for t in model.tasks
         ],
     }
 
@@ -83,8 +82,10 @@ def print_description(description):
     """A line a fact, tables for labels."""
     for key, value in description.items():
         if key == "labels":
-            table = pd.DataFrame(value).dropna(axis=1, how="all")
-            print(f"labels: {len(value)}\n{table.to_string(index=False, na_rep='')}")
+            print(f"labels: {len(value) or 'none'}")
+            if value:
+                table = pd.DataFrame(value).dropna(axis=1, how="all")
+                print(table.to_string(index=False, na_rep=""))
         elif isinstance(value, dict):
             facts = ", ".join(f"{k} {v}" for k, v in value.items())
             print(f"{key}: {printable(facts) or 'none'}")

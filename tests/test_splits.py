@@ -237,7 +237,13 @@ def test_patients_whom_the_encoder_saw(trained, cli):
     assert found == trained["test"] - set(gone) and "the encoder of the embeddings knows" in out
     shutil.copytree("emb", "emb2"), Path("emb2/encoder_seen.pt").unlink()
     add_dataset("other", embedding_path="emb2", label_path="labels.csv")
-    assert studies_tested(cli, copy_alone("defect_b", "c"), dataset="other")[0] == found
+    for path in Path("emb2").glob("*.hdf5"):
+        with h5py.File(path, "a") as f:
+            f.attrs["weights"] = "chkpt_epoch-3.pt"
+    tested, out = studies_tested(cli, copy_alone("defect_b", "c"), dataset="other")
+    assert (
+        tested == found and "nothing says whom the encoder of 60 studies (chkpt_epoch-3.pt)" in out
+    )
 
 
 # ------------------------------------------------------------------------------------ given splits

@@ -385,6 +385,8 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
     assert status == 1 and "extraction takes PanEcho's architecture" in err
     assert panecho.load_panecho("run")[0].columns() == ["EF [%]"]
+    status, out, err = cli("inspect", "run/chkpt_epoch-12.pt")
+    assert status == 0 and "labels: 1\n" in out and "GLS" not in out, out + err
     saved["encoder"]["tasks"][0]["name"] = "../EF"
     torch.save(saved, "run/chkpt_epoch-20.pt")
     status, _, err = cli(*words, "run", main=extract.main)
