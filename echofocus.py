@@ -1957,11 +1957,14 @@ def studies_in_fold(model, whole, folds, store, task, settings):
 
 def cmd_evaluate(typed):
     """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
+    from report import evaluating
+
     by = typed.get("by", [])
     if typed.get("predictions"):
-        return evaluate_file(typed)
+        refuse_video_options(typed)
+        return evaluating.evaluate_file(typed, compared)
     settings, config, model, source = start_with_model("evaluate", typed)
-    columns = columns_by(by, config, settings)
+    columns = evaluating.columns_by(by, config, settings)
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
         own = settings.model_copy(update={"subset": fold})
         evaluate_fold(own, config, model, source.store, columns)
@@ -1969,6 +1972,8 @@ def cmd_evaluate(typed):
 
 def evaluate_fold(settings, config, model, store, columns):
     """`evaluate` on the fold `settings.subset`."""
+    from report import evaluating
+
     settings = settings.model_copy(update={"target": settings.target or target_of(model)})
     thresholds = thresholds_for(model, config, settings, store)
     studies, flow, how = answered(model, config, settings, store, thresholds)
@@ -1976,7 +1981,10 @@ def evaluate_fold(settings, config, model, store, columns):
     write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
     about = {"run_id": settings.run_id, "model_name": model.folder.name}
     about |= {"unseen": how if settings.subset == "test" else ""}
-    report_evaluation(model.folder, name, studies, flow, about, settings, config, columns)
+    others = compared(config, settings, studies)
+    evaluating.report_evaluation(
+        model.folder, name, studies, flow, about, settings, columns, others
+    )
 
 
 def answered(model, config, settings, store, thresholds):
@@ -2048,41 +2056,9 @@ def thresholds_for(model, config, settings, store):
     return {label: cut for label, cut in found.items() if cut is not None}
 
 
-def columns_by(texts, config, settings):
-    """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
-    from report.evaluation import read_by
-
-    wanted = dict(map(read_by, texts))
-    if not wanted:
-        return {}
-    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
-    rows = read_rows(dataset.label_path or task.label_path, list(wanted))
-    return {column: (rows[column], edges) for column, edges in wanted.items()}
-
-
-def report_evaluation(folder, name, studies, flow, about, settings, config, columns):
-    """Write the evaluation of some studies, pooled by patient if asked for, and print it."""
-    from report import evaluation
-
-    others, notes = {}, evaluation.notes_of(settings.subset, about.get("unseen"))
-    for other in settings.compare:
-        found, more = other_studies(other, config, settings, studies)
-        *others[other], lacking = evaluation.paired(studies, found, other)
-        notes += [f"{other}: {note}" for note in more] + lacking
-    if settings.per == "patient":  # compared on the same studies of a patient
-        others = {x: [s.per_patient(settings.pool)[0] for s in both] for x, both in others.items()}
-        studies, lost = studies.per_patient(settings.pool)
-        notes += [
-            f"{label}: {n} patients whose studies differ in truth" for label, n in lost.items()
-        ]
-    names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
-    facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset}
-    by = {name: (cells.reindex(studies.eids), edges) for name, (cells, edges) in columns.items()}
-    report = evaluation.Report(
-        folder, name, studies, facts | about, flow, by, others, settings.n_boot, settings.seed,
-        notes,
-    )  # fmt: skip
-    print("\n".join(report.write()))
+def compared(config, settings, studies):
+    """What to compare with -> what `other_studies` gives."""
+    return {name: other_studies(name, config, settings, studies) for name in settings.compare}
 
 
 def other_studies(name, config, settings, studies):
@@ -2090,6 +2066,7 @@ def other_studies(name, config, settings, studies):
 
     A model answers its own studies of the fold, at thresholds by the same rule.
     """
+    from report.evaluating import is_table
     from report.evaluation import notes_of, studies_from_table
 
     if is_table(name):
@@ -2109,59 +2086,6 @@ def other_studies(name, config, settings, studies):
         thresholds, notes = {}, [f"not compared at a threshold: {error}"]
     found, _, how = answered(model, config, own, store, thresholds)
     return found, notes + notes_of(own.subset, how if own.subset == "test" else "")
-
-
-def is_table(name):
-    """Whether an entry of --compare is a table of predictions."""
-    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
-
-
-def evaluate_file(typed):
-    """`evaluate --predictions`: a table with predictions of anyone's model, named by study id.
-
-    The truths are in it (<label>_Correct and PID, as `evaluate` writes), or in the label table.
-    """
-    from report import evaluation
-
-    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
-        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
-            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
-            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
-    refuse_video_options(typed)
-    config, path = read_config(typed.get("config"), needed=False), Path(typed["predictions"])
-    models = [name for name in typed.get("compare", ()) if not is_table(name)]
-    by_config = models or typed.get("task") or typed.get("label_path")
-    whole = None if by_config else evaluation.studies_with_truth(path)
-    table = None
-    if whole:
-        settings, studies = validated(Settings, typed), whole
-    else:
-        if not config.tasks:
-            raise UserError(
-                f"{path} is evaluated by a label table, which a config must name (without one, it "
-                "has columns PID and <label>_Correct and is compared with tables alone)"
-            )
-        settings = resolve_settings("evaluate", typed, config)
-        task, table = load_labels(config, settings.task, settings.dataset)
-        studies = evaluation.studies_of_table(path, task, table)
-    evaluation.warn_of_truths(path, studies.outcomes)
-    reasons = {} if table is None else dict.fromkeys(table.index, "no prediction")
-    reasons |= dict.fromkeys(studies.eids, evaluation.NOT_ASKED)
-    studies = studies.chosen(settings.first_study_only, settings.sample_limit)
-    if not studies.known.any():
-        raise UserError(f"{path}: no study has both a truth and a prediction")
-    reasons |= dict.fromkeys(studies.eids, "")
-    flow = [] if table is None else evaluation.flow_of(table, reasons)
-    settings = settings.model_copy(update={"subset": "test"})  # of models to compare with
-    columns = columns_by(settings.by, config, settings) if settings.task else {}
-    if settings.by and not columns:
-        raise UserError("--by reads the label table: name a --task of the config")
-    if settings.prevalence:
-        studies = studies.at_prevalence(settings.prevalence)
-    folder = path.with_name(f"{path.stem}_evaluation")
-    name = f"all_{settings.dataset or path.stem}"
-    about = {"run_id": "", "model_name": path.stem, "fold": "all"}
-    report_evaluation(folder, name, studies, flow, about, settings, config, columns)
 
 
 def cmd_predict(typed):
