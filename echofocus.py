@@ -1959,12 +1959,11 @@ def cmd_evaluate(typed):
     """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
     from report import evaluating
 
-    by = typed.get("by", [])
     if typed.get("predictions"):
         refuse_video_options(typed)
         return evaluating.evaluate_file(typed, compared)
     settings, config, model, source = start_with_model("evaluate", typed)
-    columns = evaluating.columns_by(by, config, settings)
+    columns = evaluating.columns_by(settings.by, config, settings)
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
         own = settings.model_copy(update={"subset": fold})
         evaluate_fold(own, config, model, source.store, columns)

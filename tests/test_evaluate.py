@@ -360,10 +360,15 @@ def test_a_models_fold_thresholds_and_another_model(cohort, cli):
 
     own = json.loads((folder / "metrics_val_site.json").read_text())
     assert own["target"] == "specificity=0.8"
+    labels = pd.read_csv("labels.csv")[::-1]
+    labels.to_csv("labels.csv", index=False)
     assert cli("evaluate", "--model_name", "defect", *FEW)[0] == 0  # by the rule of its training
     stored = ef.load("defect").record.thresholds["finding"]
     saved = pd.read_csv(folder / "saveout_test_site.csv")
     found = metrics_of(folder / "metrics_test_site.csv").loc["finding"]["value"]
+    order = [str(x) for x in labels["eid"]]
+    assert list(saved["Echo_ID"].astype(str)) == [x for x in order if x in tested[0]]
+    assert saved["finding_threshold"].to_numpy() == pytest.approx(stored, rel=1e-5)
     called = saved["finding_Predict"][saved["finding_Correct"] == 1] >= stored
     assert found["sensitivity"] == pytest.approx(called.mean(), rel=1e-5)
 
@@ -372,7 +377,6 @@ def test_a_models_fold_thresholds_and_another_model(cohort, cli):
     against = pd.read_csv(folder.parent / "other" / "comparison_test_site.csv")
     assert against["difference"].dropna().eq(0).all()  # itself, at one threshold
 
-    labels = pd.read_csv("labels.csv")
     labels[["eid", "finding"]].assign(finding=0.5).to_csv("theirs.csv", index=False)
     status, _, err = cli("evaluate", "--predictions", "theirs.csv", "--compare", "defect", *FEW)
     assert status == 0, err
