@@ -100,10 +100,12 @@ from common.options import (
     options_of,
     validated,
 )
+from common.outputs import EVENT, USUAL_YEARS, Outputs
 from common.schema import (
     MODELS,
     Config,
     Dataset,
+    Hazard,
     Input,
     Record,
     Task,
@@ -123,7 +125,7 @@ from common.splits import (
     without_seen,
     write_split,
 )
-from common.study_model import Readings, StudyModel, losses_of_labels, study_losses
+from common.study_model import Readings, StudyModel, losses_of_outputs, study_losses
 from common.world import World, from_environment, join_world, pick_device
 from embed import EMBED_DIM as D
 from embed import extract, panecho
@@ -137,6 +139,7 @@ from embed.store import (
     StudyDetails,
     UnreadableStudy,
     VideosAsStudies,
+    VideosOf,
     open_folder,
     open_store,
     read_details,
@@ -192,7 +195,14 @@ def cmd_pack(typed):
 def store_of(config, settings, name="", listener=RUN):
     """The clip embeddings of a dataset, that of the settings unless another is named."""
     path = config.datasets[name or settings.dataset].embedding_path
-    return open_store(path, listener, settings.max_videos_per_study)
+    store = open_store(path, listener, settings.max_videos_per_study)
+    return of_level(store, config, settings, listener)
+
+
+def of_level(store, config, settings, listener=RUN):
+    """A store of what the task's labels are of: studies, or their videos."""
+    task = config.tasks.get(settings.task)
+    return VideosOf(store, listener) if task and task.level == "video" else store
 
 
 def refuse_mixed(store, eids, allowed, findings):
@@ -235,6 +245,7 @@ class Batch:
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
     ends_step: bool
+    pull: tuple | None = None  # see `with_pulls`
 
 
 READERS = min(16, os.cpu_count() or 1)  # threads that read studies
@@ -353,8 +364,7 @@ class LoadedModel:
     folder: Path
     net: StudyModel | Readings
     task: str
-    labels: list[str]  # stripped, in output order
-    type: str  # binary or regression
+    outputs: Outputs  # labels stripped, in output order
     scaling: dict | None  # the published input_norm_dict
     record: Record  # of a published checkpoint: what is known of its input
     units: dict
@@ -363,9 +373,54 @@ class LoadedModel:
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is known
     novelty: Novelty | None = None  # how unlike the training fold a study is, where it is known
 
-    def losses(self, logits, targets):
-        """The loss of each study's each label, both (S, T)."""
-        return losses_of_labels(logits, targets, self.type)
+    @property
+    def labels(self):
+        """One an output: a label, or label_class of its classes. What is unlearnt, has a threshold
+        or is explained is named so."""
+        return self.outputs.names
+
+    @property
+    def type(self):
+        return self.outputs.type
+
+    def losses(self, logits, targets, columns):
+        """The loss of each study's answers to some labels, all (S, T)."""
+        return losses_of_outputs(logits, targets, [self.kind(self.labels[i]) for i in columns])
+
+    def kind(self, name):
+        """What an output is: binary (a finding, or a class), regression or survival."""
+        return self.outputs.kind_of[name]
+
+    def unit(self, name):
+        """The unit of an answer, '' where it has none."""
+        return "" if self.kind(name) == "survival" else self.units.get(name, "")
+
+    def survival(self, logits, years=()):
+        """{label_survival_year: (S,)} for these times, or those of USUAL_YEARS that are known."""
+        from report.metrics import survival_at
+
+        found = {}
+        for label in self.outputs.of_kind("survival"):
+            (name,) = self.outputs.names_of(label)
+            risk, hazard = np.asarray(logits)[:, self.labels.index(name)], self.hazard(name)
+            for at in years or [x for x in USUAL_YEARS if hazard and x <= hazard.end]:
+                values = np.full(len(risk), np.nan)
+                if hazard:
+                    values = survival_at(at, risk, **hazard.model_dump())
+                if not hazard or not hazard.cumulative[-1]:
+                    why = f"the validation fold of {self.folder.name} has no event of {label}"
+                    RUN.warning(why, f"{label}_survival_{at:g} stays blank")
+                elif at > hazard.end:
+                    RUN.warning(
+                        f"nobody whom {label} was learnt from was followed for {at:g}",
+                        f"{label}_survival_{at:g} stays blank: take --years below {hazard.end:g}",
+                    )
+                found[f"{label}_survival_{at:g}"] = values
+        return found
+
+    def hazard(self, name):
+        """The Hazard of a survival output; None where it was not learnt."""
+        return None if name in self.record.unlearnt else self.record.hazards.get(name)
 
     def for_range(self, logits):
         """Outputs (S, T) in the scale in which their range is symmetric."""
@@ -379,7 +434,7 @@ class LoadedModel:
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
             return np.asarray(logits)
-        values = readable(logits, self.labels, self.scaling)
+        values = readable(logits, self.outputs, self.scaling, self.record.hazards)
         unlearnt = np.isin(self.labels, self.record.unlearnt)
         lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         if lost.any():
@@ -391,11 +446,13 @@ class LoadedModel:
         return np.where(unlearnt, np.nan, values)
 
 
-def readable(logits, labels, scaling):
-    """Outputs (S, T) -> probabilities, or values in physical units where there is a scaling."""
-    if scaling is None:
-        return torch.sigmoid(torch.as_tensor(logits)).numpy()
-    return unscale(logits, labels, scaling)
+def readable(logits, outputs, scaling, hazards):
+    """Outputs (S, O) -> probabilities, values in physical units, log hazards less their mean."""
+    kinds = np.array(list(outputs.kind_of.values()))
+    values = np.asarray(logits) if scaling is None else unscale(logits, outputs.names, scaling)
+    means = np.array([hazards[x].mean if x in hazards else 0.0 for x in outputs.names])
+    probabilities = torch.sigmoid(torch.as_tensor(np.asarray(logits))).numpy()
+    return np.where(kinds == "binary", probabilities, values - means * (kinds == "survival"))
 
 
 def read_checkpoint(path):
@@ -452,10 +509,10 @@ def labels_for(folder, record, n_labels, config, task=""):
     called like the folder, or of the one task of the config with so many labels.
     """
     if record:
-        labels = record.labels
-        if len(labels) != n_labels:
-            raise UserError(f"{folder.name} has {n_labels} outputs and names {len(labels)} labels")
-        return record.task, labels, record.units, "its own file"
+        n = len(record.outputs.names) if record.type else len(record.labels)
+        if n != n_labels:
+            raise UserError(f"{folder.name} has {n_labels} outputs and names {n} labels")
+        return record.task, record.labels, record.units, "its own file"
     known = releases.released(folder)
     if not known and task not in config.tasks:
         known = released_task(task)
@@ -478,8 +535,19 @@ def labels_for(folder, record, n_labels, config, task=""):
     return fits[0], tasks[fits[0]].task_labels, tasks[fits[0]].units, config.path.name
 
 
+def outputs_from(saved, record, labels, path):
+    """(Outputs, scaling of its measurements or None) of a checkpoint. Raises UserError."""
+    kind = "regression" if saved.get("input_norm_dict") else "binary"
+    outputs = record.outputs if record and record.type else Outputs.of(labels, kind)
+    measured = outputs.of_kind("regression")
+    if bool(measured) != bool(saved.get("input_norm_dict")):
+        how = "without" if measured else "with"
+        raise UserError(f"{path}: a {outputs.type} model {how} label scaling")
+    return outputs, scaling_from(saved, measured, path)
+
+
 def scaling_from(saved, labels, path):
-    """The published input_norm_dict of a regression, keys stripped, or None. Raises UserError."""
+    """The published input_norm_dict of these labels, keys stripped, or None. Raises UserError."""
     scaling = saved.get("input_norm_dict")
     if not scaling:
         return None
@@ -506,10 +574,8 @@ def load_model(folder, config, task="", which="best", device="cpu"):
     task, labels, units, origin = labels_for(folder, record, n_labels, config, task)
     if not record:
         print(f"labels of {folder.name}: task {task} of {origin} ({n_labels})")
-    scaling = scaling_from(saved, labels, path)
-    kind = (record and record.type) or ("regression" if scaling else "binary")
-    if kind != ("regression" if scaling else "binary"):
-        raise UserError(f"{path}: a {kind} model {'with' if scaling else 'without'} label scaling")
+    outputs, scaling = outputs_from(saved, record, labels, path)
+    net.groups = outputs.groups
     net.to(device).eval().requires_grad_(False)
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
@@ -518,7 +584,7 @@ def load_model(folder, config, task="", which="best", device="cpu"):
         if encoder_file == path:
             record.input.weights_sha256 = record.encoder_sha256 = sha256_file(path)
     return LoadedModel(
-        folder, net, task, list(labels), kind, scaling, record, units,
+        folder, net, task, outputs, scaling, record, units,
         seen_from(saved, folder), encoder_file, clip_mean_from(saved, path),
         novelty_from(saved, path),
     )  # fmt: skip
@@ -560,13 +626,33 @@ class LoadedEnsemble(LoadedModel):
         total, n = np.where(learnt, answers, 0).sum(axis=0), learnt.sum(axis=0)
         return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
 
+    def survival(self, logits, years=()):
+        """The mean over the networks that learnt a label, at times that all of these know."""
+        parts = np.split(np.asarray(logits), len(self.members), axis=1)
+        found = {}
+        for label in self.outputs.of_kind("survival"):
+            (risk,) = self.outputs.names_of(label)
+            each = [
+                m.survival(x, years)
+                for m, x in zip(self.members, parts, strict=True)
+                if m.hazard(risk)
+            ]
+            for name in [x for x in each[0] if x.startswith(f"{label}_survival_")] if each else ():
+                if all(name in own for own in each):
+                    found[name] = np.mean([own[name] for own in each], axis=0)
+        return found
+
     def for_range(self, logits):
         """The averaged answers (S, T), findings in log-odds: each network draws alike."""
         values = self.readable(logits, Collected()).astype(np.float64)
-        return torch.from_numpy(values).logit(1e-7).numpy() if self.type == "binary" else values
+        return np.where(self.findings, torch.from_numpy(values).logit(1e-7).numpy(), values)
 
     def from_range(self, values):
-        return torch.from_numpy(values).sigmoid().numpy() if self.type == "binary" else values
+        return np.where(self.findings, torch.from_numpy(values).sigmoid().numpy(), values)
+
+    @property
+    def findings(self):
+        return np.array([self.kind(name) == "binary" for name in self.labels])
 
     def spread(self, logits):
         """(S, T): the standard deviation of the answers."""
@@ -604,7 +690,7 @@ def ensemble_of(members, folder):
     for m in members[1:]:
         for what, one, other in (
             ("labels", first.labels, m.labels),
-            ("type", first.type, m.type),
+            ("type", first.outputs.kinds, m.outputs.kinds),
             ("units", first.units, m.units),
             ("--target", *(target_of(x) if x.record.thresholds else None for x in (first, m))),
             ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
@@ -634,7 +720,7 @@ def ensemble_of(members, folder):
     print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
     net = Ensemble([m.net for m in members]).eval().requires_grad_(False)
     return LoadedEnsemble(
-        folder, net, first.task, first.labels, first.type, first.scaling, record, first.units,
+        folder, net, first.task, first.outputs, first.scaling, record, first.units,
         seen, encoder_file=first.encoder_file, clip_mean=first.clip_mean, novelty=first.novelty,
         members=members,
     )  # fmt: skip
@@ -673,7 +759,8 @@ def load_readings(file, device):
     own = panecho.read_encoder(file)[1]
     size = {"size": own.size, "clip_len": own.clip_len} if own else {}
     record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest, **size))
-    return LoadedModel(file.parent, net, "panecho", net.columns, "readings", None, record, {})
+    outputs = Outputs.of(net.columns, "readings")
+    return LoadedModel(file.parent, net, "panecho", outputs, None, record, {})
 
 
 def model_folder(name, run_id=""):
@@ -838,13 +925,14 @@ def model_facts(path, config):
     facts = {}
     try:
         task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
-        scaling = scaling_from(saved, labels, path) or {}
+        outputs, scaling = outputs_from(saved, record, labels, path)
     except UserError as error:
-        task, labels, units, origin = "", [f"output {i + 1}" for i in range(n_labels)], {}, "nobody"
-        scaling, facts["labels_missing"] = {}, str(error)
+        task, units, origin, scaling = "", {}, "nobody", None
+        labels, facts["labels_missing"] = [f"output {i + 1}" for i in range(n_labels)], str(error)
+        outputs = Outputs.of(labels, "regression" if saved.get("input_norm_dict") else "binary")
     facts |= {"task": task, "labels_from": origin}
     return facts | describe_model(
-        net, saved, record.to_save() if record else {}, labels, units, scaling
+        net, saved, record.to_save() if record else {}, outputs, units, scaling
     )
 
 
@@ -874,17 +962,18 @@ class Outcome:
 
 
 def run_steps(
-    net, store, eids, settings, *, targets=None, task_type="", optimizer=None, epoch=0,
+    net, store, eids, settings, *, targets=None, outputs=None, optimizer=None, epoch=0,
     unreadable=None, label="", world=None, look=None,
 ):  # fmt: skip
     """The one loop: every study through the net once, in steps (`plan_batches`).
 
     Yields (Outcome, number of studies, mean loss) of each step.
 
-    targets: dict of study id to normalised labels (T,), NaN where missing. With an optimiser the
-    net is trained: each step ends with an update on the mean of its studies' losses. The batches
-    of a step are dealt to the processes of `world`, which add up their gradients and so update
-    alike; an Outcome has the process's own studies, number and mean loss are over all processes.
+    targets: dict of study id to what to learn (C,), NaN where missing, of these `outputs` (see
+    `common.outputs`). With an optimiser the net is trained: each step ends with an update on the
+    mean of its studies' losses. The batches of a step are dealt to the processes of `world`, which
+    add up their gradients and so update alike; an Outcome has the process's own studies, number and
+    mean loss are over all processes.
     All randomness comes from (settings.seed, epoch, study), none is kept: the rest of the studies
     alone gives what the whole epoch gives from there on.
     """
@@ -894,7 +983,7 @@ def run_steps(
     train_seed = derive_seed(settings.seed, epoch) if training else None
     plan = plan_batches(store, eids, settings, training, world)
     compute = partial(
-        run_batch, net, settings=settings, targets=targets, task_type=task_type,
+        run_batch, net, settings=settings, targets=targets, outputs=outputs,
         seed=derive_seed("dropout", settings.seed, epoch) if training else None,
     )  # fmt: skip
     rows, total, average = [], None, None
@@ -903,6 +992,8 @@ def run_steps(
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
         pin = device.type == "cuda"
         batches = read_batches(store, plan, settings, unreadable, train_seed, look, pin)
+        if training and outputs.by_step:
+            batches = with_pulls(batches, compute, net, world)
         for batch, found in side_by_side(batches, compute, device):
             if batch.eids:
                 logits, embeddings, losses, gradients = found
@@ -945,29 +1036,66 @@ def side_by_side(batches, compute, device):
         torch.set_num_threads(threads)  # of threads to come, which torch gives the last number set
 
 
-def run_batch(net, batch, settings, targets, task_type, seed):
+def with_pulls(batches, compute, net, world):
+    """Batches with `pull`, (losses (S,), their gradient in the outputs (S, O)), for labels of which
+    a study's loss depends on all studies of the step.
+
+    Each step is run twice: once for its outputs, those of all processes, and then, by `run_batch`,
+    for the gradients, which are exact. A step's clips (through the encoder: its images) are in
+    memory together, its activations are not.
+    """
+    step, (targets, outputs) = [], (compute.keywords[x] for x in ("targets", "outputs"))
+    for batch in batches:
+        step.append(batch)
+        if not batch.ends_step:
+            continue
+        found = [compute(b, first=True) for b in step if b.eids]
+        own = torch.cat([x.cpu() for x in found]) if found else torch.zeros(0, net.n_labels)
+        eids = [eid for b in step for eid in b.eids]
+        everyone = world.gather((eids, own.numpy()))
+        first = sum(len(x) for x, _ in everyone[: world.rank])
+        logits = torch.tensor(np.concatenate([x for _, x in everyone]), requires_grad=True)
+        wanted = np.array([targets[eid] for x, _ in everyone for eid in x], np.float32)
+        if len(logits):
+            with torch.enable_grad():
+                losses = study_losses(logits, torch.from_numpy(wanted), outputs)
+            (pulls,) = torch.autograd.grad(losses.sum(), logits)
+        for b in step:
+            rows, first = slice(first, first + len(b.eids)), first + len(b.eids)
+            yield replace(b, pull=(losses[rows].detach(), pulls[rows]) if b.eids else None)
+        step = []
+
+
+def run_batch(net, batch, settings, targets, outputs, seed, first=False):
     """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
 
     seed: of the dropout, in training, which alone has gradients: a list as trained(net).
-    Embeddings are (S, 0) where there are targets.
+    Embeddings are (S, 0) where there are targets; first: the logits alone, see `with_pulls`.
     """
     if not batch.eids:
         return None
     device, training = next(net.parameters()).device, seed is not None
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    with torch.set_grad_enabled(training), autocast, seeded(seed, batch.eids[0], device) as rng:
+    graph = training and not first
+    with torch.set_grad_enabled(graph), autocast, seeded(seed, batch.eids[0], device) as rng:
         tokens = batch.tokens
         if tokens.is_floating_point():  # images go to the device a group of clips at a time
             tokens = tokens.to(device, non_blocking=True).float()
         logits, embeddings = net(tokens, batch.lengths, rng)
         logits, losses = logits.float(), torch.zeros(0)
+        if first:
+            return logits
         if targets is not None:
-            wanted = torch.tensor(np.stack([targets[eid] for eid in batch.eids]))
-            losses = study_losses(logits, wanted.float().to(device), task_type)
             embeddings = embeddings[:, :0]
+        if batch.pull:
+            losses, pull = (x.to(device) for x in batch.pull)
+        elif training:
+            wanted = torch.tensor(np.stack([targets[eid] for eid in batch.eids]))
+            losses = study_losses(logits, wanted.float().to(device), outputs)
     gradients = None
     if training:
-        gradients = torch.autograd.grad(losses.sum(), trained(net))
+        along = (logits, pull) if batch.pull else (losses.sum(), None)
+        gradients = torch.autograd.grad(along[0], trained(net), along[1])
     return logits.detach(), embeddings.detach().float(), losses.detach(), gradients
 
 
@@ -1032,9 +1160,17 @@ def update(net, optimizer, gradients, losses, world):
 
 
 def run_studies(net, store, eids, settings, world=None, **options):
-    """All of `run_steps`: one Outcome with a row for every readable study, in the order given."""
+    """All of `run_steps`: one Outcome with a row for every readable study, in the order given.
+
+    With targets it has the studies' losses, of which those of survival depend on all of them.
+    """
     steps = run_steps(net, store, eids, settings, world=world, **options)
-    return merged([outcome for outcome, _, _ in steps], eids, net, world)
+    found = merged([outcome for outcome, _, _ in steps], eids, net, world)
+    if (targets := options.get("targets")) is not None and len(found):
+        wanted = torch.tensor(np.stack([targets[eid] for eid in found.eids])).float()
+        losses = study_losses(torch.from_numpy(found.logits), wanted, options["outputs"])
+        found = replace(found, losses=losses.numpy())
+    return found
 
 
 def merged(outcomes, eids, net, world=None):
@@ -1156,6 +1292,8 @@ def train_model(typed, world, searching=False):
     if settings.stratify and settings.stratify not in task.task_labels:
         hint = nearest(settings.stratify, task.task_labels)
         raise UserError(f"--stratify {settings.stratify} is no label of {settings.task}{hint}")
+    if settings.end_to_end and task.level == "video":
+        raise UserError("--end_to_end learns labels of studies, not of single videos")
     if settings.end_to_end:
         store = open_videos(settings, config.datasets[settings.dataset], list(table.index), world)
     else:
@@ -1178,6 +1316,7 @@ def train_model(typed, world, searching=False):
             print(f"fold {k} of {len(parts)}")
         about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
         folds = training_folds(table, own, task, begun_from, encoder_seen=known, **about_seen)
+        refuse_small_steps(own, task, table[folds == "train"])
         cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
     for k, (own, cohort) in cohorts.items():
         place = folder / f"fold_{k}" if len(parts) > 1 else folder
@@ -1273,16 +1412,13 @@ def validate_extracted(run, config):
     run.world.gather(None)
     store = open_store(folder)
     eids = [eid for eid in run.cohort.eids["val"] if eid in store.files]
-    data = {"targets": run.cohort.targets, "task_type": run.task.type}
+    data = {"targets": run.cohort.targets, "outputs": run.cohort.outputs}
     val = run_studies(best.net, store, eids, run.settings, **data)
-    truth = run.cohort.table.loc[val.eids, run.cohort.labels].to_numpy()
-    predicted = best.readable(val.logits)
-    metric = run.validation_metric(truth, predicted)
+    metric = run.validated(val)
     if not run.world.rank:
-        path = run.folder / "best_checkpoint.pt"
-        best.record.thresholds = run.chosen_thresholds(truth, predicted)
-        saved = read_checkpoint(path) | {"echofocus": best.record.to_save()}
-        checkpoints.save(saved, path)
+        path, record = run.folder / "best_checkpoint.pt", best.record
+        record.thresholds, record.hazards = run.thresholds, run.hazards
+        checkpoints.save(read_checkpoint(path) | {"echofocus": record.to_save()}, path)
     print(f"validation on {len(val)} studies of {run.settings.n_clips} clips a video, extracted: "
           f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
 
@@ -1304,7 +1440,9 @@ def pool_folds(folder, settings, config, cohorts, store):
         )
         if not len(found):
             raise UserError(f"fold {k} has no study to test: take fewer --n_folds")
-        parts.append(studies_of_answers(model, cohort.table, found, model.record.thresholds))
+        parts.append(
+            studies_of_answers(model, cohort.table, found, model.record.thresholds, settings)
+        )
     report_unreadable(unreadable)
     studies = evaluation.joined(parts)
     table = next(iter(cohorts.values())).table
@@ -1319,6 +1457,23 @@ def pool_folds(folder, settings, config, cohorts, store):
         notes=list(evaluation.notes_of_folds(parts)), folds=parts,
     )  # fmt: skip
     print("\n".join(report.write()))
+
+
+def refuse_small_steps(settings, task, training):
+    """Cox's partial likelihood compares the studies of a step: refuse steps of one, and tell where
+    many have no event."""
+    for label in task.outputs.of_kind("survival"):
+        if settings.batch_number < 2:
+            raise UserError(
+                f"{label} is learnt from the studies of a step: --batch_number 2 or more"
+            )
+        events = training[label + EVENT].mean() * settings.batch_number
+        if events < 3:
+            RUN.warning(
+                f"a step of {settings.batch_number} studies has {events:.2g} events of {label}: "
+                "nothing is learnt from one that has none",
+                "a larger --batch_number",
+            )
 
 
 def adopt_architecture(settings, net, typed):
@@ -1359,21 +1514,23 @@ def check_settings(settings):
 
 def inherited_scaling(begun_from, task):
     """Label -> scaling of the model to start from, of those that it has learnt and the task has."""
-    if not begun_from or not begun_from.scaling or task.type != "regression":
+    if not begun_from or not begun_from.scaling:
         return {}
-    wanted = set(task.task_labels) - set(begun_from.record.unlearnt)
+    wanted = set(task.outputs.of_kind("regression")) - set(begun_from.record.unlearnt)
     return {label: entry for label, entry in begun_from.scaling.items() if label in wanted}
 
 
-def fresh_network(settings, labels, begun_from=None):
+def fresh_network(settings, outputs, begun_from=None):
     """A StudyModel by these settings, its weights drawn by the seed or those of another model."""
+    names = outputs.names
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("weights", settings.seed))
         net = StudyModel(
-            len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
+            len(names), settings.transformer_type, settings.encoder_depth, settings.tf_combine
         )
+    net.groups = outputs.groups
     if begun_from:
-        start_from(net, labels, begun_from)
+        start_from(net, outputs, begun_from)
     if settings.freeze and not settings.end_to_end:  # which freezes by itself
         for name, p in net.named_parameters():
             p.requires_grad_(is_head(name))
@@ -1386,20 +1543,29 @@ def is_head(name):
 
 
 def rate_groups(net, settings):
-    """The optimiser's groups: one, or the head with a rate of its own."""
-    if not settings.head_learning_rate:
-        return [{"params": trained(net), "lr": settings.learning_rate}]
-    named = [(is_head(name), p) for name, p in net.named_parameters() if p.requires_grad]
-    rates = {False: settings.learning_rate, True: settings.head_learning_rate}
-    groups = [{"params": [p for h, p in named if h == k], "lr": rates[k]} for k in rates]
-    return [group for group in groups if group["params"]]
+    """The optimiser's groups: by their rates, the head's last."""
+    rate, groups = settings.learning_rate, {}
+
+    def rate_of(name):
+        if is_head(name):
+            return settings.head_learning_rate or rate
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        return rate * settings.layer_decay ** (net.depth - int(layer[1]) if layer else net.depth)
+
+    named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+    if settings.head_learning_rate:
+        named.sort(key=lambda item: is_head(item[0]))
+    for name, p in named:
+        groups.setdefault(rate_of(name), []).append(p)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def start_from(net, labels, begun_from):
-    """Copy another model's weights; heads by label name, the rest of the heads stays fresh."""
+def start_from(net, outputs, begun_from):
+    """Copy another model's weights; heads by the output's name and kind, the rest stays fresh."""
+    labels, kinds = outputs.names, begun_from.outputs.kind_of
     state, given = net.state_dict(), begun_from.net.state_dict()
     by_label = ["query_tokens"] if net.kind == "multiquery" else ["ff.weight", "ff.bias"]
-    both = [label for label in labels if label in begun_from.labels]
+    both = [label for label in labels if kinds.get(label) == outputs.kind_of[label]]
     to, origin = [labels.index(x) for x in both], [begun_from.labels.index(x) for x in both]
     for name, tensor in given.items():
         if name == "query_tokens":
@@ -1439,7 +1605,7 @@ class Training:
     ):
         self.folder, self.settings, self.store = folder, settings, store
         self.cohort, self.task, self.world = cohort, cohort.task, world or World()
-        self.study = fresh_network(settings, cohort.labels, begun_from)
+        self.study = fresh_network(settings, cohort.outputs, begun_from)
         if settings.end_to_end:
             self.net = EndToEnd.of(settings, self.study)
             groups = self.net.groups(settings)
@@ -1455,6 +1621,7 @@ class Training:
         self.position = Position()
         self.dropped = {}  # epoch -> steps that were dropped, their loss being no number
         self.thresholds = {}  # label -> probability, at the best epoch
+        self.hazards = {}  # label -> Hazard, at the best epoch
         if settings.end_to_end:
             self.about = TrainingInput(Input(**self.net.input()), None, None)
         else:
@@ -1492,13 +1659,20 @@ class Training:
         used = {name: getattr(self.settings, name) for name in RECORDED}
         return used | {"init_from": Path(self.settings.init_from).name}
 
+    @property
+    def unlearnt(self):
+        """The outputs of the labels that training cannot learn."""
+        return [x for label in self.cohort.unlearnt for x in self.cohort.outputs.names_of(label)]
+
     def record(self):
         """What the checkpoint says of itself: see `Record`."""
         s = self.settings
         return Record(
             version=__version__, task=s.task, dataset=s.dataset, labels=self.cohort.labels,
-            type=self.task.type, units=self.task.units, unlearnt=self.cohort.unlearnt,
-            thresholds=self.thresholds, labels_sha256=self.cohort.digest,
+            level=self.task.level, type=self.task.type, classes=self.task.classes,
+            survival=self.task.survival,
+            units=self.task.units, unlearnt=self.unlearnt, thresholds=self.thresholds,
+            hazards=self.hazards, labels_sha256=self.cohort.digest,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.used()),
         )  # fmt: skip
@@ -1551,7 +1725,7 @@ class Training:
                 self.optimizer.param_groups, rate_groups(self.net, self.settings), strict=True
             ):
                 group["lr"] = fresh["lr"]
-        self.thresholds = before.thresholds
+        self.thresholds, self.hazards = before.thresholds, before.hazards
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
 
@@ -1590,14 +1764,15 @@ class Training:
         """What a resumed run may not change: its model, labels, and any patient's fold."""
         now, then = self.record(), before.settings
         fixed = ("transformer_type", "encoder_depth", "tf_combine", "seed", "split", "n_folds",
-                 "stratify", "freeze", "head_learning_rate")  # fmt: skip
+                 "stratify", "freeze", "head_learning_rate", "layer_decay")  # fmt: skip
         pairs = {n: (getattr(before, n), getattr(now, n)) for n in ("task", "dataset", "labels")}
-        pairs["type"] = before.type, now.type
+        pairs |= {n: (getattr(before, n), getattr(now, n)) for n in ("type", "classes", "level")}
         pairs |= {n: (getattr(then, n), v) for n, v in self.used().items()}
         for name, (was, value) in pairs.items():
             if was == value:
                 continue
-            if name in (*fixed, *THROUGH_FIXED, "task", "dataset", "labels", "type", "fold"):
+            if name in (*fixed, *THROUGH_FIXED, "task", "dataset", "labels", "type",
+                        "classes", "level", "fold"):  # fmt: skip
                 raise UserError(
                     f"{self.folder} was trained with {name} = {was}, not {value}; use another "
                     "--model_name or --run_id"
@@ -1662,7 +1837,7 @@ class Training:
         self.scheduler.step(row[2])
         print(
             f"epoch {number}: train loss {row[1]:.4f}, validation loss {row[2]:.4f}, "
-            f"{self.validated(val)}, lr {rate:g}"
+            f"{self.validated(val, self.stale == 0)}, lr {rate:g}"
         )
         self.save()
 
@@ -1670,7 +1845,7 @@ class Training:
     def data(self):
         """What training and validation give the loop alike."""
         return dict(
-            targets=self.cohort.targets, task_type=self.task.type, unreadable=self.unreadable,
+            targets=self.cohort.targets, outputs=self.cohort.outputs, unreadable=self.unreadable,
             world=self.world,
         )  # fmt: skip
 
@@ -1700,48 +1875,20 @@ class Training:
                 self.save_checkpoint("last")
                 saved = time.time()
 
-    def validated(self, val):
-        """The metric of an epoch's validation, as text; thresholds are kept if it is the best."""
-        cohort = self.cohort
-        truth = cohort.table.loc[val.eids, cohort.labels].to_numpy()
-        predicted = readable(val.logits, cohort.labels, cohort.scaling)
-        if self.stale == 0:
-            self.thresholds = self.chosen_thresholds(truth, predicted)
-        return self.validation_metric(truth, predicted)
+    def validated(self, val, best=True):
+        """The metric of a validation as text; where it is the best epoch's, what it decides is
+        kept: thresholds and baseline hazards."""
+        from report.validation import chosen, metric_line
 
-    def chosen_thresholds(self, truth, predicted):
-        """Label -> threshold of a finding by answers of the validation fold, both (S, T)."""
-        from report.metrics import choose_threshold
-
-        if self.task.type != "binary":
-            return {}
-        labels, rule = self.cohort.labels, self.settings.target or "youden"
-        found = zip(labels, truth.T, predicted.T, strict=True)
-        unlearnt = self.cohort.unlearnt
-        found = {k: choose_threshold(y, p, rule) for k, y, p in found if k not in unlearnt}
-        return {k: cut for k, cut in found.items() if cut is not None}
-
-    def validation_metric(self, truth, predicted):
-        """AUROC or error of the labels as text: in a unit for one label, without one for more."""
-        from report.metrics import auroc
-
-        labels = self.cohort.labels
-        truth = np.where(np.isnan(predicted), np.nan, truth)
-        learnt = [i for i, label in enumerate(labels) if label not in self.cohort.unlearnt]
-        if self.task.type == "binary":
-            found = [auroc(truth[:, i], predicted[:, i]) for i in learnt]
-            name = "AUROC"
-        else:
-            if len(learnt) > 1:
-                truth, predicted = (
-                    scale(x, labels, self.cohort.scaling) for x in (truth, predicted)
-                )
-            found = [abs(truth[:, i] - predicted[:, i]) for i in learnt]
-            name = "median absolute error" + " in SD" * (len(learnt) > 1)
-            found = [np.nanmedian(e) if np.isfinite(e).any() else np.nan for e in found]
-        found = [x for x in found if not np.isnan(x)]
-        text = f"{np.median(found):.3f}" if found else "not defined"
-        return f"{name} {text}" + f" (median of {len(found)} labels)" * (len(found) > 1)
+        cohort, outputs = self.cohort, self.cohort.outputs
+        truth = cohort.table.loc[val.eids, outputs.columns].to_numpy()
+        about = truth, readable(val.logits, outputs, cohort.scaling, {}), outputs
+        learnt = [label for label in outputs.labels if label not in cohort.unlearnt]
+        if best:
+            rule = self.settings.target or "youden"
+            self.thresholds, hazards = chosen(*about, learnt, rule)
+            self.hazards = {name: Hazard(**found) for name, found in hazards.items()}
+        return metric_line(*about, learnt, cohort.scaling)
 
     def save_checkpoint(self, name):
         """Write <name>_checkpoint.pt; the first process does it for all."""
@@ -1819,9 +1966,9 @@ def start_with_model(command, typed):
     if command in ("evaluate", "explain"):
         refuse_readings(command, model)
     if model.task not in config.tasks and model.type != "readings":
-        config.tasks[model.task] = Task(
-            task_labels=model.labels, type=model.type, units=model.units
-        )
+        config.tasks[model.task] = task_of(model)
+    if model.record.level == "video" and (command == "explain" or typed.get("page")):
+        raise UserError(f"{model.folder.name} answers for single videos: there are none to choose")
     settings = resolve_settings(command, typed, config, model)
     model.net.to(pick_device(settings.device))  # which the config may say
     if settings.videos or is_of_videos(settings, config):
@@ -1832,6 +1979,15 @@ def start_with_model(command, typed):
     if settings.label_path:
         config.datasets[source.name].label_path = Path(settings.label_path)
     return settings, config, model, source
+
+
+def task_of(model, **more):
+    """The Task that a model answers, as a config would have it."""
+    o, record = model.outputs, model.record
+    return Task(
+        task_labels=o.labels, type=o.kinds, classes=o.classes, survival=record.survival,
+        level=record.level, units=model.units, **more,
+    )  # fmt: skip
 
 
 def is_of_videos(settings, config):
@@ -1895,9 +2051,15 @@ def extracted(typed, settings, config, model):
         settings.dataset = name
     else:
         config.datasets[name] = dataset.model_copy(update={"embedding_path": folder})
-    store, wanted = store_of(config, settings), sorted(s.name for s in studies)
+    store, wanted = (
+        open_store(folder, RUN, settings.max_videos_per_study),
+        sorted(s.name for s in studies),
+    )
     store.files = {eid: store.files[eid] for eid in wanted if eid in store.files}  # no older ones
-    return Source(name, store, wanted, studies)
+    units = of_level(store, config, settings)
+    if units is not store:
+        wanted = [*units.files, *(eid for eid in wanted if eid not in store.files)]
+    return Source(name, units, wanted, studies)
 
 
 def warn_of_another_input(model, settings, typed):
@@ -1920,14 +2082,26 @@ def warn_of_another_input(model, settings, typed):
             print(f"WARNING: --{name} {now}: {model.folder.name} was trained with {was}")
 
 
+def adopt_kinds(config, name, model):
+    """Read a task's labels as the model does. Raises UserError where they are others."""
+    task, own = config.tasks[name], model.outputs
+    for what, one, other in (
+        ("labels", task.task_labels, own.labels),
+        ("classes", task.classes, own.classes),
+        ("survival", set(task.survival), set(own.of_kind("survival"))),
+        ("level", task.level, model.record.level),
+    ):
+        if one != other:
+            raise UserError(
+                f"task {name} of {config.path} and {model.folder.name} differ in {what}"
+            )
+    task.type = own.kinds
+
+
 def labelled_folds(model, config, settings, store):
     """(task, label table, fold of each of its studies, how it is known what was seen)."""
     config.pick("task", settings.task)
-    if config.tasks[settings.task].task_labels != model.labels:
-        raise UserError(
-            f"task {settings.task} of {config.path} and {model.folder.name} differ in labels"
-        )
-    config.tasks[settings.task].type = model.type
+    adopt_kinds(config, settings.task, model)
     own = settings.dataset == model.record.dataset
     column = model.record.settings.split_column if own else ""
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
@@ -1963,6 +2137,9 @@ def cmd_evaluate(typed):
         refuse_video_options(typed)
         return evaluating.evaluate_file(typed, compared)
     settings, config, model, source = start_with_model("evaluate", typed)
+    timed = model.outputs.of_kind("survival")
+    if timed and (settings.per, settings.pool) == ("patient", "mean"):
+        raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
     columns = evaluating.columns_by(settings.by, config, settings)
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
         own = settings.model_copy(update={"subset": fold})
@@ -2010,20 +2187,21 @@ def answered(model, config, settings, store, thresholds):
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = evaluation.flow_of(whole, reasons)
-    studies = studies_of_answers(model, table, found, thresholds, settings.prevalence)
+    studies = studies_of_answers(model, table, found, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
     return studies.take(order), flow, how
 
 
-def studies_of_answers(model, table, found, thresholds, prevalence=None):
+def studies_of_answers(model, table, found, thresholds, settings):
     """evaluation.Studies of an Outcome and the label table."""
     from report import evaluation
 
     table = table.loc[found.eids]
-    truth, predicted = table[model.labels].to_numpy(), model.readable(found.logits)
+    truth, predicted = table[model.outputs.columns], model.readable(found.logits)
     outcomes = evaluation.outcomes_of(
-        model.labels, truth, predicted, model.type, model.units, thresholds, prevalence
-    )
+        model.outputs, truth.to_numpy(), predicted, model.units, thresholds,
+        settings.prevalence, settings.years,
+    )  # fmt: skip
     return evaluation.Studies(found.eids, table["pid"].to_numpy(), outcomes)
 
 
@@ -2042,7 +2220,7 @@ def thresholds_for(model, config, settings, store):
 
     rule = settings.target or target_of(model)
     read_target(rule)
-    if rule == target_of(model) or model.type != "binary":
+    if rule == target_of(model) or not model.outputs.of_kind("binary"):
         return model.record.thresholds
     if settings.dataset != model.record.dataset:
         raise UserError(
@@ -2051,7 +2229,8 @@ def thresholds_for(model, config, settings, store):
         )
     chosen_on = settings.model_copy(update={"subset": "val", "sample_limit": 0})
     studies, *_ = answered(model, config, chosen_on, store, {})
-    found = {o.label: choose_threshold(o.truth, o.probability, rule) for o in studies.outcomes}
+    findings = [o for o in studies.outcomes if o.label in model.outputs.of_kind("binary")]
+    found = {o.label: choose_threshold(o.truth, o.probability, rule) for o in findings}
     return {label: cut for label, cut in found.items() if cut is not None}
 
 
@@ -2074,9 +2253,7 @@ def other_studies(name, config, settings, studies):
     refuse_readings("evaluate --compare", model)
     if model.task not in config.tasks:
         path = config.tasks[settings.task].label_path
-        config.tasks[model.task] = Task(
-            task_labels=model.labels, type=model.type, units=model.units, label_path=path
-        )
+        config.tasks[model.task] = task_of(model, label_path=path)
     own, notes = settings.model_copy(update={"task": model.task}), []
     store = store_of(config, own)
     try:
@@ -2186,7 +2363,8 @@ def answer_studies(model, store, eids, settings, journal=None):
     ]
     rows = {eid: row for part in rows for eid, row in part.items()}
     deviations = np.array([rows[eid] for eid in found.eids]) if rows else None
-    table, no_number = prediction_table(model, found, check.found, deviations)
+    years = settings.years
+    table, no_number = prediction_table(model, found, check.found, deviations, years)
     return table, unreadable | no_number, check.found.warnings
 
 
@@ -2217,7 +2395,7 @@ def labelled_ids(config, settings, store):
     path = dataset.label_path or (task.label_path if task else None)
     if path is None or not path.is_file():
         return []
-    ids = read_rows(path, []).index
+    ids = read_rows(path, [], level=task.level if task else "study").index
     ids = list(ids.to_series().replace(stored_names(ids, store)))
     own = dataset.label_path or set(ids) & set(store.files)
     return ids if own else []  # a task's table may be that of another dataset
@@ -2472,7 +2650,8 @@ def explained_studies(model, config, settings, source):
         _, table, of_table, _ = labelled_folds(model, config, settings, source.store)
         named = table.index.intersection(there)
         patients = dict(table["pid"])
-        truths.loc[named], folds[named] = table.loc[named, model.labels], of_table[named]
+        truths.loc[named] = model.outputs.truths(table.loc[named])
+        folds[named] = of_table[named]
     elif settings.explain_mode == "loss":
         raise UserError("--explain_mode loss needs labels: set label_path in the config")
     if settings.eids:
@@ -2491,8 +2670,11 @@ def select_studies(model, store, eids, truths, columns, settings):
     """The studies that `--select` names, best first (`explanations.ranked`). Raises UserError."""
     if settings.select == "all":
         return some_of(eids, settings.sample_limit)
-    if settings.select != "wrong" and model.type != "binary":
-        raise UserError(f"--select {settings.select} is for findings, not for measurements")
+    kinds = {model.kind(model.labels[i]) for i in columns}
+    if len(kinds) > 1:
+        raise UserError(f"--select {settings.select} is for one kind of label: --explain_tasks")
+    if kinds != {"binary"} and (settings.select != "wrong" or kinds != {"regression"}):
+        raise UserError(f"--select {settings.select} is not for labels of type {kinds.pop()}")
     found = run_studies(model.net, store, eids, settings, label="select")
     targets = normalised(model, truths.loc[found.eids])
     order = ranked(model, found.logits, targets, columns, settings.select)
@@ -2505,8 +2687,7 @@ def select_studies(model, store, eids, truths, columns, settings):
 
 def normalised(model, truths):
     """Labels (S, T) in physical units -> as the network's outputs are."""
-    truths = truths.to_numpy()
-    return truths if model.type == "binary" else scale(truths, model.labels, model.scaling)
+    return scale(truths.to_numpy(), model.labels, model.scaling or {})
 
 
 # ------------------------------------------------------------------------------------- as a library
@@ -2690,11 +2871,12 @@ def check_model(typed, config, listener):
     model = load_named(name, run_id, config, task, pick_device(typed.get("device", "")))
     folder = model.folder
     listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
-    if model.task in config.tasks and config.tasks[model.task].task_labels != model.labels:
+    labels = model.outputs.labels
+    if model.task in config.tasks and config.tasks[model.task].task_labels != labels:
         listener.error(
             f"task {model.task} of {config.path} has other labels than {folder.name}: predict "
             "works, evaluate does not",
-            f"give the task the model's labels, in their order: {', '.join(model.labels)}",
+            f"give the task the model's labels, in their order: {', '.join(labels)}",
         )
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
@@ -2751,7 +2933,7 @@ def check_data(settings, config, model, section):
     if studies is not None and len(studies):
         with section("split", "see --split") as listener:
             folds = check_folds(settings, config, model, (task, table, studies, store), listener)
-    labels = model.labels if model else task.task_labels if task else []
+    labels = model.labels if model else task.outputs.names if task else []
     if not labels:
         return
     net = StudyModel(
@@ -2772,8 +2954,8 @@ def check_data(settings, config, model, section):
 def check_labels(settings, config, model, listener):
     """(task, label table) as a run reads them; a model needs none to predict."""
     task = config.tasks[settings.task]
-    if model:
-        task.type = model.type
+    if model and task.task_labels == model.outputs.labels:
+        adopt_kinds(config, settings.task, model)
     path = config.datasets[settings.dataset].label_path or task.label_path
     if model and (path is None or not path.is_file()):
         listener.warning(
@@ -2848,11 +3030,12 @@ def check_time(net, store, eids, folds, settings, listener):
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
     net = net.to(device)
+    outputs = Outputs.of(list(map(str, range(net.n_labels))), "binary")
     targets = dict.fromkeys(eids, np.zeros(net.n_labels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
     run = partial(run_studies, net, store, eids, settings)
     steps = {
-        "train": partial(run, targets=targets, task_type="binary", optimizer=optimizer),
+        "train": partial(run, targets=targets, outputs=outputs, optimizer=optimizer),
         "predict": run,
     }
     each = {}

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import echofocus as ef
 from benchmarks.machine import describe, matmul_rate, synchronise
 from common.console import progress
+from common.outputs import Outputs
 from embed.store import checksum, open_folder, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,9 @@ def measure_compute(folder, store, eids, targets, args, ways):
         p: torch.optim.AdamW(ours.parameters(), lr=1e-4, weight_decay=0.01)
         for p in ("fp32", "bf16")
     }
-    common = dict(targets=targets, task_type="binary")
+    common = dict(
+        targets=targets, outputs=Outputs.of([str(i) for i in range(ours.n_labels)], "binary")
+    )
 
     def train(precision):
         settings, optimizer = settings_for(precision, args.tokens), optimizers[precision]

@@ -15,8 +15,9 @@ import pandas as pd
 from common.console import RUN, Collected, printable, some
 from common.labels import fit_scaling, scale
 from common.options import FOLDS
+from common.outputs import EVENT
 from common.schema import Task
-from common.splits import Seen, keep_apart, some_of, split_patients, without_seen
+from common.splits import STUDY, Seen, keep_apart, some_of, split_patients, studies_in, without_seen
 
 
 @dataclass
@@ -27,13 +28,17 @@ class Cohort:
     table: pd.DataFrame  # index study id; pid and the labels, in physical units
     folds: pd.Series  # study id -> train, val, test, or why it is in none
     unlearnt: list[str]  # labels that training cannot learn
-    scaling: dict | None  # of a regression: the published input_norm_dict
-    targets: dict  # study id -> (T,) what to learn, NaN where missing
+    scaling: dict | None  # of measurements: the published input_norm_dict
+    targets: dict  # study id -> (C,) what to learn, see `common.outputs`, NaN where missing
     eids: dict[str, list[str]]  # fold -> its studies; those of train and val have a target
 
     @property
     def labels(self):
         return self.task.task_labels
+
+    @cached_property
+    def outputs(self):
+        return self.task.outputs
 
     @cached_property
     def digest(self):
@@ -42,7 +47,8 @@ class Cohort:
     @property
     def split(self):
         """pid and fold by study id."""
-        return self.table[["pid"]].assign(fold=self.folds)
+        ids = ["pid", STUDY] if STUDY in self.table else ["pid"]
+        return self.table[ids].assign(fold=self.folds)
 
     def seen(self):
         """The patients and studies of the training and validation fold, hashed."""
@@ -86,7 +92,8 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
             examples = some(map(printable, sorted(eids)))
             listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
     if first_only:
-        found = found.drop_duplicates("pid")
+        studies = pd.Series(studies_in(found), found.index)
+        found = found[studies == studies.groupby(found["pid"]).transform("first")]
     if limit:
         found = found.loc[some_of(found.index, limit)]
     text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
@@ -120,7 +127,7 @@ def training_folds(
 
     encoder_seen: list of Seen, whom the encoder was trained on.
     """
-    folds = split_patients(table, vars(settings))
+    folds = split_patients(table, vars(settings), task.outputs)
     if begun_from:
         folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
     folds = without_seen(folds, table, encoder_seen, "the encoder", listener)
@@ -133,31 +140,55 @@ def training_folds(
 
 
 def warn_of_one_class(table, folds, task, listener):
-    """Tell which findings cannot be judged: no positive, or no negative, outside training."""
-    for label in task.task_labels if task.type == "binary" else ():
-        if table.loc[folds == "train", label].nunique() < 2:
+    """Tell which labels cannot be judged: no positive, no negative, one class, or no event outside
+    training."""
+    outputs = task.outputs
+    for label in outputs.of_kind("binary", "multiclass", "survival"):
+        y = told_apart(table, label, outputs)
+        if y[folds == "train"].nunique() < 2:
             continue  # it cannot be learnt, which is said
         for fold in ("val", "test"):
-            y = table.loc[folds == fold, label].dropna()
-            if len(y) and y.nunique() < 2:
-                listener.warning(
-                    f"label {label} has no {'negative' if y.iloc[0] else 'positive'} in the {fold} "
-                    "fold: it cannot be judged there",
+            there = y[folds == fold].dropna()
+            if len(there) and there.nunique() < 2:
+                lacks = f"no {'negative' if there.iloc[0] else 'positive'}"
+                if outputs.kinds[label] == "survival":
+                    lacks = "no censored study" if there.iloc[0] else "no event"
+                if outputs.kinds[label] == "multiclass":
+                    lacks = f"studies of {outputs.classes[label][int(there.iloc[0])]} alone"
+                if lacks == "no censored study":
+                    continue
+                alone = lacks == "no event" and len(outputs.labels) == 1 and fold == "val"
+                tell = listener.error if alone else listener.warning  # no epoch could be chosen
+                tell(
+                    f"label {label} has {lacks} in the {fold} fold: it cannot be judged there",
                     f"--stratify {label}, or fewer folds",
                 )
 
 
+def told_apart(table, label, outputs):
+    """What tells studies apart in a label: its values, or of survival the events."""
+    return table[label + EVENT * (outputs.kinds[label] == "survival")]
+
+
 def fold_table(table, folds, task):
-    """A row a label, a column a fold: positives of known, or the median and how many are known."""
-    columns = {}
+    """A row a label, a column a fold: positives of known, studies by class, events of known, or the
+    median and how many are known."""
+    columns, outputs = {}, task.outputs
     for fold in FOLDS:
         part = table[folds == fold]
-        cells = {"studies": len(part), "patients": part["pid"].nunique()}
-        for label in task.task_labels:
-            y = part[label].dropna()
-            if task.type == "binary":
+        cells = {
+            "videos" if STUDY in part else "studies": len(part),
+            "patients": part["pid"].nunique(),
+        }
+        for label, kind in outputs.kinds.items():
+            y = told_apart(part, label, outputs).dropna()
+            if kind in ("binary", "survival"):
                 share = f" ({y.mean():.1%})" if len(y) else ""
-                cells[label] = f"{y.sum():.0f} of {len(y)}{share}"
+                what = " events" * (kind == "survival")
+                cells[label] = f"{y.sum():.0f}{what} of {len(y)}{share}"
+            elif kind == "multiclass":
+                names = enumerate(outputs.classes[label])
+                cells[label] = ", ".join(f"{name} {(y == k).sum()}" for k, name in names)
             else:
                 cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
         columns[fold] = cells
@@ -171,28 +202,36 @@ def cohort_of(task, table, folds, inherited=None, listener=RUN):
     """
     training, scaling = table[folds == "train"], None
     unlearnt = unlearnable_labels(training, task, listener)
-    if task.type == "regression":
+    if task.outputs.of_kind("regression"):
         scaling = fit_scaling(training, task, unlearnt, listener) | (inherited or {})
     targets, eids = targets_of(table, folds, task, scaling, unlearnt, listener)
     return Cohort(task, table, folds, unlearnt, scaling, targets, eids)
 
 
 def unlearnable_labels(table, task, listener=RUN):
-    """Labels whose training values do not differ; that is told, and which have few positives."""
-    out = []
-    for label in task.task_labels:
-        y = table[label].dropna()
-        if y.nunique() < 2:
-            kind = f"always {y.iloc[0]:g}" if len(y) else "always missing"
+    """Labels whose training values do not differ; that is told, and which have few examples."""
+    out, outputs = [], task.outputs
+    for label, kind in outputs.kinds.items():
+        y = told_apart(table, label, outputs).dropna()
+        names = {"binary": ["-", "+"], "survival": ["censored", "events"]}
+        names = outputs.classes.get(label) or names.get(kind, ())
+        counts = {name: int((y == k).sum()) for k, name in enumerate(names)}
+        counts.pop("censored", None)
+        if counts.get("events") == 0 or (y.nunique() < 2 and "events" not in counts):
+            what = "always missing"
+            if len(y):
+                of_class = names[int(y.iloc[0])] if kind == "multiclass" else f"{y.iloc[0]:g}"
+                what = "no event" if "events" in counts else f"always {of_class}"
             listener.warning(
-                f"label {label} cannot be learnt: {kind} in the training fold",
+                f"label {label} cannot be learnt: {what} in the training fold",
                 "add such studies, or drop it; it stays blank",
             )
             out.append(label)
-        elif task.type == "binary" and min(y.sum(), len(y) - y.sum()) < 5:
+        elif counts and min(counts.values()) < 5:
+            rarest = min(counts, key=counts.get)
             listener.warning(
-                f"label {label} is hard to learn: few examples in the training fold, {y.sum():.0f} "
-                f"of {len(y)} +",
+                f"label {label} is hard to learn: few examples in the training fold, "
+                f"{counts[rarest]} of {len(y)} {rarest}",
                 "add such studies, or drop it",
             )
     if len(out) == len(task.task_labels):
@@ -201,19 +240,20 @@ def unlearnable_labels(table, task, listener=RUN):
 
 
 def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
-    """(study id -> what to learn (T,), NaN where missing; fold -> the studies that have some)."""
-    labels = task.task_labels
-    values = table[labels].mask(~folds.isin(FOLDS)).to_numpy()
+    """(study id -> what to learn (C,), NaN where missing; fold -> the studies that have some)."""
+    labels, columns = task.task_labels, task.outputs.columns
+    values = table[columns].mask(~folds.isin(FOLDS)).to_numpy(copy=True)
     if scaling:
         known = ~np.isnan(values)
-        values = scale(values, labels, scaling)
-        for label, lost in zip(labels, (known & np.isnan(values)).sum(0), strict=True):
+        values = scale(values, columns, scaling)
+        for label, lost in zip(columns, (known & np.isnan(values)).sum(0), strict=True):
             if lost:
                 listener.warning(
                     f"label {label}: {lost} values lie below what its Box-Cox can take",
                     "leave it out of boxcox in the task; they count as missing",
                 )
-    values = np.where(np.isin(labels, unlearnt), np.nan, values)
+    for label in unlearnt:
+        values[:, task.outputs.places[label]] = np.nan
     eids = {fold: list(table.index[folds == fold]) for fold in FOLDS}
     usable = set(table.index[~np.isnan(values).all(axis=1)])
     for fold in ("train", "val"):  # a study of unlearnable labels alone would count as loss 0

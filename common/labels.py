@@ -5,9 +5,11 @@ listener (`common.console`), in a run and in `check` alike; nothing is changed w
 """
 
 import numpy as np
+import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
-from common.splits import GIVEN_FOLD, given_folds, refuse_split_patients
+from common.outputs import EVENT
+from common.splits import GIVEN_FOLD, STUDY, given_folds, refuse_split_patients
 from common.tables import clean_ids, read_table, to_numbers
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
@@ -24,7 +26,7 @@ def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
     table = read_labels(path, task, listener, split_column)
-    if table is not None and not task.type:
+    if table is not None:
         decide_type(table, task, path, listener)
     if table is not None:
         warn_of_suspicious(table, task, path, listener)
@@ -34,20 +36,21 @@ def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
 def read_labels(path, task, listener=RUN, split_column=""):
     """The label table: DataFrame indexed by study id (text), columns pid (text) and the labels.
 
-    Labels are float64 in physical units. Values that are no numbers, out of range or, for a binary
-    task, not 0 or 1 become missing and are told; a label that the table lacks is taken from
-    `task.task_labels` once the listener has heard of it. `split_column` becomes GIVEN_FOLD.
-    None where a column of ids is missing.
+    Labels are float64 in physical units; of multiclass the number of the class, of survival the
+    time, and the event (0 or 1) in a column label + EVENT. Values that are no numbers, out of
+    range, none of the classes or, for a finding, not 0 or 1 become missing and are told; a label
+    that the table lacks is taken from `task.task_labels` once the listener has heard of it.
+    `split_column` becomes GIVEN_FOLD. None where a column of ids is missing.
     """
-    columns = [*task.task_labels, *([split_column] if split_column else [])]
-    cells = read_cells(path, columns, listener)
+    columns = [column for label in task.task_labels for column in task.columns_of(label)]
+    columns += [split_column] if split_column else []
+    cells = read_cells(path, list(dict.fromkeys(columns)), listener, task.level, task.classes)
     if cells is None:
         return None
-    task.task_labels = [label for label in task.task_labels if label in cells]
-    rows = cells[["pid", "eid"]]
+    task.task_labels = [x for x in task.task_labels if set(task.columns_of(x)) <= set(cells)]
+    rows = cells[["pid", "eid", *([STUDY] if STUDY in cells else [])]]
     if task.task_labels:
-        values = to_numbers(cells[task.task_labels], path, listener)
-        rows = rows.join(usable_values(values, cells, task, path, listener))
+        rows = rows.join(label_values(cells, task, path, listener))
     if split_column in cells:
         rows[GIVEN_FOLD] = given_folds(cells[split_column], path, listener)
     table = one_row_a_study(rows, path, listener)
@@ -56,34 +59,40 @@ def read_labels(path, task, listener=RUN, split_column=""):
     return table
 
 
-def read_rows(path, columns, listener=RUN):
+def read_rows(path, columns, listener=RUN, level="study"):
     """pid and some more columns of a label table, as text, one row a study (the index)."""
-    cells = read_cells(path, columns, listener)
+    cells = read_cells(path, columns, listener, level)
     return None if cells is None else one_row_a_study(cells, path, listener)
 
 
-def read_cells(path, columns, listener):
+def read_cells(path, columns, listener, level="study", words=None):
     """pid, eid and those of `columns` that are there, as text; the index is the line in the file.
 
-    Rows without ids are left out. None where there is no pid or no eid.
+    Of level 'video' a row is a video's, by a column `video` too: eid is study/video, and STUDY the
+    study. words: see `read_table`. Rows without ids are left out. None where a column of ids is
+    missing.
     """
-    raw = read_table(path, listener, "label table")
-    missing = [column for column in ("pid", "eid", *columns) if column not in raw]
+    raw = read_table(path, listener, "label table", words)
+    ids = ("pid", "eid", "video") if level == "video" else ("pid", "eid")
+    missing = [column for column in (*ids, *columns) if column not in raw]
     for column in missing:
         close = nearest(column, raw.columns).removeprefix("; ")
         listener.error(
             f"{path} has no column '{column}'",
             f"{close} " * bool(close) + "rename the column, or mend the config (a label table has "
-            "pid, eid and one column a label)",
+            f"{', '.join(ids)} and one column a label)",
         )
-    if {"pid", "eid"} & set(missing):
+    if set(ids) & set(missing):
         return None
-    raw = raw[["pid", "eid", *(c for c in columns if c not in missing)]]
-    rows = raw.dropna(subset=["pid", "eid"]).copy()
+    raw = raw[list(dict.fromkeys([*ids, *(c for c in columns if c not in missing)]))]
+    rows = raw.dropna(subset=list(ids)).copy()
     for column in ("pid", "eid"):
         rows[column] = clean_ids(rows[column], path, listener)
     if lost := len(raw) - len(rows):
-        listener.warning(f"{path}: {lost} rows have no pid or no eid", "fill in; they are left out")
+        text = f"{path}: {lost} rows have no {' or no '.join(ids)}"
+        listener.warning(text, "fill in; they are left out")
+    if level == "video":
+        rows[STUDY], rows["eid"] = rows["eid"], rows["eid"] + "/" + rows["video"].str.strip()
     return rows
 
 
@@ -119,37 +128,122 @@ def cells_of(cells, eids):
     return some(f"{printable(cell)[:40]} (study {printable(eid)})" for cell, eid in pairs)
 
 
-def usable_values(values, cells, task, path, listener):
-    """Values (DataFrame, a column a label) with NaN for what cannot be used, which is told."""
-    values = values.copy()
-    ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
-    for label, y in values.items():
-        faults = {"no numbers": y.isna() & cells[label].notna()}
-        if task.type == "binary":
-            faults["not 0 or 1"] = y.notna() & ~y.isin([0, 1])
-            warn_of_one_and_two(label, y, path, listener)
+def label_values(cells, task, path, listener):
+    """The target columns of all labels (DataFrame float64), NaN for what cannot be used, which is
+    told."""
+    columns = {x: task.columns_of(x) for x in task.task_labels if task.kind(x) != "multiclass"}
+    plain = list(dict.fromkeys(column for own in columns.values() for column in own))
+    numbers = to_numbers(cells[plain], path, listener) if plain else None
+    values = {}
+    for label in task.task_labels:
+        if task.kind(label) == "survival":
+            found = times_and_events(label, task, numbers, cells, path, listener)
+            values |= {label: found[0], label + EVENT: found[1]}
+            continue
+        if task.kind(label) == "multiclass":
+            y = class_numbers(label, cells[label], task.classes[label], path, listener)
+            faults = {f"none of {', '.join(task.classes[label])}": y.isna() & cells[label].notna()}
         else:
-            low, high = (-np.inf if x is None else x for x in ranges.get(label, (None, None)))
-            high = np.inf if high == -np.inf else high
-            faults["out of range"] = (y < low) | (y > high)
-        for fault, where in faults.items():
-            if where.any():
-                examples = cells_of(cells.loc[where, label], cells.loc[where, "eid"])
-                listener.warning(
-                    f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
-                    "correct them; they count as missing",
-                )
-            values.loc[where, label] = np.nan
-    return values
+            y = numbers[label]
+            faults = {"no numbers": y.isna() & cells[label].notna()}
+            faults |= faults_of_values(label, y, task, path, listener)
+        values[label] = told_and_missing(label, label, y, faults, cells, path, listener)
+    return pd.DataFrame(values)
+
+
+def faults_of_values(label, y, task, path, listener):
+    """{what is wrong: where (S,)} of the numbers of a finding or measurement."""
+    if task.kind(label) == "binary":
+        warn_of_one_and_two(label, y, path, listener)
+        return {"not 0 or 1": y.notna() & ~y.isin([0, 1])}
+    low, high = limits_of(label, task)
+    return {"out of range": (y < low) | (y > high)}
+
+
+def limits_of(label, task):
+    """The least and the greatest value that a label may have, by the task's `valid_range`."""
+    ranges = PUBLISHED_RANGES if task.valid_range is None else task.valid_range
+    low, high = ranges.get(label, (None, None))
+    return -np.inf if low is None else low, np.inf if high is None else high
+
+
+def told_and_missing(label, column, y, faults, cells, path, listener):
+    """y with NaN where a fault is, each of which is told with examples of its cells."""
+    for fault, where in faults.items():
+        if where.any():
+            examples = cells_of(cells.loc[where, column].fillna(""), cells.loc[where, "eid"])
+            listener.warning(
+                f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
+                "correct them; they count as missing",
+            )
+            y = y.mask(where)
+    return y
+
+
+def times_and_events(label, task, numbers, cells, path, listener):
+    """(time, event) of a survival label; both are missing where one is or cannot be used."""
+    found, columns = [], task.columns_of(label)
+    low, high = limits_of(label, task)
+    for column, faults_of in (
+        (columns[0], lambda y: {"below zero": y < 0, "out of range": (y < low) | (y > high)}),
+        (columns[1], lambda y: {"neither 0 (censored) nor 1": y.notna() & ~y.isin([0, 1])}),
+    ):
+        y = numbers[column]
+        faults = {"no numbers": y.isna() & cells[column].notna()} | faults_of(y)
+        found.append(told_and_missing(label, column, y, faults, cells, path, listener))
+    time, event = found
+    if n := int((time.isna() ^ event.isna()).sum()):
+        listener.warning(
+            f"{path}, {label}: {n} studies have {columns[0]} or {columns[1]} and not the other",
+            "fill in; they count as missing",
+        )
+    return time.mask(event.isna()), event.mask(time.isna())
+
+
+def class_numbers(label, cells, names, path, listener):
+    """Cells of text (Series) -> the number of the class, 0 to K - 1; NaN for none.
+
+    A cell is a class's name, in any case, or its number from 0; where names are numbers themselves,
+    their names alone. That numbers are read is told; numbers that may count from 1, or stand among
+    names, are an error.
+    """
+    plain, keys = cells.str.strip().str.casefold(), [str(x).strip().casefold() for x in names]
+    found = plain.map({key: float(k) for k, key in enumerate(keys)})
+    numbers, own = pd.to_numeric(plain, errors="coerce"), pd.to_numeric(pd.Series(keys), "coerce")
+    if own.notna().any():
+        by_number = {x: float(k) for k, x in enumerate(own) if x == x}
+        return found.fillna(numbers.map(by_number)).astype(float)
+    used = numbers[numbers.notna()]
+    if not len(used):
+        return found.astype(float)
+    meant = ", ".join(f"{k} = {name}" for k, name in enumerate(names))
+    odd = "beside names" if found.notna().any() else ""
+    odd = odd or ("that never say 0" if not (used == 0).any() else "")
+    odd = odd or (f"up to {used.max():g}" if used.max() >= len(names) else "")
+    if odd:
+        listener.error(
+            f"{path}, {label}: numbers for classes {odd}: do they count from 1? ({meant} here)",
+            "write the names of the classes",
+        )
+    listener.note(f"{path}, {label}: numbers are read as {meant}")
+    return numbers.where(numbers.isin(range(len(names)))).astype(float)
 
 
 def decide_type(table, task, path, listener):
-    """Set task.type: 'binary' when every value of every label is 0, 1 or missing."""
-    binary = {label: table[label].dropna().isin([0, 1]) for label in task.task_labels}
-    task.type = "binary" if all(where.all() for where in binary.values()) else "regression"
-    listener.note(f"the task is {task.type}, by the values of its labels")
+    """Set task.type. Of labels whose kind is not said: 'binary' when every value of all of them is
+    0, 1 or missing, else 'regression'."""
+    open_ = [label for label in task.task_labels if not task.kind(label)]
+    kinds = {label: task.kind(label) for label in task.task_labels}
+    binary = {label: table[label].dropna().isin([0, 1]) for label in open_}
+    if open_:
+        kind = "binary" if all(where.all() for where in binary.values()) else "regression"
+        kinds |= dict.fromkeys(open_, kind)
+        which = "the task is" if len(open_) == len(kinds) else f"{some(open_)}:"
+        listener.note(f"{which} {kind}, by the values of its labels")
+    same = set(kinds.values())
+    task.type = same.pop() if len(same) == 1 else kinds
     for label, where in binary.items():
-        if task.type == "regression" and where.mean() > 0.8:
+        if kind == "regression" and where.mean() > 0.8:
             odd = table.loc[where.index[~where], label]
             because = f" because of {cells_of(odd.map('{:g}'.format), odd.index)}"
             listener.warning(
@@ -161,7 +255,7 @@ def decide_type(table, task, path, listener):
 
 def warn_of_suspicious(table, task, path, listener):
     """Values that may mean something else than they say; they are used as they are."""
-    for label in task.task_labels if task.type == "regression" else ():
+    for label in task.outputs.of_kind("regression", "survival"):
         y = table[label].dropna()
         warn_of_one_and_two(label, y, path, listener)
         codes = y.isin(missing_codes(y.to_numpy()))
@@ -226,7 +320,7 @@ def fit_scaling(table, task, unlearnable=(), listener=RUN):
     """
     chosen = PUBLISHED_BOXCOX if task.boxcox is None else task.boxcox
     scaling = {"type": "boxcox"}
-    for label in task.task_labels:
+    for label in task.outputs.of_kind("regression"):
         scaling[label] = {"shift": 0.0, "apply_boxcox": False, "mean": 0.0, "stdev": 1.0}
         if label in unlearnable:
             continue
@@ -276,11 +370,12 @@ def boxcox(x, lmbda):
 def scale(values, labels, scaling):
     """Physical units (S, T) -> normalised (S, T), a new array; NaN stays.
 
-    A value below what a label's Box-Cox can take becomes NaN.
+    A value below what a label's Box-Cox can take becomes NaN; what has no scaling stays.
     """
     out = np.array(values, dtype=np.float64)
     for i, label in enumerate(labels):
-        s = scaling[label]
+        if not isinstance(s := scaling.get(label), dict):
+            continue
         z = out[:, i] + s["shift"]
         if s["apply_boxcox"]:  # unseen values may lie below the training minimum
             z = boxcox(np.where(z > 0, z, np.nan), s["lmbda"])
@@ -295,7 +390,8 @@ def unscale(values, labels, scaling):
     """
     out = np.array(values, dtype=np.float64)
     for i, label in enumerate(labels):
-        s = scaling[label]
+        if not isinstance(s := scaling.get(label), dict):
+            continue
         z = out[:, i] * s["stdev"] + s["mean"]
         if s["apply_boxcox"]:
             lmbda = s["lmbda"]

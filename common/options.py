@@ -53,6 +53,18 @@ def names_in(value):
     return words
 
 
+def times_in(value):
+    """['1,5'], '1 5' or [1, 5] -> [1.0, 5.0]: times above 0, rising."""
+    words = value if isinstance(value, list) else [value]
+    try:
+        times = [float(x) for word in words for x in str(word).replace(",", " ").split()]
+    except ValueError:
+        times = [0]
+    if times != sorted(set(times)) or not all(0 < x < float("inf") for x in times):
+        raise ValueError(f"rising times above 0, as in 1,5, not {shown(value)}")
+    return times
+
+
 def folds_in(value):
     return [x.strip() for w in names_in(value) for x in (w.split(",") if isinstance(w, str) else w)]
 
@@ -261,6 +273,11 @@ class Settings(CohortOptions):
     prevalence: float | None = option(
         None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
     )
+    years: Annotated[list[float], BeforeValidator(times_in)] = option(
+        [], "survival labels: the times at which survival and AUROC are given, in the unit of "
+        "their times, as in 1,5 [1,5, as far as the model's studies were followed]",
+        DATA, "predict evaluate",
+    )
     per: Literal["study", "patient"] = option(
         "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
     )
@@ -316,6 +333,10 @@ class Settings(CohortOptions):
     head_learning_rate: float = option(
         0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
         "others, end to end 1e-4", TRAINING, "train", least=0,
+    )
+    layer_decay: float = option(
+        1.0, "layer-wise rates: each layer's is so many times that of the layer above it, as 0.8",
+        TRAINING, "train", least=1e-3, below=1.0000001,
     )
     freeze: Annotated[str, AfterValidator(frozen)] = option(
         "", "what is not trained: aggregator (a linear probe on --init_from); end to end also "

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,7 @@ from common.options import (
     shown,
     validated,
 )
+from common.outputs import EVENT, KINDS, Outputs
 
 MODELS = Path("trained_models")
 CONFIGS = (Path("config.json"), Path("config-example.json"))
@@ -39,7 +41,8 @@ def with_options(values):
     if not isinstance(values, dict):
         return values
     settings, rest = values.get("settings", {}), {}
-    plain = {k: v for k, v in values.items() if SYNONYMS.get(k, k) in IN_CONFIG}
+    options = IN_CONFIG - {"level"}  # which is a task's own
+    plain = {k: v for k, v in values.items() if SYNONYMS.get(k, k) in options}
     rest = {k: v for k, v in values.items() if k not in plain}
     if not plain or not isinstance(settings, dict):
         return rest
@@ -80,23 +83,35 @@ OWN_COLUMNS = ("pid", "eid", "PID", "Echo_ID", "n_videos", "n_clips", "novelty",
 OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Predict")
 
 
-def label_faults(labels, units):
-    """What is wrong with label names, in lines: none, one twice, or one that is our column."""
-    if len(labels) > MOST_LABELS:
-        return [f"task_labels names {len(labels)} labels; a model has {MOST_LABELS} at most"]
+def names_beside(classes, survival):
+    """The names of outputs that are no labels."""
+    risks = [f"{label}_risk" for label in survival]
+    return [f"{label}_{name}" for label, names in classes.items() for name in names] + risks
+
+
+def label_faults(labels, units, names=(), survival=()):
+    """What is wrong with label names, in lines: none, one twice, or one that is our column.
+
+    names: of the outputs, where they are others than the labels; survival: labels of that kind.
+    """
+    if (n := len(labels) + len(names)) > MOST_LABELS:
+        return [f"task_labels and classes are {n} outputs; a model has {MOST_LABELS} at most"]
     if not labels or len(set(labels)) < len(labels):
         return ["task_labels must name at least one label, and none twice"]
     taken, faults = dict.fromkeys(OWN_COLUMNS), []
-    for label in labels:
-        unit = units.get(label)
-        for column in dict.fromkeys([label, f"{label} [{unit}]" if unit else label]):
-            whose = taken.get(column)
-            if whose:
+    made = {f"{x}{end}": x for x in survival for end in (EVENT, "_event")}
+    with_units = [(x, [x, f"{x} [{units[x]}]"] if units.get(x) else [x]) for x in labels]
+    for label, columns in [*with_units, *((name, [name]) for name in names)]:
+        for column in columns:
+            whose = taken.get(column) or made.get(column)
+            timed = [x for x in survival if column.startswith(f"{x}_survival_")]
+            if whose or timed:
+                whose = whose or timed[0]
                 faults.append(f"labels {whose} and {label} would share a column {column}")
             elif column in taken:
                 faults.append(f"{column} is a column of our tables and cannot be a label")
             taken[column] = label
-    for label in labels:
+    for label in (*labels, *names):
         faults += [
             f"{label}{end} is a column of our tables, for {label}, and cannot be a label"
             for end in OWN_ENDS
@@ -105,10 +120,43 @@ def label_faults(labels, units):
     return faults
 
 
+def kinds_of(value):
+    """A task's `type`: a kind, or a dict of labels' kinds; the nearest name where it is neither."""
+    told = list(value.values()) if isinstance(value, dict) else [value]
+    for kind in told:
+        known = isinstance(kind, str) and kind in (*KINDS, "")
+        if not known or (kind == "" and told != [value]):
+            names = ", ".join(KINDS)
+            raise ValueError(f"one of {names}, not {shown(kind)}{nearest(kind, KINDS)}")
+    return by_label(value)
+
+
+def pair_of_columns(value):
+    if not isinstance(value, list) or len(value) != 2 or value[0] == value[1]:
+        raise ValueError("two columns, [time, event]")
+    return value
+
+
+def class_names(value):
+    plain = {str(x).strip().casefold() for x in value} if isinstance(value, list) else ()
+    if len(plain) < max(2, len(value) if isinstance(value, list) else 2):
+        raise ValueError("the names of two classes or more, in order, none twice")
+    return as_labels(value)
+
+
 Labels = Annotated[list[Text], BeforeValidator(as_labels)]
 Units = Annotated[dict[Text, Text], BeforeValidator(by_label)]
 Range = Annotated[list, BeforeValidator(range_of)]
+Kinds = Annotated[str | dict[Text, str], BeforeValidator(kinds_of)]
+Classes = Annotated[
+    dict[Text, Annotated[list[Text], BeforeValidator(class_names)]], BeforeValidator(by_label)
+]
+TimeAndEvent = Annotated[list[Text], BeforeValidator(pair_of_columns)]
+Survival = Annotated[dict[Text, TimeAndEvent], BeforeValidator(by_label)]
 ForConfig = Annotated[Settings, AfterValidator(for_config)]
+
+
+BY_NUMBER = ("", "regression", "survival")  # kinds that are numbers, whose range may be given
 
 
 class Task(Entry):
@@ -116,7 +164,10 @@ class Task(Entry):
 
     task_labels: Labels
     label_path: Location | None = None
-    type: Literal["", "binary", "regression"] = ""  # '' is decided by the values
+    level: Literal["study", "video"] = "study"  # of what the labels are
+    type: Kinds = ""  # of all labels, or label -> kind; what is not said is decided by the values
+    classes: Classes = Field({})  # multiclass label -> names of its classes, in order
+    survival: Survival = Field({})  # survival label -> its columns [time, event]
     units: Units = Field({})  # label -> unit, for tables and figures
     boxcox: Labels | None = None  # labels made normal by Box-Cox; None: the published five
     # label -> [low, high]; None: the published two
@@ -127,16 +178,45 @@ class Task(Entry):
 
     @model_validator(mode="after")
     def agree(self):
-        faults = label_faults(self.task_labels, self.units)
-        for key in ("units", "boxcox", "valid_range"):
+        names = names_beside(self.classes, self.survival)
+        faults = label_faults(self.task_labels, self.units, names, self.survival)
+        for label in self.task_labels:
+            for kind, key in (("multiclass", "classes"), ("survival", "survival")):
+                if (self.kind(label) == kind) != (label in getattr(self, key)):
+                    faults.append(f"{key} is for labels of type {kind}: {label} has one of the two")
+        for key, useful in (("boxcox", ("", "regression")), ("valid_range", BY_NUMBER)):
+            faults += [
+                f"{key} does nothing for {x}, which is {self.kind(x)}"
+                for x in getattr(self, key) or ()
+                if x in self.task_labels and self.kind(x) not in useful
+            ]
+        kinds = self.type if isinstance(self.type, dict) else {}
+        for key in ("units", "boxcox", "valid_range", "classes", "survival", "type"):
+            there = kinds if key == "type" else getattr(self, key)
             faults += [
                 f"{key} has {printable(x)[:60]}, which is no label{nearest(x, self.task_labels)}"
-                for x in getattr(self, key) or ()
+                for x in there or ()
                 if x not in self.task_labels
             ]
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def kind(self, label):
+        """A label's kind, '' where it is not said: the values decide."""
+        told = self.type.get(label, "") if isinstance(self.type, dict) else self.type
+        other = "survival" if label in self.survival else ""
+        return told or ("multiclass" if label in self.classes else other)
+
+    def columns_of(self, label):
+        """The columns of the label table that a label is read from."""
+        return self.survival.get(label, [label])
+
+    @property
+    def outputs(self):
+        """What a model of this task gives out, its kinds decided."""
+        kinds = {label: self.kind(label) for label in self.task_labels}
+        return Outputs.of(self.task_labels, kinds, self.classes)
 
 
 class Dataset(Entry):
@@ -265,6 +345,27 @@ class Input(Entry):
     norm_sd: float | None = None
 
 
+class Hazard(Entry):
+    """What makes a survival label's output a probability: see `report.metrics.breslow`."""
+
+    mean: float  # of the log hazards
+    times: list[float] = Field(min_length=2, max_length=1000)
+    cumulative: list[float]
+
+    @model_validator(mode="after")
+    def rises(self):
+        rising = all(a < b for a, b in pairwise(self.times)) and self.times[0] == 0
+        never_falls = all(a <= b for a, b in pairwise([0.0, *self.cumulative]))
+        finite = all(map(math.isfinite, [self.mean, *self.times, *self.cumulative]))
+        if not (rising and never_falls and finite) or len(self.times) != len(self.cumulative):
+            raise ValueError("a cumulative hazard never falls")
+        return self
+
+    @property
+    def end(self):
+        return self.times[-1]
+
+
 class Record(Entry):
     """The `echofocus` entry of our own checkpoints: what training used and what a user needs."""
 
@@ -273,9 +374,13 @@ class Record(Entry):
     task: Name = ""
     dataset: Name = ""
     labels: list[Text] = Field([])  # in output order
-    type: Literal["", "binary", "regression"] = ""
+    level: Literal["study", "video"] = "study"
+    type: Kinds = ""
+    classes: Classes = Field({})
+    survival: Survival = Field({})  # the columns that these labels were read from
+    hazards: dict[str, Hazard] = Field({})  # of survival labels
     units: Units = Field({})
-    unlearnt: list[str] = Field([])  # labels that had no two values in training
+    unlearnt: list[str] = Field([])  # outputs that had no two values in training
     thresholds: dict[str, float] = Field({})  # label -> probability that counts as present
     labels_sha256: str = ""
     encoder_sha256: str = ""
@@ -284,13 +389,30 @@ class Record(Entry):
 
     @model_validator(mode="after")
     def agree(self):
-        faults = label_faults(self.labels, self.units)
-        for key in ("unlearnt", "thresholds"):
-            odd = [x for x in getattr(self, key) if x not in self.labels]
+        names = names_beside(self.classes, self.survival)
+        faults = label_faults(self.labels, self.units, names, self.survival)
+        plain = [x for x in self.labels if x not in (*self.classes, *self.survival)]
+        risks = [f"{label}_risk" for label in self.survival]
+        for key, known in (
+            ("unlearnt", [*plain, *names]), ("thresholds", plain), ("hazards", risks),
+            ("units", self.labels),
+        ):  # fmt: skip
+            odd = [x for x in getattr(self, key) if x not in known]
             faults += [f"{key} has {printable(x)[:60]}, which is no label" for x in odd]
+        kinds = self.type if isinstance(self.type, dict) else dict.fromkeys(self.labels, self.type)
+        if set(kinds) != set(self.labels):
+            faults.append("type names other labels than there are")
+        for of_kind, there in (("multiclass", self.classes), ("survival", self.survival)):
+            if {label for label, kind in kinds.items() if kind == of_kind} != set(there):
+                faults.append(f"what stands for labels of type {of_kind} is of other labels")
         if faults and self.task:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def outputs(self):
+        """What the model gives out; of a record that says its `type`."""
+        return Outputs.of(self.labels, self.type, self.classes)
 
     def to_save(self):
         """As plain Python values, with the settings that decide the weights and no others."""

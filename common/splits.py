@@ -14,8 +14,10 @@ import torch
 from common.console import RUN, UserError, printable, some
 from common.files import derive_seed, unquoted, write_table
 from common.options import FOLDS, parse_split
+from common.outputs import EVENT
 from common.tables import read_table
 
+STUDY = "study of the video"  # a column of label tables of videos, whose index is study/video
 GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
 FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
@@ -76,31 +78,36 @@ def fold_at(share, percent, n_folds=0, test_fold=0):
     return FOLDS[-1]
 
 
-def split_patients(table, made):
+def split_patients(table, made, outputs=None):
     """Label table -> Series of study id to fold, by patient; `made`: seed, split, n_folds, fold.
 
-    A column GIVEN_FOLD decides instead; where it is blank the study is 'left out'.
+    outputs: of the labels, which say how `stratify` tells patients apart. A column GIVEN_FOLD
+    decides instead; where it is blank the study is 'left out'.
     """
     if GIVEN_FOLD in table:
         return table[GIVEN_FOLD].fillna("left out").rename("fold")
     seed, *rule = made["seed"], parse_split(made["split"]), made["n_folds"], made["fold"]
     if made.get("stratify"):
-        folds = stratified(table, made["stratify"], seed, rule)
+        folds = stratified(table, made["stratify"], seed, rule, outputs)
     else:
         folds = {pid: fold_of(pid, seed, *rule) for pid in table["pid"].unique()}
     return table["pid"].map(folds).rename("fold")
 
 
-def stratified(table, label, seed, rule):
+def stratified(table, label, seed, rule, outputs=None):
     """Patient -> fold: patients alike in a label are dealt in equal shares, in the hash's order.
 
-    Alike: with a positive study, with none, or without the label; of a measurement, the third that
-    the patient's mean is in. Unlike by the hash alone, patients who come later would move others:
-    the folds of a training are written down, and later patients count as test.
+    Alike: with a positive study (or the event), with none, or without the label; of classes, the
+    highest of the patient's; of a measurement, the third that the patient's mean is in. Unlike by
+    the hash alone, patients who come later would move others: the folds of a training are written
+    down, and later patients count as test.
     """
-    y = table[label].groupby(table["pid"]).agg("max" if is_finding(table[label]) else "mean")
-    group = y if is_finding(y) else pd.Series(np.nan, y.index)
-    if not is_finding(y):
+    kind = outputs.kinds[label] if outputs else ""
+    values = table[label + EVENT] if kind == "survival" else table[label]
+    apart = kind == "multiclass" or is_finding(values)
+    y = values.groupby(table["pid"]).agg("max" if apart else "mean")
+    group = y if apart else pd.Series(np.nan, y.index)
+    if not apart:
         known = y.dropna()
         group[known.index] = np.searchsorted(known.quantile([1 / 3, 2 / 3]), known)
     folds = {}
@@ -150,14 +157,14 @@ class Seen:
         parts = {}
         for fold in ("train", "val"):
             part = split[split["fold"] == fold]
-            ids = hashed(part["pid"], "p", key), hashed(part.index, "e", key)
+            ids = hashed(part["pid"], "p", key), hashed(studies_in(part), "e", key)
             parts[fold] = np.unique(np.concatenate(ids))
         return cls(key, **parts)
 
     def weights(self, table):
         """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
         pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
-        codes = hashed(pids, "p", self.key)[place], hashed(table.index, "e", self.key)
+        codes = hashed(pids, "p", self.key)[place], hashed(studies_in(table), "e", self.key)
         return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
 
     def saved(self):
@@ -175,6 +182,11 @@ class Seen:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: its list of seen patients is damaged") from error
         return cls(saved["key"], *parts)
+
+
+def studies_in(table):
+    """The study of each row of a table of studies, or of their videos."""
+    return table.get(STUDY, table.index)
 
 
 def hashed(ids, kind, key):

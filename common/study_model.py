@@ -24,6 +24,7 @@ class StudyModel(nn.Module):
         super().__init__()
         self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
         self.pool_queries = True  # multiquery: the study embedding is the mean over labels
+        self.groups = ()  # slices of outputs that are the classes of one label
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
@@ -43,11 +44,16 @@ class StudyModel(nn.Module):
         return (self.query_token if self.kind == "query" else self.query_tokens)[0]
 
     def forward(self, tokens, lengths, rng=None):
-        """tokens (N, D) of S studies, lengths (S) -> logits (S, T), study embeddings (S, D).
+        """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
 
-        The latter are (S, T, D) of a multiquery model without `pool_queries`.
+        The latter are (S, T, D) of a multiquery model without `pool_queries`. Outputs of classes
+        are log-odds, see `common.outputs`.
         rng: a numpy Generator that dropout draws from in training; torch's own without.
         """
+        logits, embeddings = self.read(tokens, lengths, rng)
+        return against_rest(logits, self.groups) if self.groups else logits, embeddings
+
+    def read(self, tokens, lengths, rng):
         S, queries = len(lengths), self.queries
         if queries is not None:  # each study's queries stand before its clips
             parts = [x for study in tokens.split(lengths) for x in (queries, study)]
@@ -110,18 +116,75 @@ class Readings(nn.Module):
         return pool(outputs, lengths), pool(tokens, lengths)
 
 
-def study_losses(logits, targets, task_type):
+def against_rest(logits, groups):
+    """Logits (S, O) with those of each group of classes (a slice) made log-odds against the rest.
+
+    softmax(z)_k / (1 - softmax(z)_k) = exp(z_k) / (the sum of exp(z_j), j != k).
+    """
+    parts, at = [], 0
+    for group in groups:
+        z = logits[:, group]
+        others = z[:, None].expand(-1, z.shape[1], -1)
+        others = others.masked_fill(torch.eye(z.shape[1], device=z.device, dtype=bool), -torch.inf)
+        parts += [logits[:, at : group.start], z - others.logsumexp(2)]
+        at = group.stop
+    return torch.cat([*parts, logits[:, at:]], dim=1)
+
+
+def study_losses(logits, targets, outputs):
     """Loss of each study (S,): the mean over its labels that are not missing (NaN); 0 if all are.
 
-    Binary: cross-entropy with logits. Regression: squared error of normalised labels.
+    logits (S, O), targets (S, C) and outputs as in `common.outputs`. Of survival the S studies are
+    those of one step: the loss of one depends on them all.
     """
-    known = ~targets.isnan()
-    each = losses_of_labels(logits, targets.nan_to_num(), task_type)
+    known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
+    each = losses_of_labels(logits, targets, outputs)
     return (each * known).sum(1) / known.sum(1).clamp(min=1)
 
 
-def losses_of_labels(logits, targets, task_type):
-    """The loss of each study's each label (S, T), see `study_losses`."""
-    if task_type == "binary":
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return F.mse_loss(logits, targets, reduction="none")
+def losses_of_labels(logits, targets, outputs):
+    """The loss of each study's each label (S, T), see `study_losses`; of a missing one any."""
+    kinds, filled = set(outputs.kinds.values()), targets.nan_to_num()
+    if len(kinds) == 1 and kinds <= set(LOSSES):
+        return LOSSES[kinds.pop()](logits, filled, reduction="none")
+    losses = []
+    for label, kind in outputs.kinds.items():
+        z, place = logits[:, outputs.slices[label]], outputs.places[label]
+        if kind == "survival":
+            losses.append(cox_losses(z[:, 0], *targets[:, place].T))
+        elif kind == "multiclass":  # -log of the probability of its class, of which z is log-odds
+            losses.append(F.softplus(-z.gather(1, filled[:, place].long()))[:, 0])
+        else:
+            losses.append(LOSSES[kind](z, filled[:, place], reduction="none")[:, 0])
+    return torch.stack(losses, dim=1)
+
+
+LOSSES = {"binary": F.binary_cross_entropy_with_logits, "regression": F.mse_loss}
+
+
+def losses_of_outputs(logits, targets, kinds):
+    """The loss of each output by itself, (S, O); NaN where the target (S, O) is. Of kinds that have
+    one: of survival it is NaN."""
+    known = ~targets.isnan() & torch.tensor([kind in LOSSES for kind in kinds]).to(targets.device)
+    columns = zip(kinds, logits.T, targets.nan_to_num().T, strict=True)
+    each = [LOSSES.get(k, F.mse_loss)(z, y, reduction="none") for k, z, y in columns]
+    return torch.where(known, torch.stack(each, dim=1), torch.nan)
+
+
+def cox_losses(risk, time, event):
+    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,), 0 where
+    none is; scaled so that its mean over the studies that are known is that over events.
+
+    risk: log hazards (S,), time and event (S,), NaN where unknown.
+    """
+    known = ~(time.isnan() | event.isnan())
+    out, n_events = torch.zeros_like(risk), (event[known] == 1).sum()
+    if not n_events:
+        return out + 0 * risk.sum()
+    order = torch.argsort(time[known], descending=True)
+    r, t, e = (x[known][order] for x in (risk.double(), time, event))
+    at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
+    last = torch.searchsorted(-t, -t, right=True) - 1
+    losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
+    rows = known.nonzero()[:, 0][order]
+    return out.index_put((rows,), losses.to(out.dtype))

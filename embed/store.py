@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -32,7 +33,16 @@ import torch
 
 from common import __version__
 from common.checkpoints import load_safely, save
-from common.console import EXTRACT, Findings, UserError, clean_text, printable, progress, some
+from common.console import (
+    EXTRACT,
+    Findings,
+    UserError,
+    clean_text,
+    listed,
+    printable,
+    progress,
+    some,
+)
 from common.files import atomic_path, derive_seed, packed_path, stamp_of
 from common.hdf5 import (
     MOST_BYTES,
@@ -915,6 +925,59 @@ def write_all(descriptor, array, at):
     while len(left):
         n = os.pwrite(descriptor, left, at)
         left, at = left[n:], at + n
+
+
+class VideosOf(Store):
+    """The videos of a store's studies, each a unit of its own, by the id study/video."""
+
+    def __init__(self, store, findings=None):
+        super().__init__(store.folder, {})
+        self.store, self.place, self.units, lost = store, store.place, {}, {}
+        self.whole = lru_cache(maxsize=64)(self.read_study)
+        for eid in progress(store.files, desc="videos", unit="study", leave=False, delay=2):
+            try:
+                with store.opened(eid) as study:
+                    names = list(study.read_videos())
+            except UnreadableStudy as error:
+                lost[eid] = str(error)
+                continue
+            if len(set(names)) < len(names):
+                lost[eid] = "two of its videos have one name"
+                continue
+            for number, name in enumerate(names):
+                self.units[f"{eid}/{name}"] = eid, number
+                self.files[f"{eid}/{name}"] = store.files[eid]
+        if lost:
+            (findings or Findings()).warning(
+                f"the videos of {len(lost)} studies are left out:{listed(lost, 50)}",
+                "extract these again",
+            )
+
+    def read_study(self, eid, copy):
+        with self.store.opened(eid) as study:
+            return study(copy)
+
+    def header(self, unit):
+        return replace(self.store.header(self.units[unit][0]), videos=1, crc32=())
+
+    def read(self, unit, rng=None):
+        eid, number = self.units[unit]
+        clips = self.whole(eid, draw_copy(rng, self.store.header(eid).copies))
+        own = clips.embeddings[[number]]
+        return replace(clips, embeddings=own, videos=[clips.videos[number]])
+
+    def read_all(self, unit):
+        eid, number = self.units[unit]
+        for clips in self.store.read_all(eid):
+            own = clips.embeddings[[number]]
+            yield replace(clips, embeddings=own, videos=[clips.videos[number]])
+
+    def stamp(self, unit):
+        return self.store.stamp(self.units[unit][0])
+
+    def content(self, unit):
+        eid, number = self.units[unit]
+        return f"{self.store.content(eid)} {number}"
 
 
 class VideosAsStudies:

@@ -207,8 +207,8 @@ def attention_rollout(net, tokens):
 class Objectives:
     """logits (S, T_all) -> (S, T): the outputs of some labels, or each one's loss.
 
-    columns: numbers of the labels; targets: (T,) normalised, and losses: (logits, targets) ->
-    losses, both (S, T), where the loss is explained.
+    columns: numbers of the labels; targets: (T,) normalised, and losses: (logits,
+    targets, columns) -> losses, all (S, T), where the loss is explained.
     """
 
     columns: list[int]
@@ -220,7 +220,7 @@ class Objectives:
         if self.targets is None:
             return logits
         targets = torch.tensor(self.targets, dtype=logits.dtype, device=logits.device)
-        return self.losses(logits, targets.expand_as(logits))
+        return self.losses(logits, targets.expand_as(logits), self.columns)
 
 
 def clip_baseline(model, settings):
@@ -252,7 +252,7 @@ def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
     tokens = torch.from_numpy(x).to(device_of(net)).flatten(0, 1)
     start = torch.zeros(D) if baseline is None else baseline
     ends = outputs_of(net, [tokens, start.to(tokens).expand_as(tokens)], settings)
-    losses = model.losses(ends[:1], torch.tensor(truths).to(ends)[None])
+    losses = model.losses(ends[:1], torch.tensor(truths).to(ends)[None], range(net.n_labels))
     objectives = Objectives(columns, targets, model.losses)
     found = attribute_clips(net, x, settings, objectives, baseline)
     unit |= {"answer": ends[:1].cpu().numpy(), "baseline": ends[1:].cpu().numpy()}

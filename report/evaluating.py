@@ -91,7 +91,8 @@ def columns_by(texts, config, settings):
     if not wanted:
         return {}
     dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
-    rows = read_rows(dataset.label_path or task.label_path, list(wanted))
+    path = dataset.label_path or task.label_path
+    rows = read_rows(path, list(wanted), level=task.level)
     return {column: (rows[column], edges) for column, edges in wanted.items()}
 
 

@@ -22,6 +22,7 @@ from common.console import RUN, UserError, printable, some
 from common.files import atomic_path, write_table
 from common.labels import cells_of
 from common.options import FOLDS
+from common.outputs import USUAL_YEARS, Outputs
 from common.splits import some_of
 from common.tables import clean_ids, read_table, to_numbers
 from report import curves
@@ -64,7 +65,7 @@ class Studies:
         """The published table: PID, Echo_ID, truth and prediction of every label."""
         columns = {"PID": self.patients, "Echo_ID": self.eids}
         for o in self.outcomes:
-            columns[f"{o.label}_Correct"] = o.truth
+            columns |= {f"{name}_Correct": column for name, column in true_columns(o).items()}
             columns |= predicted_columns(o)
         return pd.DataFrame(columns)
 
@@ -167,11 +168,28 @@ def paired(studies, other, name):
     return first, second, notes
 
 
-def predicted_columns(outcome):
-    """Column -> (S,) or one number: an outcome's predictions and threshold in our tables."""
-    columns = {f"{outcome.label}_Predict": outcome.predicted}
-    if getattr(outcome, "threshold", None) is not None:
-        columns[f"{outcome.label}_threshold"] = outcome.threshold
+def true_columns(o):
+    """Name -> (S,): an outcome's truths, the name of the class, of survival time and event."""
+    if isinstance(o, st.MultiClass):
+        known = np.isfinite(o.truth)
+        names = np.array(o.classes, object)[np.where(known, o.truth, 0).astype(int)]
+        return {o.label: np.where(known, names, None)}
+    event = {f"{o.label}_event": o.event} if isinstance(o, st.Survival) else {}
+    return {o.label: o.truth} | event
+
+
+def predicted_columns(o):
+    """Column -> (S,) or one number: an outcome's predictions, named as a model's outputs are, and
+    its threshold."""
+    columns = {o.label: o.predicted}
+    if isinstance(o, st.MultiClass):
+        names = [f"{o.label}_{x}" for x in o.classes]
+        columns = dict(zip(names, o.probabilities.T, strict=True))
+    elif isinstance(o, st.Survival):
+        columns = {f"{o.label}_risk": o.risk}
+    columns = {f"{name}_Predict": column for name, column in columns.items()}
+    if getattr(o, "threshold", None) is not None:
+        columns[f"{o.label}_threshold"] = o.threshold
     return columns
 
 
@@ -188,17 +206,23 @@ def spread(values, at, n):
     return out
 
 
-def outcomes_of(labels, truth, predicted, kind, units, thresholds, prevalence=None):
-    """One outcome a label. truth, predicted (S, T) in physical units or probabilities."""
-    if kind == "binary":
-        return [
-            st.Binary(label, y, p, threshold=thresholds.get(label), prevalence=prevalence)
-            for label, y, p in zip(labels, truth.T, predicted.T, strict=True)
-        ]
-    return [
-        st.Regression(label, y, p, units.get(label, ""))
-        for label, y, p in zip(labels, truth.T, predicted.T, strict=True)
-    ]
+def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
+    """One outcome a label. truth (S, C) and predicted (S, O), of `common.outputs`, in physical
+    units, probabilities and log hazards; years: when the AUROC of survival is given."""
+    found = []
+    for label, kind in outputs.kinds.items():
+        y, p = truth[:, outputs.places[label]], predicted[:, outputs.slices[label]]
+        if kind == "binary":
+            cut = thresholds.get(label)
+            found.append(st.Binary(label, y[:, 0], p[:, 0], threshold=cut, prevalence=prevalence))
+        elif kind == "multiclass":
+            found.append(st.MultiClass(label, y[:, 0], p, outputs.classes[label]))
+        elif kind == "survival":
+            when = tuple(years or USUAL_YEARS)
+            found.append(st.Survival(label, *y.T, p[:, 0], when, units.get(label, "")))
+        else:
+            found.append(st.Regression(label, y[:, 0], p[:, 0], units.get(label, "")))
+    return found
 
 
 # --------------------------------------------------------------------------- anyone's predictions
@@ -279,7 +303,8 @@ def thresholds_of(table, eids):
 
 def studies_of_table(path, task, table):
     """Studies of a table of predictions and a label table (see `read_labels`), in its order."""
-    predicted, thresholds = predictions_in(named_rows(path), path, task.task_labels, task.units)
+    outputs = task.outputs
+    predicted, thresholds = predictions_in(named_rows(path), path, outputs.names, task.units)
     there = table.index.intersection(predicted.index)
     if not len(there):
         raise UserError(
@@ -288,16 +313,16 @@ def studies_of_table(path, task, table):
         )
     if others := len(predicted) - len(there):
         RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
-    kept = table.loc[there]
-    truth, values = kept[task.task_labels].to_numpy(), predicted.loc[there].to_numpy()
-    own = thresholds_of(thresholds, there)
-    outcomes = outcomes_of(task.task_labels, truth, values, task.type, task.units, own)
+    kept, own = table.loc[there], thresholds_of(thresholds, there)
+    truth, values = kept[outputs.columns].to_numpy(), predicted.loc[there].to_numpy()
+    outcomes = outcomes_of(outputs, truth, values, task.units, own)
     return Studies(list(there), kept["pid"].to_numpy(), outcomes)
 
 
 def warn_of_truths(path, outcomes):
     """Tell of labels whose predictions are the truths: another column may have been meant."""
-    same = [o for o in outcomes if o.n and np.array_equal(o.truth[o.known], o.predicted[o.known])]
+    plain = [o for o in outcomes if isinstance(o, st.Binary | st.Regression) and o.n]
+    same = [o for o in plain if np.array_equal(o.truth[o.known], o.predicted[o.known])]
     if same:
         names = some(o.label for o in same)
         RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
@@ -310,6 +335,12 @@ def studies_with_truth(path):
     labels = [c.removesuffix("_Correct") for c in raw if c.endswith("_Correct")]
     if pid is None or not labels:
         return None
+    other = [x for x in labels if f"{x}_Predict" not in raw and x not in raw]
+    if other:
+        raise UserError(
+            f"{path} has truths of {some(map(printable, other))} and no prediction called so: "
+            "classes and times are evaluated by a label table, which --task names"
+        )
     raw = with_ids(raw, pid, path, RUN)
     truth = numbers_in(raw, [f"{x}_Correct" for x in labels], path, RUN).to_numpy()
     predicted, thresholds = predictions_in(raw, path, labels)
@@ -318,7 +349,8 @@ def studies_with_truth(path):
         y = truth[:, i]
         kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
         values = predicted[[label]].to_numpy()
-        outcomes += outcomes_of([label], truth[:, [i]], values, kind, {}, own)
+        outputs = Outputs.of([label], kind)
+        outcomes += outcomes_of(outputs, truth[:, [i]], values, {}, own)
     pids = clean_ids(raw[pid], path, RUN).to_numpy()
     return Studies(list(raw.index), pids, outcomes)
 
@@ -739,7 +771,7 @@ def notes_of(fold, unseen):
 def notes_of_folds(parts):
     """Sentences about labels that some fold of a cross-validation could not learn or call."""
     for same in zip(*(part.outcomes for part in parts), strict=True):
-        blank = [k for k, o in enumerate(same) if not np.isfinite(o.predicted).any()]
+        blank = [k for k, o in enumerate(same) if not st.finite_rows(o.predicted).any()]
         if blank:
             lost = sum(int(np.isfinite(same[k].truth).sum()) for k in blank)
             yield (

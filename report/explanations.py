@@ -22,11 +22,11 @@ def score_unit(model, label, settings):
         return 1.0, "share"
     if settings.explain_mode == "loss":
         return 1.0, "loss"
-    if model.type == "binary":
-        return 1.0, "log-odds"
+    if model.kind(label) != "regression":
+        return 1.0, {"binary": "log-odds", "survival": "log hazard"}[model.kind(label)]
     if model.scaling[label]["apply_boxcox"]:
         return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
-    return float(model.scaling[label]["stdev"]), model.units.get(label, "label's unit")
+    return float(model.scaling[label]["stdev"]), model.unit(label) or "label's unit"
 
 
 def video_rows(model, unit, settings):
@@ -147,7 +147,7 @@ def ranked(model, logits, targets, columns, select):
     logits, truth = logits[:, columns], targets[:, columns]
     if select == "wrong" and np.isnan(truth).all():
         raise UserError("--select wrong needs labels: set label_path in the config")
-    if model.type == "binary":
+    if model.kind(model.labels[columns[0]]) == "binary":
         thresholds = model.record.thresholds
         cuts = np.array([thresholds.get(model.labels[i], 0.5) for i in columns])
         margins = logits - np.log(cuts / (1 - cuts))  # in log-odds

@@ -40,7 +40,7 @@ def study_curves(model, bag, unit, truths, settings):
         return np.concatenate(parts)
 
     def quality(outputs, i):
-        if model.type == "binary":
+        if model.kind(model.labels[i]) == "binary":
             towards = outputs[:, i] * (2 * truths[i] - 1)
             return 1 / (1 + np.exp(-towards.astype(np.float64)))
         return -np.abs(outputs[:, i] - truths[i])
@@ -55,7 +55,7 @@ def study_curves(model, bag, unit, truths, settings):
         if np.isnan(truths[i]):
             continue
         scores = unit["scores"][k].sum(1)
-        key = towards_truth(scores, truths[i], model.type, settings)
+        key = towards_truth(scores, truths[i], model.kind(model.labels[i]), settings)
         first = np.argsort(-key, kind="stable")
         random = np.mean([at_grid(quality(outputs, i)) for outputs in by_chance], axis=0)
         found[i, "insertion", "score"] = at_grid(quality(along(first), i))
@@ -108,7 +108,9 @@ def write_curves(model, store, units, targets, patients, settings, path):
     curves, areas = pd.DataFrame(rows), pd.DataFrame(areas)
     write_table(curves, path.with_name(path.name + ".curves.csv"))
     write_table(areas, path.with_name(path.name + ".curve_areas.csv"))
-    plot_curves(curves, model.type, path.with_name(path.name + ".curves"))
+    kinds = curves["label"].map(model.kind)  # the qualities of findings and measurements differ
+    kind = "binary" if (kinds == "binary").any() else kinds.iloc[0]
+    plot_curves(curves[kinds == kind], kind, path.with_name(path.name + ".curves"))
     return areas
 
 

@@ -29,10 +29,10 @@ def describe_encoder(model):
     }
 
 
-def describe_model(net, saved, record, labels, units, scaling):
+def describe_model(net, saved, record, outputs, units, scaling):
     """A study-level model, as a dict. record: what its checkpoint `saved` says of its training.
 
-    labels: in output order; scaling: of a regression, label to shift, mean, stdev (and lmbda).
+    outputs: see `common.outputs`; scaling: measurement to shift, mean, stdev (and lmbda).
     """
     architecture = {
         "transformer_type": net.kind,
@@ -45,8 +45,12 @@ def describe_model(net, saved, record, labels, units, scaling):
     return {
         "kind": "study-level model",
         "architecture": architecture,
-        "type": "regression" if saved.get("input_norm_dict") else "binary",
-        "labels": [describe_label(label, units, scaling, record) for label in labels],
+        "type": outputs.type,
+        "labels": [
+            describe_label(name, "" if kind == "survival" else units, scaling or {}, record)
+            | ({"kind": kind} if outputs.type == "mixed" else {})
+            for name, kind in outputs.kind_of.items()
+        ],
         "history": describe_history(saved.get("perf_log")),
         "input": record.get("input", {}),
         "settings": {k: v for k, v in facts.items() if k not in told and v not in ("", [], {})},
@@ -58,7 +62,7 @@ def count(net):
 
 
 def describe_label(label, units, scaling, record):
-    row = {"label": label, "unit": units.get(label, "")}
+    row = {"label": label, "unit": dict(units).get(label, "")}
     names = ("shift", "lmbda", "mean", "stdev")
     row |= {k: float(v) for k, v in scaling.get(label, {}).items() if k in names}
     if label in record.get("thresholds", {}):

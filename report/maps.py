@@ -26,7 +26,8 @@ def map_rows(config, settings, datasets):
             if columns and column in task.task_labels:
                 rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
             else:
-                rows[name] = read_rows(path, columns)
+                level = task.level if task else "study"
+                rows[name] = read_rows(path, columns, level=level)
         except UserError as error:
             rows[name] = None
             reasons.append(str(error))

@@ -426,6 +426,40 @@ def dynamic_auroc(time, event, risk, at, weights=None):
     return float(found[0]) if one else found
 
 
+def breslow(time, event, risk, most=400):
+    """What makes log hazards a survival: a dict of `mean` (of `risk`), `times` and `cumulative`,
+    the cumulative hazard of a study of mean risk at these: 0, the times of events, the longest
+    time; of more than `most` events evenly many lie between two. Of times three digits are kept.
+
+    Breslow's estimate (J R Stat Soc B 1972;34:216). None where no time is above 0. See
+    `survival_at`.
+    """
+    known = np.isfinite(time) & np.isfinite(event) & np.isfinite(risk)
+    time, event, risk = (np.asarray(x, float)[known] for x in (time, event, risk))
+    if not len(time) or time.max() <= 0:
+        return None
+    mean, order = risk.mean(), np.argsort(time, kind="stable")
+    time, event, hazard = time[order], event[order], np.exp(risk[order] - risk.mean())
+    at_risk = np.cumsum(hazard[::-1])[::-1][np.searchsorted(time, time, side="left")]
+    total = np.concatenate([[0.0], np.cumsum(event / at_risk)])
+    knots = np.quantile(time[event == 1], np.linspace(0, 1, most)) if event.any() else []
+    if event.sum() <= most:
+        knots = time[event == 1]
+    knots = np.unique([float(f"{x:.3g}") for x in (0, *knots, time[-1])])
+    cumulative = total[np.searchsorted(time, knots * (1 + 1e-9), side="right")]
+    cumulative[-1] = total[-1]
+    return {"mean": float(mean), "times": knots.tolist(), "cumulative": cumulative.tolist()}
+
+
+def survival_at(at, risk, mean, times, cumulative):
+    """The probability (S,) of no event until `at` for log hazards (S,), by `breslow`'s dict; NaN
+    beyond its times, or where it knows of no event."""
+    if at > times[-1] or not cumulative[-1]:
+        return np.full(np.shape(risk), np.nan)
+    until = cumulative[np.searchsorted(times, at * (1 + 1e-9), side="right") - 1]
+    return np.exp(-until * np.exp(np.asarray(risk, float) - mean))
+
+
 def kaplan_meier(time, event):
     """(times, survival, low, high, at risk), each (G,), from time 0 on: the product-limit estimate
     with Greenwood's 95 % interval on the scale of log(-log), NaN where survival is 1 or 0.

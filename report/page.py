@@ -289,9 +289,9 @@ def shown_value(model, value, label):
     """A probability in percent, or a value with its unit."""
     if number(value) is None:
         return ""
-    if model.type == "binary":
+    if model.kind(label) == "binary":
         return f"{value:.1%}".replace("%", " %")
-    unit = model.units.get(label, "")
+    unit = model.unit(label)
     return f"{value:#.4g} {unit}".strip().replace(". ", " ").removesuffix(".")
 
 
@@ -299,7 +299,7 @@ def tell_label(page, study, i, videos):
     """A label of a study as the templates take it."""
     model, unit = page.model, study.unit
     label = model.labels[i]
-    suffix = f" [{model.units[label]}]" if model.units.get(label) else ""
+    suffix = f" [{model.unit(label)}]" if model.unit(label) else ""
     value, low, high = (number(study.row.get(f"{label}{e}{suffix}")) for e in ("", "_low", "_high"))
     threshold = model.record.thresholds.get(label)
     decision = None if threshold is None or value is None else bool(value >= threshold)
@@ -319,14 +319,14 @@ def tell_label(page, study, i, videos):
         f" ({told['range_shown']})" if told["range_shown"] else ""
     )
     if truth is not None:
-        binary = model.type == "binary"
+        binary = model.kind(label) == "binary"
         told["truth_shown"] = ("present" if truth else "absent") if binary else shown_value(
             model, truth, label
         )  # fmt: skip
         told["right"] = None if decision is None else decision == bool(truth)
     told["explained"] = bool(unit) and i in unit["columns"]
     told["clarity"] = -i  # measurements in their order, findings the clearest first
-    if model.type == "binary":
+    if model.kind(label) == "binary":
         cut = 0.5 if threshold is None else threshold
         told["clarity"] = -1 if value is None else abs(value - cut)
     if told["explained"]:
@@ -341,7 +341,7 @@ def explained_label(page, study, i, videos):
     factor, name = score_unit(model, label, settings)
     scores = factor * unit["scores"][k].sum(1, dtype=np.float64)  # (V,)
     without = model.readable(unit["without"])[:, i]
-    order, words = np.argsort(-scores, kind="stable"), words_for(model, settings)
+    order, words = np.argsort(-scores, kind="stable"), words_for(model, label, settings)
 
     def player(v):
         word = words["up" if scores[v] >= 0 else "down"]
@@ -362,14 +362,14 @@ def explained_label(page, study, i, videos):
     }
 
 
-def words_for(model, settings):
+def words_for(model, label, settings):
     """How a score of either sign is spoken of, and the headings of the top and bottom videos."""
     if settings.explain_method == "attention":
         return {"up": "●", "down": "○", "top": "Looked at most", "bottom": ""}
     if settings.explain_mode == "loss":
         what = {"top": "Raised the loss most", "bottom": "Lowered the loss most"}
         return what | {"up": "▲ raised it by", "down": "▼ lowered it by"}
-    if model.type == "binary":
+    if model.kind(label) == "binary":
         what = {"top": "Counted most for", "bottom": "Counted most against"}
         return what | {"up": "▲ for", "down": "▼ against"}
     what = {"top": "Raised the value most", "bottom": "Lowered the value most"}

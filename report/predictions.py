@@ -7,10 +7,10 @@ from common.files import write_table
 from report.trust import answer_range
 
 
-def prediction_table(model, found, told, deviations=None):
-    """A row a study: ids and counts, a column a label (with its unit) and its range, decisions and
-    the thresholds they were taken at, novelty, warnings. Returns the table, and why studies are
-    not in it.
+def prediction_table(model, found, told, deviations=None, years=()):
+    """A row a study: ids and counts, a column an output (with its unit) and its range, the most
+    probable class, the probability of survival to some `years`, decisions and the thresholds they
+    were taken at, novelty, warnings. Returns the table, and why studies are not in it.
 
     told: the studies' InputFound; deviations: see `trust.spread_of`. A study without one finite
     answer is not in the table; labels never learnt are blank, and a single answer that
@@ -28,11 +28,16 @@ def prediction_table(model, found, told, deviations=None):
         low, high = map(model.from_range, answer_range(model.for_range(found.logits), deviations))
         parts |= {"_low": low, "_high": high}
     for i, label in enumerate(model.labels):
-        unit = f" [{model.units[label]}]" if model.units.get(label) else ""
+        unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
     if hasattr(model, "spread"):  # several that are averaged
         spread = np.where(blank, np.nan, model.spread(found.logits).reshape(values.shape))
         table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
+    for label in model.outputs.of_kind("multiclass"):
+        names, own = np.array(model.outputs.classes[label]), values[:, model.outputs.slices[label]]
+        known = ~np.isnan(own).any(axis=1)
+        table[label] = np.where(known, names[np.where(known[:, None], own, 0).argmax(axis=1)], "")
+    table |= model.survival(found.logits, years)
     shape = len(values), found.logits.shape[1] // len(model.labels), len(model.labels)
     given = np.isfinite(found.logits).reshape(shape).any(axis=1)
     for label, threshold in model.record.thresholds.items():

@@ -79,7 +79,7 @@ class Outcome:
     @cached_property
     def known(self):
         """(S,) bool: studies with a truth and a prediction."""
-        return np.isfinite(self.truth) & _finite_rows(self.predicted)
+        return np.isfinite(self.truth) & finite_rows(self.predicted)
 
     @property
     def n(self):
@@ -119,7 +119,7 @@ def _checked(label, truth, *others):
     return [truth, *others]
 
 
-def _finite_rows(values):
+def finite_rows(values):
     """(S,) bool of (S,) or (S, K)."""
     return np.isfinite(values) if values.ndim == 1 else np.isfinite(values).all(axis=1)
 
@@ -531,7 +531,10 @@ def on_both(first, second):
         raise UserError("the two models do not have the same labels")
     pairs = []
     for a, b in zip(first, second, strict=True):
-        if type(a) is not type(b) or not np.array_equal(a.truth, b.truth, equal_nan=True):
+        both = type(a) is type(b) and [(a.truth, b.truth)]
+        if both and isinstance(a, Survival):
+            both.append((a.event, b.event))
+        if not both or not all(np.array_equal(*pair, equal_nan=True) for pair in both):
             raise UserError(f"{a.label}: the two models' studies do not have the same truths")
         truth = np.where(a.known & b.known, a.truth, np.nan)
         pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
@@ -609,7 +612,7 @@ def pool_by_patient(patients, truth, predicted, how="mean", when=None, classes=T
         raise UserError(f"pooling by patient: {how} is none of mean, first, last")
     patients, truth = np.asarray(patients), np.asarray(truth, float)
     predicted = np.asarray(predicted, float)
-    known = np.isfinite(truth) & _finite_rows(predicted)
+    known = np.isfinite(truth) & finite_rows(predicted)
     if how != "mean":
         names, chosen = first_or_last(patients, known, how, when)
         return names, truth[chosen], predicted[chosen], 0

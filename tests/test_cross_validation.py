@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 import echofocus as ef
 from common.console import UserError
 from common.options import Settings
+from common.outputs import Outputs
 from common.schema import Record
 
 MODELS = Path("trained_models")
@@ -107,9 +108,10 @@ def unseen_alone_are_test(cli, folder):
 
 def test_thresholds_by_two_rules_are_not_averaged():
     a, b = (
-        SimpleNamespace(labels=["x"], type="binary", units={}, folder=Path(rule), record=Record(
-            thresholds={"x": 0.5}, settings=Settings(target=rule)
-        )) for rule in ("youden", "sensitivity=0.9")
+        SimpleNamespace(
+            labels=["x"], outputs=Outputs.of("x", "binary"), units={}, folder=Path(rule),
+            record=Record(labels=["x"], thresholds={"x": 0.5}, settings=Settings(target=rule)),
+        ) for rule in ("youden", "sensitivity=0.9")
     )  # fmt: skip
     with pytest.raises(UserError, match="differ in --target"):
         ef.ensemble_of([a, b], Path("a+b"))

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import h5py
@@ -18,12 +17,16 @@ from test_commands import published_model
 from test_study_model import by_rule, study
 
 import echofocus as ef
+from common.study_model import losses_of_outputs
 from embed.store import open_store
 from report.attribution import Objectives, attribute_clips
 
 
 def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
-    objectives = Objectives(list(columns), targets, partial(ef.losses_of_labels, task_type=kind))
+    def losses(logits, targets, columns):
+        return losses_of_outputs(logits, targets, [kind] * len(columns))
+
+    objectives = Objectives(list(columns), targets, losses)
     return attribute_clips(net, np.asarray(bag), ef.Settings(**options), objectives, baseline)
 
 

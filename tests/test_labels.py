@@ -15,6 +15,7 @@ from common import cohort as ch
 from common import labels as lb
 from common import splits as sp
 from common.console import Collected
+from common.outputs import Outputs
 from common.schema import Record, Task
 
 TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
@@ -253,7 +254,7 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
 def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
     """Never a blank without a reason."""
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
-    model = ef.LoadedModel(Path("m"), None, "t", ["L"], "regression", s, Record(), {})
+    model = ef.LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
     found = model.readable(np.array([[0.0], [9.0]], np.float32))
     assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
     assert "1 answers of L lie past the end of the Box-Cox scale" in capsys.readouterr().out

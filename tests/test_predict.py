@@ -13,6 +13,7 @@ import torch
 from conftest import copy_example, normal, write_embeddings
 
 import echofocus as ef
+from common.outputs import Outputs
 from common.schema import Record
 from embed import panecho
 from embed.store import EmbeddingFolder
@@ -106,7 +107,7 @@ def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
 def test_one_answer_that_is_no_number_is_blank_with_a_warning():
     net = ef.StudyModel(2)
     record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
-    model = ef.LoadedModel(Path("m"), net, "t", ["a", "b"], "binary", None, record, {})
+    model = ef.LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
     found = ef.Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
     rows, left_out = prediction_table(model, found, InputFound({"x": "odd"}))
     assert left_out == {} and rows["warning"].tolist() == ["odd; b: no number", ""]

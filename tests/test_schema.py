@@ -69,7 +69,7 @@ FAULTS = {
     "upside down": (dict(task={"valid_range": {"a": [9, 1]}}), "valid_range, a: [low, high] is up"),
     "range is text": (dict(task={"valid_range": {"a": "0"}}), "valid_range, a: [low, high], null"),
     "range nested": (dict(task={"valid_range": {"a": [[1], 2]}}), "valid_range, a: [low, high]"),
-    "type": (dict(task={"type": "binry"}), "'type' must be"),
+    "type": (dict(task={"type": "binry"}), "one of binary, regression, multiclass, survival"),
     "setting unknown": (dict(task={"settings": {"learningrate": 1}}), "did you mean learning_rate"),
     "setting's kind": (
         dict(task={"settings": {"epoch_lim": "ten"}}),
@@ -133,7 +133,7 @@ def test_all_faults_at_once(cohort, cli):
         status, out, err = cli(command, "--task", "defect")
         text = out + err
         assert status == 1 and "config.json: 4 faults" in text and "Traceback" not in text
-        assert "config.json, task defect: 'type' must be" in text
+        assert "config.json, task defect, type: one of binary" in text and "mean binary?" in text
         assert "config.json, task defect, units: 'finding' must be text, not 3" in text
         assert "config.json, task defect: unknown key 'boxcoks'; did you mean boxcox?" in text
         assert "config.json, dataset site: 'embedding_path' must be text, not null" in text

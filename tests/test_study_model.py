@@ -10,6 +10,7 @@ from torch import nn
 import echofocus as ef
 from common import labels as lb
 from common import packed
+from common.outputs import Outputs
 
 N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
@@ -76,9 +77,10 @@ def test_missing_labels_do_not_touch_the_loss():
     targets = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
     expected = nn.functional.softplus(torch.tensor(-2.0))  # -log sigmoid(2)
     assert torch.allclose(
-        ef.study_losses(logits, targets, "binary"), torch.stack([expected, torch.tensor(0.0)])
+        ef.study_losses(logits, targets, Outputs.of("ab", "binary")),
+        torch.stack([expected, torch.tensor(0.0)]),
     )
-    squared = ef.study_losses(logits, targets, "regression")
+    squared = ef.study_losses(logits, targets, Outputs.of("ab", "regression"))
     assert torch.allclose(squared, torch.tensor([1.0, 0.0]))
 
 
@@ -86,7 +88,7 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = lb.fit_scaling(table, ef.Task(task_labels=labels))
+    found = lb.fit_scaling(table, ef.Task(task_labels=labels, type="regression"))
     for label in labels:
         assert set(found[label]) == set(published[label])
         for key, value in published[label].items():

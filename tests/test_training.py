@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 
 import echofocus as ef
+from common.outputs import Outputs
 from embed.store import open_store
 
 # Batches of few clips, so that a step has several and the last one fewer than there are processes.
@@ -124,7 +125,7 @@ def test_batches_side_by_side_train_as_one_after_the_other(cohort):
                 torch.manual_seed(0)
                 net = ef.StudyModel(1)
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-            how = dict(targets=targets, task_type="binary", optimizer=optimizer)
+            how = dict(targets=targets, outputs=Outputs.of("x", "binary"), optimizer=optimizer)
             before = torch.get_rng_state()
             losses = [loss for *_, loss in ef.run_steps(net, store, eids, settings, **how)]
             assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == n

@@ -11,6 +11,7 @@ from test_study_model import by_rule
 
 import echofocus as ef
 from common.console import UserError
+from common.outputs import Outputs
 from common.schema import Record
 from embed.store import StudyClips
 from report.predictions import prediction_table
@@ -156,7 +157,9 @@ def test_the_end_of_a_box_cox_scale_is_said_in_the_table():
     plain = {"apply_boxcox": False, "shift": 0.0, "mean": 0.0, "stdev": 1.0}
     scaling = {"a": plain | {"apply_boxcox": True, "lmbda": -1.0}, "b": plain}
     record = Record(labels=["a", "b"])
-    model = ef.LoadedModel(Path("m"), None, "t", ["a", "b"], "regression", scaling, record, {})
+    model = ef.LoadedModel(
+        Path("m"), None, "t", Outputs.of("ab", "regression"), scaling, record, {}
+    )
     found = ef.Outcome(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
     rows, _ = prediction_table(model, found, InputFound(), np.full((2, 2), 0.1))
     assert rows["warning"].tolist() == ["a: past the end of the Box-Cox scale", ""]

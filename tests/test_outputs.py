@@ -1,0 +1,413 @@
+"""Kinds of label: classes and times to an event, alone and beside findings and measurements."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import write_embeddings
+from test_study_model import by_rule
+from torch.nn import functional as F
+
+import echofocus as ef
+from common.console import Collected
+from common.labels import class_numbers
+from common.outputs import EVENT, Outputs
+from common.study_model import cox_losses
+from report.metrics import breslow, c_index, survival_at
+
+MIXED = Outputs.of(
+    ["g", "s", "b", "m"],
+    {"g": "multiclass", "s": "survival", "b": "binary", "m": "regression"},
+    {"g": ["none", "mild", "severe"]},
+)
+
+
+def test_the_places_of_outputs_and_targets():
+    assert MIXED.names == ["g_none", "g_mild", "g_severe", "s_risk", "b", "m"]
+    assert MIXED.columns == ["g", "s", "s" + EVENT, "b", "m"] and MIXED.type == "mixed"
+    assert MIXED.slices["s"] == slice(3, 4) and MIXED.places["b"] == slice(3, 4)
+    assert Outputs.of(["g"], "multiclass", {"g": ["a", "b"]}).type == "binary"
+
+
+def slow_cox(risk, time, event):
+    """Each event by itself: minus the log of its share of the hazard of all still there."""
+    losses = np.zeros(len(risk))
+    for i in range(len(risk)):
+        if event[i]:
+            losses[i] = np.log(np.exp(risk[time >= time[i]]).sum()) - risk[i]
+    return losses
+
+
+def test_cox_partial_likelihood():
+    rng = np.random.default_rng(0)
+    risk, time = rng.normal(size=40), rng.integers(1, 12, 40).astype(float)  # with ties
+    event = (rng.random(40) < 0.5).astype(float)
+    time[3], event[5] = np.nan, np.nan
+    known = np.isfinite(time) & np.isfinite(event)
+    expected = np.zeros(40)
+    expected[known] = slow_cox(risk[known], time[known], event[known])
+    found = cox_losses(*(torch.tensor(x) for x in (risk, time, event))).numpy()
+    np.testing.assert_allclose(found * event[known].sum() / known.sum(), expected, atol=1e-9)
+    none = cox_losses(torch.tensor(risk), torch.tensor(time), torch.zeros(40))
+    assert not none.any()
+
+
+def test_losses_of_mixed_labels():
+    """Each label's mean, as torch has it on the raw scores of the classes; missing ones are out."""
+    rng = np.random.default_rng(1)
+    net = by_rule(n_labels=6).eval()
+    x, lengths = torch.tensor(rng.normal(size=(20, 768)), dtype=torch.float32), [4] * 5
+    raw, _ = net(x, lengths)
+    net.groups = MIXED.groups
+    logits, _ = net(x, lengths)
+    torch.testing.assert_close(logits[:, :3].sigmoid(), raw[:, :3].softmax(1))
+    torch.testing.assert_close(logits[:, 3:], raw[:, 3:])
+    y = torch.tensor([[0, 1.0, 1, 0, 0.5], [2, 2, 0, 1, -1], [1, 3, 1, torch.nan, 0]] * 2)[:5]
+    y[4, 0] = torch.nan
+    parts = torch.stack(
+        [
+            F.cross_entropy(raw[:, :3], y[:, 0].nan_to_num().long(), reduction="none"),
+            cox_losses(raw[:, 3], y[:, 1], y[:, 2]),
+            F.binary_cross_entropy_with_logits(raw[:, 4], y[:, 3].nan_to_num(), reduction="none"),
+            (raw[:, 5] - y[:, 4]) ** 2,
+        ],
+        dim=1,
+    )
+    known = torch.ones(5, 4)
+    known[2, 2] = known[4, 0] = 0
+    expected = (parts * known).sum(1) / known.sum(1)
+    torch.testing.assert_close(ef.study_losses(logits, y, MIXED), expected)
+
+
+def test_the_baseline_hazard():
+    """Without risk it is Nelson and Aalen's; survival of a study of twice the hazard is squared."""
+    time, event = np.array([1.0, 2, 2, 3, 4]), np.array([1, 1, 0, 1, 0])
+    found = breslow(time, event, np.zeros(5))
+    assert found["times"] == [0, 1, 2, 3, 4]
+    assert found["cumulative"] == pytest.approx([0, 1 / 5, 1 / 5 + 1 / 4, 0.45 + 1 / 2, 0.95])
+    at = survival_at(2, np.array([0, np.log(2)]), **found)
+    assert at == pytest.approx([np.exp(-0.45), np.exp(-0.9)])
+    assert np.isnan(survival_at(5, np.zeros(1), **found)).all()  # nobody was followed so long
+    nothing = breslow(time, np.zeros(5), np.zeros(5))
+    assert np.isnan(survival_at(1, np.zeros(1), **nothing)).all()
+
+
+@pytest.mark.parametrize(
+    "names, cells, numbers",
+    [
+        (["none", "mild"], ["Mild", " none", "x", None], [1, 0, np.nan, np.nan]),
+        (["none", "mild"], ["1", "0", "1.0"], [1, 0, 1]),
+        (["1", "2", "3"], ["1", "3", "2.0", "0", None], [0, 2, 1, np.nan, np.nan]),
+        (["0", "1"], ["1", "0"], [1, 0]),
+    ],
+)
+def test_cells_of_classes(names, cells, numbers):
+    found = class_numbers("g", pd.Series(cells), names, "t.csv", Collected())
+    np.testing.assert_equal(found.to_numpy(), numbers)
+
+
+@pytest.mark.parametrize(
+    "cells, text",
+    [
+        (["1", "2", "3"], "never say 0"),  # of a clinic that counts from 1
+        (["0", "3"], "up to 3"),
+        (["0", "mild"], "beside names"),
+        (["0", "1"], ""),
+    ],
+)
+def test_numbers_of_classes_are_not_shifted(cells, text):
+    heard = Collected()
+    class_numbers("g", pd.Series(cells), ["none", "mild", "severe"], "t.csv", heard)
+    errors = [x.text for x in heard.findings if x.level == "ERROR"]
+    assert bool(errors) == bool(text) and text in "".join(errors)
+    assert any("0 = none, 1 = mild, 2 = severe" in x.text for x in heard.findings)
+
+
+SITE = {
+    "task": {
+        "outlook": {
+            "task_labels": ["grade", "death", "finding", "size"],
+            "type": {"grade": "multiclass", "death": "survival", "finding": "binary",
+                     "size": "regression"},
+            "classes": {"grade": ["None", "mild", "severe"]},
+            "survival": {"death": ["years", "died"]},
+            "units": {"size": "cm", "death": "years"},
+            "label_path": "labels.csv",
+        }
+    },
+    "dataset": {"site": {"embedding_path": "emb"}},
+}  # fmt: skip
+
+
+MIXED_SITE = Outputs.of(
+    SITE["task"]["outlook"]["task_labels"],
+    SITE["task"]["outlook"]["type"],
+    SITE["task"]["outlook"]["classes"],
+)
+
+
+@pytest.fixture
+def outlook(tmp_path, monkeypatch):
+    """220 studies of 110 patients: a pattern's strength is the grade; death comes sooner by it."""
+    monkeypatch.chdir(tmp_path)
+    rng, rows = np.random.default_rng(0), []
+    pattern, other = rng.normal(size=(2, 768)) / np.sqrt(768) * 3
+    for n in range(220):
+        grade, size = rng.integers(3), rng.normal(5, 1)
+        x = rng.normal(size=(3, 2, 768)).astype(np.float32) * 0.3
+        x[rng.integers(3)] += grade * pattern
+        x += (size - 5) * other
+        write_embeddings(tmp_path / "emb", str(1000 + n), x.astype(np.float32))
+        until, censored = rng.exponential(6 * 0.25**grade), rng.uniform(0, 8)
+        rows.append(
+            {"pid": f"p{n // 2}", "eid": 1000 + n, "grade": ["None", "mild", "severe"][grade],
+             "years": min(until, censored), "died": "yes" if until < censored else "no",
+             "finding": int(grade == 2), "size": size, "hazard": grade}
+        )  # fmt: skip
+    pd.DataFrame(rows).to_csv("labels.csv", index=False)
+    Path("config.json").write_text(json.dumps(SITE))
+    return pd.DataFrame(rows).set_index("eid")
+
+
+TRAIN = ("train", "--task", "outlook", "--epoch_lim", "12", "--learning_rate", "3e-4")
+TRAIN += ("--batch_number", "32", "--tf_combine", "max")
+
+
+def test_a_mixed_task_is_learnt(outlook, cli):
+    status, out, err = cli(*TRAIN)
+    assert status == 0, err
+    assert "AUROC" in out and "C 0." in out and "median absolute error" in out
+    status, out, err = cli("evaluate", "--n_boot", "50", "--years", "2")
+    assert status == 0, err
+    folder = Path("trained_models/outlook")
+    metrics = pd.read_csv(folder / "metrics_test_site.csv").set_index(["label", "metric"])["value"]
+    assert metrics["death", "c_index"] > 0.7 and metrics["grade", "auroc"] > 0.85
+    assert metrics["finding", "auroc"] > 0.85 and metrics["death", "auroc_at_2"] > 0.7
+    saved = pd.read_csv(folder / "saveout_test_site.csv", keep_default_na=False)
+    saved = saved.set_index("Echo_ID")
+    own = outlook.loc[saved.index]
+    assert (saved["grade_Correct"] == own["grade"]).all()
+    np.testing.assert_allclose(saved["death_Correct"], own["years"], rtol=1e-5)
+    found = c_index(own["years"], own["died"] == "yes", saved["death_risk_Predict"])
+    assert found == pytest.approx(metrics["death", "c_index"], rel=1e-5)
+
+    status, out, err = cli("predict", "--years", "1,3", "--out", "p.csv")
+    assert status == 0, err
+    table = pd.read_csv("p.csv", keep_default_na=False).set_index("eid")
+    classes = table[["grade_None", "grade_mild", "grade_severe"]].astype(float)
+    np.testing.assert_allclose(classes.sum(axis=1), 1, rtol=1e-5)
+    assert (table["grade"] == classes.idxmax(axis=1).str.removeprefix("grade_")).all()
+    soon, late = (table[f"death_survival_{x}"].astype(float) for x in (1, 3))
+    assert (soon >= late).all() and soon.between(0, 1).all()
+    assert (soon.rank() == (-table["death_risk"].astype(float)).rank()).all()
+    assert (table["grade_None_low"] <= table["grade_None"]).all() and "size [cm]" in table
+    by_grade = late.groupby(outlook["hazard"]).mean()  # the truth: exp(-3 / (6 * 0.25**grade))
+    assert by_grade[0] > 0.5 > by_grade[1] > by_grade[2]
+
+    status, out, err = cli("predict", "--years", "40", "--out", "q.csv")
+    assert status == 0 and "nobody whom death was learnt from was followed for 40" in err + out
+    assert pd.read_csv("q.csv")["death_survival_40"].isna().all()
+
+
+def test_classes_and_risks_are_explained(outlook, cli):
+    assert cli(*TRAIN, "--epoch_lim", "4")[0] == 0
+    status, _, err = cli("explain", "--sample_limit", "3", "--page")
+    assert status == 0, err
+    folder = Path("trained_models/outlook")
+    videos = pd.read_csv(folder / "explanation_test_site.sample_limit-3.csv")
+    classes = {"grade_None", "grade_mild", "grade_severe"}
+    assert set(videos["label"]) == classes | {"death_risk", "finding", "size"}
+    units = videos.groupby("label")["score_unit"].first()
+    assert units["grade_mild"] == "log-odds" and units["death_risk"] == "log hazard"
+    assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
+    page = (folder / "explanation_test_site.sample_limit-3" / "index.html").read_text()
+    assert "grade_severe" in page and "death_risk" in page
+    status, _, err = cli("explain", "--explain_mode", "loss", "--sample_limit", "2")
+    assert status == 0, err
+
+
+def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
+    """The loss of a step is of all its studies, however they are dealt to batches."""
+    from embed.store import open_store
+
+    store, eids = open_store(Path("emb")), [str(1000 + n) for n in range(40)]
+    outputs = Outputs.of(["death"], "survival")
+    targets = {
+        eid: np.array([outlook.loc[int(eid), "years"], outlook.loc[int(eid), "died"] == "yes"])
+        for eid in eids
+    }
+
+    def gradients(tokens):
+        net = by_rule(n_labels=1).requires_grad_(True)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        settings = ef.Settings(batch_number=40, batch_tokens=tokens)
+        how = dict(targets=targets, outputs=outputs, optimizer=optimizer)
+        ((_, n, loss),) = ef.run_steps(net, store, eids, settings, **how)
+        assert n == 40
+        after = [p.detach() for p in net.parameters()]
+        return loss, torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+
+    (one, whole), (many, parts) = gradients(10_000), gradients(24)
+    assert one == pytest.approx(many, rel=1e-5)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"classes": {}}, "grade"),
+        ({"classes": {"grade": ["none"]}}, "two classes or more"),
+        ({"survival": {"death": ["years"]}}, "two columns, [time, event]"),
+        ({"type": {"grade": "multclass"}}, "mean multiclass?"),
+        ({"type": {"grad": "multiclass"}}, "no label"),
+        ({"task_labels": ["grade", "death", "finding", "size", "grade_mild"]}, "share a column"),
+        ({"task_labels": ["grade", "death", "finding", "size", "death_event"]}, "share a column"),
+        ({"task_labels": ["death_survival_1", "death", "finding", "size", "grade"]}, "share a col"),
+        ({"classes": {"grade": ["Mild", "mild", "none"]}}, "none twice"),
+        ({"boxcox": ["death"]}, "boxcox does nothing for death"),
+    ],
+)
+def test_faults_of_kinds(change, text, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    config = json.loads(json.dumps(SITE))
+    config["task"]["outlook"] |= change
+    Path("config.json").write_text(json.dumps(config))
+    status, _, err = cli("train", "--task", "outlook")
+    assert status == 1 and text in err and "Traceback" not in err, err
+
+
+def test_faults_of_their_values(outlook):
+    table = pd.read_csv("labels.csv", keep_default_na=False)
+    table.loc[0, "years"], table.loc[1, "died"], table.loc[2, "grade"] = -1, None, "terrible"
+    table.to_csv("labels.csv", index=False)
+    listener, config = Collected(), ef.read_config()
+    _, found = ef.load_labels(config, "outlook", "site", listener)
+    said = "\n".join(x.text for x in listener.findings)
+    assert "death: 1 values are below zero" in said and "terrible" in said
+    assert found["death"].isna().sum() == 2 and found["grade"].isna().sum() == 1
+    assert found["death" + EVENT].isna().sum() == 2
+
+
+@pytest.fixture
+def views(cohort):
+    """The cohort's videos with a view each: of even number the pattern `view` is in their clips."""
+    rng, rows = np.random.default_rng(3), []
+    pattern = rng.normal(size=768)
+    patients = pd.read_csv("labels.csv", dtype=str).set_index("eid")["pid"]
+    for path in sorted((cohort / "emb").glob("*.hdf5")):
+        x = rng.normal(size=(4, 2, 768)).astype(np.float32)
+        is_view = rng.random(4) < 0.5
+        x[is_view] += 2 * pattern
+        write_embeddings(cohort / "emb", path.stem, x.astype(np.float32))
+        rows += [
+            {"pid": patients[path.stem], "eid": path.stem, "video": f"v{n:02}.avi",
+             "view": ["other", "apical"][int(there)]} for n, there in enumerate(is_view)
+        ]  # fmt: skip
+    pd.DataFrame(rows).to_csv("views.csv", index=False)
+    config = json.loads(Path("config.json").read_text())
+    task = {"task_labels": ["view"], "level": "video", "type": "multiclass"}
+    task |= {"classes": {"view": ["other", "apical"]}, "label_path": "views.csv"}
+    config["task"]["view"] = task | {"learning_rate": 1e-3, "batch_number": 16, "epoch_lim": 3}
+    Path("config.json").write_text(json.dumps(config))
+    return pd.DataFrame(rows)
+
+
+def test_labels_of_videos(views, cli):
+    status, out, err = cli("train", "--task", "view")
+    assert status == 0, err
+    assert "240 labelled" in out
+    split = pd.read_csv("trained_models/view/split.csv")
+    assert split.groupby("pid")["fold"].nunique().max() == 1 and len(split) == 240
+    status, _, err = cli("evaluate")
+    assert status == 0, err
+    metrics = pd.read_csv("trained_models/view/metrics_test_site.csv").set_index("metric")
+    assert metrics["value"]["auroc"] > 0.95
+    assert metrics["n"]["auroc"] == (split["fold"] == "test").sum()
+    status, _, err = cli("predict", "--out", "p.csv")
+    assert status == 0, err
+    table = pd.read_csv("p.csv").set_index("eid")
+    truth = views.set_index(views["eid"] + "/" + views["video"])["view"]
+    assert (table["view"] == truth.loc[table.index]).mean() > 0.9
+    status, _, err = cli("explain")
+    assert status == 1 and "answers for single videos" in err
+    status, out, err = cli("check", "--task", "view", "--model_name", "view")
+    assert status == 0, out + err
+
+    os.rename("emb", "emb2")  # the same studies under other patients' names: still known
+    config = json.loads(Path("config.json").read_text())
+    config["dataset"] = {"other": {"embedding_path": "emb2"}}
+    Path("config.json").write_text(json.dumps(config))
+    views.assign(pid="Q" + views["pid"]).to_csv("views.csv", index=False)
+    status, out, err = cli("evaluate", "--dataset", "other", "--model_name", "view")
+    assert status == 0, err
+    metrics = pd.read_csv("trained_models/view/metrics_test_other.csv").set_index("metric")
+    assert metrics["n"]["auroc"] <= (split["fold"] == "test").sum()
+
+
+def test_faults_of_tables_of_videos(views, cli):
+    pd.read_csv("views.csv").drop(columns="video").to_csv("views.csv", index=False)
+    status, _, err = cli("train", "--task", "view")
+    assert status == 1 and "no column 'video'" in err and "pid, eid, video" in err
+
+
+def test_an_early_step_of_survival():
+    """One in ten die at once: no curve is drawn from birth to the first year."""
+    time = np.r_[np.full(200, 0.01), np.linspace(0.1, 20, 1800)]
+    found = breslow(time, time == 0.01, np.zeros(2000))
+    assert survival_at(0.082, np.zeros(1), **found)[0] == pytest.approx(np.exp(-0.1), abs=1e-3)
+
+
+def test_rare_events_are_dealt_to_every_fold(outlook):
+    from common.splits import split_patients
+
+    _, table = ef.load_labels(ef.read_config(), "outlook", "site")
+    table.loc[table.index[20:], "death" + EVENT] = 0
+    table.loc[table.index[:20], "death" + EVENT] = 1
+    made = {"seed": 0, "split": "60,20,20", "n_folds": 0, "fold": 0, "stratify": "death"}
+    for seed in range(20):
+        folds = split_patients(table, made | {"seed": seed}, MIXED_SITE)
+        events = table["death" + EVENT].groupby(folds).sum()
+        assert events["val"] >= 2 and events["test"] >= 2
+    made["stratify"] = "grade"
+    table["grade"] = np.where(np.arange(220) < 10, 2, 0)
+    folds = split_patients(table, made, MIXED_SITE)
+    assert (table["grade"] == 2).groupby(folds).sum()[["val", "test"]].min() >= 2
+
+
+def test_layer_wise_rates():
+    net = ef.StudyModel(2, depth=3)
+    how = dict(learning_rate=1e-3, layer_decay=0.5)
+    rates = {g["lr"]: g["params"] for g in ef.rate_groups(net, ef.Settings(**how))}
+    assert sorted(rates) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3])
+    lowest = rates[min(rates)]
+    assert any(p is net.encoder.layers[0].linear1.weight for p in lowest)
+    assert [p.shape for p in rates[1e-3]] == [net.ff.weight.shape, net.ff.bias.shape]
+    (whole,) = ef.rate_groups(net, ef.Settings(learning_rate=1e-3))
+    assert [id(p) for p in whole["params"]] == [id(p) for p in net.parameters()]
+
+
+def test_a_mixed_model_is_described(outlook, cli):
+    assert cli(*TRAIN, "--epoch_lim", "1")[0] == 0
+    status, out, _ = cli("inspect", "outlook")
+    assert status == 0 and "type: mixed" in out and "grade_severe" in out and "death_risk" in out
+    status, _, err = cli("evaluate", "--per", "patient")
+    assert status == 1 and "death: times are not pooled" in err
+    status, _, err = cli(*TRAIN, "--batch_number", "1", "--run_id", "b")
+    assert status == 1 and "--batch_number 2 or more" in err
+    start = ("--init_from", "outlook", "--model_name", "next")
+    config = json.loads(Path("config.json").read_text())
+    task = config["task"]["outlook"]
+    task["type"] |= {"finding": "regression"}  # of another kind: its head is not taken over
+    Path("config.json").write_text(json.dumps(config))
+    status, out, err = cli(*TRAIN, "--epoch_lim", "1", *start)
+    assert status == 0 and "5 heads kept, 1 fresh" in out, out + err
