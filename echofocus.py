@@ -118,7 +118,8 @@ from common.schema import (
 from common.splits import (
     all_seen,
     folds_for,
-    read_split,
+    known_to_others,
+    refuse_other_folds,
     seen_from,
     seen_weights,
     some_of,
@@ -1300,33 +1301,33 @@ def train_model(typed, world, searching=False):
         refuse_through(typed)
         store = store_of(config, settings)
     folder = folder_to_train_in(settings)
-    table = table.rename(index=stored_names(table.index, store))
-    digest = partial(digest_at_training, begun_from, table, store, task)
-    table = match_studies(table, store, task, settings.sample_limit, settings.first_study_only)
+    whole = table.rename(index=stored_names(table.index, store))
+    table = match_studies(whole, store, task, settings.sample_limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
     if begun_from and not settings.end_to_end:
         warn_of_another_encoder(begun_from, store, list(table.index))
     end_to_end, ids = settings.end_to_end, list(table.index)
-    known = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids, RUN)
+    encoder = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids, RUN)
+    digest = partial(digest_at_training, begun_from, whole, store, task)
+    known, how = known_to_others(whole, settings, encoder, begun_from, digest=digest)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained: what is wrong with one is said now
         own = settings.model_copy(update={"fold": k})
         if len(parts) > 1:
             print(f"fold {k} of {len(parts)}")
-        about_seen = dict(assume_unseen=settings.assume_unseen, digest=digest)
-        folds = training_folds(table, own, task, begun_from, encoder_seen=known, **about_seen)
+        folds = training_folds(table, own, task, known)
         refuse_small_steps(own, task, table[folds == "train"])
         cohorts[k] = own, cohort_of(task, table, folds, inherited_scaling(begun_from, task))
     for k, (own, cohort) in cohorts.items():
         place = folder / f"fold_{k}" if len(parts) > 1 else folder
         with nullcontext() if world.rank else lock(place, timeout=0):
-            run = Training(place, own, cohort, store, begun_from, world, known)
+            run = Training(place, own, cohort, store, begun_from, world, encoder[0])
             train_cohort(run)
         if settings.end_to_end:
             validate_extracted(run, config)
     if len(parts) > 1 and not world.rank:
-        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store)
+        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store, how)
 
 
 def training_settings(typed, config):
@@ -1423,8 +1424,11 @@ def validate_extracted(run, config):
           f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
 
 
-def pool_folds(folder, settings, config, cohorts, store):
-    """The evaluation of a cross-validation: each study by the fold that has not seen it."""
+def pool_folds(folder, settings, config, cohorts, store, how=()):
+    """The evaluation of a cross-validation: each study by the fold that has not seen it.
+
+    how: of `known_to_others`, how it is known that nothing else has.
+    """
     from report import evaluation
 
     parts, unreadable = [], {}
@@ -1454,7 +1458,8 @@ def pool_folds(folder, settings, config, cohorts, store):
     facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
     report = evaluation.Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
-        notes=list(evaluation.notes_of_folds(parts)), folds=parts,
+        notes=[*evaluation.notes_of("test", "; ".join(how)), *evaluation.notes_of_folds(parts)],
+        folds=parts,
     )  # fmt: skip
     print("\n".join(report.write()))
 
@@ -1783,14 +1788,7 @@ class Training:
                 f"the label table has changed since {self.folder} was begun; use another "
                 "--model_name or --run_id"
             )
-        written, now = read_split(self.folder), self.cohort.folds.astype(str).sort_index()
-        if written is not None:  # an older version has lines of what an ancestor has 'seen'
-            then = written["fold"][written["fold"] != "seen"].astype(str).sort_index()
-        if written is None or not then.equals(now):
-            raise UserError(
-                f"the studies or patients have changed since {self.folder} was begun; use another "
-                "--model_name or --run_id"
-            )
+        refuse_other_folds(self.folder, self.cohort.folds)
 
     @cached_property
     def data_sha256(self):
@@ -2106,12 +2104,18 @@ def labelled_folds(model, config, settings, store):
     column = model.record.settings.split_column if own else ""
     task, table = load_labels(config, settings.task, settings.dataset, split_column=column)
     table = table.rename(index=stored_names(table.index, store))
-    digest = partial(digest_at_training, model, table, store, task)
-    folds, how = folds_for(model, table, settings.dataset, RUN, settings.assume_unseen, digest)
-    if how != "assumed":
-        known = store.encoder_seen(list(table.index.intersection(list(store.files))), RUN)
-        folds = without_seen(folds, table, known, "the encoder of the embeddings")
-    return task, table, folds, how
+    return task, table, *folds_to_test(model, task, table, settings, store)
+
+
+def folds_to_test(model, task, whole, settings, store, listener=RUN):
+    """(fold of each study of a whole label table, how it is known that those of test are unseen, by
+    the model and by the encoder of the embeddings)."""
+    digest = partial(digest_at_training, model, whole, store, task)
+    of_model = (listener, settings.assume_unseen, digest)
+    folds, how = folds_for(model, whole, settings.dataset, *of_model)
+    encoder = store.encoder_seen(list(whole.index.intersection(list(store.files))), listener)
+    known, more = known_to_others(whole, settings, encoder, listener=listener)
+    return without_seen(folds, known, listener), "; ".join([how, *more])
 
 
 def studies_in_fold(model, whole, folds, store, task, settings):
@@ -2206,7 +2210,8 @@ def studies_of_answers(model, table, found, thresholds, settings):
 
 
 def fold_in_words(fold):
-    return f"in the {fold} fold" if fold in FOLDS else fold
+    given = "without a fold in the split column" if fold == "left out" else fold
+    return f"in the {fold} fold" if fold in FOLDS else given
 
 
 def target_of(model):
@@ -2998,18 +3003,16 @@ def check_embeddings(path, store, settings, listener):
 def check_folds(settings, config, model, data, listener):
     """The folds of a run and what can be learnt; None where nothing of it is for training."""
     task, table, studies, store = data
-    known = store.encoder_seen(list(studies.index), listener)
     if model:
-        digest = partial(digest_at_training, model, table, store, task)
-        seen = (listener, settings.assume_unseen, digest)
-        folds, how = folds_for(model, studies, settings.dataset, *seen)
-        if how != "assumed":
-            folds = without_seen(folds, studies, known, "the encoder of the embeddings", listener)
+        folds, _ = folds_to_test(model, task, table, settings, store, listener)
+        folds = folds.loc[studies.index]
         listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
         if settings.dataset != model.record.dataset:
             return None
     else:
-        folds = training_folds(studies, settings, task, listener=listener, encoder_seen=known)
+        encoder = store.encoder_seen(list(studies.index), listener)
+        known, _ = known_to_others(table, settings, encoder, listener=listener)
+        folds = training_folds(studies, settings, task, known, listener)
     cohort_of(task, studies, folds, listener=listener)
     return folds
 

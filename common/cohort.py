@@ -17,7 +17,7 @@ from common.labels import fit_scaling, scale
 from common.options import FOLDS
 from common.outputs import EVENT
 from common.schema import Task
-from common.splits import STUDY, Seen, keep_apart, some_of, split_patients, studies_in, without_seen
+from common.splits import STUDY, Seen, some_of, split_patients, studies_in, without_seen
 
 
 @dataclass
@@ -120,20 +120,20 @@ def digest_at_training(model, table, store, task):
     return labels_digest(match_studies(table, store, task, limit, first_only, Collected()))
 
 
-def training_folds(
-    table, settings, task, begun_from=None, listener=RUN, encoder_seen=(), **about_seen
-):
-    """Study id -> fold for training; 'left out' where a given split or an ancestor says so.
+def training_folds(table, settings, task, known=(), listener=RUN):
+    """Study id -> fold for training; else why it is in none: 'left out' by a given split, or known.
 
-    encoder_seen: list of Seen, whom the encoder was trained on.
+    known: to the model to start from and the encoder, see `known_to_others`.
     """
-    folds = split_patients(table, vars(settings), task.outputs)
-    if begun_from:
-        folds = keep_apart(folds, table, begun_from, settings.dataset, listener, **about_seen)
-    folds = without_seen(folds, table, encoder_seen, "the encoder", listener)
+    rule = split_patients(table, vars(settings), task.outputs)
+    folds = without_seen(rule, known, listener)
     for fold in ("train", "val"):
         if not (folds == fold).any():
-            listener.error(f"no study falls into the {fold} fold", "change --split, --seed")
+            text, remedy = f"no study falls into the {fold} fold", "change --split, --seed"
+            if why := sorted(set(folds[rule == fold])):
+                text += f": those that would are {some(why)}"
+                remedy = "take a --split_column with the folds of that training, or --split, --seed"
+            listener.error(text, remedy)
     listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
     warn_of_one_class(table, folds, task, listener)
     return folds

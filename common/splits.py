@@ -5,6 +5,7 @@ carries hashes of its own and its ancestors' patients and studies.
 """
 
 import hashlib
+import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,10 @@ STUDY = "study of the video"  # a column of label tables of videos, whose index 
 GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
 FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
+
+# How it is known that a test study is unseen; several are joined by '; ' (see `what_is_seen`).
+BY_ID, ELSEWHERE = "by patient and study id", "trained elsewhere, not compared"
+ASSUMED, ENCODER_UNKNOWN = "assumed", "the encoder's patients are not known"
 
 
 def given_folds(cells, path, listener):
@@ -157,15 +162,20 @@ class Seen:
         parts = {}
         for fold in ("train", "val"):
             part = split[split["fold"] == fold]
-            ids = hashed(part["pid"], "p", key), hashed(studies_in(part), "e", key)
-            parts[fold] = np.unique(np.concatenate(ids))
+            codes = [hashed(ids, "p", key) for ids in unicode_forms(part["pid"])]
+            codes += [hashed(ids, "e", key) for ids in unicode_forms(studies_in(part))]
+            parts[fold] = np.unique(np.concatenate(codes))
         return cls(key, **parts)
 
     def weights(self, table):
         """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
         pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
-        codes = hashed(pids, "p", self.key)[place], hashed(studies_in(table), "e", self.key)
-        return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
+        return [self.known(pids, "p")[place], self.known(studies_in(table), "e")]
+
+    def known(self, ids, kind):
+        """(n,) as `weights`, of ids of a kind, in whatever Unicode normal form."""
+        codes = np.stack([hashed(form, kind, self.key) for form in unicode_forms(ids)])
+        return np.where(np.isin(codes, self.train), 2, np.isin(codes, self.val) * 1).max(axis=0)
 
     def saved(self):
         """As it is kept in a checkpoint."""
@@ -175,7 +185,7 @@ class Seen:
     def load(cls, saved, path):
         """From what `saved` gave. Raises UserError."""
         try:
-            bytes.fromhex(saved["key"])
+            hashed(["a"], "p", saved["key"])
             parts = [saved[fold].numpy() for fold in ("train", "val")]
             if any(x.dtype != np.int64 or x.ndim != 1 for x in parts):
                 raise ValueError
@@ -187,6 +197,16 @@ class Seen:
 def studies_in(table):
     """The study of each row of a table of studies, or of their videos."""
     return table.get(STUDY, table.index)
+
+
+def unicode_forms(ids):
+    """The ids as they are and, where one is beyond ASCII, in the normal forms NFC and NFD: file
+    systems and spreadsheets write one word in several."""
+    ids = list(map(str, ids))
+    yield ids
+    if not all(map(str.isascii, ids)):
+        for form in ("NFC", "NFD"):
+            yield [unicodedata.normalize(form, x) for x in ids]
 
 
 def hashed(ids, kind, key):
@@ -213,7 +233,7 @@ def seen_from(saved, folder):
     split = read_split(folder)
     if split is None:
         return None
-    ancestors = split[split["fold"].isin(["seen", "left out"])]  # older: 'seen' is an ancestor's
+    ancestors = split[~split["fold"].isin(FOLDS)]  # whom an ancestor knows, or who had no fold
     own = Seen.of(split, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
     return [own, Seen.of(ancestors.assign(fold="train"), own.key)]
 
@@ -241,17 +261,17 @@ def what_is_seen(model, table, dataset, digest, assume_unseen):
     """
     record, name = model.record, model.folder.name
     if model.seen is not None:
-        return model.seen, "by patient and study id"
+        return model.seen, BY_ID
     if not record.labels:
         print(f"{name} was trained elsewhere, on patients it does not name: all count as unseen")
-        return [], "trained elsewhere, not compared"
+        return [], ELSEWHERE
     home, made = dataset == record.dataset, record.settings
     if home and not made.init_from and digest() == record.labels_sha256:
         own = Seen.of(table[["pid"]].assign(fold=split_patients(table, vars(made))), "00")
-        return [own], "by patient and study id"
+        return [own], BY_ID
     if assume_unseen:
         print(f"WARNING: {dataset} counts as unseen by {name}, as --assume_unseen says")
-        return [], "assumed"
+        return [], ASSUMED
     raise UserError(
         f"{name} does not say whom it was trained on (an older version wrote it), and its "
         f"split.csv is not beside it: studies of {dataset} may be of its training; put split.csv "
@@ -275,22 +295,29 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
         refuse_moved(seen[0], table, listener)
     own = len(seen) if averaged else 1
     folds = seen_weights(seen[:own], table).map({0: None, 1: "val", 2: "train"}).astype(object)
-    known = folds.notna() | (seen_weights(seen[own:], table) > 0)
-    if not home and known.any():
-        if assume_unseen:
-            listener.warning(
-                f"{known.sum()} studies of {dataset} have ids that {model.folder.name} was trained "
-                "on; they count as unseen, as --assume_unseen says"
+    ancestors = folds.isna() & (seen_weights(seen[own:], table) > 0)
+    known = ancestors if home else ancestors | folds.notna()
+    if assume_unseen and known.any():
+        how = count_as_unseen(known, model.folder.name, listener)
+        folds = folds.mask(known)
+    else:
+        if not home and known.any():
+            listener.note(
+                f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on "
+                "them or their patients, by the ids"
             )
-            return pd.Series("test", index=table.index), "assumed"
-        listener.note(
-            f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on them "
-            "or their patients, by the ids"
-        )
-    folds = folds.where(folds.notna() | ~known, "seen by an ancestor")
+        folds = folds.mask(ancestors, "seen by an ancestor")
     made = vars(model.record.settings)
     by_rule = home and not made.get("stratify")
     return folds.fillna(split_patients(table, made) if by_rule else "test"), how
+
+
+def count_as_unseen(known, name, listener):
+    """Warn of studies that the model `name` knows and the user says it does not; how it is known
+    that they are unseen, in words."""
+    text = f"{known.sum()} studies are known to {name}"
+    listener.warning(f"{text}, by the ids; they count as unseen, as --assume_unseen says")
+    return f"{ASSUMED}: {text}"
 
 
 def refuse_moved(seen, table, listener):
@@ -305,25 +332,72 @@ def refuse_moved(seen, table, listener):
         )
 
 
+def known_to_others(whole, settings, encoder, begun_from=None, listener=RUN, digest=str):
+    """([(name, `seen_weights`)] of the model to start from and of the encoder, how it is known).
+
+    whole: the label table before any study is left out, since a patient is known by each of his;
+    encoder: of `Store.encoder_seen`. What --assume_unseen overrules is not among them, but said.
+    """
+    seen, said = encoder
+    known, assumed = [("the encoder", seen_weights(seen, whole), settings.assume_unseen)], []
+    if seen and not known[0][1].any():
+        listener.note(
+            "the encoder of the embeddings knows its patients and none of them is here, by the "
+            "ids: are patients and studies called as in its training?"
+        )
+    if begun_from:
+        name, dataset = begun_from.folder.name, settings.dataset
+        own, how = what_is_seen(begun_from, whole, dataset, digest, settings.assume_unseen)
+        assumed += [how] * (how == ASSUMED)
+        overruled = settings.assume_unseen and dataset != begun_from.record.dataset
+        known.insert(0, (name, seen_weights(own, whole), overruled))
+    for name, before, overruled in known:
+        if overruled and before.any():
+            assumed.append(count_as_unseen(before > 0, name, listener))
+    kept = [(name, before) for name, before, overruled in known if not overruled]
+    return kept, [*assumed, *([] if said else [ENCODER_UNKNOWN])]
+
+
+def without_seen(folds, known, listener=RUN):
+    """Folds less the val and test patients whom others know, see `known_to_others`."""
+    for name, before in known:
+        before = before.loc[folds.index]
+        lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
+        if lost.any():
+            listener.note(
+                f"left out {lost.sum()} studies of val and test: {name} knows them or their "
+                f"patients ({some(map(printable, lost.index[lost]))})"
+            )
+        folds = folds.mask(lost, f"known to {name}")
+    return folds
+
+
+def refuse_other_folds(folder, folds):
+    """UserError where a run that goes on has others in its folds than its split.csv says.
+
+    Why a study is in none may be said in other words: versions differ in them.
+    """
+    written, now = read_split(folder), folds.sort_index()
+    text, remedy = f"the studies or patients have changed since {folder} was begun", ""
+    if written is not None:  # an older version has lines of what an ancestor has 'seen'
+        then = written["fold"][written["fold"] != "seen"].sort_index()
+        if then.index.equals(now.index):
+            now, then = (x.astype(str).where(x.isin(FOLDS), "") for x in (now, then))
+            other = now[now != then]
+            if not len(other):
+                return
+            if ((other == "") | (then[other.index] == "")).all():
+                text = (
+                    f"{len(other)} studies are left out now, or are not any more, unlike when "
+                    f"{folder} was begun ({some(map(printable, other.index))}): the list of whom "
+                    "the encoder (encoder_seen.pt) or --init_from knows came or went, or "
+                    "--assume_unseen"
+                )
+                remedy = "restore it, or "
+    raise UserError(f"{text}; {remedy}use another --model_name or --run_id")
+
+
 def all_seen(*lists):
     """Lists of Seen, or None, as one without doubles."""
     parts = [part for known in lists for part in known or ()]
     return list({(p.key, p.train.tobytes(), p.val.tobytes()): p for p in parts}.values())
-
-
-def keep_apart(folds, table, begun_from, dataset, listener=RUN, assume_unseen=False, digest=str):
-    """Folds without the val and test patients that the model to start from was trained on."""
-    seen, _ = what_is_seen(begun_from, table, dataset, digest, assume_unseen)
-    return without_seen(folds, table, seen, begun_from.folder.name, listener)
-
-
-def without_seen(folds, table, seen, name, listener=RUN):
-    """Folds less the val and test patients of `seen`, those whom the model `name` knows."""
-    before = seen_weights(seen, table)
-    lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
-    if lost.any():
-        listener.note(
-            f"left out {lost.sum()} studies of val and test: {name} knows them or their patients "
-            f"({some(map(printable, lost.index[lost]))})"
-        )
-    return folds.mask(lost, "left out")

@@ -56,6 +56,7 @@ from embed.store import (
     read_records,
     read_results,
     study_path,
+    weights_seen,
     write_study,
 )
 from embed.studies import Claims, find_studies, listed, own_first, shard_from, visible
@@ -590,7 +591,8 @@ def extract(studies, out, settings):
     model, digest = load_panecho(settings.weights, settings.sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
-    run = Run(out, attributes_of(settings, digest), settings.redo, alone=count == 1)
+    attributes = attributes_of(settings, digest) | {"weights_seen": weights_seen(model.seen)}
+    run = Run(out, attributes, settings.redo, alone=count == 1)
     tell_other_input(
         model.record, settings.weights, settings.sampling.size, settings.sampling.clip_len
     )

@@ -470,8 +470,8 @@ def published_parts(state):
 
 
 def read_encoder(path):
-    """(state dict of the full model, EncoderRecord or None, list of Seen or None) of a weights
-    file, published or ours.
+    """(state dict of the full model, EncoderRecord or None, list of Seen) of a weights file,
+    published or ours. No Seen in one that was trained elsewhere; None: ours does not say.
 
     A published end-to-end checkpoint has a backbone and no heads. Nothing in the file is run.
     Raises WeightsError.
@@ -485,7 +485,7 @@ def read_encoder(path):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
     record = record_of(saved, path)
-    if record and seen is None:
+    if seen is None:
         print(
             f"WARNING: {path} does not say whom it was trained on (an older version wrote it): "
             "keep its patients out of every validation and test yourself"
@@ -494,17 +494,18 @@ def read_encoder(path):
 
 
 def seen_in(saved, path):
-    """Whom an encoder and what it started from were trained on: a list of Seen; None: not said."""
+    """Whom an encoder and what it started from were trained on, see `read_encoder`."""
     if "seen" not in saved:
-        return None
+        return None if "encoder" in saved or "echofocus" in saved else []
     from common.splits import seen_from  # which needs more than torch: published files have none
 
     return seen_from(saved, path)
 
 
 def seen_by(weights):
-    """Whom an encoder (see `load_panecho`) was trained on: a list of Seen, [] where not said."""
-    return [] if weights == "random" else read_encoder(find_weights(weights))[2] or []
+    """Whom an encoder (see `load_panecho`) was trained on: (list of Seen, whether that is all)."""
+    seen = [] if weights == "random" else read_encoder(find_weights(weights))[2]
+    return seen or [], seen is not None
 
 
 def licence_of(path, record):
@@ -561,7 +562,7 @@ def load_panecho(weights="panecho", clip_len=16):
     """
     digest = weights_digest(weights)
     if weights == "random":
-        state, record, seen, path = random_weights(), None, None, weights
+        state, record, seen, path = random_weights(), None, [], weights
     else:
         path = find_weights(weights)
         state, record, seen = read_encoder(path)

@@ -58,7 +58,7 @@ from common.hdf5 import (
     read_texts,
     shortest_distinct,
 )
-from common.splits import all_seen, seen_from
+from common.splits import Seen, all_seen
 from embed import EMBED_DIM as D
 
 # ------------------------------------------------------------------------------------------ writing
@@ -172,7 +172,7 @@ def read_records(path, attributes, redo):
         return None
     for name, value in attributes.items():
         made = found.get(name, "independent" if name == "starts" else None)
-        if name not in ("version", "weights") and made != value:
+        if name not in ("version", "weights", "weights_seen") and made != value:
             if redo:
                 return None
             raise UserError(
@@ -231,32 +231,48 @@ ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; a pack has it bes
 TRAINED_HERE = re.compile(r"chkpt_epoch-\d+\.pt|encoder\.pt")  # weights by their name
 
 
-def read_encoder_seen(folder):
-    """SHA-256 of an encoder -> the saved Seen of those it was trained on, for a folder or its pack.
+def read_encoder_seen(path):
+    """SHA-256 of an encoder -> list of Seen, whom it was trained on; {} where there is no file.
 
     Raises UserError for a damaged file.
     """
-    places = Path(folder) / ENCODER_SEEN, packed_seen(packed_path(Path(folder)))
-    found = [load_safely(path) for path in places if path.is_file()]
-    if not all(isinstance(known, dict) for known in found):
-        raise UserError(f"{places[0]} is damaged; extract again with --redo")
-    return {digest: parts for known in reversed(found) for digest, parts in known.items()}
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            digest: [Seen.load(part, path) for part in parts]
+            for digest, parts in load_safely(path).items()
+        }
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged; delete it and extract again with the same weights (or pack again, "
+            "what is extracted stays); nothing else is lost"
+        ) from error
+
+
+def write_encoder_seen(path, known):
+    save({digest: [part.saved() for part in seen] for digest, seen in known.items()}, path)
 
 
 def keep_encoder_seen(folder, digest, seen):
     """Write beside the embeddings whom the encoder that makes them was trained on."""
-    known = read_encoder_seen(folder)
-    if digest not in known:
-        save(known | {digest: [part.saved() for part in seen]}, Path(folder) / ENCODER_SEEN)
+    path = Path(folder) / ENCODER_SEEN
+    known = read_encoder_seen(path)
+    if not known.get(digest):
+        write_encoder_seen(path, known | {digest: seen})
 
 
-def encoder_seen(folder, digest):
-    """Whom the encoder of embeddings was trained on: a list of Seen, [] where it is not said.
+def encoders_seen(folder):
+    """As `read_encoder_seen`, by a folder of embeddings or its pack."""
+    found = {}
+    for path in (packed_seen(packed_path(Path(folder))), Path(folder) / ENCODER_SEEN):
+        found |= {digest: seen for digest, seen in read_encoder_seen(path).items() if seen}
+    return found
 
-    digest: the SHA-256 of its weights, as `Store.made_with` gives it.
-    """
-    parts = read_encoder_seen(folder).get(digest)
-    return seen_from({"seen": parts}, Path(folder)) if parts else []
+
+def weights_seen(seen):
+    """What an extraction notes of its weights: of a list of Seen, or None (see `read_encoder`)."""
+    return "not said" if seen is None else "listed" if seen else "elsewhere"
 
 
 def packed_seen(path):
@@ -281,8 +297,9 @@ class StudyClips:
 
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
+TOLD = ("weights", "weights_seen", "starts")  # what else a reader is told of these
 ATTRIBUTES = (*MADE_WITH, "encoder", "weights", "precision", "n_clips", "seed", "starts")
-ATTRIBUTES += ("augment", "version")  # all that an extraction notes of itself
+ATTRIBUTES += ("augment", "weights_seen", "version")  # all that an extraction notes of itself
 
 
 @dataclass(frozen=True)
@@ -292,7 +309,7 @@ class Header:
     copies: int  # the plain embeddings and the transformed copies
     videos: int
     clips: int  # of a video
-    made_with: dict = field(default_factory=dict)  # MADE_WITH and `weights`, where the file says so
+    made_with: dict = field(default_factory=dict)  # MADE_WITH and TOLD, where the file says so
     crc32: tuple = ()  # of each copy, see `checksum`; () where the file has none
 
     def __post_init__(self):
@@ -344,7 +361,7 @@ def describe_own(f):
     V, C, _ = embeddings.shape
     attributes = own_attributes(f, ATTRIBUTES)
     check_text(attributes, f, "attributes_crc32")
-    attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, "weights", "starts")}
+    attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, *TOLD)}
     crc32 = tuple(own_attributes(f, ["crc32"]).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:
@@ -487,21 +504,30 @@ class Store:
         return found
 
     def encoder_seen(self, eids, listener=None):
-        """Whom the encoders of these studies were trained on: a list of Seen.
+        """(Whom the encoders of these studies were trained on: a list of Seen; is that all?).
 
-        Where an encoder was trained here and nothing says on whom, the listener is told.
+        Where an encoder was trained by this program and nothing says on whom, the listener is told.
+        By the files' `weights_seen`; by the weights' name, where earlier versions wrote no such.
         """
-        made = self.made_with(eids)["weights_sha256"]
-        seen = {digest: encoder_seen(self.place, digest) for digest in made}
-        for digest, studies in made.items():
-            name = str(self.header(studies[0]).made_with.get("weights", ""))
-            if not seen[digest] and TRAINED_HERE.fullmatch(name):
+        listed, found, whole = encoders_seen(self.place), [], True
+        for digest, studies in self.made_with(eids)["weights_sha256"].items():
+            about = [self.header(eid).made_with for eid in studies]
+            name = printable(about[0].get("weights", ""))
+            said = {str(x.get("weights_seen", "")) for x in about} - {""}
+            if seen := listed.get(digest):
+                found += seen
+            elif said & {"listed", "not said"} or (not said and TRAINED_HERE.fullmatch(name)):
+                remedy = f"put {ENCODER_SEEN} of the extraction beside them, or extract them again"
+                remedy += " (--redo)" * (not said)
+                if "not said" in said:
+                    remedy = "keep its patients out yourself, or train it anew with this version"
                 (listener or Findings()).warning(
-                    f"nothing says whom the encoder of {len(studies)} studies ({printable(name)}) "
-                    "was trained on: studies of its training may be tests",
-                    f"put {ENCODER_SEEN} of the extraction beside them, or extract them again",
+                    f"nothing says whom the encoder of {len(studies)} studies ({name}) was trained "
+                    "on: studies of its training may be tests",
+                    remedy,
                 )
-        return all_seen(*seen.values())
+                whole = False
+        return all_seen(found), whole
 
 
 def reason_of(error, folder):
@@ -833,7 +859,7 @@ def write_pack(source, path, dtype):
     Returns study id -> reason of those whose numbers cannot be read. A pack that is there is
     replaced when the new one is whole; what was stopped is begun anew. Raises OSError.
     """
-    rows = 0
+    rows, known = 0, encoders_seen(source.folder)
     for eid in progress(source.files, desc="headers", unit="study", leave=False):
         with suppress(UnreadableStudy):
             header = source.header(eid)
@@ -855,8 +881,8 @@ def write_pack(source, path, dtype):
                 row += 0 if study["reason"] else int(np.prod(study["shape"]))
                 index.append(study)
         end_pack(temporary, index, settings, names)
-    if known := read_encoder_seen(source.folder):
-        save(known, packed_seen(path))
+    if known:
+        write_encoder_seen(packed_seen(path), known)
     return {study["eid"]: study["reason"] for study in index if study["reason"]}
 
 

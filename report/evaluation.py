@@ -23,7 +23,7 @@ from common.files import atomic_path, write_table
 from common.labels import cells_of
 from common.options import FOLDS
 from common.outputs import USUAL_YEARS, Outputs
-from common.splits import some_of
+from common.splits import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
 from common.tables import clean_ids, read_table, to_numbers
 from report import curves
 from report import statistics as st
@@ -450,7 +450,7 @@ def flow_of_folds(table, folds, tested):
     """The same of a cross-validation; folds: a Series of study -> fold a part."""
     reasons = dict.fromkeys(table.index, UNREADABLE)
     for part in folds:
-        reasons |= dict.fromkeys(part.index[~part.isin(FOLDS)], "known to what training began from")
+        reasons |= dict(part[~part.isin(FOLDS)])
     return flow_of(table, reasons | dict.fromkeys(tested, ""))
 
 
@@ -758,14 +758,28 @@ def page_rows(report):
 
 
 def notes_of(fold, unseen):
-    """Sentences about whether the model knew these studies."""
+    """Sentences about whether the model knew these studies. unseen: of `common.splits`, or None."""
     if fold != "test" and unseen is not None:
         return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
-    if unseen == "trained elsewhere, not compared":
-        return ["The model was trained elsewhere; that it has not seen these patients is assumed."]
-    if unseen == "assumed":
-        return ["That the model has not seen these patients was said by the user, not compared."]
-    return []
+    notes = []
+    for how in (unseen or "").split("; "):
+        how, _, but = how.partition(": ")
+        if how == ELSEWHERE:
+            notes.append(
+                "The model was trained elsewhere; that it has not seen these patients is assumed."
+            )
+        elif how == ASSUMED:
+            why = f" ({but} by the ids)" * bool(but)
+            notes.append(
+                "That the model has not seen these patients was said by the user, not "
+                f"compared{why}."
+            )
+        elif how == ENCODER_UNKNOWN:
+            notes.append(
+                "Nothing says whom the encoder of the embeddings was trained on; that it has not "
+                "seen these patients is assumed."
+            )
+    return notes
 
 
 def notes_of_folds(parts):

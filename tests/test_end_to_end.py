@@ -18,7 +18,7 @@ from common.files import sha256_file
 from embed import end_to_end, panecho
 from embed.end_to_end import EndToEnd
 from embed.phantom import write_video
-from embed.store import encoder_seen
+from embed.store import encoders_seen
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
 
@@ -170,8 +170,8 @@ def test_a_model_and_its_encoder(site, cli):
     assert any(not torch.equal(before[k], after[k]) for k in after)
     (seen,) = panecho.read_encoder(folder / "encoder.pt")[2]
     assert len(seen.train) == 16 and len(seen.val) == 4  # patients and studies
-    assert panecho.seen_by(folder)[0].key == seen.key  # as a training that begins with it asks
-    assert encoder_seen(folder / "clip_embeddings", best["echofocus"]["encoder_sha256"])
+    assert panecho.seen_by(folder)[0][0].key == seen.key  # as a training that begins with it asks
+    assert encoders_seen(folder / "clip_embeddings")[best["echofocus"]["encoder_sha256"]]
 
     files = {eid: folder / "clip_embeddings" / f"{eid}.hdf5" for eid in ("e8", "e9")}
     for path in files.values():  # as an earlier best epoch left them

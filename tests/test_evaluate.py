@@ -291,13 +291,13 @@ def test_a_flow_counts_patients_once():
 
 def test_folds_of_a_cross_validation_say_who_is_missing():
     table = pd.DataFrame({"pid": list("abcd")}, index=list("1234"))
-    parts = [["train", "test", "val", "left out"], ["test", "train", "test", "train"]]
+    parts = [["train", "test", "val", "known to m"], ["test", "train", "test", "train"]]
     folds = [pd.Series(x, table.index) for x in parts]
     flow = evaluation.flow_of_folds(table, folds, ["1", "2"])
     assert [(x["text"], x["studies"]) for x in flow] == [
         ("in the label table", 4),
         (evaluation.UNREADABLE, 1),
-        ("known to what training began from", 1),
+        ("known to m", 1),
         ("evaluated", 2),
     ]
     y, p, blank = [0, 1], [0.2, 0.6], [np.nan, np.nan]

@@ -149,6 +149,7 @@ def test_extract(source, tmp_path, cli):
         attributes = dict(f.attrs)
     assert attributes["weights"].startswith("random")
     assert attributes["weights_sha256"] == panecho.load_panecho("random")[1]
+    assert attributes["weights_seen"] == "elsewhere"
     assert (attributes["clip_len"], attributes["n_clips"], attributes["size"]) == (16, 3, 56)
     assert str(tmp_path) not in str(attributes)
 

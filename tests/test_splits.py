@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import unicodedata
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,9 @@ from conftest import write_embeddings
 
 import echofocus as ef
 from common import splits as sp
+from common.cohort import training_folds
+from common.console import Collected
+from common.outputs import Outputs
 from common.schema import Record
 from embed.store import keep_encoder_seen
 
@@ -227,23 +232,110 @@ def test_patients_whom_the_encoder_saw(trained, cli):
     keep_encoder_seen("emb", "ab", [sp.Seen.of(whom, "00")])
     keep_encoder_seen("emb", "other", [sp.Seen.of(patients.to_frame().assign(fold="train"), "00")])
     gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
+    told = f"left out {len(gone)} studies of val and test: the encoder knows them"
     for line in (("check", "--task", "defect", "--run_id", "b"), (*DEFECT, "--run_id", "b")):
         status, out, err = cli(*line)
-        expected = f"left out {len(gone)} studies of val and test: the encoder knows them"
-        assert status == 0 and expected in out, out + err
+        assert status == 0 and told in out, out + err
     split = split_of("defect_b")["fold"]
-    assert set(split.index[split == "left out"]) == set(gone)
+    assert set(split.index[split == "known to the encoder"]) == set(gone)
     found, out = studies_tested(cli, "defect")  # whose training did not know
-    assert found == trained["test"] - set(gone) and "the encoder of the embeddings knows" in out
+    assert found == trained["test"] - set(gone) and "the encoder knows them" in out
+    assert "known to the encoder" in (MODELS / "defect/report_test_site.html").read_text()
+    found_all, out = studies_tested(cli, "defect", "--assume_unseen")
+    assert found_all == trained["test"] and "studies are known to the encoder, by the ids" in out
+    how = set(pd.read_csv(MODELS / "defect/metrics_test_site.csv")["unseen"])
+    more = f"{len(gone)} studies are known to the encoder"
+    assert how == {f"by patient and study id; assumed: {more}"}
+    assert f"not compared ({more} by the ids)" in out
+    again = (*DEFECT, "--run_id", "b", "--epoch_lim", "2")
+    status, _, err = cli(*again, "--assume_unseen")
+    assert status == 1 and f"{len(gone)} studies are left out now, or are not any more" in err
+    older = split_of("defect_b").replace("known to the encoder", "left out")
+    older.to_csv(MODELS / "defect_b" / "split.csv")
+    status, out, err = cli(*again)
+    assert status == 0 and "resuming" in out, err
     shutil.copytree("emb", "emb2"), Path("emb2/encoder_seen.pt").unlink()
     add_dataset("other", embedding_path="emb2", label_path="labels.csv")
     for path in Path("emb2").glob("*.hdf5"):
         with h5py.File(path, "a") as f:
             f.attrs["weights"] = "chkpt_epoch-3.pt"
     tested, out = studies_tested(cli, copy_alone("defect_b", "c"), dataset="other")
-    assert (
-        tested == found and "nothing says whom the encoder of 60 studies (chkpt_epoch-3.pt)" in out
-    )
+    assert tested == found
+    assert "nothing says whom the encoder of 60 studies (chkpt_epoch-3.pt)" in out
+    how = set(pd.read_csv(MODELS / "c" / "metrics_test_other.csv")["unseen"])
+    assert how == {"by patient and study id; the encoder's patients are not known"}
+    assert "Nothing says whom the encoder of the embeddings was trained on" in out
+
+
+def table_of(pids, eids):
+    return pd.DataFrame({"pid": list(pids)}, index=pd.Index(list(eids), name="eid"))
+
+
+def test_a_patient_is_known_by_a_study_that_is_cut_off():
+    """The row that tells it may lack embeddings or a label, or be no first study."""
+    whole = table_of("aabb", "1234")
+    encoder = [sp.Seen.of(table_of("x", "1").assign(fold="train"), "00")], True
+    begun_from = SimpleNamespace(
+        seen=[sp.Seen.of(table_of("y", "3").assign(fold="val"), "00")],
+        record=Record(labels=["x"], dataset="other"), folder=Path("m"),
+    )  # fmt: skip
+    known, _ = sp.known_to_others(whole, ef.Settings(), encoder, begun_from)
+    folds = pd.Series(["test", "test"], index=["4", "2"])
+    assert list(sp.without_seen(folds, known)) == ["known to m", "known to the encoder"]
+
+
+def test_assume_unseen_overrules_ids_that_collide(capsys):
+    """For the encoder's list, an ancestor's of other datasets, and on the model's own dataset for
+    those of ancestors; never for its own training."""
+    table = table_of("abc", "123")
+    a, b = (sp.Seen.of(table_of(p, e).assign(fold="train"), "00") for p, e in ("a1", "b2"))
+    model = SimpleNamespace(seen=[a, b], record=Record(labels=["x"], dataset="s"), folder=Path("m"))
+    settings = ef.Settings(dataset="s", assume_unseen=True)
+    known, how = sp.known_to_others(table, settings, ([b], True), model)
+    assert [name for name, _ in known] == ["m"]
+    assert how == ["assumed: 1 studies are known to the encoder"]
+    elsewhere = settings.model_copy(update={"dataset": "t"})
+    known, how = sp.known_to_others(table, elsewhere, ([], False), model)
+    assert not known and how == [
+        "assumed: 2 studies are known to m", "the encoder's patients are not known"
+    ]  # fmt: skip
+    for assumed, fold in ((False, "seen by an ancestor"), (True, "test")):
+        model.record.settings.split = "0,0,100"
+        folds, how = sp.folds_for(model, table, "s", assume_unseen=assumed)
+        assert list(folds) == ["train", fold, "test"]
+    assert how == "assumed: 1 studies are known to m"
+    assert "WARNING: 1 studies are known to m, by the ids" in capsys.readouterr().out
+
+
+def test_an_encoder_that_knows_nobody_here_is_told(capsys):
+    whom = [sp.Seen.of(table_of("a", "9").assign(fold="train"), "00")]
+    for pids, seen, told in (("xy", whom, True), ("ax", whom, False), ("xy", [], False)):
+        sp.known_to_others(table_of(pids, "12"), ef.Settings(), (seen, True))
+        assert ("and none of them is here" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize("trained_as", ["NFC", "NFD"])
+def test_seen_in_another_unicode_form(trained_as):
+    form = partial(unicodedata.normalize, trained_as)
+    table = table_of([form("Renée"), "x"], ["1", form("É2")])
+    seen = sp.Seen.of(table.assign(fold="train"), "00")
+    older = sp.Seen("00", np.sort(sp.hashed(table["pid"], "p", "00")), np.array([], np.int64))
+    for to in ("NFC", "NFD"):
+        form = partial(unicodedata.normalize, to)
+        now = table_of([form("Renée"), "y"], ["3", form("É2")])
+        assert sp.seen_weights([seen], now).tolist() == [2, 2]
+        assert sp.seen_weights([older], now).tolist() == [2, 0]
+
+
+def test_a_fold_that_the_encoder_knows_has_its_own_remedy():
+    task = SimpleNamespace(outputs=Outputs.of(["x"], "binary"))
+    whole = table_of("abc", "123").assign(x=[0.0, 1, 1])
+    settings = ef.Settings(split="0,100,0")
+    known = [("the encoder", pd.Series(2, whole.index))]
+    heard = Collected()
+    training_folds(whole, settings, task, known, heard)
+    (text,) = [f"{x.text}; {x.remedy}" for x in heard.findings if "into the val" in x.text]
+    assert "those that would are known to the encoder" in text and "--split_column" in text
 
 
 # ------------------------------------------------------------------------------------ given splits

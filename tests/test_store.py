@@ -19,7 +19,10 @@ from conftest import write_embeddings
 import echofocus as ef
 from common import hdf5, packed
 from common.console import Collected, UserError
+from common.splits import Seen
+from embed import panecho
 from embed import store as st
+from embed.record import EncoderRecord
 
 TEXT = h5py.string_dtype()
 
@@ -629,6 +632,83 @@ def test_half_precision_packs(folder):
 
 
 # ----------------------------------------------------------------------- by the real command line
+
+
+# ---------------------------------------------------------------------------- whom an encoder knows
+
+
+def some_seen(key="00"):
+    split = pd.DataFrame({"pid": ["p"], "fold": ["train"]}, index=["e"])
+    return [Seen.of(split, key)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "warned"),
+    [
+        ("mine.pt", "listed", "put encoder_seen.pt of the extraction beside them"),
+        ("mine.pt", "not said", "keep its patients out yourself"),
+        ("chkpt_epoch-3.pt", "elsewhere", ""),
+        ("chkpt_epoch-3.pt", None, "again (--redo)"),
+        ("encoder.pt", None, "again (--redo)"),
+        ("panecho.pt", None, ""),
+    ],
+)
+def test_embeddings_say_whether_their_weights_have_a_list(tmp_path, name, said, warned):
+    """Whatever the weights are called; by the name in older files alone. A pack says the same."""
+    about = {"weights": name, "weights_sha256": "ab"} | ({"weights_seen": said} if said else {})
+    for eid in "ab":
+        write_ours(tmp_path / "emb" / f"{eid}.hdf5", 0, **about)
+    write_ours(tmp_path / "emb" / "c.hdf5", 0, **about | {"weights_seen": said or "elsewhere"})
+    eids = ["a", "b"]
+    for store in (st.open_folder(tmp_path / "emb"), st.PackedEmbeddings(pack(tmp_path / "emb"))):
+        store.place, heard = tmp_path / "emb", Collected()
+        assert store.encoder_seen(eids, heard) == ([], not warned)
+        text = "".join(x.text + x.remedy for x in heard.findings)
+        assert warned in text and bool(text) == bool(warned)
+        ef.refuse_mixed(store, ["a", "c"], False, ef.RUN)  # it is no difference of input
+    st.keep_encoder_seen(tmp_path / "emb", "ab", some_seen())
+    heard = Collected()
+    (seen,), whole = store.encoder_seen(eids, heard)
+    assert whole and not heard.findings and seen.key == "00"
+    attributes = {k: v for k, v in about.items() if k != "weights_seen"}
+    again = attributes | {"weights_seen": "another"}
+    assert st.read_records(tmp_path / "emb" / "a.hdf5", again, redo=False)
+
+
+def test_a_folder_has_a_list_of_its_own_beside_its_packs(folder):
+    """One of them may be copied alone; an empty entry counts as none."""
+    st.keep_encoder_seen(folder, "ab", some_seen())
+    sidecar = st.packed_seen(pack(folder))
+    own = folder / st.ENCODER_SEEN
+    for before in (None, {"ab": []}):
+        own.unlink()
+        if before:
+            torch.save(before, own)
+        assert set(st.encoders_seen(folder)) == {"ab"}
+        st.keep_encoder_seen(folder, "ab", some_seen())
+        assert len(st.read_encoder_seen(own)["ab"]) == 1
+    assert sidecar.is_file()
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", [1], {"ab": [{"key": "zz"}]}, {"ab": 3}])
+def test_a_damaged_list_is_made_anew(folder, damage):
+    own = folder / st.ENCODER_SEEN
+    own.write_bytes(damage) if isinstance(damage, bytes) else torch.save(damage, own)
+    for read in (lambda: st.encoders_seen(folder), lambda: st.keep_encoder_seen(folder, "ab", [])):
+        with pytest.raises(UserError, match=r"delete it and extract again.*nothing else is lost"):
+            read()
+    own.unlink()
+    st.keep_encoder_seen(folder, "ab", some_seen())
+    assert st.encoders_seen(folder)
+
+
+def test_weights_say_whose_they_are(tmp_path):
+    state = {"encoder.x": torch.zeros(1)}
+    record = EncoderRecord(tasks=[]).to_save()
+    listed = {"encoder": record, "seen": [x.saved() for x in some_seen()]}
+    for more, said in (({}, "elsewhere"), ({"encoder": record}, "not said"), (listed, "listed")):
+        torch.save({"weights": state} | more, tmp_path / "w.pt")
+        assert st.weights_seen(panecho.read_encoder(tmp_path / "w.pt")[2]) == said
 
 
 def states(model):

@@ -218,7 +218,11 @@ def test_classes_by_name_or_number(classes, cells, expected):
     found = cohorts.values_of(column, task, "hospital", "train.csv", heard)
     np.testing.assert_array_equal(found, expected)
     odd = [c for c, v in zip(cells, found, strict=True) if np.isnan(v) and c not in (None, "-1")]
-    assert f"{len(odd)} values are not" in str(heard.findings) if odd else "not" not in str(heard)
+    assert (
+        f"{len(odd)} values are not" in str(heard.findings)
+        if odd
+        else "not" not in str(heard.findings)
+    )
 
 
 def test_a_class_called_none(here, dynamic):
@@ -377,9 +381,11 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
         digest = f.attrs["weights_sha256"]
     assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
     store.write_pack(store.open_store(Path("emb")), store.packed_path(Path("emb")), np.dtype("f4"))
-    assert not store.encoder_seen("emb", "other")
+    assert set(store.encoders_seen("emb")) == {digest}
     for there in (True, False):  # a pack that is alone says it too
-        (known,) = store.encoder_seen("emb", digest)
+        (known,) = store.encoders_seen("emb")[digest]
+        said = store.open_store(Path("emb")).header("s").made_with["weights_seen"]
+        assert said == "listed"
         assert known.weights(whom)[0].tolist() == [2]
         Path("emb").rename("emb.gone") if there else Path("emb.gone").rename("emb")
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
