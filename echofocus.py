@@ -685,6 +685,9 @@ def folds_in_folder(folder):
     return sorted(p.parent for p in folder.glob("fold_*/best_checkpoint.pt"))
 
 
+SEVERAL_RULES = "several rules"  # for `target` of models whose thresholds are not averaged
+
+
 def ensemble_of(members, folder):
     """A LoadedEnsemble. Raises UserError for models of different labels or encoders."""
     first = members[0]
@@ -693,7 +696,6 @@ def ensemble_of(members, folder):
             ("labels", first.labels, m.labels),
             ("type", first.outputs.kinds, m.outputs.kinds),
             ("units", first.units, m.units),
-            ("--target", *(target_of(x) if x.record.thresholds else None for x in (first, m))),
             ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
             *((x, getattr(first.record.input, x), getattr(m.record.input, x)) for x in MADE_WITH),
         ):
@@ -711,13 +713,24 @@ def ensemble_of(members, folder):
             f"{who} does not say whom it was trained on: leave it out, or put its split.csv there"
         )
     seen = [part for m in members for part in m.seen] if all(known) else None
+    rules = dict.fromkeys(target_of(m) for m in members if m.record.thresholds)
+    settings = first.record.settings
+    if len(rules) > 1:
+        settings = settings.model_copy(update={"target": SEVERAL_RULES})
+        RUN.warning(
+            f"the thresholds of these models were chosen by {SEVERAL_RULES} ({some(rules)}): the "
+            "average decides nothing",
+            "evaluate --target chooses new ones on the validation fold",
+        )
     thresholds = {
         label: float(np.mean([m.record.thresholds[label] for m in members]))
         for label in first.labels
-        if all(label in m.record.thresholds for m in members)
+        if len(rules) < 2 and all(label in m.record.thresholds for m in members)
     }
     unlearnt = [x for x in first.labels if all(x in m.record.unlearnt for m in members)]
-    record = first.record.model_copy(update={"thresholds": thresholds, "unlearnt": unlearnt})
+    record = first.record.model_copy(
+        update={"thresholds": thresholds, "unlearnt": unlearnt, "settings": settings}
+    )
     print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
     net = Ensemble([m.net for m in members]).eval().requires_grad_(False)
     return LoadedEnsemble(
@@ -2224,7 +2237,8 @@ def thresholds_for(model, config, settings, store):
     from report.metrics import choose_threshold, read_target
 
     rule = settings.target or target_of(model)
-    read_target(rule)
+    if rule != SEVERAL_RULES:
+        read_target(rule)
     if rule == target_of(model) or not model.outputs.of_kind("binary"):
         return model.record.thresholds
     if settings.dataset != model.record.dataset:

@@ -227,8 +227,8 @@ class Settings(CohortOptions):
         [], "several folds, instead of --subset", DATA, "evaluate"
     )
     sample_limit: int = option(
-        0, "use so many studies at most, by a hash of their ids, the same ones in every command; 0 "
-        "is all", DATA, ALL, least=0,
+        0, "use so many studies at most, by a hash of their ids: always the same of the same "
+        "studies; 0 is all", DATA, ALL, least=0,
     )
     max_videos_per_study: int = option(
         0, "of a study with more videos take so many, at random (in training anew each epoch, else "
@@ -257,8 +257,8 @@ class Settings(CohortOptions):
         False, "only the first usable study of each patient", DATA, "train evaluate explain"
     )
     assume_unseen: bool = option(
-        False, "take a dataset as unseen by a model where its file does not say whom it was "
-        "trained on", DATA, "train evaluate explain",
+        False, "take a dataset as unseen by a model and an encoder: where these do not say whom "
+        "they were trained on, or by chance know the same ids", DATA, "train evaluate explain",
     )
 
     n_boot: int = option(

@@ -289,15 +289,24 @@ def with_ids(raw, column, path, listener):
     return rows
 
 
-def thresholds_of(table, eids):
-    """label -> its threshold in a table: a number, or one a study (S,) where they differ."""
+def thresholds_of(table, predicted, path, listener=RUN):
+    """label -> its threshold in a table: a number, or one a study (S,) where they differ.
+
+    Blank cells of studies with a prediction are told: one number holds for these too, different
+    ones are not used.
+    """
     found = {}
-    for label, values in table.loc[eids].items():
-        known = values.dropna().unique()
+    for label, values in table.loc[predicted.index].items():
+        asked = predicted[label].notna()
+        known, blank = values.dropna().unique(), int(values[asked].isna().sum())
         if len(known) == 1:
             found[label] = float(known[0])
-        elif len(known) and values.notna().all():
+        elif len(known) and not blank:
             found[label] = values.to_numpy()
+        if len(known) and blank:
+            used = f"{found[label]:g} is used for all" if label in found else "not used"
+            text = f"{path}, {label}_threshold: {blank} of {asked.sum()} blank, {used}"
+            listener.warning(text, "fill them in")
     return found
 
 
@@ -313,9 +322,9 @@ def studies_of_table(path, task, table):
         )
     if others := len(predicted) - len(there):
         RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
-    kept, own = table.loc[there], thresholds_of(thresholds, there)
-    truth, values = kept[outputs.columns].to_numpy(), predicted.loc[there].to_numpy()
-    outcomes = outcomes_of(outputs, truth, values, task.units, own)
+    kept, predicted = table.loc[there], predicted.loc[there]
+    own, truth = thresholds_of(thresholds, predicted, path), kept[outputs.columns].to_numpy()
+    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, own)
     return Studies(list(there), kept["pid"].to_numpy(), outcomes)
 
 
@@ -344,7 +353,7 @@ def studies_with_truth(path):
     raw = with_ids(raw, pid, path, RUN)
     truth = numbers_in(raw, [f"{x}_Correct" for x in labels], path, RUN).to_numpy()
     predicted, thresholds = predictions_in(raw, path, labels)
-    outcomes, own = [], thresholds_of(thresholds, raw.index)
+    outcomes, own = [], thresholds_of(thresholds, predicted, path)
     for i, label in enumerate(labels):
         y = truth[:, i]
         kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
@@ -361,7 +370,8 @@ def studies_from_table(path, outcomes, studies):
     predicted, thresholds = predictions_in(named_rows(path), path, list(units), units)
     rows = [i for i, eid in enumerate(studies.eids) if eid in predicted.index]
     part = studies.take(rows)
-    values, thresholds = predicted.loc[part.eids], thresholds_of(thresholds, part.eids)
+    values = predicted.loc[part.eids]
+    thresholds = thresholds_of(thresholds, values, path)
     made = []
     for o in part.outcomes:
         if not isinstance(o, st.Binary | st.Regression):

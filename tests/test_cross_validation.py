@@ -106,15 +106,23 @@ def unseen_alone_are_test(cli, folder):
     assert "defect: not compared at a threshold: no study of site is in the fold val" in page
 
 
-def test_thresholds_by_two_rules_are_not_averaged():
+def test_thresholds_by_two_rules_are_not_averaged(capsys):
+    """The answers are; new thresholds are chosen by any rule that is asked for."""
     a, b = (
         SimpleNamespace(
-            labels=["x"], outputs=Outputs.of("x", "binary"), units={}, folder=Path(rule),
+            labels=["x"], outputs=Outputs.of("x", "binary"), units={}, folder=Path(rule), seen=[],
+            net=ef.StudyModel(1, depth=0), scaling=None, task="t", type="binary", encoder_file=None,
+            clip_mean=None, novelty=None,
             record=Record(labels=["x"], thresholds={"x": 0.5}, settings=Settings(target=rule)),
         ) for rule in ("youden", "sensitivity=0.9")
     )  # fmt: skip
-    with pytest.raises(UserError, match="differ in --target"):
-        ef.ensemble_of([a, b], Path("a+b"))
+    both = ef.ensemble_of([a, b], Path("a+b"))
+    assert not both.record.thresholds and ef.ensemble_of([a, a], Path("a")).record.thresholds
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1 and "chosen by several rules (youden, sensitivity=0.9)" in out
+    assert ef.thresholds_for(both, None, Settings(), None) == {}
+    with pytest.raises(UserError, match="in another dataset"):  # it would choose anew
+        ef.thresholds_for(both, None, Settings(target="youden", dataset="s"), None)
 
 
 def test_what_does_not_go_together(cohort, cli):

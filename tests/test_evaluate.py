@@ -189,27 +189,45 @@ def test_the_studies_asked_for_and_no_others(site, table, cli):
     assert status == 1 and "compared with tables alone" in err
 
 
-def test_a_table_says_which_columns_are_predictions(tmp_path):
+def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     path = tmp_path / "theirs.csv"
     studies = evaluation.Studies(["a", "b"], np.array(["p", "q"]), [
         st.Binary("x", [0, 1], [0.4, 0.5], threshold=0.2)
     ])  # fmt: skip
-    for cells, said in (
-        ({"x": [0, 1], "x_Predict": [0.3, 0.7]}, None),
-        ({"x": [0.3, 0.7], "x_threshold": 0.6}, 0.6),
-        ({"x": [0.3, 0.7], "x_threshold": [0.6, 0.5]}, [0.6, 0.5]),
-        ({"x": [0.3, 0.7], "x_threshold": [0.6, None]}, 0.6),
+    for cells, said, told in (
+        ({"x": [0, 1], "x_Predict": [0.3, 0.7]}, None, ""),
+        ({"x": [0.3, 0.7], "x_threshold": 0.6}, 0.6, ""),
+        ({"x": [0.3, 0.7], "x_threshold": [0.6, 0.5]}, [0.6, 0.5], ""),
+        ({"x": [0.3, 0.7], "x_threshold": [0.6, None]}, 0.6, "1 of 2 blank, 0.6 is used for all"),
     ):
         pd.DataFrame({"eid": ["a", "b"]} | cells).to_csv(path, index=False)
         (other,) = evaluation.studies_from_table(path, studies.outcomes, studies).outcomes
         assert list(other.probability) == [0.3, 0.7] and list(other.truth) == [0, 1]
         assert np.array_equal(other.threshold, said)
+        out = capsys.readouterr().out
+        assert told in out and ("x_threshold" in out) == bool(told)
+    cuts, each = (pd.DataFrame({"x": x}) for x in ([0.5, 0.6, None], [0.1, 0.2, None]))
+    assert evaluation.thresholds_of(cuts, each, path)["x"].size == 3  # no prediction: none needed
+    assert not capsys.readouterr().out
+    assert evaluation.thresholds_of(cuts, each.fillna(0.3), path) == {}
+    assert "x_threshold: 1 of 3 blank, not used" in capsys.readouterr().out
     saved = studies.saveout()
     assert list(saved["x_threshold"]) == [0.2, 0.2]
     for odd in (">0.9", "93%", "inf"):
         pd.DataFrame({"eid": ["a", "b"], "x": ["0.1", odd]}).to_csv(path, index=False)
         with pytest.raises(UserError, match=f"x: 1 cells are no numbers: {odd} .study b."):
             evaluation.studies_from_table(path, studies.outcomes, studies)
+
+
+@pytest.mark.parametrize("words", ["nyn", "012"])
+def test_classes_in_a_table_of_truths_ask_for_a_task(tmp_path, words):
+    """Words such as no and yes are their names, no numbers."""
+    cells = {"PID": list("abc"), "Echo_ID": list("123"), "f_Correct": [0, 1, 1], "f_Predict": 0.5}
+    cells |= {"grade_Correct": [{"n": "no", "y": "yes"}.get(x, x) for x in words]}
+    cells |= {"grade_no_Predict": 0.4, "grade_yes_Predict": 0.6}
+    pd.DataFrame(cells).to_csv(tmp_path / "saveout_x.csv", index=False)
+    with pytest.raises(UserError, match="truths of grade and no prediction called so: classes"):
+        evaluation.studies_with_truth(tmp_path / "saveout_x.csv")
 
 
 def test_studies_without_a_patient_are_not_one_patient(tmp_path, capsys):
