@@ -2654,18 +2654,19 @@ def explained_studies(model, config, settings, source):
     """(ids of the studies to explain, their labels in physical units, NaN where there is none,
     the patients of those that a label table names).
 
-    Studies that no label table names are explained too: those that the model has not seen are
-    of the test fold.
+    Studies that no label table names are explained too: those that neither the model nor the
+    encoder has seen are of the test fold.
     """
     task, dataset = config.tasks[settings.task], config.datasets[source.name]
     path, there = dataset.label_path or task.label_path, source.eids
     truths = pd.DataFrame(np.nan, index=pd.Index(there, name="eid"), columns=model.labels)
     folds, patients = pd.Series("test", index=truths.index), {}
-    if model.seen:
+    labelled = dataset.label_path or (path and path.is_file())
+    encoder, _ = source.store.encoder_seen(there, Collected() if labelled else RUN)
+    if seen := [*(model.seen or ()), *([] if settings.assume_unseen else encoder)]:
         nobody = truths.assign(pid=[f"study {eid}" for eid in there])  # known by study alone
-        before = seen_weights(model.seen, nobody)
-        folds = before.map({0: "test", 1: "val", 2: "train"})
-    if dataset.label_path or (path and path.is_file()):
+        folds = seen_weights(seen, nobody).map({0: "test", 1: "val", 2: "train"})
+    if labelled:
         _, table, of_table, _ = labelled_folds(model, config, settings, source.store)
         named = table.index.intersection(there)
         patients = dict(table["pid"])

@@ -307,6 +307,20 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     assert "WARNING: 1 studies are known to m, by the ids" in capsys.readouterr().out
 
 
+def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
+    own, encoder = (
+        [sp.Seen.of(table_of("x", eid).assign(fold="train"), "00")] for eid in ("1", "2")
+    )
+    named = SimpleNamespace(label_path=None)
+    config = SimpleNamespace(tasks={"t": named}, datasets={"s": named})
+    store = SimpleNamespace(encoder_seen=lambda *_: (encoder, True))
+    source = SimpleNamespace(name="s", eids=["1", "2", "3"], store=store)
+    model = SimpleNamespace(seen=own, labels=["x"])
+    for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
+        settings = ef.Settings(task="t", subset="test", assume_unseen=assumed)
+        assert ef.explained_studies(model, config, settings, source)[0] == tested
+
+
 def test_an_encoder_that_knows_nobody_here_is_told(capsys):
     whom = [sp.Seen.of(table_of("a", "9").assign(fold="train"), "00")]
     for pids, seen, told in (("xy", whom, True), ("ax", whom, False), ("xy", [], False)):
