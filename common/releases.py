@@ -56,6 +56,7 @@ class Entry(BaseModel):
     file: Literal[CHECKPOINTS]
     task: Text = ""
     labels: list[Text] = []
+    names: dict[Text, Text] = {}
     recipe: dict[str, float | int] = {}
     licence: Text
     citation: Text

@@ -169,6 +169,7 @@ class Task(Entry):
     classes: Classes = Field({})  # multiclass label -> names of its classes, in order
     survival: Survival = Field({})  # survival label -> its columns [time, event]
     units: Units = Field({})  # label -> unit, for tables and figures
+    names: Units = Field({})  # label -> what a reader calls it, for the page
     boxcox: Labels | None = None  # labels made normal by Box-Cox; None: the published five
     # label -> [low, high]; None: the published two
     valid_range: Annotated[dict[str, Range], BeforeValidator(by_label)] | None = None
@@ -191,7 +192,7 @@ class Task(Entry):
                 if x in self.task_labels and self.kind(x) not in useful
             ]
         kinds = self.type if isinstance(self.type, dict) else {}
-        for key in ("units", "boxcox", "valid_range", "classes", "survival", "type"):
+        for key in ("units", "names", "boxcox", "valid_range", "classes", "survival", "type"):
             there = kinds if key == "type" else getattr(self, key)
             faults += [
                 f"{key} has {printable(x)[:60]}, which is no label{nearest(x, self.task_labels)}"

@@ -432,7 +432,7 @@ def breslow(time, event, risk, most=400):
     time; of more than `most` events evenly many lie between two. Of times three digits are kept.
 
     Breslow's estimate (J R Stat Soc B 1972;34:216). None where no time is above 0. See
-    `survival_at`.
+    `common.models.survival_at`.
     """
     known = np.isfinite(time) & np.isfinite(event) & np.isfinite(risk)
     time, event, risk = (np.asarray(x, float)[known] for x in (time, event, risk))
@@ -449,15 +449,6 @@ def breslow(time, event, risk, most=400):
     cumulative = total[np.searchsorted(time, knots * (1 + 1e-9), side="right")]
     cumulative[-1] = total[-1]
     return {"mean": float(mean), "times": knots.tolist(), "cumulative": cumulative.tolist()}
-
-
-def survival_at(at, risk, mean, times, cumulative):
-    """The probability (S,) of no event until `at` for log hazards (S,), by `breslow`'s dict; NaN
-    beyond its times, or where it knows of no event."""
-    if at > times[-1] or not cumulative[-1]:
-        return np.full(np.shape(risk), np.nan)
-    until = cumulative[np.searchsorted(times, at * (1 + 1e-9), side="right") - 1]
-    return np.exp(-until * np.exp(np.asarray(risk, float) - mean))
 
 
 def kaplan_meier(time, event):

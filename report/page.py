@@ -176,6 +176,7 @@ class Page:
     settings: object
     studies: list[PageStudy]
     left_out: dict[str, str]
+    plain: dict = field(default_factory=dict)  # label -> what a reader calls it
 
     @property
     def labelled(self):
@@ -216,7 +217,7 @@ def write_page(page):
     listing = environment.get_template("page_list.html")
     text = listing.render(
         common, up="", studies=shown, left_out=list(page.left_out.items()),
-        labels=page.model.labels,
+        labels=[f"{x} ({page.plain[x]})" if page.plain.get(x) else x for x in page.model.labels],
         data=[list_data(study) for study in shown],
     )  # fmt: skip
     write_text(folder / "index.html", text)
@@ -304,7 +305,7 @@ def tell_label(page, study, i, videos):
     threshold = model.record.thresholds.get(label)
     decision = None if threshold is None or value is None else bool(value >= threshold)
     truth = None if study.truths is None else number(study.truths[i])
-    told = {"name": label, "number": i, "value": value, "width": None, "decision": decision}
+    told = {"name": label, "plain": page.plain.get(label, ""), "number": i, "value": value, "width": None, "decision": decision}
     told |= {"value_shown": shown_value(model, value, label), "range_shown": ""}
     told |= {"width_shown": "", "without_shown": "", "truth": truth, "truth_shown": None}
     told |= {"right": None, "details": False, "top": [], "bottom": []}

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import echofocus as ef
 from common.console import Collected
 from common.labels import class_numbers
+from common.models import survival_at
 from common.outputs import EVENT, Outputs
 from common.study_model import cox_losses
-from report.metrics import breslow, c_index, survival_at
+from report.metrics import breslow, c_index
 
 MIXED = Outputs.of(
     ["g", "s", "b", "m"],
@@ -136,6 +137,7 @@ SITE = {
             "classes": {"grade": ["None", "mild", "severe"]},
             "survival": {"death": ["years", "died"]},
             "units": {"size": "cm", "death": "years"},
+            "names": {"size": "left <ventricle>"},
             "label_path": "labels.csv",
         }
     },
@@ -226,6 +228,7 @@ def test_classes_and_risks_are_explained(outlook, cli):
     assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
     page = (folder / "explanation_test_site.sample_limit-3" / "index.html").read_text()
     assert "grade_severe" in page and "death_risk" in page
+    assert "size (left &lt;ventricle&gt;)" in page
     status, _, err = cli("explain", "--explain_mode", "loss", "--sample_limit", "2")
     assert status == 0, err
 
