@@ -1701,8 +1701,6 @@ def start_with_model(command, typed):
         config.pick("task", task)
     names = typed.get("model_name", ""), typed.get("run_id", "")
     model = load_named(*names, config, task, pick_device(typed.get("device", "")))
-    if command == "explain" or typed.get("page"):
-        refuse_average(model)
     if command in ("evaluate", "explain"):
         refuse_readings(command, model)
     if model.task not in config.tasks and model.type != "readings":
@@ -2045,6 +2043,7 @@ def predict_page(path, model, source, config, settings, table, left_out):
     if isinstance(model.net, Readings):  # there is nothing to attribute
         make_page(folder, model, source, config, settings, table, left_out)
         return
+    model = as_one(model)
     columns = label_columns(model)
     with ExitStack() as held:
         path = journal_path(folder)
@@ -2253,10 +2252,9 @@ def refuse_readings(command, model):
         raise UserError(f"{command} takes a study-level model; {name} has readings alone")
 
 
-def refuse_average(model):
-    if isinstance(model, LoadedEnsemble):
-        members = some(m.folder for m in model.members)
-        raise UserError(f"videos are explained of one model: name one of {members}")
+def as_one(model):
+    """The model whose outputs are explained: an average of several as one."""
+    return model.averaged() if isinstance(model, LoadedEnsemble) else model
 
 
 def label_columns(model, labels=None):
@@ -2288,8 +2286,9 @@ def explain(typed, world, held):
             "give its folder below clip_embeddings as --embedding_path"
         )
     settings, config, model, source = start_with_model("explain", typed)
+    answering, model = model, as_one(model)
     columns = label_columns(model, settings.explain_tasks)
-    eids, truths, patients = explained_studies(model, config, settings, source)
+    eids, truths, patients = explained_studies(answering, config, settings, source)
     warn_of_another_encoder(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
     names = explanation_names(model, settings, source.name, columns, eids)
@@ -2311,7 +2310,7 @@ def explain(typed, world, held):
             print(areas.to_string(index=False, float_format="{:.3g}".format))
             print(f"wrote {beside}.curves.csv, .curve_areas.csv, .png and .pdf")
         if settings.page:
-            table, left_out, _ = answer_studies(model, source.store, eids, settings)
+            table, left_out, _ = answer_studies(answering, source.store, eids, settings)
             make_page(beside, model, source, config, settings, table, left_out, journal, truths)
         journal.delete()
 
@@ -2366,7 +2365,8 @@ def make_page(folder, model, source, config, settings, table, left_out, units=()
         truth = None if truths is None else truths.loc[eid].to_numpy()
         details = read_details(files[eid]) if eid in files else StudyDetails()
         studies.append(PageStudy(eid, row, names, unit, truth, details, sources.get(eid)))
-    print(f"wrote {write_page(Page(folder, model, settings, studies, left_out, plain_names(model, config)))}")
+    plain = plain_names(model, config)
+    print(f"wrote {write_page(Page(folder, model, settings, studies, left_out, plain))}")
 
 
 def plain_names(model, config):
@@ -2417,7 +2417,9 @@ def explained_studies(model, config, settings, source):
     if settings.subset != "all":
         there = [eid for eid in there if folds[eid] == settings.subset]
     if not there:
-        raise UserError(f"no study of {source.name} is in the fold {settings.subset}")
+        hint = "; --subset all takes those that the models have seen too"
+        hint *= isinstance(model, LoadedEnsemble)
+        raise UserError(f"no study of {source.name} is in the fold {settings.subset}{hint}")
     return sorted(there), truths, patients
 
 
@@ -2486,8 +2488,7 @@ def attribute(model, study, labels=None, **options):
     study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
     options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
     """
-    refuse_average(model)
-    settings = validated(Settings, options)
+    settings, model = validated(Settings, options), as_one(model)
     bag = study if isinstance(study, StudyClips) else bag_of("study", study)
     columns = label_columns(model, labels)
     unit = explain_study(model, "study", bag, columns, settings, clip_baseline(model, settings))

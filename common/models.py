@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.functional import logsigmoid
 
 from common import EMBED_DIM as D
 from common import checkpoints, releases
@@ -235,6 +236,13 @@ class LoadedEnsemble(LoadedModel):
     def findings(self):
         return np.array([self.kind(name) == "binary" for name in self.labels])
 
+    def averaged(self):
+        """The average as one model, to be explained: its outputs are `for_range`'s values."""
+        return LoadedAverage(
+            self.folder, Averaged(self).eval(), self.task, self.outputs, None, self.record,
+            self.units, self.seen, clip_mean=self.clip_mean, novelty=self.novelty,
+        )  # fmt: skip
+
     def spread(self, logits):
         """(S, T): the standard deviation of the answers."""
         return (
@@ -242,6 +250,62 @@ class LoadedEnsemble(LoadedModel):
             .std()
             .to_numpy()
         )
+
+
+class LoadedAverage(LoadedModel):
+    """See `LoadedEnsemble.averaged`; measurements are in physical units."""
+
+    def readable(self, logits, listener=RUN):
+        """Averaged answers (S, T): findings as probabilities."""
+        findings = np.array([self.kind(name) == "binary" for name in self.labels])
+        logits = np.asarray(logits)
+        return np.where(findings, torch.from_numpy(logits).sigmoid().numpy(), logits)
+
+
+class Averaged(nn.Module):
+    """The networks of a LoadedEnsemble as one, whose outputs (S, T) are its averaged answers."""
+
+    def __init__(self, ensemble):
+        super().__init__()
+        self.nets, self.members = ensemble.net.nets, ensemble.members
+        self.kinds = [ensemble.kind(name) for name in ensemble.labels]
+        self.n_labels, self.depth = len(self.kinds), min(net.depth for net in self.nets)
+        self.learnt = torch.tensor(
+            [[x not in m.record.unlearnt for x in ensemble.labels] for m in self.members]
+        )
+
+    def forward(self, tokens, lengths, rng=None):
+        """As a StudyModel's: the log-odds of the mean probability, the mean of other answers."""
+        logits, embeddings = zip(*(net(tokens, lengths, rng) for net in self.nets), strict=True)
+        z, learnt = torch.stack(logits).float(), self.learnt.to(tokens.device)[:, None]
+        out = []
+        for i, kind in enumerate(self.kinds):
+            column, there = z[:, :, i], learnt[:, :, i]
+            if kind == "binary":
+                lost = torch.where(there, 0.0, -torch.inf)
+                odds = [(logsigmoid(x) + lost).logsumexp(0) for x in (column, -column)]
+                out.append(odds[0] - odds[1])
+            else:
+                values = [self.in_units(m, i, x) for m, x in zip(self.members, column, strict=True)]
+                total = torch.where(there, torch.stack(values), 0.0).sum(0)
+                out.append(total / there.sum(0))
+        return torch.stack(out, dim=1), torch.stack(embeddings).mean(dim=0)
+
+    def in_units(self, member, i, z):
+        """A network's output (S,) in physical units, as `unscale` has it; log hazards centred."""
+        name = member.labels[i]
+        if self.kinds[i] == "survival":
+            return z - member.record.hazards[name].mean if name in member.record.hazards else z
+        s = member.scaling[name]
+        z = z * s["stdev"] + s["mean"]
+        if s["apply_boxcox"]:
+            lmbda = s["lmbda"]
+            z = z.exp() if lmbda == 0 else (z * lmbda + 1).clamp(min=1e-6) ** (1 / lmbda)
+        return z - s["shift"]
+
+    def first_norm_input(self, tokens):
+        """What the first LayerNorms see, of all networks."""
+        return torch.cat([net.first_norm_input(tokens) for net in self.nets])
 
 
 def clip_mean_from(saved, path):

@@ -38,7 +38,8 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     bag = np.ascontiguousarray(bag, np.float32)
     tokens = torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
     if method == "attention":
-        shares = attention_rollout(net, tokens).expand(net.n_labels, -1)
+        rollouts = [attention_rollout(x, tokens) for x in getattr(net, "nets", [net])]
+        shares = torch.stack([x.expand(net.n_labels, -1) for x in rollouts]).mean(0)
         scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
         return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
     if method == "leave_one_out":

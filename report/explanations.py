@@ -24,6 +24,8 @@ def score_unit(model, label, settings):
         return 1.0, "loss"
     if model.kind(label) != "regression":
         return 1.0, {"binary": "log-odds", "survival": "log hazard"}[model.kind(label)]
+    if not model.scaling:  # an average, whose answers are in their units
+        return 1.0, model.unit(label) or "label's unit"
     if model.scaling[label]["apply_boxcox"]:
         return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
     return float(model.scaling[label]["stdev"]), model.unit(label) or "label's unit"

@@ -110,7 +110,9 @@ def write_curves(model, store, units, targets, patients, settings, path):
     write_table(areas, path.with_name(path.name + ".curve_areas.csv"))
     kinds = curves["label"].map(model.kind)  # the qualities of findings and measurements differ
     kind = "binary" if (kinds == "binary").any() else kinds.iloc[0]
-    plot_curves(curves[kinds == kind], kind, path.with_name(path.name + ".curves"))
+    plot_curves(
+        curves[kinds == kind], kind, bool(model.scaling), path.with_name(path.name + ".curves")
+    )
     return areas
 
 
@@ -125,10 +127,11 @@ def interval_of(values, patients):
     return tuple(np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975]))
 
 
-def plot_curves(curves, kind_of_model, path):
+def plot_curves(curves, kind_of_model, scaled, path):
     """Mean curves of all labels: deletion and insertion, by score and at random."""
     figure, axes = new_figure(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
-    ylabel = "probability of the truth" if kind_of_model == "binary" else "minus the error [SD]"
+    ylabel = "probability of the truth" if kind_of_model == "binary" else "minus the error"
+    ylabel += " [SD]" * (scaled and kind_of_model != "binary")
     for axis, kind in zip(axes, ("deletion", "insertion"), strict=True):
         part = curves[curves["kind"] == kind].groupby(["order", "share"])["quality"].mean()
         for (order, style), colour in zip(

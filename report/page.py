@@ -305,7 +305,14 @@ def tell_label(page, study, i, videos):
     threshold = model.record.thresholds.get(label)
     decision = None if threshold is None or value is None else bool(value >= threshold)
     truth = None if study.truths is None else number(study.truths[i])
-    told = {"name": label, "plain": page.plain.get(label, ""), "number": i, "value": value, "width": None, "decision": decision}
+    told = {
+        "name": label,
+        "plain": page.plain.get(label, ""),
+        "number": i,
+        "value": value,
+        "width": None,
+        "decision": decision,
+    }
     told |= {"value_shown": shown_value(model, value, label), "range_shown": ""}
     told |= {"width_shown": "", "without_shown": "", "truth": truth, "truth_shown": None}
     told |= {"right": None, "details": False, "top": [], "bottom": []}

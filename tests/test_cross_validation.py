@@ -61,7 +61,29 @@ def test_folds_pooled_and_averaged(cohort, cli):
     np.testing.assert_allclose(again["finding_Predict"], pooled["finding_Predict"], rtol=1e-5)
 
     averaged(cli, folder)
+    explained(cli, folder)
     unseen_alone_are_test(cli, folder)
+
+
+def explained(cli, folder):
+    """What is explained is the log-odds of the averaged probability: scores add up to it."""
+    status, _, err = cli("explain", "--model_name", "defect", "--subset", "all", "--page")
+    assert status == 0, err
+    rows = pd.read_csv(folder / "explanation_all_site.csv", dtype={"eid": str})
+    table = ef.predict(ef.load(folder), "emb").set_index("eid")
+    first = rows.groupby("eid").first()
+    np.testing.assert_allclose(first["prediction"], table["finding"][first.index], rtol=1e-4)
+    odds = np.log(first[["prediction", "baseline"]] / (1 - first[["prediction", "baseline"]]))
+    change = odds["prediction"] - odds["baseline"]
+    sums = rows.groupby("eid")["score"].sum()
+    assert (
+        np.abs(sums - change).max() < 0.02 * np.abs(rows["score"]).groupby(rows["eid"]).sum().max()
+    )
+    assert (rows["convergence_error"] < 0.01).all()
+    assert (folder / "explanation_all_site" / "index.html").is_file()
+    for method in ("attention", "leave_one_out"):
+        few = ("--explain_method", method, "--sample_limit", "2", "--subset", "all")
+        assert cli("explain", "--model_name", "defect", *few)[0] == 0
 
 
 def averaged(cli, folder):
@@ -77,7 +99,7 @@ def averaged(cli, folder):
     np.testing.assert_allclose(two["finding"], np.mean([each[0], each[2]], axis=0), rtol=1e-4)
     assert cli("embed", "--model_name", "defect")[0] == 0
     status, _, err = cli("explain", "--model_name", "defect")
-    assert status == 1 and "explained of one model" in err
+    assert status == 1 and "--subset all takes" in err
 
 
 def unseen_alone_are_test(cli, folder):

@@ -414,3 +414,29 @@ def test_a_mixed_model_is_described(outlook, cli):
     Path("config.json").write_text(json.dumps(config))
     status, out, err = cli(*TRAIN, "--epoch_lim", "1", *start)
     assert status == 0 and "5 heads kept, 1 fresh" in out, out + err
+
+
+def test_an_average_is_explained_as_it_answers(outlook):
+    """Classes, risks, findings and measurements (one made normal): the answers of `predict`."""
+    outputs = MIXED_SITE
+    z = {"shift": 0.5, "mean": 2.0, "stdev": 0.7, "apply_boxcox": True, "lmbda": 0.3}
+    members = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = ef.StudyModel(len(outputs.names)).eval().requires_grad_(False)
+        net.groups = outputs.groups
+        record = ef.Record(
+            task="t", labels=outputs.labels, type=outputs.kinds, classes=outputs.classes,
+            survival={"death": ["years", "died"]},
+            hazards={"death_risk": {"mean": seed / 10, "times": [0, 4], "cumulative": [0, 0.4]}},
+            unlearnt=["finding"] if seed == 1 else [],
+        )  # fmt: skip
+        scaling = {"type": "boxcox", "size": z | {"mean": 2.0 + seed / 10}}
+        members.append(ef.LoadedModel(Path(f"m{seed}"), net, "t", outputs, scaling, record, {}, []))
+    model = ef.ensemble_of(members, Path("m"))
+    x = torch.randn(12, 768)
+    logits = model.net(x, [5, 7])[0].numpy()
+    one = model.averaged()
+    found = one.net(x, [5, 7])[0].numpy()
+    np.testing.assert_allclose(one.readable(found), model.readable(logits), rtol=1e-4)
+    assert model.survival(logits, [4])["death_survival_4"].shape == (2,)
