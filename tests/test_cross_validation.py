@@ -67,9 +67,10 @@ def test_folds_pooled_and_averaged(cohort, cli):
 
 def explained(cli, folder):
     """What is explained is the log-odds of the averaged probability: scores add up to it."""
-    status, _, err = cli("explain", "--model_name", "defect", "--subset", "all", "--page")
+    few = ("--subset", "all", "--sample_limit", "6")
+    status, _, err = cli("explain", "--model_name", "defect", *few, "--page")
     assert status == 0, err
-    rows = pd.read_csv(folder / "explanation_all_site.csv", dtype={"eid": str})
+    rows = pd.read_csv(folder / "explanation_all_site.sample_limit-6.csv", dtype={"eid": str})
     table = ef.predict(ef.load(folder), "emb").set_index("eid")
     first = rows.groupby("eid").first()
     np.testing.assert_allclose(first["prediction"], table["finding"][first.index], rtol=1e-4)
@@ -80,10 +81,9 @@ def explained(cli, folder):
         np.abs(sums - change).max() < 0.02 * np.abs(rows["score"]).groupby(rows["eid"]).sum().max()
     )
     assert (rows["convergence_error"] < 0.01).all()
-    assert (folder / "explanation_all_site" / "index.html").is_file()
+    assert (folder / "explanation_all_site.sample_limit-6" / "index.html").is_file()
     for method in ("attention", "leave_one_out"):
-        few = ("--explain_method", method, "--sample_limit", "2", "--subset", "all")
-        assert cli("explain", "--model_name", "defect", *few)[0] == 0
+        assert cli("explain", "--model_name", "defect", *few, "--explain_method", method)[0] == 0
 
 
 def averaged(cli, folder):
