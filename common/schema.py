@@ -95,7 +95,7 @@ def label_faults(labels, units, names=(), survival=()):
     names: of the outputs, where they are others than the labels; survival: labels of that kind.
     """
     if (n := len(labels) + len(names)) > MOST_LABELS:
-        return [f"task_labels and classes are {n} outputs; a model has {MOST_LABELS} at most"]
+        return [f"{n} labels, with their classes; a model has {MOST_LABELS} at most"]
     if not labels or len(set(labels)) < len(labels):
         return ["task_labels must name at least one label, and none twice"]
     taken, faults = dict.fromkeys(OWN_COLUMNS), []

@@ -329,7 +329,7 @@ MISTAKES = {
     ),
     "labels without end": (
         lambda: edit_config(task_labels=[f"a{i}" for i in range(10_001)]),
-        "names 10001 labels; a model has 10000 at most",
+        "10001 labels, with their classes; a model has 10000 at most",
     ),
     "layers without end": (
         lambda: edit_config(settings={"encoder_depth": 101}),

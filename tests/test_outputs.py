@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from common.outputs import EVENT, Outputs
 from common.study_model import cox_losses
 from report.metrics import breslow, c_index
 
+pytestmark = pytest.mark.xdist_group("outputs")  # one process: a model that several tests ask
 MIXED = Outputs.of(
     ["g", "s", "b", "m"],
     {"g": "multiclass", "s": "survival", "b": "binary", "m": "regression"},
@@ -152,10 +156,10 @@ MIXED_SITE = Outputs.of(
 )
 
 
-@pytest.fixture
-def outlook(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """220 studies of 110 patients: a pattern's strength is the grade; death comes sooner by it."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path_factory.mktemp("outlook")
     rng, rows = np.random.default_rng(0), []
     pattern, other = rng.normal(size=(2, 768)) / np.sqrt(768) * 3
     for n in range(220):
@@ -163,25 +167,51 @@ def outlook(tmp_path, monkeypatch):
         x = rng.normal(size=(3, 2, 768)).astype(np.float32) * 0.3
         x[rng.integers(3)] += grade * pattern
         x += (size - 5) * other
-        write_embeddings(tmp_path / "emb", str(1000 + n), x.astype(np.float32))
+        write_embeddings(folder / "emb", str(1000 + n), x.astype(np.float32))
         until, censored = rng.exponential(6 * 0.25**grade), rng.uniform(0, 8)
         rows.append(
             {"pid": f"p{n // 2}", "eid": 1000 + n, "grade": ["None", "mild", "severe"][grade],
              "years": min(until, censored), "died": "yes" if until < censored else "no",
              "finding": int(grade == 2), "size": size, "hazard": grade}
         )  # fmt: skip
-    pd.DataFrame(rows).to_csv("labels.csv", index=False)
-    Path("config.json").write_text(json.dumps(SITE))
-    return pd.DataFrame(rows).set_index("eid")
+    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+    (folder / "config.json").write_text(json.dumps(SITE))
+    return folder, pd.DataFrame(rows).set_index("eid")
 
 
-TRAIN = ("train", "--task", "outlook", "--epoch_lim", "12", "--learning_rate", "3e-4")
+def copied(folder, to, monkeypatch):
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    monkeypatch.chdir(to)
+
+
+@pytest.fixture
+def outlook(written, tmp_path, monkeypatch):
+    copied(written[0], tmp_path, monkeypatch)
+    return written[1]
+
+
+@pytest.fixture(scope="module")
+def trained_there(written):
+    """The same folder with a model: (status, what was printed)."""
+    folder, _ = written
+    line = [sys.executable, ef.__file__, *TRAIN]
+    found = subprocess.run(line, cwd=folder, capture_output=True, text=True)
+    return found.returncode, found.stdout + found.stderr
+
+
+@pytest.fixture
+def learnt(trained_there, outlook, written, tmp_path, monkeypatch):
+    assert trained_there[0] == 0, trained_there[1]
+    copied(written[0], tmp_path, monkeypatch)
+    return outlook
+
+
+TRAIN = ("train", "--task", "outlook", "--epoch_lim", "10", "--learning_rate", "3e-4")
 TRAIN += ("--batch_number", "32", "--tf_combine", "max")
 
 
-def test_a_mixed_task_is_learnt(outlook, cli):
-    status, out, err = cli(*TRAIN)
-    assert status == 0, err
+def test_a_mixed_task_is_learnt(learnt, trained_there, cli):
+    outlook, out = learnt, trained_there[1]
     assert "AUROC" in out and "C 0." in out and "median absolute error" in out
     status, out, err = cli("evaluate", "--n_boot", "50", "--years", "2")
     assert status == 0, err
@@ -215,8 +245,7 @@ def test_a_mixed_task_is_learnt(outlook, cli):
     assert pd.read_csv("q.csv")["death_survival_40"].isna().all()
 
 
-def test_classes_and_risks_are_explained(outlook, cli):
-    assert cli(*TRAIN, "--epoch_lim", "4")[0] == 0
+def test_classes_and_risks_are_explained(learnt, cli):
     status, _, err = cli("explain", "--sample_limit", "3", "--page")
     assert status == 0, err
     folder = Path("trained_models/outlook")
@@ -399,8 +428,7 @@ def test_layer_wise_rates():
     assert [id(p) for p in whole["params"]] == [id(p) for p in net.parameters()]
 
 
-def test_a_mixed_model_is_described(outlook, cli):
-    assert cli(*TRAIN, "--epoch_lim", "1")[0] == 0
+def test_a_mixed_model_is_described(learnt, cli):
     status, out, _ = cli("inspect", "outlook")
     assert status == 0 and "type: mixed" in out and "grade_severe" in out and "death_risk" in out
     status, _, err = cli("evaluate", "--per", "patient")
