@@ -152,8 +152,7 @@ def measure_compute(folder, store, eids, targets, args, ways):
     ours, published = network(args.depth, args.kind, args.device)
     plain = torch.optim.AdamW(published.parameters(), lr=1e-4, weight_decay=0.01)
     optimizers = {
-        p: torch.optim.AdamW(ours.parameters(), lr=1e-4, weight_decay=0.01)
-        for p in ("fp32", "bf16")
+        p: torch.optim.AdamW(ours.parameters(), lr=1e-4, weight_decay=0.01) for p in args.precision
     }
     common = dict(
         targets=targets, outputs=Outputs.of([str(i) for i in range(ours.n_labels)], "binary")
@@ -175,8 +174,7 @@ def measure_compute(folder, store, eids, targets, args, ways):
     predicted = ways.time(
         {
             "published": lambda part: published_predict(published, folder, part, args.device),
-            "fp32": predict("fp32"),
-            "bf16": predict("bf16"),
+            **{precision: predict(precision) for precision in args.precision},
         }
     )
     trained = ways.time(
@@ -184,8 +182,7 @@ def measure_compute(folder, store, eids, targets, args, ways):
             "published": lambda part: published_train(
                 published, plain, folder, part, targets, args.device
             ),
-            "fp32": train("fp32"),
-            "bf16": train("bf16"),
+            **{precision: train(precision) for precision in args.precision},
         }
     )
     return predicted, trained, error
@@ -258,6 +255,8 @@ def main():
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--kind", default="standard", choices=("standard", "query"))
     parser.add_argument("--tokens", type=int, default=ef.Settings().batch_tokens)
+    both = ("fp32", "bf16")  # the latter takes for ever where a processor emulates it
+    parser.add_argument("--precision", nargs="+", default=both, choices=both)
     parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
     parser.add_argument("--only_load", action="store_true", help="measure reading alone")
     parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")
