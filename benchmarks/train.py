@@ -255,8 +255,6 @@ def main():
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--kind", default="standard", choices=("standard", "query"))
     parser.add_argument("--tokens", type=int, default=ef.Settings().batch_tokens)
-    both = ("fp32", "bf16")  # the latter takes for ever where a processor emulates it
-    parser.add_argument("--precision", nargs="+", default=both, choices=both)
     parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
     parser.add_argument("--only_load", action="store_true", help="measure reading alone")
     parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")
@@ -290,6 +288,9 @@ def measure(folder, eids, args):
         "fp32": matmul_rate(args.device, torch.float32),
         "bf16": matmul_rate(args.device, torch.bfloat16),
     }
+    args.precision = [p for p in rate if rate[p] > rate["fp32"] / 10]
+    if "bf16" not in args.precision:
+        print("bf16 is emulated here: not measured")
     tokens = np.mean([stores["packed"].size(e) for e in eids])
     size = tokens * 768 * 4
     flops = {
