@@ -4,6 +4,9 @@ A label table has a row a study: pid, eid and one column a label. What is odd in
 listener (`common.console`), in a run and in `check` alike; nothing is changed without a word.
 """
 
+import unicodedata
+from functools import partial
+
 import numpy as np
 import pandas as pd
 
@@ -88,12 +91,24 @@ def read_cells(path, columns, listener, level="study", words=None):
     rows = raw.dropna(subset=list(ids)).copy()
     for column in ("pid", "eid"):
         rows[column] = clean_ids(rows[column], path, listener)
+    rows["pid"] = one_form(rows["pid"], path, listener)
     if lost := len(raw) - len(rows):
         text = f"{path}: {lost} rows have no {' or no '.join(ids)}"
         listener.warning(text, "fill in; they are left out")
     if level == "video":
         rows[STUDY], rows["eid"] = rows["eid"], rows["eid"] + "/" + rows["video"].str.strip()
     return rows
+
+
+def one_form(pids, path, listener):
+    """Patient ids of which some differ by their Unicode normal form alone, those in one form."""
+    composed = pids.map(partial(unicodedata.normalize, "NFC"))
+    forms = pids.groupby(composed).nunique()
+    several = composed.isin(forms.index[forms > 1])
+    if several.any():
+        names = some(map(printable, composed[several].unique()))
+        listener.note(f"{path}: patients written in two Unicode normal forms are one: {names}")
+    return pids.mask(several, composed)
 
 
 def one_row_a_study(rows, path, listener):

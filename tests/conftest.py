@@ -1,6 +1,7 @@
 """What several tests need: recorded numbers, inputs and weights by rule, the command line."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,11 @@ import echofocus  # noqa: E402
 from common.console import run_main  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
+
+
+os.fsync = lambda descriptor: (
+    None
+)  # what lies on the disk after a crash of the machine is no test's
 
 
 def pytest_addoption(parser):
@@ -165,5 +171,23 @@ def cohort(one_cohort, tmp_path, monkeypatch):
     `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
     """
     shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def one_trained(one_cohort, tmp_path_factory):
+    """The files of `trained`, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(one_cohort, folder, dirs_exist_ok=True)
+    with contextlib.chdir(folder):
+        echofocus.main(["train", "--task", "defect", "--epoch_lim", "2"])
+    return folder
+
+
+@pytest.fixture
+def trained(one_trained, tmp_path, monkeypatch):
+    """`cohort` with a model of its task `defect`, of two epochs, in the current folder."""
+    shutil.copytree(one_trained, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

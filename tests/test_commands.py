@@ -142,11 +142,10 @@ def test_resume_equals_an_uninterrupted_run(cohort, cli):
     assert status == 1 and "encoder_depth = 1, not 2" in err
 
 
-def test_another_dataset_leaves_out_trained_patients(cohort, cli):
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
-    config = json.loads((cohort / "config.json").read_text())
+def test_another_dataset_leaves_out_trained_patients(trained, cli):
+    config = json.loads((trained / "config.json").read_text())
     config["dataset"]["other"] = {"embedding_path": "emb"}
-    (cohort / "config.json").write_text(json.dumps(config))
+    (trained / "config.json").write_text(json.dumps(config))
     status, out, _ = cli("evaluate", "--dataset", "other")
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
     seen = split["fold"].isin(["train", "val"]).sum()
@@ -237,10 +236,9 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     assert status == 1 and "22 outputs" in err
 
 
-def test_predict_from_dicom(cohort, cli):
+def test_predict_from_dicom(trained, cli):
     """One line from a folder with a real DICOM cine to a table; what is skipped is named."""
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
-    folder = cohort / "patients" / "visit1"
+    folder = trained / "patients" / "visit1"
     folder.mkdir(parents=True)
     copy_example(folder / "cine.dcm")
     copy_example(folder / "still.dcm", "rgb_color")
@@ -253,13 +251,12 @@ def test_predict_from_dicom(cohort, cli):
     assert 0 < table["finding"] < 1
 
 
-def test_predictions_of_two_folders_of_one_name(cohort, cli):
+def test_predictions_of_two_folders_of_one_name(trained, cli):
     """A second source whose folders are called alike gets its own predictions."""
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     for hospital in ("a", "b"):
-        (cohort / hospital / "dicom").mkdir(parents=True)
-    copy_example(cohort / "a" / "dicom" / "1.dcm")
-    write_dicom(cohort / "b/dicom/1.dcm", moving_square()[..., ::-1].copy(), "RGB")
+        (trained / hospital / "dicom").mkdir(parents=True)
+    copy_example(trained / "a" / "dicom" / "1.dcm")
+    write_dicom(trained / "b/dicom/1.dcm", moving_square()[..., ::-1].copy(), "RGB")
     options = ("--weights", "random", "--size", "56", "--n_clips", "1")
     found = []
     for hospital in ("a", "b"):
@@ -448,12 +445,11 @@ def test_what_is_no_checkpoint_is_refused(cohort, cli):
         assert err.count("\n") == 1
 
 
-def test_wrong_width_and_unwritable_output(cohort, cli):
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
-    write_embeddings(cohort / "emb", "1003", normal(0, 2, 3, 512))
+def test_wrong_width_and_unwritable_output(trained, cli):
+    write_embeddings(trained / "emb", "1003", normal(0, 2, 3, 512))
     status, out, _ = cli("predict")
     assert status == 0 and "expected (videos, clips, 768)" in out
-    status, _, err = cli("predict", "--out", cohort / "emb")
+    status, _, err = cli("predict", "--out", trained / "emb")
     assert status == 1 and "is a folder; name the file" in err and err.count("\n") == 1
 
 

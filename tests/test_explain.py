@@ -142,13 +142,6 @@ def test_explain_needs_no_labels(tmp_path, monkeypatch, cli):
     assert "y_true" not in found and (found["score_unit"] == "log-odds").all()
 
 
-@pytest.fixture
-def trained(cohort, cli):
-    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "2")
-    assert status == 0, err
-    return cohort
-
-
 FOLDER = Path("trained_models/defect")
 
 

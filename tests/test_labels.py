@@ -85,6 +85,16 @@ def test_fractions_of_a_label_in_percent():
     assert not warnings([0.31, 0.6, 0.55, 1], units={"L": "cm"})
 
 
+def test_a_patient_in_two_unicode_normal_forms_is_one(tmp_path):
+    """Else the patient's studies would be dealt to two folds."""
+    one, other = "Jo\u0308rg", "J\u00f6rg"
+    (tmp_path / "t.csv").write_text(f"pid,eid\n{one},1\n{other},2\nMu\u0308ller,3\n", "utf-8")
+    heard = Collected()
+    rows = lb.read_rows(tmp_path / "t.csv", [], heard)
+    assert rows["pid"].tolist() == [other, other, "Mu\u0308ller"]  # which stays as it was
+    assert any("two Unicode normal forms" in x.text for x in heard.findings)
+
+
 def test_ids_in_another_unicode_normal_form(cohort, cli):
     """Matched where one form stands for one study; two studies that differ by it alone stay two."""
     forms = {"1000": "J\u00f6rg", "1001": "Jo\u0308rg", "1002": "Ra\u0301ul"}

@@ -14,13 +14,6 @@ import echofocus as ef
 from embed.store import open_store
 
 
-@pytest.fixture
-def trained(cohort, cli):
-    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "1")
-    assert status == 0, err
-    return cohort
-
-
 def test_the_snippet_of_the_readme_runs(trained, capfd):
     text = (ROOT / "README.md").read_text()
     code = re.search(r"<!-- run:library -->\n```python\n(.*?)```", text, re.S)[1]

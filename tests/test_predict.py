@@ -21,13 +21,6 @@ from report.predictions import prediction_table
 from report.trust import InputFound
 
 
-@pytest.fixture
-def trained(cohort, cli):
-    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "2")
-    assert status == 0, err
-    return cohort
-
-
 def table(path="trained_models/defect/predictions_site.csv"):
     return pd.read_csv(path, dtype={"eid": str}, keep_default_na=False).set_index("eid")
 

@@ -217,8 +217,7 @@ def test_a_tasks_precision_holds_for_every_command(cohort, cli):
         assert status == 0 and "precision = bf16 (the config's task defect)" in out, err
 
 
-def test_a_model_of_another_dataset_falls_back_to_the_first(cohort, cli):
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+def test_a_model_of_another_dataset_falls_back_to_the_first(trained, cli):
     config = json.loads(Path("config.json").read_text())
     config["dataset"] = {"elsewhere": {"embedding_path": "emb"}}
     Path("config.json").write_text(json.dumps(config))
@@ -471,8 +470,7 @@ def test_no_limit_of_epochs(cohort, cli):
 # ---------------------------------------------------------------------- published ways of working
 
 
-def test_several_folds_at_once(cohort, cli):
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
+def test_several_folds_at_once(trained, cli):
     status, _, err = cli("evaluate", "--folds", "('train','val','test')")
     assert status == 0, err
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
