@@ -34,8 +34,8 @@ def test_a_small_campaign(worker, area):
 
 PLANT = """
 import sys, numpy as np
-from tests.faults import worker
 {plant}
+from tests.faults import worker
 watch = worker.Watch()
 found = [worker.do_case({area!r}, 3, number, watch)["complaint"] for number in range({n})]
 print(*filter(None, found), sep="\\n")
@@ -53,7 +53,8 @@ PLANTED = {
         "hdf5", "from embed import store; store.UNREADABLE = (KeyError,)", "traceback", 8,
     ),
     "names as they are": (
-        "tables", "from common import console; console.clean_text = lambda text, *_: str(text)",
+        "tables", "from common import console; console.printable = str; console.STEERING = {}; "
+        "console.clean_text = lambda text, *_: str(text)",
         "steers the terminal|a line of", 40,
     ),
 }  # fmt: skip
