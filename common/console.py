@@ -261,7 +261,7 @@ def run_main(main, program):
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a path that cannot be read or written: it names itself
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {clean_text(error, LONGEST_LINE)}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -380,12 +380,20 @@ def file_name(name):
 # ----------------------------------------------------------------------------------- from a table
 
 
+def is_there(path):
+    """Whether a path is a file; one that is longer than a name may be is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def by_manifests(source, manifests, listener):
     files = {}  # study -> files relative to the source
     for manifest in manifests:
         for study, file in read_manifest(Path(manifest), source, listener):
             files.setdefault(study, set()).add(file)
-    there = {f: (source / f).is_file() for paths in files.values() for f in paths}
+    there = {f: is_there(source / f) for paths in files.values() for f in paths}
     times = Counter(f for paths in files.values() for f in paths)
     if twice := sorted(visible(f) for f, n in times.items() if n > 1):
         listener.warning(f"{len(twice)} files are listed in two studies: {listed(twice)}")

@@ -281,6 +281,8 @@ def test_manifests(tmp_path):
     s1, s2 = listed(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
     assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
     assert (s2.name, s2.videos) == ("s2", ["z.dcm"])
+    (one,) = listed(tmp_path, f"study,path\ns1,A/x.dcm\ns1,A/{'x' * 5000}\n")
+    assert one.videos == ["x.dcm"] and len(one.missing) == 1  # no file system has such a name
 
     (study,) = listed(
         tmp_path,

@@ -193,7 +193,7 @@ def judge(result, source, base):
     if found.keys() != base.keys() or any((found[k] != base[k]).any() for k in base):
         return f"healthy studies differ: {sorted(found)}"
     rows = list(csv.reader(io.StringIO(Path("out/extract_log.csv").read_text())))
-    known = {row[0].lstrip("'") for row in rows}
+    known = {name.lstrip("'") for row in rows for name in (row[0], row[1].split("/")[0])}
     unsaid = "no videos" not in result.out and "left out" not in result.out
     for folder in source.iterdir():
         lost = folder.name.startswith("odd") and folder.name not in known
