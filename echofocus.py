@@ -2121,7 +2121,10 @@ def deviations_of(model, store, outcome, settings, told):
         return None
     keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
     drawn = run_studies(model.net, Resamples(store, settings.spread), keys, settings)
-    draws = model.for_range(drawn.logits).reshape(len(outcome), DRAWS, -1)
+    draws = np.full((len(keys), len(model.labels)), np.nan)  # blank where a file vanished since
+    place = {key: i for i, key in enumerate(keys)}
+    draws[[place[key] for key in drawn.eids]] = model.for_range(drawn.logits)
+    draws = draws.reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
     modulo = [told.modulo[eid] for eid in outcome.eids]
     videos = outcome.n_videos if settings.spread == "videos" else None

@@ -13,7 +13,7 @@ import echofocus as ef
 from common.console import UserError
 from common.outputs import Outputs
 from common.schema import Record
-from embed.store import StudyClips
+from embed.store import StudyClips, open_store
 from report.predictions import prediction_table
 from report.trust import (
     DRAWS,
@@ -150,6 +150,22 @@ def test_the_columns_of_predict(cohort, cli):
     assert "size_low [cm]" not in table("q.csv")
     assert cli("predict", "--out", "q.csv", "--max_videos_per_study", "2")[0] == 0
     assert "from 2 of its 3 videos (--max_videos_per_study)" in table("q.csv")["warning"]["odd"]
+
+
+def test_a_study_that_vanishes_has_no_range_and_takes_no_other_ones(cohort):
+    """Between its answer and the draws of its range."""
+    store, net = open_store(cohort / "emb"), ef.StudyModel(2).eval()
+    model = ef.LoadedModel(
+        Path("m"), net, "t", Outputs.of("ab", "binary"), None, Record(labels=["a", "b"]), {}
+    )
+    settings, eids = ef.Settings(), ["1000", "1001"]
+    outcome = ef.run_studies(net, store, eids, settings)
+    told = InputFound(modulo=dict.fromkeys(eids, False))
+    before = ef.deviations_of(model, store, outcome, settings, told)
+    (cohort / "emb" / "1000.hdf5").unlink()
+    after = ef.deviations_of(model, store, outcome, settings, told)
+    assert np.isnan(after[0]).all()
+    np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
 
 
 def test_the_end_of_a_box_cox_scale_is_said_in_the_table():
