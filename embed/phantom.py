@@ -288,7 +288,7 @@ def draw_study(seed, index):
     return patient, heart, seen if defect else ()
 
 
-def make_cohort(folder, studies=100, seed=0, progress=iter):
+def make_cohort(folder, studies=100, seed=0, progress=iter, frames=16):
     """Write `videos/<eid>/<view>.avi`, `labels.csv` and `findings.csv` under `folder`.
 
     labels.csv: pid, eid, EF (percent), VSD (0 or 1). findings.csv: eid, video, shows_defect.
@@ -300,9 +300,9 @@ def make_cohort(folder, studies=100, seed=0, progress=iter):
         patient, heart, seen = draw_study(seed, index)
         eid = f"E{index:04d}"
         for k, view in enumerate(VIEWS):
-            frames = phantom_cine(view, heart.ef, view in seen, seed=(seed, 3, index, k),
-                                  heart=heart)  # fmt: skip
-            write_video(folder / "videos" / eid / f"{view}.avi", frames, fps=20)
+            cine = phantom_cine(view, heart.ef, view in seen, frames, seed=(seed, 3, index, k),
+                                heart=heart)  # fmt: skip
+            write_video(folder / "videos" / eid / f"{view}.avi", cine, fps=20)
             findings.append((eid, f"{view}.avi", int(view in seen)))
         labels.append((f"P{patient:04d}", eid, heart.ef, int(bool(seen))))
     for name, rows in (("labels.csv", labels), ("findings.csv", findings)):

@@ -72,7 +72,7 @@ def cmd_demo(typed):
     summarise_demo(folder)
 
 
-def make_demo(folder, studies):
+def make_demo(folder, studies, frames=16):
     """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
     import pydicom
 
@@ -80,7 +80,7 @@ def make_demo(folder, studies):
 
     print(f"making {studies} phantom studies in ./{folder}")
     bar = partial(progress, desc="phantoms", unit="study")
-    phantom.make_cohort(folder, studies, progress=bar)
+    phantom.make_cohort(folder, studies, progress=bar, frames=frames)
     real = folder / "real" / "sonosite"  # an echocardiogram that comes with pydicom
     real.mkdir(parents=True, exist_ok=True)
     shutil.copy(pydicom.examples.get_path("ybr_color"), real / "cine.dcm")

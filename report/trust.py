@@ -53,7 +53,7 @@ class TrainingInput:
 
 
 def mean_norm(study):
-    return float(np.linalg.norm(study.embeddings, axis=2).mean())
+    return float(np.linalg.norm(study.embeddings.astype(np.float64), axis=2).mean())
 
 
 # ----------------------------------------------------------------------------------- novelty

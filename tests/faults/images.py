@@ -228,7 +228,7 @@ def manifests(rng, here, base):
     healthy(source)
     (here / "secret.mp4").write_bytes((FIXTURES / "videos" / "h264.mp4").read_bytes())
     rows = [["study", "path"], ["well_dicom", "well_dicom/a"], ["well_video", "well_video/a.mp4"]]
-    fault = "cell"
+    fault, listed = "cell", [list(row) for row in rows]
     if rng.random() < 0.6:
         for _ in range(int(rng.integers(1, 3))):
             value = CELLS[int(rng.integers(len(CELLS)))]
@@ -247,6 +247,8 @@ def manifests(rng, here, base):
     complaint = one_line(result, "list.csv", "source", "study", "studies", "--manifest")
     found = embeddings("out") if os.path.isdir("out") else {}
     for name, array in found.items():
+        if fault == "cell" and any(row[0] == name and row not in listed for row in rows):
+            continue  # another video under that name
         if name in base and array.shape == base[name].shape and (array != base[name]).any():
             complaint = complaint or f"{name} has other numbers"
     if os.path.isdir("out") and any(

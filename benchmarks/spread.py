@@ -1,0 +1,111 @@
+"""How often the 90 % range of an answer holds another extraction's: python benchmarks/spread.py
+
+Phantom cines longer than a clip, an untrained encoder whose embeddings are standardised (as the
+demo's), models of the two labels trained on one extraction. Then the studies are extracted anew
+with other seeds and answered: the share of pairs of extractions in which the one's answer lies in
+the other's range, for each label and way of drawing starts.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import echofocus as ef
+from benchmarks.machine import describe
+from common.console import progress
+from embed import extract, phantom
+from report import demo
+
+LABELS = {"ef": "EF", "defect": "VSD"}  # task -> label
+
+
+def run(main, line):
+    with contextlib.redirect_stdout(io.StringIO()):
+        main([str(x) for x in line])
+
+
+def coverage(tables, label, unit=""):
+    """dict: the share of pairs of extractions within the range, its median width, and the median
+    of what that should be, were the difference of two extractions normal.
+
+    tables: of `predict`, an extraction each, of the same studies.
+    """
+    value, low, high = (
+        np.stack([t[f"{label}{end}{unit}"].to_numpy() for t in tables])
+        for end in ("", "_low", "_high")
+    )
+    pairs = permutations(range(len(tables)), 2)
+    inside = [(low[i] <= value[j]) & (value[j] <= high[i]) for i, j in pairs]
+    between = 2 * 1.645 * np.sqrt(2) * value.std(0, ddof=1)
+    return {
+        "coverage": float(np.mean(inside)),
+        "width": float(np.median(high - low)),
+        "between": float(np.median(between)),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--train", type=int, default=80, help="studies the models learn from")
+    parser.add_argument("--studies", type=int, default=40, help="studies answered")
+    parser.add_argument("--seeds", type=int, default=8, help="extractions of each")
+    parser.add_argument("--frames", type=int, default=48, help="of a cine")
+    parser.add_argument("--n_clips", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--size", default=demo.SIZE)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="file to write the same to, for programs")
+    args = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        weights = demo.make_demo(Path("."), args.train, args.frames)
+        bar = partial(progress, desc="new studies", unit="study")
+        phantom.make_cohort("new", args.studies, seed=1, progress=bar, frames=args.frames)
+        for n_clips in args.n_clips:
+            for starts in ("modulo", "independent"):
+                rows += measure(args, weights, n_clips, starts)
+    report = {"machine": describe(args.device), "options": vars(args), "rows": rows}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(args, weights, n_clips, starts):
+    """Rows of results of one way of drawing clips; printed as they are found."""
+    how = ["--weights", weights, "--size", args.size, "--n_clips", n_clips, "--starts", starts]
+    how += ["--device", args.device]
+    name, rows = f"{n_clips}_{starts}", []
+    run(extract.main, ["videos", "--out", f"emb_{name}", *how])
+    for task in LABELS:
+        run(ef.main, ["train", "--task", task, "--embedding_path", f"emb_{name}", "--run_id", name,
+                      "--device", args.device])  # fmt: skip
+    tables = {task: [] for task in LABELS}
+    for seed in range(1, args.seeds + 1):
+        run(extract.main, [Path("new", "videos"), "--out", f"new_{name}_{seed}", "--sampling_seed",
+                           seed, *how])  # fmt: skip
+        line = ["predict", "--embedding_path", f"new_{name}_{seed}", "--device", args.device]
+        for task, found in tables.items():
+            run(ef.main, [*line, "--model_name", f"{task}_{name}", "--out", "p.csv"])
+            found.append(pd.read_csv("p.csv").set_index("eid").sort_index())
+            os.unlink("p.csv")
+    for task, found in tables.items():
+        row = dict(n_clips=n_clips, starts=starts, label=LABELS[task])
+        row |= coverage(found, LABELS[task], " [%]" if task == "ef" else "")
+        print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+                        for k, v in row.items()), flush=True)  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
