@@ -23,6 +23,7 @@ MOST_CHUNKS = 100_000  # pieces of a dataset
 MOST_OBJECTS = 500_000  # groups and datasets that are looked at in a file
 MOST_DEPTH = 200  # groups within groups
 MOST_ATTRIBUTE = 1 << 16  # bytes
+PIECE = 16 << 20  # bytes looked through at once
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 FILTERS |= {h5py.h5z.FILTER_LZF}  # any other would load a program from a plugin's folder
 
@@ -110,8 +111,10 @@ def read_texts(dataset, name, shape, longest=200):
     fits = [s in (None, n) for s, n in zip(shape, dataset.shape, strict=False)]
     if len(shape) != dataset.ndim or not all(fits):
         raise ValueError(f"{name} is of shape {dataset.shape}, expected {shape}")
-    if dataset.dtype.kind == "O" and text_bytes(dataset) > MOST_TEXT:
-        raise ValueError(f"{name} holds texts of {text_bytes(dataset) / 1e6:.0f} MB")
+    if dataset.dtype.kind == "O":
+        refuse_endless_heap(dataset.file)
+        if text_bytes(dataset) > MOST_TEXT:
+            raise ValueError(f"{name} holds texts of {text_bytes(dataset) / 1e6:.0f} MB")
     texts = np.empty(dataset.size, object)
     for i, raw in enumerate(np.asarray(dataset[()]).ravel()):
         raw = raw.decode("utf-8", "backslashreplace") if isinstance(raw, bytes) else str(raw)
@@ -132,12 +135,64 @@ def text_bytes(dataset):
     return int(np.frombuffer(raw, "<u4")[::4].sum(dtype=np.uint64))
 
 
+def refuse_endless_heap(f):
+    """ValueError where HDF5 would never come back: from a heap with an object of no size.
+
+    Texts of varying length lie in heaps ("HDF5 File Format Specification", III.E: 'GCOL', a
+    version, a size; then objects of a number, where 0 is free space, and a size), which are looked
+    for in all of the file but its large plain datasets. A block of zeros in one is enough.
+    """
+    if f.driver == "fileobj":  # one of our own, being written
+        return
+    handle, at = f.id.get_vfd_handle(), 0
+    for begin, end in [*plain_datasets(f), (os.fstat(handle).st_size,) * 2]:
+        while at < begin:
+            piece = os.pread(handle, min(PIECE, begin - at) + 3, at)
+            found = piece.find(b"GCOL")
+            if found < 0:
+                at += PIECE
+            elif endless(handle, at + found):
+                raise ValueError("its texts are damaged: a heap without end")
+            else:
+                at += found + 4
+        at = max(begin, end)
+
+
+def plain_datasets(f):
+    """[(begin, end)] in bytes of large datasets of numbers that lie in one piece, in order."""
+    sets = [f[k].id for k in f if isinstance(f.get(k, getlink=True), h5py.HardLink)
+            and isinstance(f[k], h5py.Dataset) and f[k].dtype.kind == "f"]  # fmt: skip
+    places = [(d.get_offset(), d.get_storage_size()) for d in sets]
+    return sorted(
+        (at, at + size) for at, size in places if at is not None and size > MOST_ATTRIBUTE
+    )
+
+
+def endless(handle, at):
+    """Whether HDF5 would never come to the end of the heap at this place of a file."""
+    start = os.pread(handle, 16, at)
+    version, size = start[4:5], int.from_bytes(start[8:], "little")
+    if version != b"\1":
+        return False
+    if size > MOST_TEXT:
+        return True
+    heap, i = os.pread(handle, size, at), 16
+    while i + 16 <= len(heap):
+        number = int.from_bytes(heap[i : i + 2], "little")
+        length = int.from_bytes(heap[i + 8 : i + 16], "little")
+        step = 16 + -(-length // 8) * 8 if number else length
+        if not step:
+            return True
+        i += step
+    return False
+
+
 def own_attributes(node, names):
     """The attributes of these names that are there: dict of name to text, number or list of them.
 
     Raises ValueError for any that is a reference, a compound or too large.
     """
-    found = {}
+    found, looked_through = {}, False
     for name in names:
         if not h5py.h5a.exists(node.id, name.encode()):
             continue
@@ -149,6 +204,9 @@ def own_attributes(node, names):
             raise ValueError(f"attribute {name} is neither text nor a number")
         if attribute.get_storage_size() > MOST_ATTRIBUTE:
             raise ValueError(f"attribute {name} is too large")
+        if dtype.kind == "O" and not looked_through:
+            refuse_endless_heap(node.file)
+            looked_through = True
         value = node.attrs[name]
         if is_text:
             found[name] = clean_text(value.decode() if isinstance(value, bytes) else value)

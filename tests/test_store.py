@@ -302,6 +302,14 @@ def of_floats(f):
     f.attrs["crc32"] = ["a", "b"]
 
 
+def blank_heap(path):
+    """A block of zeros in the texts: HDF5 2.0 would look for their end for ever."""
+    write_ours(path, 0)
+    data = path.read_bytes()
+    heap = data.index(b"GCOL") + 16
+    path.write_bytes(data[:heap] + bytes(64) + data[heap + 64 :])
+
+
 ODD = {
     "external link": (
         linked("embeddings", h5py.ExternalLink("secret.h5", "numbers")),
@@ -366,6 +374,7 @@ ODD = {
     "checksums that are text": (odd(of_floats), "attribute crc32"),
     "one name 200 times": (odd(one_text_many_times), "texts of 200 MB"),
     "groups without end": (nested, "without end"),
+    "a heap without end": (blank_heap, "its texts are damaged"),
     "a circle of groups": (looped, "links, which are not followed"),
     "nothing": (lambda path: h5py.File(path, "w").close(), "no video"),
     "a folder": (lambda path: path.mkdir(), "no regular file"),
