@@ -63,6 +63,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=8, help="extractions of each")
     parser.add_argument("--frames", type=int, default=48, help="of a cine")
     parser.add_argument("--n_clips", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--starts", nargs="+", default=["modulo", "independent"])
     parser.add_argument("--size", default=demo.SIZE)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="file to write the same to, for programs")
@@ -73,7 +74,7 @@ def main():
         bar = partial(progress, desc="new studies", unit="study")
         phantom.make_cohort("new", args.studies, seed=1, progress=bar, frames=args.frames)
         for n_clips in args.n_clips:
-            for starts in ("modulo", "independent"):
+            for starts in args.starts:
                 rows += measure(args, weights, n_clips, starts)
     report = {"machine": describe(args.device), "options": vars(args), "rows": rows}
     if args.json:
