@@ -268,6 +268,7 @@ class Position:
     videos: int = 0  # of the epoch's order
     losses: float = 0.0  # their sum
     seconds: float = 0.0
+    waited: float = 0.0  # of these, for clips
 
 
 class Run:
@@ -303,7 +304,7 @@ class Run:
         self.history = []  # a dict a phase and epoch, see `validation_row`
         self.scores = []  # an epoch each, higher is better
         self.position = Position()
-        self.rates = [0.0, 0.0]  # images read, and seconds waited for them
+        self.waited = 0.0  # seconds, for clips
 
     def schedule(self):
         s = self.settings
@@ -448,8 +449,7 @@ class Run:
         for own in steps:
             began = time.perf_counter()
             read_now = [next(clips) for _ in own]
-            self.rates[0] += sum(c.shape[0] * c.shape[1] for c in read_now)
-            self.rates[1] += time.perf_counter() - began
+            self.waited += time.perf_counter() - began
             yield own, torch.from_numpy(np.concatenate(read_now)) if own else None
 
     def forward(self, clips, keys=None, seed=0):
@@ -480,7 +480,7 @@ class Run:
         s = self.settings
         sampling = ClipSampling(s.clip_len, s.size, s.sampling_rate, s.augment)
         self.net.train()
-        self.rates = [0, 0.0]
+        self.waited = done.waited
         bar = progress(
             zip(steps, self.batches(own, 1, sampling, seed), strict=True), desc=f"epoch {number}",
             total=len(steps), unit="step", leave=False, disable=self.world.rank > 0,
@@ -496,10 +496,11 @@ class Run:
             done.losses += loss * len(step)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if time.time() - saved >= 60 * s.checkpoint_minutes:
-                done.seconds = before + time.time() - began
+                done.seconds, done.waited = before + time.time() - began, self.waited
                 self.save_last()
                 saved = time.time()
-        self.end_epoch(done.losses / len(order), before + time.time() - began)
+        done.seconds, done.waited = before + time.time() - began, self.waited
+        self.end_epoch(done.losses / len(order), done)
 
     def step(self, step, names, clips, seed):
         """One optimiser step on the videos `step`, of which this process has `names`; the loss."""
@@ -530,8 +531,8 @@ class Run:
         for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             p.grad = g.view_as(p)
 
-    def end_epoch(self, train_loss, seconds):
-        found = self.predict("val")
+    def end_epoch(self, train_loss, done):
+        found, seconds = self.predict("val"), max(done.seconds, 1e-9)
         lr = self.optimizer.param_groups[0]["lr"]
         number = self.epoch + 1
         row = validation_row(self.tasks, found.studies, self.truths(found.studies))
@@ -546,12 +547,12 @@ class Run:
             self.scheduler.step(score)
         elif self.scheduler:
             self.scheduler.step()
-        images, waited = self.rates
-        wait = f", {waited / max(seconds, 1e-9):.0%} of the time waiting for videos"
+        images = len(self.names["train"]) * self.settings.clip_len
         print(
             f"epoch {number}: train loss {train_loss:.4f}, validation loss {found.loss:.4f}, "
             f"{'AUROC and R2' if self.by_metric else 'score'} {score:.4f}, lr {lr:g}, "
-            f"{images / max(seconds, 1e-9):.0f} images/s{wait}"
+            f"{images / seconds:.0f} images/s, {done.waited / seconds:.0%} of the time waiting for "
+            "videos"
         )
         self.save()
 
