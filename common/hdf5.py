@@ -187,10 +187,14 @@ def endless(handle, at):
     return False
 
 
-def own_attributes(node, names):
-    """The attributes of these names that are there: dict of name to text, number or list of them.
+WHAT = ["a text or number", "a list of whole numbers"]  # an attribute of 0 or 1 dimensions
 
-    Raises ValueError for any that is a reference, a compound or too large.
+
+def own_attributes(node, names, ndim=0):
+    """The attributes of these names that are there: dict of name to text or number; with ndim=1 to
+    a list of whole numbers.
+
+    Raises ValueError for any that is of another kind, a reference, a compound or too large.
     """
     found, looked_through = {}, False
     for name in names:
@@ -199,9 +203,9 @@ def own_attributes(node, names):
         attribute = h5py.h5a.open(node.id, name.encode())
         dtype = attribute.dtype
         is_text = h5py.check_string_dtype(dtype) is not None
-        odd = dtype.kind not in "iufb" and not is_text
-        if odd or len(attribute.shape) > (not is_text):
-            raise ValueError(f"attribute {name} is neither text nor a number")
+        known = dtype.kind in "iu" if ndim else is_text or dtype.kind in "iufb"
+        if not known or attribute.shape is None or len(attribute.shape) != ndim:
+            raise ValueError(f"attribute {name} is not {WHAT[ndim]}")
         if attribute.get_storage_size() > MOST_ATTRIBUTE:
             raise ValueError(f"attribute {name} is too large")
         if dtype.kind == "O" and not looked_through:

@@ -214,7 +214,7 @@ def read_details(path):
     """The StudyDetails in a study's file, which may be a published one, or damaged."""
     try:
         with open_hdf5(path) as f:
-            clip_len = own_attributes(f, ["clip_len"]).get("clip_len", 0)
+            clip_len = own_attributes(f, ["clip_len"]).get("clip_len")
             videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
             starts = own_dataset(f, "clip_starts", "i")[()]
             skipped = own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist()
@@ -222,7 +222,8 @@ def read_details(path):
     except UNREADABLE:
         return StudyDetails()
     contents = {name: r.content for name, *row in rows if (r := FileRecord(*row)).content}
-    return StudyDetails(int(clip_len), dict(zip(videos, starts, strict=False)), contents, skipped)
+    clip_len = clip_len if isinstance(clip_len, int) else 0
+    return StudyDetails(clip_len, dict(zip(videos, starts, strict=False)), contents, skipped)
 
 
 # ---------------------------------------------------------------------------- whom an encoder knows
@@ -282,6 +283,9 @@ def packed_seen(path):
 # ------------------------------------------------------------------------------------------ a study
 
 
+BEYOND = 1e9  # what no clip embedding reaches; the squares of more overflow
+
+
 class UnreadableStudy(Exception):
     """Why a study's embeddings cannot be used."""
 
@@ -335,8 +339,9 @@ class OpenStudy:
                 "again"
             )
         embeddings = as_float32(embeddings)
-        if not np.isfinite(embeddings).all():
-            raise ValueError("it holds NaN or infinite numbers")
+        largest = max(embeddings.max(), -embeddings.min())  # NaN, where there is one
+        if not 0 < largest < BEYOND:
+            raise ValueError(f"its numbers are no encoder's, the largest is {largest:g}")
         return StudyClips(embeddings, videos, header.made_with)
 
 
@@ -362,7 +367,7 @@ def describe_own(f):
     attributes = own_attributes(f, ATTRIBUTES)
     check_text(attributes, f, "attributes_crc32")
     attributes = {k: v for k, v in attributes.items() if k in (*MADE_WITH, *TOLD)}
-    crc32 = tuple(own_attributes(f, ["crc32"]).get("crc32", ()))
+    crc32 = tuple(own_attributes(f, ["crc32"], ndim=1).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:
         raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")

@@ -297,6 +297,20 @@ def looped(path):
         f["b"] = h5py.SoftLink("/a")
 
 
+def with_attributes(**values):
+    return odd(lambda f: f.attrs.update(values))
+
+
+def unsigned(array):
+    """Embeddings without a checksum, as the published ones have none."""
+
+    def change(f):
+        del f.attrs["crc32"], f["augmented"], f["embeddings"]
+        f["embeddings"] = array
+
+    return odd(change)
+
+
 def of_floats(f):
     del f.attrs["crc32"]
     f.attrs["crc32"] = ["a", "b"]
@@ -372,6 +386,12 @@ ODD = {
         "attribute size",
     ),
     "checksums that are text": (odd(of_floats), "attribute crc32"),
+    "checksums that are fractions": (with_attributes(crc32=[1.5, 2.5]), "attribute crc32"),
+    "one checksum": (with_attributes(crc32=1), "attribute crc32"),
+    "two sizes": (with_attributes(size=[224, 112]), "attribute size"),
+    "numbers of no encoder": (unsigned(np.full((2, 4, 768), 1e30, "f4")), "largest is 1e[+]30"),
+    "a number that is none": (unsigned(np.full((2, 4, 768), np.nan, "f4")), "largest is nan"),
+    "all 0": (unsigned(np.zeros((2, 4, 768), "f4")), "largest is 0"),
     "one name 200 times": (odd(one_text_many_times), "texts of 200 MB"),
     "groups without end": (nested, "without end"),
     "a heap without end": (blank_heap, "its texts are damaged"),

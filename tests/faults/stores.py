@@ -165,6 +165,7 @@ def other_type(f, rng):
         np.zeros((2, 2, 768), np.int32), np.zeros((0, 2, 768), np.float32), h5py.Empty("f"),
         np.zeros((2, 2), [("a", "f4"), ("b", "i8")]), np.full((1, 2, 768), np.nan, np.float32),
         np.full((1, 2, 768), 3e38, np.float64), np.zeros((1, 2, 767), np.float32),
+        np.full((1, 2, 768), 1e30, np.float32), np.zeros((1, 2, 768), np.float32),
         np.zeros((1, 768), np.float32), np.array([True, False]),
     ]  # fmt: skip
     f[name] = values[int(rng.integers(len(values)))]
@@ -177,11 +178,13 @@ def reference(f, rng):
 
 
 def odd_attribute(f, rng):
-    name = str(rng.choice(["weights_sha256", "size", "sampling", "crc32", "records_crc32", "mask"]))
+    names = ["weights_sha256", "size", "sampling", "crc32", "records_crc32", "mask", "clip_len"]
+    name = str(rng.choice(names))
     values = [
         "x" * 60_000, np.zeros((30, 30)), h5py.Empty("f"), np.array(["a", "b"], object), ESCAPE,
         np.zeros(1, [("a", "f4")]), np.complex64(1), -1, float("nan"), np.bool_(True), "a\nb",
-        np.bytes_(b"\xff\xfe"), np.uint32([1, 2, 3]), f["embeddings"].ref,
+        np.bytes_(b"\xff\xfe"), np.uint32([1, 2, 3]), f["embeddings"].ref, [0.5],
+        [224, 112],
     ]  # fmt: skip
     value = values[int(rng.integers(len(values)))]
     if isinstance(value, np.ndarray) and value.dtype == object:
