@@ -5,21 +5,22 @@ the archive must be laid out as torch.save lays it out, each record must have th
 recorded for it, and only then its tensors are read, through torch's reader of weights.
 """
 
+import io
 import os
-import re
 import struct
 import warnings
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from common.console import UserError
 from common.files import atomic_path, kept_errors
+from common.pickles import MOST_PICKLE, STAND_INS, Unsafe, check_pickle
 
 MOST_BYTES = 8 << 30  # of a file, and of what an archive unpacks to; the released are below 1 GB
 MOST_RECORDS = 100_000
+OLD_PICKLES = 5  # a magic number, a version, a machine, the tensors, the names of their storages
 CHUNK = 1 << 20
 
 
@@ -74,7 +75,10 @@ def load_safely(path):
         check_bytes(size, path)
         if size and is_zip(path):
             check_records(path)
-        with torch.serialization.safe_globals(safe_pickle_globals()), warnings.catch_warnings():
+        else:
+            check_old(path)
+        stand_ins = [(value, name) for name, value in STAND_INS.items()]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of what the file holds
             saved = torch.load(path, map_location="cpu", weights_only=True)
         if not is_zip(path):
@@ -90,10 +94,18 @@ def load_safely(path):
             "a backup, download it again, or train again"
         ) from error
     except Exception as error:  # whatever a file that is no checkpoint makes the reader raise
-        detail = "damaged, or not a checkpoint at all"
-        if named := foreign_globals(path, error):
-            detail = f"it names {', '.join(named)}, which no model needs"
+        detail = error if isinstance(error, Unsafe) else "damaged, or not a checkpoint at all"
         raise WeightsError(f"{path} cannot be read safely and was refused: {detail}") from error
+
+
+def check_old(path):
+    """Walk the pickles that begin a file of torch's old format. Raises as `check_pickle`."""
+    with open(path, "rb") as f:
+        for _ in range(OLD_PICKLES):
+            check_pickle(f)
+            if not f.read(1):
+                break
+            f.seek(-1, os.SEEK_CUR)
 
 
 # ----------------------------------------------------------------------------------------- archive
@@ -138,6 +150,9 @@ def check_records(path):
             end = check_record(f, record)
             if end > limit:
                 raise Damaged("its records overlap")
+            if record.name.lower().endswith(b"data.pkl"):  # which torch reads as <first folder>/...
+                f.seek(end - record.size)
+                check_pickle(io.BytesIO(f.read(min(record.size, MOST_PICKLE + 1))))
 
 
 def read_end(f, size):
@@ -236,41 +251,6 @@ def check_record(f, record):
 def check_bytes(n, what):
     if n > MOST_BYTES:
         raise WeightsError(f"{what} holds more than {MOST_BYTES >> 30} GB and was refused")
-
-
-# ------------------------------------------------------------------------------------------ pickle
-
-
-def safe_pickle_globals():
-    """What a published checkpoint's pickle names beyond tensors: numpy arrays and scalars.
-
-    numpy 1 spelt the module numpy.core. Nothing here can run code of the file.
-    """
-    import _codecs
-
-    allowed = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.dtypes.Float64DType]
-    allowed += [np.dtypes.Float32DType, np.dtypes.Int64DType, (_codecs.encode, "_codecs.encode")]
-    functions = {"_reconstruct": empty_array, "scalar": np._core.multiarray.scalar}
-    for name, function in functions.items():
-        for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-            allowed.append((function, f"{module}.{name}"))
-    return allowed
-
-
-def empty_array(kind, shape, dtype):
-    """numpy's `_reconstruct` for what numpy pickles: the array's own state gives it its size."""
-    if kind is not np.ndarray or shape != (0,) or dtype not in (b"b", "b"):
-        raise ValueError("an array that numpy did not write")
-    return np.ndarray(shape, "b")
-
-
-def foreign_globals(path, error):
-    """The functions and classes that a refused file names beyond those allowed, five at most."""
-    try:
-        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # not in torch's zip format, or damaged: what the reader stopped at
-        named = re.findall(r"GLOBAL ([\w.]+)", str(error))
-    return list(dict.fromkeys(name[:60] for name in named if name.isprintable()))[:5]
 
 
 # ----------------------------------------------------------------------------------------- tensors

@@ -14,6 +14,7 @@ import torch
 from test_commands import published_model
 
 from common.checkpoints import WeightsError, load_safely, save
+from tests.faults.pickles import HOSTILE, hostile_archive, hostile_old
 
 SAVED = {
     "model_state_dict": {
@@ -181,6 +182,23 @@ def test_arrays_that_claim_memory(small):
     torch.save({"model_state_dict": {}, "a": np.arange(3)}, small)
     huge = b"\x8a\x08" + struct.pack("<q", 10**9)
     refused(rebuilt(small, in_pickle(b"K\x00\x85q", huge + b"\x85q")))
+
+
+def test_what_numpy_wrote_comes_back_and_is_written_as_numpy_s(small):
+    """Stand-ins read it; what they made is saved as if numpy itself had made it."""
+    kinds = [np.ones(3, kind) for kind in ("f4", "f8", "i4", "i8", "u4", "?", "u1")]
+    saved = {"arrays": kinds, "numbers": [x[1] for x in kinds], "f": np.ones((2, 3), order="F").T}
+    save(saved, small)
+    save(load_safely(small), small.with_name("again.pt"))
+    assert same(load_safely(small.with_name("again.pt")), saved)
+    assert b"common" not in small.with_name("again.pt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_pickle_that_would_crash_or_never_end(small, kind):
+    for data in (hostile_archive(kind), hostile_old(kind)):
+        small.write_bytes(data)
+        refused(small)
 
 
 def test_old_format_says_that_it_has_no_checksums(small, capsys):

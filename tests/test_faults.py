@@ -47,7 +47,8 @@ PLANTED = {
     ),
     "pickles are run": (
         "checkpoints", "import torch; load = torch.load; torch.load = lambda path, **_: "
-        "load(path, weights_only=False)", "CODE OF THE FILE RAN|outside: os.system", 40,
+        "load(path, weights_only=False); from common import checkpoints; "
+        "checkpoints.check_pickle = lambda f: None", "CODE OF THE FILE RAN|outside: os.system", 40,
     ),
     "a crash": (
         "hdf5", "from embed import store; store.UNREADABLE = (KeyError,)", "traceback", 8,

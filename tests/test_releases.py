@@ -573,7 +573,7 @@ CHECKPOINTS = {
         lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.complex64)}),
         "ff.bias is a tensor of torch.complex64",
     ),
-    "sparse": (lambda: good_state(**{"ff.bias": torch.zeros(3).to_sparse()}), "ff.bias is a tens"),
+    "sparse": (lambda: good_state(**{"ff.bias": torch.zeros(3).to_sparse()}), "_rebuild_sparse_"),
     "many layers": (
         lambda: good_state(**{f"encoder.layers.{i}.x": torch.zeros(1) for i in range(200)}),
         "200 layers",

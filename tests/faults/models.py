@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.mutations import KINDS, damaged, odd_value
+from tests.faults.pickles import HOSTILE, hostile_archive, hostile_old
 from tests.faults.stores import compare, home, predict_line, small_cohort
 from tests.faults.worker import Case, one_line, run
 
@@ -78,7 +79,10 @@ def saved_bytes(saved):
 
 def attack(rng):
     """(fault, bytes) of a file that would run a program."""
-    draw = rng.integers(4)
+    draw = rng.integers(6)
+    if draw > 3:
+        kind = list(HOSTILE)[int(rng.integers(len(HOSTILE)))]
+        return f"attack: {kind}", (hostile_archive if draw == 4 else hostile_old)(kind)
     if draw == 0:
         return "attack: pickle", pickle.dumps({"model_state_dict": Attack()})
     if draw == 1:

@@ -1,0 +1,171 @@
+"""The pickles of checkpoints: what they may name, and what stands in for numpy in reading them.
+
+torch's reader of weights runs nothing of a file, but takes its word for what numpy and Python shall
+make: a type that points anywhere, gigabytes of zeros, a key so nested that its hash never ends. So
+a pickle is walked first, by its opcodes, and calls none of numpy's own functions.
+"""
+
+import _codecs
+import pickletools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.console import printable
+
+MOST_VALUES = 5_000_000  # of a pickle, shared ones as often as they are met; the largest have 10^5
+MOST_DEPTH = 100
+TEXT = 100  # characters of a text that count as one value
+MOST_PICKLE = 256 << 20
+
+
+class Unsafe(Exception):
+    """Why a pickle is not read, to be completed by its file."""
+
+
+# --------------------------------------------------------------------------------- stand-ins: numpy
+
+NUMBERS = {"b1", "f2", "f4", "f8", *(f"{kind}{n}" for kind in "iu" for n in (1, 2, 4, 8))}
+
+
+class Numbers:
+    """numpy.dtype, of plain numbers alone: no fields, no parts, nothing that holds an address."""
+
+    def __init__(self, name, align=False, copy=True):
+        if name not in NUMBERS:
+            raise ValueError("an array or number of another kind")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        _, order, *parts = state
+        if order not in ("<", "|") or parts[:3] != [None] * 3:
+            raise ValueError("an array or number of another kind")
+
+
+class Array(np.ndarray):
+    """numpy.ndarray, which begins empty; saved again it is numpy's own."""
+
+    def __new__(cls):
+        return super().__new__(cls, (0,), "b")
+
+    def __setstate__(self, state):
+        version, shape, numbers, fortran, data = state
+        super().__setstate__((version, shape, numbers.dtype, fortran, data))
+
+    def __reduce_ex__(self, protocol):
+        return np.array(self, subok=False).__reduce_ex__(protocol)
+
+
+def empty_array(kind, shape, code):
+    """numpy's `_reconstruct` for what numpy pickles: the array's own state gives it its size."""
+    if kind is not Array or shape != (0,) or code not in (b"b", "b"):
+        raise ValueError("an array that numpy did not write")
+    return Array()
+
+
+def scalar(numbers, data):
+    """numpy's `scalar`: one number of these bytes."""
+    (value,) = np.frombuffer(data, numbers.dtype)
+    return value
+
+
+ENCODE = "_codecs.encode"
+STAND_INS = {"numpy.dtype": Numbers, "numpy.ndarray": Array, ENCODE: _codecs.encode}
+for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 1's
+    STAND_INS |= {f"{module}._reconstruct": empty_array, f"{module}.scalar": scalar}
+
+NEEDED = {*STAND_INS, "collections.OrderedDict", "torch.Size", "torch.device"}
+NEEDED |= {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")}
+KINDS = "Float Double Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble"
+NEEDED |= {f"torch.{kind}Storage" for kind in KINDS.split()}
+NEEDED |= {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
+# --------------------------------------------------------------------------------------------- walk
+
+TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "NEWOBJ": 2, "BINPERSID": 1}
+TAKES |= {"APPEND": 1, "SETITEM": 2, "BUILD": 1, "STACK_GLOBAL": 2}
+MARKED = {"TUPLE", "APPENDS", "SETITEMS"}  # take all since the mark
+FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # what lies below
+
+
+@dataclass(slots=True)
+class Value:
+    """What a pickle makes, without making it."""
+
+    weight: int = 1  # values in it, a shared one as often as it is met
+    depth: int = 0
+    text: str = ""  # a text or a name; of a tuple, its last part's
+    complete: bool = False  # met again since it was made, or nothing that can be filled
+
+
+NUMBER = Value(complete=True)
+
+
+def check_pickle(f):
+    """Walk one pickle from where a file is: nothing of it is made.
+
+    Raises Unsafe for names that torch.save does not write of tensors, numbers and text, and for
+    what is so large, deep or shared that reading, hashing or copying it takes for ever or all
+    memory; other exceptions for what is no pickle.
+    """
+    stack, marks, memo, foreign, total = [], [], {}, [], 0
+    for op, arg, at in pickletools.genops(f):
+        name = op.name
+        if name in ("PROTO", "FRAME", "STOP"):
+            continue
+        if name == "MARK":
+            marks.append(stack)
+            stack = []
+            continue
+        if name.endswith(("PUT", "MEMOIZE")):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+            continue
+        if name.endswith("GET"):
+            memo[arg].complete = True
+            stack.append(memo[arg])
+            continue
+        if name in MARKED:
+            parts, stack = stack, marks.pop()
+        elif name in TAKES or not op.stack_before:
+            parts = [stack.pop() for _ in range(TAKES.get(name, 0))][::-1]
+        else:
+            raise Unsafe(f"torch.save never writes what it holds ({name})")
+        value = filled(stack[-1] if name in FILLS else made(name, arg, parts), parts)
+        if name in ("GLOBAL", "STACK_GLOBAL") and value.text not in NEEDED:
+            foreign.append(value.text)
+        if name == "REDUCE" and parts[0].text == ENCODE and parts[1].text != "latin1":
+            raise Unsafe("it holds bytes in an odd spelling")
+        if name not in FILLS:
+            stack.append(value)
+        total += 1 + sum(part.weight for part in parts)
+        if total > MOST_VALUES or at > MOST_PICKLE:
+            raise Unsafe("it holds more than a model does")
+    if foreign:
+        named = [printable(text)[:60] for text in dict.fromkeys(foreign)][:5]
+        raise Unsafe(f"it names {', '.join(named)}, which no model needs")
+
+
+def made(name, arg, parts):
+    """The Value that an opcode begins."""
+    if name == "GLOBAL":
+        return Value(text=arg.replace(" ", "."))
+    if name == "STACK_GLOBAL":
+        return Value(text=".".join(part.text for part in parts))
+    if isinstance(arg, str | bytes):
+        return Value(1 + len(arg) // TEXT, text=arg if isinstance(arg, str) else "")
+    if parts or name.startswith("EMPTY"):
+        return Value(text=parts[-1].text if name.startswith("TUPLE") else "")
+    return NUMBER
+
+
+def filled(value, parts):
+    """The Value with others in it."""
+    if parts and value.complete:
+        raise Unsafe("it holds itself")
+    value.weight += sum(part.weight for part in parts)
+    value.depth = max([value.depth, *(part.depth + 1 for part in parts)])
+    if value.depth > MOST_DEPTH:
+        raise Unsafe(f"it is nested {MOST_DEPTH} deep and more")
+    return value
