@@ -12,8 +12,10 @@ from pathlib import Path
 
 from embed.source import VideoError, check_budget, open_file
 
-# FFmpeg might follow what a file refers to; a video is one file.
-os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "protocol_whitelist;file"
+# FFmpeg might follow what a file refers to; a video is one file. So it may open files alone, and
+# none as a playlist, a list of images or a script: these demuxers read what they are given.
+DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegts,mpegvideo,m4v,h264,hevc"
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"protocol_whitelist;file|format_whitelist;{DEMUXERS}"
 
 NO_VIDEO = "cannot be opened as a video"
 

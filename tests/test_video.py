@@ -159,6 +159,20 @@ def test_names_that_are_no_text_nor_a_pattern(tmp_path):
         assert len(video.read_frames(path)) == 20
 
 
+@pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.ts"])
+def test_a_playlist_opens_nothing_else(tmp_path, name):
+    """A list that names a playlist, which may name any file: neither is a video."""
+    shutil.copy(VIDEOS / "h264.ts", tmp_path / "other.ts")
+    listed = (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n"
+    )
+    (tmp_path / "list.m3u8").write_text(listed)
+    (tmp_path / name).write_text("ffconcat version 1.0\nfile list.m3u8\n")
+    for path in (tmp_path / name, tmp_path / "list.m3u8"):
+        with pytest.raises(video.VideoError, match="cannot be opened as a video"):
+            video.read_frames(path)
+
+
 def test_sampling_is_the_published():
     """Start s reads frames s - 1 .. s + 14, 0 .. 15 for s = 0; a short video repeats its last."""
     expected = [range(16), range(16), range(1, 17), range(63, 79)]

@@ -157,6 +157,16 @@ def hostile(source, kind, number, rng):
         folder.mkdir(exist_ok=True)
         (folder / f"{odd}{suffix}").write_bytes(data)
         return "name"
+    if kind == "video" and draw < 0.2:
+        other = source.parent / "secret.ts"
+        other.write_bytes((FIXTURES / "videos" / "h264.ts").read_bytes())
+        folder.mkdir()
+        listed = (
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other.resolve()}\n#EXT-X-ENDLIST\n"
+        )
+        (folder / "list.m3u8").write_text(listed)
+        (folder / f"a{suffix}").write_text("ffconcat version 1.0\nfile list.m3u8\n")
+        return "playlist"
     if kind == "dicom" and draw < 0.45:
         change = odd_tag if draw < 0.35 else shifted
         fault, data = change.__name__, change(data, rng)
@@ -199,6 +209,8 @@ def judge(result, source, base):
         lost = folder.name.startswith("odd") and folder.name not in known
         if lost and unsaid and folder.name not in result.out:
             return f"nothing is said of {folder.name}"
+        if (folder / "list.m3u8").exists() and Path("out", f"{folder.name}.hdf5").exists():
+            return f"{folder.name} has the video of another folder"
     if str(source) in result.said:
         return "an absolute path on the screen"
     return ""
