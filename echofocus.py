@@ -174,8 +174,8 @@ from report.trust import (
     Novelty,
     Resamples,
     TrainingInput,
+    reach_of,
     report_warnings,
-    spread_of,
 )
 
 # ---------------------------------------------------------------------------------- embedding store
@@ -2089,9 +2089,7 @@ def answer_studies(model, store, eids, settings, journal=None):
     for number, (outcome, _, _) in enumerate(steps):
         own = rest[WINDOW * number : WINDOW * (number + 1)]
         outcome = replace(outcome, embeddings=outcome.embeddings[:, :0])  # not needed here
-        window = vars(outcome) | {
-            "deviations": deviations_of(model, store, outcome, settings, check.found)
-        }
+        window = vars(outcome) | {"reach": reaches(model, store, outcome, settings, check.found)}
         window |= {name: {e: x[e] for e in own if e in x} for name, x in vars(check.found).items()}
         window["unreadable"] = {eid: unreadable[eid] for eid in own if eid in unreadable}
         windows.append(window)
@@ -2104,19 +2102,17 @@ def answer_studies(model, store, eids, settings, journal=None):
     found = merged([outcome_of(window) for window in windows], eids, model.net)
     note_cut_studies(store, found, check.found)
     rows = [
-        dict(zip(w["eids"], w["deviations"], strict=True))
-        for w in windows
-        if w["deviations"] is not None
+        dict(zip(w["eids"], w["reach"], strict=True)) for w in windows if w["reach"] is not None
     ]
     rows = {eid: row for part in rows for eid, row in part.items()}
-    deviations = np.array([rows[eid] for eid in found.eids]) if rows else None
+    reach = np.array([rows[eid] for eid in found.eids]) if rows else None
     years = settings.years
-    table, no_number = prediction_table(model, found, check.found, deviations, years)
+    table, no_number = prediction_table(model, found, check.found, reach, years)
     return table, unreadable | no_number, check.found.warnings
 
 
-def deviations_of(model, store, outcome, settings, told):
-    """How much each answer of an Outcome moves with other clips: see `trust.spread_of`, or None."""
+def reaches(model, store, outcome, settings, told):
+    """How far each answer of an Outcome moves with other clips: see `trust.reach_of`, or None."""
     if settings.spread == "none" or isinstance(model.net, Readings) or not len(outcome):
         return None
     keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
@@ -2127,8 +2123,7 @@ def deviations_of(model, store, outcome, settings, told):
     draws = draws.reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
     modulo = [told.modulo[eid] for eid in outcome.eids]
-    videos = outcome.n_videos if settings.spread == "videos" else None
-    return spread_of(draws, clips, modulo, videos)
+    return reach_of(draws, outcome.n_videos, clips, modulo, settings.spread == "videos")
 
 
 def note_cut_studies(store, found, told):

@@ -259,10 +259,12 @@ def check_bytes(n, what):
 def load_strictly(model, state, path, kind):
     """Load `state` into `model`, made on the meta device; float32 whatever the file has.
 
+    What the model counts in whole numbers (batches, by batch normalisation) begins anew.
+
     Raises WeightsError for every missing, unexpected or misshapen name, for what is no plain
     tensor of floating-point numbers, and for numbers that are not finite.
     """
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
     given = {k: describe(v) for k, v in state.items()}
     wrong = [f"missing {k}" for k in own if k not in given]
     wrong += [f"unexpected {ascii(str(k))[1:-1][:60]}" for k in given if k not in own]

@@ -142,7 +142,7 @@ def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8,
     by torch's generator.
     """
     if model_name == "3dresnet18":
-        net = Clips(R3D.build(pretrained), R3D.width)
+        net = Clips(*built("3dresnet18", R3D, pretrained))
         start = Start("kinetics", licence=R3D.licence) if pretrained else Start()
     else:
         if arch not in NAMES:
@@ -152,25 +152,25 @@ def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8,
         if images.width % heads:
             raise UserError(f"--n_heads {heads} does not divide the width {images.width} of {arch}")
         net = FrameTransformer(clip_len, images, layers, heads, dropout)
-    for module in net.modules():  # a count that nothing reads; the state dict holds numbers alone
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.num_batches_tracked = None
     return net, start
+
+
+def built(name, known, pretrained):
+    """(model, width) of a Backbone. Raises UserError."""
+    try:
+        return known.build(pretrained), known.width
+    except (OSError, RuntimeError) as error:  # the packages fetch weights themselves
+        raise UserError(
+            f"the weights of {name} cannot be fetched ({type(error).__name__}); fetch them on a "
+            "machine with a network, or start at random with --rand_init"
+        ) from error
 
 
 def build_images(arch, pretrained):
     """(image encoder, Start) of an arch."""
     if arch != "convnext_tiny":
-        known = ARCHS[arch]
-        try:
-            model = known.build(pretrained)
-        except OSError as error:  # the packages fetch weights themselves
-            raise UserError(
-                f"the weights of {arch} cannot be fetched ({type(error).__name__}); fetch them on "
-                "a machine with a network, or start at random with --rand_init"
-            ) from error
-        start = Start(arch, licence=known.licence) if pretrained else Start()
-        return Images(model, known.width), start
+        start = Start(arch, licence=ARCHS[arch].licence) if pretrained else Start()
+        return Images(*built(arch, ARCHS[arch], pretrained)), start
     images = ImageEncoder()
     if not pretrained:
         return images, Start()

@@ -1,6 +1,7 @@
 """What an encoder says of itself: its tasks, and how it was trained; read without trust."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,9 +19,8 @@ KINDS = {
 
 def task_name(name):
     """Refuse a name that could not be a module's or a folder's."""
-    plain = name.replace("_", "").replace("-", "").replace(" ", "")
-    if not name.isascii() or not plain.isalnum() or len(name) > 100 or name != name.strip():
-        raise ValueError(f"{ascii(name)[:60]} is no name of a task: letters, digits, - and _")
+    if not re.fullmatch(r"[A-Za-z0-9_|() -]{1,100}", name) or name != name.strip():
+        raise ValueError(f"{ascii(name)[:60]} is no name of a task: letters, digits, - _ | ( )")
     return name
 
 

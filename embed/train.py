@@ -213,7 +213,7 @@ def start_from(net, source, settings):
             raise UserError(f"{folder} holds no chkpt_epoch-N.pt; name a run's folder or a file")
     path = find_weights(source)
     state, record, seen = read_encoder(path)
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    state = numbers(state)  # published ones hold them
     refuse_other_network(
         record or (path.name == DOWNLOADED.name and EncoderRecord(tasks=[])), path, settings
     )
@@ -238,6 +238,11 @@ def start_from(net, source, settings):
         f"{len(net.tasks) - len(kept)} fresh"
     )
     return Start(path.name, sha256_file(path), licence_of(path, record), tuple(seen or ()))
+
+
+def numbers(state):
+    """A state dict without the batches that batch normalisation counts, which nothing reads."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def refuse_other_network(record, path, settings):
@@ -611,7 +616,7 @@ class Run:
         if self.world.rank:
             return
         state = {
-            "weights": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "weights": numbers(self.net.state_dict()), "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else {},
             "scaler": self.scaler.state_dict(), "history": self.history, "scores": self.scores,
             "position": asdict(self.position), "encoder": self.record().to_save(),
@@ -627,7 +632,7 @@ class Run:
     def write(self):
         if self.best_epoch == self.epoch:
             path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
-            saved = {"weights": self.net.state_dict(), "encoder": self.record().to_save()}
+            saved = {"weights": numbers(self.net.state_dict()), "encoder": self.record().to_save()}
             save(saved | {"seen": [part.saved() for part in self.seen()]}, path)
             for old in self.folder.glob("chkpt_epoch-*.pt"):
                 if old != path:

@@ -4,15 +4,14 @@ import numpy as np
 import pandas as pd
 
 from common.files import write_table
-from report.trust import answer_range
 
 
-def prediction_table(model, found, told, deviations=None, years=()):
+def prediction_table(model, found, told, reach=None, years=()):
     """A row a study: ids and counts, a column an output (with its unit) and its range, the most
     probable class, the probability of survival to some `years`, decisions and the thresholds they
     were taken at, novelty, warnings. Returns the table, and why studies are not in it.
 
-    told: the studies' InputFound; deviations: see `trust.spread_of`. A study without one finite
+    told: the studies' InputFound; reach: see `trust.reach_of`. A study without one finite
     answer is not in the table; labels never learnt are blank, and a single answer that
     is no number is blank with a warning.
     """
@@ -24,9 +23,9 @@ def prediction_table(model, found, told, deviations=None, years=()):
     left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
     table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
     parts = {"": values}
-    if deviations is not None:
-        low, high = map(model.from_range, answer_range(model.for_range(found.logits), deviations))
-        parts |= {"_low": low, "_high": high}
+    if reach is not None:
+        outputs = model.for_range(found.logits)
+        parts["_low"], parts["_high"] = map(model.from_range, (outputs - reach, outputs + reach))
     for i, label in enumerate(model.labels):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}

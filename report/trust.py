@@ -256,31 +256,26 @@ class Resamples:
         return self.store.size(key[0])
 
 
-def spread_of(draws, clips, modulo=False, videos=None):
-    """Standard deviations (S, T) of answers over extractions, from those of resampled studies.
+def reach_of(draws, videos, clips, modulo=False, whole=False):
+    """How far from an answer another extraction's lies nine times of ten, at most: (S, T).
 
-    draws: (S, DRAWS, T) outputs; clips: of a video, (S,); modulo: whether these are of one residue
-    class, (S,); videos: how many, (S,), where they were resampled too. A resample of C clips (or V
-    videos) varies (C - 1) / C as much as C drawn anew; of one nothing can be said (NaN).
-    """
-    clips = np.asarray(clips, float)[:, None]
-    with np.errstate(divide="ignore"):
-        factor = np.where(clips > 1, clips / (clips - 1), np.nan)
-    if videos is not None:
-        with np.errstate(divide="ignore"):
-            V = np.asarray(videos, float)[:, None]
-            factor = np.maximum(factor, np.where(V > 1, V / (V - 1), np.nan))
-    factor = factor * (1 + BETWEEN_CLASSES * clips * np.asarray(modulo).reshape(-1, 1))
-    return draws.std(axis=1, ddof=1) * np.sqrt(factor)
-
-
-def answer_range(outputs, deviations):
-    """The range (low, high) in which another extraction's outputs lie nine times of ten.
-
-    The difference between two extractions varies twice as much as one; Student's t allows for the
-    few draws that the deviation is known from.
+    draws: (S, DRAWS, T) outputs of resampled studies; videos: of each study, (S,); clips: of each
+    video, (S,); modulo: whether these are of one residue class, (S,); whole: whether videos were
+    resampled too. A resample of C clips (or V videos) varies (C - 1) / C as much as C drawn anew;
+    of one nothing can be said (NaN). The difference between two extractions varies twice as much
+    as one. Student's t allows for the few draws, and the few clips that they are drawn from, whose
+    relative errors add (Satterthwaite, Biometrics Bulletin 1946).
     """
     from scipy.stats import t
 
-    reach = t.ppf(0.95, DRAWS - 1) * np.sqrt(2) * deviations
-    return outputs - reach, outputs + reach
+    V, C = (np.asarray(x, float)[:, None] for x in (videos, clips))
+    parts = [(C, V * (C - 1))] + [(V, V - 1)] * whole
+    factor, freedom = np.ones_like(C), np.full_like(C, np.inf)
+    for n, known in parts:
+        with np.errstate(divide="ignore"):
+            factor = np.maximum(factor, np.where(n > 1, n / (n - 1), np.nan))
+        freedom = np.minimum(freedom, known)
+    factor = factor * (1 + BETWEEN_CLASSES * C * np.asarray(modulo).reshape(-1, 1))
+    with np.errstate(divide="ignore"):
+        freedom = 1 / (1 / (DRAWS - 1) + 1 / freedom)
+    return t.ppf(0.95, freedom) * np.sqrt(2 * factor) * draws.std(axis=1, ddof=1)

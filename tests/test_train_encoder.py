@@ -19,6 +19,7 @@ from common.console import Collected, UserError
 from embed import backbones, cache, cohorts, extract, panecho, store, train, video
 from embed.losses import MultiTaskLoss, class_weights, fill_means
 from embed.phantom import phantom_cine, write_video
+from embed.record import EncoderTask
 from report import encoder
 
 FRAME = "--model_name frame_transformer --fc_dropout 0.25 --augment --reduce_lr 3 --amp"
@@ -142,6 +143,55 @@ def test_backbones_of_others_name_their_package(cli, here, dynamic, monkeypatch,
     limit = "--sample_limit 2 --num_workers 1"
     status, _, err = run(cli, "--cohort echonetdynamic --data_dir", dynamic, line, limit)
     assert status == 1 and f"pip install {package}" in err and "'backbones'" in err
+
+
+def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
+    """Trained, gone on with, reported on and begun from, whatever it counts beside its weights."""
+
+    def build(pretrained):
+        parts = torch.nn.Conv3d(3, 8, 3, 4), torch.nn.BatchNorm3d(8), torch.nn.AdaptiveAvgPool3d(1)
+        return torch.nn.Sequential(*parts, torch.nn.Flatten())
+
+    monkeypatch.setattr(backbones, "R3D", backbones.Backbone(build, 8))
+    line = f"--cohort echonetdynamic --data_dir {dynamic} --model_name 3dresnet18 --size 32 "
+    line += "--clip_len 4 --num_clips 1 --batch_size 8 --device cpu --num_workers 1 "
+    line += "--n_bootstrap 20 --max_epochs"
+    for epochs in ("1", "2"):
+        status, out, err = run(cli, line, epochs, "--output_dir a --rand_init")
+        assert status == 0, out + err
+    assert "resuming a after epoch 1" in out and Path("a/metrics_test.csv").is_file()
+    (file,) = Path("a").glob("chkpt_epoch-*.pt")
+    saved = numbers(file)
+    assert not any(k.endswith("num_batches_tracked") for k in saved["weights"])
+    saved["weights"]["encoder.model.1.num_batches_tracked"] = torch.tensor(7)  # as published
+    torch.save(saved, "theirs.pt")
+    for start in ("a", "theirs.pt"):
+        to = f"--output_dir from_{start} --model_dir_path {start} --lr 1e-12"
+        status, out, err = run(cli, line, "1", to)
+        assert status == 0 and "1 heads kept" in out, out + err
+
+
+def test_the_packages_reasons_are_one_line(monkeypatch):
+    """timm raises OSError, open_clip RuntimeError, urllib URLError where there is no network."""
+    for error in (RuntimeError("no config"), OSError("no network")):
+
+        def build(pretrained, error=error):
+            raise error
+
+        monkeypatch.setattr(backbones, "R3D", backbones.Backbone(build, 8))
+        monkeypatch.setitem(backbones.ARCHS, "echo-clip", backbones.Backbone(build, 8))
+        for names in (("3dresnet18", ""), ("frame_transformer", "echo-clip")):
+            with pytest.raises(UserError, match="cannot be fetched"):
+                backbones.build_backbone(*names, True)
+
+
+def test_every_task_of_panecho_can_be_recorded():
+    """Those with a bar or brackets in their name too: E|EAvg, RADimensionM-L(cm)."""
+    for task in panecho.TASKS:
+        assert EncoderTask(**task).entry()["name"] == task["name"]
+    for name in ("a/b", "..", "a.b", "", " a", "a\n"):
+        with pytest.raises(ValueError, match="no name of a task"):
+            EncoderTask(name=name, type="regression")
 
 
 # ------------------------------------------------------------------------------------------- tables

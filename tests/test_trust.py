@@ -21,8 +21,7 @@ from report.trust import (
     InputFound,
     Novelty,
     Resamples,
-    answer_range,
-    spread_of,
+    reach_of,
 )
 
 SHAPE = (6, 8, 768)  # videos, clips, features
@@ -50,13 +49,24 @@ def test_another_extraction_lies_in_the_range_nine_times_of_ten():
     net, studies = by_rule(n_labels=4).eval(), range(12)
     resamples = Resamples(Drawn(), "clips")
     drawn = [resamples.read((s, k)).embeddings for s in studies for k in range(DRAWS)]
-    deviations = spread_of(answers(net, drawn).reshape(12, DRAWS, 4), [8] * 12)
-    low, high = answer_range(answers(net, [draw_clips(s, 0) for s in studies]), deviations)
+    reach = reach_of(answers(net, drawn).reshape(12, DRAWS, 4), [6] * 12, [8] * 12)
+    first = answers(net, [draw_clips(s, 0) for s in studies])
     covered = []
     for extraction in range(1, 9):
         again = answers(net, [draw_clips(s, extraction) for s in studies])
-        covered.append((low <= again) & (again <= high))
+        covered.append(np.abs(again - first) <= reach)
     assert 0.84 < np.mean(covered) < 0.96
+
+
+@pytest.mark.parametrize(("V", "C"), [(1, 3), (2, 4), (4, 16)])
+def test_few_clips_reach_as_far_as_they_should(V, C):
+    """Of an answer that is the mean of its clips: nine times of ten, however few these are."""
+    rng = np.random.default_rng(V)
+    first, again = rng.standard_normal((2, 4000, V, C))
+    picked = rng.integers(C, size=(4000, DRAWS, V, C))
+    draws = np.take_along_axis(first[:, None], picked, axis=3).mean((2, 3))[..., None]
+    reach = reach_of(draws, [V] * 4000, [C] * 4000)[:, 0]
+    assert 0.88 < (np.abs(again.mean((1, 2)) - first.mean((1, 2))) <= reach).mean() < 0.93
 
 
 def test_resampling_keeps_to_a_video_or_draws_videos_too():
@@ -161,9 +171,9 @@ def test_a_study_that_vanishes_has_no_range_and_takes_no_other_ones(cohort):
     settings, eids = ef.Settings(), ["1000", "1001"]
     outcome = ef.run_studies(net, store, eids, settings)
     told = InputFound(modulo=dict.fromkeys(eids, False))
-    before = ef.deviations_of(model, store, outcome, settings, told)
+    before = ef.reaches(model, store, outcome, settings, told)
     (cohort / "emb" / "1000.hdf5").unlink()
-    after = ef.deviations_of(model, store, outcome, settings, told)
+    after = ef.reaches(model, store, outcome, settings, told)
     assert np.isnan(after[0]).all()
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
 
