@@ -73,7 +73,7 @@ def read_cells(path, columns, listener, level="study", words=None):
 
     Of level 'video' a row is a video's, by a column `video` too: eid is study/video, and STUDY the
     study. words: see `read_table`. Rows without ids are left out. None where a column of ids is
-    missing.
+    missing, or ids in every row.
     """
     raw = read_table(path, listener, "label table", words)
     ids = ("pid", "eid", "video") if level == "video" else ("pid", "eid")
@@ -94,7 +94,10 @@ def read_cells(path, columns, listener, level="study", words=None):
     rows["pid"] = one_form(rows["pid"], path, listener)
     if lost := len(raw) - len(rows):
         text = f"{path}: {lost} rows have no {' or no '.join(ids)}"
-        listener.warning(text, "fill in; they are left out")
+        tell = listener.warning if len(rows) else listener.error
+        tell(text, "fill in; they are left out")
+    if not len(rows):
+        return None
     if level == "video":
         rows[STUDY], rows["eid"] = rows["eid"], rows["eid"] + "/" + rows["video"].str.strip()
     return rows

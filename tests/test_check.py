@@ -245,6 +245,11 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
         1,
         [("ERROR", "labels.csv, line 6: a spreadsheet has cut the pid to 1.2E+11", "as text")],
     ),
+    "no row with its ids": (
+        lambda: edit_labels(pid=dict.fromkeys(range(60), "nan")),
+        1,
+        [("ERROR", "labels.csv: 60 rows have no pid or no eid", "fill in")],
+    ),
     "a code for missing": (
         lambda: edit_labels(finding={4: "999", 7: "-9"}),
         0,

@@ -44,6 +44,11 @@ def odd_cells(text, rng):
     if draw < 0.8:
         lines[row] += str(rng.choice([",", '"', ",1", "'", ";", ',"a\nb']))
         return "end of a line", "\n".join(lines)
+    if draw < 0.85:
+        one = int(rng.integers(len(cells)))
+        rows = [line.split(",") for line in lines]
+        rows = [rows[0], *([odd if i == one else x for i, x in enumerate(r)] for r in rows[1:])]
+        return "a whole column", "\n".join(map(",".join, rows))
     if draw < 0.9:
         return "columns", "\n".join(",".join([line] * 300) for line in lines)
     pad = str(rng.choice([",", ";", "\n", "\r", " ", '"']))
