@@ -44,8 +44,12 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
-HEADER_BYTES = 16 << 20  # of one element before the pixels, at most
+ELEMENT_BYTES = 1 << 20  # of one element before the pixels, at most
+HEADER_BYTES = 64 << 20  # of all that are read
+HEADER_READS = 100_000  # two an element
+REGION_BYTES = 1 << 16  # of the sequence of regions, 300 each
 INFLATED_BYTES = 1 << 30  # of a deflated file, at most
+INFLATION = 100  # times its size and HEADER_BYTES, at most: cines have noise
 M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
 
 # Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
@@ -83,29 +87,35 @@ TAGS = (
 
 
 class Bounded:
-    """A file of which no read takes more memory than HEADER_BYTES."""
+    """A file whose header is read in bounded memory and time, whatever it claims."""
 
     def __init__(self, file):
         self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.reads = self.size = 0
 
     def read(self, size=-1):
-        if not 0 <= size <= HEADER_BYTES:
+        if not 0 <= size <= ELEMENT_BYTES:
             raise VideoError("an element of the header is too large")
+        self.reads += 1
+        self.size += size
+        if self.reads > HEADER_READS or self.size > HEADER_BYTES:
+            raise VideoError("a header of too many elements")
         return self.file.read(size)
 
 
 @contextmanager
-def open_dicom(path, tags=TAGS):
+def open_dicom(path, tags=TAGS, pixels=True):
     """(header of these tags alone, the file at its pixels). VideoError when it is malformed.
 
-    Files without the DICOM start and deflated files (inflated in memory) too. Without a transfer
-    syntax the header's is uncompressed, the standard's default.
+    Files without the DICOM start and deflated files (inflated in memory) too; without `pixels` the
+    file may end before them. Without a transfer syntax the header's is uncompressed, the standard's
+    default.
     """
     import pydicom
 
     with open_file(path) as file:
         try:
-            file = inflated(file) or file
+            file = inflated(file, pixels) or file
             header = pydicom.dcmread(
                 Bounded(file), force=True, stop_before_pixels=True, specific_tags=list(tags)
             )
@@ -121,8 +131,10 @@ def open_dicom(path, tags=TAGS):
         yield header, file
 
 
-def inflated(file):
-    """A deflated file's content as an uncompressed one in memory; None for another, rewound."""
+def inflated(file, pixels):
+    """A deflated file's content as an uncompressed one in memory; None for another, rewound.
+
+    Without `pixels` as much of it as a header may take."""
     from pydicom.filereader import read_dataset
 
     beyond_meta = lambda tag, *_: tag >> 16 != 2  # noqa: E731
@@ -132,14 +144,16 @@ def inflated(file):
     if text(meta, "TransferSyntaxUID") != DEFLATED:
         file.seek(0)
         return None
-    if os.fstat(file.fileno()).st_size > INFLATED_BYTES:
+    size = os.fstat(file.fileno()).st_size
+    if size > INFLATED_BYTES:
         raise VideoError("a deflated file that is too large")
+    most = min(INFLATED_BYTES, HEADER_BYTES + INFLATION * size) if pixels else HEADER_BYTES
     file.seek(start)
     zipped = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = zipped.decompress(file.read(), INFLATED_BYTES)
-    if zipped.unconsumed_tail:
+    data = zipped.decompress(file.read(most), most)
+    if pixels and zipped.unconsumed_tail:
         raise VideoError("a deflated file that is too large")
-    if not zipped.eof:
+    if pixels and not zipped.eof:
         raise VideoError("truncated: the deflated data break off")
     plain = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
     return io.BytesIO(bytes(128) + b"DICM" + plain + data)
@@ -169,7 +183,7 @@ def read_header_facts(path):
     names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
              "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
     try:
-        with open_dicom(path, names) as (header, _):
+        with open_dicom(path, names, pixels=False) as (header, _):
             pass
     except (VideoError, OSError):
         return HeaderFacts()
@@ -285,7 +299,12 @@ def check_kind(header, notes):
 def regions(header):
     """The datasets of SequenceOfUltrasoundRegions, [] when there are none that can be read."""
     try:
+        raw = header.get_item("SequenceOfUltrasoundRegions")
+        if len(raw.value) > REGION_BYTES:  # bytes as yet, or a sequence that was counted in reading
+            raise VideoError("a header of too many elements")
         return list(header["SequenceOfUltrasoundRegions"].value)
+    except VideoError:
+        raise
     except Exception:
         return []
 

@@ -40,7 +40,7 @@ def frame_rate(source):
 
 def dicom_rate(path):
     tags = ("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate")
-    with open_dicom(path, tags) as (header, _):
+    with open_dicom(path, tags, pixels=False) as (header, _):
         try:
             times = np.atleast_1d(np.asarray(header["FrameTime"].value, float))
         except Exception:  # absent, or text that is no number

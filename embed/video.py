@@ -307,7 +307,7 @@ def region_boxes(source):
     path = source[0] if isinstance(source, (list, tuple)) else source
     if not is_dicom(path):
         return []
-    with open_dicom(path) as (header, _):
+    with open_dicom(path, pixels=False) as (header, _):
         width, height = number(header, "Columns"), number(header, "Rows")
     names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
     boxes = []

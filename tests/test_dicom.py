@@ -17,6 +17,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate, generate_frames
 
 from embed import dicom, phantom, pixels, source, studies, video
+from tests.faults.images import HEADER_BOMBS
 from tests.test_video import moving_square, write_dicom
 
 ROOT = Path(__file__).parent.parent
@@ -564,6 +565,24 @@ def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
 
 def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(dicom, "INFLATED_BYTES", 200_000)
+    with pytest.raises(video.VideoError, match="too large"):
+        read(CASES / "deflated.dcm")
+
+
+@pytest.mark.parametrize("kind", HEADER_BOMBS)
+def test_a_header_of_endless_elements_is_refused(tmp_path, monkeypatch, kind):
+    """Elements or items by the hundred thousand: not read to their end, wherever that is done."""
+    monkeypatch.setattr(dicom, "HEADER_READS", 5_000)
+    (tmp_path / "bomb.dcm").write_bytes(HEADER_BOMBS[kind]())
+    assert "too many elements" in video.why_skipped(tmp_path / "bomb.dcm")
+    assert dicom.read_header_facts(tmp_path / "bomb.dcm").study_uid == ""
+
+
+def test_the_header_of_a_deflated_file_is_read_without_its_pixels(tmp_path, monkeypatch):
+    facts = dicom.read_header_facts(CASES / "deflated.dcm")
+    monkeypatch.setattr(dicom, "HEADER_BYTES", 20_000)
+    assert dicom.read_header_facts(CASES / "deflated.dcm") == facts and facts.rows == 120
+    monkeypatch.setattr(dicom, "INFLATION", 1)
     with pytest.raises(video.VideoError, match="too large"):
         read(CASES / "deflated.dcm")
 

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import os
+import zlib
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -122,6 +123,32 @@ def odd_tag(data, rng):
     return buffer.getvalue()
 
 
+def header(elements, syntax="1.2.840.10008.1.2.1"):
+    """A DICOM of these elements alone."""
+    syntax = syntax.encode() + b"\0" * (len(syntax) % 2)
+    meta = b"\x02\0\x10\0UI" + len(syntax).to_bytes(2, "little") + syntax
+    return bytes(128) + b"DICM" + meta + elements
+
+
+def deflated(elements):
+    zipped = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return header(zipped.compress(elements) + zipped.flush(), "1.2.840.10008.1.2.1.99")
+
+
+ITEM, REGIONS = b"\xfe\xff\0\xe0\0\0\0\0", b"\x18\0\x11\x60SQ\0\0"
+ENDLESS = REGIONS + b"\xff\xff\xff\xff" + ITEM * 200_000
+IMAGE = (  # what is looked at before the regions are
+    b"\x08\0\x60\0CS\x02\0US" + REGIONS + (8 * 100_000).to_bytes(4, "little") + ITEM * 100_000
+)
+HEADER_BOMBS = {
+    "elements": lambda: header(b"\x08\0\x60\0CS\x02\0US" * 200_000),
+    "items": lambda: header(ENDLESS),
+    "items of a length": lambda: header(IMAGE),
+    "deflated items": lambda: deflated(ENDLESS),
+    "large elements": lambda: header((b"\x08\0\x60\0UT\0\0\0\0\x0f\0" + bytes(983_040)) * 80),
+}
+
+
 def shifted(data, rng):
     """A header moved by a few bytes, so that text stands where numbers were."""
     at = int(rng.integers(132, min(len(data), 1200)))
@@ -167,6 +194,11 @@ def hostile(source, kind, number, rng):
         (folder / "list.m3u8").write_text(listed)
         (folder / f"a{suffix}").write_text("ffconcat version 1.0\nfile list.m3u8\n")
         return "playlist"
+    if kind == "dicom" and draw < 0.2:
+        fault = list(HEADER_BOMBS)[int(rng.integers(len(HEADER_BOMBS)))]
+        folder.mkdir()
+        (folder / f"a{suffix}").write_bytes(HEADER_BOMBS[fault]())
+        return f"endless: {fault}"
     if kind == "dicom" and draw < 0.45:
         change = odd_tag if draw < 0.35 else shifted
         fault, data = change.__name__, change(data, rng)
