@@ -92,14 +92,17 @@ class Bounded:
     def __init__(self, file):
         self.file, self.seek, self.tell = file, file.seek, file.tell
         self.reads = self.size = 0
+        self.fault = ""  # kept: pydicom makes an error of its own of some that it meets
 
     def read(self, size=-1):
-        if not 0 <= size <= ELEMENT_BYTES:
-            raise VideoError("an element of the header is too large")
         self.reads += 1
         self.size += size
-        if self.reads > HEADER_READS or self.size > HEADER_BYTES:
-            raise VideoError("a header of too many elements")
+        if not 0 <= size <= ELEMENT_BYTES:
+            self.fault = "an element of the header is too large"
+        elif self.reads > HEADER_READS or self.size > HEADER_BYTES:
+            self.fault = "a header of too many elements"
+        if self.fault:
+            raise VideoError(self.fault)
         return self.file.read(size)
 
 
@@ -113,21 +116,25 @@ def open_dicom(path, tags=TAGS, pixels=True):
     """
     import pydicom
 
+    bounded = None
     with open_file(path) as file:
         try:
             file = inflated(file, pixels) or file
+            bounded = Bounded(file)
             header = pydicom.dcmread(
-                Bounded(file), force=True, stop_before_pixels=True, specific_tags=list(tags)
+                bounded, force=True, stop_before_pixels=True, specific_tags=list(tags)
             )
             syntax = text(header.file_meta, "TransferSyntaxUID")
             if not re.fullmatch(r"[0-9.]+", syntax):
                 implicit, little = header.original_encoding
                 syntax = NATIVE[0] if implicit else NATIVE[1] if little else BIG_ENDIAN
             header.file_meta.TransferSyntaxUID = syntax
-        except (VideoError, OSError):
+        except VideoError:
             raise
         except Exception as error:  # pydicom raises many kinds on malformed headers
-            raise VideoError("unreadable DICOM header") from error
+            if isinstance(error, OSError) and error.errno:  # the system's
+                raise
+            raise VideoError((bounded and bounded.fault) or "unreadable DICOM header") from error
         yield header, file
 
 
