@@ -38,16 +38,23 @@ def split_url(url):
         _ = parts.port  # its number is looked at here and nowhere else
         if re.search(r"[^!-~]", url):
             raise ValueError("spaces and letters beyond ASCII are written as %20 and the like")
+        if "@" in parts.netloc:
+            raise ValueError("it holds a user name")
     except ValueError as error:
-        start = ascii(url.partition("?")[0].rpartition("@")[2])[1:-1][:100]
+        if "@" in url:  # what stands before it is not shown, nor a part that was taken for a port
+            raise WeightsError(
+                "the address cannot be used: user names and passwords in one are not sent; fetch "
+                f"the file by other means, then: {PROGRAM} download ./FILE"
+            ) from None
+        start = ascii(url.partition("?")[0])[1:-1][:100]
         raise WeightsError(f"{start} is no address ({printable(error)[:100]})") from error
     return parts
 
 
 def plain_url(url):
-    """A URL without user, password and query, which may hold secrets."""
+    """A URL without its query, which may hold secrets."""
     parts = split_url(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
 
 def file_name(source):

@@ -175,6 +175,8 @@ def releases_of(api):
         if not following:
             break
         url = following[1]
+        if split_url(url)[:2] != split_url(api)[:2]:
+            raise WeightsError(f"{plain_url(api)} gives its next page an unsafe address")
     for release in found:
         for asset in release.assets:
             if split_url(asset.url).scheme != split_url(api).scheme:

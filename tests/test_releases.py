@@ -226,6 +226,9 @@ ODD_ADDRESSES = [
 ]
 ODD_ADDRESSES += [
     "http://u:secret@h h/a.zip?secret",
+    "http://u:secret@127.0.0.1:9/a.zip",
+    "https://u:sec?secret@127.0.0.1/a.zip",
+    "http://secret@127.0.0.1:9/a@b.zip",
     "https://",
     "http://h/\x1b[2J.zip",
     "file://x",
@@ -409,7 +412,8 @@ ANSWERS = {
     "empty": ((200, {}, []), "no release holds"),
     "tar": ((200, {}, [release("http://h", "v1", "EchoFocus_CHD.tar.gz")]), "EchoFocus_CHD.tar.gz"),
     "file": ((200, {}, [release("file:///etc", "v1", "chd.zip")]), "an unsafe address"),
-    "for ever": ((200, {"Link": f'<{LIST}>; rel="next"'}, []), "is no http or https address"),
+    "no address": ((200, {"Link": f'<{LIST}>; rel="next"'}, []), "next page an unsafe address"),
+    "elsewhere": ((200, {"Link": '<http://h/x>; rel="next"'}, []), "next page an unsafe address"),
 }
 
 
