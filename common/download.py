@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from common.checkpoints import CHUNK, WeightsError, check_bytes
 from common.console import PROGRAM, UserError, printable, progress
-from common.files import lock
+from common.files import atomic_path, lock, open_to_add
 
 
 class NotThere(WeightsError):
@@ -141,7 +141,7 @@ def fetch(url, path, show=True):
             return path
         etag_file = part.with_name(part.name + ".etag")
         try:
-            with open(part, "ab") as f:
+            with open_to_add(part) as f:
                 receive(url, f, etag_file, f"download {file_name(url)[:60]}", show)
                 f.flush()
                 os.fsync(f.fileno())
@@ -195,7 +195,8 @@ def receive(url, f, etag_file, title, show):
             start = 0
             f.truncate(f.seek(0))
         if (etag := reply.headers.get("ETag", "")).startswith('"'):
-            etag_file.write_text(etag)
+            with atomic_path(etag_file) as temporary:
+                temporary.write_text(etag)
         else:
             etag_file.unlink(missing_ok=True)
         expected = start + int(reply.headers.get("Content-Length") or 0)

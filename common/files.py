@@ -202,6 +202,23 @@ def write_table(frame, path, digits=6):
         )
 
 
+# -------------------------------------------------------------------------- files that are added to
+
+
+def clear_links(path):
+    """Delete what is no file of this program's at the name of one: a link, which writing would
+    follow to some other file, a pipe."""
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        path.unlink()
+
+
+def open_to_add(path):
+    """A file of this program's own, open to add bytes to; see `clear_links`. Raises OSError."""
+    clear_links(path)
+    no_follow = getattr(os, "O_NOFOLLOW", 0)
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))
+
+
 # ----------------------------------------------------------------------------------------- journals
 
 
@@ -226,13 +243,14 @@ class Journal:
         self.path, self.n = Path(path), 0
         self.chain = digest_of("", encode(work))
         header = json.dumps({"work": json.loads(encode(work)), "sha256": self.chain})
+        clear_links(self.path)
         end, fault = self.scan(header)
         if fault:
             print(f"{self.path.name} {fault}: the work is begun anew")
         elif self.n:
             print(f"going on after {self.n} {what} done before")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as f:
+        with open_to_add(self.path) as f:
             f.truncate(end)
             if not end:
                 f.write(header.encode() + b"\n")
@@ -265,8 +283,8 @@ class Journal:
         text = encode(unit)
         self.chain = digest_of(self.chain, f"{self.n} {text}")
         line = json.dumps([self.chain, self.n, text]) + "\n"
-        with open(self.path, "a") as f:
-            f.write(line)
+        with open_to_add(self.path) as f:
+            f.write(line.encode())
         self.n += 1
 
     def __iter__(self):

@@ -43,7 +43,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from common import __version__
 from common.console import Parser, UserError, clean_text, progress, run_main
-from common.files import atomic_path, quoted, stamp_of, unquoted
+from common.files import atomic_path, clear_links, open_to_add, quoted, stamp_of, unquoted
 from common.hdf5 import UNREADABLE
 from common.options import Settings as Options
 from common.options import add_options, validated
@@ -336,6 +336,7 @@ class Log:
 
     def read_on(self):
         """Take in what others have added; whether the last line is one that broke off."""
+        clear_links(self.path)
         there = self.path.stat() if self.path.exists() else None
         known = os.fstat(self.file.fileno()) if self.file else None
         if there and not (known and os.path.samestat(there, known)):  # new, or made anew
@@ -346,7 +347,7 @@ class Log:
         return len(added) > 0 and not added.endswith(b"\n")
 
     def append(self, rows):
-        with open(self.path, "ab") as f:
+        with open_to_add(self.path) as f:
             header = [] if f.tell() else [self.COLUMNS]
             start = f.tell()
             try:

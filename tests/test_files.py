@@ -217,6 +217,22 @@ def test_a_damaged_journal_is_begun_anew(tmp_path, capsys, fault):
     assert path.read_text() == "".join(before)
 
 
+@pytest.mark.parametrize("kind", ["link", "dead link", "pipe"])
+def test_a_journal_is_written_in_no_other_file(tmp_path, kind):
+    """Nor one that is added to: what lies at its name is another file's link, or waits for ever."""
+    other, path = tmp_path / "precious", tmp_path / ".j"
+    if kind != "dead link":
+        other.write_text("1\n2\n")
+    path.symlink_to(other) if "link" in kind else os.mkfifo(path)
+    assert same(started(path), UNITS) and path.is_file() and not path.is_symlink()
+    path.unlink()
+    path.symlink_to(other) if "link" in kind else os.mkfifo(path)
+    with files.open_to_add(path) as f:
+        f.write(b"a")
+    assert path.read_text() == "a" and not path.is_symlink()
+    assert not other.exists() if kind == "dead link" else other.read_text() == "1\n2\n"
+
+
 def test_a_journal_of_other_work_is_not_used(tmp_path, capsys):
     path = started(tmp_path / ".j").path
     assert files.Journal(path, WORK | {"precision": "bf16"}).n == 0
