@@ -364,6 +364,34 @@ def test_cached_clips_are_the_frames(here, dynamic):
     os.utime(path, ns=(stamp, stamp))
 
 
+@pytest.mark.parametrize("damage", ["a bit", "no frames", "cut", "zeros", "empty", "a pipe"])
+def test_damaged_frames_and_reasons_are_made_anew(tmp_path, dynamic, damage):
+    """Whatever became of a file of the cache, the next run trains on the same pixels."""
+    good, bad = dynamic / "Videos" / "0X05.avi", tmp_path / "bad.avi"
+    bad.write_bytes(b"nothing")
+    store = cache.FrameCache(tmp_path / "frames", 32)
+    reasons = store.fill([good, bad], 1)
+    expected = np.array(store.frames(good))
+    for place in (store.place(good), store.place(bad).with_suffix(".txt")):
+        whole = place.read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 4
+        place.unlink()
+        match damage:
+            case "a bit":
+                place.write_bytes(changed)
+            case "no frames":
+                np.save(place.with_suffix(".npy"), np.zeros((0, 9, 9, 3), np.uint8))
+            case "a pipe":
+                os.mkfifo(place)
+            case _:
+                cut = {"cut": whole[:-9], "zeros": bytes(len(whole)), "empty": b""}[damage]
+                place.write_bytes(cut)
+    assert store.fill([good, bad], 1) == reasons != {}
+    np.testing.assert_array_equal(store.frames(good), expected)
+    assert store.fill([good, bad], 0) == reasons
+
+
 # ----------------------------------------------------------------------------------------- training
 
 
