@@ -162,6 +162,8 @@ def decode_jpeg(jpeg, stream, transform, listener, small=False):
     how = cv2.IMREAD_REDUCED_COLOR_8 if small else cv2.IMREAD_COLOR
     marked = np.frombuffer(with_transform(jpeg, transform), np.uint8)
     frame, said = listener(cv2.imdecode, marked, how | cv2.IMREAD_IGNORE_ORIENTATION)
+    if "nsufficient memory" in said:
+        raise MemoryError
     # libjpeg makes up what it cannot decode, and only says so.
     if frame is None or "premature end" in said or "bad Huffman" in said:
         raise Broken("broken JPEG")

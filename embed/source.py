@@ -1,11 +1,15 @@
 """What every reader of a video shares: why a file gives no clips, and what it may cost."""
 
+import errno
 import os
 import stat
 
 # The budget of one video: what claims more is refused before memory is taken for it.
 FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
 FRAME_PIXELS = 1 << 24  # of one frame as stored, 4096 x 4096
+
+
+OPENCV_NO_MEMORY = -4  # the code of such an error of its
 
 
 class VideoError(ValueError):
@@ -18,6 +22,17 @@ class NotNow(VideoError):
 
 class SourceGone(NotNow):
     """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
+
+
+def machine_fault(error):
+    """What the machine lacked, where an error or one that it came of says so; '' for a file's."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "code", 0) == OPENCV_NO_MEMORY:
+            return "too little memory to decode it"
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # bad positions
+            return f"cannot be decoded now: {os.strerror(error.errno)}"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def open_file(path):

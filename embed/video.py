@@ -32,7 +32,7 @@ from embed.dicom import (
     regions,
 )
 from embed.frames import number
-from embed.source import NotNow, SourceGone, VideoError, open_file
+from embed.source import NotNow, SourceGone, VideoError, machine_fault, open_file
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
@@ -366,6 +366,18 @@ def region_mask(boxes, full):
     return inside
 
 
+def answer(function, arguments):
+    """What a function returns, or a VideoError: NotNow where the machine was at its limits."""
+    try:
+        return function(*arguments)
+    except NotNow as error:
+        return error
+    except Exception as error:  # an odd file must not end the run
+        if reason := machine_fault(error):
+            return NotNow(reason)
+        return error if isinstance(error, VideoError) else VideoError("unreadable")
+
+
 def serve():
     """Answer calls, (function, *arguments) pickled on standard input, until it closes.
 
@@ -383,12 +395,7 @@ def serve():
         except EOFError:
             return
         began = time.perf_counter()
-        try:
-            reply = function(*arguments)
-        except VideoError as error:
-            reply = error
-        except Exception:  # an odd file must not end the run
-            reply = VideoError("unreadable")
+        reply = answer(function, arguments)
         pickle.dump((reply, time.perf_counter() - began), replies, protocol=5)
         replies.flush()
 

@@ -431,3 +431,33 @@ def test_random_transform_keeps_what_it_should():
         angles.append(np.degrees(np.arctan2(dy, dx)))
     assert 70 < flips < 130
     assert 12 < max(np.abs(angles)) < 19  # pixels are coarse
+
+
+LIMITS = {
+    "a full disk": (OSError(28, "No space left on device"), "No space left"),
+    "too many files": (OSError(24, "Too many open files"), "Too many open files"),
+    "a failing disk": (OSError(5, "Input/output error"), "Input/output error"),
+    "memory": (MemoryError(), "too little memory"),
+    "a file's own fault": (OSError(22, "Invalid argument"), ""),
+    "a decoder's complaint": (OSError("broken data stream"), ""),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, limit):
+    """It would be left out for ever; also where a decoder's errors become reasons of the file."""
+    fault, message = LIMITS[limit]
+
+    def fail(*_, **__):
+        raise fault
+
+    for place in ("embed.pixels.tempfile.TemporaryFile", "embed.pixels.decode_jpeg"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            reply = video.answer(video.read_frames, [Path(REAL)])
+            assert isinstance(reply, video.VideoError) and message in str(reply)
+            assert isinstance(reply, video.NotNow) == bool(message), reply
+    with pytest.raises(cv2.error) as error:
+        cv2.resize(np.zeros((2, 2, 3), np.uint8), (2**20, 2**20))
+    monkeypatch.setattr("embed.pixels.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
+    assert isinstance(video.answer(video.read_frames, [Path(REAL)]), video.NotNow)
