@@ -10,7 +10,7 @@ import csv
 import io
 import re
 import zipfile
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from common.console import UserError, printable, some
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MOST_BYTES = 1 << 30  # a larger file is no table of labels or videos
+MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 1 << 20, 5_000, 20_000_000  # of a sheet, up to its last cells
 MOST_SHRUNK = 100  # a sheet's XML shrinks to a tenth; what unpacks to more than this is a bomb
 MISSING = {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None"}
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}  # as pandas has
@@ -235,14 +236,14 @@ def xlsx_records(path, data):
             raise UserError(f"{path} is a zip file and no Excel sheet; save it as CSV")
         sheets = [x for x in parts if x.filename.startswith("xl/worksheets/sheet")]
         computed = any(re.search(rb"<f[ >/]", archive.read(x)) for x in sheets)
-        values, said = first_sheet(openpyxl, data, data_only=True)
-        formulas = first_sheet(openpyxl, data, data_only=False)[0] if computed else {}
+        values, said = first_sheet(openpyxl, path, data, data_only=True)
+        formulas = first_sheet(openpyxl, path, data, data_only=False)[0] if computed else {}
     except UserError:
         raise
     except Exception as error:  # openpyxl raises many kinds on a damaged file
         raise UserError(f"{path} is a damaged Excel file; save it anew, or as CSV") from error
     for line, row in formulas.items():
-        for formula, value in zip(row, values.get(line, [""] * len(row)), strict=True):
+        for formula, value in zip_longest(row, values.get(line, []), fillvalue=""):
             if formula.startswith("=") and not value:
                 raise UserError(
                     f"{path}, line {line}: {printable(formula)[:30]} was never computed; open and "
@@ -252,22 +253,40 @@ def xlsx_records(path, data):
     return list(values), [row[:width] for row in values.values()], said
 
 
-def first_sheet(openpyxl, data, data_only):
+def first_sheet(openpyxl, path, data, data_only):
     """(line -> cells as text, of the first sheet with cells; what is to be said of the file)."""
     found, others, percentages = {}, 0, False
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=data_only)
     for sheet in book.worksheets:
         sheet.reset_dimensions()  # as declared by others: count instead
+        rows = sheet_rows(sheet, path)
         if found:
-            others += any(cell.value is not None for row in sheet.iter_rows() for cell in row)
+            others += next(rows, None) is not None
             continue
-        cells = list(sheet.iter_rows())
-        percentages = any(is_percentage(cell) for row in cells for cell in row)
-        rows = {i: [excel_text(c) for c in row] for i, row in enumerate(cells, 1)}
-        width = max(map(len, rows.values()), default=0)
-        found = {i: row + [""] * (width - len(row)) for i, row in rows.items() if any(row)}
+        for line, row in rows:
+            percentages |= any(map(is_percentage, row))
+            found[line] = [excel_text(cell) for cell in row]
+        found = {line: row for line, row in found.items() if any(row)}
+        width = max(map(len, found.values()), default=0)
+        found = {line: row + [""] * (width - len(row)) for line, row in found.items()}
     said = ["an Excel sheet", f"the first of {1 + others} with cells"][: 2 if others else 1]
     return found, said + ["percentages as they are shown (55 for 55%)"] * percentages
+
+
+def sheet_rows(sheet, path):
+    """(line, its cells up to the last with a value) of the rows with values. UserError, also for
+    empty ones without end: one cell far away makes all before it."""
+    n = 0
+    for line, row in enumerate(sheet.iter_rows(), 1):
+        width = max((i for i, cell in enumerate(row, 1) if cell.value is not None), default=0)
+        n += width
+        if line > MOST_ROWS or width > MOST_COLUMNS or n > MOST_CELLS:
+            raise UserError(
+                f"{path}, line {line}: cells so far from the first are no table; delete "
+                "them, or save the table as CSV"
+            )
+        if width:
+            yield line, row[:width]
 
 
 def is_percentage(cell):

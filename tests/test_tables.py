@@ -11,6 +11,7 @@ import pytest
 
 from common import tables
 from common.console import Collected, Findings, UserError
+from tests.faults.tables import with_cell
 
 PLAIN = [["pid", "eid", "VSD"], ["P0", "001", "1"], ["P1", "002", "0.5"]]
 TEXT = "pid,eid,VSD\nP0,001,1\nP1,002,0.5\n"
@@ -165,6 +166,28 @@ def test_excel_of_several_sheets_and_percentages(tmp_path):
     table, (said,) = read(path, path.read_bytes())
     assert table["EF"].tolist() == ["55", "60.5", "0.4"]
     assert "the first of 2 with cells" in said and "percentages as they are shown" in said
+
+
+@pytest.mark.parametrize("sheet", [1, 2])
+@pytest.mark.parametrize("place", ["A1048577", "XFD4", "A99999999999"])
+def test_excel_with_cells_far_away(tmp_path, monkeypatch, sheet, place):
+    """One such cell stands for all before it: gigabytes of nothing, or no end."""
+    monkeypatch.setattr(tables, "MOST_ROWS", 20_000)
+    path = tmp_path / "t.xlsx"
+    workbook(path, [["pid", "eid"], ["P0", 7]], [])
+    path.write_bytes(with_cell(path.read_bytes(), place, sheet))
+    with pytest.raises(UserError, match=r"t\.xlsx, line .* are no table"):
+        read(path, path.read_bytes())
+
+
+def test_excel_with_formats_far_away(tmp_path):
+    """Cells without a value, which programs leave behind, are no cells of the table."""
+    path = tmp_path / "t.xlsx"
+    book = workbook(path, [["pid", "eid"], ["P0", 7]])
+    for place in ("Z2", "XFD3", "A9000"):
+        book.active[place].number_format = "00"
+    book.save(path)
+    assert read(path, path.read_bytes())[0].to_numpy().tolist() == [["P0", "7"]]
 
 
 def test_excel_without_openpyxl(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def workbook():
         book.active.append(line.split(","))
     buffer = io.BytesIO()
     book.save(buffer)
+    return buffer.getvalue()
+
+
+def with_cell(sheet, place, number=1):
+    """An Excel file with one more cell at a place, such as XFD1048576, of a sheet."""
+    row = "".join(c for c in place if c.isdigit())
+    cell = f'<row r="{row}"><c r="{place}"><v>1</v></c></row></sheetData>'.encode()
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(sheet)) as a, zipfile.ZipFile(buffer, "w") as b:
+        for name in a.namelist():
+            data = a.read(name)
+            b.writestr(
+                name, data.replace(b"</sheetData>", cell) if f"sheet{number}.xml" in name else data
+            )
     return buffer.getvalue()
 
 
@@ -89,6 +104,9 @@ def tables(rng, here, base):
         Path(name).write_bytes(data)
     elif draw < 0.65:
         fault, data = damaged(workbook(), rng)
+        if rng.random() < 0.2:
+            place = str(rng.choice(["XFD1048576", "A1048577", "XFD9", "A99999999999", "B999999"]))
+            fault, data = "far cell", with_cell(workbook(), place)
         fault = f"sheet: {fault}"
         Path(name).write_bytes(data)
     elif draw < 0.75:
