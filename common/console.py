@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from contextlib import redirect_stdout
@@ -243,6 +244,7 @@ class Shown:
         return getattr(self.stream, name)
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota or a limit on files
 LONGEST_LINE = 2000  # characters of a line that says what is wrong
 
 
@@ -261,7 +263,10 @@ def run_main(main, program):
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a path that cannot be read or written: it names itself
-        print(f"{program}: error: {clean_text(error, LONGEST_LINE)}", file=sys.stderr)
+        text = clean_text(error, LONGEST_LINE)
+        if error.errno in NO_ROOM:
+            text += "; make room there, the same command goes on from here"
+        print(f"{program}: error: {text}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

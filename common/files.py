@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from common.console import UserError
+from common.console import NO_ROOM, UserError
 
 # ---------------------------------------------------------------------------------- atomic writing
 
@@ -41,6 +41,20 @@ def machine():
 
 
 @contextmanager
+def named_where_full(path, temporary=None):
+    """In the block, a disk without room, which a write alone says without a name, is of this file.
+
+    `temporary` is a name that nobody knows.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename in (None, temporary and str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic_path(path):
     """A temporary path to write; it becomes `path` when the block ends, and vanishes on error.
 
@@ -53,10 +67,11 @@ def atomic_path(path):
     clear_once(path.parent.absolute())
     temporary = temporary_path(path)
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        with named_where_full(path, temporary):
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -250,7 +265,7 @@ class Journal:
         elif self.n:
             print(f"going on after {self.n} {what} done before")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open_to_add(self.path) as f:
+        with named_where_full(self.path), open_to_add(self.path) as f:
             f.truncate(end)
             if not end:
                 f.write(header.encode() + b"\n")
@@ -283,7 +298,7 @@ class Journal:
         text = encode(unit)
         self.chain = digest_of(self.chain, f"{self.n} {text}")
         line = json.dumps([self.chain, self.n, text]) + "\n"
-        with open_to_add(self.path) as f:
+        with named_where_full(self.path), open_to_add(self.path) as f:
             f.write(line.encode())
         self.n += 1
 

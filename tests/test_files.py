@@ -302,3 +302,27 @@ from common.files import open_journal
 with open_journal(sys.argv[1], json.loads(sys.argv[2])):
     pass
 """
+
+
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from common import console, files
+
+def main():
+    files.Journal("journal", {}).add("x" * 1000)
+    with files.atomic_path("table.csv") as path:
+        path.write_text("x" * 5000)
+
+console.run_main(main, "echofocus.py")
+"""
+
+
+@pytest.mark.parametrize(("size", "name"), [(50, "journal"), (500, "journal"), (2000, "table.csv")])
+def test_a_disk_without_room_names_the_file_and_what_to_do(tmp_path, size, name):
+    """A write that fails knows no name: of a journal as it begins and grows, and of a table."""
+    line = [sys.executable, "-c", FULL, str(size)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    expected = f"File too large: '{name}'; make room there, the same command goes on from here\n"
+    assert done.returncode == 1 and done.stderr == f"echofocus.py: error: [Errno 27] {expected}"

@@ -230,6 +230,8 @@ def full_disk(rng, here, base):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     result = finish(start(LINES[command], limit))
     complaint = one_line(result)
+    if result.status and not any(x in result.err for x in ("make room", "cannot write")):
+        complaint = complaint or f"no file and remedy: {result.err[-300:]}"
     if not complaint:
         again = finish(start(LINES[command]), 120)
         complaint = one_line(again) or (again.status and again.said[-500:])
