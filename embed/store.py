@@ -155,6 +155,15 @@ def read_remembered(f):
     ]
 
 
+def checked_records(f):
+    """(attributes, what `read_remembered` gives) of an open study's file. Raises one of UNREADABLE,
+    also when either is not what was written."""
+    found, remembered = own_attributes(f, ATTRIBUTES), read_remembered(f)
+    check_text(found, f, "attributes_crc32")
+    check_text(remembered, f, "records_crc32")
+    return found, remembered
+
+
 def read_records(path, attributes, redo):
     """What a study's file remembers: dict of name to FileRecord; None when it is to be made.
 
@@ -163,11 +172,7 @@ def read_records(path, attributes, redo):
     """
     try:
         with open_hdf5(path) as f:
-            found = own_attributes(f, ATTRIBUTES)
-            check_text(found, f, "attributes_crc32")
-            remembered = read_remembered(f)
-            check_text(remembered, f, "records_crc32")
-            videos, skipped, rows, _ = remembered
+            found, (videos, skipped, rows, _) = checked_records(f)
     except UNREADABLE:
         return None
     for name, value in attributes.items():
@@ -211,19 +216,25 @@ class StudyDetails:
 
 
 def read_details(path):
-    """The StudyDetails in a study's file, which may be a published one, or damaged."""
+    """The StudyDetails in a study's file: none in a published one, nor, with a warning, in one that
+    is damaged."""
     try:
         with open_hdf5(path) as f:
-            clip_len = own_attributes(f, ["clip_len"]).get("clip_len")
-            videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
-            starts = own_dataset(f, "clip_starts", "i")[()]
-            skipped = own_texts(f, "skipped", (None, 2), LONGEST_NAME).tolist()
-            rows = own_texts(f, "files", (None, 6), LONGEST_NAME).tolist() if "files" in f else []
+            if "skipped" not in f and "records_crc32" not in f.attrs:
+                return StudyDetails()
+            found, (videos, skipped, rows, starts) = checked_records(f)
+            starts = dict(zip(videos, map(np.array, starts), strict=False))
+            records = [(name, FileRecord(*row)) for name, *row in rows]
     except UNREADABLE:
+        print(
+            f"WARNING: {printable(path)} is damaged: the page neither marks its clips nor says "
+            "what was left out; extract or copy it again"
+        )
         return StudyDetails()
-    contents = {name: r.content for name, *row in rows if (r := FileRecord(*row)).content}
+    clip_len = found.get("clip_len")
     clip_len = clip_len if isinstance(clip_len, int) else 0
-    return StudyDetails(clip_len, dict(zip(videos, starts, strict=False)), contents, skipped)
+    contents = {name: record.content for name, record in records if record.content}
+    return StudyDetails(clip_len, starts, contents, skipped)
 
 
 # ---------------------------------------------------------------------------- whom an encoder knows

@@ -105,6 +105,9 @@ def test_a_changed_byte_is_noticed(folder, packed, what):
 def test_what_extraction_remembers(folder):
     path, made = folder / "s0.hdf5", {"weights_sha256": "ab"}
     records = st.read_records(path, made, False)
+    details = st.read_details(path)
+    assert details.starts.keys() == {"v0.avi", "v1.avi"} and details.skipped[0][0] == "x.avi"
+    assert (details.starts["v1.avi"] == np.arange(4)).all()
     assert {name: r.result for name, r in records.items()} == {
         "v0.avi": "ok", "v1.avi": "ok", "x.avi": "skipped"
     }  # fmt: skip
@@ -124,7 +127,7 @@ def test_what_extraction_remembers(folder):
 
 
 @pytest.mark.parametrize("what", ["reason", "attribute", "start"])
-def test_a_changed_record_is_noticed(folder, what):
+def test_a_changed_record_is_noticed(folder, capsys, what):
     """What a study's file remembers beside its numbers decides what is not extracted again."""
     path, made = folder / "s0.hdf5", {"weights_sha256": "ab"}
     with h5py.File(path, "r+") as f:
@@ -138,6 +141,8 @@ def test_a_changed_record_is_noticed(folder, what):
             f["clip_starts"][0, 0] = 7
     assert st.read_records(path, made | {"weights_sha256": "ac"}, False) is None
     assert st.read_records(path, made, False) is None
+    assert st.read_details(path) == st.StudyDetails()  # nor are other frames marked on a page
+    assert "s0.hdf5 is damaged" in capsys.readouterr().out
     if what == "attribute":
         assert "not what was written" in reason(folder, "s0")
     else:
