@@ -12,6 +12,7 @@ def new_figure(*args, **kwargs):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # $ in the names of labels and groups is a $
     import matplotlib.pyplot as plt
 
     return plt.subplots(*args, **kwargs)

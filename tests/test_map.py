@@ -153,3 +153,13 @@ def test_maps_that_cannot_be(two_sites, cli):
     ):
         status, _, err = cli("embed", *options)
         assert status == 1 and message in err and err.count("\n") == 1, (options, err)
+
+
+def test_names_with_dollars_are_text(tmp_path):
+    """Not formulas, of which a wrong one ends the drawing."""
+    name = r"cost $\foo{$ x_1"
+    points = pd.DataFrame(
+        {"dataset": [name, "b"], "value": ["$_$", name], "x": [0, 1], "y": [1, 0]}
+    )
+    figures.plot_map(points, (name, "y"), name, name, tmp_path / "map")
+    assert (tmp_path / "map.pdf").stat().st_size > 1000

@@ -119,7 +119,7 @@ NAMES = [  # of files and folders; each is one that a file system takes
 
 TEXTS = [
     "", " ", "\0", "a\0b", "a\nb\r\nc", ESCAPE, "x" * 300_000, "\ud800", "../../x", "/etc/passwd",
-    "=1+1",
+    "=1+1", r"$\foo{$",
     "nan", "1e999", "-1", "0x10", "%s%s%n", "\u0661\u0662", "None", "[" * 2000,
 ]  # fmt: skip
 
