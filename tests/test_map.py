@@ -155,6 +155,7 @@ def test_maps_that_cannot_be(two_sites, cli):
         assert status == 1 and message in err and err.count("\n") == 1, (options, err)
 
 
+@pytest.mark.figures
 def test_names_with_dollars_are_text(tmp_path):
     """Not formulas, of which a wrong one ends the drawing."""
     name = r"cost $\foo{$ x_1"
