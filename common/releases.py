@@ -24,6 +24,7 @@ from common.checkpoints import WeightsError
 from common.console import PROGRAM, UserError, nearest, printable, some
 from common.download import NotThere, fetch, file_name, one_line, open_url, plain_url, split_url
 from common.files import atomic_path, clear_leftovers, sha256_file, temporary_path
+from common.regular import read_regular
 
 REGISTRY = Path(__file__).resolve().parent.parent / "trained_models" / "registry.json"
 SOURCE = "source.json"  # in a downloaded model's folder: where it came from, and digests
@@ -103,15 +104,10 @@ def parse(kind, data, what):
         raise UserError(f"{what} cannot be used ({reason})") from error
 
 
-def read_small(path):
-    with open(path, "rb") as f:
-        return f.read(MOST_JSON)
-
-
 def registry():
     """The released models: name to the fields of Entry that it gives, as a dict."""
     try:
-        entries = parse(dict[str, Entry], read_small(REGISTRY), REGISTRY.name)
+        entries = parse(dict[str, Entry], read_regular(REGISTRY, MOST_JSON), REGISTRY.name)
     except FileNotFoundError:  # somebody emptied trained_models: own models work without
         return {}
     return {name: entry.model_dump(exclude_unset=True) for name, entry in entries.items()}
@@ -119,13 +115,16 @@ def registry():
 
 def read_source(folder):
     """What `source.json` of a downloaded model says; {} for any other folder."""
+    what = f"{folder / SOURCE}, a download's record,"
     try:
-        what = f"{folder / SOURCE}, a download's record,"
-        source = parse(Source, read_small(folder / SOURCE), what)
+        source = parse(Source, read_regular(folder / SOURCE, MOST_JSON), what)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except UserError as error:
-        raise UserError(f"{error}; delete the folder and download the model again") from error
+    except PermissionError:
+        raise
+    except (OSError, UserError) as error:
+        said = f"{what} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
+        raise UserError(f"{said}; delete the folder and download the model again") from error
     return source.model_dump(exclude_unset=True, by_alias=True)
 
 
@@ -153,7 +152,7 @@ def check_digest(path):
         with atomic_path(record) as temporary:
             temporary.write_text(f"{digest}  {path.name}\n")
         return
-    recorded = (record.read_text(errors="replace").split() or ["nothing"])[0]
+    recorded = (read_regular(record, 1000).decode(errors="replace").split() or ["nothing"])[0]
     if recorded != digest:
         raise WeightsError(
             f"{path} has changed since it was first used: SHA-256 {digest}, recorded "

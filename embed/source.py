@@ -2,7 +2,8 @@
 
 import errno
 import os
-import stat
+
+from common.regular import NotRegular, open_regular
 
 # The budget of one video: what claims more is refused before memory is taken for it.
 FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
@@ -36,15 +37,11 @@ def machine_fault(error):
 
 
 def open_file(path):
-    """Open a regular file for reading. OSError; VideoError for a pipe, device or folder.
-
-    Opening a pipe without a writer would wait for one, and a device has no end.
-    """
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise VideoError("not a regular file")
-    return os.fdopen(file, "rb")
+    """Open a regular file for reading. OSError; VideoError for a pipe, device or folder."""
+    try:
+        return open_regular(path)
+    except NotRegular as error:
+        raise VideoError("not a regular file") from error
 
 
 def check_budget(frames=1, rows=1, columns=1):

@@ -58,6 +58,7 @@ from common.hdf5 import (
     read_texts,
     shortest_distinct,
 )
+from common.regular import read_regular
 from common.splits import Seen, all_seen
 from embed import EMBED_DIM as D
 
@@ -644,7 +645,8 @@ def study_id(stem):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-MOST_SHARDS = 100_000
+MOST_SHARDS, LONGEST_CLIP = 100_000, 10_000
+MOST_INDEX = 256 << 20  # bytes: a million studies
 
 
 class EmbeddingShards(Store):
@@ -697,7 +699,7 @@ class EmbeddingShards(Store):
                     f"it has {C} clips in {embeddings.dtype}, the index says {clips} in {dtype}"
                 )
             clip_len = self.index.get("clip_len")
-            made_with = {"clip_len": clip_len} if isinstance(clip_len, int) else {}
+            made_with = {} if clip_len is None else {"clip_len": clip_len}
             yield OpenStudy(
                 Header(1, V, C, made_with),
                 lambda number: embeddings[()],
@@ -712,7 +714,7 @@ def read_cache_index(path):
     """The index of a cache of shards, its needed keys checked. Raises UserError."""
     where = f"{path.name}/cache_index.json"
     try:
-        index = json.loads((path / "cache_index.json").read_text())
+        index = json.loads(read_regular(path / "cache_index.json", MOST_INDEX))
         n, eids = index["num_shards"], index["eids"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__} {clean_text(error)}"
@@ -722,6 +724,9 @@ def read_cache_index(path):
         raise UserError(
             f"{where} needs num_shards, 1 to {MOST_SHARDS}, and eids, a list of study ids"
         )
+    clip_len = index.get("clip_len")
+    if clip_len is not None and (type(clip_len) is not int or not 0 < clip_len <= LONGEST_CLIP):
+        raise UserError(f"{where} needs a clip_len of 1 to {LONGEST_CLIP} frames, or none")
     return index
 
 

@@ -259,8 +259,10 @@ def test_odd_sources(here, cli):
 )
 def test_a_record_that_cannot_be_used(here, cli, asset, text):
     assert cli("download", asset)[0] == 0
-    for data in (text.encode(), b"\xff" + text.encode()):
-        Path("trained_models/EchoFocus_CHD/source.json").write_bytes(data)
+    path = Path("trained_models/EchoFocus_CHD/source.json")
+    for data in (text.encode(), b"\xff" + text.encode(), None):
+        path.unlink()
+        os.mkfifo(path) if data is None else path.write_bytes(data)  # one waits for ever
         status, _, err = cli("inspect")
         assert status == 1 and err.count("\n") == 1 and "source.json" in err, err
         assert "download the model again" in err

@@ -499,6 +499,9 @@ def test_index_and_shards_that_disagree_are_refused(tmp_path):
             ({"num_shards": 4}, None, "shard_00003.h5 cannot be read"),
             ({"num_shards": 10**9}, None, "needs num_shards"),
             ({"eids": [[1]]}, None, "eids, a list"),
+            ({"clip_len": -5}, None, "needs a clip_len"),
+            ({"clip_len": 10**400}, None, "needs a clip_len"),
+            ({"clip_len": [16]}, None, "needs a clip_len"),
             ({}, lambda f: f.copy("11", f, "10"), "study 10 is in"),
         )
     ):
@@ -513,6 +516,10 @@ def test_index_and_shards_that_disagree_are_refused(tmp_path):
         (tmp_path / "c0" / "cache_index.json").write_text(text)
         with pytest.raises(UserError, match="no index of embeddings"):
             st.open_store(tmp_path / "c0")
+    (tmp_path / "c0" / "cache_index.json").unlink()
+    os.mkfifo(tmp_path / "c0" / "cache_index.json")  # it would be waited for
+    with pytest.raises(UserError, match="no index of embeddings"):
+        st.open_store(tmp_path / "c0")
     write_cache(tmp_path / "d", num_clips=16)
     assert "study 10 of shard_00001.h5: it has 4 clips" in reason(tmp_path / "d", "10")
 

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from tests.faults.mutations import ESCAPE, KINDS, NAMES, TEXTS, damaged, nested
+from tests.faults.mutations import ESCAPE, KINDS, NAMES, TEXTS, damaged, nested, odd_value
 from tests.faults.worker import Case, one_line, run
 
 VICTIM = "s1"
@@ -236,8 +236,14 @@ def shards(folder, rng):
     for path in studies:
         path.unlink()
     index = {"num_shards": 1, "eids": [p.stem for p in studies], "dtype": "float16", "clip_len": 16}
-    text = json.dumps(index)
     draw = rng.random()
+    if draw > 0.9:
+        kind = KINDS[int(rng.integers(len(KINDS)))]
+        kind(folder / "cache_index.json")
+        return f"shards: index a {kind.__name__}"
+    if draw > 0.8:
+        index[str(rng.choice(list(index)))] = odd_value(rng)
+    text, fault = json.dumps(index, default=repr, skipkeys=True), "value"
     if draw < 0.3:
         text = text.replace(
             str(rng.choice(["1", '"s1"', "16", '"float16"', "["])), "[" * 100_000, 1
@@ -246,7 +252,7 @@ def shards(folder, rng):
     elif draw < 0.6:
         fault, data = damaged(text.encode(), rng)
         text = data.decode("latin-1")
-    else:
+    elif draw < 0.8:
         shard = folder / "shard_00000.h5"
         fault, data = damaged(shard.read_bytes(), rng)
         shard.write_bytes(data)
