@@ -13,12 +13,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from common import __version__
 from common.console import progress
 from common.files import atomic_path
+from common.regular import read_regular
 from embed.extract import decoders, in_processes
-from embed.playback import Playback, write_playback
+from embed.playback import LONGEST_SIDE, RATES, Playback, write_playback
+from embed.source import FRAMES
 from embed.store import StudyDetails
 from embed.studies import visible
 from embed.video import VideoError, content_digest, first_frames
@@ -114,12 +117,15 @@ def write_clips(folder, studies, mask, workers=0):
 
 
 def read_playback(path):
-    """The Playback of a clip that an earlier page has, or None."""
+    """The Playback of a clip of an earlier page; None where its record is damaged or gone."""
     try:
-        there = Playback(**json.loads(path.with_suffix(".json").read_text()))
-    except (OSError, ValueError, TypeError):
+        data = read_regular(path.with_suffix(".json"), 10_000)
+        there = TypeAdapter(Playback).validate_json(data)
+    except (OSError, ValueError):
         return None
-    return there if path.is_file() else None
+    sides = there.width, there.height
+    good = 0 < min(sides) <= max(sides) <= LONGEST_SIDE and RATES[0] <= there.rate <= RATES[1]
+    return there if good and 0 < there.frames <= FRAMES and path.is_file() else None
 
 
 def tell_clip(shown, clip, reply):

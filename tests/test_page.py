@@ -1,6 +1,7 @@
 """The page in a real browser: nothing asked of the network, names as text, videos that play."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import echofocus as ef
 from common.console import run_main
 from common.options import Settings
 from embed import phantom, video
-from embed.playback import frame_rate, write_playback
+from embed.playback import Playback, frame_rate, write_playback
 from embed.store import FileRecord, write_study
 from embed.studies import Study
-from report.page import Page, PageStudy, write_page
+from report.page import Page, PageStudy, read_playback, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 HOSTILE = "<img src=x onerror=alert(1)>\"'=1+1"
@@ -278,3 +279,20 @@ def test_the_frame_rate_is_the_files_own(tmp_path, fps):
     assert frame_rate(tmp_path / "c") is None
     written = write_playback(tmp_path / "c", tmp_path / "c.webm", "none")
     assert (written.rate, written.rate_is_known, written.frames) == (30, False, 16)
+
+
+def test_a_clips_damaged_record_is_made_anew(tmp_path):
+    """It lies beside the clip, in a folder that may be anyone's."""
+    clip, record = tmp_path / "a.webm", tmp_path / "a.json"
+    clip.write_bytes(b"1")
+    good = {"frames": 20, "rate": 30.0, "rate_is_known": True, "width": 64, "height": 48}
+    record.write_text(json.dumps(good))
+    assert read_playback(clip) == Playback(**good)
+    odd = ["x", None, [1], -1, float("nan"), 10**400, 10**9]
+    texts = [json.dumps(good | {key: value}) for key in good for value in odd]
+    for text in (*texts, "", "{}", "[1]", "[" * 100_000, json.dumps(good) + " " * 10**6):
+        record.write_text(text)
+        assert read_playback(clip) is None, text[:99]
+    record.unlink()
+    os.mkfifo(record)
+    assert read_playback(clip) is None
