@@ -621,8 +621,9 @@ def main(argv=None):
     file = find_weights(typed.weights)
     out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"
     program = Path(__file__).resolve().parent.parent / "echofocus.py"
-    line = ["predict", "--model_name", file.resolve(), "--weights", file, "--videos", typed.folder]
-    sys.exit(subprocess.call([sys.executable, *map(str, [program, *line, "--out", out, *rest])]))
+    line = ["predict", "--model_name", str(file.resolve()), f"--weights={file}", f"--out={out}"]
+    line.append(f"--videos={typed.folder}")  # one word each: a name may begin with a hyphen
+    sys.exit(subprocess.call([sys.executable, str(program), *line, *rest]))
 
 
 if __name__ == "__main__":

@@ -199,3 +199,15 @@ def test_clip_planes_are_the_reshape():
         code = torch.from_numpy(100 * channel + frame).reshape(clip_len, 3).numpy()
         planes = panecho.clip_planes(clip_len)
         np.testing.assert_array_equal(100 * planes[..., 0] + planes[..., 1], code)
+
+
+def test_a_folder_that_looks_like_an_option(tmp_path, monkeypatch):
+    """Every word that is passed on is one value, however it begins."""
+    lines = []
+    monkeypatch.setattr(panecho.subprocess, "call", lambda line: lines.append(line) or 0)
+    monkeypatch.setattr(panecho, "find_weights", lambda _: tmp_path / "panecho.pt")
+    with pytest.raises(SystemExit):
+        panecho.main(["predict", "--out=--redo", "--", "-x"])
+    words = [word for word in lines[0][3:] if word.startswith("-")]
+    assert {"--videos=-x", "--out=--redo"} <= set(words)
+    assert not {"-x", "--redo"} & set(words)
