@@ -137,7 +137,7 @@ def one_line(result, *names):
     last = lines[-1]
     if result.status not in (1, 2) or "error:" not in last:
         return f"no line of an error: status {result.status}, {result.err[-300:]!r}"
-    if len(last) > 2000:
+    if len(last) > 2100:  # of the message 2,000 at most
         return f"a line of {len(last)} characters"
     if names and not any(name in result.said for name in names):
         return f"the file is not named: {last[:300]}"
