@@ -1690,8 +1690,11 @@ def write_tensorboard(row, folder):
 # --------------------------------------------------------------------- evaluate, predict and embed
 
 
-def start_with_model(command, typed):
-    """What commands that use a model begin with: (settings, config, model, source)."""
+def start_with_model(command, typed, world=None):
+    """What commands that use a model begin with: (settings, config, model, source).
+
+    Videos are extracted by the processes of `world` together.
+    """
     if typed.get("videos") and typed.get("dataset"):
         raise UserError("--videos and --dataset are two sources: give one")
     needed = not (typed.get("videos") or typed.get("embedding_path"))
@@ -1710,7 +1713,7 @@ def start_with_model(command, typed):
     settings = resolve_settings(command, typed, config, model)
     model.net.to(pick_device(settings.device))  # which the config may say
     if settings.videos or is_of_videos(settings, config):
-        source = extracted(typed, settings, config, model)
+        source = extracted(typed, settings, config, model, world or World())
     else:
         refuse_video_options(typed)
         source = Source(settings.dataset, store_of(config, settings))
@@ -1751,7 +1754,7 @@ class Source:
 CLIP_EMBEDDINGS = Path("clip_embeddings")
 
 
-def extracted(typed, settings, config, model):
+def extracted(typed, settings, config, model, world):
     """The Source of `--videos`, or of a dataset's: clip embeddings, extracted once for all models.
 
     They lie in a folder of their own for each source, encoder and way of sampling. The dataset of
@@ -1776,7 +1779,7 @@ def extracted(typed, settings, config, model):
     name = f"{videos.resolve().name}_{key}"
     folder = Path(settings.keep or CLIP_EMBEDDINGS) / name
     name = name if settings.videos else settings.dataset
-    summary = extract.extract(studies, folder, how)
+    summary = extract.together(world.gather(extract.extract(studies, folder, how)))
     summary.print()
     summary.refuse_nothing(videos)
     size = sum(file.stat().st_size for file in folder.glob("*.hdf5"))
@@ -2278,12 +2281,7 @@ def cmd_explain(typed):
 
 def explain(typed, world, held):
     """What each process of `explain` does; held: ExitStack that keeps the journal's lock."""
-    if world.size > 1 and typed.get("videos"):
-        raise UserError(
-            "explain --videos extracts first, which one process does: run predict --videos, then "
-            "give its folder below clip_embeddings as --embedding_path"
-        )
-    settings, config, model, source = start_with_model("explain", typed)
+    settings, config, model, source = start_with_model("explain", typed, world)
     answering, model = model, as_one(model)
     columns = label_columns(model, settings.explain_tasks)
     eids, truths, patients = explained_studies(answering, config, settings, source)

@@ -303,7 +303,7 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
     else:
         if not home and known.any():
             listener.note(
-                f"left out {known.sum()} studies of {dataset}: {model.folder.name} was trained on "
+                f"left out {known.sum()} labelled studies: {model.folder.name} was trained on "
                 "them or their patients, by the ids"
             )
         folds = folds.mask(ancestors, "seen by an ancestor")

@@ -31,7 +31,7 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -310,6 +310,16 @@ class Summary:
         if self.elsewhere:
             raise UserError("another run holds every study of the folder; wait until it ends")
         raise UserError(f"no study in {source} has a usable video")
+
+
+def together(summaries):
+    """The Summary of workers that have all ended."""
+    parts = {f.name: [x for s in summaries for x in getattr(s, f.name)] for f in fields(Summary)}
+    done = {*parts["written"], *parts["finished"]}
+    parts["finished"] = [x for x in parts["finished"] if x not in parts["written"]]
+    parts["elsewhere"] = [x for x in parts["elsewhere"] if x not in done]
+    parts["notes"] = sum((s.notes for s in summaries), Counter())
+    return Summary(**{k: x if k == "notes" else list(dict.fromkeys(x)) for k, x in parts.items()})
 
 
 class Log:

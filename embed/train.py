@@ -152,6 +152,10 @@ class EncoderSettings(CohortOptions):
 # fmt: on
 
 
+READERS = (
+    6  # threads; more read no faster, and slow what launches the steps (benchmarks/RESULTS.md)
+)
+
 # What a resumed run may change: nothing that decides the weights.
 FREE = {"output_dir", "data_dir", "cache_dir", "resume", "max_epochs", "patience", "device"}
 FREE |= {"num_workers", "n_bootstrap", "checkpoint_minutes", "cohort", "tasks", "fold"}
@@ -446,7 +450,7 @@ class Run:
     def batches(self, steps, n_clips, sampling, seed):
         """Yield (names, clips uint8 (len * n_clips, L, S, S, 3)) of each list of names, read ahead
         by threads; the clips of a video stand together."""
-        threads = self.settings.num_workers or max(1, min(16, os.cpu_count() or 1))
+        threads = self.settings.num_workers or max(1, min(READERS, os.cpu_count() or 1))
         read = partial(self.read, n_clips=n_clips, sampling=sampling, seed=seed)
         names = [name for own in steps for name in own]
         most = 2 * threads + 2 * max(map(len, steps), default=0)

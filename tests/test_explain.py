@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, normal, recorded, relative_error, write_embeddings
+from conftest import ROOT, copy_example, normal, recorded, relative_error, write_embeddings
 from test_commands import published_model
 from test_study_model import by_rule, study
 
@@ -313,6 +313,27 @@ def test_several_processes(trained, cli):
     assert "2 processes share the studies" in done.stdout and done.stdout.count("wrote") == 3
     two = table(name)
     pd.testing.assert_frame_equal(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_several_processes_extract_together(trained):
+    """`explain --videos`: every study once, by some process, and explained."""
+    for i in range(4):
+        Path(f"visits/{i}").mkdir(parents=True)
+        copy_example(f"visits/{i}/cine.dcm", study=f"1.2.{i}")
+    Path("visits/3/cine.dcm").write_bytes(b"DICM")
+    line = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--log-dir", "torchrun"]
+    line += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", ROOT / "echofocus.py"]
+    line += ["explain", "--videos", "visits", "--weights", "random", "--size", "56"]
+    done = subprocess.run(
+        [sys.executable, *map(str, line), "--n_clips", "2", "--device", "cpu"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "3 studies extracted, 0 already there" in done.stdout, done.stdout
+    assert "1 files skipped" in done.stdout and "3/cine.dcm" in done.stdout
+    (kept,) = Path("clip_embeddings").iterdir()
+    assert sorted(table(f"explanation_test_{kept.name}.csv")["eid"].astype(str)) == ["0", "1", "2"]
 
 
 # ------------------------------------------------------------------------------- folders of videos

@@ -119,7 +119,7 @@ def test_the_same_studies_under_another_name(trained, cli):
     for model in ("defect", copy_alone("defect", "copy")):
         found, out = studies_tested(cli, model, dataset="other")
         assert found == trained["test"] | expected
-        assert f"left out {100 - len(found)} studies of other" in out
+        assert f"left out {100 - len(found)} labelled studies" in out
 
 
 def test_patients_are_known_where_studies_are_new(trained, cli):
