@@ -29,7 +29,6 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
@@ -57,6 +56,7 @@ from common.console import (
     RUN,
     Collected,
     Parser,
+    Threads,
     UserError,
     duration,
     listed,
@@ -323,7 +323,7 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, 
         return collate(read, planned.ends_step, pin)
 
     ahead = deque()
-    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
+    with Threads(READERS) as readers, Threads(1) as joiner:
         for planned in plan:
             futures = [readers.submit(read, eid) for eid in planned.eids]
             ahead.append(joiner.submit(collect, planned, futures))
@@ -769,7 +769,7 @@ def side_by_side(batches, compute, device):
         return
     ahead = deque()
     try:
-        with ThreadPoolExecutor(threads, "batch", torch.set_num_threads, (1,)) as pool:
+        with Threads(threads, "batch", torch.set_num_threads, (1,)) as pool:
             for batch in batches:
                 ahead.append((batch, pool.submit(compute, batch)))
                 while ahead and (batch.ends_step or len(ahead) > threads):

@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import errno
+import mmap
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 INSTALLED = Path(__file__).resolve().parents[1].name == "_tree"
 PROGRAM = "echofocus" if INSTALLED else "python echofocus.py"
 EXTRACT = "echofocus-extract" if INSTALLED else "python embed/extract.py"
+THREAD_BYTES = 16 << 20  # a stack, and what it begins with
 
 
 class UserError(Exception):
@@ -280,6 +283,18 @@ def run_main(main, program):
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+class Threads(ThreadPoolExecutor):
+    """A pool of threads, if there is memory for them: Python waits for ever for a thread that finds
+    none to begin in. Raises MemoryError."""
+
+    def __init__(self, n, *more):
+        try:
+            mmap.mmap(-1, n * THREAD_BYTES).close()
+        except OSError as error:
+            raise MemoryError(f"none for {n} threads") from error
+        super().__init__(n, *more)
 
 
 def is_out_of_memory(error):

@@ -13,14 +13,13 @@ decoded anew.
 import hashlib
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.checkpoints import CHUNK
-from common.console import UserError, progress
+from common.console import Threads, UserError, progress
 from common.files import atomic_path, clear_leftovers, stamp_of
 from embed.extract import decoders, in_processes
 from embed.source import open_file
@@ -71,7 +70,7 @@ class FrameCache:
         """Decode what is not there yet, or damaged; path -> reason of the videos that cannot be
         used."""
         reasons, wanted = {}, []
-        with ThreadPoolExecutor(decoders(workers)) as pool:
+        with Threads(decoders(workers)) as pool:
             for path, found in zip(paths, pool.map(self.reason, paths), strict=True):
                 if found is None:
                     wanted.append(path)
@@ -194,7 +193,7 @@ def clips_of(frames, n_clips, sampling, seed, key):
 def ahead(read, jobs, threads, most):
     """Yield `read(job)` of each job in order, `most` of them read ahead by threads."""
     waiting = deque()
-    with ThreadPoolExecutor(threads, "clips") as pool:
+    with Threads(threads, "clips") as pool:
         try:
             for job in jobs:
                 waiting.append(pool.submit(read, job))

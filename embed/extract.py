@@ -30,7 +30,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common import __version__
-from common.console import Parser, UserError, clean_text, progress, run_main
+from common.console import Parser, Threads, UserError, clean_text, progress, run_main
 from common.files import atomic_path, clear_links, open_to_add, quoted, stamp_of, unquoted
 from common.hdf5 import UNREADABLE
 from common.options import Settings as Options
@@ -145,7 +144,7 @@ def in_processes(calls, workers):
             idle.append(decoder)
 
     ahead = deque()
-    with ThreadPoolExecutor(workers) as pool:
+    with Threads(workers) as pool:
         try:
             for job, call in calls:
                 ahead.append((job, pool.submit(work, call)))

@@ -11,14 +11,13 @@ import hashlib
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
 from pathlib import Path, PurePosixPath
 
-from common.console import Findings, UserError, nearest, progress, some
+from common.console import Findings, Threads, UserError, nearest, progress, some
 from common.tables import read_table
 from common.world import from_environment, place
 from embed.dicom import group_stills, is_dicom, read_header_facts, short_digest
@@ -167,7 +166,7 @@ def is_candidate(path):
 
 def read_facts(source, files):
     """The HeaderFacts of all files, a dict; headers are read once, up to the pixels."""
-    with ThreadPoolExecutor(HEADER_READERS) as pool:
+    with Threads(HEADER_READERS) as pool:
         facts = pool.map(lambda f: read_header_facts(source / f), files)
         shown = progress(facts, desc="headers", unit="file", total=len(files), leave=False)
         return dict(zip(files, shown, strict=True))

@@ -12,7 +12,6 @@ Truths are NaN where they are missing; such studies count nowhere.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +19,7 @@ import numpy as np
 from scipy import special
 from threadpoolctl import threadpool_limits
 
-from common.console import UserError
+from common.console import Threads, UserError
 from report import metrics as mt
 from report.metrics import grouped
 
@@ -381,7 +380,7 @@ def bootstrap(metrics, patients, n_boot=1000, seed=0):
 def replicates(outcomes, patients, n_boot=1000, seed=0):
     """{(label, metric): (1 + n_boot,)} of several labels from the same resamples."""
     threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # a label each, not a product each
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+    with threadpool_limits(1, "blas"), Threads(threads) as pool:
 
         def metrics(weights):
             each = pool.map(lambda o: o.metrics(weights), outcomes)

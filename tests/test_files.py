@@ -326,3 +326,19 @@ def test_a_disk_without_room_names_the_file_and_what_to_do(tmp_path, size, name)
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
     expected = f"File too large: '{name}'; make room there, the same command goes on from here\n"
     assert done.returncode == 1 and done.stderr == f"echofocus.py: error: [Errno 27] {expected}"
+
+
+def test_no_memory_for_threads_is_said():
+    """Python would wait for ever for a thread that finds no memory to begin in."""
+    code = """
+import resource, sys
+from common.console import Threads, run_main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20),) * 2)
+run_main(lambda: Threads(1).submit(print, "one began").result(), "p")
+run_main(lambda: Threads(8), "p")
+"""
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 1 and done.stdout == "one began\n"
+    assert done.stderr.startswith("p: error: the memory is full") and done.stderr.count("\n") == 1
