@@ -1750,6 +1750,11 @@ class Source:
         """The studies that have embeddings."""
         return list(self.store.files)
 
+    def unusable(self):
+        """Study id -> why a study of a folder of videos has no embeddings."""
+        absent = sorted(set(self.wanted or ()) - set(self.store.files))
+        return dict.fromkeys(absent, "no usable video: see extract_log.csv")
+
 
 CLIP_EMBEDDINGS = Path("clip_embeddings")
 
@@ -2019,14 +2024,17 @@ def cmd_predict(typed):
         output_path(typed["out"], "--out")
     settings, config, model, source = start_with_model("predict", typed)
     store = source.store
-    absent = set(source.wanted or labelled_ids(config, settings, store)) - set(store.files)
+    labelled = () if source.wanted else labelled_ids(config, settings, store)
+    absent = source.unusable() | dict.fromkeys(
+        sorted(set(labelled) - set(store.files)), "no embeddings"
+    )
     path = Path(settings.out or model.folder / f"predictions_{source.name}.csv")
     eids = some_of(source.eids, settings.sample_limit)
     warn_of_another_encoder(model, store, eids)
     work = work_of(model, store, eids, settings)
     with open_journal(journal_path(path), work, f"windows of {WINDOW} studies") as journal:
         table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
-        left_out = dict.fromkeys(sorted(absent), "no embeddings") | reasons
+        left_out = absent | reasons
         report_left_out(left_out, path)
         if not len(table):
             raise UserError("no study could be read")
@@ -2138,7 +2146,7 @@ def note_cut_studies(store, found, told):
 
 
 def labelled_ids(config, settings, store):
-    """The study ids of the dataset's label table, where there is one."""
+    """The study ids of the dataset's label table, where there is one that is about its studies."""
     task, dataset = config.tasks.get(settings.task), config.datasets[settings.dataset]
     path = dataset.label_path or (task.label_path if task else None)
     if path is None or not path.is_file():
@@ -2306,7 +2314,8 @@ def explain(typed, world, held):
             print(areas.to_string(index=False, float_format="{:.3g}".format))
             print(f"wrote {beside}.curves.csv, .curve_areas.csv, .png and .pdf")
         if settings.page:
-            table, left_out, _ = answer_studies(answering, source.store, eids, settings)
+            table, reasons, _ = answer_studies(answering, source.store, eids, settings)
+            left_out = source.unusable() | reasons
             make_page(beside, model, source, config, settings, table, left_out, journal, truths)
         journal.delete()
 
@@ -2388,11 +2397,11 @@ def explained_studies(model, config, settings, source):
     Studies that no label table names are explained too: those that neither the model nor the
     encoder has seen are of the test fold.
     """
-    task, dataset = config.tasks[settings.task], config.datasets[source.name]
-    path, there = dataset.label_path or task.label_path, source.eids
+    there = source.eids
     truths = pd.DataFrame(np.nan, index=pd.Index(there, name="eid"), columns=model.labels)
     folds, patients = pd.Series("test", index=truths.index), {}
-    labelled = dataset.label_path or (path and path.is_file())
+    own = config.datasets[source.name].label_path
+    labelled = own or labelled_ids(config, settings, source.store)
     encoder, _ = source.store.encoder_seen(there, Collected() if labelled else RUN)
     if seen := [*(model.seen or ()), *([] if settings.assume_unseen else encoder)]:
         nobody = truths.assign(pid=[f"study {eid}" for eid in there])  # known by study alone

@@ -206,6 +206,8 @@ def write_page(page):
         study["href"] = f"studies/{n + 1}.html"
     common = {"model": page.model.folder.name, "labelled": page.labelled, "facts": facts_of(page)}
     common["decides"] = bool(page.model.record.thresholds)
+    common["knows_novelty"] = any(study["novelty"] is not None for study in shown)
+    common["has_range"] = any(x["width"] is not None for study in shown for x in study["labels"])
     method = page.settings.explain_method
     explained = any(study.unit for study in page.studies)
     meaning = MEANING.get(method, MEANING["gradients"]) if explained else ()
@@ -277,7 +279,7 @@ def tell_study(page, study, clips):
     thumb = next(filter(None, [*tops, *(video.clip for video in videos)]), "")
     return {
         "eid": study.eid, "labels": labels, "videos": videos, "n_clips": row["n_clips"],
-        "novelty": novelty, "novelty_shown": "" if novelty is None else f"{novelty:.0%}",
+        "novelty": novelty, "novelty_shown": "" if novelty is None else f"{100 * novelty:.0f} %",
         "unlike": novelty is not None and novelty > UNUSUAL, "warning": warning,
         "warnings": [text for text in warning.split("; ") if text],
         "skipped": study.details.skipped, "thumb": thumb,
@@ -292,12 +294,16 @@ def number(value):
     return None if value is None or not np.isfinite(value) else float(value)
 
 
+def percent(share):
+    return f"{100 * share:.1f} %"
+
+
 def shown_value(model, value, label):
     """A probability in percent, or a value with its unit."""
     if number(value) is None:
         return ""
     if model.kind(label) == "binary":
-        return f"{value:.1%}".replace("%", " %")
+        return percent(value)
     unit = model.unit(label)
     return f"{value:#.4g} {unit}".strip().replace(". ", " ").removesuffix(".")
 
@@ -472,8 +478,8 @@ def waterfall(page, study, i, scores, without, unit_name):
     error = float(study.unit["error"][k])
     caption = f"Scores in {unit_name}"
     if adds_up:
-        caption += f", from the answer at the baseline to this study's; they miss it by {error:.1%}"
-        caption += " of their summed sizes"
+        caption += ", from the answer at the baseline to this study's; they miss it by "
+        caption += f"{percent(error)} of their summed sizes"
     return {
         "bars": bars, "height": 8 + STEP * len(bars), "caption": caption + ".",
         "zero": None if adds_up else x(0.0), "told": f"Videos by score for {label}: {told}",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -226,6 +227,43 @@ def test_five_hundred_studies_load_what_is_looked_at(folder, tab, tmp_path):
     tab.fill("#search", "499")
     assert shown(tab) == ["study 499"]
     assert "<i>no</i>" in tab.inner_text("body")
+
+
+def test_what_no_study_has_is_no_column(folder, tab, tmp_path):
+    """An empty column of novelty would read as nothing to warn of."""
+    row = {"eid": "a", "n_clips": 1, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.1}
+    heads = []
+    for more in ({}, {"novelty": 0.5, "other_low": 0.6, "other_high": 0.8}):
+        page = Page(tmp_path / "p", ef.load(folder.parent), Settings(), [
+            PageStudy("a", row | more, ["v0.avi"])], {})  # fmt: skip
+        tab.goto(write_page(page).as_uri())
+        heads.append(tab.locator("#list thead th").all_inner_texts())
+        assert tab.locator("#novelty").is_disabled() == (not more)
+        tab.select_option("#label", "1")
+        assert shown(tab) == ["a"] and "70.0 %" in tab.inner_text("#list")
+        tab.goto((tmp_path / "p/studies/1.html").as_uri())
+        assert "1 video, 1 clip " in tab.inner_text("main")
+        assert ("does not say whether this study is like" in tab.inner_text("main")) == (not more)
+    assert heads[0] == ["Top video", "Study", "Answer", "Videos", "Warnings"]
+    assert {"Answer (90\u00a0% range)", "Range width", "Novelty"} <= set(heads[1])
+
+
+def test_a_study_prints_on_one_page(folder, tab):
+    """With six videos and a long waterfall, on A4 and on letter; no column is cut off."""
+    open_study(folder, tab, "S00")
+    tab.evaluate("""() => {
+      const section = document.querySelector("section.label");
+      section.querySelector("svg").setAttribute("viewBox", "0 0 760 404");
+      const group = section.querySelector(".group"), players = group.querySelector(".players");
+      while (players.children.length < 3) players.append(players.children[0].cloneNode(true));
+      while (section.querySelectorAll(".group").length > 1) section.lastElementChild.remove();
+      section.append(group.cloneNode(true));
+    }""")
+    for paper in ("A4", "Letter"):
+        assert len(re.findall(rb"/Type */Page\b", tab.pdf(format=paper))) == 1
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 700, "height": 900})
+    assert tab.evaluate("document.querySelector('.scroll').scrollWidth") <= 700
 
 
 def test_a_second_page_makes_no_clip_again(folder, monkeypatch, cli):

@@ -317,7 +317,7 @@ def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
     source = SimpleNamespace(name="s", eids=["1", "2", "3"], store=store)
     model = SimpleNamespace(seen=own, labels=["x"])
     for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
-        settings = ef.Settings(task="t", subset="test", assume_unseen=assumed)
+        settings = ef.Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
         assert ef.explained_studies(model, config, settings, source)[0] == tested
 
 

@@ -182,13 +182,14 @@ if (list) {
     for (const i of order) {
       const label = answer(i);
       for (const name of ["shown", "width_shown", "truth_shown"]) {
-        rows[i].querySelector("." + name).textContent = label[name] ?? "";
+        const cell = rows[i].querySelector("." + name);
+        if (cell) cell.textContent = label[name] ?? "";
       }
       const [answerCell, truthCell] = [".shown", ".truth_shown"].map((x) => rows[i].querySelector(x));
       if (label.decision === true) badge(answerCell, "yes", "\u25cf present");
       if (label.decision === false) badge(answerCell, "no", "\u25cb absent");
-      if (label.right === false) badge(truthCell, "wrong", "\u2717 differs");
-      if (label.right === true) badge(truthCell, "no", "\u2713 agrees");
+      if (truthCell && label.right === false) badge(truthCell, "wrong", "\u2717 differs");
+      if (truthCell && label.right === true) badge(truthCell, "no", "\u2713 agrees");
       rows[i].hidden = !kept(i);
       shown += !rows[i].hidden;
       list.tBodies[0].append(rows[i]);
