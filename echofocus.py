@@ -1771,7 +1771,8 @@ def extracted(typed, settings, config, model, world):
         videos = Path(settings.videos)
         named = [settings.group, settings.manifest, settings.study_id]
         studies = extract.find_studies(videos, *named)
-        wanted = some_of([s.name for s in studies], settings.sample_limit)
+        limit = 0 if settings.select != "all" else settings.sample_limit  # that are explained
+        wanted = some_of([s.name for s in studies], limit)
         studies = [s for s in studies if s.name in wanted]
     else:
         videos, named = dataset.video_base_path, [dataset.video_subdir_format]

@@ -345,6 +345,8 @@ def tell_label(page, study, i, videos):
         )  # fmt: skip
         told["right"] = None if decision is None else decision == bool(truth)
     told["explained"] = bool(unit) and i in unit["columns"]
+    if told["explained"]:  # the only video has no score where it would have to be left out
+        told["explained"] = bool(np.isfinite(unit["scores"][unit["columns"].index(i)]).all())
     told["clarity"] = -i  # measurements in their order, findings the clearest first
     if model.kind(label) == "binary":
         cut = 0.5 if threshold is None else threshold

@@ -370,3 +370,14 @@ def test_videos_are_decoded_once_for_all_commands_and_models(cohort, cli):
     assert len(list(Path("clip_embeddings").iterdir())) == 1
     line = ("predict", "--model_name", "defect", *videos, "--sampling_seed", "1", "--keep", "k")
     assert cli(*line)[0] == 0 and len(list(Path("k").iterdir())) == 1
+
+
+def test_the_limit_of_select_is_of_what_is_explained(trained, cli):
+    """Not of what is extracted: the most confident of all videos, not of the first two."""
+    for i in range(4):
+        Path(f"visits/{i}").mkdir(parents=True)
+        copy_example(f"visits/{i}/cine.dcm", study=f"1.2.{i}")
+    line = ["explain", "--videos", "visits", "--weights", "random", "--size", "56"]
+    line += ["--n_clips", "2", "--select", "confident", "--sample_limit", "2"]
+    status, out, err = cli(*line)
+    assert status == 0 and "2 of 4 studies are explained: confident" in out, err

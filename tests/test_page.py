@@ -248,6 +248,17 @@ def test_what_no_study_has_is_no_column(folder, tab, tmp_path):
     assert {"Answer (90\u00a0% range)", "Range width", "Novelty"} <= set(heads[1])
 
 
+def test_the_only_video_cannot_be_left_out(folder, tab, tmp_path):
+    """It has no score by leave_one_out, and so no waterfall."""
+    unit = {"columns": [0, 1], "scores": np.full((2, 1, 3), np.nan), "names": ["v0.avi"]}
+    row = {"eid": "a", "n_clips": 3, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.1}
+    studies = [PageStudy("a", row, ["v0.avi"], unit)]
+    settings = Settings(explain_method="leave_one_out")
+    write_page(Page(tmp_path / "p", ef.load(folder.parent), settings, studies, {}))
+    tab.goto((tmp_path / "p/studies/1.html").as_uri())
+    assert tab.locator("svg.waterfall").count() == 0 and "nan" not in tab.inner_text("main")
+
+
 def test_a_study_prints_on_one_page(folder, tab):
     """With six videos and a long waterfall, on A4 and on letter; no column is cut off."""
     open_study(folder, tab, "S00")
