@@ -1,6 +1,7 @@
 """The encoder against recorded numbers, its weights files, and torch.hub."""
 
 import http.server
+import re
 import threading
 
 import numpy as np
@@ -190,6 +191,25 @@ def test_hub(weights_file, tmp_path, monkeypatch, model):
         assert torch.allclose(embedding, model.encoder(x), atol=1e-5)
         assert load(image_encoder_only=True)(x[:, :, 0]).shape == (1, 768)
         assert load(pretrained=False, clip_len=4)(x[:, :, :4])["EF"].shape == (1, 1)
+
+
+def test_the_snippet_of_the_readme(weights_file, tmp_path, monkeypatch):
+    """As it is written there, on smaller images."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "panecho.pt").symlink_to(weights_file)
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "embed" / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "torch.hub" in c]
+    assert code.count('source="local"') == 6
+    found = {}
+    with torch.inference_mode():
+        exec(code.replace("224, 224", "64, 64"), found)
+    assert len(found["readings"]) == len(found["raw"]) == 40 and list(found["few"]) == [
+        "EF", "AVStenosis",
+    ]  # fmt: skip
+    assert found["embedding"].shape == found["features"].shape == (1, 768)
+    assert found["longer"].eval()(torch.rand(1, 3, 32, 64, 64))["EF"].shape == (1, 1)
 
 
 def test_clip_planes_are_the_reshape():

@@ -129,7 +129,7 @@ def many_rows(rng, here, base):
 def flat_memory(rng, here, base):
     """predict on 2,000 studies takes hardly more memory than on 1,200, several windows."""
     cohort(here, base, 1)
-    write("s0", 4, 8)
+    write("s0", 2, 2)
     for i in range(1, 2000):
         Path(f"emb/s{i}.hdf5").hardlink_to("emb/s0.hdf5")
     run(*predict_line(), "--sample_limit", "1200")
