@@ -144,6 +144,14 @@ def progress(iterable=None, **options):
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
+def close_bars():
+    """End the lines of bars that an error has left standing, so that its own line begins one."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.leave = True
+        bar.close()
+
+
 class Switch(argparse.Action):
     """`--redo`, `--no_redo`; with Parser also `--redo True` and `--redo False`."""
 
@@ -170,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        args = [underscores(a) for a in (sys.argv[1:] if args is None else args)]
+        args = [from_home(underscores(a)) for a in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0], parsed)}")
@@ -229,6 +237,14 @@ def underscores(argument):
     return "--" + name.replace("-", "_") + equals + value
 
 
+def from_home(argument):
+    """`--out=~/x`, `~/x` in quotes: what a shell leaves -> the path in the home folder."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--") and value.startswith("~/"):
+        return name + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
+
+
 # What would steer a terminal, or turn letters round: an id of a label table may hold it.
 STEERING = [*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x2028, 0x202F)]
 STEERING = dict.fromkeys([*STEERING, *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "?")
@@ -260,12 +276,14 @@ def run_main(main, program):
         with redirect_stdout(Shown(sys.stdout)):
             main()
     except UserError as error:
+        close_bars()
         text = "\n".join(clean_text(line, LONGEST_LINE) for line in str(error).split("\n"))
         print(f"{program}: error: {text}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a path that cannot be read or written: it names itself
+        close_bars()
         text = clean_text(error, LONGEST_LINE)
         if error.errno in NO_ROOM:
             text += "; make room there, the same command goes on from here"
@@ -274,6 +292,7 @@ def run_main(main, program):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        close_bars()
         print(
             f"{program}: error: the memory is full; take a smaller --batch_tokens or --batch_size, "
             "or a machine with more; the same command goes on from here",
@@ -281,6 +300,7 @@ def run_main(main, program):
         )
         sys.exit(1)
     except KeyboardInterrupt:
+        close_bars()
         print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 

@@ -209,7 +209,7 @@ def write_table(frame, path, digits=6):
     odd = text.map(lambda cell: isinstance(cell, str) and "\r" in cell).to_numpy().any()
     with atomic_path(path) as temporary:
         frame.assign(**text).to_csv(
-            temporary,
+            temporary.absolute(),  # pandas takes a folder that is called ~ for another
             index=False,
             float_format=f"%.{digits}g",
             encoding="utf-8",
@@ -227,11 +227,15 @@ def clear_links(path):
         path.unlink()
 
 
+@contextmanager
 def open_to_add(path):
-    """A file of this program's own, open to add bytes to; see `clear_links`. Raises OSError."""
+    """A file of this program's own, open to add bytes to; see `clear_links`. Raises OSError, which
+    names the file."""
     clear_links(path)
     no_follow = getattr(os, "O_NOFOLLOW", 0)
-    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | no_follow, 0o666))
+    opener = lambda name, flags: os.open(name, flags | no_follow, 0o666)  # noqa: E731
+    with named_where_full(path), open(path, "ab", opener=opener) as f:
+        yield f
 
 
 # ----------------------------------------------------------------------------------------- journals
@@ -265,7 +269,7 @@ class Journal:
         elif self.n:
             print(f"going on after {self.n} {what} done before")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with named_where_full(self.path), open_to_add(self.path) as f:
+        with open_to_add(self.path) as f:
             f.truncate(end)
             if not end:
                 f.write(header.encode() + b"\n")
@@ -298,7 +302,7 @@ class Journal:
         text = encode(unit)
         self.chain = digest_of(self.chain, f"{self.n} {text}")
         line = json.dumps([self.chain, self.n, text]) + "\n"
-        with named_where_full(self.path), open_to_add(self.path) as f:
+        with open_to_add(self.path) as f:
             f.write(line.encode())
         self.n += 1
 

@@ -26,6 +26,7 @@ MISSING = {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "null",
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}  # as pandas has
 YES = {"yes", "y", "true", "t", "present", "positive", "pos"}
 NO = {"no", "n", "false", "f", "absent", "negative", "neg"}
+UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # in a column's name
 COMMENT = re.compile(r"\s*#(?!N/?A|[A-Z0-9/]+[!?])")  # not the #N/A or #DIV/0! of a spreadsheet
 
 # ------------------------------------------------------------------------------------ from the file
@@ -187,7 +188,7 @@ def squared(lines, records, path, said):
     another width raises UserError: its cells would stand in others' columns.
     """
     header, *rows = records
-    names = [" ".join(name.split()) for name in header]
+    names = [" ".join(name.translate(UNSEEN).split()) for name in header]
     width = max((i + 1 for i, name in enumerate(names) if name), default=0)
     widths = {len(row) for row in rows}
     if len(widths | {len(header)}) > 1:

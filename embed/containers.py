@@ -52,7 +52,8 @@ def iter_container(path, notes):
     if n == 0:
         raise VideoError("no frame can be decoded")
     if n == 1:
-        raise VideoError("still image")
+        many = declared > 1
+        raise VideoError(f"one frame of {declared} decodes: damaged" if many else "still image")
     if not agrees and declared > 0:
         notes.append(f"the container's count of frames is wrong: {n} decode")
 

@@ -40,6 +40,7 @@ DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
 RESIZE_OVER_CROP = 256 / 224
+SMALLEST = 16  # pixels a side of a picture
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -58,11 +59,16 @@ def iter_frames(source, notes=None, needed=None):
     """
     notes = [] if notes is None else notes
     if isinstance(source, (list, tuple)):
-        yield from iter_series(source, notes)
+        frames = iter_series(source, notes)
     elif readable_dicom(Path(source)):
-        yield from iter_dicom(source, notes, needed)
+        frames = iter_dicom(source, notes, needed)
     else:
-        yield from iter_container(source, notes)
+        frames = iter_container(source, notes)
+    for frame in frames:
+        if frame is not None and min(frame.shape[:2]) < SMALLEST:
+            height, width = frame.shape[:2]
+            raise VideoError(f"frames of {width} x {height} pixels: no picture")
+        yield frame
 
 
 def readable_dicom(path):
@@ -247,6 +253,8 @@ def read_clips(source, sampling):
     starts, numbers = sample(n_frames, content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
     plain = np.stack([central(frames[i], sampling.size) for i in used])
+    if plain.max() < LIT:
+        note = "; ".join(filter(None, [note, "nothing but black is seen"]))
     copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note, content)]
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")

@@ -376,9 +376,9 @@ def test_a_still_that_is_said_to_be_a_cine(tmp_path):
 
 
 def test_odd_frames_and_padding(tmp_path):
-    odd = np.ascontiguousarray(TRUTH[:5, :3, :3])
+    odd = np.ascontiguousarray(TRUTH[:5, :17, :17])
     odd[:, 1] = 200
-    write_dicom(tmp_path / "a", odd, "RGB")  # 135 bytes
+    write_dicom(tmp_path / "a", odd, "RGB")  # 4335 bytes
     data = pydicom.dcmread(tmp_path / "a")
     data.PixelData = odd.tobytes() + b"\0"
     data.save_as(tmp_path / "a", enforce_file_format=True)

@@ -304,13 +304,17 @@ with open_journal(sys.argv[1], json.loads(sys.argv[2])):
 """
 
 
+LIMITS = [(50, "journal"), (500, "journal"), (1400, "log"), (2000, "table.csv")]
 FULL = """
 import resource, sys
+from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 from common import console, files
 
 def main():
     files.Journal("journal", {}).add("x" * 1000)
+    with files.open_to_add(Path("log")) as f:
+        f.write(b"x" * 1500)
     with files.atomic_path("table.csv") as path:
         path.write_text("x" * 5000)
 
@@ -318,9 +322,9 @@ console.run_main(main, "echofocus.py")
 """
 
 
-@pytest.mark.parametrize(("size", "name"), [(50, "journal"), (500, "journal"), (2000, "table.csv")])
+@pytest.mark.parametrize(("size", "name"), LIMITS)
 def test_a_disk_without_room_names_the_file_and_what_to_do(tmp_path, size, name):
-    """A write that fails knows no name: of a journal as it begins and grows, and of a table."""
+    """A write that fails knows no name: of a journal as it begins and grows, of a log, a table."""
     line = [sys.executable, "-c", FULL, str(size)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -342,3 +346,43 @@ run_main(lambda: Threads(8), "p")
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 1 and done.stdout == "one began\n"
     assert done.stderr.startswith("p: error: the memory is full") and done.stderr.count("\n") == 1
+
+
+BAR = """
+from common import console
+
+def main():
+    bar = console.progress(total=9, desc="bar", leave=False)
+    raise console.UserError(f"no {bar.n}")
+
+console.run_main(main, "p")
+"""
+
+
+def test_an_error_amid_a_bar_is_on_a_line_of_its_own():
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", BAR], env=env, capture_output=True)
+    *_, bar, last = done.stderr.decode().strip().split("\n")
+    assert "bar" in bar and last == "p: error: no 0"
+
+
+def test_the_home_folder_in_typed_paths(monkeypatch):
+    """What a shell leaves: `--out=~/x`, and in quotes."""
+    from common.console import Parser
+
+    monkeypatch.setenv("HOME", "/h")
+    parser = Parser()
+    parser.add_argument("--out")
+    parser.add_argument("--other")
+    found = parser.parse_args(["--out=~/a b", "--other", "~/c"])
+    assert vars(found) == {"out": "/h/a b", "other": "/h/c"}
+    assert parser.parse_args(["--out", "~x"]).out == "~x"
+
+
+def test_a_table_in_a_folder_called_tilde(tmp_path, monkeypatch):
+    """pandas would take it for the home folder, and leave the half-written table there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    files.write_table(pd.DataFrame({"a": [1]}), "~/t.csv")
+    assert (tmp_path / "~" / "t.csv").is_file() and not os.listdir(tmp_path / "home")

@@ -48,6 +48,10 @@ READ_AS_PLAIN = {  # content; what is said
     "comments": ("# made by\n" + TEXT + "# the end, of it\n", "2 lines of comment (line 1, 5)"),
     "a comma more in each line": (TEXT.replace("\n", ",\n"), ""),
     "a comma more in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", "empty cell at the end"),
+    "names with what is not seen": (
+        "\u200bp\ufeffid,e\u00adid,VSD\u200e\n" + TEXT[TEXT.index("\n") + 1 :],
+        "",
+    ),
     "an index without a name": (",pid,eid,VSD\n0,P0,001,1\n1,P1,002,0.5\n", "column 1 without"),
 }
 

@@ -227,6 +227,16 @@ def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
         list(video.iter_frames(tmp_path / "a.dcm", needed=lambda n: []))
 
 
+def test_black_throughout_is_noted(tmp_path):
+    notes = []
+    for level in (0, 90):
+        frames = np.full((8, 40, 40, 3), level, np.uint8)
+        phantom.write_video(tmp_path / "a.avi", frames)
+        (clips,) = video.read_clips(tmp_path / "a.avi", video.Sampling(2, 4, 32))
+        notes.append(clips.note)
+    assert notes == ["nothing but black is seen", ""]
+
+
 def test_read_clips_holds_each_frame_once(tmp_path):
     frames = moving_square()
     write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
@@ -261,7 +271,21 @@ def damage_frame(path):
     path.write_bytes(data)
 
 
+def damage_time_scale(path):
+    """Of an MP4: all its frames fall on the first."""
+    phantom.write_video(path, moving_square(), fourcc="mp4v")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mdhd") + 16
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+
+
 ODD_FILES = {
+    "scale.mp4": (damage_time_scale, "one frame of 20 decodes: damaged"),
+    "small.dcm": (
+        lambda p: write_dicom(p, moving_square()[:, :2, :2], "RGB"),
+        "2 x 2 pixels: no picture",
+    ),
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
     "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
