@@ -1434,6 +1434,8 @@ class Training:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if self.world.rank:
             return
+        if self.history:  # the run may have stopped between the checkpoint and these
+            self.write_history()
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.cohort.split)
@@ -1665,15 +1667,20 @@ class Training:
         self.save_checkpoint("last")
         if self.world.rank:
             return
+        history = self.write_history()
+        if self.settings.tensorboard:
+            write_tensorboard(history.iloc[-1], self.folder)
+
+    def write_history(self):
+        """The table and curves of all epochs; returns the table."""
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
         history = pd.DataFrame(self.history, columns=columns)
         history["dropped_steps"] = [self.dropped.get(row[0], 0) for row in self.history]
         write_table(history, self.folder / "train_losses.csv")
-        if self.settings.tensorboard:
-            write_tensorboard(history.iloc[-1], self.folder)
         if time.time() - self.plotted > 10 or self.finished:
             plot_history(history, self.folder)
             self.plotted = time.time()
+        return history
 
 
 def write_tensorboard(row, folder):

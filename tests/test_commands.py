@@ -138,6 +138,11 @@ def test_resume_equals_an_uninterrupted_run(cohort, cli):
     for name, tensor in ends[0]["model_state_dict"].items():
         assert torch.equal(tensor, ends[1]["model_state_dict"][name]), name
     assert [row[:4] for row in ends[0]["perf_log"]] == [row[:4] for row in ends[1]["perf_log"]]
+    written = cohort / "trained_models" / "defect_parts" / "train_losses.csv"
+    table = written.read_bytes()
+    written.write_bytes(table[: table.rindex(b"3,")])  # stopped just after the last checkpoint
+    assert cli("train", "--task", "defect", "--epoch_lim", "3", "--run_id", "parts")[0] == 0
+    assert written.read_bytes() == table
     status, _, err = cli("train", "--task", "defect", "--encoder_depth", "2", "--run_id", "parts")
     assert status == 1 and "encoder_depth = 1, not 2" in err
 
