@@ -33,15 +33,15 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def split_url(url):
     """urlsplit, for what anybody may have typed. Raises WeightsError."""
+    named = "@" in url  # until its parts are known: a password may have been taken for a port
     try:
         parts = urlsplit(url)
         _ = parts.port  # its number is looked at here and nowhere else
-        if re.search(r"[^!-~]", url):
+        named = "@" in parts.netloc
+        if named or re.search(r"[^!-~]", url):
             raise ValueError("spaces and letters beyond ASCII are written as %20 and the like")
-        if "@" in parts.netloc:
-            raise ValueError("it holds a user name")
     except ValueError as error:
-        if "@" in url:  # what stands before it is not shown, nor a part that was taken for a port
+        if named:  # what stands before the @ is not shown
             raise WeightsError(
                 "the address cannot be used: user names and passwords in one are not sent; fetch "
                 f"the file by other means, then: {PROGRAM} download ./FILE"
