@@ -32,7 +32,7 @@ def machine_fault(error):
             return "too little memory to decode it"
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # bad positions
             return f"cannot be decoded now: {os.strerror(error.errno)}"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return ""
 
 

@@ -12,6 +12,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
 from embed import phantom, studies, video
+from embed.source import machine_fault
 
 REAL = pydicom.examples.get_path("ybr_color")
 VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
@@ -465,6 +466,17 @@ LIMITS = {
     "a file's own fault": (OSError(22, "Invalid argument"), ""),
     "a decoder's complaint": (OSError("broken data stream"), ""),
 }
+
+
+def test_an_error_that_was_dealt_with_is_no_fault_of_the_machine():
+    """Only what an error is said to come of, not what happened before it."""
+    for cause, reason in ((None, ""), (MemoryError(), "too little memory to decode it")):
+        with pytest.raises(ValueError) as error:
+            try:
+                raise OSError(2, "No such file or directory")
+            except OSError:
+                raise ValueError from cause
+        assert machine_fault(error.value) == reason
 
 
 @pytest.mark.parametrize("limit", LIMITS)
