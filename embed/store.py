@@ -725,6 +725,10 @@ def read_cache_index(path):
             f"{where} needs num_shards, 1 to {MOST_SHARDS}, and eids, a list of study ids"
         )
     clip_len = index.get("clip_len")
+    if isinstance(clip_len, float | str):  # 16.0 and "16", of other writers
+        with suppress(ValueError):
+            if float(clip_len).is_integer():
+                index["clip_len"] = clip_len = int(float(clip_len))
     if clip_len is not None and (type(clip_len) is not int or not 0 < clip_len <= LONGEST_CLIP):
         raise UserError(f"{where} needs a clip_len of 1 to {LONGEST_CLIP} frames, or none")
     return index

@@ -480,6 +480,13 @@ def test_a_cache_in_shards_is_a_dataset(tmp_path):
             assert store.size(eid) == 4 * len(numbers) and study.made_with == {"clip_len": 16}
 
 
+@pytest.mark.parametrize("clip_len", [16.0, "16"])
+def test_a_whole_number_in_other_words_is_one(tmp_path, clip_len):
+    write_cache(tmp_path / "cache", clip_len=clip_len)
+    store = st.open_store(tmp_path / "cache")
+    assert repr(store.read("10").made_with) == "{'clip_len': 16}"
+
+
 def test_a_cache_of_augmented_draws_is_said(tmp_path):
     for transform, warned in (("train\x1b", 1), ("none", 0), (None, 0), (["crop", 0.5], 1)):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
@@ -502,6 +509,9 @@ def test_index_and_shards_that_disagree_are_refused(tmp_path):
             ({"clip_len": -5}, None, "needs a clip_len"),
             ({"clip_len": 10**400}, None, "needs a clip_len"),
             ({"clip_len": [16]}, None, "needs a clip_len"),
+            ({"clip_len": 16.5}, None, "needs a clip_len"),
+            ({"clip_len": "all"}, None, "needs a clip_len"),
+            ({"clip_len": float("inf")}, None, "needs a clip_len"),
             ({}, lambda f: f.copy("11", f, "10"), "study 10 is in"),
         )
     ):
