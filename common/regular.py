@@ -28,5 +28,5 @@ def read_regular(path, most):
     with open_regular(path) as f:
         data = f.read(most + 1)
     if len(data) > most:
-        raise OSError(errno.EFBIG, f"More than {most:,} bytes", os.fspath(path))
+        raise OSError(errno.EINVAL, f"More than {most:,} bytes", os.fspath(path))
     return data

@@ -24,7 +24,7 @@ from common.checkpoints import WeightsError
 from common.console import PROGRAM, UserError, nearest, printable, some
 from common.download import NotThere, fetch, file_name, one_line, open_url, plain_url, split_url
 from common.files import atomic_path, clear_leftovers, sha256_file, temporary_path
-from common.regular import read_regular
+from common.regular import open_regular, read_regular
 
 REGISTRY = Path(__file__).resolve().parent.parent / "trained_models" / "registry.json"
 SOURCE = "source.json"  # in a downloaded model's folder: where it came from, and digests
@@ -152,7 +152,8 @@ def check_digest(path):
         with atomic_path(record) as temporary:
             temporary.write_text(f"{digest}  {path.name}\n")
         return
-    recorded = (read_regular(record, 1000).decode(errors="replace").split() or ["nothing"])[0]
+    with open_regular(record) as f:
+        recorded = (f.read(1000).decode(errors="replace").split() or ["nothing"])[0]
     if recorded != digest:
         raise WeightsError(
             f"{path} has changed since it was first used: SHA-256 {digest}, recorded "

@@ -14,7 +14,16 @@ import pytest
 from conftest import ROOT
 
 from common import files
-from common.console import UserError
+from common.console import NO_ROOM, UserError
+from common.regular import read_regular
+
+
+def test_a_file_that_is_too_large_is_no_full_disk(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(11))
+    with pytest.raises(OSError, match="More than 10 bytes") as error:
+        read_regular(tmp_path / "a", 10)
+    assert error.value.errno not in NO_ROOM and read_regular(tmp_path / "a", 11) == bytes(11)
+
 
 # ---------------------------------------------------------------------------------- atomic writing
 

@@ -165,6 +165,9 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
     path.write_bytes(b"something else")
     with pytest.raises(panecho.WeightsError, match="has changed since"):
         panecho.find_weights()
+    path.with_name("panecho.pt.sha256").write_text("a" * 2000)
+    with pytest.raises(panecho.WeightsError, match="Delete both files"):
+        panecho.find_weights()
 
 
 def test_hub(weights_file, tmp_path, monkeypatch, model):
