@@ -262,7 +262,10 @@ def first_sheet(openpyxl, path, data, data_only):
         sheet.reset_dimensions()  # as declared by others: count instead
         rows = sheet_rows(sheet, path)
         if found:
-            others += next(rows, None) is not None
+            try:
+                others += next(rows, None) is not None
+            except UserError:  # cells far away: it is not read
+                others += 1
             continue
         for line, row in rows:
             percentages |= any(map(is_percentage, row))
@@ -283,8 +286,8 @@ def sheet_rows(sheet, path):
         n += width
         if line > MOST_ROWS or width > MOST_COLUMNS or n > MOST_CELLS:
             raise UserError(
-                f"{path}, line {line}: cells so far from the first are no table; delete "
-                "them, or save the table as CSV"
+                f"{path}, sheet {printable(sheet.title)[:50]}, line {line}: cells so far from the "
+                "first are no table; delete them, or save the table as CSV"
             )
         if width:
             yield line, row[:width]

@@ -246,7 +246,7 @@ def test_odd_addresses(here, cli, address):
 
 def test_a_path_with_an_at_sign_holds_no_user_name():
     assert download.split_url("https://h/m@v1.pt").path == "/m@v1.pt"
-    with pytest.raises(UserError, match="v 1[.]pt is no address"):
+    with pytest.raises(UserError, match=r"v 1\.pt is no address"):
         download.split_url("https://h/m@v 1.pt")
     with pytest.raises(UserError, match="user names"):
         download.split_url("https://h:p/w@h/m.pt")
