@@ -126,11 +126,18 @@ def text_bytes(dataset):
     """How many bytes texts of varying length have, in sum, before they are read.
 
     Where they lie in one piece, an entry is 4 bytes of length and 12 of place; many entries may
-    name one text, so that the file's own size is no bound.
+    name one text, so that the file's own size is no bound. Elsewhere (in chunks) they are read a
+    few at a time, since none is longer than the file, until they are too many.
     """
     at, n = dataset.id.get_offset(), dataset.size
     if at is None or dataset.id.get_storage_size() != 16 * n:
-        return dataset.file.id.get_filesize() * n
+        longest = dataset.file.id.get_filesize() * math.prod(dataset.shape[1:])
+        total, step = 0, max(1, MOST_TEXT // max(1, longest))
+        for i in range(0, len(dataset), step):
+            total += sum(map(len, dataset[i : i + step].ravel()))
+            if total > MOST_TEXT:
+                break
+        return total
     raw = os.pread(dataset.file.id.get_vfd_handle(), 16 * n, at)
     return int(np.frombuffer(raw, "<u4")[::4].sum(dtype=np.uint64))
 
@@ -191,8 +198,8 @@ WHAT = ["a text or number", "a list of whole numbers"]  # an attribute of 0 or 1
 
 
 def own_attributes(node, names, ndim=0):
-    """The attributes of these names that are there: dict of name to text or number; with ndim=1 to
-    a list of whole numbers.
+    """The attributes of these names that are there: dict of name to text or number, which may
+    be the one of a list; with ndim=1 to a list of whole numbers.
 
     Raises ValueError for any that is of another kind, a reference, a compound or too large.
     """
@@ -204,14 +211,15 @@ def own_attributes(node, names, ndim=0):
         dtype = attribute.dtype
         is_text = h5py.check_string_dtype(dtype) is not None
         known = dtype.kind in "iu" if ndim else is_text or dtype.kind in "iufb"
-        if not known or attribute.shape is None or len(attribute.shape) != ndim:
+        one = not ndim and attribute.shape == (1,)  # as MATLAB and programs in C write it
+        if not known or attribute.shape is None or (len(attribute.shape) != ndim and not one):
             raise ValueError(f"attribute {name} is not {WHAT[ndim]}")
         if attribute.get_storage_size() > MOST_ATTRIBUTE:
             raise ValueError(f"attribute {name} is too large")
         if dtype.kind == "O" and not looked_through:
             refuse_endless_heap(node.file)
             looked_through = True
-        value = node.attrs[name]
+        value = node.attrs[name][0] if one else node.attrs[name]
         if is_text:
             found[name] = clean_text(value.decode() if isinstance(value, bytes) else value)
         else:

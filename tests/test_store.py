@@ -410,6 +410,28 @@ ODD = {
 }  # fmt: skip
 
 
+def test_attributes_and_names_as_other_programs_write_them(tmp_path, monkeypatch):
+    """Lists of one; names in a dataset that can grow, packed or not, whatever the file's size."""
+    monkeypatch.setattr(hdf5, "MOST_TEXT", 100_000)
+    names = [f"v{i}.avi" for i in range(60)]
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["emb"] = np.zeros(10_000)
+        f.attrs["clip_len"] = np.array([16])
+        f.attrs.create("mask", ["fan"], dtype=TEXT)
+        f.create_dataset("grows", data=names, dtype=TEXT, maxshape=(None,))
+        f.create_dataset("packed", data=names, dtype=TEXT, compression="gzip")
+        f.create_dataset("pairs", data=[names, names], dtype=TEXT, maxshape=(None, 60))
+        f.create_dataset("long", data=["x" * 2000] * 60, dtype=TEXT, maxshape=(None,))
+    with hdf5.open_hdf5(tmp_path / "a.h5") as f:
+        found = hdf5.own_attributes(f, ["clip_len", "mask"])
+        assert repr(found) == "{'clip_len': 16, 'mask': 'fan'}"
+        for name in ("grows", "packed"):
+            assert hdf5.own_texts(f, name, (None,)).tolist() == names
+        assert hdf5.own_texts(f, "pairs", (None, 60)).tolist() == [names, names]
+        with pytest.raises(ValueError, match="long holds texts of"):
+            hdf5.own_texts(f, "long", (None,))
+
+
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_files_cost_their_study_alone(folder, kind, monkeypatch):
     """Listed with the reason, whatever store; nothing outside is read; the others are."""
