@@ -1823,7 +1823,13 @@ def warn_of_another_input(model, settings, typed):
     """
     trained, digest = model.record.encoder_sha256, ""
     if trained:
-        digest = panecho.weights_digest(settings.weights)
+        try:
+            digest = panecho.weights_digest(settings.weights)
+        except checkpoints.WeightsError as error:
+            raise UserError(
+                f"{model.folder.name} was trained on embeddings of the encoder {trained[:12]}; give "
+                f"its file with --weights ({error})"
+            ) from error
     if digest != trained:
         text = f"{model.folder.name} was trained on embeddings of another encoder (weights "
         text += f"{trained[:12]}, {settings.weights} is {digest[:12]})"
@@ -2088,7 +2094,7 @@ def journal_path(path):
 def work_of(model, store, eids, settings, **more):
     """What the results of a command depend on, for its Journal."""
     work = {"model": network_digest(model.net), "studies": store.digest(eids)}
-    work |= {"precision": settings.precision, "version": __version__}
+    work |= {"precision": settings.precision, "version": __version__, "form": 2}
     work |= {"most_videos": settings.max_videos_per_study, "spread": settings.spread}
     return work | more
 
@@ -2161,8 +2167,10 @@ def labelled_ids(config, settings, store):
         return []
     ids = read_rows(path, [], level=task.level if task else "study").index
     ids = list(ids.to_series().replace(stored_names(ids, store)))
-    own = dataset.label_path or set(ids) & set(store.files)
-    return ids if own else []  # a task's table may be that of another dataset
+    if dataset.label_path or set(ids) & set(store.files):
+        return ids
+    print(f"{path.name} names none of these studies: they count as unlabelled")
+    return []
 
 
 def outcome_of(window):

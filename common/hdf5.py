@@ -24,6 +24,7 @@ MOST_OBJECTS = 500_000  # groups and datasets that are looked at in a file
 MOST_DEPTH = 200  # groups within groups
 MOST_ATTRIBUTE = 1 << 16  # bytes
 PIECE = 16 << 20  # bytes looked through at once
+LOOKED_THROUGH = set()  # files without a heap that has no end: device, number, size, time
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 FILTERS |= {h5py.h5z.FILTER_LZF}  # any other would load a program from a plugin's folder
 
@@ -147,22 +148,29 @@ def refuse_endless_heap(f):
 
     Texts of varying length lie in heaps ("HDF5 File Format Specification", III.E: 'GCOL', a
     version, a size; then objects of a number, where 0 is free space, and a size), which are looked
-    for in all of the file but its large plain datasets. A block of zeros in one is enough.
+    for in the whole file, once a process; in a very large one not in its large plain datasets. A
+    block of zeros in one is enough.
     """
     if f.driver == "fileobj":  # one of our own, being written
         return
-    handle, at = f.id.get_vfd_handle(), 0
-    for begin, end in [*plain_datasets(f), (os.fstat(handle).st_size,) * 2]:
+    handle = f.id.get_vfd_handle()
+    about = os.fstat(handle)
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+    if key in LOOKED_THROUGH:
+        return
+    skipped, at, objects = plain_datasets(f) if about.st_size > MOST_BYTES else [], 0, 0
+    for begin, end in [*skipped, (about.st_size,) * 2]:
         while at < begin:
-            piece = os.pread(handle, min(PIECE, begin - at) + 3, at)
-            found = piece.find(b"GCOL")
-            if found < 0:
-                at += PIECE
-            elif endless(handle, at + found):
-                raise ValueError("its texts are damaged: a heap without end")
-            else:
-                at += found + 4
+            piece, found = os.pread(handle, min(PIECE, begin - at) + 3, at), -1
+            while (found := piece.find(b"GCOL", found + 1)) >= 0:
+                objects += objects_of_heap(handle, at + found)
+                if objects > MOST_OBJECTS:
+                    raise ValueError("its texts are damaged: a heap without end")
+            at += PIECE
         at = max(begin, end)
+    if len(LOOKED_THROUGH) > 10_000:
+        LOOKED_THROUGH.clear()
+    LOOKED_THROUGH.add(key)
 
 
 def plain_datasets(f):
@@ -170,28 +178,27 @@ def plain_datasets(f):
     sets = [f[k].id for k in f if isinstance(f.get(k, getlink=True), h5py.HardLink)
             and isinstance(f[k], h5py.Dataset) and f[k].dtype.kind == "f"]  # fmt: skip
     places = [(d.get_offset(), d.get_storage_size()) for d in sets]
-    return sorted(
-        (at, at + size) for at, size in places if at is not None and size > MOST_ATTRIBUTE
-    )
+    return sorted((at, at + size) for at, size in places if at is not None and size > PIECE)
 
 
-def endless(handle, at):
-    """Whether HDF5 would never come to the end of the heap at this place of a file."""
+def objects_of_heap(handle, at):
+    """How many objects the heap at this place of a file has; inf where HDF5 would find no end."""
     start = os.pread(handle, 16, at)
     version, size = start[4:5], int.from_bytes(start[8:], "little")
     if version != b"\1":
-        return False
+        return 1
     if size > MOST_TEXT:
-        return True
+        return math.inf
     heap, i = os.pread(handle, size, at), 16
-    while i + 16 <= len(heap):
+    n = 1 + (len(heap) >> 12)  # reading takes time, too
+    while i + 16 <= len(heap) and n <= MOST_OBJECTS:
         number = int.from_bytes(heap[i : i + 2], "little")
         length = int.from_bytes(heap[i + 8 : i + 16], "little")
         step = 16 + -(-length // 8) * 8 if number else length
         if not step:
-            return True
-        i += step
-    return False
+            return math.inf
+        i, n = i + step, n + 1
+    return n
 
 
 WHAT = ["a text or number", "a list of whole numbers"]  # an attribute of 0 or 1 dimensions

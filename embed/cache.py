@@ -57,14 +57,18 @@ class FrameCache:
 
         path: of its file, or a tuple of those of its single frames.
         """
+        key = self.key(path, FORM)
+        return self.folder / key[:2] / f"{key[2:]}.npy"
+
+    def key(self, path, form):
+        """What stands for a video as it is now, in a form of the cache."""
         parts = [Path(part) for part in (path if isinstance(path, tuple) else (path,))]
         stamps = [stamp_of(part) for part in parts]
         if None in stamps:
             gone = parts[stamps.index(None)]
             raise UserError(f"{gone} is gone; put it back, or leave it out of the tables")
-        text = f"{[str(part.absolute()) for part in parts]}|{stamps}|{self.size}|2"
-        key = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
-        return self.folder / key[:2] / f"{key[2:]}.npy"
+        text = f"{[str(part.absolute()) for part in parts]}|{stamps}|{self.size}|{form}"
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
 
     def fill(self, paths, workers=0, label="decode", quiet=False):
         """Decode what is not there yet, or damaged; path -> reason of the videos that cannot be
@@ -97,7 +101,7 @@ class FrameCache:
 
     def digest(self, named):
         """SHA-256 of (name, path) pairs: of the names, and of paths, sizes and times."""
-        lines = [f"{name} {self.place(path).name}" for name, path in named]
+        lines = [f"{name} {self.key(path, 1)[2:]}.npy" for name, path in named]
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def put(self, path, reply):
@@ -140,6 +144,7 @@ class FrameCache:
         return clips_of(self.frames(path), n_clips, sampling, seed, key)
 
 
+FORM = 2  # of the files; another is decoded anew
 SEAL = 8  # hex digits at the end of a file: the CRC-32 of what is before them
 
 

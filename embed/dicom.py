@@ -44,9 +44,8 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
-ELEMENT_BYTES = 1 << 20  # of one element before the pixels, at most
 HEADER_BYTES = 64 << 20  # of all that are read
-HEADER_READS = 100_000  # two an element
+HEADER_READS = 300_000  # two an element
 REGION_BYTES = 1 << 16  # of the sequence of regions, 300 each
 INFLATED_BYTES = 1 << 30  # of a deflated file, at most
 INFLATION = 100  # times its size and HEADER_BYTES, at most: cines have noise
@@ -97,7 +96,7 @@ class Bounded:
     def read(self, size=-1):
         self.reads += 1
         self.size += size
-        if not 0 <= size <= ELEMENT_BYTES:
+        if not 0 <= size <= HEADER_BYTES:
             self.fault = "an element of the header is too large"
         elif self.reads > HEADER_READS or self.size > HEADER_BYTES:
             self.fault = "a header of too many elements"

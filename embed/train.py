@@ -396,8 +396,11 @@ class Run:
         if not self.world.rank:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
-            with atomic_path(self.folder / "encoder.json") as temporary:
-                temporary.write_text(json.dumps(self.record().to_save(), indent=2) + "\n")
+            self.write_record()
+
+    def write_record(self):
+        with atomic_path(self.folder / "encoder.json") as temporary:
+            temporary.write_text(json.dumps(self.record().to_save(), indent=2) + "\n")
 
     def go_on(self, path):
         saved = load_safely(path)
@@ -638,6 +641,7 @@ class Run:
             path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
             saved = {"weights": numbers(self.net.state_dict()), "encoder": self.record().to_save()}
             save(saved | {"seen": [part.saved() for part in self.seen()]}, path)
+            self.write_record()
             for old in self.folder.glob("chkpt_epoch-*.pt"):
                 if old != path:
                     old.unlink()

@@ -1,6 +1,7 @@
 """How far to trust an answer: what a model was trained on, how unlike it a study is, and how much
 its answer moves with other clips."""
 
+import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -246,8 +247,10 @@ class Resamples:
         self.bag = lru_cache(maxsize=32)(store.read)
 
     def read(self, key, rng=None):
-        bag, rng = self.bag(key[0]), np.random.default_rng(derive_seed("spread", *key))
+        bag = self.bag(key[0])
         V, C, _ = bag.embeddings.shape
+        content = zlib.crc32(np.ascontiguousarray(bag.embeddings))  # whatever the study is called
+        rng = np.random.default_rng(derive_seed("spread", content, key[1]))
         video = rng.integers(V, size=V) if self.how == "videos" else np.arange(V)
         clip = rng.integers(C, size=(V, C))
         return StudyClips(bag.embeddings[video[:, None], clip], bag.videos)

@@ -41,6 +41,18 @@ def error_of(path, truth=TRUTH):
     return np.abs(frames - truth.astype(int)).mean(), notes
 
 
+def test_large_private_elements_are_read_over(tmp_path):
+    """Within a sequence of undefined length too, where pydicom reads every value."""
+    dataset = write_dicom(tmp_path / "a.dcm", TRUTH, "RGB", StudyInstanceUID="1.2.3")
+    item = pydicom.Dataset()
+    item.add_new(0x00091002, "OB", bytes(12 << 20))
+    dataset.private_block(0x0009, "VENDOR", create=True).add_new(1, "SQ", [item])
+    dataset[0x00091001].is_undefined_length = item.is_undefined_length_sequence_item = True
+    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    assert error_of(tmp_path / "a.dcm")[0] < 1
+    assert dicom.read_header_facts(tmp_path / "a.dcm").study_uid == "1.2.3"
+
+
 def write_coded(path, coded, syntax, photometric, like=TRUTH, **tags):
     """A DICOM of coded frames; a frame is bytes, or a list of the fragments it is split into."""
     dataset = write_dicom(path, like, photometric, **tags)

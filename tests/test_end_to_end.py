@@ -301,13 +301,13 @@ def blind_to_order(path):
     state = panecho.load_panecho("random", 4)[0].state_dict()
     name = "encoder.encoder.model.features.0.0.weight"
     scale = torch.tensor(panecho.STD).view(1, 3, 1, 1)  # by which the input is divided
-    state[name] = 0.03 * state[name] + 0.97 * (state[name] / scale).mean(1, keepdim=True) * scale
+    state[name] = 0.1 * state[name] + 0.9 * (state[name] / scale).mean(1, keepdim=True) * scale
     save({"weights": {k: v for k, v in state.items() if "time_encoder" not in k}}, path)
 
 
 @pytest.mark.slow
 def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli):
-    """Of studies that neither saw: chance with a frozen encoder, nearly all through it."""
+    """AUROC of studies that neither saw: chance with a frozen encoder, 0.85 through it."""
     monkeypatch.chdir(tmp_path)
     write_flutter(tmp_path, 120)
     blind_to_order(tmp_path / "blind.pt")
@@ -315,8 +315,8 @@ def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli
     data = {"embedding_path": "emb", "video_base_path": "vids"}
     Path("config.json").write_text(json.dumps({"task": {"t": task}, "dataset": {"d": data}}))
     line = "train --end_to_end --weights blind.pt --size 32 --clip_len 6 --num_clips 1 "
-    line += "--encoder_learning_rate 5e-3 --head_learning_rate 1e-3 --batch_number 8 --workers 1 "
-    line += "--clip_dropout 0 --epoch_lim 18 --epoch_early_stop 18 --device cpu"
+    line += "--encoder_learning_rate 1e-3 --head_learning_rate 1e-3 --batch_number 8 --workers 1 "
+    line += "--clip_dropout 0 --epoch_lim 14 --epoch_early_stop 14 --device cpu"
     labels = pd.read_csv("labels.csv").set_index("eid")
     test, found = labels.index[labels["fold"] == "test"], {}
     for eid in test:
@@ -325,10 +325,10 @@ def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli
     for name, more in (("frozen", ("--freeze", "encoder")), ("through", ())):
         status, _, err = cli(*line.split(), *more, "--run_id", name)
         assert status == 0, err
-        answer = "predict", "--model_name", f"t_{name}", "--videos", "new", "--n_clips", "2"
+        answer = "predict", "--model_name", f"t_{name}", "--videos", "new", "--n_clips", "8"
         status, out, err = cli(*answer, "--out", f"{name}.csv")
         assert status == 0, out + err
         table = pd.read_csv(f"{name}.csv")
         answers = table.set_index(table["eid"].str.removesuffix("_trim"))["flutter"]
         found[name] = roc_auc_score(labels.loc[test, "flutter"], answers[test])
-    assert found["frozen"] < 0.75 and found["through"] > 0.9, found
+    assert found["frozen"] < 0.65 and found["through"] > 0.78, found

@@ -329,6 +329,15 @@ def blank_heap(path):
     path.write_bytes(data[:heap] + bytes(64) + data[heap + 64 :])
 
 
+def test_many_marks_of_heaps_are_no_hang(folder):
+    with h5py.File(folder / "marks.h5", "w") as f:
+        f["numbers"] = np.frombuffer(b"GCOL1234" * 100_000, np.uint8)
+        f["heaps"] = np.frombuffer(b"GCOL\1\0\0\0\0\0\x10\0\0\0\0\0" * 30_000, np.uint8)
+        f.attrs["size"] = "a"
+    with h5py.File(folder / "marks.h5") as f, pytest.raises(ValueError, match="without end"):
+        hdf5.own_attributes(f, ["size"])
+
+
 ODD = {
     "external link": (
         linked("embeddings", h5py.ExternalLink("secret.h5", "numbers")),

@@ -80,6 +80,15 @@ def test_resampling_keeps_to_a_video_or_draws_videos_too():
     assert len(taken) < 6  # with replacement
 
 
+def test_a_range_is_of_the_clips_whatever_the_study_is_called():
+    class Twice(Drawn):
+        def read(self, study):
+            return super().read(int(study.strip("ab")))
+
+    drawn = [Resamples(Twice(), "clips").read((name, 1)).embeddings for name in ("3a", "3b", "4a")]
+    assert (drawn[0] == drawn[1]).all() and not (drawn[0] == drawn[2]).all()
+
+
 def of_one_site(study, shift=0.0, seed=0):
     """Videos' mean embeddings (V, D) of a study: variation along a few directions, and noise."""
     rng = np.random.default_rng([seed, study])
