@@ -1827,8 +1827,8 @@ def warn_of_another_input(model, settings, typed):
             digest = panecho.weights_digest(settings.weights)
         except checkpoints.WeightsError as error:
             raise UserError(
-                f"{model.folder.name} was trained on embeddings of the encoder {trained[:12]}; give "
-                f"its file with --weights ({error})"
+                f"{model.folder.name} was trained on embeddings of the encoder {trained[:12]}; "
+                f"give its file with --weights ({error})"
             ) from error
     if digest != trained:
         text = f"{model.folder.name} was trained on embeddings of another encoder (weights "
