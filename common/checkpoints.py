@@ -16,7 +16,7 @@ import torch
 
 from common.console import UserError
 from common.files import atomic_path, kept_errors
-from common.pickles import MOST_PICKLE, STAND_INS, Unsafe, check_pickle
+from common.pickles import MOST_PICKLE, STAND_INS, Unsafe, check_pickle, numpys_own
 
 MOST_BYTES = 8 << 30  # of a file, and of what an archive unpacks to; the released are below 1 GB
 MOST_RECORDS = 100_000
@@ -80,7 +80,7 @@ def load_safely(path):
         stand_ins = [(value, name) for name, value in STAND_INS.items()]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of what the file holds
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = numpys_own(torch.load(path, map_location="cpu", weights_only=True))
         if not is_zip(path):
             print(f"{path}: in torch's old format, without checksums: damage would go unnoticed")
         return saved

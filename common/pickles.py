@@ -44,7 +44,7 @@ class Numbers:
 
 
 class Array(np.ndarray):
-    """numpy.ndarray, which begins empty; saved again it is numpy's own."""
+    """numpy.ndarray, which begins empty; `numpys_own` ends it."""
 
     def __new__(cls):
         return super().__new__(cls, (0,), "b")
@@ -52,9 +52,6 @@ class Array(np.ndarray):
     def __setstate__(self, state):
         version, shape, numbers, fortran, data = state
         super().__setstate__((version, shape, numbers.dtype, fortran, data))
-
-    def __reduce_ex__(self, protocol):
-        return np.array(self, subok=False).__reduce_ex__(protocol)
 
 
 def empty_array(kind, shape, code):
@@ -67,6 +64,20 @@ def empty_array(kind, shape, code):
 def scalar(numbers, data):
     """numpy's `scalar`: one number of these bytes."""
     (value,) = np.frombuffer(data, numbers.dtype)
+    return value
+
+
+def numpys_own(value):
+    """What was read, with numpy's arrays for their stand-ins: dicts and lists in their place."""
+    if isinstance(value, Array):
+        return value.view(np.ndarray)
+    if type(value) is tuple:
+        return tuple(map(numpys_own, value))
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = numpys_own(value[key])
+    elif isinstance(value, list):
+        value[:] = map(numpys_own, value)
     return value
 
 

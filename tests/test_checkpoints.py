@@ -188,8 +188,14 @@ def test_what_numpy_wrote_comes_back_and_is_written_as_numpy_s(small):
     """Stand-ins read it; what they made is saved as if numpy itself had made it."""
     kinds = [np.ones(3, kind) for kind in ("f4", "f8", "i4", "i8", "u4", "?", "u1")]
     saved = {"arrays": kinds, "numbers": [x[1] for x in kinds], "f": np.ones((2, 3), order="F").T}
+    saved["in"] = [({"a": np.array(3.0)},)]
     save(saved, small)
-    save(load_safely(small), small.with_name("again.pt"))
+    read = load_safely(small)
+    assert {type(x) for x in [*read["arrays"], read["f"], *read["in"][0][0].values()]} == {
+        np.ndarray
+    }
+    assert type(read["arrays"][0].sum()) is np.float32
+    save(read, small.with_name("again.pt"))
     assert same(load_safely(small.with_name("again.pt")), saved)
     assert b"common" not in small.with_name("again.pt").read_bytes()
 
