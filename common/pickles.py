@@ -10,7 +10,6 @@ import pickletools
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from common.console import printable
 
@@ -82,15 +81,24 @@ def numpys_own(value):
 
 
 ENCODE = "_codecs.encode"
+BYTEARRAY = {"builtins.bytearray", "__builtin__.bytearray"}
+STORAGE = "torch.storage.UntypedStorage"
 STAND_INS = {"numpy.dtype": Numbers, "numpy.ndarray": Array, ENCODE: _codecs.encode}
 for module in ("numpy._core.multiarray", "numpy.core.multiarray"):  # numpy 1's
     STAND_INS |= {f"{module}._reconstruct": empty_array, f"{module}.scalar": scalar}
 
-NEEDED = {*STAND_INS, "collections.OrderedDict", "torch.Size", "torch.device"}
-NEEDED |= {f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "parameter")}
+NEEDED = {*STAND_INS, *BYTEARRAY, STORAGE, "torch.Size", "torch.device"}
+NEEDED |= {"collections.OrderedDict", "collections.Counter", "torch.serialization._get_layout"}
+NEEDED |= {
+    f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in ("set", "complex")
+}  # the second is Python 2's name, which torch writes
+NEEDED |= {f"torch._utils._rebuild_{x}" for x in ("tensor", "tensor_v2", "tensor_v3", "parameter")}
 KINDS = "Float Double Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble"
 NEEDED |= {f"torch.{kind}Storage" for kind in KINDS.split()}
-NEEDED |= {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
+# The types of numbers that torch computes with: on others (bits8, qint8) its functions fail.
+NUMERIC = "bool bfloat16 float16 float32 float64 complex32 complex64 complex128"
+NEEDED |= {f"torch.{kind}" for kind in NUMERIC.split()}
+NEEDED |= {f"torch.{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 
 
 # --------------------------------------------------------------------------------------------- walk
@@ -99,6 +107,7 @@ TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "REDUCE": 2, "NEWOBJ": 2, "BINPE
 TAKES |= {"APPEND": 1, "SETITEM": 2, "BUILD": 1, "STACK_GLOBAL": 2}
 MARKED = {"TUPLE", "APPENDS", "SETITEMS"}  # take all since the mark
 FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # what lies below
+CALLS = {"REDUCE", "NEWOBJ", "BUILD"}  # that may run through all they are given
 
 
 @dataclass(slots=True)
@@ -107,7 +116,7 @@ class Value:
 
     weight: int = 1  # values in it, a shared one as often as it is met
     depth: int = 0
-    text: str = ""  # a text or a name; of a tuple, its last part's
+    text: str = ""  # a text or a name; of a tuple, its last part's; of what a call gives, f()
     complete: bool = False  # met again since it was made, or nothing that can be filled
 
 
@@ -124,6 +133,8 @@ def check_pickle(f):
     stack, marks, memo, foreign, total = [], [], {}, [], 0
     for op, arg, at in pickletools.genops(f):
         name = op.name
+        if total > MOST_VALUES or at > MOST_PICKLE:
+            raise Unsafe("it holds more than a model does")
         if name in ("PROTO", "FRAME", "STOP"):
             continue
         if name == "MARK":
@@ -136,6 +147,7 @@ def check_pickle(f):
         if name.endswith("GET"):
             memo[arg].complete = True
             stack.append(memo[arg])
+            total += memo[arg].weight
             continue
         if name in MARKED:
             parts, stack = stack, marks.pop()
@@ -143,19 +155,28 @@ def check_pickle(f):
             parts = [stack.pop() for _ in range(TAKES.get(name, 0))][::-1]
         else:
             raise Unsafe(f"torch.save never writes what it holds ({name})")
-        value = filled(stack[-1] if name in FILLS else made(name, arg, parts), parts)
+        if name not in FILLS:
+            stack.append(made(name, arg, parts))
+            total += stack[-1].weight
+        value = filled(stack[-1], parts)
         if name in ("GLOBAL", "STACK_GLOBAL") and value.text not in NEEDED:
             foreign.append(value.text)
-        if name == "REDUCE" and parts[0].text == ENCODE and parts[1].text != "latin1":
-            raise Unsafe("it holds bytes in an odd spelling")
-        if name not in FILLS:
-            stack.append(value)
-        total += 1 + sum(part.weight for part in parts)
-        if total > MOST_VALUES or at > MOST_PICKLE:
-            raise Unsafe("it holds more than a model does")
+        if name in CALLS:
+            total += 1 + sum(part.weight for part in parts)
+        if name in ("REDUCE", "NEWOBJ"):
+            check_call(*parts)
     if foreign:
         named = [printable(text)[:60] for text in dict.fromkeys(foreign)][:5]
         raise Unsafe(f"it names {', '.join(named)}, which no model needs")
+
+
+def check_call(function, arguments):
+    """Raise Unsafe for calls that would take a number for a size, or for ever."""
+    if function.text == ENCODE and arguments.text != "latin1":
+        raise Unsafe("it holds bytes in an odd spelling")
+    of_bytes = arguments.text == f"{ENCODE}()" or arguments.weight == 1  # or of nothing
+    if function.text == STORAGE or (function.text in BYTEARRAY and not of_bytes):
+        raise Unsafe("it claims memory for nothing")
 
 
 def made(name, arg, parts):
@@ -166,6 +187,8 @@ def made(name, arg, parts):
         return Value(text=".".join(part.text for part in parts))
     if isinstance(arg, str | bytes):
         return Value(1 + len(arg) // TEXT, text=arg if isinstance(arg, str) else "")
+    if name == "REDUCE":
+        return Value(text=f"{parts[0].text}()"[-TEXT:])
     if parts or name.startswith("EMPTY"):
         return Value(text=parts[-1].text if name.startswith("TUPLE") else "")
     return NUMBER

@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_commands import published_model
 
+from common import pickles
 from common.checkpoints import WeightsError, load_safely, save
 from tests.faults.pickles import HOSTILE, hostile_archive, hostile_old
 
@@ -198,6 +199,30 @@ def test_what_numpy_wrote_comes_back_and_is_written_as_numpy_s(small):
     save(read, small.with_name("again.pt"))
     assert same(load_safely(small.with_name("again.pt")), saved)
     assert b"common" not in small.with_name("again.pt").read_bytes()
+
+
+def test_what_torch_s_own_reader_takes_is_taken(small, monkeypatch):
+    """Such as a MultiStepLR's state, whose milestones are a Counter; each value is counted once."""
+    monkeypatch.setattr(pickles, "MOST_VALUES", 2500)
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), 0.1)
+    for saved in (
+        torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        {"a": {1, 2}, "b": 1j, "c": bytearray(b"\xffx"), "d": bytearray(), "e": torch.strided},
+        {"ids": {"x": {"y": [str(i) for i in range(1000)]}}},
+    ):
+        for new in (True, False):
+            torch.save(saved, small, _use_new_zipfile_serialization=new)
+            assert same(load_safely(small), saved)
+    numbers = {"a": torch.arange(5).to(torch.uint16)[1:]}
+    torch.save(numbers | {"b": torch.zeros(2).untyped_storage()}, small)  # not in the old format
+    assert same({k: v for k, v in load_safely(small).items() if k != "b"}, numbers)
+
+
+def test_an_unsigned_tensor_beyond_its_storage(small):
+    torch.save({"a": torch.zeros(7, dtype=torch.uint16)}, small)
+    refused(rebuilt(small, in_pickle(b"QK\x00K\x07\x85", b"QK\x01K\x07\x85")))
+    refused(rebuilt(small, in_pickle(b"uint16\n", b"int64\n")))
+    refused(rebuilt(small, in_pickle(b"uint16\n", b"bits8\n")), "names torch.bits8")
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

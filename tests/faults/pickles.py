@@ -28,6 +28,9 @@ HOSTILE = {
     "a pointer within": named("numpy ndarray") + b"K\x01\x85" + WITHIN + POINTER + b"\x87R",
     "gigabytes of zeros": SCALAR + named("numpy dtype") + text("V2000000000") + b"\x85R\x85R",
     "gigabytes of bytes": named("__builtin__ bytearray") + b"J\xff\xff\xff\x7f\x85R",
+    "gigabytes, untyped": named("torch.storage UntypedStorage") + b"J\xff\xff\xff\x7f\x85R",
+    "gigabytes of bytes, made anew": b"]" + named("builtins bytearray") + b"q\x00J\xff\xff\xff\x7f"
+    + b"\x85q\x01Rah\x00h\x01Ra",
     "gigabytes of numbers": named("torch FloatTensor") + b"J\xff\xff\xff\x7f\x85R",
     "a key without end": b"})q\x00"
     + b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(45)) + b"K\x01s",
