@@ -352,6 +352,8 @@ class OpenStudy:
             )
         embeddings = as_float32(embeddings)
         largest = max(embeddings.max(), -embeddings.min())  # NaN, where there is one
+        if np.isnan(largest):
+            raise ValueError("it holds NaN")
         if not 0 < largest < BEYOND:
             raise ValueError(f"its numbers are no encoder's, the largest is {largest:g}")
         return StudyClips(embeddings, videos, header.made_with)
