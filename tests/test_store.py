@@ -404,7 +404,7 @@ ODD = {
     "one checksum": (with_attributes(crc32=1), "attribute crc32"),
     "two sizes": (with_attributes(size=[224, 112]), "attribute size"),
     "numbers of no encoder": (unsigned(np.full((2, 4, 768), 1e30, "f4")), "largest is 1e[+]30"),
-    "a number that is none": (unsigned(np.full((2, 4, 768), np.nan, "f4")), "largest is nan"),
+    "a number that is none": (unsigned(np.full((2, 4, 768), np.nan, "f4")), "it holds NaN"),
     "all 0": (unsigned(np.zeros((2, 4, 768), "f4")), "largest is 0"),
     "one name 200 times": (odd(one_text_many_times), "texts of 200 MB"),
     "groups without end": (nested, "without end"),
