@@ -210,7 +210,7 @@ def own_attributes(node, names, ndim=0):
 
     Raises ValueError for any that is of another kind, a reference, a compound or too large.
     """
-    found, looked_through = {}, False
+    found = {}
     for name in names:
         if not h5py.h5a.exists(node.id, name.encode()):
             continue
@@ -223,9 +223,8 @@ def own_attributes(node, names, ndim=0):
             raise ValueError(f"attribute {name} is not {WHAT[ndim]}")
         if attribute.get_storage_size() > MOST_ATTRIBUTE:
             raise ValueError(f"attribute {name} is too large")
-        if dtype.kind == "O" and not looked_through:
+        if dtype.kind == "O":
             refuse_endless_heap(node.file)
-            looked_through = True
         value = node.attrs[name][0] if one else node.attrs[name]
         if is_text:
             found[name] = clean_text(value.decode() if isinstance(value, bytes) else value)

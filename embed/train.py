@@ -146,8 +146,10 @@ class EncoderSettings(CohortOptions):
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "of the computation; fp16 with its loss scaled", COMPUTING, THIS
     )
-    num_workers: int = option(0, "threads and processes that read videos; 0: by cores", COMPUTING,
-                              THIS, least=0, also="workers")
+    num_workers: int = option(
+        0, "threads and processes that read videos; 0: by cores, six threads at most", COMPUTING,
+        THIS, least=0, also="workers",
+    )
     n_bootstrap: int = option(1000, "resamples of patients for intervals", OUTPUT, THIS, least=1)
 # fmt: on
 
