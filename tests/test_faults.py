@@ -99,14 +99,6 @@ def test_cases_are_made_again_alike():
 @pytest.mark.parametrize("parser", fuzz.PARSERS)
 def test_our_parsers_take_any_bytes(parser, tmp_path, capsys):
     """The fuzzer's targets on a few hundred inputs of a seed, without its guidance."""
-    rng = np.random.default_rng(5)
-    whole = {
-        "tables": b'pid,eid,"a b"\n1,2,3\n"1",,x\n',
-        "checkpoints": (ROOT / "tests/fixtures/dicom/truth.npz").read_bytes()[4:3000],
-        "containers": (ROOT / "tests/fixtures/videos/h264.mp4").read_bytes(),
-        "fragments": (ROOT / "tests/fixtures/dicom/jpeg_ybr_labelled_rgb.dcm").read_bytes()[132:],
-        "journals": b'", "a": 1}\n["a", 0, "{}"]\n',
-        "options": b'{"task": {"a": {"task_labels": ["b"]}}, "dataset": {}}',
-    }[parser]
+    rng, whole = np.random.default_rng(5), fuzz.whole_file(parser, tmp_path / "file")
     for _ in range(200):
         fuzz.PARSERS[parser](mutations.damaged(whole, rng)[1], tmp_path / "file")

@@ -2,13 +2,20 @@
 
     python -m tests.faults.fuzz tables -max_total_time=60        # or checkpoints, containers, ...
 
-What a parser may raise is what its callers catch; anything else is a finding.
+What a parser may raise is what its callers catch; anything else is a finding, as are a crash and
+what takes too long (libFuzzer's -timeout). It begins with a whole file.
 """
 
 import contextlib
+import io
+import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from tests.faults.worker import ROOT
 
@@ -35,6 +42,28 @@ def checkpoints(data, path):
     path.write_bytes(b"PK\x03\x04" + data)
     with contextlib.suppress(Damaged):
         check_records(path)
+
+
+def pickles(data, path):
+    """common/pickles.py: the walk of a pickle and numpy's stand-ins, then torch's reader of it."""
+    from common.checkpoints import WeightsError, load_safely
+
+    with zipfile.ZipFile(path, "w") as f, zipfile.ZipFile(io.BytesIO(archive())) as whole:
+        for name in whole.namelist():
+            f.writestr(name, data if name.endswith("data.pkl") else whole.read(name))
+    with contextlib.suppress(WeightsError):
+        load_safely(path)
+
+
+def studies(data, path):
+    """embed/store.py and common/hdf5.py: a study's file, its numbers, texts and heaps."""
+    from common.hdf5 import UNREADABLE, open_hdf5
+    from embed.store import describe, read_details
+
+    path.write_bytes(data)
+    with contextlib.suppress(*UNREADABLE), open_hdf5(path) as f:
+        describe(f)(0)
+    read_details(path)
 
 
 def containers(data, path):
@@ -76,7 +105,46 @@ def options(data, path):
         read_config(path)
 
 
-PARSERS = {f.__name__: f for f in (tables, checkpoints, containers, fragments, journals, options)}
+PARSERS = [tables, checkpoints, pickles, studies, containers, fragments, journals, options]
+PARSERS = {f.__name__: f for f in PARSERS}
+AHEAD = {"checkpoints": 4, "fragments": 132, "journals": len('{"work": {}, "sha256": "')}
+
+
+def archive():
+    saved = io.BytesIO()
+    names = {"a": torch.arange(3.0), "b": np.arange(2), "c": np.float64(1.5), "d": ["e", None]}
+    torch.save({"model_state_dict": names, "echofocus": {"seed": 1}}, saved)
+    return saved.getvalue()
+
+
+def whole_file(parser, path):
+    """A file that the parser takes, less what its target writes ahead of it."""
+    from common.files import Journal
+    from embed.store import FileRecord, write_study
+
+    fixtures = ROOT / "tests" / "fixtures"
+    if parser == "pickles":
+        with zipfile.ZipFile(io.BytesIO(archive())) as f:
+            return f.read("archive/data.pkl")
+    if parser == "studies":
+        path.unlink(missing_ok=True)
+        videos = {"a.avi": (np.zeros(1, int), np.ones((1, 1, 768), np.float32))}
+        write_study(path, videos, {"clip_len": 16}, {"a.avi": FileRecord()})
+        return path.read_bytes()
+    if parser == "journals":
+        path.unlink(missing_ok=True)
+        journal = Journal(path, {})
+        for unit in ({"eid": "s1", "n": 2}, {"answers": np.arange(3.0)}):
+            journal.add(unit)
+    data = {
+        "tables": lambda: b'pid,eid,"a b"\n1,2,3\n"1",,x\n',
+        "checkpoints": archive,
+        "containers": (fixtures / "videos" / "h264.mp4").read_bytes,
+        "fragments": (fixtures / "dicom" / "jpeg_ybr_labelled_rgb.dcm").read_bytes,
+        "journals": path.read_bytes,
+        "options": lambda: b'{"task": {"a": {"task_labels": ["b"]}}, "dataset": {}}',
+    }[parser]()
+    return data[AHEAD.get(parser, 0) :]
 
 
 def main():
@@ -85,14 +153,18 @@ def main():
     except ImportError:
         print("skipped: the fuzzer needs atheris (pip install atheris)")
         return
-    parser = PARSERS[sys.argv.pop(1)]
+    name = sys.argv.pop(1)
     folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name, "file")
+    path, corpus = Path(folder.name, "file"), Path(folder.name, "corpus")
     with atheris.instrument_imports(include=["common", "embed"]):
-        parser(b"", path)
-    devnull = open("/dev/null", "w")  # noqa: SIM115
-    sys.stdout = devnull
-    atheris.Setup(sys.argv, lambda data: parser(data, path))
+        PARSERS[name](b"", path)
+    corpus.mkdir()
+    (corpus / "whole").write_bytes(whole_file(name, path))
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    files = [x for x in sys.argv[1:] if not x.startswith("-")]  # a finding, to see it again
+    atheris.Setup(
+        sys.argv + ([] if files else [str(corpus)]), lambda data: PARSERS[name](data, path)
+    )
     atheris.Fuzz()
 
 

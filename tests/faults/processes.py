@@ -6,7 +6,9 @@ A command runs in a fork of the worker, which has everything imported: it is at 
 import contextlib
 import errno
 import faulthandler
+import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import h5py
+import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -34,7 +38,24 @@ LINES = {
     "pack": ["pack"],
     "extract": ["source", "--out", "out", *images.HOW],
     "download": ["download", "./z.zip", "--model_name", "z"],
-}
+    "folds": ["train", "--task", "defect", "--n_folds", "3", "--fold", "all", "--epoch_lim", "2",
+              "--checkpoint_minutes", "0"],
+    "grid": ["train", "--task", "defect", "--epoch_lim", "2", "--checkpoint_minutes", "0",
+             "--grid", "learning_rate=1e-3,1e-4"],
+    "videos": ["predict", "--model_name", "defect", "--videos", "source", "--out", "p.csv",
+               "--page", *images.HOW],
+    "page": ["explain", "--model_name", "defect", "--subset", "all", "--sample_limit", "8",
+             "--page"],
+    "end_to_end": ["train", "--task", "defect", "--end_to_end", "--weights", "random", "--size",
+                   "32", "--clip_len", "4", "--num_clips", "1", "--epoch_lim", "2", "--workers",
+                   "1", "--checkpoint_minutes", "0"],
+    "encoder": ["--cohort", "echonetdynamic", "--data_dir", "dynamic", "--output_dir", "encoder",
+                "--rand_init", "--model_name", "frame_transformer", "--arch", "convnext_tiny",
+                "--normalization", "imagenet", "--n_layers", "1", "--n_heads", "2", "--size", "32",
+                "--clip_len", "4", "--num_clips", "2", "--batch_size", "4", "--num_workers", "1",
+                "--max_epochs", "2", "--n_bootstrap", "20"],
+}  # fmt: skip
+VIDEOS = ("page", "end_to_end")  # commands that look for the studies' videos, by the config
 
 
 def base(area):
@@ -49,8 +70,36 @@ def base(area):
     return home()
 
 
+def draw(path, seed):
+    from embed.phantom import write_video
+
+    frames = np.random.default_rng(seed).integers(0, 90, (8, 40, 48, 3), dtype=np.uint8)
+    frames[:, 8:24, 10:30] += np.uint8(100)
+    write_video(path, frames)
+
+
+def small_network():
+    """In a fork: PanEcho with a ConvNeXt of four narrow blocks and one head, drawn anew."""
+    from embed import end_to_end, extract, panecho
+
+    extract.load_panecho = panecho.load_panecho
+    panecho.CONVNEXT_TINY = end_to_end.CONVNEXT_TINY = ((4, 1), (8, 1), (8, 1), (768, 1))
+    panecho.FrameTransformer.__init__.__defaults__ = (16, None, 1, 8, 0.0)
+    panecho.random_digest.cache_clear()
+    select = panecho.select_tasks
+    panecho.select_tasks = lambda tasks: select("EF" if tasks == "all" else tasks)
+
+
 def prepare(command, here, base):
     """What the command needs, in a folder of its own."""
+    if command == "encoder":
+        rows = []
+        for i in range(20):
+            draw(here / "dynamic" / "Videos" / f"x{i}.avi", i)
+            rows.append((f"x{i}", 20 + 2 * i, 1, 2, ("TRAIN", "TRAIN", "VAL", "TEST")[i // 5]))
+        table = pd.DataFrame(rows, columns=["FileName", "EF", "ESV", "EDV", "Split"])
+        table.to_csv(here / "dynamic" / "FileList.csv", index=False)
+        return
     if command == "extract":
         images.healthy(here / "source")
         for i in range(4):
@@ -60,14 +109,23 @@ def prepare(command, here, base):
         return
     small_cohort(here, base, 24)
     os.unlink(here / "trained_models")
+    if command == "videos":
+        images.healthy(here / "source")
+    if command in VIDEOS:
+        for i in range(24):
+            for v in range(1 + i % 3):
+                draw(here / "vids" / f"s{i}_trim" / f"v{v}.avi", 10 * i + v)
+        config = json.loads((here / "config.json").read_text())
+        config["dataset"]["site"]["video_base_path"] = "vids"
+        (here / "config.json").write_text(json.dumps(config))
     if command == "download":
         shutil.make_archive("z", "zip", base / "trained_models", "defect")
-    elif command != "train":
+    elif command not in ("train", "folds", "grid", "end_to_end"):
         shutil.copytree(base / "trained_models" / "defect", here / "trained_models" / "defect")
 
 
-def start(line, change=None):
-    """The command in a fork; returns its pid. change: called in the fork before it."""
+def start(command, change=None):
+    """A command of LINES in a fork; returns its pid. change: called in the fork before it."""
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
     if pid:
@@ -81,13 +139,15 @@ def start(line, change=None):
         tqdm.set_lock(threading.RLock())  # a thread of the worker may hold the other
         import echofocus
         from common.console import run_main
-        from embed import extract
+        from embed import extract, train
 
+        if command in ("end_to_end", "encoder"):
+            small_network()
         if change:
             change()
-        main = extract.main if line[0] == "source" else echofocus.main
+        main = {"extract": extract.main, "encoder": train.main}.get(command, echofocus.main)
         status = 0
-        run_main(lambda: main([str(x) for x in line]), "echofocus.py")
+        run_main(lambda: main(LINES[command]), "echofocus.py")
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -132,32 +192,40 @@ def whole(command):
     os.chdir(folder / "here")
     prepare(command, folder / "here", home())
     began = time.time()
-    result = finish(start(LINES[command]), 300)
+    result = finish(start(command), 300)
     seconds = time.time() - began
     os.chdir(before)
     assert result.status == 0, result
     return folder / "here", seconds
 
 
+TIMED = ("train_losses.csv", "history.csv", "extract_log.csv", "grid.csv")  # seconds, dates
+
+
 def difference(found, expected):
     """The first thing in which a folder differs from that of a run never stopped, or ''."""
 
     def files(folder):
-        return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        """Name -> path; without what is named by where the folder is, or by a file's time."""
+        paths = (p for p in folder.rglob("*") if p.is_file() and "frame_cache" not in p.parts)
+        return {re.sub("source_[0-9a-f]{8}", "source", str(p.relative_to(folder))): p
+                for p in paths}  # fmt: skip
 
     there, wanted = files(found), files(expected)
     if left := [p for p in there if any(x in p for x in (".tmp", ".lock", ".journal"))]:
         return f"left behind: {left}"
-    if there != wanted:
-        return f"files differ: {sorted(there ^ wanted)[:5]}"
+    if there.keys() != wanted.keys():
+        return f"files differ: {sorted(there.keys() ^ wanted.keys())[:5]}"
     for name in sorted(wanted):
-        a, b = found / name, expected / name
-        if name.endswith(".csv") and not name.endswith(("train_losses.csv", "extract_log.csv")):
+        a, b = there[name], wanted[name]
+        if name.endswith((".html", ".csv")) and not name.endswith(TIMED):
             same = a.read_bytes() == b.read_bytes()
+        elif name.endswith(".webm"):  # its writer puts a number into it, anew each time
+            same = a.stat().st_size == b.stat().st_size
         elif name.endswith(".csv"):
             same = len(a.read_text().splitlines()) == len(b.read_text().splitlines())
         elif name.endswith(".pt"):
-            x, y = (torch.load(p, weights_only=True)["model_state_dict"] for p in (a, b))
+            x, y = map(weights, (a, b))
             same = x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
         elif name.endswith((".h5", ".hdf5")):
             same = numbers(a) == numbers(b)
@@ -166,6 +234,14 @@ def difference(found, expected):
         if not same:
             return f"{name} differs"
     return ""
+
+
+def weights(path):
+    """Of a checkpoint, whichever network's: what is the same of two runs to the bit."""
+    saved = torch.load(path, weights_only=True)
+    parts = ("model_state_dict", "encoder_state_dict", "weights")
+    found = {f"{part} {k}": v for part in parts for k, v in saved.get(part, {}).items()}
+    return found or {"all": torch.tensor(list(repr(saved).encode()))}
 
 
 def numbers(path):
@@ -197,13 +273,16 @@ def processes_left():
 
 
 def kill(rng, here, base):
+    return kill_command(str(rng.choice(list(LINES))), rng, here, base)
+
+
+def kill_command(command, rng, here, base):
     """SIGKILL or SIGTERM at random moments, then the same line again."""
-    command = str(rng.choice(list(LINES)))
     expected, seconds = whole(command)
     prepare(command, here, base)
     name, kills = "SIGKILL" if rng.random() < 0.6 else "SIGTERM", int(rng.integers(1, 4))
     for _ in range(kills):
-        pid = start(LINES[command])
+        pid = start(command)
         time.sleep(float(rng.uniform(0, 1.05 * seconds)))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, getattr(signal, name))
@@ -212,7 +291,7 @@ def kill(rng, here, base):
             break
     if not result.status and command == "download":
         return Case(f"{command}: {name}")
-    result = finish(start(LINES[command]), 120)
+    result = finish(start(command), 120)
     complaint = one_line(result) or (result.status and result.said[-500:])
     complaint = complaint or difference(here, expected) or processes_left()
     return Case(f"{command}: {name}", complaint or "")
@@ -228,12 +307,12 @@ def full_disk(rng, here, base):
     prepare(command, here, base)
     size = int(rng.choice([0, 100, 3000, 9000, 40_000, 300_000, 5_000_000, 20_000_000]))
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
-    result = finish(start(LINES[command], limit))
+    result = finish(start(command, limit))
     complaint = one_line(result)
     if result.status and not any(x in result.err for x in ("make room", "cannot write")):
         complaint = complaint or f"no file and remedy: {result.err[-300:]}"
     if not complaint:
-        again = finish(start(LINES[command]), 120)
+        again = finish(start(command), 120)
         complaint = one_line(again) or (again.status and again.said[-500:])
     return Case(f"full disk: {command}", complaint or difference(here, expected))
 
@@ -246,7 +325,7 @@ def read_only(rng, here, base):
     for path in [here.parent, here, *here.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     here.parent.chmod(0o777)
-    result = finish(start(LINES[command], (lambda: os.setuid(65534)) if root else None))
+    result = finish(start(command, (lambda: os.setuid(65534)) if root else None))
     for path in [here.parent, here, *here.rglob("*")]:
         path.chmod(0o755)
     complaint = one_line(result)
@@ -278,7 +357,7 @@ def vanishing(rng, here, base):
 
         Store.read = reading
 
-    result = finish(start(LINES["predict"], change))
+    result = finish(start("predict", change))
     complaint = one_line(result)
     if not complaint and how < 2 and result.status:
         complaint = result.said[-500:]
@@ -300,7 +379,7 @@ def no_locks(rng, here, base):
 
         fcntl.flock = fcntl.lockf = refuse
 
-    result = finish(start(LINES[command], change), 120)
+    result = finish(start(command, change), 120)
     complaint = one_line(result) or (result.status and result.said[-500:])
     return Case(f"no locks: {command}", complaint or difference(here, expected))
 
@@ -310,9 +389,9 @@ def two_at_once(rng, here, base):
     command = str(rng.choice(list(LINES)))
     expected, seconds = whole(command)
     prepare(command, here, base)
-    first = start(LINES[command])
+    first = start(command)
     time.sleep(float(rng.uniform(0, 0.5 * seconds)))
-    second = start(LINES[command])
+    second = start(command)
     results = finish(first, 120), finish(second, 120)
     complaint = next(filter(None, map(one_line, results)), "")
     if not complaint and all(r.status for r in results):
@@ -334,7 +413,7 @@ def little_memory(rng, here, base):
         size = pages * resource.getpagesize() + more
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
-    result = finish(start(LINES[command], change), 120)
+    result = finish(start(command, change), 120)
     complaint = one_line(result)
     if not complaint and result.status == 0:
         complaint = difference(here, whole(command)[0])
@@ -380,7 +459,7 @@ def clock(rng, here, base):
 
         time.time = back
 
-    result = finish(start(LINES[command], change), 120)
+    result = finish(start(command, change), 120)
     complaint = one_line(result) or (result.status and result.said[-500:])
     return Case(f"clock: {command}", complaint or difference(here, expected))
 
