@@ -259,9 +259,13 @@ def list_data(study):
     keys = ("value", "shown", "width", "width_shown", "decision", "right", "truth", "truth_shown")
     names = [video.name for video in study["videos"]]
     text = " ".join([study["eid"], study["warning"], *names]).lower()
+    labels = []
+    for label in study["labels"]:
+        top = label["top"][0][0].clip if label["top"] else ""
+        labels.append({k: label[k] for k in keys} | {"thumb": top or study["thumb"]})
     return {
         "eid": study["eid"], "text": text, "novelty": study["novelty"], "warned": study["unlike"],
-        "videos": len(names), "labels": [{k: label[k] for k in keys} for label in study["labels"]],
+        "videos": len(names), "labels": labels,
     }  # fmt: skip
 
 
@@ -282,8 +286,21 @@ def tell_study(page, study, clips):
         "novelty": novelty, "novelty_shown": "" if novelty is None else f"{100 * novelty:.0f} %",
         "unlike": novelty is not None and novelty > UNUSUAL, "warning": warning,
         "warnings": [text for text in warning.split("; ") if text],
-        "skipped": study.details.skipped, "thumb": thumb,
+        "skipped": study.details.skipped, "thumb": thumb, "more": more_answers(model, row),
     }  # fmt: skip
+
+
+def more_answers(model, row):
+    """What the table says beside the outputs: [(what, answer)], the most probable class of each
+    label that has classes, and the probabilities of survival."""
+    found = [(f"{label}, most probable class", row.get(label))
+             for label in model.outputs.of_kind("multiclass")]  # fmt: skip
+    for label in model.outputs.of_kind("survival"):
+        start = f"{label}_survival_"
+        found += [(f"no {label} until {name.removeprefix(start)}", percent(value))
+                  for name, value in row.items()
+                  if name.startswith(start) and number(value) is not None]  # fmt: skip
+    return [(what, answer) for what, answer in found if answer]
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -304,7 +321,7 @@ def shown_value(model, value, label):
         return ""
     if model.kind(label) == "binary":
         return percent(value)
-    unit = model.unit(label)
+    unit = "log hazard" if model.kind(label) == "survival" else model.unit(label)
     return f"{value:#.4g} {unit}".strip().replace(". ", " ").removesuffix(".")
 
 

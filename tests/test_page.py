@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,11 +16,12 @@ from conftest import normal
 import echofocus as ef
 from common.console import run_main
 from common.options import Settings
+from common.outputs import Outputs
 from embed import phantom, video
 from embed.playback import Playback, frame_rate, write_playback
 from embed.store import FileRecord, write_study
 from embed.studies import Study
-from report.page import Page, PageStudy, read_playback, write_page
+from report.page import Page, PageStudy, more_answers, read_playback, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 HOSTILE = "<img src=x onerror=alert(1)>\"'=1+1"
@@ -121,6 +123,44 @@ def test_list_searches_sorts_and_filters(folder, tab):
     tab.select_option("#right", "wrong")
     assert set(shown(tab)) == set(answers.index[decided & (answers["y_true"] == 0)])
     assert f"{len(shown(tab))} of 30" in tab.inner_text("#count")
+
+
+def test_the_list_shows_the_chosen_labels_top_video(folder, tab):
+    open_study(folder, tab, "S00")
+    best = [tab.locator(f"#label-{k} .players figure").first.get_attribute("data-clip")
+            for k in range(2)]  # fmt: skip
+    assert best[0] != best[1]
+    tab.goto((folder / "index.html").as_uri())
+    tab.fill("#search", "s00")
+    for k in (0, 1, 0):
+        tab.select_option("#label", str(k))
+        video = tab.locator("#list tbody tr:visible video")
+        assert best[k] == "../" + video.get_attribute("data-src")
+        tab.wait_for_function("v => v.src.endsWith(v.dataset.src)", arg=video.element_handle())
+
+
+def test_filters_of_decisions_are_for_labels_that_have_them(folder, tab, tmp_path):
+    """Of a measurement there is none: the filter would hide every study."""
+    model = ef.load(folder.parent)
+    del model.record.thresholds["other"]
+    row = {"n_clips": 3, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.9}
+    studies = [PageStudy(eid, row | {"eid": eid}, ["v0.avi"]) for eid in "ab"]
+    tab.goto(write_page(Page(tmp_path / "p", model, Settings(), studies, {})).as_uri())
+    tab.select_option("#decision", "no")
+    assert shown(tab) == [] and tab.locator("#right").is_disabled()
+    tab.select_option("#label", "1")
+    assert shown(tab) == ["a", "b"] and tab.locator("#decision").is_disabled()
+    tab.select_option("#label", "0")
+    assert shown(tab) == ["a", "b"] and tab.locator("#decision").is_enabled()
+
+
+def test_classes_and_survival_are_said_in_words():
+    outputs = Outputs.of(["TR", "death", "EF"], {"TR": "multiclass", "death": "survival",
+                         "EF": "regression"}, {"TR": ["none", "mild"]})  # fmt: skip
+    row = {"TR": "mild", "TR_mild": 0.9, "death_risk": 0.3, "death_survival_1": 0.954,
+           "death_survival_5": np.nan, "EF": 60.0}  # fmt: skip
+    found = more_answers(SimpleNamespace(outputs=outputs), row)
+    assert found == [("TR, most probable class", "mild"), ("no death until 1", "95.4 %")]
 
 
 def open_study(folder, tab, eid):

@@ -157,6 +157,12 @@ if (list) {
     return (sorting.down ? -order : order) || a - b;
   };
 
+  const offer = (name, key) => {  // a filter of what the chosen label has none of has no effect
+    const there = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
+    field(name).disabled = !there;
+    if (!there) field(name).value = "";
+  };
+
   const kept = (i) => {
     const words = field("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const label = answer(i);
@@ -177,6 +183,8 @@ if (list) {
   };
 
   const update = () => {
+    offer("decision", "decision");
+    offer("right", "right");
     const order = rows.map((_, i) => i).sort(compare);
     let shown = 0;
     for (const i of order) {
@@ -190,6 +198,11 @@ if (list) {
       if (label.decision === false) badge(answerCell, "no", "\u25cb absent");
       if (truthCell && label.right === false) badge(truthCell, "wrong", "\u2717 differs");
       if (truthCell && label.right === true) badge(truthCell, "no", "\u2713 agrees");
+      const thumb = rows[i].querySelector("video[data-src]");
+      if (thumb && label.thumb && thumb.dataset.src !== label.thumb) {
+        thumb.dataset.src = label.thumb;
+        if (thumb.src) thumb.src = label.thumb;
+      }
       rows[i].hidden = !kept(i);
       shown += !rows[i].hidden;
       list.tBodies[0].append(rows[i]);
