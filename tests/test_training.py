@@ -1,9 +1,11 @@
 """Runs that are killed, and runs of several processes, against one that was left alone."""
 
+import contextlib
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,31 +15,66 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import echofocus as ef
 from common.outputs import Outputs
 from embed.store import open_store
 
+pytestmark = pytest.mark.xdist_group("training")  # one process: one run to compare with
 # Batches of few clips, so that a step has several and the last one fewer than there are processes.
 LINE = ["train", "--task", "defect", "--epoch_lim", "3", "--batch_tokens", "20"]
 LINE += ["--checkpoint_minutes", "0"]
 
 
-@pytest.fixture
-def whole(cohort, cli):
+@pytest.fixture(scope="module")
+def whole(one_cohort, tmp_path_factory):
     """The checkpoint of a run that nothing disturbed."""
-    status, _, err = cli(*LINE, "--run_id", "whole")
-    assert status == 0, err
-    return ef.read_checkpoint(cohort / "trained_models" / "defect_whole" / "last_checkpoint.pt")
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(one_cohort, folder, dirs_exist_ok=True)
+    with contextlib.chdir(folder):
+        ef.main([*LINE, "--run_id", "whole"])
+        return ef.read_checkpoint(last_of("defect_whole"))
 
 
-def start(*line):
-    return subprocess.Popen(
-        [sys.executable, *map(str, line)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+OUT = Path("out.txt")
+
+
+def command(*line):
+    """A program: a command line, what it prints in OUT."""
+    for stream in (1, 2):
+        os.dup2(os.open(OUT, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    sys.argv = ["echofocus.py", *line]
+    ef.program()
+
+
+def torchrun(*line):
+    """Two processes of a command line, as torchrun starts them; they may be started once more."""
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=1,
+        start_method="fork", logs_specs=DefaultLogsSpecs(),
+    )  # fmt: skip
+    elastic_launch(config, command)(*line)
+
+
+@pytest.fixture
+def start(cohort, monkeypatch):
+    """Start a program as a fork of a process that has everything imported."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_training", "torch._dynamo", "report.figures"])
+    started = []
+
+    def run(program, *line):
+        started.append(context.Process(target=program, args=line))
+        started[-1].start()
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
 
 
 def wait_for_new(path, process, before, seconds=120):
@@ -46,7 +83,7 @@ def wait_for_new(path, process, before, seconds=120):
     while time.time() < end:
         if path.exists() and path.stat().st_mtime_ns != before:
             return True
-        if process.poll() is not None:
+        if not process.is_alive():
             return False
         time.sleep(0.002)
     raise AssertionError(f"no new {path} in {seconds} s")
@@ -56,20 +93,22 @@ def last_of(run):
     return Path("trained_models") / run / "last_checkpoint.pt"
 
 
-def test_kill_9_at_random_moments(whole):
+def test_kill_9_at_random_moments(whole, start):
     """Bit for bit the weights, optimiser and history of the run that was never stopped."""
     path, draw = last_of("defect_killed"), random.Random(0)
     for _ in range(3):
-        process = start(ROOT / "echofocus.py", *LINE, "--run_id", "killed")
+        process = start(command, *LINE, "--run_id", "killed")
         before = path.stat().st_mtime_ns if path.exists() else 0
         if wait_for_new(path, process, before):
             time.sleep(draw.uniform(0, 0.3))  # within a step, a write, the validation
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert torch.load(path, weights_only=True)["position"] is not None
-    process = start(ROOT / "echofocus.py", *LINE, "--run_id", "killed")
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "resuming" in out, out
+    OUT.unlink()
+    process = start(command, *LINE, "--run_id", "killed")
+    process.join(120)
+    out = OUT.read_text()
+    assert process.exitcode == 0 and "resuming" in out, out
     found = ef.read_checkpoint(path)
     for name, tensor in whole["model_state_dict"].items():
         assert torch.equal(tensor, found["model_state_dict"][name]), name
@@ -90,19 +129,16 @@ def workers_of(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for workers in /proc")
-def test_several_processes_and_a_dead_worker(whole):
+def test_several_processes_and_a_dead_worker(whole, start):
     """Two processes, one of which is killed and restarted by torchrun: the losses of one."""
-    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1")
-    torchrun += ("--log-dir", "torchrun")
-    endpoint = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    options = (*LINE, "--run_id", "two", "--device", "cpu")
-    process = start(*torchrun, *endpoint, ROOT / "echofocus.py", *options)
+    process = start(torchrun, *LINE, "--run_id", "two", "--device", "cpu")
     path = last_of("defect_two")
-    assert wait_for_new(path, process, 0), process.communicate()[0]
+    assert wait_for_new(path, process, 0), OUT.read_text()
     assert wait_for_new(path, process, path.stat().st_mtime_ns)
     os.kill(workers_of(process)[-1], signal.SIGKILL)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
+    process.join(240)
+    out = OUT.read_text()
+    assert process.exitcode == 0, out
     assert "2 processes share each optimiser step" in out and "resuming" in out
     found = ef.read_checkpoint(path)
     history = [np.array([row[:4] for row in x["perf_log"]]) for x in (whole, found)]
