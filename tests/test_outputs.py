@@ -1,10 +1,10 @@
 """Kinds of label: classes and times to an event, alone and beside findings and measurements."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,22 +191,22 @@ def outlook(written, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def trained_there(written):
-    """The same folder with a model: (status, what was printed)."""
-    folder, _ = written
-    line = [sys.executable, ef.__file__, *TRAIN]
-    found = subprocess.run(line, cwd=folder, capture_output=True, text=True)
-    return found.returncode, found.stdout + found.stderr
+def trained_there(written, tmp_path_factory):
+    """A copy of the folder with a model: (folder, what was printed)."""
+    folder, out = tmp_path_factory.mktemp("learnt"), io.StringIO()
+    shutil.copytree(written[0], folder, dirs_exist_ok=True)
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        ef.main(TRAIN)
+    return folder, out.getvalue()
 
 
 @pytest.fixture
-def learnt(trained_there, outlook, written, tmp_path, monkeypatch):
-    assert trained_there[0] == 0, trained_there[1]
-    copied(written[0], tmp_path, monkeypatch)
-    return outlook
+def learnt(trained_there, written, tmp_path, monkeypatch):
+    copied(trained_there[0], tmp_path, monkeypatch)
+    return written[1]
 
 
-TRAIN = ("train", "--task", "outlook", "--epoch_lim", "10", "--learning_rate", "3e-4")
+TRAIN = ("train", "--task", "outlook", "--epoch_lim", "5", "--learning_rate", "5e-4")
 TRAIN += ("--batch_number", "32", "--tf_combine", "max")
 
 
