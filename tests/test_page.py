@@ -23,6 +23,7 @@ from embed.store import FileRecord, write_study
 from embed.studies import Study
 from report.page import Page, PageStudy, more_answers, read_playback, write_page
 
+pytestmark = pytest.mark.xdist_group("page")  # one process: one page and one browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 HOSTILE = "<img src=x onerror=alert(1)>\"'=1+1"
 HOSTILE_LABEL = "</script><script>alert(2)</script> {{ 7 * 7 }}"
