@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import echofocus  # noqa: E402
 from common.console import run_main  # noqa: E402
+from report import trust  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -59,15 +60,27 @@ BLANK = base64.b64decode(  # a picture of one pixel
 def blank_figures(request, monkeypatch):
     """Figures are drawn in the tests that look at them (`figures`): all else is quicker."""
     if "figures" not in request.keywords:
-        from matplotlib.figure import Figure
+        blank(monkeypatch)
 
-        def save(self, file, **options):
-            if hasattr(file, "write"):
-                file.write(BLANK)
-            else:
-                Path(file).write_bytes(BLANK)
 
-        monkeypatch.setattr(Figure, "savefig", save)
+def blank(monkeypatch):
+    """From here on figures are blank."""
+    from matplotlib.figure import Figure
+
+    def save(self, file, **options):
+        if hasattr(file, "write"):
+            file.write(BLANK)
+        else:
+            Path(file).write_bytes(BLANK)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """A range is of three resamplings of a study, not 16; files that look at ranges undo this."""
+    monkeypatch.setattr(echofocus, "DRAWS", 3)
+    monkeypatch.setattr(trust, "DRAWS", 3)
 
 
 def normal(seed, *shape):

@@ -13,7 +13,13 @@ import yaml
 from conftest import ROOT, normal, write_embeddings
 from test_commands import published_model
 
+pytestmark = pytest.mark.xdist_group("packaging")  # one process: one installation
 NOT_SOURCES = (".*", "build", "demo", "*.egg-info", "__pycache__", "embeddings", "config.json")
+
+
+@pytest.fixture(autouse=True)
+def few_draws():
+    """As many as the installed program draws, whose tables are compared."""
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,12 @@ from report.trust import (
     reach_of,
 )
 
+
+@pytest.fixture(autouse=True)
+def few_draws():
+    """As many as the program draws."""
+
+
 SHAPE = (6, 8, 768)  # videos, clips, features
 
 
