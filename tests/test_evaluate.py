@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import blank
 from sklearn import metrics as sk
 
 import echofocus as ef
@@ -18,7 +19,6 @@ from common.splits import some_of
 from report import curves, evaluation
 from report import statistics as st
 
-pytestmark = pytest.mark.figures
 FEW = ("--n_boot", "200")
 
 
@@ -60,6 +60,7 @@ def metrics_of(path):
     return pd.read_csv(path).set_index(["label", "metric"])
 
 
+@pytest.mark.figures
 def test_anyones_predictions_by_groups_and_against_others(site, table, cli):
     status, out, err = cli(
         "evaluate", "--predictions", "theirs.csv", "--by", "sex", "age:18,65",
@@ -109,6 +110,7 @@ def check_page(page):
     assert page.count("data:image/png;base64,") >= 5
 
 
+@pytest.mark.figures
 def test_regression_in_units_pooled_by_patient(site, table, cli):
     args = ("--task", "sizes", "--per", "patient", *FEW)
     assert cli("evaluate", "--predictions", "theirs.csv", *args)[0] == 0
@@ -347,7 +349,8 @@ def test_without_a_target_the_models_own_thresholds_hold():
     assert ef.thresholds_for(model, None, Settings(), None) == {"x": 0.1}
 
 
-def test_a_models_fold_thresholds_and_another_model(cohort, cli):
+@pytest.mark.figures
+def test_a_models_fold_thresholds_and_another_model(cohort, cli, monkeypatch):
     fast = ("--epoch_lim", "2")
     assert cli("train", "--task", "defect", *fast, "--target", "sensitivity=0.9")[0] == 0
     assert cli("train", "--task", "defect", "--model_name", "other", "--seed", "3", *fast)[0] == 0
@@ -359,6 +362,7 @@ def test_a_models_fold_thresholds_and_another_model(cohort, cli):
     folder = cohort / "trained_models" / "defect"
     for name in ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion"):
         assert (folder / f"{name}_test_site.png").stat().st_size > 1000
+    blank(monkeypatch)
     assert cli("evaluate", "--model_name", "defect", "--subset", "val", *FEW)[0] == 0
     chosen = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
     assert chosen["sensitivity"] >= 0.9  # stored with the model, on this very fold
