@@ -30,23 +30,20 @@ def test_folds_pooled_and_averaged(cohort, cli):
     assert not set(tested[0]["pid"]) & set(tested[1]["pid"])
 
     pooled = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
-    by_hand = []
-    for k in range(3):
-        one = ef.load(folder / f"fold_{k}")
-        answers = ef.predict(one, "emb").set_index("eid")["finding"]
-        by_hand.append(answers[tested[k]["eid"]])
-    by_hand = pd.concat(by_hand)
+    models = [ef.load(folder / f"fold_{k}") for k in range(3)]
+    each = [ef.predict(one, "emb").set_index("eid")["finding"] for one in models]
+    by_hand = pd.concat(each[k][tested[k]["eid"]] for k in range(3))
     np.testing.assert_allclose(pooled["finding_Predict"][by_hand.index], by_hand, rtol=1e-4)
     metrics = pd.read_csv(folder / "metrics_cv_site.csv").set_index("metric")
     area = roc_auc_score(pooled["finding_Correct"], pooled["finding_Predict"])
     assert metrics["value"]["auroc"] == pytest.approx(area, rel=1e-5)
-    each = [pooled.loc[x["eid"]] for x in tested]
-    each = [roc_auc_score(x["finding_Correct"], x["finding_Predict"]) for x in each]
-    assert metrics["fold_mean"]["auroc"] == pytest.approx(np.mean(each), rel=1e-5)
-    assert metrics["fold_sd"]["auroc"] == pytest.approx(np.std(each, ddof=1), rel=1e-5)
+    parts = [pooled.loc[x["eid"]] for x in tested]
+    areas = [roc_auc_score(x["finding_Correct"], x["finding_Predict"]) for x in parts]
+    assert metrics["fold_mean"]["auroc"] == pytest.approx(np.mean(areas), rel=1e-5)
+    assert metrics["fold_sd"]["auroc"] == pytest.approx(np.std(areas, ddof=1), rel=1e-5)
     called = pooled["finding_Predict"].astype(object)
     for k in range(3):
-        cut = ef.load(folder / f"fold_{k}").record.thresholds["finding"]
+        cut = models[k].record.thresholds["finding"]
         called[tested[k]["eid"]] = called[tested[k]["eid"]] >= cut
     sensitivity = called[pooled["finding_Correct"] == 1].astype(float).mean()
     assert metrics["value"]["sensitivity"] == pytest.approx(sensitivity, rel=1e-5)
@@ -60,7 +57,7 @@ def test_folds_pooled_and_averaged(cohort, cli):
     again = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
     np.testing.assert_allclose(again["finding_Predict"], pooled["finding_Predict"], rtol=1e-5)
 
-    averaged(cli, folder)
+    averaged(cli, folder, each)
     explained(cli, folder)
     unseen_alone_are_test(cli, folder)
 
@@ -86,16 +83,16 @@ def explained(cli, folder):
         assert cli("explain", "--model_name", "defect", *few, "--explain_method", method)[0] == 0
 
 
-def averaged(cli, folder):
-    """predict with the folder, and with a list of models: their mean and SD."""
+def averaged(cli, folder, each):
+    """predict with the folder, and with a list of models: mean and SD of the answers of `each`."""
     assert cli("predict", "--model_name", "defect")[0] == 0
     found = pd.read_csv(folder / "predictions_site.csv", dtype=IDS).set_index("eid")
-    each = [ef.predict(ef.load(folder / f"fold_{k}"), "emb")["finding"] for k in range(3)]
+    each = [answers[found.index] for answers in each]
     np.testing.assert_allclose(found["finding"], np.mean(each, axis=0), rtol=1e-4)
     np.testing.assert_allclose(found["finding_sd"], np.std(each, axis=0, ddof=1), atol=1e-5)
     names = (folder / "fold_0", folder / "fold_2", "--out", "two.csv")
     assert cli("predict", "--model_name", *names)[0] == 0
-    two = pd.read_csv("two.csv")
+    two = pd.read_csv("two.csv", dtype=IDS).set_index("eid")
     np.testing.assert_allclose(two["finding"], np.mean([each[0], each[2]], axis=0), rtol=1e-4)
     assert cli("embed", "--model_name", "defect")[0] == 0
     status, _, err = cli("explain", "--model_name", "defect")
