@@ -38,7 +38,7 @@ def planted(tmp_path, monkeypatch):
 
 
 def test_the_planted_video_is_found_and_decides(planted, cli):
-    line = ["train", "--epoch_lim", "10", "--batch_number", "8", "--learning_rate", "1e-3"]
+    line = ["train", "--epoch_lim", "5", "--batch_number", "8", "--learning_rate", "1e-3"]
     assert cli(*line)[0] == 0
     status, _, err = cli("explain", "--curves")
     assert status == 0, err

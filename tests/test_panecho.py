@@ -180,7 +180,7 @@ def test_hub(weights_file, tmp_path, monkeypatch, model):
     def load(**kwargs):
         return torch.hub.load(str(ROOT), "PanEcho", source="local", **kwargs).eval()
 
-    x = torch.from_numpy(normal(11, 1, 3, 16, 112, 112))
+    x = torch.from_numpy(normal(11, 1, 3, 16, 64, 64))
     with torch.inference_mode():
         everything = load()(x)
         some = load(tasks=["EF", "AVStenosis"], clip_len=16)(x)

@@ -840,19 +840,18 @@ def test_every_command_reads_a_half_precision_pack(trained, cli):
     np.testing.assert_allclose(half["finding"], plain["finding"], atol=2e-3)
 
 
-def test_windows_of_nothing(cohort, cli, monkeypatch):
+def test_windows_of_nothing(trained, cli, monkeypatch):
     """Many unreadable studies in a row: the others are answered; all: one line."""
     monkeypatch.setattr(ef, "WINDOW", 8)
-    assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     for i in range(20):
-        (cohort / "emb" / f"{1010 + i}.hdf5").write_bytes(b"")
+        (trained / "emb" / f"{1010 + i}.hdf5").write_bytes(b"")
     assert cli("predict", "--out", "p.csv")[0] == 0 and len(pd.read_csv("p.csv")) == 40
     assert cli("embed")[0] == 0
     status, out, err = cli("evaluate", "--subset", "all")
     assert status == 0 and "1010.hdf5" in out, err
     line = ("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "b", "--batch_number", "2")
     assert cli(*line)[0] == 0
-    for path in (cohort / "emb").iterdir():
+    for path in (trained / "emb").iterdir():
         path.write_bytes(b"")
     for command in ("predict", "embed", "evaluate"):
         status, _, err = cli(command, "--model_name", "defect")
