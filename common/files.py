@@ -122,19 +122,55 @@ def is_alive(pid):
 
 
 class Kept(io.FileIO):
-    """A file that keeps its first error and takes no more."""
+    """A file that keeps its first error and takes no more.
 
-    error = None
+    With `reads_back` the first error is also raised, once, while `raises`; and what is written
+    after it goes into memory, where it is found: HDF5 must end its work, and crashes the
+    interpreter over what it has written and does not read back.
+    """
+
+    def __init__(self, path, mode, reads_back=False):
+        super().__init__(path, mode)
+        self.error, self.reads_back, self.raises, self.lost = None, reads_back, reads_back, {}
 
     def write(self, data):
-        left = memoryview(data).cast("B")
-        size = len(left)
+        data, at, done = memoryview(data).cast("B"), self.tell(), 0
         try:
-            while len(left) and not self.error:
-                left = left[super().write(left) :]
+            while done < len(data) and not self.error:
+                done += super().write(data[done:])
         except OSError as error:
             self.error = error
-        return size
+            if self.raises:
+                self.keep(at, data)
+                raise
+        if self.error:
+            self.keep(at, data)
+        return len(data)
+
+    def keep(self, at, data):
+        if self.reads_back:
+            self.lost.pop(at, None)  # the last is the last to be read
+            self.lost[at] = bytes(data)
+            self.seek(at + len(data))
+
+    def readinto(self, buffer):
+        at, n = self.tell(), super().readinto(buffer)
+        if not self.lost:
+            return n
+        view = memoryview(buffer).cast("B")
+        view[n:] = bytes(len(view) - n)
+        for start, data in self.lost.items():
+            first, last = max(start, at), min(start + len(data), at + len(view))
+            if first < last:
+                view[first - at : last - at] = data[first - start : last - start]
+        self.seek(at + len(view))
+        return len(view)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        end = super().seek(offset, whence)
+        if whence == os.SEEK_END and self.lost:
+            end = super().seek(max(end, *(at + len(data) for at, data in self.lost.items())))
+        return end
 
     def truncate(self, size=None):
         try:
@@ -145,12 +181,12 @@ class Kept(io.FileIO):
 
 
 @contextmanager
-def kept_errors(path, mode="w+b"):
+def kept_errors(path, mode="w+b", reads_back=False):
     """A file for a library that writes it and has no word for a full disk: yields a `Kept`.
 
     Raises OSError in the end, with the system's reason, where something could not be written.
     """
-    with Kept(path, mode) as file:
+    with Kept(path, mode, reads_back) as file:
         try:
             yield file
         except Exception:  # a library that reads back what was never written

@@ -44,11 +44,14 @@ def new_hdf5(path, mode="w"):
     """An h5py.File to write for the block. Raises OSError, with the system's reason.
 
     HDF5 that writes to a full disk by itself tells no reason, and may crash the interpreter at its
-    end: it writes through Python, which keeps the first error until HDF5 has closed.
+    end: it writes through Python, where the first error ends the block and HDF5 closes in memory.
     """
     how = "w+b" if mode == "w" else "r+b"
-    with kept_errors(path, how) as file, h5py.File(file, mode) as f:
-        yield f
+    with kept_errors(path, how, reads_back=True) as file, h5py.File(file, mode) as f:
+        try:
+            yield f
+        finally:
+            file.raises = False  # what is left to write is HDF5's own: it has to come to its end
 
 
 def own_dataset(group, name, kind="f", most=MOST_BYTES):

@@ -119,9 +119,10 @@ class FrameCache:
                     np.save(temporary, reply)
                     seal(temporary)
         except OSError as error:
+            why = error.strerror or error  # numpy has no number for a disk without room
             raise UserError(
-                f"cannot write decoded frames to {self.folder}: {error.strerror}; make room, or "
-                "name another folder; the same command goes on from here"
+                f"cannot write decoded frames to {self.folder}: {why}; make room, or name another "
+                "folder; the same command goes on from here"
             ) from error
 
     def frames(self, path):

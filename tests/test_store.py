@@ -1,5 +1,7 @@
 """The clip-embedding file and the stores: folders, shards, packs; what is damaged or means harm."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ from conftest import write_embeddings
 import echofocus as ef
 from common import hdf5, packed
 from common.console import Collected, UserError
+from common.files import kept_errors
 from common.splits import Seen
 from embed import panecho
 from embed import store as st
@@ -161,6 +164,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 def main():
     with atomic_path(sys.argv[1]) as temporary, new_hdf5(temporary) as f:
         for i in range(40):
+            print(i)
             f[str(i)] = np.ones((10, 768))
             f.flush()
 
@@ -170,11 +174,36 @@ run_main(main, "x")
 
 @pytest.mark.parametrize("size", [10, 3000, 70_000, 1_000_000])
 def test_a_full_disk_is_one_line(tmp_path, size):
-    """However far HDF5 came: it writes at its close too, and would crash at the end of Python."""
+    """However far HDF5 came: it writes at its close too, and would crash at the end of Python.
+
+    The work ends at the first write that fails, not with the last."""
     line = [sys.executable, "-c", FILL, str(tmp_path / "a.h5"), str(size)]
     found = subprocess.run(line, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
     assert "File too large" in found.stderr and os.listdir(tmp_path) == []
+    assert len(found.stdout.split()) <= size // 61440 + 1
+
+
+def test_what_a_full_disk_did_not_take_is_read_back(tmp_path):
+    """As HDF5 does while it closes; it crashed over memory that nothing had been read into."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    text, whole = bytearray(60), io.BytesIO()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        with pytest.raises(OSError, match="File too large"), kept_errors(
+            tmp_path / "a", reads_back=True
+        ) as file:  # fmt: skip
+            for at, data in ((0, b"a" * 30), (40, b"b" * 9), (25, b"c" * 20), (2, b"d")):
+                for f in (file, whole):
+                    f.seek(at)
+                    with contextlib.suppress(OSError):
+                        f.write(data)
+            assert file.error and file.seek(0, os.SEEK_END) == whole.seek(0, os.SEEK_END) == 49
+            file.seek(0)
+            assert file.readinto(text) == 60 and text.rstrip(b"\0") == whole.getvalue()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # -------------------------------------------------------------------------------- names of studies

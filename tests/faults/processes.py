@@ -4,6 +4,7 @@ A command runs in a fork of the worker, which has everything imported: it is at 
 """
 
 import contextlib
+import ctypes
 import errno
 import faulthandler
 import json
@@ -300,21 +301,47 @@ def kill_command(command, rng, here, base):
 # ---------------------------------------------------------------------------------------- machine
 
 
+@contextlib.contextmanager
+def own_disk(here, size):
+    """`here` as a file system of its own, where the system lets one: yields whether it does."""
+    libc = ctypes.CDLL(None)
+    done = libc.mount(b"tmpfs", os.fsencode(here), b"tmpfs", 0, b"size=%d" % size) == 0
+    os.chdir(here)
+    try:
+        yield done
+    finally:
+        os.chdir(here.parent)
+        if done:
+            libc.umount2(os.fsencode(here), 2)
+
+
 def full_disk(rng, here, base):
-    """Files of no more than so many bytes: the system's own word for a disk that is full."""
+    """A disk with no more room, or files of no more than so many bytes."""
     command = str(rng.choice([c for c in LINES if c != "download"]))
     expected, _ = whole(command)
+    with own_disk(here, 1 << 30) if rng.random() < 0.5 else contextlib.nullcontext() as disk:
+        return filled(command, rng, here, base, expected, disk)
+
+
+def filled(command, rng, here, base, expected, disk):
     prepare(command, here, base)
-    size = int(rng.choice([0, 100, 3000, 9000, 40_000, 300_000, 5_000_000, 20_000_000]))
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
+    size, limit = int(10 ** rng.uniform(1, 7.3)), None
+    if disk:
+        room = os.statvfs(here).f_bavail * os.statvfs(here).f_bsize
+        with open(here / "filler", "wb") as f:
+            os.posix_fallocate(f.fileno(), 0, room - size)
+    else:
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     result = finish(start(command, limit))
+    (here / "filler").unlink(missing_ok=True)
     complaint = one_line(result)
     if result.status and not any(x in result.err for x in ("make room", "cannot write")):
         complaint = complaint or f"no file and remedy: {result.err[-300:]}"
     if not complaint:
         again = finish(start(command), 120)
         complaint = one_line(again) or (again.status and again.said[-500:])
-    return Case(f"full disk: {command}", complaint or difference(here, expected))
+    kind = "full disk" if disk else "files too large"
+    return Case(f"{kind}: {command}", complaint or difference(here, expected))
 
 
 def read_only(rng, here, base):
