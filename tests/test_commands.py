@@ -357,9 +357,9 @@ def test_mistakes_get_one_clear_line(cohort, cli, mistake):
     assert message in err and "Traceback" not in err and err.count("\n") == 1
 
 
-def test_the_second_run_in_a_folder_stops(cohort, cli):
+def test_the_second_run_in_a_folder_stops(trained, cli):
     for held, line in (
-        ("trained_models/defect", ["train", "--task", "defect", "--epoch_lim", "1"]),
+        ("trained_models/defect", ["train", "--task", "defect", "--epoch_lim", "2"]),
         ("emb.packed.h5", ["pack"]),
         ("trained_models/defect/.predictions_site.csv.journal", ["predict"]),
         ("trained_models/defect/.explanation_test_site.csv.journal", ["explain"]),
