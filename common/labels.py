@@ -4,16 +4,13 @@ A label table has a row a study: pid, eid and one column a label. What is odd in
 listener (`common.console`), in a run and in `check` alike; nothing is changed without a word.
 """
 
-import unicodedata
-from functools import partial
-
 import numpy as np
 import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
 from common.outputs import EVENT
 from common.splits import GIVEN_FOLD, STUDY, given_folds, refuse_split_patients
-from common.tables import clean_ids, read_table, to_numbers
+from common.tables import as_seen, clean_ids, look_alike, read_table, to_numbers
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
 PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
@@ -57,6 +54,7 @@ def read_labels(path, task, listener=RUN, split_column=""):
     if split_column in cells:
         rows[GIVEN_FOLD] = given_folds(cells[split_column], path, listener)
     table = one_row_a_study(rows, path, listener)
+    warn_of_look_alikes(table["pid"], path, listener)
     if GIVEN_FOLD in table:
         refuse_split_patients(table, split_column, path, listener)
     return table
@@ -104,14 +102,34 @@ def read_cells(path, columns, listener, level="study", words=None):
 
 
 def one_form(pids, path, listener):
-    """Patient ids of which some differ by their Unicode normal form alone, those in one form."""
-    composed = pids.map(partial(unicodedata.normalize, "NFC"))
-    forms = pids.groupby(composed).nunique()
-    several = composed.isin(forms.index[forms > 1])
+    """Patient ids of which some look the same (`as_seen`), those in one form."""
+    plain = pids.map(as_seen)
+    several = plain.isin(written_in_several_ways(pids, plain).index)
     if several.any():
-        names = some(map(printable, composed[several].unique()))
-        listener.note(f"{path}: patients written in two Unicode normal forms are one: {names}")
-    return pids.mask(several, composed)
+        names = some(map(printable, plain[several].unique()))
+        listener.note(
+            f"{path}: patients written in several ways that look the same are one: {names}"
+        )
+    return pids.mask(several, plain)
+
+
+def warn_of_look_alikes(pids, path, listener):
+    """Warn of patients who may be one: their ids differ in case or in zeros alone, say."""
+    pids = pids.drop_duplicates()
+    several = written_in_several_ways(pids, pids.map(look_alike))
+    if len(several):
+        pairs = some(" and ".join(map(printable, ids)) for ids in several)
+        listener.warning(
+            f"{path}: {len(several)} patients may be written in several ways: {pairs}; these count "
+            "as different ones, and may be in training and in the test",
+            "write a patient's id in one way",
+        )
+
+
+def written_in_several_ways(pids, keys):
+    """Key -> the different ids that have it, of keys with more than one."""
+    found = pids.groupby(keys).unique()
+    return found[found.map(len) > 1]
 
 
 def one_row_a_study(rows, path, listener):

@@ -7,6 +7,7 @@ carries hashes of its own and its ancestors' patients and studies.
 import hashlib
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from common.console import RUN, UserError, printable, some
 from common.files import derive_seed, unquoted, write_table
 from common.options import FOLDS, parse_split
 from common.outputs import EVENT
-from common.tables import read_table
+from common.tables import as_seen, look_alike, read_table
 
 STUDY = "study of the video"  # a column of label tables of videos, whose index is study/video
 GIVEN_FOLD = "fold given"  # the column of a label table (as read) for what `split_column` says
@@ -26,6 +27,7 @@ FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 # How it is known that a test study is unseen; several are joined by '; ' (see `what_is_seen`).
 BY_ID, ELSEWHERE = "by patient and study id", "trained elsewhere, not compared"
 ASSUMED, ENCODER_UNKNOWN = "assumed", "the encoder's patients are not known"
+ALIKE = "ids that look alike"
 
 
 def given_folds(cells, path, listener):
@@ -148,8 +150,8 @@ def read_split(folder):
 class Seen:
     """The patients and studies that a run trained and validated on, as hashes under its own key.
 
-    So a checkpoint knows them without a file beside it and names nobody: 8 bytes each (keyed
-    BLAKE2b), a patient or a study matches by itself.
+    So a checkpoint knows them without a file beside it and names nobody: 8 bytes a form (keyed
+    BLAKE2b), a patient or a study matches by itself. Older versions have no hash of `look_alike`.
     """
 
     key: str  # hexadecimal
@@ -162,19 +164,28 @@ class Seen:
         parts = {}
         for fold in ("train", "val"):
             part = split[split["fold"] == fold]
-            codes = [hashed(ids, "p", key) for ids in unicode_forms(part["pid"])]
-            codes += [hashed(ids, "e", key) for ids in unicode_forms(studies_in(part))]
+            codes = []
+            for kind, ids in (("p", part["pid"]), ("e", studies_in(part))):
+                codes += [hashed(form, kind, key) for form in same_forms(ids)]
+                codes += [hashed(map(look_alike, ids), f"{kind} alike", key)]
             parts[fold] = np.unique(np.concatenate(codes))
         return cls(key, **parts)
 
-    def weights(self, table):
-        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
-        pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
-        return [self.known(pids, "p")[place], self.known(studies_in(table), "e")]
+    def weights(self, table, alike=False):
+        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither.
 
-    def known(self, ids, kind):
-        """(n,) as `weights`, of ids of a kind, in whatever Unicode normal form."""
-        codes = np.stack([hashed(form, kind, self.key) for form in unicode_forms(ids)])
+        alike: also what matches by `look_alike` alone, in either case.
+        """
+        pids, place = np.unique(table["pid"].to_numpy(str), return_inverse=True)
+        return [self.known(pids, "p", alike)[place], self.known(studies_in(table), "e", alike)]
+
+    def known(self, ids, kind, alike=False):
+        """(n,) as `weights`, of ids of a kind, in whatever form (`same_forms`)."""
+        codes = [hashed(form, kind, self.key) for form in same_forms(ids)]
+        if alike:
+            keys = list(map(look_alike, map(str, ids)))
+            codes += [hashed(keys, x, self.key) for x in (kind, f"{kind} alike")]
+        codes = np.stack(codes)
         return np.where(np.isin(codes, self.train), 2, np.isin(codes, self.val) * 1).max(axis=0)
 
     def saved(self):
@@ -199,14 +210,14 @@ def studies_in(table):
     return table.get(STUDY, table.index)
 
 
-def unicode_forms(ids):
-    """The ids as they are and, where one is beyond ASCII, in the normal forms NFC and NFD: file
-    systems and spreadsheets write one word in several."""
+def same_forms(ids):
+    """The ids as they are and, where that differs, as file systems and spreadsheets write the same
+    one: in the Unicode normal forms NFC and NFD, and `as_seen`."""
     ids = list(map(str, ids))
     yield ids
-    if not all(map(str.isascii, ids)):
-        for form in ("NFC", "NFD"):
-            yield [unicodedata.normalize(form, x) for x in ids]
+    for form in (*(partial(unicodedata.normalize, x) for x in ("NFC", "NFD")), as_seen):
+        if (other := list(map(form, ids))) != ids:
+            yield other
 
 
 def hashed(ids, kind, key):
@@ -238,16 +249,40 @@ def seen_from(saved, folder):
     return [own, Seen.of(ancestors.assign(fold="train"), own.key)]
 
 
-def seen_weights(seen, table):
+def seen_weights(seen, table, alike=False):
     """(S,) 2 where a model was trained on a study or its patient, 1 validated, 0 neither.
 
     A match of the patient id or of the study id is enough, and holds for all the patient's
     studies in the table: ids of patients are often coded anew, those of studies are not.
+    alike: also by ids that only look alike.
     """
     weights = np.zeros(len(table), int)
     for part in seen:
-        weights = np.maximum.reduce([weights, *part.weights(table)])
+        weights = np.maximum.reduce([weights, *part.weights(table, alike)])
     return pd.Series(weights, table.index).groupby(table["pid"]).transform("max")
+
+
+def warn_of_other_spellings(name, seen, table, listener):
+    """Tell where the ids of a table may be called otherwise than in the training of `name`, whose
+    list `seen` is; what of it a report says, [] or one text."""
+    known = seen_weights(seen, table) > 0
+    alike = (seen_weights(seen, table, alike=True) > 0) & ~known
+    if alike.any():
+        text = (
+            f"{alike.sum()} studies, or their patients, are called almost as some that {name} knows"
+        )
+        listener.warning(
+            f"{text} ({some(map(printable, alike.index[alike]))}): ids that differ in case, or in "
+            "zeros in front, count as different ones",
+            "if they are the same, write them as in its training",
+        )
+        return [f"{ALIKE}: {text}"]
+    if seen and not known.any():
+        listener.note(
+            f"{name} knows its patients and none of them is here, by the ids: are patients and "
+            "studies called as in its training?"
+        )
+    return []
 
 
 def what_is_seen(model, table, dataset, digest, assume_unseen):
@@ -289,6 +324,7 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
     digest: a function that gives the digest of the labels, as training computed it.
     """
     seen, how = what_is_seen(model, table, dataset, digest, assume_unseen)
+    alike = warn_of_other_spellings(model.folder.name, seen, table, listener)
     averaged = bool(getattr(model, "members", ()))
     home = dataset == model.record.dataset and not averaged
     if home and seen:
@@ -309,7 +345,8 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False, digest=s
         folds = folds.mask(ancestors, "seen by an ancestor")
     made = vars(model.record.settings)
     by_rule = home and not made.get("stratify")
-    return folds.fillna(split_patients(table, made) if by_rule else "test"), how
+    folds = folds.fillna(split_patients(table, made) if by_rule else "test")
+    return folds, "; ".join([how, *alike])
 
 
 def count_as_unseen(known, name, listener):
@@ -338,16 +375,13 @@ def known_to_others(whole, settings, encoder, begun_from=None, listener=RUN, dig
     whole: the label table before any study is left out, since a patient is known by each of his;
     encoder: of `Store.encoder_seen`. What --assume_unseen overrules is not among them, but said.
     """
-    seen, said = encoder
+    (seen, said), alike = encoder, []
     known, assumed = [("the encoder", seen_weights(seen, whole), settings.assume_unseen)], []
-    if seen and not known[0][1].any():
-        listener.note(
-            "the encoder of the embeddings knows its patients and none of them is here, by the "
-            "ids: are patients and studies called as in its training?"
-        )
+    alike += warn_of_other_spellings("the encoder of the embeddings", seen, whole, listener)
     if begun_from:
         name, dataset = begun_from.folder.name, settings.dataset
         own, how = what_is_seen(begun_from, whole, dataset, digest, settings.assume_unseen)
+        alike += warn_of_other_spellings(name, own, whole, listener)
         assumed += [how] * (how == ASSUMED)
         overruled = settings.assume_unseen and dataset != begun_from.record.dataset
         known.insert(0, (name, seen_weights(own, whole), overruled))
@@ -355,7 +389,7 @@ def known_to_others(whole, settings, encoder, begun_from=None, listener=RUN, dig
         if overruled and before.any():
             assumed.append(count_as_unseen(before > 0, name, listener))
     kept = [(name, before) for name, before, overruled in known if not overruled]
-    return kept, [*assumed, *([] if said else [ENCODER_UNKNOWN])]
+    return kept, [*assumed, *alike, *([] if said else [ENCODER_UNKNOWN])]
 
 
 def without_seen(folds, known, listener=RUN):

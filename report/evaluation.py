@@ -23,7 +23,7 @@ from common.files import atomic_path, write_table
 from common.labels import cells_of
 from common.options import FOLDS
 from common.outputs import USUAL_YEARS, Outputs
-from common.splits import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
+from common.splits import ALIKE, ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
 from common.tables import clean_ids, read_table, to_numbers
 from report import curves
 from report import statistics as st
@@ -784,6 +784,8 @@ def notes_of(fold, unseen):
                 "That the model has not seen these patients was said by the user, not "
                 f"compared{why}."
             )
+        elif how == ALIKE:
+            notes.append(f"{but[0].upper()}{but[1:]}; they count as unseen here.")
         elif how == ENCODER_UNKNOWN:
             notes.append(
                 "Nothing says whom the encoder of the embeddings was trained on; that it has not "

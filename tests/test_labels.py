@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -92,7 +93,40 @@ def test_a_patient_in_two_unicode_normal_forms_is_one(tmp_path):
     heard = Collected()
     rows = lb.read_rows(tmp_path / "t.csv", [], heard)
     assert rows["pid"].tolist() == [other, other, "Mu\u0308ller"]  # which stays as it was
-    assert any("two Unicode normal forms" in x.text for x in heard.findings)
+    assert any("look the same are one: J\u00f6rg" in x.text for x in heard.findings)
+
+
+def read_pids(folder, pids):
+    """(the patients, what was told) of a label table with these."""
+    rows = [f"{pid},{i}" for i, pid in enumerate(pids)]
+    (folder / "t.csv").write_text("\n".join(["pid,eid", *rows]), "utf-8")
+    heard = Collected()
+    task = SimpleNamespace(task_labels=[], level="study", classes={})
+    table = lb.read_labels(folder / "t.csv", task, heard)
+    return table["pid"].tolist(), [x for x in heard.findings if "several ways" in x.text]
+
+
+@pytest.mark.parametrize(
+    "odd, plain",
+    [("P1\u200b", "P1"), ("\u2060P1", "P1"), ("P\u00a01", "P 1"), ("P  1", "P 1"),
+     ("P\u20111", "P-1"), ("P\u22121", "P-1"), ("\uff30\uff11", "P1")],
+)  # fmt: skip
+def test_a_patient_whose_spellings_look_the_same_is_one(tmp_path, odd, plain):
+    """Else the patient's studies would be dealt to two folds."""
+    pids, (said,) = read_pids(tmp_path, [odd, plain, "Q\u00a07"])
+    assert pids == [plain, plain, "Q\u00a07"]  # one spelling alone stays as it was
+    assert said.level == "ok"
+
+
+@pytest.mark.parametrize(
+    "one, other", [("P1", "p1"), ("0012", "12"), ("P01", "P1"), ("7", "'7"), ("10", '"10,0"')]
+)
+def test_patients_who_look_alike_are_told(tmp_path, one, other):
+    """They may honestly be two."""
+    pids, (said,) = read_pids(tmp_path, [one, other, "Q7", one])
+    assert pids == [one, other.strip('"'), "Q7", one]
+    assert said.level == "WARNING" and f"{one} and {pids[1]}" in said.text
+    assert not read_pids(tmp_path, ["1", "10", "100", "1.05", "1.5", "0", "P1"])[1]
 
 
 def test_ids_in_another_unicode_normal_form(cohort, cli):

@@ -22,6 +22,7 @@ from common.console import Collected
 from common.outputs import Outputs
 from common.schema import Record
 from embed.store import keep_encoder_seen
+from report.evaluation import notes_of
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
 MODELS = Path("trained_models")
@@ -178,7 +179,7 @@ def test_a_checkpoint_names_nobody(trained, cli):
     (seen,) = torch.load(path, weights_only=True)["seen"]
     n = {fold: len(trained[fold]) for fold in ("train", "val")}
     pids = {fold: split_of("defect").loc[list(trained[fold]), "pid"].nunique() for fold in n}
-    assert {fold: seen[fold].shape for fold in n} == {f: (n[f] + pids[f],) for f in n}
+    assert {fold: seen[fold].shape for fold in n} == {f: (2 * (n[f] + pids[f]),) for f in n}
     assert all(seen[fold].dtype == torch.int64 for fold in n)
     with zipfile.ZipFile(path) as archive:  # the tensors hold random bytes
         (pickled,) = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
@@ -326,6 +327,54 @@ def test_an_encoder_that_knows_nobody_here_is_told(capsys):
     for pids, seen, told in (("xy", whom, True), ("ax", whom, False), ("xy", [], False)):
         sp.known_to_others(table_of(pids, "12"), ef.Settings(), (seen, True))
         assert ("and none of them is here" in capsys.readouterr().out) == told
+
+
+def table_of_numbers(form):
+    """Patients and studies of a table, written in a form."""
+    return table_of(map(form.format, (1, 1, 2)), (f"e{i}" for i in range(3)))
+
+
+@pytest.mark.parametrize(
+    "trained, later, same",
+    [
+        ("P {}", "P\u00a0{}", True),
+        ("P  {}", "P {}", True),
+        ("P-{}", "P\u2011{}", True),
+        ("\uff30{}", "P{}", True),
+        ("\ufeffP{}", "P\u200b{}", True),
+        ("0000{}", "{}", False),
+        ("P{}", "p{}", False),
+        ("{}", "'{}", False),
+        ("{}0,0", "{}0", False),
+    ],
+)
+def test_patients_who_are_written_otherwise(trained, later, same):
+    """In the dataset of the training, another one, and as the encoder has them: what looks the same
+    is known, what looks alike is told, on screen and in the report."""
+    for one, other in ((trained, later), (later, trained)):
+        before, now = table_of_numbers(one), table_of_numbers(other)
+        now = now.set_axis("new" + now.index, axis=0)
+        seen = [sp.Seen.of(before.assign(fold=["train", "train", "val"]), "00")]
+        record = Record(labels=["x"], dataset="site")
+        model = SimpleNamespace(seen=seen, record=record, folder=Path("m"))
+        assert (sp.seen_weights(seen, now) > 0).all() == same
+        for where in ("site", "elsewhere"):
+            heard = Collected()
+            _, how = sp.folds_for(model, now, where, heard)
+            said = [x.text for x in heard.findings if x.level == "WARNING"]
+            assert bool(said) != same and all("3 studies, or their" in text for text in said)
+            assert any("called almost" in x for x in notes_of("test", how)) != same
+        heard = Collected()
+        _, how = sp.known_to_others(now, ef.Settings(), (seen, True), listener=heard)
+        assert bool(how) != same and any("almost" in x.text for x in heard.findings) != same
+
+
+def test_an_older_list_knows_plain_ids_in_other_spellings():
+    older = np.sort(sp.hashed(["1", "p2"], "p", "00"))
+    older = sp.Seen.load(sp.Seen("00", older, older[:0]).saved(), "m")
+    table = table_of(["001", "P2", "P\u200b3"], "abc")
+    assert sp.seen_weights([older], table).tolist() == [0, 0, 0]
+    assert sp.seen_weights([older], table, alike=True).tolist() == [2, 2, 0]
 
 
 @pytest.mark.parametrize("trained_as", ["NFC", "NFD"])
