@@ -345,21 +345,35 @@ def collate(studies, ends_step, pin=False):
     return Batch(list(studies), joined, [len(t) for t in tokens], n_videos, ends_step)
 
 
-def warn_of_another_encoder(model, store, eids, listener=RUN):
-    """Tell which studies were embedded by another encoder than what the model was trained on."""
-    name, trained = model.folder.name, model.record.encoder_sha256
-    others = store.made_with(eids)["weights_sha256"] if trained else {}
-    others = {given: studies for given, studies in others.items() if given not in ("", trained)}
-    for given, studies in others.items():
-        listener.warning(
-            f"{name} was trained on embeddings of another encoder than those of {len(studies)} "
-            f"studies ({some(studies)}; weights {str(given)[:12]}): its answers mean nothing there",
-            f"extract them with the encoder weights of SHA-256 {trained[:12]}",
-        )
-    if not trained:
+def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
+    """Tell which studies' embeddings were made otherwise than those that the model was trained on:
+    by another encoder, of other clips. Returns what was told."""
+    name, trained, told = model.folder.name, model.record.input, []
+    encoder = model.record.encoder_sha256
+    made = store.made_with(eids)
+    for what in names:
+        was = str((encoder if what == "weights_sha256" else getattr(trained, what)) or "")
+        for given, studies in made[what].items() if was else ():
+            if given in ("", was):
+                continue
+            which = f"{len(studies)} studies ({some(studies)}"
+            if what == "weights_sha256":
+                text = (
+                    f"{name} was trained on embeddings of another encoder than those of {which}; "
+                )
+                text += f"weights {given[:12]}): its answers mean nothing there"
+                remedy = f"extract them with the encoder weights of SHA-256 {was[:12]}"
+            else:
+                text = f"{name} was trained on embeddings of {what} {was}, those of {which}) are "
+                text += f"of {given}: its answers may mean nothing there"
+                remedy = "extract them with the settings of those it was trained on"
+            listener.warning(text, remedy)
+            told.append(text)
+    if not encoder:
         listener.ok(f"{name} does not say which encoder it goes with")
-    elif not others:
+    elif not told:
         listener.ok("the model and the embeddings go with one encoder")
+    return told
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -430,6 +444,26 @@ def folds_in_folder(folder):
     return sorted(p.parent for p in folder.glob("fold_*/best_checkpoint.pt"))
 
 
+def other_times(model, survival, units):
+    """Sentences on survival labels whose times come from other columns than the model's, where not
+    both say their unit. survival: label -> columns."""
+    found = []
+    for label, columns in model.record.survival.items():
+        time, said = survival.get(label, columns)[0], model.units.get(label) and units.get(label)
+        if time != columns[0] and not said:
+            found.append(
+                f"times of {label} are in the column {time} and were in {columns[0]} for "
+                f"{model.folder.name}: nothing says that both are in one unit (units of the task)"
+            )
+    return found
+
+
+def other_unit(label, units, others):
+    """Whether two tasks give a label two units."""
+    both = [x.get(label, "").replace(" ", "").casefold() for x in (units, others)]
+    return all(both) and both[0] != both[1]
+
+
 SEVERAL_RULES = "several rules"  # for `target` of models whose thresholds are not averaged
 
 
@@ -440,6 +474,7 @@ def ensemble_of(members, folder):
         for what, one, other in (
             ("labels", first.labels, m.labels),
             ("type", first.outputs.kinds, m.outputs.kinds),
+            ("level", first.record.level, m.record.level),
             ("units", first.units, m.units),
             ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
             *((x, getattr(first.record.input, x), getattr(m.record.input, x)) for x in MADE_WITH),
@@ -448,6 +483,8 @@ def ensemble_of(members, folder):
                 raise UserError(
                     f"{first.folder.name} and {m.folder.name} differ in {what}: not averaged"
                 )
+        if texts := other_times(first, m.record.survival, m.units):
+            raise UserError(f"{m.folder.name}, {texts[0]}: not averaged")
     if first.type == "readings":
         raise UserError("PanEcho's readings are one model's: they are not averaged")
     known = [m.seen is not None for m in members]
@@ -1047,7 +1084,7 @@ def train_model(typed, world, searching=False):
     table = match_studies(whole, store, task, settings.sample_limit, settings.first_study_only)
     refuse_mixed(store, list(table.index), settings.allow_mixed, RUN)
     if begun_from and not settings.end_to_end:
-        warn_of_another_encoder(begun_from, store, list(table.index))
+        warn_of_other_input(begun_from, store, list(table.index))
     end_to_end, ids = settings.end_to_end, list(table.index)
     encoder = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids, RUN)
     digest = partial(digest_at_training, begun_from, whole, store, task)
@@ -1196,7 +1233,7 @@ def pool_folds(folder, settings, config, cohorts, store, how=()):
     name = f"cv_{settings.dataset}"
     write_table(studies.saveout(), folder / f"saveout_{name}.csv")
     facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
-    facts["target"] = settings.target or "youden"
+    facts["target"] = target_of(model)
     facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
     report = evaluation.Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
@@ -1264,10 +1301,14 @@ def inherited_scaling(begun_from, task):
     if not begun_from or not begun_from.scaling:
         return {}
     wanted = set(task.outputs.of_kind("regression")) - set(begun_from.record.unlearnt)
-    return {label: entry for label, entry in begun_from.scaling.items() if label in wanted}
+    return {
+        label: entry
+        for label, entry in begun_from.scaling.items()
+        if label in wanted and not other_unit(label, task.units, begun_from.units)
+    }
 
 
-def fresh_network(settings, outputs, begun_from=None):
+def fresh_network(settings, outputs, begun_from=None, units=()):
     """A StudyModel by these settings, its weights drawn by the seed or those of another model."""
     names = outputs.names
     with torch.random.fork_rng([]):
@@ -1277,7 +1318,7 @@ def fresh_network(settings, outputs, begun_from=None):
         )
     net.groups = outputs.groups
     if begun_from:
-        start_from(net, outputs, begun_from)
+        start_from(net, outputs, begun_from, dict(units))
     if settings.freeze and not settings.end_to_end:  # which freezes by itself
         for name, p in net.named_parameters():
             p.requires_grad_(is_head(name))
@@ -1307,12 +1348,18 @@ def rate_groups(net, settings):
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
 
-def start_from(net, outputs, begun_from):
-    """Copy another model's weights; heads by the output's name and kind, the rest stays fresh."""
+def start_from(net, outputs, begun_from, units):
+    """Copy another model's weights; heads by the output's name, kind and unit, the rest stays
+    fresh."""
     labels, kinds = outputs.names, begun_from.outputs.kind_of
     state, given = net.state_dict(), begun_from.net.state_dict()
     by_label = ["query_tokens"] if net.kind == "multiquery" else ["ff.weight", "ff.bias"]
-    both = [label for label in labels if kinds.get(label) == outputs.kind_of[label]]
+    both = [
+        label
+        for label in labels
+        if kinds.get(label) == outputs.kind_of[label]
+        and not other_unit(label, units, begun_from.units)
+    ]
     to, origin = [labels.index(x) for x in both], [begun_from.labels.index(x) for x in both]
     for name, tensor in given.items():
         if name == "query_tokens":
@@ -1352,7 +1399,7 @@ class Training:
     ):
         self.folder, self.settings, self.store = folder, settings, store
         self.cohort, self.task, self.world = cohort, cohort.task, world or World()
-        self.study = fresh_network(settings, cohort.outputs, begun_from)
+        self.study = fresh_network(settings, cohort.outputs, begun_from, cohort.task.units)
         if settings.end_to_end:
             self.net = EndToEnd.of(settings, self.study)
             groups = self.net.groups(settings)
@@ -1439,6 +1486,8 @@ class Training:
         if not resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_split(self.folder, self.cohort.split)
+        elif self.finished and (self.folder / "run.json").is_file():
+            return  # which says what it was trained with
         names = {"model_name": self.folder.name, "task": self.settings.task}
         names |= {"dataset": self.settings.dataset} | self.used()
         write_table(pd.DataFrame([names]), self.folder / "train_args.csv")
@@ -1474,9 +1523,32 @@ class Training:
                 self.optimizer.param_groups, rate_groups(self.net, self.settings), strict=True
             ):
                 group["lr"] = fresh["lr"]
+        self.refuse_other_best()
         self.thresholds, self.hazards = before.thresholds, before.hazards
+        if self.finished:
+            self.settings = self.settings.model_copy(update={"target": before.settings.target})
+            print(f"{self.folder} is trained to its end: what was changed has no effect")
+            return
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
+
+    def refuse_other_best(self):
+        """UserError unless the best checkpoint is of the best epoch of this run, or of the one that
+        was being finished when the run was stopped."""
+        path, history = self.folder / "best_checkpoint.pt", [row[:3] for row in self.history]
+        if not history:
+            return
+        try:
+            log = read_checkpoint(path)["perf_log"] if path.is_file() else []
+            rows = [list(row[:3]) for row in HISTORY.validate_python(log)]
+        except (KeyError, ValueError):
+            rows = []
+        n = len(rows)
+        if n not in (self.best_epoch, self.epoch + 1) or rows[: self.epoch] != history[:n]:
+            raise UserError(
+                f"{path} is gone, or of another run than last_checkpoint.pt beside it: put it "
+                "back, or train under another --model_name"
+            )
 
     def restore(self, saved):
         """Take over a checkpoint's state, all of which is of the kind and shape of this run's."""
@@ -1855,6 +1927,12 @@ def adopt_kinds(config, name, model):
             raise UserError(
                 f"task {name} of {config.path} and {model.folder.name} differ in {what}"
             )
+    for label in own.labels:
+        if other_unit(label, task.units, model.units):
+            raise UserError(
+                f"task {name} of {config.path} has {label} in {task.units[label]}, "
+                f"{model.folder.name} in {model.units[label]}: convert the labels, and say so"
+            )
     task.type = own.kinds
 
 
@@ -1918,11 +1996,12 @@ def evaluate_fold(settings, config, model, store, columns):
 
     settings = settings.model_copy(update={"target": settings.target or target_of(model)})
     thresholds = thresholds_for(model, config, settings, store)
-    studies, flow, how = answered(model, config, settings, store, thresholds)
+    studies, flow, how, told = answered(model, config, settings, store, thresholds)
     name = f"{settings.subset}_{settings.dataset}"
     write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
     about = {"run_id": settings.run_id, "model_name": model.folder.name}
     about |= {"unseen": how if settings.subset == "test" else ""}
+    about |= {"warning": "; ".join(told)} if told else {}
     others = compared(config, settings, studies)
     evaluating.report_evaluation(
         model.folder, name, studies, flow, about, settings, columns, others
@@ -1930,12 +2009,16 @@ def evaluate_fold(settings, config, model, store, columns):
 
 
 def answered(model, config, settings, store, thresholds):
-    """(Studies of the fold with the model's answers, their flow, how it is known what was seen)."""
+    """(Studies of the fold with the model's answers, their flow, how it is known what was seen,
+    sentences on what makes the answers doubtful)."""
     from report import evaluation
 
     task, whole, folds, how = labelled_folds(model, config, settings, store)
     table = studies_in_fold(model, whole, folds, store, task, settings)
-    warn_of_another_encoder(model, store, list(table.index))
+    told = warn_of_other_input(model, store, list(table.index))
+    for text in other_times(model, task.survival, task.units):
+        RUN.warning(text, "say the unit in both, or give the column of the same times")
+        told.append(text)
     unreadable = {}
     found = run_studies(
         model.net, store, list(table.index), settings, unreadable=unreadable, label="evaluate"
@@ -1955,7 +2038,7 @@ def answered(model, config, settings, store, thresholds):
     flow = evaluation.flow_of(whole, reasons)
     studies = studies_of_answers(model, table, found, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
-    return studies.take(order), flow, how
+    return studies.take(order), flow, how, told
 
 
 def studies_of_answers(model, table, found, thresholds, settings):
@@ -2028,8 +2111,8 @@ def other_studies(name, config, settings, studies):
         thresholds = thresholds_for(model, config, own, store)
     except UserError as error:
         thresholds, notes = {}, [f"not compared at a threshold: {error}"]
-    found, _, how = answered(model, config, own, store, thresholds)
-    return found, notes + notes_of(own.subset, how if own.subset == "test" else "")
+    found, _, how, told = answered(model, config, own, store, thresholds)
+    return found, notes + told + notes_of(own.subset, how if own.subset == "test" else "")
 
 
 def cmd_predict(typed):
@@ -2044,7 +2127,7 @@ def cmd_predict(typed):
     )
     path = Path(settings.out or model.folder / f"predictions_{source.name}.csv")
     eids = some_of(source.eids, settings.sample_limit)
-    warn_of_another_encoder(model, store, eids)
+    warn_of_other_input(model, store, eids, names=MADE_WITH[:1])
     work = work_of(model, store, eids, settings)
     with open_journal(journal_path(path), work, f"windows of {WINDOW} studies") as journal:
         table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
@@ -2218,7 +2301,7 @@ def embed_source(source, model, settings):
     """Write the embeddings of a source's studies; returns the file's path."""
     dataset, store = source.name, source.store
     eids = some_of(source.eids, settings.sample_limit)
-    warn_of_another_encoder(model, store, eids)
+    warn_of_other_input(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
@@ -2309,7 +2392,7 @@ def explain(typed, world, held):
     answering, model = model, as_one(model)
     columns = label_columns(model, settings.explain_tasks)
     eids, truths, patients = explained_studies(answering, config, settings, source)
-    warn_of_another_encoder(model, source.store, eids)
+    warn_of_other_input(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
     names = explanation_names(model, settings, source.name, columns, eids)
     path = journal_path(model.folder / names["videos"])
@@ -2535,7 +2618,7 @@ def studies_of(model, source, options):
         return settings, source.store, source.eids
     eids = some_of(store.files, settings.sample_limit)
     if hasattr(store, "made_with"):
-        warn_of_another_encoder(model, store, eids)
+        warn_of_other_input(model, store, eids)
     return settings, store, eids
 
 
@@ -2655,6 +2738,17 @@ def check_model(typed, config, listener):
             "works, evaluate does not",
             f"give the task the model's labels, in their order: {', '.join(labels)}",
         )
+    elif model.task in config.tasks:
+        own = config.tasks[model.task]
+        for label in labels:
+            if other_unit(label, own.units, model.units):
+                listener.error(
+                    f"{label} is in {own.units[label]} in task {model.task} of {config.path}, in "
+                    f"{model.units[label]} in {folder.name}",
+                    "convert the labels, and say so in the task's units",
+                )
+        for text in other_times(model, own.survival, own.units):
+            listener.warning(text, "say the unit in both, or give the column of the same times")
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
     return model
@@ -2701,7 +2795,7 @@ def check_data(settings, config, model, section):
         headers = check_embeddings(dataset.embedding_path, store, settings, listener)
     if model and store:
         with section("encoder", "") as listener:
-            warn_of_another_encoder(model, store, list(headers), listener)
+            warn_of_other_input(model, store, list(headers), listener)
     if table is not None and store:
         with section("labels and embeddings", "") as listener:
             table = table.rename(index=stored_names(table.index, store, listener))

@@ -66,6 +66,7 @@ def report_evaluation(folder, name, studies, flow, about, settings, columns, oth
     columns: of `columns_by`; others: what to compare with -> (Studies, notes).
     """
     pairs, notes = {}, evaluation.notes_of(settings.subset, about.get("unseen"))
+    notes += filter(None, [about.get("warning")])
     for other, (found, more) in others.items():
         *pairs[other], lacking = evaluation.paired(studies, found, other)
         notes += [f"{other}: {note}" for note in more] + lacking

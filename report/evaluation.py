@@ -579,7 +579,7 @@ class Report:
         self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
         self.headlines = headlines_of(studies, self.estimates)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.table("metrics", metrics_table(self.estimates).assign(**self.unseen, **self.by_fold))
+        self.table("metrics", metrics_table(self.estimates).assign(**self.doubts, **self.by_fold))
         with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
             facts = self.about | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
             whole = metrics_json(self.estimates, facts)
@@ -615,9 +615,10 @@ class Report:
         return {"fold_mean": rows.mean(axis=1), "fold_sd": rows.std(axis=1)}
 
     @property
-    def unseen(self):
-        """How it is known that a test study is unseen, a column of the table of metrics."""
-        return {k: v for k, v in self.about.items() if k == "unseen"}
+    def doubts(self):
+        """Columns of the table of metrics: how it is known that a test study is unseen, and what
+        makes the answers doubtful."""
+        return {k: v for k, v in self.about.items() if k in ("unseen", "warning")}
 
     def table(self, what, rows):
         write_table(rows, self.folder / f"{what}_{self.name}.csv")

@@ -536,6 +536,70 @@ def test_start_from_another_model(trained, cli):
     assert status == 1 and "--init_from has encoder_depth = 1, not 3" in err
 
 
+def test_units_are_compared(cohort, cli):
+    """Of a model and a task that evaluates it: refused. Of a model to start from: a fresh head."""
+    assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["mm"] = config["task"]["sizes"] | {"units": {"size": "mm"}}
+    config["task"]["CM"] = config["task"]["sizes"] | {"units": {"size": "CM "}}
+    Path("config.json").write_text(json.dumps(config))
+    line = ("--model_name", "sizes", "--task", "mm")
+    status, _, err = cli("evaluate", *line)
+    assert status == 1 and "has size in mm, sizes in cm" in err
+    assert cli("evaluate", "--model_name", "sizes", "--task", "CM", "--n_boot", "5")[0] == 0
+    table = pd.read_csv("labels.csv")
+    table["size"] *= 10
+    table.to_csv("labels.csv", index=False)
+    status, out, err = cli("train", "--task", "mm", "--init_from", "sizes", "--epoch_lim", "1")
+    assert status == 0 and "0 heads kept, 1 fresh" in out, err
+    assert cli("train", "--task", "mm", "--run_id", "fresh", "--epoch_lim", "1")[0] == 0
+    assert ef.load("mm").scaling == ef.load("mm_fresh").scaling
+    config["task"]["sizes"]["units"] = {"size": "mm"}
+    Path("config.json").write_text(json.dumps(config))
+    status, out, _ = cli("check", "--model_name", "sizes")
+    assert status == 1 and "size is in mm in task sizes" in out
+
+
+def test_embeddings_of_other_settings_are_told(trained, cli):
+    """By evaluate, in its table and its page too, and by embed, explain and a start from them."""
+    for path in Path("emb").glob("*.hdf5"):
+        with h5py.File(path, "a") as f:
+            f.attrs["clip_len"] = 8
+    saved = torch.load("trained_models/defect/best_checkpoint.pt", weights_only=True)
+    saved["echofocus"]["input"]["clip_len"] = 16
+    torch.save(saved, "trained_models/defect/best_checkpoint.pt")
+    told = "defect was trained on embeddings of clip_len 16"
+    for line in (
+        ["evaluate", "--model_name", "defect", "--n_boot", "5"],
+        ["embed", "--model_name", "defect"],
+        ["explain", "--model_name", "defect", "--sample_limit", "1"],
+        ["train", "--init_from", "defect", "--model_name", "next", "--epoch_lim", "1"],
+    ):
+        status, out, err = cli(*line)
+        assert status == 0 and told in out and "are of 8" in out, out + err
+    folder = Path("trained_models/defect")
+    assert pd.read_csv(folder / "metrics_test_site.csv")["warning"].str.contains(told).all()
+    assert told in (folder / "report_test_site.html").read_text()
+
+
+def test_the_best_checkpoint_is_of_the_run(trained, cli):
+    """Gone, or another run's: neither is called the run's; a run at its end keeps its record."""
+    line, folder = ["train", "--task", "defect", "--epoch_lim"], Path("trained_models/defect")
+    best = folder / "best_checkpoint.pt"
+    before = {p: (folder / p).read_bytes() for p in ("run.json", "train_args.csv")}
+    status, out, _ = cli(*line, "2", "--learning_rate", "5", "--target", "sensitivity=0.9")
+    assert status == 0 and "what was changed has no effect" in out
+    assert before == {p: (folder / p).read_bytes() for p in before}
+    for other in ("sizes", ""):
+        if other:
+            assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
+            shutil.copy(f"trained_models/{other}/best_checkpoint.pt", best)
+        else:
+            best.unlink()
+        status, _, err = cli(*line, "3")
+        assert status == 1 and "best_checkpoint.pt is gone, or of another run" in err
+
+
 def test_run_record_and_changes_on_resume(cohort, cli):
     assert cli("train", "--task", "defect", "--epoch_lim", "1")[0] == 0
     record = json.loads(Path("trained_models/defect/run.json").read_text())

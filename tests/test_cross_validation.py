@@ -144,6 +144,31 @@ def test_thresholds_by_two_rules_are_not_averaged(capsys):
         ef.thresholds_for(both, None, Settings(target="youden", dataset="s"), None)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "wrong"),
+    [
+        ({}, {"level": "video"}, "differ in level"),
+        ({"survival": {"x": ["years", "died"]}}, {"survival": {"x": ["months", "died"]}}, "months"),
+    ],
+)
+def test_models_of_other_things_are_not_averaged(one, other, wrong):
+    """Answers for a video and for a study; times in another column, whose unit nothing says."""
+
+    def model(more, units):
+        kind = "survival" if "survival" in more else "binary"
+        record = Record(labels=["x"], type=kind, **more)
+        return SimpleNamespace(
+            labels=["x"], outputs=Outputs.of("x", kind), units=units, folder=Path("m"), seen=[],
+            net=ef.StudyModel(1, depth=0), scaling=None, task="t", type=kind, encoder_file=None,
+            clip_mean=None, novelty=None, record=record,
+        )  # fmt: skip
+
+    with pytest.raises(UserError, match=f"{wrong}.*not averaged"):
+        ef.ensemble_of([model(one, {}), model(other, {})], Path("a+b"))
+    if "survival" in one:
+        ef.ensemble_of([model(one, {"x": "a"}), model(other, {"x": "a"})], Path("a+b"))
+
+
 def test_what_does_not_go_together(cohort, cli):
     for args, text in {
         ("--fold", "all"): "--n_folds 5",
