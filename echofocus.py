@@ -347,8 +347,8 @@ def collate(studies, ends_step, pin=False):
 
 def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
     """Tell which studies' embeddings were made otherwise than those that the model was trained on:
-    by another encoder, of other clips. Returns what was told."""
-    name, trained, told = model.folder.name, model.record.input, []
+    by another encoder, of other clips. Returns what was told: sentence -> studies."""
+    name, trained, told = model.folder.name, model.record.input, {}
     encoder = model.record.encoder_sha256
     made = store.made_with(eids)
     for what in names:
@@ -368,7 +368,7 @@ def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
                 text += f"of {given}: its answers may mean nothing there"
                 remedy = "extract them with the settings of those it was trained on"
             listener.warning(text, remedy)
-            told.append(text)
+            told[text] = studies
     if not encoder:
         listener.ok(f"{name} does not say which encoder it goes with")
     elif not told:
@@ -2018,7 +2018,7 @@ def answered(model, config, settings, store, thresholds):
     told = warn_of_other_input(model, store, list(table.index))
     for text in other_times(model, task.survival, task.units):
         RUN.warning(text, "say the unit in both, or give the column of the same times")
-        told.append(text)
+        told[text] = list(table.index)
     unreadable = {}
     found = run_studies(
         model.net, store, list(table.index), settings, unreadable=unreadable, label="evaluate"
@@ -2038,7 +2038,7 @@ def answered(model, config, settings, store, thresholds):
     flow = evaluation.flow_of(whole, reasons)
     studies = studies_of_answers(model, table, found, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
-    return studies.take(order), flow, how, told
+    return studies.take(order), flow, how, list(told)
 
 
 def studies_of_answers(model, table, found, thresholds, settings):
@@ -2112,7 +2112,8 @@ def other_studies(name, config, settings, studies):
     except UserError as error:
         thresholds, notes = {}, [f"not compared at a threshold: {error}"]
     found, _, how, told = answered(model, config, own, store, thresholds)
-    return found, notes + told + notes_of(own.subset, how if own.subset == "test" else "")
+    seen = notes_of(own.subset, how if own.subset == "test" else "")
+    return found, [*notes, *told, *seen]
 
 
 def cmd_predict(typed):
@@ -2301,7 +2302,7 @@ def embed_source(source, model, settings):
     """Write the embeddings of a source's studies; returns the file's path."""
     dataset, store = source.name, source.store
     eids = some_of(source.eids, settings.sample_limit)
-    warn_of_other_input(model, store, eids)
+    told = warn_of_other_input(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
@@ -2310,6 +2311,8 @@ def embed_source(source, model, settings):
         n = write(f, model, store, eids, settings, unreadable)
         f.attrs["dataset"], f.attrs["task"] = dataset, settings.task
         f.attrs["model_name"] = model.folder.name
+        if told:
+            f.attrs["warning"] = "; ".join(told)
         report_unreadable(unreadable)
         if not n:
             raise UserError("no study could be read")
@@ -2392,7 +2395,7 @@ def explain(typed, world, held):
     answering, model = model, as_one(model)
     columns = label_columns(model, settings.explain_tasks)
     eids, truths, patients = explained_studies(answering, config, settings, source)
-    warn_of_other_input(model, source.store, eids)
+    told = warn_of_other_input(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
     names = explanation_names(model, settings, source.name, columns, eids)
     path = journal_path(model.folder / names["videos"])
@@ -2401,7 +2404,7 @@ def explain(typed, world, held):
     )
     if journal:
         videos = write_explanations(
-            model, journal, truths, settings, source.name, names, report_unreadable
+            model, journal, truths, settings, source.name, names, report_unreadable, told
         )
         beside = model.folder / names["videos"].removesuffix(".csv")
         if views := config.datasets[source.name].views:

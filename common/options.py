@@ -6,6 +6,7 @@ for the person at the keyboard: all faults at once, each with its place.
 
 import json
 import math
+import os
 import re
 from argparse import SUPPRESS
 from ast import literal_eval
@@ -119,6 +120,8 @@ def readable_text(text):
 def usable_path(path):
     if not str(path).isprintable() or path == Path():
         raise ValueError("a path is text that is not empty and can be printed")
+    if len(os.fsencode(path)) > 4000 or any(len(os.fsencode(x)) > 255 for x in path.parts):
+        raise ValueError("a path has names of 255 bytes at most, 4,000 in all")
     return path
 
 

@@ -244,7 +244,8 @@ class Dataset(Entry):
     @classmethod
     def one_folder(cls, text):
         rest = text.replace("{echo_id}", "", 1)
-        if rest == text or set(rest) & set("{}\0\\") or ".." in text or text.startswith("/"):
+        odd = set(rest) & set("{}\0\\") or ".." in text or text.startswith("/")
+        if rest == text or odd or len(text) > 200:
             raise ValueError("a folder's name with {echo_id} in it, below video_base_path")
         return text
 

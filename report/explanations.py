@@ -70,10 +70,11 @@ def top_rows(model, unit, settings, truths, dataset):
     return rows
 
 
-def write_explanations(model, journal, truths, settings, dataset, names, report_unreadable):
+def write_explanations(model, journal, truths, settings, dataset, names, report_unreadable, told):
     """The long table, the published one, and the clips' scores, from the units of a journal.
 
-    Returns the first.
+    told: what makes answers doubtful, sentence -> studies: a column of the long table, where there
+    is any. Returns that table.
     """
     videos, tops, unreadable, folder = [], [], {}, model.folder
     labelled = truths.notna().any(axis=None)
@@ -99,6 +100,9 @@ def write_explanations(model, journal, truths, settings, dataset, names, report_
         if not videos:
             raise UserError("nothing could be explained")
     videos = pd.concat(videos, ignore_index=True)
+    if told:
+        of = {eid: "; ".join(x for x in told if eid in told[x]) for eid in set(videos["eid"])}
+        videos["warning"] = videos["eid"].map(of)
     write_table(videos, folder / names["videos"])
     write_table(pd.DataFrame(tops), folder / names["tops"])
     worst = videos["convergence_error"].max()

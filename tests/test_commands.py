@@ -580,6 +580,10 @@ def test_embeddings_of_other_settings_are_told(trained, cli):
     folder = Path("trained_models/defect")
     assert pd.read_csv(folder / "metrics_test_site.csv")["warning"].str.contains(told).all()
     assert told in (folder / "report_test_site.html").read_text()
+    (table,) = folder.glob("explanation_*.sample_limit-1.csv")
+    assert pd.read_csv(table)["warning"].str.contains(told).all()
+    with h5py.File(folder / "embeddings_site_defect.h5") as f:
+        assert told in f.attrs["warning"]
 
 
 def test_the_best_checkpoint_is_of_the_run(trained, cli):

@@ -94,6 +94,8 @@ FAULTS = {
     ),
     "settings null": (dict(task={"settings": None}), "'settings' must be an object, not null"),
     "path empty": (dict(dataset={"embedding_path": ""}), "a path is text that is not empty"),
+    "a long path": (dict(task={"label_path": "[" * 300}), "names of 255 bytes at most"),
+    "a long folder": (dict(dataset={"video_subdir_format": "{echo_id}" + "x" * 300}), "a folder's"),
     "leads out": (dict(dataset={"video_subdir_format": "../{echo_id}"}), "a folder's name with"),
     "runs code": (dict(dataset={"video_subdir_format": "{echo_id.__class__}"}), "a folder's name"),
 }
