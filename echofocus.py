@@ -67,6 +67,7 @@ from common.console import (
 )
 from common.files import (
     atomic_path,
+    begins,
     derive_seed,
     lock,
     open_journal,
@@ -75,7 +76,7 @@ from common.files import (
     sha256_file,
     write_table,
 )
-from common.hdf5 import new_hdf5
+from common.hdf5 import UNREADABLE, new_hdf5, open_hdf5
 from common.labels import (
     load_labels,
     read_rows,
@@ -167,7 +168,12 @@ from report.faithfulness import read_views, write_curves, write_views
 from report.figures import plot_history
 from report.inspect import describe_encoder, describe_model, print_description
 from report.maps import make_map, map_rows
-from report.predictions import prediction_table, report_left_out
+from report.predictions import (
+    page_folder,
+    prediction_table,
+    refuse_other_tables,
+    report_left_out,
+)
 from report.trust import (
     DRAWS,
     InputCheck,
@@ -425,7 +431,10 @@ def load_model(folder, config, task="", which="best", device="cpu"):
 
 def load_named(name, run_id, config, task="", device="cpu"):
     """The model of `--model_name`, or the average of several: `a,b,c`, or the folds in a folder."""
-    folders = [find_model_folder(x, run_id, task, config) for x in name.split(",")]
+    names = name.split(",")
+    if len(names) > 1 and not all(map(str.strip, names)):
+        raise UserError(f"{name}: a name is missing beside a comma")
+    folders = [find_model_folder(x, run_id, task, config) for x in names]
     folder = folders[0]
     if len(folders) == 1:
         folders = folds_in_folder(folder) or folders
@@ -664,6 +673,9 @@ def check_download(folder, entry):
 def cmd_inspect(typed):
     """Print what a model folder or .pt file holds: architecture, labels, history, origin."""
     settings = Settings(**typed)
+    if settings.json_:
+        described = begins(r'\{\s+"name": .*\s+"file": ')
+        output_path(settings.json_, "--json", "description by inspect", described)
     path = find_model_file(settings.source or settings.model_name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
@@ -1142,6 +1154,8 @@ def folder_to_train_in(settings):
     folder = model_folder(settings.model_name, settings.run_id)
     if "," in settings.model_name:
         raise UserError(f"train makes one model, not {settings.model_name}")
+    if folder.resolve() in (Path.cwd(), MODELS.resolve()):
+        raise UserError(f"--model_name {settings.model_name} is no name for a model's folder")
     if folds_in_folder(folder) and settings.fold != ALL_FOLDS:
         raise UserError(f"{folder} is a cross-validation: go on with --fold all, or another name")
     if (folder / "best_checkpoint.pt").is_file() and settings.fold == ALL_FOLDS:
@@ -1151,7 +1165,25 @@ def folder_to_train_in(settings):
             f"{folder} was downloaded and stays as it is: train under another --model_name, with "
             f"--init_from {folder.name} to start from it"
         )
+    for place in [folder, *folds_in_folder(folder)]:
+        refuse_finished_elsewhere(place)
     return folder
+
+
+def refuse_finished_elsewhere(folder):
+    """UserError for a folder with a model and nothing to go on from, as a model is shared, which a
+    training would replace.
+
+    A run that was killed between its first two checkpoints has said how it was begun, and has no
+    history yet: it begins anew.
+    """
+    best, last = folder / "best_checkpoint.pt", folder / "last_checkpoint.pt"
+    killed = (folder / "run.json").is_file() and not (folder / "train_losses.csv").is_file()
+    if best.is_file() and not last.is_file() and not killed:
+        raise UserError(
+            f"{folder} holds a model and nothing to go on from: train under another --model_name, "
+            f"with --init_from {folder.name} to start from it"
+        )
 
 
 def train_cohort(run):
@@ -1516,7 +1548,9 @@ class Training:
         try:
             self.restore(saved)
         except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise UserError(f"{path} is damaged, no run can go on from it; delete it") from error
+            raise UserError(
+                f"{path} is damaged, no run can go on from it; use another --model_name"
+            ) from error
         changed = before.settings.learning_rate != self.settings.learning_rate
         if changed and not self.settings.end_to_end:
             for group, fresh in zip(
@@ -1984,7 +2018,10 @@ def cmd_evaluate(typed):
     timed = model.outputs.of_kind("survival")
     if timed and (settings.per, settings.pool) == ("patient", "mean"):
         raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
-    columns = evaluating.columns_by(settings.by, config, settings)
+    columns = {
+        column: (cells.rename(stored_names(cells.index, source.store)), edges)
+        for column, (cells, edges) in evaluating.columns_by(settings.by, config, settings).items()
+    }
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
         own = settings.model_copy(update={"subset": fold})
         evaluate_fold(own, config, model, source.store, columns)
@@ -2098,6 +2135,8 @@ def other_studies(name, config, settings, studies):
     from report.evaluating import is_table
     from report.evaluation import notes_of, studies_from_table
 
+    if not name:
+        raise UserError("--compare: a name is empty")
     if is_table(name):
         return studies_from_table(Path(name), studies.outcomes, studies), []
     model = load_named(name, "", config, device=pick_device(settings.device))
@@ -2119,7 +2158,7 @@ def other_studies(name, config, settings, studies):
 def cmd_predict(typed):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
     if typed.get("out"):
-        output_path(typed["out"], "--out")
+        refuse_other_tables(typed)
     settings, config, model, source = start_with_model("predict", typed)
     store = source.store
     labelled = () if source.wanted else labelled_ids(config, settings, store)
@@ -2148,7 +2187,7 @@ def cmd_predict(typed):
 
 def predict_page(path, model, source, config, settings, table, left_out):
     """The page of predictions, beside their table; the scores of all labels are computed for it."""
-    folder, eids = path.with_name(f"{path.stem}_page"), list(table["eid"])
+    folder, eids = page_folder(path), list(table["eid"])
     if isinstance(model.net, Readings):  # there is nothing to attribute
         make_page(folder, model, source, config, settings, table, left_out)
         return
@@ -2281,7 +2320,7 @@ def cmd_embed(typed):
     if typed.get("datasets") and typed.get("videos"):
         raise UserError("--videos and --datasets are two sources: give one")
     if typed.get("embed_file"):
-        output_path(typed["embed_file"], "--embed_file")
+        output_path(typed["embed_file"], "--embed_file", "file of study embeddings", is_embedded)
     settings, config, model, source = start_with_model("embed", typed)
     if not settings.pool_queries:
         if settings.map or getattr(model.net, "kind", "") != "multiquery":
@@ -2296,6 +2335,15 @@ def cmd_embed(typed):
         files[name] = embed_source(source, model, settings)
     if settings.map:
         make_map(files, rows, model, settings)
+
+
+def is_embedded(path):
+    """Whether a file is one that `embed` wrote."""
+    try:
+        with open_hdf5(path) as f:
+            return {"dataset", "task", "model_name"} <= set(f.attrs)
+    except UNREADABLE:
+        return False
 
 
 def embed_source(source, model, settings):

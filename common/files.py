@@ -58,11 +58,10 @@ def named_where_full(path, temporary=None):
 def atomic_path(path):
     """A temporary path to write; it becomes `path` when the block ends, and vanishes on error.
 
-    Raises IsADirectoryError, before anything is written, where `path` is a folder.
+    Raises UserError, before anything is written, where `path` is a folder, a pipe or a device.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(21, "Is a directory, not a file to write", str(path))
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_once(path.parent.absolute())
     temporary = temporary_path(path)
@@ -196,12 +195,53 @@ def kept_errors(path, mode="w+b", reads_back=False):
             raise OSError(file.error.errno, file.error.strerror, str(path))
 
 
-def output_path(text, option):
-    """A file name that was typed -> Path. UserError, before any work, where it is a folder."""
+def refuse_special(path, option=""):
+    """UserError for a path to write that is a folder, or no regular file: a pipe, a device."""
+    path, name = Path(path), f"{option} {path}".lstrip()
+    if path.is_dir():
+        raise UserError(f"{name} is a folder; name the file to write in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name} is no regular file; name another to write")
+
+
+def output_path(text, option, what, is_ours):
+    """A file name that was typed -> Path. UserError, before any work, where it is a folder, a
+    device, or a file that the option did not write: an input, say. See `refuse_others`."""
     path = Path(text)
-    if path.is_dir() or text.endswith(("/", os.sep)):
+    if text.endswith(("/", os.sep)):
         raise UserError(f"{option} {text} is a folder; name the file to write in it")
+    refuse_special(path, option)
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{option} {text}: {above.name} is a file; name a file in a folder")
+    refuse_others(path, what, is_ours, option)
     return path
+
+
+def refuse_others(path, what, is_ours, option=""):
+    """UserError for a file that would be replaced and is not empty, nor of the kind that is written
+    there: no `what`, as `is_ours`, a function of a Path, knows it."""
+    if path.is_file() and path.stat().st_size and not is_ours(path):
+        name = f"{option} {path}".lstrip()
+        raise UserError(f"{name} is there and is no {what}; name another, or move it away")
+
+
+def begins(pattern):
+    """A function: whether the file of a path begins as a regular expression says."""
+
+    def is_so(path):
+        with open(path, "rb") as f:
+            return re.match(pattern, f.read(4096).decode(errors="replace")) is not None
+
+    return is_so
+
+
+def in_file_name(text):
+    """Text of any kind, such as a column's name, as a part of a file's name."""
+    kept = re.sub(r"[^\w .+-]", "_", text)[:40]
+    if kept == text:
+        return text
+    return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -28,6 +28,9 @@ from pydantic import (
 from common.console import Joined, Switch, UserError, nearest, printable
 
 FOLDS = ("train", "val", "test")
+SEEDS = 2**63  # what fits into a file's attribute lies below
+# More than anyone needs: what a slip of the finger asks for is refused before any work.
+MOST_RATE, MOST_SIDE, MOST_CLIPS, MOST_WORKERS, MOST_BATCH = 1e6, 4096, 10_000, 1_024, 1_000_000
 MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
 
 
@@ -242,7 +245,7 @@ class Settings(CohortOptions):
     )
     seed: int = option(
         0, "of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
-        "train evaluate",
+        "train evaluate", least=-SEEDS, below=SEEDS,
     )
     n_folds: int = option(0, "cross-validation instead of --split; 0: none", DATA, "train")
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
@@ -266,7 +269,7 @@ class Settings(CohortOptions):
 
     n_boot: int = option(
         1000, "resamples of the patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
-        least=0, also="n_bootstrap",
+        least=0, below=MOST_BATCH + 1, also="n_bootstrap",
     )
 
     target: str = option(
@@ -332,10 +335,12 @@ class Settings(CohortOptions):
         also="load_transformer_path",
     )
 
-    learning_rate: float = option(1e-4, "of AdamW", TRAINING, "train", least=1e-12, also="lr")
+    learning_rate: float = option(
+        1e-4, "of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
+    )
     head_learning_rate: float = option(
         0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
-        "others, end to end 1e-4", TRAINING, "train", least=0,
+        "others, end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE,
     )
     layer_decay: float = option(
         1.0, "layer-wise rates: each layer's is so many times that of the layer above it, as 0.8",
@@ -399,7 +404,9 @@ class Settings(CohortOptions):
     )
     json_: str = option("", "file to write the same to, for programs", FILES, "inspect")
 
-    explain_n: int = option(5, "top videos in the published table", EXPLAINING, "explain", least=1)
+    explain_n: int = option(
+        5, "top videos in the published table", EXPLAINING, "explain", least=1, below=MOST_CLIPS + 1
+    )
     explain_mode: Literal["pred", "loss"] = option(
         "pred", "explain the prediction or its loss", EXPLAINING, "explain"
     )
@@ -415,7 +422,7 @@ class Settings(CohortOptions):
         "attention: rollout", EXPLAINING, "explain",
     )
     explain_steps: int = option(
-        64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1
+        64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1, below=MOST_BATCH + 1
     )
     baseline: Literal["zero", "mean"] = option(
         "zero", "where integrated gradients start: zero, or the mean clip embedding in training",
@@ -435,12 +442,15 @@ class Settings(CohortOptions):
         "video_base_path", THROUGH, "train"
     )
     num_clips: int = option(
-        1, "clips of a video in a step, drawn anew each epoch", THROUGH, "train", least=1
+        1, "clips of a video in a step, drawn anew each epoch", THROUGH, "train", least=1,
+        below=MOST_CLIPS + 1,
     )
     clips_at_once: int = option(
         8, "clips in the encoder at a time: what bounds the memory", THROUGH, "train", least=1
     )
-    encoder_learning_rate: float = option(1e-6, "of AdamW", THROUGH, "train", least=1e-12)
+    encoder_learning_rate: float = option(
+        1e-6, "of AdamW", THROUGH, "train", least=1e-12, below=MOST_RATE
+    )
     ping_pong: bool = option(
         False, "train the study-level model and the encoder in turn, an epoch each", THROUGH,
         "train",
@@ -467,19 +477,34 @@ class Settings(CohortOptions):
         "none", "'sector' blacks out what lies outside the ultrasound sector, such as names",
         EXTRACTION, EXTRACTS,
     )
-    n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1)
-    clip_len: int = option(16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1)
-    size: int = option(
-        224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32
+    n_clips: int = option(
+        16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
     )
-    sampling_seed: int = option(0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS)
-    augment: int = option(0, "randomly transformed copies to add", EXTRACTION, "extract", least=0)
+    clip_len: int = option(
+        16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1
+    )
+    size: int = option(
+        224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32,
+        below=MOST_SIDE + 1,
+    )
+    sampling_seed: int = option(
+        0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS
+    )
+    augment: int = option(
+        0, "randomly transformed copies to add", EXTRACTION, "extract", least=0,
+        below=MOST_CLIPS + 1,
+    )
     starts: Literal["modulo", "independent"] = option(
         "modulo", "how a video's clip starts are drawn: from one residue class modulo 3, which "
         "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS,
     )
-    image_batch: int = option(0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0)
-    workers: int = option(0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0)
+    image_batch: int = option(
+        0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
+    )
+    workers: int = option(
+        0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0,
+        below=MOST_WORKERS + 1,
+    )
     shard: str = option(
         "auto", "which share to begin with, I/N; 'auto' asks torchrun's or SLURM's environment",
         EXTRACTION, EXTRACTS,

@@ -38,12 +38,17 @@ def place(rank_name, size_name, environment=os.environ):
     return rank, size
 
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds that can do the work; others hold no numbers
+
+
 def pick_device(name=""):
     """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     try:
         device = torch.device(name or "cpu")
+        if device.type not in DEVICES:
+            raise NotImplementedError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name} is not to be had here; cpu always is") from error

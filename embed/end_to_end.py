@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 from common import __version__
 from common.checkpoints import load_safely, save
 from common.console import Parser, UserError, listed, run_main, some
-from common.files import derive_seed, sha256_file
+from common.files import derive_seed, output_path, sha256_file
 from embed.backbones import as_input, draw_factors
 from embed.cache import ClipSampling, FrameCache
 from embed.extract import PUBLISHED_SAMPLING
@@ -36,6 +36,7 @@ from embed.panecho import (
     find_weights,
     licence_of,
     load_panecho,
+    published_parts,
     read_encoder,
     tell_other_input,
 )
@@ -305,12 +306,22 @@ def export(folder, file):
     save(study | whom | {"model_state_dict": joined}, Path(file))
 
 
+def is_published(path):
+    """Whether a file is one as `export` writes."""
+    try:
+        saved = load_safely(path)
+    except UserError:
+        return False
+    return isinstance(saved, dict) and bool(published_parts(saved.get("model_state_dict")))
+
+
 def main(argv=None):
     parser = Parser(prog="embed/end_to_end.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("command", choices=["export"], help="write the published form")
     parser.add_argument("folder", help="the model's folder")
     parser.add_argument("file", help="to write")
     typed = parser.parse_args(argv)
+    output_path(typed.file, "export", "published end-to-end checkpoint", is_published)
     export(typed.folder, typed.file)
     print(f"wrote {typed.file}")
 

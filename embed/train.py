@@ -38,7 +38,14 @@ from common.options import (
     COMPUTING,
     DATA,
     MODEL,
+    MOST_BATCH,
+    MOST_CLIPS,
+    MOST_LAYERS,
+    MOST_RATE,
+    MOST_SIDE,
+    MOST_WORKERS,
     OUTPUT,
+    SEEDS,
     TRAINING,
     WHAT,
     CohortOptions,
@@ -98,10 +105,16 @@ class EncoderSettings(CohortOptions):
 
     fold: int = option(-1, "echonetpediatric: the fold to test; -1: all ten, one after the other",
                        DATA, THIS, least=-1, below=PEDIATRIC_FOLDS)
-    clip_len: int = option(16, "frames a clip", DATA, THIS, least=1)
-    num_clips: int = option(4, "clips a video at validation and test", DATA, THIS, least=1)
-    sampling_rate: int = option(1, "every so-manieth frame", DATA, THIS, least=1)
-    size: int = option(224, "pixels a side that the encoder sees", DATA, THIS, least=32)
+    clip_len: int = option(16, "frames a clip", DATA, THIS, least=1, below=MOST_CLIPS + 1)
+    num_clips: int = option(
+        4, "clips a video at validation and test", DATA, THIS, least=1, below=MOST_CLIPS + 1
+    )
+    sampling_rate: int = option(
+        1, "every so-manieth frame", DATA, THIS, least=1, below=MOST_CLIPS + 1
+    )
+    size: int = option(
+        224, "pixels a side that the encoder sees", DATA, THIS, least=32, below=MOST_SIDE + 1
+    )
     augment: bool = option(False, "zoom, crop, flip and rotate in training", DATA, THIS)
     cache_dir: str = option("frame_cache", "folder for decoded videos", DATA, THIS)
     sample_limit: int = option(0, "so many videos a fold at most; 0 is all", DATA, THIS, least=0)
@@ -112,7 +125,9 @@ class EncoderSettings(CohortOptions):
     arch: Literal[("", *NAMES)] = option(
         "", "image encoder of frame_transformer", MODEL, THIS, choices=("", *NAMES)
     )
-    n_layers: int = option(4, "of the frame transformer", MODEL, THIS, least=1)
+    n_layers: int = option(
+        4, "of the frame transformer", MODEL, THIS, least=1, below=MOST_LAYERS + 1
+    )
     n_heads: int = option(8, "of the frame transformer", MODEL, THIS, least=1)
     pooling: Literal["mean"] = option("mean", "over frames", MODEL, THIS)
     transformer_dropout: float = option(0, "between frames", MODEL, THIS, least=0, below=1)
@@ -125,18 +140,23 @@ class EncoderSettings(CohortOptions):
     max_epochs: int = option(30, "epochs at most", TRAINING, THIS, least=1)
     patience: int = option(10, "stop after so many epochs without improvement", TRAINING, THIS,
                            least=1)
-    batch_size: int = option(16, "videos a process and step", TRAINING, THIS, least=1)
-    lr: float = option(1e-4, "learning rate", TRAINING, THIS, least=1e-12)
-    wd: float = option(0, "weight decay", TRAINING, THIS, least=0)
+    batch_size: int = option(
+        16, "videos a process and step", TRAINING, THIS, least=1, below=MOST_BATCH + 1
+    )
+    lr: float = option(1e-4, "learning rate", TRAINING, THIS, least=1e-12, below=MOST_RATE)
+    wd: float = option(0, "weight decay", TRAINING, THIS, least=0, below=MOST_RATE)
     adamw: bool = option(False, "AdamW instead of Adam", TRAINING, THIS)
     cos_anneal: bool = option(False, "cosine schedule over max_epochs", TRAINING, THIS)
-    eta_min: float = option(1e-6, "where the cosine ends", TRAINING, THIS, least=0)
+    eta_min: float = option(
+        1e-6, "where the cosine ends", TRAINING, THIS, least=0, below=MOST_RATE
+    )
     reduce_lr: int = option(
         0, "halve the rate after so many epochs without improvement [2, if no number is given]; "
         "0: never", TRAINING, THIS, least=0, nargs="?", const=2,
     )
     use_class_weights: bool = option(False, "weigh classes by their rarity", TRAINING, THIS)
-    seed: int = option(0, "of the order, clips, dropout and fresh weights", TRAINING, THIS)
+    seed: int = option(0, "of the order, clips, dropout and fresh weights", TRAINING, THIS,
+                      least=-SEEDS, below=SEEDS)
     checkpoint_minutes: float = option(
         10, "between checkpoints within an epoch; 0: after every step", TRAINING, THIS, least=0
     )
@@ -148,9 +168,11 @@ class EncoderSettings(CohortOptions):
     )
     num_workers: int = option(
         0, "threads and processes that read videos; 0: by cores, six threads at most", COMPUTING,
-        THIS, least=0, also="workers",
+        THIS, least=0, below=MOST_WORKERS + 1, also="workers",
     )
-    n_bootstrap: int = option(1000, "resamples of patients for intervals", OUTPUT, THIS, least=1)
+    n_bootstrap: int = option(
+        1000, "resamples of patients for intervals", OUTPUT, THIS, least=1, below=MOST_BATCH + 1
+    )
 # fmt: on
 
 
@@ -393,12 +415,23 @@ class Run:
             self.go_on(path)
         elif self.settings.resume:
             raise UserError(f"--resume: there is no run in {self.folder} to go on with")
+        elif newest_epoch(self.folder) and not self.was_killed_early:
+            raise UserError(
+                f"{self.folder} holds an encoder and nothing to go on from; use another "
+                "--output_dir"
+            )
         if len(set(self.world.gather((self.epoch, self.position.videos)))) > 1:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if not self.world.rank:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
             self.write_record()
+
+    @property
+    def was_killed_early(self):
+        """Whether a run of this program's stopped between its first two checkpoints."""
+        begun, history = self.folder / "encoder.json", self.folder / "history.csv"
+        return begun.is_file() and not history.is_file()
 
     def write_record(self):
         with atomic_path(self.folder / "encoder.json") as temporary:
@@ -442,7 +475,9 @@ class Run:
             self.history, self.scores = saved["history"], saved["scores"]
             self.position = Position(**saved["position"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path} is damaged, no run can go on from it; delete it") from error
+            raise UserError(
+                f"{path} is damaged, no run can go on from it; use another --output_dir"
+            ) from error
         begun = f" and {self.position.videos} videos" if self.position.videos else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
 

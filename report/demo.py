@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from common.console import UserError, progress
+from common.files import begins, refuse_others
 from common.options import Settings
 from common.schema import MODELS
 from embed import panecho
@@ -34,6 +35,9 @@ DEMO_CONFIG = {
         }
     },
 }
+
+# How the demo's config and tables begin.
+DEMO_FILES = r'\{\s+"task": \{\s+"ef": |pid,eid,EF,VSD\s|eid,video,shows_defect\s'
 
 SIZE = "64"  # pixels: a third of the time that 112 take
 
@@ -78,6 +82,8 @@ def make_demo(folder, studies, frames=16):
 
     from embed import phantom, video
 
+    for name in ("config.json", "labels.csv", "findings.csv"):
+        refuse_others(folder / name, "file of the demo", begins(DEMO_FILES))
     print(f"making {studies} phantom studies in ./{folder}")
     bar = partial(progress, desc="phantoms", unit="study")
     phantom.make_cohort(folder, studies, progress=bar, frames=frames)

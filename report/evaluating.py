@@ -88,7 +88,13 @@ def report_evaluation(folder, name, studies, flow, about, settings, columns, oth
 
 def columns_by(texts, config, settings):
     """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
-    wanted = dict(map(evaluation.read_by, texts))
+    wanted = {}
+    for column, edges in map(evaluation.read_by, texts):
+        if column == "eid":
+            raise UserError("--by eid: each study would be a group; name a column that groups them")
+        if column in wanted:
+            raise UserError(f"--by {column} is said twice")
+        wanted[column] = edges
     if not wanted:
         return {}
     dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]

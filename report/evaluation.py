@@ -19,7 +19,7 @@ import pandas as pd
 
 from common import __version__
 from common.console import RUN, UserError, printable, some
-from common.files import atomic_path, write_table
+from common.files import atomic_path, in_file_name, write_table
 from common.labels import cells_of
 from common.options import FOLDS
 from common.outputs import USUAL_YEARS, Outputs
@@ -420,7 +420,8 @@ def groups_of(cells, edges):
             f"--by {name}: {len(names)} different values; numbers are cut at edges, as in "
             f"--by {name}:40,65"
         )
-    return [printable(x)[:40] for x in names], np.where(known, cells.map(names.index), -1)
+    place = {name: k for k, name in enumerate(names)}  # a blank cell has none
+    return [printable(x)[:40] for x in names], np.array([place.get(x, -1) for x in cells])
 
 
 def subgroups(studies, cells, edges, n_boot, seed):
@@ -675,7 +676,8 @@ class Report:
         found = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
         rows = [{"column": column, "group": group} | x.row() for group, x in found]
         columns = ["column", "group", *COLUMNS]
-        self.table(f"by_{column}", pd.DataFrame(rows, columns=columns))
+        by = f"by_{in_file_name(column)}"
+        self.table(by, pd.DataFrame(rows, columns=columns))
         lines, labels = [], []
         for o in curves.drawn(self.studies.outcomes):
             own = [(g, x) for g, x in found if (x.label, x.metric) == (o.label, HEADLINE[type(o)])]
@@ -691,7 +693,7 @@ class Report:
             name = NAMES[metric] + (f" [{unit}]" if unit else "")
             one = lines[0][1].value if len(labels) == 1 else None
             self.figure(
-                f"forest_by_{column}" + (f"_{metric}" if len(kinds) > 1 else ""),
+                f"forest_{by}" + (f"_{metric}" if len(kinds) > 1 else ""),
                 f"{name} by {column}",
                 partial(curves.forest, lines, name, reference=one, headings=heads),
                 "forest",

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from common.console import UserError
-from common.files import write_table
+from common.files import in_file_name, write_table
 from common.labels import read_labels, read_rows
 from report.figures import plot_map
 
@@ -68,7 +68,7 @@ def make_map(files, rows, model, settings):
         patients = patients.where(patients.notna(), points["eid"])
         shift = shift_between(x, points["dataset"], patients)
         print(shift)
-    by = "" if column == "dataset" else "_by_" + "".join(c if c.isalnum() else "_" for c in column)
+    by = "" if column == "dataset" else f"_by_{in_file_name(column)}"
     path = model.folder / f"map_{settings.map}_{'_'.join(files)}{by}"
     write_table(points, path.with_name(path.name + ".csv"))
     unit = f" [{model.units[column]}]" if column in model.units else ""

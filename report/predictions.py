@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from common.files import write_table
+from common.files import begins, output_path, refuse_others, write_table
+
+PAGE = r"<!doctype html>\s+<html lang=.en.>\s+<head>[\s\S]*\"page\.css\""  # of report/templates
 
 
 def prediction_table(model, found, told, reach=None, years=()):
@@ -59,9 +61,26 @@ def prediction_table(model, found, told, reach=None, years=()):
     return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
+def refuse_other_tables(typed):
+    """UserError, before any work, for an --out that would replace what `predict` did not write."""
+    path = output_path(typed["out"], "--out", "table of predictions", begins("eid,n_videos,n_"))
+    beside = f"--out {path}:"
+    refuse_others(left_out_path(path), "list of studies left out", begins("eid,reason\\s"), beside)
+    if typed.get("page"):
+        refuse_others(page_folder(path) / "index.html", "page of predictions", begins(PAGE), beside)
+
+
+def left_out_path(path):
+    return path.with_name(f"{path.stem}_left_out.csv")
+
+
+def page_folder(path):
+    return path.with_name(f"{path.stem}_page")
+
+
 def report_left_out(left_out, path):
     """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
-    table = path.with_name(f"{path.stem}_left_out.csv")
+    table = left_out_path(path)
     table.unlink(missing_ok=True)
     if left_out:
         print(f"{len(left_out)} studies left out, listed in {table}:")

@@ -152,6 +152,9 @@ class Binary(Outcome):
         p = probability[np.isfinite(probability)]
         if len(p) and (p.min() < 0 or p.max() > 1):
             raise UserError(f"{self.label}: a probability is not within 0 to 1; are these logits?")
+        cuts = np.atleast_1d(0.0 if self.threshold is None else self.threshold)
+        if (cuts < 0).any() or (cuts > 1).any():
+            raise UserError(f"{self.label}: a threshold is not within 0 to 1, as a probability is")
 
     @property
     def predicted(self):
@@ -357,7 +360,7 @@ def resamples(patients, n_boot, seed=0, bytes_=BYTES):
     patient was drawn. patients (S,): any identifiers. The draws depend on patients and seed alone.
     """
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)  # numpy takes none below 0
     at_once = max(1, bytes_ // (4 * max(len(patient), 1)))
     for start in range(0, n_boot if len(names) else 0, at_once):
         b = min(at_once, n_boot - start)

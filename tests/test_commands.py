@@ -26,7 +26,11 @@ from test_study_model import N_VIDEOS, by_rule
 from test_video import moving_square, write_dicom
 
 import echofocus as ef
+from common.console import UserError
 from common.files import lock
+from common.options import validated
+from common.world import pick_device
+from embed import train as train_encoder
 
 
 def test_help_needs_little():
@@ -415,6 +419,59 @@ def test_wrong_options(cohort, cli):
         assert status == 1 and message in err, line
     status, _, err = cli("train", "--learning-rat", "1")
     assert status == 2 and "did you mean --learning_rate" in err
+
+
+def test_slips_of_the_finger_are_refused_before_any_work():
+    settings, encoder = ef.Settings, train_encoder.EncoderSettings
+    for kind, values in (
+        (settings, {"seed": 2**63, "sampling_seed": -1}),
+        (settings, {"sampling_seed": 10**40, "explain_n": 10**9, "num_clips": 10**9}),
+        (settings, {"learning_rate": 1e39, "head_learning_rate": 1e300}),
+        (settings, {"encoder_learning_rate": 1e39, "size": 100_000, "n_clips": 10**9}),
+        (settings, {"clip_len": 10**5, "workers": 10**5, "augment": 10**5, "image_batch": 10**9}),
+        (encoder, {"seed": 10**40, "lr": 1e39, "wd": 1e39, "eta_min": 1e39, "size": 10**5}),
+        (encoder, {"num_clips": 10**9, "clip_len": 10**9, "sampling_rate": 10**9}),
+        (encoder, {"num_workers": 10**5, "batch_size": 10**9, "n_layers": 10**9}),
+    ):
+        for name, value in values.items():
+            with pytest.raises(UserError, match=f"--{name} must be"):
+                validated(kind, {name: value})
+    assert validated(settings, {"seed": -1}).seed == -1  # models have been trained with it
+
+
+@pytest.mark.parametrize("name", ["meta", "privateuseone", "vulkan", "fpga"])
+def test_devices_that_hold_no_numbers(name):
+    with pytest.raises(UserError, match=f"--device {name} is not to be had here"):
+        pick_device(name)
+
+
+def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
+    """Nor folds of that kind; a run that was killed between its first checkpoints begins anew."""
+    folder = trained / "trained_models" / "defect"
+    (folder / "last_checkpoint.pt").unlink()
+    before = (folder / "best_checkpoint.pt").read_bytes()
+    status, _, err = cli("train", "--task", "defect", "--seed", "5")
+    assert status == 1 and "holds a model and nothing to go on from" in err
+    fold = trained / "trained_models" / "cv" / "fold_1"
+    fold.mkdir(parents=True)
+    shutil.copy(folder / "best_checkpoint.pt", fold)
+    settings = ef.Settings(model_name="cv", fold=ef.ALL_FOLDS, n_folds=3)
+    with pytest.raises(UserError, match="fold_1 holds a model and nothing"):
+        ef.folder_to_train_in(settings)
+    (folder / "train_losses.csv").unlink()
+    assert ef.folder_to_train_in(ef.Settings(model_name="defect")) == Path("trained_models/defect")
+    assert (folder / "best_checkpoint.pt").read_bytes() == before
+
+
+def test_names_of_no_model(trained, cli):
+    for name in (".", "..", "./", "trained_models/"):
+        with pytest.raises(UserError, match="is no name for a model's folder"):
+            ef.folder_to_train_in(ef.Settings(model_name=name))
+    for name in ("defect,", ",defect", "defect,,defect"):
+        status, _, err = cli("predict", "--model_name", name)
+        assert status == 1 and "a name is missing beside a comma" in err
+    status, _, err = cli("evaluate", "--compare", "")
+    assert status == 1 and "--compare: a name is empty" in err
 
 
 def test_unreadable_studies_are_listed(cohort, cli):

@@ -1,5 +1,6 @@
 """The demo on a tiny budget, and what the phantoms promise."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,10 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from common import files
+from common.console import UserError
 from embed import phantom, video
+from report import demo
 
 
 @pytest.mark.slow
@@ -23,6 +27,16 @@ def test_demo(tmp_path):
     models = tmp_path / "demo" / "trained_models"
     assert list(pd.read_csv(models.parent / "real.csv")["eid"]) == ["sonosite"]
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+
+
+def test_the_demo_replaces_no_ones_tables(tmp_path):
+    phantom.make_cohort(tmp_path, studies=1)
+    (tmp_path / "config.json").write_text(json.dumps(demo.DEMO_CONFIG, indent=2))
+    for name in ("config.json", "labels.csv", "findings.csv"):
+        files.refuse_others(tmp_path / name, "", files.begins(demo.DEMO_FILES))
+    (tmp_path / "labels.csv").write_text("pid,eid,age\n")
+    with pytest.raises(UserError, match=r"labels\.csv is there and is no file of the demo"):
+        demo.make_demo(tmp_path, 1)
 
 
 @pytest.mark.parametrize("ef", [25.0, 62.0])

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
 from common.checkpoints import save
+from common.console import UserError
 from common.files import sha256_file
 from embed import end_to_end, panecho
 from embed.end_to_end import EndToEnd
@@ -248,6 +249,9 @@ def test_published_form(site, cli):
     assert cli(*LINE.split(), "--epoch_lim", "1")[0] == 0
     Path("trained_models/pub").mkdir()
     end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
+    end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
+    with pytest.raises(UserError, match="is there and is no published end-to-end checkpoint"):
+        end_to_end.main(["export", "trained_models/t", "trained_models/t/best_checkpoint.pt"])
     saved = torch.load("trained_models/pub/best_checkpoint.pt", weights_only=True)
     names = set(saved["model_state_dict"])
     assert {"transformer.ff.weight", "panecho.model.encoder.model.features.0.0.weight"} <= names

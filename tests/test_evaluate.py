@@ -158,6 +158,8 @@ def test_predictions_that_cannot_be_used(site, table, cli):
         ("--by", "age"): "give edges",
         ("--by", "age:9,3"): "rising edges",
         ("--by", "weight"): "no column 'weight'",
+        ("--by", "eid"): "each study would be a group",
+        ("--by", "age:5", "age:9"): "--by age is said twice",
         ("--compare", "label.csv"): "no predictions of finding",
         ("--subset", "test"): "leave out",
     }.items():
@@ -330,6 +332,26 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
         "x: no threshold in fold 1, so none is applied",
     ]
     assert list(evaluation.notes_of_folds(each[:1])) == []
+
+
+def test_blank_cells_are_a_group_and_columns_lead_nowhere(site, table, cli):
+    """By words and by numbers; a column may be called as a path, or be very long."""
+    labels = pd.read_csv("labels.csv", dtype=str)
+    names = ["../../pwn", "a/b", "a\\b", "x" * 240]
+    labels = labels.assign(**dict.fromkeys(names, labels["sex"]))
+    labels.loc[[1, 3], ["sex", "age"]] = None
+    labels.to_csv("labels.csv", index=False)
+    before = set(site.iterdir())
+    args = ("--by", "sex", "age:40", *names, "--n_boot", "0")
+    status, _, err = cli("evaluate", "--predictions", "theirs.csv", *args)
+    assert status == 0, err
+    folder = site / "theirs_evaluation"
+    for column, groups in {"sex": ["F", "M"], "age": ["< 40", ">= 40"]}.items():
+        by = pd.read_csv(folder / f"by_{column}_all_site.csv").query("metric == 'auroc'")
+        assert by["group"].tolist() == [*groups, "missing"] and by["n"].sum() == 280
+        assert by["n"].iloc[-1] == 2
+    assert set(site.iterdir()) - before == {folder} and all(x.is_file() for x in folder.iterdir())
+    assert len(list(folder.glob("by_*.csv"))) == 6
 
 
 def test_names_from_elsewhere_are_text_in_the_page(tmp_path):

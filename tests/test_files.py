@@ -1,6 +1,7 @@
 """Files: atomic writes among many processes, tables that spreadsheets open, journals, locks."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -37,8 +38,36 @@ def test_written_whole_or_not_at_all(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(path.parent) == ["table.csv"]
-    with pytest.raises(IsADirectoryError), files.atomic_path(path.parent):
-        raise AssertionError("a folder is refused before anything is computed")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for place in (path.parent, tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(UserError, match="name"), files.atomic_path(place):
+            raise AssertionError("no regular file is refused before anything is computed")
+
+
+def test_what_is_typed_replaces_its_own_kind_alone(tmp_path):
+    """Nothing, an empty file and an earlier output; no other file, pipe or folder."""
+    check = functools.partial(files.output_path, option="--o", what="x", is_ours=files.begins("x="))
+    for name, content in (("a", b"x=1"), ("b", b""), ("c", None), ("new/d", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert check(str(tmp_path / name)) == tmp_path / name
+    (tmp_path / "y").write_bytes(b"y=1\xff")
+    os.mkfifo(tmp_path / "pipe")
+    for name, text in {
+        "y": "is there and is no x", "pipe": "no regular file", "": "is a folder", "z/": "is a f",
+        "y/b": "y is a file",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=text):
+            check(f"{tmp_path}/{name}")
+
+
+def test_names_in_file_names_stay_in_their_folder_and_apart():
+    assert files.in_file_name("age at scan") == "age at scan"
+    odd = ["a/b", "a\\b", "a:b", "../../pwn", "ü" * 250, "ü" * 251, "a\nb"]
+    found = [files.in_file_name(x) for x in odd]
+    assert len(set(found)) == len(odd) and max(len(x.encode()) for x in found) < 100
+    assert not any(c in x for x in found for c in "/\\:\n")
 
 
 def test_writers_of_one_file_do_not_share_a_temporary(tmp_path, monkeypatch):

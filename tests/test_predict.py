@@ -116,6 +116,31 @@ def test_out_that_is_a_folder(trained, cli, monkeypatch):
         assert status == 1 and f"--out {out} is a folder; name the file" in err
 
 
+def test_outputs_replace_no_input(trained, cli, monkeypatch):
+    """Said before anything is computed; what an option wrote before, it writes again."""
+    assert cli("predict", "--out", "p.csv", "--spread", "none")[0] == 0
+    Path("q_left_out.csv").write_text("mine\n")
+    Path("r_page").mkdir()
+    Path("r_page/index.html").write_text("<!doctype html><html>mine")
+    folder = "trained_models/defect"
+    lines = [["embed", "--embed_file"], ["inspect", "defect", "--json"]]
+    for line, out in zip(lines, ("e.h5", "d.json"), strict=True):
+        assert cli(*line, out)[0] == 0 and cli(*line, out)[0] == 0
+    files = ["labels.csv", "config.json", "emb/1000.hdf5", f"{folder}/best_checkpoint.pt"]
+    cases = [(line, x) for line in [["predict", "--out"], *lines] for x in files]
+    cases += [(["predict", "--page", "--out"], x) for x in (f"{folder}/split.csv", "r.csv")]
+    cases += [(["predict", "--out"], x) for x in ("e.h5", "q.csv")]
+    whole = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        for name in ("start_with_model", "find_model_file"):
+            patched.setattr(ef, name, lambda *_: pytest.fail("too late"))
+        for line, out in cases:
+            status, _, err = cli(*line, out)
+            assert status == 1 and "is there and is no" in err and err.count("\n") == 1, (line, out)
+    assert whole == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert cli("predict", "--out", "p.csv", "--spread", "none")[0] == 0
+
+
 def test_formulas_in_study_names_are_quoted(trained, cli):
     os.rename("emb/1000.hdf5", "emb/=1+1.hdf5")
     assert cli("predict", "--out", "p.csv")[0] == 0

@@ -312,6 +312,8 @@ def test_one_patient_has_no_interval():
     [
         (lambda: st.Binary("VSD", [0, 2.0], [0.1, 0.2]), "VSD: a truth is neither 0, 1 nor"),
         (lambda: st.Binary("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
+        (lambda: st.Binary("VSD", [0, 1.0], [0.1, 0.4], threshold=5.0), "VSD: a threshold is not"),
+        (lambda: st.Binary("VSD", [0, 1.0], [0.1, 0.4], np.array([0.5, -1])), "VSD: a threshold"),
         (lambda: st.Binary("VSD", [0, 1.0], [0.1]), "do not belong together"),
         (lambda: st.Regression("EF", [np.inf, 1.0], [1, 2]), "EF: .* infinite"),
         (lambda: st.MultiClass("g", [0, 3.0], np.ones((2, 3)), "abc"), "none of 0 to 2"),
@@ -333,6 +335,7 @@ def test_what_cannot_be_evaluated_is_one_line(make, text):
 
 def test_patients_are_drawn_whole_and_the_same_whatever_the_chunks():
     patients = np.array(["b", "a", "b", "c", "a", "b"])
+    assert np.isfinite(np.hstack(list(st.resamples(patients, 2, seed=-1)))).all()
     at_once = np.concatenate(list(st.resamples(patients, 500, 7)), axis=1)
     chunks = list(st.resamples(patients, 500, 7, bytes_=4 * 6 * 33))
     assert len(chunks) == 16 and np.array_equal(np.concatenate(chunks, axis=1), at_once)

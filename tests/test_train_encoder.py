@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -513,6 +514,17 @@ def test_killed_and_restarted(cli, here, dynamic, monkeypatch):
     assert same[0].equals(same[1])
     assert Path("whole/test_summary.txt").read_text() == Path("killed/test_summary.txt").read_text()
     assert run(cli, line, "--output_dir none --resume")[0] == 1
+
+
+def test_an_encoder_that_was_shared_alone_is_not_trained_over(here):
+    """A published run's folder, say; one that was killed early begins anew."""
+    run_of = train.Run.__new__(train.Run)
+    run_of.folder, run_of.settings = here, SimpleNamespace(resume=False)
+    (here / "chkpt_epoch-7.pt").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="holds an encoder and nothing to go on from"):
+        run_of.begin()
+    (here / "encoder.json").write_text("{}")
+    assert run_of.was_killed_early
 
 
 LAUNCH = """
