@@ -96,6 +96,7 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
         found = found[studies == studies.groupby(found["pid"]).transform("first")]
     if limit:
         found = found.loc[some_of(found.index, limit)]
+    tell_copies(found["pid"], store, listener)
     text = f"{len(found)} labelled studies of {found['pid'].nunique()} patients with embeddings"
     if len(found):
         listener.note(text)
@@ -106,6 +107,22 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
             "make the eid column and the names of the embedding files agree",
         )
     return found.sort_index()
+
+
+def tell_copies(pids, store, listener):
+    """Tell which studies are the same videos: an error where they are of two patients, since one
+    may be in training and the other in the test. pids: study id -> patient."""
+    copies = store.copies(list(pids.index))
+    for tell, same, whose, remedy in (
+        (listener.error, [x for x in copies if pids[x].nunique() > 1], "of different patients are",
+         "leave all but one out of the label table, or give them one patient if they are"),
+        (listener.warning, [x for x in copies if pids[x].nunique() == 1], "of one patient are",
+         "leave all but one out of the label table; the videos count twice"),
+    ):  # fmt: skip
+        if same:
+            pairs = some(" and ".join(map(printable, eids[:3])) for eids in same)
+            n = sum(map(len, same))
+            tell(f"{n} studies {whose} the same videos, with the same embeddings: {pairs}", remedy)
 
 
 def labels_digest(table):

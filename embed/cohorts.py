@@ -20,6 +20,7 @@ import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
 from common.hdf5 import shortest_distinct
+from common.labels import one_form, warn_of_look_alikes
 from common.options import FOLDS
 from common.tables import MISSING, clean_ids, read_table, to_numbers
 from embed.panecho import TASKS
@@ -95,6 +96,8 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
         {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
     )
     refuse_twice(cells, file)
+    cells["patient"] = one_form(cells["patient"], file, listener)
+    warn_of_look_alikes(cells["patient"], file, listener)
     videos = cells[["path", "study", "patient", "split"]]
     cohort = VideoCohort(
         name, chosen, videos.set_axis(cells["name"]), labels.set_axis(cells["name"])

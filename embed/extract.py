@@ -65,6 +65,7 @@ DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAME_BYTES = "the same bytes as another file"
+OTHER_STUDY = "the same bytes as a file of another study"
 LISTED = 20  # skipped files named on screen; all of them are in the log
 
 
@@ -280,6 +281,7 @@ class Summary:
     undone: list[str] = field(default_factory=list)  # their files could not be reached
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
     notes: Counter = field(default_factory=Counter)  # what was decided about files that were read
+    shared: list[tuple[str, str]] = field(default_factory=list)  # studies with a file in common
 
     def print(self):
         """A few lines for a person: counts, then the skipped files with their reasons."""
@@ -289,6 +291,12 @@ class Summary:
         if self.notes:
             kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
             print(f"noted in extract_log.csv: {kinds}")
+        if self.shared:
+            pairs = listed([" and ".join(pair) for pair in self.shared])
+            print(
+                f"WARNING: {len(self.shared)} pairs of studies share the bytes of files: {pairs}; "
+                "where these are of two patients, one may be in training and the other in the test"
+            )
         if self.skipped:
             print(f"{len(self.skipped)} files skipped:")
             for study, video, reason in self.skipped[:LISTED]:
@@ -409,6 +417,7 @@ class Run:
         self.claims, self.summary = Claims(self.out, alone), Summary()
         self.log = Log(self.out, self.claims)
         self.in_work = {}  # study name -> StudyInWork
+        self.contents = {}  # digest of a file's bytes -> the first study that has it
 
     def jobs(self, studies, bar):
         """Yield the (study, video) pairs to do; studies that others hold are tried again last."""
@@ -483,6 +492,7 @@ class Run:
     def finish(self, study):
         work, summary = self.in_work.pop(study.name), self.summary
         note_copies(work.records)
+        elsewhere = self.in_other_studies(study.name, work.records)
         for name, record in sorted(work.records.items()):
             if record.result != "ok":
                 summary.skipped.append((study.name, name, record.reason))
@@ -500,15 +510,28 @@ class Run:
             (summary.finished if usable else summary.empty).append(study.name)
         else:
             (summary.written if usable else summary.empty).append(study.name)
-            self.write(study, work, usable)
+            self.write(study, work, usable, elsewhere)
         self.claims.give_back(study.name)
 
-    def write(self, study, work, usable):
+    def in_other_studies(self, study, records):
+        """Name -> the study that has the same bytes, of those that this worker has come by."""
+        found = {}
+        for name, record in sorted(records.items()):
+            if record.result == "ok" and record.content:
+                first = self.contents.setdefault(record.content[:16], study)
+                if first != study:
+                    found[name] = first
+        self.summary.shared += [(study, other) for other in dict.fromkeys(found.values())]
+        return found
+
+    def write(self, study, work, usable, elsewhere):
         """The study's file appears last: a run that dies before it makes the study, and its rows
         of the log, again."""
+        also = {name: f"{OTHER_STUDY}: {other}" for name, other in elsewhere.items()}
         rows = [
             (study.name, name, r.frames, f"{work.seconds.get(name, 0):.3f}",
-             "ok" if r.result == "ok" else "skipped", r.reason)
+             "ok" if r.result == "ok" else "skipped",
+             "; ".join(filter(None, (r.reason, also.get(name)))))
             for name, r in sorted(work.records.items())
         ]  # fmt: skip
         path, other = study_path(self.out, study), empty_path(self.out, study)

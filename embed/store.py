@@ -9,6 +9,7 @@ PackedEmbeddings; `open_store` finds which):
     read(eid, rng)    its StudyClips; with rng, of a copy that it draws
     read_all(eid)     its plain StudyClips, then those of the transformed copies
     digest(eids)      which data that is, as text: the same for a folder and a pack of it
+    copies(eids)      which of them are the same videos, by the checksums that the files carry
     made_with(eids)   how they were made, and which studies so
 
 header, read and read_all raise UnreadableStudy, with the reason; nothing else of a study's file
@@ -506,6 +507,23 @@ class Store:
         """SHA-256 of study ids and contents; packing does not change it, extracting again does."""
         lines = [f"{eid} {self.content(eid)}" for eid in eids]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def copies(self, eids):
+        """Lists of the studies that have the same embeddings and names of videos.
+
+        Found by the files' checksums, then by the numbers: a checksum may be the same by chance.
+        """
+        found, numbers = defaultdict(list), defaultdict(list)
+        for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
+            with suppress(UnreadableStudy):
+                header = self.header(eid)
+                found[header.crc32[:1], header.videos, header.clips].append(eid)
+        for (crc32, *_), same in found.items():
+            for eid in same if crc32 and len(same) > 1 else ():
+                with suppress(UnreadableStudy):
+                    read = np.ascontiguousarray(next(self.read_all(eid)).embeddings)
+                    numbers[crc32, hashlib.sha256(read).digest()].append(eid)
+        return [same for same in numbers.values() if len(same) > 1]
 
     def made_with(self, eids):
         """How the studies were made: name of MADE_WITH -> {value as text: study ids}.
@@ -1024,6 +1042,13 @@ class VideosOf(Store):
         for clips in self.store.read_all(eid):
             own = clips.embeddings[[number]]
             yield replace(clips, embeddings=own, videos=[clips.videos[number]])
+
+    def copies(self, units):
+        """Of whole studies, each by the first of its videos."""
+        first = {}
+        for unit in units:
+            first.setdefault(self.units[unit][0], unit)
+        return [[first[eid] for eid in same] for same in self.store.copies(list(first))]
 
     def stamp(self, unit):
         return self.store.stamp(self.units[unit][0])

@@ -15,6 +15,7 @@ from conftest import copy_example, write_embeddings
 from test_commands import edit_config, published_model
 
 import echofocus as ef
+from embed.store import checksum
 
 
 def tree(folder):
@@ -93,6 +94,14 @@ def set_number(eid, value):
         f["embeddings"][0, 1, 2] = value
 
 
+def copy_study(eid, to):
+    """A study's file, with the checksum that extraction writes, in place of another's."""
+    with h5py.File(f"emb/{eid}.hdf5", "a") as f:
+        names = f["videos"].asstr()[:].tolist()
+        f.attrs["crc32"] = np.array([checksum(f["embeddings"][()], names)], np.uint32)
+    shutil.copy(f"emb/{eid}.hdf5", f"emb/{to}.hdf5")
+
+
 def set_encoder(digest, n=60):
     for i in range(n):
         with h5py.File(f"emb/{1000 + i}.hdf5", "a") as f:
@@ -153,6 +162,21 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
         repeat_rows,
         0,
         [("WARNING", "3 rows repeat another one: 1000 (line 62)", "delete them")],
+    ),
+    "one study of two patients": (
+        lambda: copy_study("1000", "1005"),
+        1,
+        [("ERROR", "2 studies of different patients are the same videos", "leave all but one out")],
+    ),
+    "one study of a patient twice": (
+        lambda: copy_study("1000", "1040"),
+        0,
+        [("WARNING", "with the same embeddings: 1000 and 1040", "the videos count twice")],
+    ),
+    "a patient in two spellings": (
+        lambda: edit_labels(pid={1: "p000"}),
+        0,
+        [("WARNING", "1 patients may be written in several ways: P000 and p000", "in one way")],
     ),
     "contradicting rows": (
         lambda: repeat_rows(pid="P777"),

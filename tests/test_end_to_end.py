@@ -180,7 +180,7 @@ def test_a_model_and_its_encoder(site, cli):
     assert all(k.startswith("encoder.") for k in after)  # no heads over what they did not learn
     assert any(not torch.equal(before[k], after[k]) for k in after)
     (seen,) = panecho.read_encoder(folder / "encoder.pt")[2]
-    assert len(seen.train) == 16 and len(seen.val) == 4  # patients and studies
+    assert len(seen.train) == 32 and len(seen.val) == 8  # patients and studies, in two forms
     assert panecho.seen_by(folder)[0][0].key == seen.key  # as a training that begins with it asks
     assert encoders_seen(folder / "clip_embeddings")[best["echofocus"]["encoder_sha256"]]
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, copy_example, relative_error
 from test_video import moving_square, write_dicom
 
-from embed import extract, panecho, video
+from embed import extract, panecho, store, video
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 
@@ -362,6 +362,19 @@ def test_only_what_changed_is_read_again(source, tmp_path, cli, decoded):
     (source / "A_1" / "copy.dcm").unlink()
     names, fewer, _ = run()
     assert names == [] and fewer.keys() == first.keys()
+
+
+def test_files_of_the_same_bytes_in_two_studies_are_told(tmp_path):
+    """On the screen, also where both were there before; in the log by the study that came later."""
+    contents = {"s0": {"a": "1", "b": "2"}, "s1": {"c": "2", "d": "3"}, "s2": {"e": ""}}
+    log = {
+        study: {name: store.FileRecord(content=64 * x) for name, x in files.items()}
+        for study, files in contents.items()
+    }
+    run = extract.Run(tmp_path, {}, False)
+    found = {study: run.in_other_studies(study, records) for study, records in log.items()}
+    assert found == {"s0": {}, "s1": {"c": "s0"}, "s2": {}}
+    assert run.summary.shared == [("s1", "s0")]
 
 
 def test_damaged_numbers_are_made_anew(source, tmp_path, cli, decoded):

@@ -20,6 +20,7 @@ from conftest import write_embeddings
 
 import echofocus as ef
 from common import hdf5, packed
+from common.cohort import tell_copies
 from common.console import Collected, UserError
 from common.files import kept_errors
 from common.splits import Seen
@@ -87,6 +88,34 @@ def test_the_checksum_is_the_one_stated(folder):
         raw, names = f["embeddings"][:], f["videos"].asstr()[:].tolist()
         about = json.dumps(["<f4", [2, 4, 768], names]).encode()
         assert f.attrs["crc32"].tolist() == [zlib.crc32(about + raw.tobytes())]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_same_videos_in_two_studies(folder, packed):
+    """Found by checksums and numbers; of two patients an error, of one a warning."""
+    for name in "tu":
+        shutil.copy(folder / "s0.hdf5", folder / f"{name}.hdf5")
+    if packed:
+        pack(folder)
+    found = st.open_store(folder, Collected(), most_videos=1)
+    assert found.copies(list(found.files)) == [["s0", "t", "u"]]
+    units = st.VideosOf(found)
+    assert units.copies([x for x in units.files if x != "s0/v0.avi"]) == [
+        ["s0/v1.avi", "t/v0.avi", "u/v0.avi"]
+    ]
+    for pids, levels in (("abxaa", ["ERROR"]), ("abaac", ["WARNING"]), ("ab", [])):
+        heard = Collected()
+        tell_copies(pd.Series(list(pids), ["s0", "s1", "t", "u", "s2"][: len(pids)]), found, heard)
+        assert [x.level for x in heard.findings] == levels
+        assert all("s0 and t and u" in x.text for x in heard.findings)
+
+
+def test_studies_of_one_checksum_by_chance_are_not_the_same(folder, monkeypatch):
+    monkeypatch.setattr(st, "checksum", lambda *_: 7)
+    for name, seed in (("x", 5), ("y", 6), ("z", 5)):
+        write_ours(folder / f"{name}.hdf5", seed)
+    assert st.open_folder(folder).copies(["x", "y"]) == []
+    assert st.open_folder(folder).copies(["x", "y", "z"]) == [["x", "z"]]
 
 
 @pytest.mark.parametrize("packed", [False, True])
