@@ -2333,6 +2333,9 @@ def cmd_embed(typed):
         if name != source.name:
             source = Source(name, store_of(config, settings, name))
         files[name] = embed_source(source, model, settings)
+        if rows and rows[name] is not None:
+            own = stored_names(rows[name].index, source.store, Collected())
+            rows[name] = rows[name].rename(index=own)
     if settings.map:
         make_map(files, rows, model, settings)
 

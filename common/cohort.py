@@ -4,7 +4,6 @@ One reader for a run and for `check`: what it leaves out or cannot use it tells 
 """
 
 import hashlib
-import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from common.console import RUN, Collected, printable, some
+from common.console import RUN, Collected, escaped, printable, some
 from common.labels import fit_scaling, scale
 from common.options import FOLDS
 from common.outputs import EVENT
 from common.schema import Task
 from common.splits import STUDY, Seen, some_of, split_patients, studies_in, without_seen
+from common.tables import as_seen
 
 
 @dataclass
@@ -56,22 +56,25 @@ class Cohort:
 
 
 def stored_names(ids, store, listener=RUN):
-    """Id -> the store's, of ids that differ from one of its by their Unicode normal form alone.
+    """Id -> the store's, of ids that look the same as one of its (`as_seen`), or that it escapes.
 
     File systems and spreadsheets write one word in several forms (e and an accent, or one letter).
     Where a form stands for two ids, of the table or the store, each stays what it is.
     """
-    forms = defaultdict(lambda: (set(), set()))
-    for place, names in enumerate((ids, store.files)):
-        for name in names:
-            forms[unicodedata.normalize("NFC", name)][place].add(name)
-    pairs = [(*a, *b) for a, b in forms.values() if len(a) == len(b) == 1 and a != b]
+    pairs = {}
+    for form in (lambda name: as_seen(escaped(name)), as_seen):
+        forms = defaultdict(lambda: (set(), set()))
+        for place, names in enumerate((ids, store.files)):
+            for name in names:
+                forms[form(name)][place].add(name)
+        found = [(*a, *b) for a, b in forms.values() if len(a) == len(b) == 1 and a != b]
+        pairs = dict(found) | pairs
     if pairs:
         listener.note(
-            f"{len(pairs)} studies are written in another Unicode normal form in the label table: "
-            f"{some(printable(eid) for eid, _ in pairs)}"
+            f"{len(pairs)} studies are written in another form of letters, spaces or dashes in the "
+            f"label table: {some(map(printable, pairs))}"
         )
-    return dict(pairs)
+    return pairs
 
 
 def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):

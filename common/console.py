@@ -348,6 +348,11 @@ def printable(value):
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
+def escaped(text):
+    """Text without what would steer the terminal, told apart still: \\u202e for the character."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def clean_text(value, longest=200):
     """What is taken over from others' files: printable, and no longer than that."""
     text = printable(str(value)[: longest + 1])

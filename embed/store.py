@@ -39,6 +39,7 @@ from common.console import (
     Findings,
     UserError,
     clean_text,
+    escaped,
     listed,
     printable,
     progress,
@@ -96,7 +97,10 @@ def write_study(path, videos, attributes, files):
     videos = dict(sorted(videos.items()))
     skipped = [(v, r.reason) for v, r in sorted(files.items()) if r.result != "ok"]
     rows = [(name, *vars(record).values()) for name, record in sorted(files.items())]
-    remembered = [list(videos), *([list(map(as_read, row)) for row in x] for x in (skipped, rows))]
+    remembered = [
+        list(map(as_read, videos)),
+        *([list(map(as_read, row)) for row in x] for x in (skipped, rows)),
+    ]
     remembered.append([starts.tolist() for starts, _ in videos.values()])
     text = h5py.string_dtype()
     with new_hdf5(path) as f:
@@ -661,8 +665,7 @@ class EmbeddingFolder(Store):
 
 def study_id(stem):
     """The study id that the name of an embedding file stands for, without its suffix."""
-    text = re.sub(r"(?<=.)(_trim)?_embed$", "", stem)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped(re.sub(r"(?<=.)(_trim)?_embed$", "", stem))
 
 
 MOST_SHARDS, LONGEST_CLIP = 100_000, 10_000

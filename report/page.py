@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from common import __version__
-from common.console import progress
+from common.console import printable, progress
 from common.files import atomic_path
 from common.regular import read_regular
 from embed.extract import decoders, in_processes
@@ -223,8 +223,9 @@ def write_page(page):
         )  # fmt: skip
         write_text(folder / study["href"], text)
     listing = environment.get_template("page_list.html")
+    left_out = [tuple(map(printable, pair)) for pair in page.left_out.items()]
     text = listing.render(
-        common, up="", studies=shown, left_out=list(page.left_out.items()),
+        common, up="", studies=shown, left_out=left_out,
         labels=[f"{x} ({page.plain[x]})" if page.plain.get(x) else x for x in page.model.labels],
         data=[list_data(study) for study in shown],
     )  # fmt: skip

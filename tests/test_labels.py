@@ -18,6 +18,7 @@ from common import splits as sp
 from common.console import Collected
 from common.outputs import Outputs
 from common.schema import Record, Task
+from embed.store import study_id
 
 TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
 
@@ -140,13 +141,38 @@ def test_ids_in_another_unicode_normal_form(cohort, cli):
     status, out, err = cli(*TRAIN)
     assert status == 0, err
     assert (
-        "1 studies are written in another Unicode normal form in the label table: R\u00e1ul" in out
+        "1 studies are written in another form of letters, spaces or dashes in the label table: "
+        "R\u00e1ul" in out
     )
     assert "60 labelled studies" in out
     split = pd.read_csv(cohort / "trained_models" / "defect" / "split.csv", dtype=str)
     assert set(forms.values()) <= set(split["eid"])
     status, out, err = cli("predict", "--task", "defect")
     assert status == 0 and "no embeddings" not in out, err
+
+
+@pytest.mark.parametrize(
+    "ids, files, expected",
+    [
+        (["\u202eevil", "2"], ["\u202eevil", "2"], {"\u202eevil": "\\u202eevil"}),
+        (["a\u00a0b"], ["a\u00a0b"], {"a\u00a0b": "a\\xa0b"}),
+        (
+            ["a\u00a0b", "P\u20111\u200b"],
+            ["a b", "P-1"],
+            {"a\u00a0b": "a b", "P\u20111\u200b": "P-1"},
+        ),
+        (["a\u00a0b", "a b"], ["a\u00a0b", "a b"], {"a\u00a0b": "a\\xa0b"}),
+        (["a\u00a0b", "a b"], ["a b"], {}),
+        (["P 1"], ["P 1", "P  1"], {}),
+        (["P1", "p1"], ["P1", "01"], {}),
+    ],
+)
+def test_ids_as_the_embeddings_are_called(ids, files, expected, capsys):
+    """By the escaped form of a file's name, or what looks the same; never one that is taken."""
+    store = SimpleNamespace(files=dict.fromkeys(map(study_id, files)))
+    assert ch.stored_names(ids, store) == expected
+    said = capsys.readouterr().out
+    assert said.count("are written in another form") == bool(expected) and "\u202e" not in said
 
 
 def test_scaling_is_as_published_and_turns_back():

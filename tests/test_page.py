@@ -19,7 +19,7 @@ from common.options import Settings
 from common.outputs import Outputs
 from embed import phantom, video
 from embed.playback import Playback, frame_rate, write_playback
-from embed.store import FileRecord, write_study
+from embed.store import FileRecord, read_details, write_study
 from embed.studies import Study
 from report.page import Page, PageStudy, more_answers, read_playback, write_page
 
@@ -347,6 +347,24 @@ def test_predict_makes_a_page_of_videos(folder, tab, monkeypatch, cli):
     assert tab.locator(".waterfall").count() == 2 and "IM0001" in tab.inner_text("body")
     for file in Path("p_page").rglob("*.html"):
         assert str(Path.cwd()) not in file.read_text()
+
+
+def test_ids_that_steer_text_are_shown_without(trained, cli):
+    """Of a study with embeddings, which are found, and of one without."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.loc[:1, "eid"] = ["\u202eevil", "\u202egone"]
+    table.to_csv("labels.csv", index=False)
+    videos = {"\u202ev.avi": (np.arange(1), np.ones((1, 1, 768), np.float32))}
+    records = dict.fromkeys(videos, FileRecord())
+    write_study(Path("emb/\u202eevil.hdf5"), videos, {}, records)
+    status, out, err = cli(
+        "predict", "--task", "defect", "--sample_limit", "1", "--page", "--out", "p.csv"
+    )
+    assert status == 0, err
+    assert "1 studies left out" in out and "?gone: no embeddings" in out and "damaged" not in out
+    pages = [path.read_text() for path in Path("p_page").rglob("*.html")]
+    assert "?gone" in "".join(pages) and not any("\u202e" in text for text in pages)
+    assert read_details(Path("emb/\u202eevil.hdf5")).starts["?v.avi"].tolist() == [0]
 
 
 @pytest.mark.parametrize("fps", [12.5, 30, 63])
