@@ -318,8 +318,9 @@ class Threads(ThreadPoolExecutor):
 
 
 def is_out_of_memory(error):
-    """Whether Python, numpy or torch found no memory; torch says it in words alone."""
+    """Whether Python, numpy or torch found no memory; torch and oneDNN say it in words alone."""
     words = ("allocate memory", "out of memory", "can't start new thread")
+    words += ("could not create a primitive",)
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 

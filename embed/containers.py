@@ -10,6 +10,8 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from embed.source import VideoError, check_budget, open_file
 
 # FFmpeg might follow what a file refers to; a video is one file. So it may open files alone, and
@@ -37,10 +39,7 @@ def iter_container(path, notes):
             check_budget(1, *sides)
             declared = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
             n = 0
-            while True:
-                decodes, frame = capture.read()
-                if not decodes:
-                    break
+            for frame in pictures(capture, path):
                 n += 1
                 check_budget(n, *frame.shape[:2])
                 yield frame
@@ -56,6 +55,40 @@ def iter_container(path, notes):
         raise VideoError(f"one frame of {declared} decodes: damaged" if many else "still image")
     if not agrees and declared > 0:
         notes.append(f"the container's count of frames is wrong: {n} decode")
+
+
+def pictures(capture, path):
+    """The frames of an open capture, up to the first that does not decode.
+
+    Uncompressed pixels that lie bottom up, as most programs write them, are turned here: OpenCV
+    (4.12 to 5.0 at least) writes beyond its memory over them and ends the process.
+    """
+    import cv2
+
+    turned = int(capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT)) == BGR24 and lies_bottom_up(path)
+    if turned:
+        capture.set(cv2.CAP_PROP_FORMAT, -1)  # the packets as they are in the file
+    H, W = (int(capture.get(x)) for x in (cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_WIDTH))
+    row = (3 * W + 3) // 4 * 4  # bytes, to a multiple of four
+    while True:
+        decodes, frame = capture.read()
+        if not decodes or (turned and frame.size < H * row):
+            return
+        if turned:
+            rows = frame.ravel()[: H * row].reshape(H, row)[::-1, : 3 * W]
+            frame = np.ascontiguousarray(rows).reshape(H, W, 3)
+        yield frame
+
+
+BGR24 = int.from_bytes(b"BGR\x18", "little")  # FFmpeg's code of such pixels
+
+
+def lies_bottom_up(path):
+    """Whether an AVI's video has its lowest row first: a height above 0 in its BITMAPINFOHEADER."""
+    with open_file(path) as f:
+        head = f.read(1 << 16)
+    at = head.find(b"strf", head.find(b"vids")) + 16
+    return head[:4] == b"RIFF" and int.from_bytes(head[at : at + 4], "little", signed=True) > 0
 
 
 @contextmanager

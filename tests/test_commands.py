@@ -377,7 +377,12 @@ def test_the_second_run_in_a_folder_stops(trained, cli):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("could not create a primitive"),
+    ],
 )
 def test_full_memory_is_one_line(cli, error):
     def fails(_):

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pydicom
 import pytest
+from conftest import ROOT
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
@@ -150,6 +154,40 @@ def test_an_avi_that_says_one_frame(tmp_path):
     (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
     with pytest.raises(video.VideoError, match="truncated"):
         video.read_frames(tmp_path / "a.avi")
+
+
+def write_plain_avi(path, frames, top_down=False):
+    """An AVI of uncompressed BGR, its rows of a multiple of four bytes as bitmaps have them."""
+    n, h, w, _ = frames.shape
+    row = (3 * w + 3) // 4 * 4
+    rows = np.zeros((n, h, row), np.uint8)
+    rows[:, :, : 3 * w] = (frames if top_down else frames[:, ::-1]).reshape(n, h, 3 * w)
+
+    def chunk(name, data):
+        return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+    main = struct.pack("<14I", 40_000, 0, 0, 16, n, 0, 1, 0, w, h, 0, 0, 0, 0)
+    stream = b"vids" + struct.pack("<4s3I8I4H", b"", 0, 0, 0, 1, 25, 0, n, 0, 0, 0, 0, 0, 0, w, h)
+    height = -h if top_down else h
+    form = struct.pack("<IiiHH4sIiiII", 40, w, height, 1, 24, b"", h * row, 0, 0, 0, 0)
+    stream = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", form))
+    head = chunk(b"LIST", b"hdrl" + chunk(b"avih", main) + stream)
+    body = chunk(b"LIST", b"movi" + b"".join(chunk(b"00dc", x.tobytes()) for x in rows))
+    path.write_bytes(chunk(b"RIFF", b"AVI " + head + body))
+
+
+@pytest.mark.parametrize("top_down", [False, True])
+@pytest.mark.parametrize("width", [80, 17])
+def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
+    """In a process of its own: OpenCV may end it over the rows that lie bottom up."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, 20, width, 3), dtype=np.uint8)
+    write_plain_avi(tmp_path / "a.avi", frames, top_down)
+    code = "import sys, numpy as np; from embed.video import read_frames\n"
+    code += "np.save(sys.argv[2], read_frames(sys.argv[1]))"
+    line = [sys.executable, "-c", code, tmp_path / "a.avi", tmp_path / "a.npy"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (np.load(tmp_path / "a.npy") == frames).all()
 
 
 def test_names_that_are_no_text_nor_a_pattern(tmp_path):
