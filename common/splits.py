@@ -392,14 +392,17 @@ def known_to_others(whole, settings, encoder, begun_from=None, listener=RUN, dig
     return kept, [*assumed, *alike, *([] if said else [ENCODER_UNKNOWN])]
 
 
-def without_seen(folds, known, listener=RUN):
-    """Folds less the val and test patients whom others know, see `known_to_others`."""
+def without_seen(folds, known, listener=RUN, what="studies"):
+    """Folds less the val and test patients whom others know, see `known_to_others`.
+
+    what: that the folds are of, studies or videos.
+    """
     for name, before in known:
         before = before.loc[folds.index]
         lost = (before == 2) & folds.isin(["val", "test"]) | (before == 1) & (folds == "test")
         if lost.any():
             listener.note(
-                f"left out {lost.sum()} studies of val and test: {name} knows them or their "
+                f"left out {lost.sum()} {what} of val and test: {name} knows them or their "
                 f"patients ({some(map(printable, lost.index[lost]))})"
             )
         folds = folds.mask(lost, f"known to {name}")

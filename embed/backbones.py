@@ -132,7 +132,8 @@ class Start:
     name: str = "random"
     sha256: str = ""
     licence: str = ""
-    seen: tuple = ()  # of Seen: whom it was trained on, where it says so
+    seen: tuple | None = ()  # of Seen: whom it was trained on; None: it does not say
+    echo: bool = False  # trained on echocardiograms
 
 
 def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8, dropout=0.0):
@@ -169,7 +170,8 @@ def built(name, known, pretrained):
 def build_images(arch, pretrained):
     """(image encoder, Start) of an arch."""
     if arch != "convnext_tiny":
-        start = Start(arch, licence=ARCHS[arch].licence) if pretrained else Start()
+        theirs = Start(arch, licence=ARCHS[arch].licence, echo=arch == "echo-clip")
+        start = theirs if pretrained else Start()
         return Images(*built(arch, ARCHS[arch], pretrained)), start
     images = ImageEncoder()
     if not pretrained:

@@ -32,11 +32,12 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from common import __version__
 from common.checkpoints import load_safely, load_strictly, save
-from common.console import Parser, UserError, listed, progress, run_main
+from common.console import RUN, Parser, UserError, listed, progress, run_main
 from common.files import atomic_path, clear_leftovers, derive_seed, sha256_file, write_table
 from common.options import (
     COMPUTING,
     DATA,
+    FOLDS,
     MODEL,
     MOST_BATCH,
     MOST_CLIPS,
@@ -53,7 +54,14 @@ from common.options import (
     option,
     validated,
 )
-from common.splits import Seen, some_of
+from common.splits import (
+    STUDY,
+    Seen,
+    seen_weights,
+    some_of,
+    warn_of_other_spellings,
+    without_seen,
+)
 from common.world import World, exact_convolutions, join_world, pick_device
 from embed.backbones import (
     NAMES,
@@ -265,7 +273,36 @@ def start_from(net, source, settings):
         f"starting from {path.name}: the backbone and {len(kept)} heads kept, "
         f"{len(net.tasks) - len(kept)} fresh"
     )
-    return Start(path.name, sha256_file(path), licence_of(path, record), tuple(seen or ()))
+    seen = seen if seen is None else tuple(seen)
+    return Start(path.name, sha256_file(path), licence_of(path, record), seen, echo=True)
+
+
+def unknown_to(start, folds, cohort):
+    """(folds less the val and test videos whose patient or study the start has seen, by fold what
+    its results say of that). UserError where none is left.
+    """
+    seen, name = start.seen or (), start.name
+    notes = []
+    if start.seen is None:
+        notes.append(f"{name} does not say whom it was trained on: the videos may be among them")
+    elif start.echo and not seen:
+        notes.append(f"{name} was trained elsewhere, on patients it does not name")
+        print(f"{notes[0]}: all count as unseen")
+    table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
+    notes += warn_of_other_spellings(name, seen, table, RUN)
+    left = without_seen(folds, [(name, seen_weights(seen, table))], what="videos")
+    said = {}
+    for fold in ("val", "test"):
+        n, lost = int((folds == fold).sum()), int(((folds == fold) & (left != fold)).sum())
+        if lost == n > 0:
+            raise UserError(
+                f"--model_dir_path: {name} has seen the patients or studies of all {n} {fold} "
+                "videos, by the ids: start elsewhere, or give others (where only the ids happen to "
+                "be the same, put the site's name before them)"
+            )
+        said[fold] = [f"left out: {lost} of {n} videos, whose patients or studies {name} has seen"]
+        said[fold] = said[fold] * (lost > 0) + notes
+    return left, said
 
 
 def numbers(state):
@@ -310,7 +347,7 @@ class Run:
     def __init__(self, folder, settings, cohort, folds, cache, world):
         self.folder, self.settings, self.cohort = Path(folder), settings, cohort
         self.cache, self.world = cache, world
-        self.names = {f: limited(list(folds.index[folds == f]), settings) for f in folds.unique()}
+        self.names = names_of(folds, settings)
         for fold in ("train", "val"):
             if not self.names.get(fold):
                 raise UserError(f"no usable video in the {fold} fold of {cohort.name}")
@@ -324,6 +361,8 @@ class Run:
             }
         self.loss = MultiTaskLoss(self.tasks, weights)
         net, self.start = build_net(settings, self.tasks, labels)
+        left, self.notes = unknown_to(self.start, folds, cohort)
+        self.names, self.left_out = names_of(left, settings), int((left != folds).sum())
         self.device = pick_device(settings.device)
         self.net = net.to(self.device)
         self.synced = world.size > 1 and self.device.type == "cuda" and has_batch_norm(net)
@@ -399,14 +438,14 @@ class Run:
             normalization=s.normalization, size=s.size, clip_len=s.clip_len, layers=s.n_layers,
             heads=s.n_heads, epoch=self.best_epoch, started_from=self.start.name,
             started_sha256=self.start.sha256, licence=self.start.licence,
-            labels_sha256=self.cohort.digest(), settings=settings,
+            labels_sha256=self.cohort.digest(), left_out=self.left_out, settings=settings,
         )  # fmt: skip
 
     def seen(self):
         """Whom this training and those before it have seen: a list of Seen, its own first."""
         videos = [self.cohort.videos.loc[self.names[f]].assign(fold=f) for f in ("train", "val")]
         split = pd.concat(videos).set_index("study").rename(columns={"patient": "pid"})
-        return [Seen.of(split, self.cohort.digest()[:32]), *self.start.seen]
+        return [Seen.of(split, self.cohort.digest()[:32]), *(self.start.seen or ())]
 
     def begin(self):
         """Resume from the last checkpoint, or start."""
@@ -450,6 +489,7 @@ class Run:
             )
         pairs = {k: (before.settings.get(k), v) for k, v in now.settings.items()}
         pairs["start"] = before.started_sha256, now.started_sha256
+        pairs["videos left out that the start has seen"] = before.left_out, now.left_out
         pairs["tasks"], pairs["tasks' kinds"], pairs["tasks' classes"] = zip(
             *([[getattr(t, k) for t in r.tasks] for k in ("name", "type", "classes")]
               for r in (before, now)), strict=True,
@@ -758,9 +798,10 @@ def steps_of(order, each, least=1):
     return steps
 
 
-def limited(names, settings):
-    """So many of a fold's videos as --sample_limit says, by a hash of their names."""
-    return some_of(sorted(names), settings.sample_limit)
+def names_of(folds, settings):
+    """Fold -> so many of its videos as --sample_limit says, by a hash of their names."""
+    each = {fold: folds.index[folds == fold] for fold in FOLDS}
+    return {k: some_of(sorted(v), settings.sample_limit) for k, v in each.items() if len(v)}
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -774,7 +815,7 @@ def train(settings, world=None):
     cohort = decoded(cohort, cache, settings, world)
     numbered = settings.cohort == "echonetpediatric"
     wanted = range(PEDIATRIC_FOLDS) if numbered and settings.fold < 0 else [max(settings.fold, 0)]
-    runs = []
+    runs, notes = [], []
     for k in wanted:
         folder = Path(settings.output_dir, f"fold_{k}") if numbered else Path(settings.output_dir)
         run = Run(folder, settings, cohort, cohort.folds(k), cache, world)
@@ -783,8 +824,9 @@ def train(settings, world=None):
             run.one_epoch()
         run.finish()
         runs.append(folder)
+        notes += [note for note in run.notes["test"] if note not in notes]
     if len(runs) > 1 and not world.rank:
-        write_pooled(Path(settings.output_dir), runs, cohort.tasks, settings.n_bootstrap)
+        write_pooled(Path(settings.output_dir), runs, cohort.tasks, settings.n_bootstrap, notes)
     print(f"the encoder is in {runs[-1]}: embed/extract.py --weights {runs[-1]}")
 
 

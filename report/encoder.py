@@ -92,7 +92,9 @@ def write_results(run, fold, found):
     history = history.rename_axis(index="epochs_trained").reset_index()
     plot_history(history.rename(columns={"train": "train_loss", "val": "val_loss"}), run.folder)
     title = f"{fold}: {len(found.studies)} studies, {len(found.videos)} videos, best epoch "
-    write_summary(run.folder / f"{fold}_summary.txt", f"{title}{run.best_epoch}", rows)
+    write_summary(
+        run.folder / f"{fold}_summary.txt", f"{title}{run.best_epoch}", rows, run.notes[fold]
+    )
 
 
 def prediction_table(task, predicted, truths):
@@ -109,9 +111,9 @@ def prediction_table(task, predicted, truths):
     return table
 
 
-def write_summary(path, title, rows):
-    """The metrics that a person looks at, as text; on the screen too."""
-    lines = [title]
+def write_summary(path, title, rows, notes=()):
+    """The metrics that a person looks at, as text, after notes; on the screen too."""
+    lines = [title, *notes]
     for row in rows[rows["metric"].isin(SHOWN)].to_dict("records"):
         value, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
         if pd.isna(value):
@@ -135,7 +137,7 @@ def plot_predictions(outcomes, found, folder, fold):
             panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
 
 
-def write_pooled(folder, runs, tasks, n_bootstrap):
+def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
     """The test predictions of all folds together: echonet-pediatric_<task>_preds.csv, summary.
 
     A task that a fold could not learn has none.
@@ -155,4 +157,5 @@ def write_pooled(folder, runs, tasks, n_bootstrap):
         write_table(rows, folder / f"echonet-pediatric_{task}_metrics.csv")
         name = "echonet-pediatric_summary.txt"
         name = name if entry is tasks[0] else f"echonet-pediatric_{task}_summary.txt"
-        write_summary(folder / name, f"{task} over {len(runs)} folds, {len(table)} studies", rows)
+        title = f"{task} over {len(runs)} folds, {len(table)} studies"
+        write_summary(folder / name, title, rows, notes)

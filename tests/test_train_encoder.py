@@ -787,6 +787,35 @@ def test_start_from_a_published_run(here, capsys):
     assert "was trained with clip_len = 32 and gets 16 here" in capsys.readouterr().out
 
 
+def seen_of(videos, fold):
+    """A list of Seen, of a run that had these videos of a cohort in this fold."""
+    split = videos.set_index("study").rename(columns={"patient": "pid"}).assign(fold=fold)
+    return (train.Seen.of(split, "00"),)
+
+
+def test_whom_the_start_has_seen_is_in_no_test(capsys):
+    """By patient or study, validated ones in the test alone; a start that does not say is told."""
+    videos = pd.DataFrame({"study": list("abcdef"), "patient": list("ABCDEE")}, list("uvwxyz"))
+    cohort = SimpleNamespace(videos=videos)
+    folds = pd.Series(["train", "train", "val", "val", "test", "test"], videos.index)
+
+    def left(seen, folds=folds):
+        return train.unknown_to(backbones.Start("s.pt", "0", "", seen, True), folds, cohort)
+
+    found, notes = left(seen_of(videos.loc[["w"]], "train") + seen_of(videos.loc[["x"]], "val"))
+    assert found.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
+    assert notes["val"] == ["left out: 1 of 2 videos, whose patients or studies s.pt has seen"]
+    assert notes["test"] == []
+    assert "left out 1 videos of val and test: s.pt knows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all 2 test videos, by the ids: start elsewhere"):
+        left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
+    assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
+    for seen, said in ((None, "does not say whom"), ((), "was trained elsewhere")):
+        found, notes = left(seen)
+        assert found.equals(folds) and said in notes["val"][0] and said in notes["test"][0]
+    assert train.unknown_to(backbones.Start("imagenet", "0"), folds, cohort)[1]["test"] == []
+
+
 def test_stochastic_depth_is_torchvisions():
     """In expectation nothing changes; a clip's draws do not depend on its company."""
     net = panecho.PanEcho("EF", False, 4)
