@@ -2448,6 +2448,8 @@ def explain(typed, world, held):
     eids, truths, patients = explained_studies(answering, config, settings, source)
     told = warn_of_other_input(model, source.store, eids)
     eids = select_studies(model, source.store, eids, truths, columns, settings)
+    path = config.datasets[source.name].views
+    views = read_views(path, RUN, source.store, eids) if path else {}  # first: it may refuse
     names = explanation_names(model, settings, source.name, columns, eids)
     path = journal_path(model.folder / names["videos"])
     journal = explain_studies(
@@ -2458,8 +2460,8 @@ def explain(typed, world, held):
             model, journal, truths, settings, source.name, names, report_unreadable, told
         )
         beside = model.folder / names["videos"].removesuffix(".csv")
-        if views := config.datasets[source.name].views:
-            write_views(videos, read_views(views, RUN), patients, beside)
+        if views:
+            write_views(videos, views, patients, beside)
             print(f"wrote {beside}.views.csv, .png and .pdf")
         if settings.curves:
             targets = dict(zip(truths.index, normalised(model, truths), strict=True))

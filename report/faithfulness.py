@@ -8,6 +8,7 @@ import torch
 from common.console import UserError, progress, some
 from common.files import derive_seed, write_table
 from common.tables import clean_ids, read_table
+from embed.store import UnreadableStudy
 from report.attribution import device_of, outputs_of
 from report.figures import OKABE_ITO, new_figure, save_figure
 
@@ -147,8 +148,9 @@ def plot_curves(curves, kind_of_model, scaled, path):
 # -------------------------------------------------------------------------------------------- views
 
 
-def read_views(path, listener):
-    """(eid, video) -> view, of a table with these columns. Raises UserError."""
+def read_views(path, listener, store, eids):
+    """(eid, video) -> view, of a table with these columns; of these studies. Raises UserError, also
+    where it is of none of their videos."""
     table = read_table(path, listener, "table of views")
     absent = [name for name in ("eid", "video", "view") if name not in table]
     if absent:
@@ -162,7 +164,21 @@ def read_views(path, listener):
             f"{path}: {len(twice)} videos have two views: {some(twice['video'])}",
             "keep one row a video",
         )
-    return rows.set_index(["eid", "video"])["view"].to_dict()
+    found = rows[rows["eid"].isin(eids)]
+    if n := len(rows) - len(found):
+        listener.note(f"{path}: {n} rows are of other studies than those that are explained")
+    views = found.set_index(["eid", "video"])["view"].to_dict()
+    if not any((eid, name) in views for eid in found["eid"].unique() for name in names(store, eid)):
+        raise UserError(f"{path} has no video of these studies: compare its eid and video")
+    return views
+
+
+def names(store, eid):
+    """Of a study's videos; none of one that cannot be read."""
+    try:
+        return store.read(eid).videos
+    except UnreadableStudy:
+        return []
 
 
 def write_views(videos, views, patients, path):
@@ -175,8 +191,6 @@ def write_views(videos, views, patients, path):
     names = zip(videos["eid"], videos["video"], strict=True)
     rows = videos.assign(view=[views.get(name) for name in names])
     unknown = rows["view"].isna()
-    if unknown.all():
-        raise UserError("no video of the studies is in the table of views: compare eid and video")
     if unknown.any():
         n = int(rows.loc[unknown, ["eid", "video"]].drop_duplicates().shape[0])
         print(f"{n} videos are not in the table of views: they count as 'unknown'")

@@ -70,3 +70,6 @@ def test_the_planted_video_is_found_and_decides(planted, cli):
     Path("views.csv").write_text("eid,film,view\n1,2,3\n")
     status, _, err = cli("explain")
     assert status == 1 and "has no column video" in err
+    Path("views.csv").write_text("eid,video,view\n1000,other.avi,A4C\n")
+    status, out, err = cli("explain")
+    assert status == 1 and "has no video of these studies" in err and "wrote" not in out
