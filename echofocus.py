@@ -79,6 +79,7 @@ from common.files import (
 from common.hdf5 import UNREADABLE, new_hdf5, open_hdf5
 from common.labels import (
     load_labels,
+    other_unit,
     read_rows,
     scale,
 )
@@ -465,12 +466,6 @@ def other_times(model, survival, units):
                 f"{model.folder.name}: nothing says that both are in one unit (units of the task)"
             )
     return found
-
-
-def other_unit(label, units, others):
-    """Whether two tasks give a label two units."""
-    both = [x.get(label, "").replace(" ", "").casefold() for x in (units, others)]
-    return all(both) and both[0] != both[1]
 
 
 SEVERAL_RULES = "several rules"  # for `target` of models whose thresholds are not averaged

@@ -289,6 +289,12 @@ def decide_type(table, task, path, listener):
             )
 
 
+def other_unit(label, units, others):
+    """Whether two tasks give a label two units."""
+    both = [x.get(label, "").replace(" ", "").casefold() for x in (units, others)]
+    return all(both) and both[0] != both[1]
+
+
 def warn_of_suspicious(table, task, path, listener):
     """Values that may mean something else than they say; they are used as they are."""
     for label in task.outputs.of_kind("regression", "survival"):

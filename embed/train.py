@@ -34,6 +34,7 @@ from common import __version__
 from common.checkpoints import load_safely, load_strictly, save
 from common.console import RUN, Parser, UserError, listed, progress, run_main
 from common.files import atomic_path, clear_leftovers, derive_seed, sha256_file, write_table
+from common.labels import other_unit
 from common.options import (
     COMPUTING,
     DATA,
@@ -76,6 +77,7 @@ from embed.cohorts import PEDIATRIC_FOLDS, read_cohort
 from embed.losses import MultiTaskLoss, class_weights, fill_means
 from embed.panecho import (
     DOWNLOADED,
+    TASKS,
     PanEcho,
     activate,
     find_weights,
@@ -253,18 +255,18 @@ def start_from(net, source, settings):
     refuse_other_network(
         record or (path.name == DOWNLOADED.name and EncoderRecord(tasks=[])), path, settings
     )
-    given = [t.entry() for t in record.tasks] if record else None
+    given = {t["name"]: t for t in ([x.entry() for x in record.tasks] if record else TASKS)}
     own = net.state_dict()
     kept = []
     for task in net.tasks:
         head = f"{task['name']}_head."
         names = [k for k in own if k.startswith(head)]
         fits = all(k in state and state[k].shape == own[k].shape for k in names)
-        same = not given or any(
-            t["name"] == task["name"] and t["class_names"] == task["class_names"] for t in given
-        )
-        kept += [task["name"]] if fits and same else []
-        if not (fits and same):
+        other = fits and task["name"] in given and other_task(task, given[task["name"]])
+        if other:
+            print(f"WARNING: {task['name']} is another task in {path.name}: {other}; a fresh head")
+        kept += [task["name"]] if fits and not other else []
+        if task["name"] not in kept:
             state |= {k: own[k] for k in names}
     heads = tuple(f"{t['name']}_head." for t in net.tasks)
     state = {k: v for k, v in state.items() if k.startswith(("encoder.", *heads))}
@@ -275,6 +277,15 @@ def start_from(net, source, settings):
     )
     seen = seen if seen is None else tuple(seen)
     return Start(path.name, sha256_file(path), licence_of(path, record), seen, echo=True)
+
+
+def other_task(task, was):
+    """How an entry of a name differs from another in what its head tells, as text; or ''."""
+    for key in ("type", "class_names"):
+        if was[key] != task[key]:
+            return f"{key} {was[key]}, not {task[key]}"
+    one, other = task.get("unit", ""), was.get("unit", "")
+    return f"in {other}, not {one}" if other_unit("", {"": one}, {"": other}) else ""
 
 
 def unknown_to(start, folds, cohort):
@@ -464,7 +475,8 @@ class Run:
         if not self.world.rank:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
-            self.write_record()
+            if not self.finished:
+                self.write_record()
 
     @property
     def was_killed_early(self):
@@ -481,25 +493,8 @@ class Run:
         before = record_of(saved, path) if isinstance(saved, dict) else None
         if not before:
             raise UserError(f"{path} was not made by this program; use another --output_dir")
-        now = self.record()
-        if before.labels_sha256 != now.labels_sha256:
-            raise UserError(
-                f"the tables or videos have changed since {self.folder} was begun; use another "
-                "--output_dir"
-            )
-        pairs = {k: (before.settings.get(k), v) for k, v in now.settings.items()}
-        pairs["start"] = before.started_sha256, now.started_sha256
-        pairs["videos left out that the start has seen"] = before.left_out, now.left_out
-        pairs["tasks"], pairs["tasks' kinds"], pairs["tasks' classes"] = zip(
-            *([[getattr(t, k) for t in r.tasks] for k in ("name", "type", "classes")]
-              for r in (before, now)), strict=True,
-        )  # fmt: skip
-        for name, (was, value) in pairs.items():
-            if was != value:
-                raise UserError(
-                    f"{self.folder} was begun with {name} = {was}, not {value}; use another "
-                    "--output_dir"
-                )
+        if other := difference(before, self.record()):
+            raise UserError(f"{self.folder} was begun with {other}; use another --output_dir")
         try:
             over = saved["scheduler"].get("T_max", self.settings.max_epochs)
             if over != self.settings.max_epochs:
@@ -518,8 +513,37 @@ class Run:
             raise UserError(
                 f"{path} is damaged, no run can go on from it; use another --output_dir"
             ) from error
+        self.refuse_other_best()
         begun = f" and {self.position.videos} videos" if self.position.videos else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")
+
+    def refuse_other_best(self):
+        """UserError where the folder's newest weights are not those of the best epoch: these are
+        gone, or another run's. A run that died may have left those of the epoch that is next."""
+        found = newest_epoch(self.folder)
+        best, more = (
+            self.folder / f"chkpt_epoch-{n}.pt" for n in (self.best_epoch, self.epoch + 1)
+        )
+        allowed = [best] if self.finished else [best, more]
+        faults = [f"{file} is of another run, with {other}" for file in allowed
+                  if file.is_file() and (other := self.other_run(file))]  # fmt: skip
+        if self.scores and not best.is_file() and found != more:
+            faults.append(f"{best}, of the best epoch, is gone")
+        elif found and found not in allowed:
+            faults.append(f"{found} is not of the best epoch, {self.best_epoch}")
+        if faults:
+            raise UserError(
+                f"{faults[0]}: have the right file there alone, or use another --output_dir"
+            )
+
+    def other_run(self, file):
+        """What tells that weights are of another run or epoch than their name says, or ''."""
+        saved = load_safely(file)
+        record = record_of(saved, file) if isinstance(saved, dict) else None
+        if not record:
+            return "no record"
+        epoch = "" if file.stem == f"chkpt_epoch-{record.epoch}" else f"epoch {record.epoch}"
+        return difference(record, self.record()) or epoch
 
     # -------------------------------------------------------------------------------------- batches
 
@@ -719,10 +743,10 @@ class Run:
             saved = {"weights": numbers(self.net.state_dict()), "encoder": self.record().to_save()}
             save(saved | {"seen": [part.saved() for part in self.seen()]}, path)
             self.write_record()
-            for old in self.folder.glob("chkpt_epoch-*.pt"):
-                if old != path:
-                    old.unlink()
         self.save_last()
+        for old in self.folder.glob("chkpt_epoch-*.pt"):
+            if old.name != f"chkpt_epoch-{self.best_epoch}.pt":
+                old.unlink()
         write_table(pd.DataFrame(self.history), self.folder / "history.csv")
 
     def finish(self):
@@ -739,6 +763,26 @@ class Run:
             if not self.world.rank:
                 write_results(self, fold, found)
         self.world.gather(None)
+
+
+def difference(before, now):
+    """What makes two records those of different runs, as text; '' where nothing does."""
+    if before.labels_sha256 != now.labels_sha256:
+        return "other tables, or other videos that can be used"
+    pairs = {k: (before.settings.get(k), v) for k, v in now.settings.items()}
+    pairs["start"] = before.started_sha256, now.started_sha256
+    pairs["videos left out that the start has seen"] = before.left_out, now.left_out
+    pairs["tasks"], pairs["tasks' kinds"], pairs["tasks' classes"] = zip(
+        *([[getattr(t, k) for t in r.tasks] for k in ("name", "type", "classes")]
+          for r in (before, now)), strict=True,
+    )  # fmt: skip
+    units = [{t.name: t.unit for t in r.tasks} for r in (before, now)]
+    pairs |= {f"the unit of {k}": (units[0][k], u) for k, u in units[1].items()
+              if other_unit(k, *units)}  # fmt: skip
+    for name, (was, value) in pairs.items():
+        if was != value:
+            return f"{name} = {was}, not {value}"
+    return ""
 
 
 @dataclass

@@ -663,6 +663,12 @@ def test_hospital_tables(here, hospital):
 def test_going_on(cli, here, dynamic):
     """What would change the meaning of a run's weights, or the pace they were learnt at."""
     task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
+    in_mm, in_cm, unsaid = (
+        train.EncoderRecord(tasks=[{"name": "EF", "type": "regression", "unit": unit}])
+        for unit in ("mm", "cm", "")
+    )
+    assert train.difference(in_mm, in_cm) == "the unit of EF = mm, not cm"
+    assert train.difference(in_mm, unsaid) == train.difference(unsaid, in_mm) == ""
     table = pd.read_csv(dynamic / "FileList.csv")
     write_list(here / "dyn", table.assign(EF=np.arange(len(table)) % 3))
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
@@ -676,6 +682,13 @@ def test_going_on(cli, here, dynamic):
         Path("t.json").write_text(json.dumps([task | {"classes": classes}]))
         status, _, err = run(cli, line, epochs)
         assert (status == 1 and wrong in err) if wrong else status == 0, err
+    Path("t.json").write_text(json.dumps([task]))
+    Path("run/encoder.json").write_text("as it was")  # a finished run says what it said
+    status, _, err = run(cli, line, 1)
+    assert status == 0 and Path("run/encoder.json").read_text() == "as it was", err
+    Path("run/chkpt_epoch-1.pt").unlink()
+    status, _, err = run(cli, line, 1)
+    assert status == 1 and "is gone" in err
 
 
 def test_results_are_of_the_best_epoch(tmp_path):
@@ -688,6 +701,49 @@ def test_results_are_of_the_best_epoch(tmp_path):
     assert run.reported
     run.scores.append(0.9)
     assert not run.reported
+
+
+def test_weights_of_another_run_are_not_reported_as_this_ones(tmp_path):
+    """Gone, exchanged, renamed, or a later epoch beside a finished run's best; not so where a run
+    died before its last epoch was noted."""
+    run, base = train.Run.__new__(train.Run), {"tasks": [], "labels_sha256": "a"}
+    run.folder, run.scores = tmp_path, [0.3, 0.2]
+    run.settings = SimpleNamespace(max_epochs=2, patience=9)
+    run.record = lambda: train.EncoderRecord(**base, epoch=1)
+    best, more = tmp_path / "chkpt_epoch-1.pt", tmp_path / "chkpt_epoch-3.pt"
+
+    def put(path, epoch, **other):
+        record = train.EncoderRecord(**base | other, epoch=epoch)
+        torch.save({"weights": {}, "encoder": record.to_save()}, path)
+
+    with pytest.raises(UserError, match="of the best epoch, is gone"):
+        run.refuse_other_best()
+    for epoch, other, wrong in (
+        (1, {"started_sha256": "b"}, "is of another run, with start = b, not"),
+        (1, {"labels_sha256": "b"}, "with other tables"),
+        (2, {}, "with epoch 2"),
+    ):
+        put(best, epoch, **other)
+        with pytest.raises(UserError, match=wrong):
+            run.refuse_other_best()
+    torch.save({"weights": {}}, best)
+    with pytest.raises(UserError, match="with no record"):
+        run.refuse_other_best()
+    put(best, 1)
+    run.refuse_other_best()
+    put(more, 3)
+    with pytest.raises(UserError, match=r"3\.pt is not of the best epoch, 1"):
+        run.refuse_other_best()
+    run.settings.max_epochs = 4
+    run.refuse_other_best()
+    best.unlink()  # earlier versions deleted it first
+    run.refuse_other_best()
+    put(more, 3, started_sha256="b")
+    with pytest.raises(UserError, match=r"3\.pt is of another run"):
+        run.refuse_other_best()
+    more.unlink()
+    run.scores = []
+    run.refuse_other_best()
 
 
 def test_steps_for_all_processes():
@@ -765,6 +821,11 @@ def test_start_from_a_published_run(here, capsys):
     start = train.start_from(net, "panecho", settings)
     assert start.name == "chkpt_epoch-10.pt" and start.licence == "not known"
     assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight)
+    for other, kept in (({"unit": "cm"}, 0), ({"unit": ""}, 1), ({"type": "binary"}, 0)):
+        net = panecho.PanEcho([tasks[0] | other], False, 4)
+        train.start_from(net, "panecho", settings)
+        assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight) == bool(kept)
+        assert ("EF is another task in chkpt_epoch-10.pt" in capsys.readouterr().out) == (not kept)
     with pytest.raises(UserError, match="does not fit"):
         other = panecho.FrameTransformer(4, None, 2)
         train.start_from(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
