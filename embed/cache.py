@@ -20,7 +20,7 @@ import numpy as np
 
 from common.checkpoints import CHUNK
 from common.console import Threads, UserError, progress
-from common.files import atomic_path, clear_leftovers, stamp_of
+from common.files import atomic_path, clear_leftovers, clear_links, stamp_of
 from embed.extract import decoders, in_processes
 from embed.source import open_file
 from embed.video import (
@@ -111,10 +111,12 @@ class FrameCache:
             return
         try:
             if isinstance(reply, VideoError):
+                clear_links(place.with_suffix(".txt"))
                 with atomic_path(place.with_suffix(".txt")) as temporary:
                     temporary.write_bytes(str(reply).encode())
                     seal(temporary)
             else:
+                clear_links(place)
                 with atomic_path(place) as temporary:
                     np.save(temporary, reply)
                     seal(temporary)

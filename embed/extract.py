@@ -42,7 +42,15 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from common import __version__
 from common.console import Parser, Threads, UserError, clean_text, progress, run_main
-from common.files import atomic_path, clear_links, open_to_add, quoted, stamp_of, unquoted
+from common.files import (
+    atomic_path,
+    clear_links,
+    open_to_add,
+    quoted,
+    refuse_special,
+    stamp_of,
+    unquoted,
+)
 from common.hdf5 import UNREADABLE
 from common.options import Settings as Options
 from common.options import add_options, validated
@@ -462,6 +470,7 @@ class Run:
 
     def known(self, study):
         """(The file that remembers a study, what it remembers); ({}) without such a file."""
+        refuse_special(study_path(self.out, study))
         records = read_records(study_path(self.out, study), self.attributes, self.redo)
         if records is not None:
             return study_path(self.out, study), records
