@@ -43,7 +43,7 @@ print(*filter(None, found), sep="\\n")
 PLANTED = {
     "no checksum of a checkpoint": (
         "checkpoints", "from common import checkpoints; checkpoints.check_records = lambda _: None",
-        "WRONG IN SILENCE|has another number", 30,
+        "WRONG IN SILENCE|has another number", 80,
     ),
     "pickles are run": (
         "checkpoints", "import torch; load = torch.load; torch.load = lambda path, **_: "

@@ -104,7 +104,8 @@ def damaged_model(data, rng):
     if draw < 0.55:
         if rng.random() < 0.5:  # an exponent bit of some weight
             data = bytearray(data)
-            data[int(rng.integers(len(data) // 4, len(data)))] ^= 1 << int(rng.integers(8))
+            first_third = len(data) // 50, len(data) // 3  # then come the optimiser's moments
+            data[int(rng.integers(*first_third))] ^= 64 if rng.random() < 0.7 else 1 << 3
             return "bit of a weight", bytes(data), True
         fault, data = damaged(data, rng)
         return fault, data, True
