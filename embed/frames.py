@@ -68,7 +68,7 @@ class Claims:
             frames=number(header, "NumberOfFrames"),
             rows=rows,
             columns=columns,
-            samples=3 if number(header, "SamplesPerPixel") == 3 else 1,
+            samples=max(1, number(header, "SamplesPerPixel") or 1),
             allocated=allocated,
             stored=number(header, "BitsStored") or allocated,
             planar=number(header, "PlanarConfiguration") == 1,
@@ -137,6 +137,7 @@ def frames_of(file, header, notes):
         return native_frames(file, claims, (start, length), syntax == BIG_ENDIAN, vr, notes)
     pieces, ended = fragments(file, start, length)
     if syntax == NATIVE_PIECES:
+        check_components(claims.samples)
         layout = layouts(claims, False)[0]
         spans = [[(start, layout.size)] for start, length in pieces if length >= layout.size]
         frames = NativeFrames(file, claims, spans, layout)
@@ -147,6 +148,11 @@ def frames_of(file, header, notes):
     if not ended and len(frames) < (claims.frames or 0):
         raise VideoError(f"truncated: the pixel data break off after {len(frames)} frames")
     return counted(frames, notes)
+
+
+def check_components(n):
+    if n not in (1, 3):
+        raise VideoError(f"pixels of {n} components")
 
 
 def counted(frames, notes):
@@ -196,25 +202,38 @@ def layouts(claims, big_endian):
 def native_frames(file, claims, element, big_endian, vr, notes):
     """The frames of uncompressed pixel data (start, length of the element).
 
-    Of several layouts the one of which the declared number of frames fills the data, else the
-    declared one. VideoError when the data end amid a frame that should be there.
+    In the declared layout, if the declared number of such frames fills the data. Else a wrong
+    layout or a wrong number may be declared: the pixels decide between the declared layout, if
+    whole frames of it fill the data, and those of which the declared number does. VideoError when
+    the data end amid a frame that should be there.
     """
     start, length = element
     if start + length > size_of(file):
         raise VideoError("truncated: the pixel data break off")
+
+    def frames_as(layout):
+        n = min(length // layout.size, FRAMES + 1)
+        spans = [[(start + i * layout.size, layout.size)] for i in range(n)]
+        return NativeFrames(file, claims, spans, layout, big_endian and vr == "OW")
+
     possible = layouts(claims, big_endian)
     declared = claims.frames or 1
     exact = [o for o in possible if 0 <= length - o.size * declared <= 1]
-    layout = (exact or possible)[0]
-    if not exact and claims.photometric == "YBR_FULL_422":  # an odd count too: whole frames decide
-        layout = next((o for o in possible[:2] if length % o.size <= 1), layout)
+    if possible[0] in exact:
+        exact = exact[:1]
+    else:  # of the label YBR_FULL_422 either layout is usual
+        usual = possible[: 2 if claims.photometric == "YBR_FULL_422" else 1]
+        exact = [o for o in usual if o not in exact and 0 <= length % o.size <= 1 < length] + exact
+    fitting = [frames_as(o) for o in exact or possible[:1]]
+    frames = min(fitting, key=NativeFrames.unevenness) if len(fitting) > 1 else fitting[0]
+    layout = frames.layout
+    check_components(layout.samples)
     if layout.size != possible[0].size:
         notes.append("frames of another size than the header says")
     n, left = divmod(length, layout.size)
     if n < declared and left > 1:
         raise VideoError(f"truncated: the pixel data end within frame {n + 1}")
-    spans = [[(start + i * layout.size, layout.size)] for i in range(min(n, FRAMES + 1))]
-    return counted(NativeFrames(file, claims, spans, layout, big_endian and vr == "OW"), notes)
+    return counted(frames, notes)
 
 
 # ----------------------------------------------------------------------------------- reading frames
@@ -285,6 +304,29 @@ class NativeFrames(Frames):
             how = "one after the other" if other.planar else "pixel by pixel"
             notes.append(f"colours stored {how}, the header says otherwise")
 
+    def unevenness(self):
+        """Roughness of a few images, in whichever order of their components or bytes is smoother,
+        as a share of their contrast: comparable between layouts.
+
+        Colour planes are as smooth as grey frames, so the header decides between these.
+        """
+        orders = [self.layout]
+        if self.layout.samples == 3 and not self.layout.halved:
+            orders.append(replace(self.layout, planar=not self.layout.planar))
+        if self.layout.bytes > 1:
+            orders.append(replace(self.layout, big_endian=not self.layout.big_endian))
+        few, shares = [self.uncoded(i) for i in telling(self)], []
+        for order in orders:
+            rough = contrast = 0.0
+            for data in few:
+                image = order.components(data)
+                contrast += float(image.var(dtype=np.float32))
+                rough += pixels.roughness(image) if min(image.shape[:2]) > 1 else 0.0
+            if order.planar and order.samples == 3:
+                rough *= 0.5 if self.claims.planar else 2
+            shares.append(rough / contrast if contrast else np.inf)
+        return min(shares)
+
     def components(self, i):
         return self.layout.components(self.uncoded(i))
 
@@ -312,8 +354,9 @@ class CodedFrames(Frames):
         if stream is None and pixels.is_rle(data):
             c = claims
             stream = pixels.Stream("RLE", c.rows, c.columns, c.samples, c.allocated)
-        if stream is None or stream.samples not in (1, 3):
+        if stream is None:
             raise pixels.Broken("it is compressed in a way that is not known")
+        check_components(stream.samples)
         check_budget(1, stream.rows, stream.columns)
         self.size = self.size or (stream.rows, stream.columns)
         if self.size != (stream.rows, stream.columns) or not stream.rows * stream.columns:

@@ -377,6 +377,59 @@ def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
     assert notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
 
 
+@pytest.mark.parametrize("scene", ["speckle", "echo"])
+def test_the_pixels_decide_whether_the_layout_or_the_number_of_frames_is_wrong(tmp_path, scene):
+    """Whole frames fill the data both in the declared layout and in that of the declared number."""
+    frames = TRUTH
+    if scene == "echo":
+        frames = read(pydicom.examples.get_path("ybr_color"))[0][:6].astype(np.uint8)
+    grey = frames[..., 0]
+    y, b, r = np.moveaxis(np.stack([ybr(f) for f in frames]), 3, 0)
+    halved = np.stack([y[:, :, ::2], y[:, :, 1::2], b[:, :, ::2], r[:, :, ::2]], -1)
+    stored = {
+        "grey": (grey, {}),
+        "deep": (grey.astype(np.uint16) << 4, {"BitsStored": 12}),
+        "colour": (frames, {}),
+        "planar": (np.moveaxis(frames, 3, 1), {"PlanarConfiguration": 1}),
+        "halved": (halved, {}),
+    }
+    labels = {"grey": "MONOCHROME2", "deep": "MONOCHROME2", "halved": "YBR_FULL_422"}
+    for name, (data, tags) in stored.items():
+        truth, label = grey[..., None] if name in ("grey", "deep") else frames, labels.get(name)
+        for declared in (2, 3, 4, 9, 12, 18, 36):
+            like = data if name in ("grey", "deep") else frames
+            dataset = write_dicom(tmp_path / "a", like, label or "RGB", **tags)
+            dataset.PixelData, dataset.NumberOfFrames = data.tobytes(), declared
+            dataset.save_as(tmp_path / "a", enforce_file_format=True)
+            error, notes = error_of(tmp_path / "a", truth)
+            assert error < 3 and notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
+    for name, label, samples, bits in (
+        ("grey", "RGB", 3, 8),
+        ("grey", "MONOCHROME2", 1, 16),
+        ("deep", "MONOCHROME2", 1, 8),
+        ("deep", "RGB", 3, 8),
+        ("colour", "MONOCHROME2", 1, 8),
+        ("colour", "MONOCHROME2", 1, 16),
+        ("colour", "YBR_FULL_422", 3, 8),
+        ("halved", "YBR_FULL", 3, 8),
+    ):  # the number is right
+        dataset = write_dicom(tmp_path / "a", frames, label, SamplesPerPixel=samples)
+        dataset.PixelData, dataset.BitsAllocated = stored[name][0].tobytes(), bits
+        dataset.save_as(tmp_path / "a", enforce_file_format=True)
+        truth = grey[..., None] if name in ("grey", "deep") else frames
+        assert error_of(tmp_path / "a", truth)[0] < 3
+
+
+def test_pixels_of_four_components_are_refused(tmp_path):
+    """Unless the data are of three, and only the header says four."""
+    four = np.concatenate([TRUTH, TRUTH[..., :1]], -1)
+    write_dicom(tmp_path / "a", four, "RGB")
+    with pytest.raises(video.VideoError, match="pixels of 4 components"):
+        read(tmp_path / "a")
+    write_dicom(tmp_path / "a", TRUTH, "RGB", SamplesPerPixel=4)
+    assert error_of(tmp_path / "a") == (0, "frames of another size than the header says")
+
+
 def test_a_still_that_is_said_to_be_a_cine(tmp_path):
     """All frames in one fragment: decoders see the first alone, which is no plain still."""
     whole = b"".join(jpeg_of(frame, "YCbCr") for frame in TRUTH)
