@@ -298,30 +298,35 @@ def other_unit(label, units, others):
 def warn_of_suspicious(table, task, path, listener):
     """Values that may mean something else than they say; they are used as they are."""
     for label in task.outputs.of_kind("regression", "survival"):
-        y = table[label].dropna()
-        warn_of_one_and_two(label, y, path, listener)
-        codes = y.isin(missing_codes(y.to_numpy()))
-        rest = y[~codes]
-        small, large = rest[(rest > 0) & (rest <= 1)], rest[rest > 1]
-        mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 10 * small.max()
-        mixed = mixed and large.min() / 2 < 100 * small.median() < 2 * large.max()
-        percent = task.units.get(label, "").startswith("%")
-        for odd, text, remedy in (
-            (y[codes], "look like a code for 'missing'", "leave these cells empty"),
-            (rest[rest > 100 if percent else rest > np.inf], "are above 100 %", "correct them"),
-            (small if mixed else small[:0], "look like fractions among percentages", "use one"),
-            (
-                rest if percent and len(small) and rest.max() <= 1 else rest[:0],
-                "are 1 or less, though the unit is %",
-                "give them in percent, or mend the unit in the config",
-            ),
-        ):
-            if len(odd):
-                examples = cells_of(odd.map("{:g}".format), odd.index)
-                listener.warning(
-                    f"{path}, {label}: {len(odd)} values {text}: {examples}",
-                    f"{remedy}; they are taken as they are (valid_range of the task refuses some)",
-                )
+        unit, more = task.units.get(label, ""), " (valid_range of the task refuses some)"
+        warn_of_suspicious_values(label, table[label].dropna(), unit, path, listener, more)
+
+
+def warn_of_suspicious_values(label, y, unit, path, listener, more=""):
+    """The same of one measurement's known values, by study id; more: what a user can do."""
+    warn_of_one_and_two(label, y, path, listener)
+    codes = y.isin(missing_codes(y.to_numpy()))
+    rest = y[~codes]
+    small, large = rest[(rest > 0) & (rest <= 1)], rest[rest > 1]
+    mixed = len(small) and len(large) and large.max() <= 110 and large.min() > 10 * small.max()
+    mixed = mixed and large.min() / 2 < 100 * small.median() < 2 * large.max()
+    percent = unit.startswith("%")
+    for odd, text, remedy in (
+        (y[codes], "look like a code for 'missing'", "leave these cells empty"),
+        (rest[rest > 100 if percent else rest > np.inf], "are above 100 %", "correct them"),
+        (small if mixed else small[:0], "look like fractions among percentages", "use one"),
+        (
+            rest if percent and len(small) and rest.max() <= 1 else rest[:0],
+            "are 1 or less, though the unit is %",
+            "give them in percent, or mend the unit of the task",
+        ),
+    ):
+        if len(odd):
+            examples = cells_of(odd.map("{:g}".format), odd.index)
+            listener.warning(
+                f"{path}, {label}: {len(odd)} values {text}: {examples}",
+                f"{remedy}; they are taken as they are{more}",
+            )
 
 
 def warn_of_one_and_two(label, y, path, listener):

@@ -12,7 +12,7 @@ decoded anew.
 
 import hashlib
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,29 @@ class FrameCache:
             return place.with_suffix(".txt").read_bytes()[:-SEAL].decode()
         return "" if is_sealed(place) else None
 
+    def content(self, path):
+        """The checksum of a video's frames, as `fill` has found or made it; '' without frames."""
+        try:
+            with open_file(self.place(path)) as f:
+                f.seek(-SEAL, 2)
+                return f.read().decode()
+        except (OSError, VideoError):
+            return ""
+
+    def copies(self, videos):
+        """Lists of the names of videos with the same frames, blank ones apart. videos: DataFrame
+        with path and content; where checksums agree the frames are compared."""
+        sets = []
+        known = videos[videos["content"] != ""]
+        for _, alike in known[known["content"].duplicated(keep=False)].groupby("content"):
+            same = defaultdict(list)
+            for name, path in alike["path"].items():
+                frames = self.frames(path)
+                if np.ptp(frames) > BLANK:
+                    same[frames.shape, hashlib.sha256(frames).digest()].append(name)
+            sets += [names for names in same.values() if len(names) > 1]
+        return sets
+
     def digest(self, named):
         """SHA-256 of (name, path) pairs: of the names, and of paths, sizes and times."""
         lines = [f"{name} {self.key(path, 1)[2:]}.npy" for name, path in named]
@@ -148,6 +171,7 @@ class FrameCache:
 
 
 FORM = 2  # of the files; another is decoded anew
+BLANK = 16  # grey levels: frames that differ by no more show nothing
 SEAL = 8  # hex digits at the end of a file: the CRC-32 of what is before them
 
 

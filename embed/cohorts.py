@@ -20,7 +20,7 @@ import pandas as pd
 
 from common.console import RUN, UserError, nearest, printable, some
 from common.hdf5 import shortest_distinct
-from common.labels import one_form, warn_of_look_alikes
+from common.labels import one_form, warn_of_look_alikes, warn_of_suspicious_values
 from common.options import FOLDS
 from common.tables import MISSING, clean_ids, read_table, to_numbers
 from embed.panecho import TASKS
@@ -39,8 +39,8 @@ class VideoCohort:
     """The videos of a cohort, a row each.
 
     videos: index = the video's name in outputs; columns path, study, patient, split (train, val,
-    test, or the number of a fold). labels: same index, a column a task, NaN where missing; classes
-    are numbers from 0 in the order of `class_names`.
+    test, or the number of a fold) and, once decoded, content (a checksum). labels: same index, a
+    column a task, NaN where missing; classes are numbers from 0 in the order of `class_names`.
     """
 
     name: str
@@ -65,13 +65,20 @@ class VideoCohort:
 
     def digest(self):
         """SHA-256 of names, patients, folds and labels."""
-        table = self.videos.drop(columns="path").join(self.labels)
-        return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
+        return sha256_of(self.videos[["study", "patient", "split"]].join(self.labels))
+
+    def content_digest(self):
+        """SHA-256 of names and decoded frames; '' before these are known."""
+        return sha256_of(self.videos[["content"]].sort_index()) if "content" in self.videos else ""
 
     def without(self, names):
         """The cohort less some videos."""
         kept = ~self.videos.index.isin(list(names))
         return VideoCohort(self.name, self.tasks, self.videos[kept], self.labels[kept])
+
+
+def sha256_of(table):
+    return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
 
 
 def read_cohort(name, folder, tasks=(), listener=RUN):
@@ -98,12 +105,14 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
     refuse_twice(cells, file)
     cells["patient"] = one_form(cells["patient"], file, listener)
     warn_of_look_alikes(cells["patient"], file, listener)
+    tell_shared_studies(cells, file, listener)
     videos = cells[["path", "study", "patient", "split"]]
     cohort = VideoCohort(
         name, chosen, videos.set_axis(cells["name"]), labels.set_axis(cells["name"])
     )
     tell_overlaps(cohort, file, listener)
     tell_disagreements(cohort, file, listener)
+    tell_suspicious(cohort, file, listener)
     return with_labels_and_files(cohort, folder, listener)
 
 
@@ -194,7 +203,7 @@ def read_hospital(folder, listener, words):
             cells["patient"] = clean_ids(cells["patient"], path, listener)
             if blank := int(cells["patient"].isna().sum()):
                 text = f"{path}: {blank} rows have no patient"
-                listener.warning(text, "fill in; each accession counts as a patient of its own")
+                listener.warning(text, "fill in; an accession without any is a patient of its own")
         files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")
         cells["path"] = [
             os.path.normpath(folder / d / f) for d, f in zip(cells["video_dir"], files, strict=True)
@@ -209,7 +218,11 @@ def read_hospital(folder, listener, words):
             "a patient could be in two folds unseen",
             "add it to all tables, or to none where each accession is a patient of its own",
         )
-    cells["patient"] = cells["patient"].fillna(cells["study"]) if told else cells["study"]
+    if told:
+        of_study = cells.groupby("study")["patient"].transform("first")
+        cells["patient"] = cells["patient"].fillna(of_study).fillna(cells["study"])
+    else:
+        cells["patient"] = cells["study"]
     for study, paths in cells.groupby("study")["path"]:  # one name may be in two folders
         names = shortest_distinct([os.fsencode(path) for path in paths])
         cells.loc[paths.index, "name"] = [f"{study}/{name}" for name in names]
@@ -233,8 +246,10 @@ def refuse_odd_splits(cells, allowed, path):
 
 
 def refuse_twice(cells, file):
-    """UserError for a video or a name that stands twice: its labels or folds might differ."""
-    twice = cells[cells["path"].duplicated() | cells["name"].duplicated()]
+    """UserError for a video, however its path is spelled, or a name that stands twice: its labels
+    or folds might differ."""
+    files = cells["path"].map(os.path.realpath)
+    twice = cells[files.duplicated() | cells["name"].duplicated()]
     if len(twice):
         raise UserError(
             f"{file}: {len(twice)} videos stand twice, such as "
@@ -350,6 +365,17 @@ def tell_overlaps(cohort, file, listener):
             return
 
 
+def tell_shared_studies(cells, file, listener):
+    """An error for studies that several patients have: the folds are by patient."""
+    patients = cells.groupby("study")["patient"].nunique()
+    both = patients.index[patients > 1]
+    if len(both):
+        listener.error(
+            f"{file}: {len(both)} studies are of two patients: {some(map(printable, both))}",
+            "give the videos of a study one patient",
+        )
+
+
 def tell_disagreements(cohort, file, listener):
     """Labels in which the videos of a study differ; an error in tables of one's own."""
     n = cohort.labels.groupby(cohort.videos["study"]).nunique()
@@ -361,6 +387,46 @@ def tell_disagreements(cohort, file, listener):
             f"{file}, {label}: the videos of {len(both)} studies differ: {names}",
             "give a study one label; its results are compared with that of its first video",
         )
+
+
+def tell_suspicious(cohort, file, listener):
+    """Measurements that may mean something else than they say, in all folds or in one."""
+    studies = cohort.videos["study"]
+    for task in cohort.tasks:
+        if task["type"] != "regression":
+            continue
+        name, y = task["name"], cohort.labels[task["name"]].dropna()
+        by_study = y.groupby(studies[y.index]).first()
+        warn_of_suspicious_values(name, by_study, task.get("unit", ""), file, listener)
+        medians = y.groupby(cohort.videos["split"][y.index]).median()
+        sizes = medians.abs()
+        if len(sizes) and sizes.max() >= 10 * sizes.min() > 0:
+            listener.warning(
+                f"{file}, {name}: the medians of the folds are far apart: "
+                + ", ".join(f"{fold} {median:.3g}" for fold, median in medians.items()),
+                "give all folds in one unit; the values are taken as they are",
+            )
+
+
+def tell_copies(cohort, copies, listener=RUN):
+    """Videos that are the same pixels; an error in tables of one's own if they are of different
+    patients or folds. copies: lists of names."""
+    apart = []
+    for same in copies:
+        alike = cohort.videos.loc[same]
+        apart.append(alike["patient"].nunique() > 1 or alike["split"].nunique() > 1)
+    for tell, wanted, whose, remedy in (
+        (listener.error if cohort.by_metric else listener.warning, True,
+         "of different patients or folds are", "it may be in training and in the test"),
+        (listener.warning, False, "of one patient are", "it counts twice"),
+    ):  # fmt: skip
+        sets = [same for same, is_apart in zip(copies, apart, strict=True) if is_apart == wanted]
+        if sets:
+            pairs = some(" and ".join(map(printable, same[:3])) for same in sets)
+            tell(
+                f"{cohort.name}: {sum(map(len, sets))} videos {whose} the same pixels: {pairs}",
+                f"keep one of each in the tables: {remedy}",
+            )
 
 
 def with_labels_and_files(cohort, folder, listener):

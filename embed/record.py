@@ -111,6 +111,7 @@ class EncoderRecord(TaskList):
     started_sha256: Word = ""
     licence: Word = ""  # of what it started from
     labels_sha256: Word = ""  # of videos, patients, folds and labels
+    videos_sha256: Word = ""  # of the checksums of their decoded frames
     left_out: int = 0  # videos of val and test that what it started from has seen
     settings: dict[str, str | int | float | bool | list[str]] = Field({})
 

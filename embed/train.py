@@ -73,7 +73,7 @@ from embed.backbones import (
     draw_factors,
 )
 from embed.cache import ClipSampling, FrameCache, ahead
-from embed.cohorts import PEDIATRIC_FOLDS, read_cohort
+from embed.cohorts import PEDIATRIC_FOLDS, read_cohort, tell_copies
 from embed.losses import MultiTaskLoss, class_weights, fill_means
 from embed.panecho import (
     DOWNLOADED,
@@ -449,7 +449,8 @@ class Run:
             normalization=s.normalization, size=s.size, clip_len=s.clip_len, layers=s.n_layers,
             heads=s.n_heads, epoch=self.best_epoch, started_from=self.start.name,
             started_sha256=self.start.sha256, licence=self.start.licence,
-            labels_sha256=self.cohort.digest(), left_out=self.left_out, settings=settings,
+            labels_sha256=self.cohort.digest(), videos_sha256=self.cohort.content_digest(),
+            left_out=self.left_out, settings=settings,
         )  # fmt: skip
 
     def seen(self):
@@ -769,6 +770,8 @@ def difference(before, now):
     """What makes two records those of different runs, as text; '' where nothing does."""
     if before.labels_sha256 != now.labels_sha256:
         return "other tables, or other videos that can be used"
+    if before.videos_sha256 and before.videos_sha256 != now.videos_sha256:
+        return "other pixels in some video"
     pairs = {k: (before.settings.get(k), v) for k, v in now.settings.items()}
     pairs["start"] = before.started_sha256, now.started_sha256
     pairs["videos left out that the start has seen"] = before.left_out, now.left_out
@@ -875,7 +878,8 @@ def train(settings, world=None):
 
 
 def decoded(cohort, cache, settings, world):
-    """The cohort less the videos that cannot be decoded, each decoded once by some process."""
+    """The cohort less the videos that cannot be decoded, each decoded once by some process, and
+    with the checksums of the frames."""
     paths = list(cohort.videos["path"])
     reasons = cache.fill(
         paths[world.rank :: world.size], settings.num_workers, quiet=world.rank > 0
@@ -885,7 +889,12 @@ def decoded(cohort, cache, settings, world):
     if len(names):
         why = {name: reasons[cohort.videos.at[name, "path"]] for name in names}
         print(f"WARNING: {len(names)} videos cannot be used and are left out:{listed(why)}")
-    return cohort.without(names)
+    own = {path: cache.content(path) for path in paths[world.rank :: world.size]}
+    content = {k: v for part in world.gather(own) for k, v in part.items()}
+    cohort.videos = cohort.videos.assign(content=cohort.videos["path"].map(content))
+    cohort = cohort.without(names)
+    tell_copies(cohort, cache.copies(cohort.videos))
+    return cohort
 
 
 def main(argv=None):

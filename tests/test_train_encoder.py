@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -365,6 +366,43 @@ def test_cached_clips_are_the_frames(here, dynamic):
     os.utime(path, ns=(stamp, stamp))
 
 
+def test_copies_are_known_by_their_frames(tmp_path, dynamic, capsys):
+    """Under another name or folder; a blank video is no copy; what is moved stays the same."""
+    videos, store = dynamic / "Videos", cache.FrameCache(tmp_path / "frames", 32)
+    for name, source in (("a", "0X05"), ("b", "0X06"), ("c", "0X05"), ("d", "0X05")):
+        shutil.copy(videos / f"{source}.avi", tmp_path / f"{name}.avi")
+    for name in "ef":
+        write_video(tmp_path / f"{name}.avi", np.zeros((4, 32, 32, 3), np.uint8))
+    paths = [str(tmp_path / f"{name}.avi") for name in "abcdef"]
+    assert store.fill(paths, 1) == {}
+    content = [store.content(path) for path in paths]
+    assert content[0] == content[2] == content[3] != content[1] and content[4] == content[5]
+    assert store.content(tmp_path / "c.avi") and len(content[0]) == cache.SEAL
+    table = pd.DataFrame({"path": paths, "content": content}, list("abcdef"))
+    assert store.copies(table) == [["a", "c", "d"]]
+    table = table.assign(study=list("abcdef"), patient=list("PQPPRS"), split="train")
+    labels = pd.DataFrame({"EF": 50.0}, table.index)
+    for name, patient, split, wrong in (
+        ("hospital", "P", "train", ""),
+        ("hospital", "T", "train", "3 videos of different patients or folds are the same pixels"),
+        ("hospital", "P", "test", "a and c and d; keep one of each"),
+        ("echonetdynamic", "T", "test", ""),
+    ):
+        table.loc["c", ["patient", "split"]] = patient, split
+        cohort = cohorts.VideoCohort(name, [], table, labels)
+        if wrong:
+            with pytest.raises(UserError, match=wrong):
+                cohorts.tell_copies(cohort, store.copies(table))
+        else:
+            cohorts.tell_copies(cohort, store.copies(table))
+            assert "WARNING: " + name in capsys.readouterr().out
+    before, digest = cohort.content_digest(), cohort.digest()
+    cohort.videos = table.assign(path="elsewhere").iloc[::-1]
+    assert cohort.content_digest() == before
+    cohort.videos = table.assign(content=[*content[:5], "other"])
+    assert cohort.content_digest() != before and cohort.digest() == digest
+
+
 @pytest.mark.parametrize("damage", ["a bit", "no frames", "cut", "zeros", "empty", "a pipe"])
 def test_damaged_frames_and_reasons_are_made_anew(tmp_path, dynamic, damage):
     """Whatever became of a file of the cache, the next run trains on the same pixels."""
@@ -660,6 +698,37 @@ def test_hospital_tables(here, hospital):
     assert "LVSize: the videos of 1 studies differ: val0" in str(heard.findings)
 
 
+def test_slips_in_hospital_tables(here, hospital):
+    """A study of two patients, codes for missing, folds in two units, a video by two paths."""
+    whole = {split: pd.read_csv(f"site/{split}.csv") for split in ("train", "val", "test")}
+
+    def heard(**changes):
+        listener = Collected()
+        for split, table in (whole | changes).items():
+            table.to_csv(f"site/{split}.csv", index=False)
+        cohorts.read_cohort("hospital", "site", ("EF",), listener)
+        return str(listener.findings)
+
+    plain = heard()
+    assert "medians" not in plain and "look like" not in plain and "two patients" not in plain
+    train_, val = whole["train"], whole["val"]
+    said = heard(val=val.assign(EF=val["EF"].where(val["EF"] < 0, val["EF"] / 100)))
+    assert "EF: the medians of the folds are far apart: test" in said
+    odd = train_.assign(EF=train_["EF"].mask(train_["acc_num"] == "train1", 999))
+    assert "EF: 1 values look like a code for 'missing': 999 (study train1)" in heard(train=odd)
+    patients = {k: t.assign(patient=t["acc_num"]) for k, t in whole.items()}
+    patients["test"].loc[0, "patient"] = "other"
+    assert "1 studies are of two patients: test0" in heard(**patients)
+    patients["test"].loc[0, "patient"] = None  # known by the other row
+    assert "two patients" not in heard(**patients)
+    Path("site/links").symlink_to("vids")
+    for folder in ("links", str(here / "site" / "vids")):
+        twice = whole["test"].copy()
+        twice.loc[0, ["fname", "video_dir"]] = "train0_0.avi", folder
+        with pytest.raises(UserError, match="stand twice"):
+            heard(test=twice)
+
+
 def test_going_on(cli, here, dynamic):
     """What would change the meaning of a run's weights, or the pace they were learnt at."""
     task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
@@ -668,6 +737,9 @@ def test_going_on(cli, here, dynamic):
         for unit in ("mm", "cm", "")
     )
     assert train.difference(in_mm, in_cm) == "the unit of EF = mm, not cm"
+    pixels = [in_mm.model_copy(update={"videos_sha256": x}) for x in "ab"]
+    assert train.difference(*pixels) == "other pixels in some video"
+    assert train.difference(in_mm, pixels[0]) == ""  # of an older version
     assert train.difference(in_mm, unsaid) == train.difference(unsaid, in_mm) == ""
     table = pd.read_csv(dynamic / "FileList.csv")
     write_list(here / "dyn", table.assign(EF=np.arange(len(table)) % 3))
