@@ -33,6 +33,7 @@ from embed.frames import (
     fragments,
     frames_of,
     number,
+    palette_of,
     pixel_element,
     text,
 )
@@ -372,7 +373,7 @@ class SeriesFrames(Frames):
 
     def __init__(self, paths, notes):
         super().__init__(None, None, paths)
-        self.notes = notes
+        self.notes, self.traits = notes, None
 
     @contextmanager
     def opened(self, i, notes=None):
@@ -381,7 +382,9 @@ class SeriesFrames(Frames):
             check_kind(header, [] if notes is None else notes)
             frames = frames_of(file, header, [])
             self.claims = self.claims or frames.claims
-            if len(frames) > 1 or alike(frames.claims) != alike(self.claims):
+            traits = traits_of(header, frames.claims)
+            self.traits = self.traits or traits
+            if len(frames) > 1 or traits != self.traits:
                 raise VideoError("a series of unlike images")
             frames.listener = self.listener
             yield header, frames
@@ -399,8 +402,14 @@ class SeriesFrames(Frames):
             return frames.bgr(0, reading)
 
 
-def alike(claims):
-    return (claims.rows, claims.columns, claims.samples, claims.photometric)
+def traits_of(header, claims):
+    """What images must have in common to be read in one way."""
+    palette = palette_of(header, claims)
+    if palette:
+        first, table, bits = palette
+        palette = first, hashlib.sha256(table.tobytes()).digest(), bits
+    shape = (claims.rows, claims.columns, claims.samples, claims.photometric)
+    return (*shape, claims.allocated, claims.stored, palette)
 
 
 def iter_series(paths, notes):

@@ -407,14 +407,19 @@ class CodedFrames(Frames):
         return super().bgr(i, reading)
 
 
+def palette_of(header, claims):
+    """As `pixels.read_palette`; None where the pixels need none. VideoError."""
+    if claims.photometric != "PALETTE COLOR":
+        return None
+    try:
+        return pixels.read_palette(header, header.file_meta.TransferSyntaxUID == BIG_ENDIAN)
+    except Exception as error:  # numpy and pydicom raise many kinds on malformed palettes
+        raise VideoError("unreadable palette") from error
+
+
 def choose_reading(frames, header, notes):
     """The `pixels.Reading` of all frames, from a few of them. VideoError."""
-    claims, n, palette = frames.claims, len(frames), None
-    if claims.photometric == "PALETTE COLOR":
-        try:
-            palette = pixels.read_palette(header, header.file_meta.TransferSyntaxUID == BIG_ENDIAN)
-        except Exception as error:  # numpy and pydicom raise many kinds on malformed palettes
-            raise VideoError("unreadable palette") from error
+    claims, n, palette = frames.claims, len(frames), palette_of(header, frames.claims)
     numbers = telling(frames)
     frames.arrange(numbers, notes)
     samples = [frames.sample(i) for i in numbers]

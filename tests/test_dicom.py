@@ -578,6 +578,33 @@ def test_stills_are_no_cine(tmp_path):
         read(paths)
 
 
+@pytest.mark.parametrize("differ", ["depth", "allocated", "palette", "nothing"])
+def test_a_series_of_images_that_need_different_readings_is_refused(tmp_path, differ):
+    """It was read by the first one's depth and palette."""
+    paths = []
+    for i, frame in enumerate(np.concatenate([TRUTH[:, :, :, 0]] * 2)):
+        odd, tags = i % 2, {}
+        stored = frame[None].astype(np.uint16)
+        if differ == "depth":
+            stored, tags = stored << 4 * odd, {"BitsStored": 8 + 4 * odd, "HighBit": 7 + 4 * odd}
+        elif differ == "allocated":
+            stored = stored.astype(np.uint8) if odd else stored << 8
+        else:
+            table = np.arange(256) * (200 - 10 * i if differ == "palette" else 200) // 200
+            for colour in ("Red", "Green", "Blue"):
+                tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+                tags[f"{colour}PaletteColorLookupTableData"] = table.astype(np.uint8).tobytes()
+            stored = frame[None]
+        label = "PALETTE COLOR" if "RedPaletteColorLookupTableData" in tags else "MONOCHROME2"
+        paths.append(tmp_path / str(i))
+        write_dicom(paths[-1], stored, label, InstanceNumber=i + 1, **tags)
+    if differ == "nothing":
+        assert len(read(paths)[0]) == 12
+        return
+    with pytest.raises(video.VideoError, match="a series of unlike images"):
+        read(paths)
+
+
 def test_header_facts_of_odd_files(tmp_path):
     """Never an exception, nor a text that could harm what it is written to, nor a wait."""
     (tmp_path / "text").write_text("hello")
