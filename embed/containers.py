@@ -7,25 +7,29 @@ How many frames there are is what decodes: a container's own count is a guess of
 
 import os
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from embed.source import VideoError, check_budget, open_file
+from embed.source import FRAMES, VideoError, check_budget, open_file
 
 # FFmpeg might follow what a file refers to; a video is one file. So it may open files alone, and
 # none as a playlist, a list of images or a script: these demuxers read what they are given.
 DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegts,mpegvideo,m4v,h264,hevc"
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"protocol_whitelist;file|format_whitelist;{DEMUXERS}"
 
+RETRIES = 32  # reads after one that fails, before it is taken for the end
+AVI_CHUNKS = 20 * FRAMES  # looked at, of frames and sound
 NO_VIDEO = "cannot be opened as a video"
 
 
 def iter_container(path, notes):
     """Decode a video file front to back: yields uint8 (H, W, 3) BGR; notes: see `iter_frames`.
 
-    Raises VideoError when nothing or one frame decodes, or the file was cut short.
+    Raises VideoError when nothing, one frame or less than half decodes before a damaged one, or the
+    file was cut short.
     """
     import cv2
 
@@ -43,17 +47,25 @@ def iter_container(path, notes):
                 n += 1
                 check_budget(n, *frame.shape[:2])
                 yield frame
+            there = with_those_after(capture, n)
         finally:
             capture.release()
     agrees = abs(n - declared) <= max(2, declared // 50)  # containers round their count
+    if not agrees and (held := avi_frames(path)) > n + max(2, held // 50):
+        there = max(there, held)
     if (n < 2 or not agrees or has_no_count(path)) and is_cut_short(path):
         raise VideoError(f"truncated: the file breaks off, {n} frames decode")
+    damage = f"damaged: decoding stops after {n} of {there} frames"
+    if n < there / 2:
+        raise VideoError(damage)
     if n == 0:
         raise VideoError("no frame can be decoded")
     if n == 1:
         many = declared > 1
         raise VideoError(f"one frame of {declared} decodes: damaged" if many else "still image")
-    if not agrees and declared > 0:
+    if there > n:
+        notes.append(damage)
+    elif not agrees and declared > 0:
         notes.append(f"the container's count of frames is wrong: {n} decode")
 
 
@@ -89,6 +101,44 @@ def lies_bottom_up(path):
         head = f.read(1 << 16)
     at = head.find(b"strf", head.find(b"vids")) + 16
     return head[:4] == b"RIFF" and int.from_bytes(head[at : at + 4], "little", signed=True) > 0
+
+
+def with_those_after(capture, n):
+    """How many frames there are, where n decode and then one does not: n if nothing follows it."""
+    there, more, failed = n, 0, 0
+    while failed < RETRIES and more < FRAMES:
+        if capture.grab():
+            more, failed = more + 1, 0
+            there = n + 1 + more
+        else:
+            failed += 1
+    return there
+
+
+def avi_frames(path):
+    """Frames that an AVI file holds, empty ones (which repeat the last) not counted; 0 for others.
+
+    The largest number of chunks of a video stream in the lists 'movi'.
+    """
+    streams = Counter()
+    with open_file(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if f.read(4) != b"RIFF":
+            return 0
+        at = 0
+        for _ in range(AVI_CHUNKS):
+            f.seek(at)
+            head = f.read(12)
+            if at + 8 > size or len(head) < 8:
+                break
+            if head[:4] == b"RIFF" or (head[:4] == b"LIST" and head[8:] in (b"movi", b"rec ")):
+                at += 12  # into it
+                continue
+            length = int.from_bytes(head[4:8], "little")
+            if head[2:4] in (b"dc", b"db") and length:
+                streams[head[:2]] += 1
+            at += 8 + length + length % 2
+    return max(streams.values(), default=0)
 
 
 @contextmanager

@@ -361,11 +361,13 @@ def iter_stream(file, header, notes):
             stream.write(file.read(size))
         stream.flush()
         path, n = Path(f"/proc/self/fd/{stream.fileno()}" if nameless else stream.name), 0
-        for frame in iter_container(path, []):
+        found = []
+        for frame in iter_container(path, found):
             n += 1
             yield frame
     if n != number(header, "NumberOfFrames"):
         notes.append(f"NumberOfFrames is wrong: {n} frames decode")
+    notes.extend(note for note in found if note.startswith("damaged"))
 
 
 class SeriesFrames(Frames):

@@ -190,6 +190,30 @@ def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
     assert (np.load(tmp_path / "a.npy") == frames).all()
 
 
+@pytest.mark.parametrize("fourcc", ["MJPG", "MPNG"])
+def test_a_damaged_frame_amid_an_avi(tmp_path, fourcc):
+    """Decoding stops there: refused before half of the frames, else noted."""
+    path = tmp_path / "a.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 30, (80, 60))
+    for frame in moving_square():
+        writer.write(frame)
+    writer.release()
+    data, at, starts = path.read_bytes(), 0, []
+    while (at := data.find(b"00dc", max(at + 4, data.index(b"movi")), data.rindex(b"idx1"))) > 0:
+        starts.append(at + 8)
+    assert len(starts) == 20 == len(video.read_frames(path))
+    for i, refused in ((5, True), (15, False)):
+        odd = bytearray(data)
+        odd[starts[i] : starts[i + 1] - 8] = bytes(starts[i + 1] - 8 - starts[i])
+        path.write_bytes(odd)
+        notes, said = [], f"damaged: decoding stops after {i} of 20 frames"
+        if refused:
+            with pytest.raises(video.VideoError, match=said):
+                video.read_frames(path)
+        else:
+            assert len(list(video.iter_frames(path, notes))) == i and notes == [said]
+
+
 def test_names_that_are_no_text_nor_a_pattern(tmp_path):
     phantom.write_video(tmp_path / "a.avi", moving_square())
     for name in (b"caf\xe9.avi", b"%03d.avi", "e\u0301.avi".encode()):
