@@ -28,6 +28,7 @@ from embed.containers import iter_container
 from embed.frames import (
     BIG_ENDIAN,
     NATIVE,
+    OVERLAY_BITS,
     Frames,
     choose_reading,
     fragments,
@@ -79,7 +80,7 @@ def is_dicom(path):
 TAGS = (
     "SOPClassUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
     "PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001,
+    "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001, *OVERLAY_BITS,
     *(f"{segmented}{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")
       for segmented in ("", "Segmented")),
     *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),

@@ -19,6 +19,7 @@ NATIVE_PIECES = "1.2.840.10008.1.2.1.98"  # uncompressed, each frame a fragment
 RLE = "1.2.840.10008.1.2.5"
 FRAGMENTS = 40 * FRAMES  # pieces of compressed frames, at most
 UNDEFINED = 0xFFFFFFFF
+OVERLAY_BITS = tuple(0x60000102 + (i << 17) for i in range(16))  # OverlayBitPosition
 
 
 def number(header, name):
@@ -47,6 +48,7 @@ class Claims:
     samples: int
     allocated: int  # bits of a component
     stored: int
+    overlays: tuple  # bits of a component that hold an overlay
     planar: bool
     photometric: str
 
@@ -71,6 +73,9 @@ class Claims:
             samples=max(1, number(header, "SamplesPerPixel") or 1),
             allocated=allocated,
             stored=number(header, "BitsStored") or allocated,
+            overlays=tuple(
+                bit for tag in OVERLAY_BITS if 0 < (bit := number(header, tag) or 0) < 32
+            ),
             planar=number(header, "PlanarConfiguration") == 1,
             photometric=photometric,
         )
@@ -426,13 +431,10 @@ def choose_reading(frames, header, notes):
     if isinstance(frames, CodedFrames) and frames.size != (claims.rows, claims.columns):
         notes.append("frames of another size than the header says")
 
-    def largest(swapped):
-        every = (frames.components(i) for i in range(n))
-        return max(int((c.byteswap() if swapped else c).max()) for c in every)
-
     reading = pixels.choose_reading(
-        claims.photometric, samples, claims.stored, palette, largest, notes
-    )
+        claims.photometric, samples, claims.stored, claims.overlays, palette,
+        lambda: (frames.components(i) for i in range(n)), notes,
+    )  # fmt: skip
     if all(reading.bgr(frames.sample(i)).max() < pixels.BLACK for i in [*numbers, *range(n)]):
         raise VideoError("no image: all is black")
     return reading

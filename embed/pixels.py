@@ -269,6 +269,7 @@ class Reading:
     swapped: bool = False  # the bytes of a component are the other way round
     palette: np.ndarray | None = None  # uint8 (N, 3) BGR of component values from `first`
     first: int = 0
+    mask: int = -1  # the bits of a component that are of the image
 
     def bgr(self, components):
         """(H, W) or (H, W, 3) components -> uint8 (H, W, 3) BGR."""
@@ -276,6 +277,7 @@ class Reading:
 
         if self.swapped:
             components = components.byteswap()
+        components = masked(components, self.mask)
         if self.colour == "palette":
             entries = components.astype(np.int64) - self.first
             return self.palette[entries.clip(0, len(self.palette) - 1)]
@@ -309,25 +311,29 @@ NAMES = {
 }  # fmt: skip
 
 
-def choose_reading(photometric, samples, stored, palette, largest, notes):
+def choose_reading(photometric, samples, stored, overlays, palette, every, notes):
     """The Reading of a file: the declared one, unless the pixels say otherwise (then with a note).
 
-    samples: components of a few frames; stored: bits of a component, as declared; palette: see
-    `read_palette`, or None; largest: function of 'are the bytes swapped' that gives the largest
-    component of all frames. VideoError where no reading makes an echo of them.
+    samples: components of a few frames; stored: bits of a component, as declared; overlays: bits
+    that hold other things, as declared; palette: see `read_palette`, or None; every: function that
+    yields the components of all frames. VideoError where no reading makes an echo of them.
     """
     declared = DECLARED[photometric][samples[0].ndim == 2]
+    swapped, shift, mask = byte_order(samples), 0, -1
+    if samples[0].itemsize > 1:
+        claimed = min(stored, 8 * samples[0].itemsize)
+        mask, largest = image_bits(every, swapped, claimed, overlays, notes)
     if declared == "palette":
         first, table, bits = palette
         table = table.byteswap() if byte_order([table]) else table
         shift = excess_bits(int(table.max()), bits, "palette", notes)
         colours = (table >> shift).clip(0, 255).astype(np.uint8)[:, ::-1]
-        return Reading("palette", swapped=byte_order(samples), palette=colours, first=first)
-    swapped, shift = byte_order(samples), 0
+        return Reading("palette", swapped=swapped, palette=colours, first=first, mask=mask)
     if samples[0].itemsize > 1:
-        claimed = min(stored, 8 * samples[0].itemsize)
-        shift = excess_bits(largest(swapped), claimed, "pixels", notes)
-    readings = [Reading(colour, shift, swapped) for colour in (declared, OTHER[declared])]
+        shift = excess_bits(largest, claimed, "pixels", notes)
+    readings = [
+        Reading(colour, shift, swapped, mask=mask) for colour in (declared, OTHER[declared])
+    ]
     return choose_colour(readings, samples, notes)
 
 
@@ -352,6 +358,44 @@ def share_without_colour(pixels):
     """The share of pixels, uint8 (n, 3), that are near black or near grey."""
     brightest = pixels.max(1)
     return ((brightest <= DARK) | (brightest - pixels.min(1) <= COLOURLESS)).mean()
+
+
+FEW = 0.02  # of the pixels: a graphic, where more would be the image
+
+
+def image_bits(every, swapped, claimed, overlays, notes):
+    """(mask of the bits that are of the image, the largest component of all frames under it).
+
+    Left out are bits beyond the claimed ones in which an overlay is declared, and all of them
+    where they are the same throughout, or set in few pixels whose edges vanish without.
+    """
+    usual = ~sum(1 << bit for bit in set(overlays) if bit >= claimed)
+    inner = (1 << claimed) - 1
+    union, common, largest, inside, few, n = 0, -1, 0, 0, 0, 0
+    rough, without = 0.0, 0.0
+    for components in every():
+        components = masked(components.byteswap() if swapped else components, usual)
+        union |= int(np.bitwise_or.reduce(components, axis=None))
+        common &= int(np.bitwise_and.reduce(components, axis=None))
+        largest, n = max(largest, int(components.max())), n + components.size
+        stored = masked(components, inner)
+        inside, beyond = max(inside, int(stored.max())), components != stored
+        few += np.count_nonzero(beyond)
+        for axis in (0, 1) if beyond.any() else ():
+            edges = np.diff(beyond, axis=axis)
+            rough += (np.diff(components.astype(float), axis=axis)[edges] ** 2).sum()
+            without += (np.diff(stored.astype(float), axis=axis)[edges] ** 2).sum()
+    graphic = few < FEW * n and without < rough / 4
+    if union > inner and (union >> claimed == common >> claimed or graphic):
+        notes.append(f"bits beyond the {claimed} of the image left out")
+        return inner, inside
+    return usual, largest
+
+
+def masked(components, mask):
+    """The components' bits that are in the mask too."""
+    most = np.iinfo(components.dtype).max
+    return components if mask & most == most else components & components.dtype.type(mask & most)
 
 
 def excess_bits(largest, claimed, what, notes):

@@ -377,6 +377,36 @@ def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
     assert notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
 
 
+@pytest.mark.parametrize("bit", [12, 15, 8])
+@pytest.mark.parametrize("over", ["few", "declared", "all"])
+def test_bits_beyond_those_of_the_image_are_left_out(tmp_path, over, bit):
+    """An overlay within the pixels, declared or not, or a bit that is always set."""
+    stored = 8 if bit == 8 else 12
+    deep = TRUTH[..., 0].astype(np.uint16) << (stored - 8)
+    where = np.s_[:, 10:12, 10:60] if over == "few" else np.s_[:, 10:] if over != "all" else ...
+    deep[where] |= np.uint16(1 << bit)
+    dataset = write_dicom(tmp_path / "a", deep, "MONOCHROME2", BitsStored=stored)
+    if over == "declared":
+        dataset.add_new(0x60020100, "US", 16)
+        dataset.add_new(0x60020102, "US", bit)
+        dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    error, notes = error_of(tmp_path / "a", TRUTH[..., :1])
+    assert error == 0
+    said = "" if over == "declared" else f"bits beyond the {stored} of the image left out"
+    assert notes == said
+
+
+def test_few_bright_pixels_of_an_understated_depth_are_kept(tmp_path):
+    """They are bright where their surroundings are: no overlay."""
+    y, x = np.mgrid[:120, :160]
+    spot = 3000 * np.exp(-((y - 60) ** 2 + (x - 80) ** 2) / 40)
+    frames = np.stack([np.roll(spot, i, 1) for i in range(6)]).astype(np.uint16)
+    assert 0 < (frames >= 1024).mean() < pixels.FEW
+    write_dicom(tmp_path / "a", frames, "MONOCHROME2", BitsStored=10)
+    error, notes = error_of(tmp_path / "a", (frames >> 4)[..., None])
+    assert error == 0 and notes == "pixels of 12 bits, the header says otherwise"
+
+
 @pytest.mark.parametrize("scene", ["speckle", "echo"])
 def test_the_pixels_decide_whether_the_layout_or_the_number_of_frames_is_wrong(tmp_path, scene):
     """Whole frames fill the data both in the declared layout and in that of the declared number."""
