@@ -75,7 +75,7 @@ def one_patient(rng, here, base):
 def huge_values(rng, here, base):
     size = float(rng.choice([1e308, 1e300, 1e160, 1e38, 1e12, 1e9, 1e-300, 5e-324]))
     table = cohort(here, base)
-    table["finding"] = np.linspace(1, 2, len(table)) * size / 2
+    table["finding"] = np.linspace(0.5, 1, len(table)) * size
     if rng.random() < 0.5:
         table["finding"] *= np.where(np.arange(len(table)) % 2, 1, -1)
     return train(table, boxcox=["finding"] if rng.random() < 0.5 else [])
