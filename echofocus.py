@@ -1556,7 +1556,7 @@ class Training:
         self.thresholds, self.hazards = before.thresholds, before.hazards
         if self.finished:
             self.settings = self.settings.model_copy(update={"target": before.settings.target})
-            print(f"{self.folder} is trained to its end: what was changed has no effect")
+            print(f"{self.folder} is trained to its end: other options have no effect")
             return
         begun = f" and {self.position.studies} studies" if self.position.studies else ""
         print(f"resuming {self.folder} after epoch {self.epoch}{begun}")

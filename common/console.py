@@ -320,8 +320,9 @@ class Threads(ThreadPoolExecutor):
 def is_out_of_memory(error):
     """Whether Python, numpy or torch found no memory; torch and oneDNN say it in words alone."""
     words = ("allocate memory", "out of memory", "can't start new thread")
-    words += ("could not create a primitive",)
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    text = str(error)
+    found = any(word in text for word in words) or text.endswith("could not create a primitive")
+    return isinstance(error, MemoryError) or found
 
 
 def some(names, n=3):

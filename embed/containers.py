@@ -73,7 +73,7 @@ def pictures(capture, path):
     """The frames of an open capture, up to the first that does not decode.
 
     Uncompressed pixels that lie bottom up, as most programs write them, are turned here: OpenCV
-    (4.12 to 5.0 at least) writes beyond its memory over them and ends the process.
+    (4.13 to 5.0) writes beyond its memory over them and ends the process.
     """
     import cv2
 
