@@ -132,14 +132,18 @@ def against_rest(logits, groups):
 
 
 def study_losses(logits, targets, outputs):
-    """Loss of each study (S,): the mean over its labels that are not missing (NaN); 0 if all are.
+    """Loss of each study (S,): the sum over its known labels, divided by the number of all labels.
+
+    A missing label (NaN) adds 0. Dividing by the number of known labels instead would weigh a label
+    more in studies where others are missing, and bias its probabilities where missingness is
+    informative.
 
     logits (S, O), targets (S, C) and outputs as in `common.outputs`. Of survival the S studies are
     those of one step: the loss of one depends on them all.
     """
     known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
     each = losses_of_labels(logits, targets, outputs)
-    return (each * known).sum(1) / known.sum(1).clamp(min=1)
+    return (each * known).sum(1) / len(outputs.labels)
 
 
 def losses_of_labels(logits, targets, outputs):

@@ -11,6 +11,7 @@ import echofocus as ef
 from common import labels as lb
 from common import packed
 from common.outputs import Outputs
+from common.study_model import study_losses
 
 N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
@@ -72,16 +73,27 @@ def test_training_mode_drops_out():
     assert not torch.allclose(net(x, [6])[0], net(x, [6])[0])
 
 
-def test_missing_labels_do_not_touch_the_loss():
+def test_study_loss_by_hand():
+    """A missing label adds nothing; the sum is divided by the number of all labels."""
     logits = torch.tensor([[2.0, -1.0], [0.5, 3.0]])
     targets = torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan]])
-    expected = nn.functional.softplus(torch.tensor(-2.0))  # -log sigmoid(2)
-    assert torch.allclose(
-        ef.study_losses(logits, targets, Outputs.of("ab", "binary")),
-        torch.stack([expected, torch.tensor(0.0)]),
-    )
-    squared = ef.study_losses(logits, targets, Outputs.of("ab", "regression"))
-    assert torch.allclose(squared, torch.tensor([1.0, 0.0]))
+    expected = nn.functional.softplus(torch.tensor(-2.0)) / 2  # -log sigmoid(2)
+    losses = study_losses(logits, targets, Outputs.of("ab", "binary"))
+    assert torch.allclose(losses, torch.stack([expected, torch.tensor(0.0)]))
+    squared = study_losses(logits, targets, Outputs.of("ab", "regression"))
+    assert torch.allclose(squared, torch.tensor([0.5, 0.0]))
+
+
+def test_labels_missing_where_another_is_absent_do_not_bias_it():
+    """A is known everywhere and present in half, nine labels are known only where A is present:
+    the constant probability of A with the least loss is 0.5 (0.09 if divided by known labels)."""
+    outputs = Outputs.of("abcdefghij", "binary")
+    targets = torch.full((40, 10), torch.nan)
+    targets[:20, 0], targets[20:, 0] = 1, 0
+    targets[:20, 1:] = (torch.arange(180).reshape(20, 9) % 2).float()
+    logits = torch.zeros(10, requires_grad=True)
+    study_losses(logits.expand(40, 10), targets, outputs).mean().backward()
+    assert abs(logits.grad[0]) < 1e-7
 
 
 def test_published_scaling_of_labels():
