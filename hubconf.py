@@ -23,6 +23,6 @@ def PanEcho(
     activations: probabilities for classification tasks; False for raw outputs.
     clip_len: frames per clip; other lengths work too, as frame positions are computed.
     """
-    from embed.panecho import build
+    from echofocus_core.video.panecho import build
 
     return build(pretrained, image_encoder_only, backbone_only, tasks, activations, clip_len)

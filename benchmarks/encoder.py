@@ -23,12 +23,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe, matmul_rate, synchronise
-from common.console import Parser, progress
-from common.world import World
-from embed import train
-from embed.cache import ClipSampling, FrameCache
-from embed.cohorts import read_cohort
-from embed.phantom import phantom_cine, write_video
+from echofocus_core.base.console import Parser, progress
+from echofocus_core.base.world import World
+from echofocus_core.encoder import train
+from echofocus_core.encoder.cohorts import read_cohort
+from echofocus_core.video.cache import ClipSampling, FrameCache
+from echofocus_core.video.phantom import phantom_cine, write_video
 
 FLOP = 8.91e9  # an image of 224x224, forward
 LINE = "--cohort echonetdynamic --data_dir data --output_dir run --model_name frame_transformer "

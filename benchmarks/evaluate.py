@@ -20,8 +20,8 @@ from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.machine import describe, peak_memory
-from report import metrics as mt
-from report import statistics as st
+from echofocus_core.study import metrics as mt
+from echofocus_core.study import statistics as st
 
 CUT = 0.2  # the threshold of all findings
 

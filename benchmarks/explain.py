@@ -2,7 +2,7 @@
 
 Seconds a study and convergence error, for one label and for all, on one study of clip embeddings.
 The published way is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
-and one step at a time. Ours is `report.attribution.integrated_gradients`. Both take turns, so that
+and one step at a time. Ours is `study.attribution.integrated_gradients`. Both take turns, so that
 a noisy machine hits them alike. The trained model learns planted patterns here, in a minute; the
 random one is as torch begins it, without training.
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import echofocus as ef
 from benchmarks.machine import describe, timed
-from report import attribution
+from echofocus_core.base.options import Settings
+from echofocus_core.study import attribution
+from echofocus_core.study.network import StudyModel
 
 D, LABELS = 768, 22
 
@@ -40,7 +41,7 @@ def make_studies(n, videos, clips, seed):
 
 def make_model(depth, device, trained):
     torch.manual_seed(0)
-    net = ef.StudyModel(LABELS, depth=depth).to(device)
+    net = StudyModel(LABELS, depth=depth).to(device)
     if trained:
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3 / depth)
         bags, labels = make_studies(512, (4, 9), 4, seed=1)
@@ -63,9 +64,9 @@ def compare(net, bag, columns, repeats):
     ways = {
         "published": (
             attribution.published_gradients,
-            ef.Settings(explain_method="riemann_right", explain_steps=64, batch_size=1),
+            Settings(explain_method="riemann_right", explain_steps=64, batch_size=1),
         ),
-        "ours": (attribution.integrated_gradients, ef.Settings()),
+        "ours": (attribution.integrated_gradients, Settings()),
     }
     seconds, errors = {name: [] for name in ways}, {}
 

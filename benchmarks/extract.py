@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe, matmul_rate, peak_memory, timed
-from embed import extract, panecho, phantom, video
-from embed.studies import find_studies
+from echofocus_core.video import decode as video
+from echofocus_core.video import extract, panecho, phantom
+from echofocus_core.video.studies import find_studies
 
 SAMPLING = video.Sampling()
 

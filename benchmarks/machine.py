@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from embed.panecho import can_pack
+from echofocus_core.video.panecho import can_pack
 
 
 def describe(device):

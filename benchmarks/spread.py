@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import echofocus as ef
 from benchmarks.machine import describe
-from common.console import progress
-from embed import extract, phantom
-from report import demo
+from echofocus_core.base.console import progress
+from echofocus_core.report import demo
+from echofocus_core.video import extract, phantom
 
 LABELS = {"ef": "EF", "defect": "VSD"}  # task -> label
 

@@ -24,11 +24,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import echofocus as ef
 from benchmarks.machine import describe, matmul_rate, synchronise
-from common.console import progress
-from common.outputs import Outputs
-from embed.store import checksum, open_folder, open_store
+from echofocus_core.base.console import progress
+from echofocus_core.base.options import Settings
+from echofocus_core.study.loop import plan_batches, read_batches, run_steps, run_studies
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video.store import checksum, open_folder, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [f"label{i}" for i in range(22)]
@@ -136,7 +138,7 @@ class Ways:
 
 def network(depth, kind, device):
     torch.manual_seed(0)
-    ours = ef.StudyModel(len(LABELS), kind, depth).to(device)
+    ours = StudyModel(len(LABELS), kind, depth).to(device)
     published = Published(depth, kind).to(device)
     published.load_state_dict(ours.state_dict())
     return ours, published
@@ -144,7 +146,7 @@ def network(depth, kind, device):
 
 def settings_for(precision, tokens):
     dropout = dict(clip_dropout=CLIP_DROPOUT, batch_number=STEP)
-    return ef.Settings(precision=precision, batch_tokens=tokens, **dropout)
+    return Settings(precision=precision, batch_tokens=tokens, **dropout)
 
 
 def measure_compute(folder, store, eids, targets, args, ways):
@@ -161,12 +163,12 @@ def measure_compute(folder, store, eids, targets, args, ways):
     def train(precision):
         settings, optimizer = settings_for(precision, args.tokens), optimizers[precision]
         return lambda part: list(
-            ef.run_steps(ours, store, part, settings, optimizer=optimizer, **common)
+            run_steps(ours, store, part, settings, optimizer=optimizer, **common)
         )
 
     def predict(precision):
         settings = settings_for(precision, args.tokens)
-        return lambda part: ef.run_studies(ours, store, part, settings)
+        return lambda part: run_studies(ours, store, part, settings)
 
     found = predict("fp32")(eids[:8]).logits
     expected = torch.cat(published_predict(published, folder, eids[:8], args.device)).numpy()
@@ -193,8 +195,8 @@ def measure_loading(folder, stores, ways, device):
 
     def ours(store):
         def load(part):
-            plan = ef.plan_batches(store, part, settings, False)
-            for batch in ef.read_batches(store, plan, settings, {}):
+            plan = plan_batches(store, part, settings, False)
+            for batch in read_batches(store, plan, settings, {}):
                 batch.tokens.to(device)
 
         return load
@@ -254,7 +256,7 @@ def main():
     parser.add_argument("--studies", type=int, default=300)
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--kind", default="standard", choices=("standard", "query"))
-    parser.add_argument("--tokens", type=int, default=ef.Settings().batch_tokens)
+    parser.add_argument("--tokens", type=int, default=Settings().batch_tokens)
     parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
     parser.add_argument("--only_load", action="store_true", help="measure reading alone")
     parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")

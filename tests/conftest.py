@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import echofocus  # noqa: E402
-from common.console import run_main  # noqa: E402
-from report import trust  # noqa: E402
+from echofocus_core.base.console import run_main  # noqa: E402
+from echofocus_core.study import input_check as trust  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -79,7 +79,7 @@ def blank(monkeypatch):
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """A range is of three resamplings of a study, not 16; files that look at ranges undo this."""
-    monkeypatch.setattr(echofocus, "DRAWS", 3)
+    monkeypatch.setattr("echofocus_core.study.answers.DRAWS", 3)
     monkeypatch.setattr(trust, "DRAWS", 3)
 
 

@@ -15,7 +15,9 @@ from conftest import copy_example, write_embeddings
 from test_commands import edit_config, published_model
 
 import echofocus as ef
-from embed.store import checksum
+from echofocus_core.base.options import FOLDS
+from echofocus_core.study.training import Training
+from echofocus_core.video.store import checksum
 
 
 def tree(folder):
@@ -53,7 +55,7 @@ def test_check_of_a_sound_cohort_writes_nothing(cohort, cli):
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str).set_index("eid")["fold"]
     labels = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
     counts = [
-        f"{y.sum()} of {len(y)} ({y.mean():.1%})" for y in (labels[split == f] for f in ef.FOLDS)
+        f"{y.sum()} of {len(y)} ({y.mean():.1%})" for y in (labels[split == f] for f in FOLDS)
     ]
     status, out, _ = cli("check", "--task", "defect")
     row = next(line for line in out.splitlines() if line.strip().startswith("finding "))
@@ -425,7 +427,9 @@ FAULTS = {  # how to plant it; exit status; each finding: its level, what it say
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_names_a_planted_fault(cohort, cli, capfd, monkeypatch, fault):
     """Each with its level and remedy, nothing else, and the exit status that a run would have."""
-    monkeypatch.setattr(ef, "check_time", lambda *_: None)  # no fault of the input shows there
+    monkeypatch.setattr(
+        "echofocus_core.study.check.check_time", lambda *_: None
+    )  # no fault of the input shows there
     plant, expected_status, expected = FAULTS[fault]
     plant()
     capfd.readouterr()
@@ -453,7 +457,7 @@ def test_a_run_uses_the_same_words(cohort, cli, capfd, monkeypatch, fault):
     plant()
     capfd.readouterr()
     if fault not in READ_LATE:
-        monkeypatch.setattr(ef.Training, "finished", True)
+        monkeypatch.setattr(Training, "finished", True)
     of_a_model = Path("trained_models/defect/best_checkpoint.pt").is_file()
     line = ["evaluate"] if of_a_model else ["train", "--task", "defect", "--epoch_lim", "1"]
     status, out, err = cli(*line)

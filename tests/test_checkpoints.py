@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_commands import published_model
 
-from common import pickles
-from common.checkpoints import WeightsError, load_safely, save
+from echofocus_core.base import pickles
+from echofocus_core.base.checkpoints import WeightsError, load_safely, save
 from tests.faults.pickles import HOSTILE, hostile_archive, hostile_old
 
 SAVED = {

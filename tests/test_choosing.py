@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-import echofocus as ef
-from common.cohort import warn_of_one_class
-from common.console import Collected
-from common.schema import Task
-from common.splits import split_patients
-from common.world import World
+from echofocus_core.base.console import Collected
+from echofocus_core.base.world import World
+from echofocus_core.study.cohort import warn_of_one_class
+from echofocus_core.study.config import Task
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.loop import update
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.splits import split_patients
 
 MODELS = Path("trained_models")
 MADE = {"seed": 0, "split": "64,16,20", "n_folds": 5, "fold": 0, "stratify": "rare"}
@@ -52,22 +54,22 @@ def test_a_fold_without_a_positive_is_said(rare):
 
 
 def test_a_step_without_a_finite_loss_is_dropped():
-    net = ef.StudyModel(1, depth=0)
+    net = StudyModel(1, depth=0)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     before = [p.clone() for p in net.parameters()]
     fine = [torch.ones_like(p) for p in net.parameters()]
     broken = [*fine[:-1], torch.full_like(fine[-1], np.inf)]
     for gradients, losses in ((fine, [1.0, np.nan]), (broken, [1.0, 2.0])):
-        n, loss = ef.update(net, optimizer, gradients, np.array(losses), World())
+        n, loss = update(net, optimizer, gradients, np.array(losses), World())
         assert n == 2 and np.isnan(loss)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     assert optimizer.param_groups[0]["lr"] == 1e-3 / 4
-    assert ef.update(net, optimizer, fine, np.array([1.0, 2.0]), World()) == (2, 1.5)
+    assert update(net, optimizer, fine, np.array([1.0, 2.0]), World()) == (2, 1.5)
     assert not torch.equal(next(net.parameters()), before[0])
 
 
 def state(name):
-    return ef.read_checkpoint(MODELS / name / "last_checkpoint.pt")["model_state_dict"]
+    return read_checkpoint(MODELS / name / "last_checkpoint.pt")["model_state_dict"]
 
 
 def test_a_frozen_aggregator_and_a_search(cohort, cli):

@@ -26,11 +26,14 @@ from test_study_model import N_VIDEOS, by_rule
 from test_video import moving_square, write_dicom
 
 import echofocus as ef
-from common.console import UserError, is_out_of_memory
-from common.files import lock
-from common.options import validated
-from common.world import pick_device
-from embed import train as train_encoder
+from echofocus_core.base.console import UserError, is_out_of_memory
+from echofocus_core.base.files import lock
+from echofocus_core.base.options import ALL_FOLDS, Settings, validated
+from echofocus_core.base.world import pick_device
+from echofocus_core.encoder import train as train_encoder
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.train_command import folder_to_train_in
 
 
 def test_help_needs_little():
@@ -86,7 +89,7 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     with h5py.File(folder / "embeddings_site_defect.h5") as f:
         assert dict(f.attrs) == {"dataset": "site", "model_name": "defect", "task": "defect"}
         assert len(f) == 60 and f["1000"].shape == (768,)
-        head = ef.read_checkpoint(folder / "best_checkpoint.pt")["model_state_dict"]
+        head = read_checkpoint(folder / "best_checkpoint.pt")["model_state_dict"]
         logit = head["ff.weight"].numpy() @ f["1000"][:] + head["ff.bias"].numpy()
         probability = 1 / (1 + np.exp(-logit[0]))
         assert predicted.loc["1000", "finding"] == pytest.approx(probability, rel=1e-4)
@@ -136,7 +139,7 @@ def test_resume_equals_an_uninterrupted_run(cohort, cli):
     status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "3", "--run_id", "parts")
     assert status == 0 and "resuming trained_models/defect_parts after epoch 1" in out
     ends = [
-        ef.read_checkpoint(cohort / "trained_models" / f"defect_{run}" / "last_checkpoint.pt")
+        read_checkpoint(cohort / "trained_models" / f"defect_{run}" / "last_checkpoint.pt")
         for run in ("whole", "parts")
     ]
     for name, tensor in ends[0]["model_state_dict"].items():
@@ -165,7 +168,7 @@ def test_another_dataset_leaves_out_trained_patients(trained, cli):
 
 def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standard"):
     """A model folder as released: the published keys, numpy objects in its pickle."""
-    net = ef.StudyModel(n_labels, kind)
+    net = StudyModel(n_labels, kind)
     if scaling:
         scaling = {
             k: {n: np.float64(x) if isinstance(x, float) else x for n, x in v.items()}
@@ -431,7 +434,7 @@ def test_wrong_options(cohort, cli):
 
 
 def test_slips_of_the_finger_are_refused_before_any_work():
-    settings, encoder = ef.Settings, train_encoder.EncoderSettings
+    settings, encoder = Settings, train_encoder.EncoderSettings
     for kind, values in (
         (settings, {"seed": 2**63, "sampling_seed": -1}),
         (settings, {"sampling_seed": 10**40, "explain_n": 10**9, "num_clips": 10**9}),
@@ -464,18 +467,18 @@ def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
     fold = trained / "trained_models" / "cv" / "fold_1"
     fold.mkdir(parents=True)
     shutil.copy(folder / "best_checkpoint.pt", fold)
-    settings = ef.Settings(model_name="cv", fold=ef.ALL_FOLDS, n_folds=3)
+    settings = Settings(model_name="cv", fold=ALL_FOLDS, n_folds=3)
     with pytest.raises(UserError, match="fold_1 holds a model and nothing"):
-        ef.folder_to_train_in(settings)
+        folder_to_train_in(settings)
     (folder / "train_losses.csv").unlink()
-    assert ef.folder_to_train_in(ef.Settings(model_name="defect")) == Path("trained_models/defect")
+    assert folder_to_train_in(Settings(model_name="defect")) == Path("trained_models/defect")
     assert (folder / "best_checkpoint.pt").read_bytes() == before
 
 
 def test_names_of_no_model(trained, cli):
     for name in (".", "..", "./", "trained_models/"):
         with pytest.raises(UserError, match="is no name for a model's folder"):
-            ef.folder_to_train_in(ef.Settings(model_name=name))
+            folder_to_train_in(Settings(model_name=name))
     for name in ("defect,", ",defect", "defect,,defect"):
         status, _, err = cli("predict", "--model_name", name)
         assert status == 1 and "a name is missing beside a comma" in err

@@ -10,10 +10,13 @@ from conftest import write_embeddings
 from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
-from common.console import UserError
-from common.options import Settings
-from common.outputs import Outputs
-from common.schema import Record
+from echofocus_core.base.console import UserError
+from echofocus_core.base.options import Settings
+from echofocus_core.study.answers import thresholds_for
+from echofocus_core.study.config import Record
+from echofocus_core.study.loading import ensemble_of
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import Outputs
 
 MODELS = Path("trained_models")
 LINE = ("train", "--task", "defect", "--n_folds", "3", "--fold", "all", "--epoch_lim", "2")
@@ -130,18 +133,18 @@ def test_thresholds_by_two_rules_are_not_averaged(capsys):
     a, b = (
         SimpleNamespace(
             labels=["x"], outputs=Outputs.of("x", "binary"), units={}, folder=Path(rule), seen=[],
-            net=ef.StudyModel(1, depth=0), scaling=None, task="t", type="binary", encoder_file=None,
+            net=StudyModel(1, depth=0), scaling=None, task="t", type="binary", encoder_file=None,
             clip_mean=None, novelty=None,
             record=Record(labels=["x"], thresholds={"x": 0.5}, settings=Settings(target=rule)),
         ) for rule in ("youden", "sensitivity=0.9")
     )  # fmt: skip
-    both = ef.ensemble_of([a, b], Path("a+b"))
-    assert not both.record.thresholds and ef.ensemble_of([a, a], Path("a")).record.thresholds
+    both = ensemble_of([a, b], Path("a+b"))
+    assert not both.record.thresholds and ensemble_of([a, a], Path("a")).record.thresholds
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "chosen by several rules (youden, sensitivity=0.9)" in out
-    assert ef.thresholds_for(both, None, Settings(), None) == {}
+    assert thresholds_for(both, None, Settings(), None) == {}
     with pytest.raises(UserError, match="in another dataset"):  # it would choose anew
-        ef.thresholds_for(both, None, Settings(target="youden", dataset="s"), None)
+        thresholds_for(both, None, Settings(target="youden", dataset="s"), None)
 
 
 @pytest.mark.parametrize(
@@ -159,14 +162,14 @@ def test_models_of_other_things_are_not_averaged(one, other, wrong):
         record = Record(labels=["x"], type=kind, **more)
         return SimpleNamespace(
             labels=["x"], outputs=Outputs.of("x", kind), units=units, folder=Path("m"), seen=[],
-            net=ef.StudyModel(1, depth=0), scaling=None, task="t", type=kind, encoder_file=None,
+            net=StudyModel(1, depth=0), scaling=None, task="t", type=kind, encoder_file=None,
             clip_mean=None, novelty=None, record=record,
         )  # fmt: skip
 
     with pytest.raises(UserError, match=f"{wrong}.*not averaged"):
-        ef.ensemble_of([model(one, {}), model(other, {})], Path("a+b"))
+        ensemble_of([model(one, {}), model(other, {})], Path("a+b"))
     if "survival" in one:
-        ef.ensemble_of([model(one, {"x": "a"}), model(other, {"x": "a"})], Path("a+b"))
+        ensemble_of([model(one, {"x": "a"}), model(other, {"x": "a"})], Path("a+b"))
 
 
 def test_what_does_not_go_together(cohort, cli):

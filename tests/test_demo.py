@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from common import files
-from common.console import UserError
-from embed import phantom, video
-from report import demo
+from echofocus_core.base import files
+from echofocus_core.base.console import UserError
+from echofocus_core.report import demo
+from echofocus_core.video import decode as video
+from echofocus_core.video import phantom
 
 
 @pytest.mark.slow

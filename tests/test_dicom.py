@@ -16,7 +16,10 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate, generate_frames
 
-from embed import dicom, phantom, pixels, source, studies, video
+from echofocus_core.video import colour as pixels
+from echofocus_core.video import decode as video
+from echofocus_core.video import dicom, phantom, studies
+from echofocus_core.video import errors as source
 from tests.faults.images import HEADER_BOMBS
 from tests.test_video import moving_square, write_dicom
 

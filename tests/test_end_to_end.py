@@ -14,14 +14,17 @@ import torch
 from conftest import ROOT
 from sklearn.metrics import roc_auc_score
 
-import echofocus as ef
-from common.checkpoints import save
-from common.console import UserError
-from common.files import sha256_file
-from embed import end_to_end, panecho
-from embed.end_to_end import EndToEnd
-from embed.phantom import write_video
-from embed.store import encoders_seen
+from echofocus_core.base.checkpoints import save
+from echofocus_core.base.console import UserError
+from echofocus_core.base.files import sha256_file
+from echofocus_core.study import end_to_end, loop
+from echofocus_core.study.end_to_end import EndToEnd
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.loop import trained
+from echofocus_core.study.network import StudyModel
+from echofocus_core.video import panecho
+from echofocus_core.video.phantom import write_video
+from echofocus_core.video.store import encoders_seen
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
 
@@ -42,7 +45,7 @@ def small_network(monkeypatch):
 def network(**options):
     torch.manual_seed(0)
     full, _ = panecho.load_panecho("random", 4)
-    return EndToEnd(full, ef.StudyModel(2, depth=1), **options)
+    return EndToEnd(full, StudyModel(2, depth=1), **options)
 
 
 def images(n, seed=0):
@@ -59,7 +62,7 @@ def gradients(net, clips, lengths, plain=False):
         logits, _ = net.study(net.encode_group(clips, 0, seed), lengths, rng)
     else:
         logits, _ = net(clips, lengths, rng)
-    return torch.autograd.grad(logits.pow(2).sum(), ef.trained(net))
+    return torch.autograd.grad(logits.pow(2).sum(), trained(net))
 
 
 @pytest.mark.parametrize("freeze", ["", "stages:2", "aggregator"])
@@ -170,10 +173,10 @@ def test_a_model_and_its_encoder(site, cli):
     assert "extracted: loss" in out
     assert "1 videos cannot be used and are left out:\ne0/v1.avi: " in out
     folder = Path("trained_models/t")
-    whole = ef.read_checkpoint(folder / "last_checkpoint.pt")
+    whole = read_checkpoint(folder / "last_checkpoint.pt")
     assert whole["echofocus"]["settings"]["end_to_end"] is True
     assert "weights" not in whole["echofocus"]["settings"]
-    best = ef.read_checkpoint(folder / "best_checkpoint.pt")
+    best = read_checkpoint(folder / "best_checkpoint.pt")
     assert best["echofocus"]["encoder_sha256"] == sha256_file(folder / "encoder.pt")
     before = panecho.load_panecho("random", 4)[0].state_dict()
     after = panecho.read_encoder(folder / "encoder.pt")[0]
@@ -194,12 +197,12 @@ def test_a_model_and_its_encoder(site, cli):
     save(best, folder / "best_checkpoint.pt")
     status, out, err = cli(*line, "--epoch_lim", "2")
     assert status == 0 and "extracted: loss" in out, err
-    best = ef.read_checkpoint(folder / "best_checkpoint.pt")
+    best = read_checkpoint(folder / "best_checkpoint.pt")
     assert chosen and best["echofocus"]["thresholds"] == chosen
     with h5py.File(files["e8"]) as f:
         assert f.attrs["weights_sha256"] == best["echofocus"]["encoder_sha256"]
 
-    update, calls = ef.update, []
+    update, calls = loop.update, []
 
     def dies(*args):
         calls.append(1)
@@ -207,14 +210,14 @@ def test_a_model_and_its_encoder(site, cli):
             raise KeyboardInterrupt
         return update(*args)
 
-    ef.update = dies
+    loop.update = dies
     try:
         assert cli(*line, "--epoch_lim", "2", "--run_id", "again")[0] == 130
     finally:
-        ef.update = update
+        loop.update = update
     status, out, err = cli(*line, "--epoch_lim", "2", "--run_id", "again")
     assert status == 0 and "resuming" in out, err
-    again = ef.read_checkpoint(Path("trained_models/t_again/last_checkpoint.pt"))
+    again = read_checkpoint(Path("trained_models/t_again/last_checkpoint.pt"))
     for part in ("model_state_dict", "encoder_state_dict"):
         for name, tensor in whole[part].items():
             assert torch.equal(tensor, again[part][name]), name

@@ -12,12 +12,13 @@ from conftest import blank
 from sklearn import metrics as sk
 
 import echofocus as ef
-from common.console import UserError
-from common.options import Settings
-from common.schema import Record
-from common.splits import some_of
-from report import curves, evaluation
-from report import statistics as st
+from echofocus_core.base.console import UserError
+from echofocus_core.base.options import Settings
+from echofocus_core.report import curves, evaluation
+from echofocus_core.study import statistics as st
+from echofocus_core.study.answers import thresholds_for
+from echofocus_core.study.config import Record
+from echofocus_core.study.splits import some_of
 
 FEW = ("--n_boot", "200")
 
@@ -368,7 +369,7 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
 def test_without_a_target_the_models_own_thresholds_hold():
     record = Record(thresholds={"x": 0.1}, settings=Settings(target="sensitivity=0.9"))
     model = SimpleNamespace(type="binary", record=record)
-    assert ef.thresholds_for(model, None, Settings(), None) == {"x": 0.1}
+    assert thresholds_for(model, None, Settings(), None) == {"x": 0.1}
 
 
 @pytest.mark.figures

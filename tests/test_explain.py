@@ -17,9 +17,10 @@ from test_commands import published_model
 from test_study_model import by_rule, study
 
 import echofocus as ef
-from common.study_model import losses_of_outputs
-from embed.store import open_store
-from report.attribution import Objectives, attribute_clips
+from echofocus_core.base.options import Settings
+from echofocus_core.study.attribution import Objectives, attribute_clips, explain_study
+from echofocus_core.study.network import losses_of_outputs
+from echofocus_core.video.store import open_store
 
 
 def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
@@ -27,7 +28,7 @@ def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=Non
         return losses_of_outputs(logits, targets, [kind] * len(columns))
 
     objectives = Objectives(list(columns), targets, losses)
-    return attribute_clips(net, np.asarray(bag), ef.Settings(**options), objectives, baseline)
+    return attribute_clips(net, np.asarray(bag), Settings(**options), objectives, baseline)
 
 
 @pytest.mark.parametrize("i", [2, 3])
@@ -250,7 +251,7 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
     assert cli("explain")[0] == 0
     names = ["explanation_test_site.csv", "explanation_test_site.explain_n-5.mode-pred.csv"]
     whole = {name: (FOLDER / name).read_bytes() for name in names}
-    explain, asked = ef.explain_study, []
+    explain, asked = explain_study, []
 
     def stops(model, eid, *args, **kwargs):
         asked.append(eid)
@@ -258,7 +259,7 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
             raise KeyboardInterrupt
         return explain(model, eid, *args, **kwargs)
 
-    monkeypatch.setattr(ef, "explain_study", stops)
+    monkeypatch.setattr("echofocus_core.study.answers.explain_study", stops)
     assert cli("explain")[0] == 130
     status, out, err = cli("explain")
     assert status == 0 and "going on after 4 studies done before" in out, err

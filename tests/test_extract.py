@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT, copy_example, relative_error
 from test_video import moving_square, write_dicom
 
-from embed import extract, panecho, store, video
+from echofocus_core.video import decode as video
+from echofocus_core.video import extract, panecho, store
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 

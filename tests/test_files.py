@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from common import files
-from common.console import NO_ROOM, UserError
-from common.regular import read_regular
+from echofocus_core.base import files
+from echofocus_core.base.console import NO_ROOM, UserError
+from echofocus_core.base.regular import read_regular
 
 
 def test_a_file_that_is_too_large_is_no_full_disk(tmp_path):
@@ -406,7 +406,7 @@ def test_an_error_amid_a_bar_is_on_a_line_of_its_own():
 
 def test_the_home_folder_in_typed_paths(monkeypatch):
     """What a shell leaves: `--out=~/x`, and in quotes."""
-    from common.console import Parser
+    from echofocus_core.base.console import Parser
 
     monkeypatch.setenv("HOME", "/h")
     parser = Parser()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import copy_example
 
-from embed import extract
+from echofocus_core.video import extract
 
 pytestmark = pytest.mark.gpu
 DEVICES = ("cpu", "cuda")

@@ -11,14 +11,15 @@ import pytest
 from conftest import write_embeddings
 from scipy import stats
 
-import echofocus as ef
-from common import cohort as ch
-from common import labels as lb
-from common import splits as sp
-from common.console import Collected
-from common.outputs import Outputs
-from common.schema import Record, Task
-from embed.store import study_id
+from echofocus_core.base.console import Collected
+from echofocus_core.base.options import Settings
+from echofocus_core.study import cohort as ch
+from echofocus_core.study import labels as lb
+from echofocus_core.study import splits as sp
+from echofocus_core.study.config import Record, Task, read_config
+from echofocus_core.study.models import LoadedModel
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video.store import study_id
 
 TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
 
@@ -308,12 +309,12 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
     table.to_csv("labels.csv", index=False)
     set_config(task_labels=labels)
     write_embeddings(cohort / "emb", "1000", np.ones((1, 1, 768), np.float32))
-    config = ef.read_config("config.json")
+    config = read_config("config.json")
     began = time.process_time()
     task, found = lb.load_labels(config, "defect", "site", Collected())
     store = type("Store", (), {"files": dict.fromkeys(found.index), "copies": lambda eids: []})
     found = ch.match_studies(found, store, task, listener=Collected())
-    folds = ch.training_folds(found, ef.Settings(), task, listener=Collected())
+    folds = ch.training_folds(found, Settings(), task, listener=Collected())
     ch.cohort_of(task, found, folds, listener=Collected())
     seen = sp.Seen.of(found[["pid"]].assign(fold=folds), "00")
     assert (sp.seen_weights([seen], found) > 0).equals(folds != "test")
@@ -324,7 +325,7 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
 def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
     """Never a blank without a reason."""
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
-    model = ef.LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
+    model = LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
     found = model.readable(np.array([[0.0], [9.0]], np.float32))
     assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
     assert "1 answers of L lie past the end of the Box-Cox scale" in capsys.readouterr().out

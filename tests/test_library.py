@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 import echofocus as ef
-from embed.store import open_store
+from echofocus_core.base.console import UserError
+from echofocus_core.video.store import open_store
 
 
 def test_the_snippet_of_the_readme_runs(trained, capfd):
@@ -45,9 +46,9 @@ def test_what_does_not_fit_is_one_clear_error(trained):
         ),
         (np.full((1, 2, 768), np.nan), "study x: expected finite"),
     ):
-        with pytest.raises(ef.UserError, match=text):
+        with pytest.raises(UserError, match=text):
             ef.predict(model, {"x": clips})
-    with pytest.raises(ef.UserError, match="no label findings in defect; did you mean finding"):
+    with pytest.raises(UserError, match="no label findings in defect; did you mean finding"):
         ef.attribute(model, np.ones((1, 2, 768)), ["findings"])
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 from test_commands import published_model
 
-import echofocus as ef
-from report import figures
+from echofocus_core.base import figures
+from echofocus_core.study.config import read_config
+from echofocus_core.study.loading import load_model
 
 
 def by_hand(net, clips):
@@ -35,7 +36,7 @@ def test_video_embeddings(cohort, cli):
             found = {eid: group["embeddings"][:] for eid, group in f.items()}
             videos = {eid: group["videos"].asstr()[:].tolist() for eid, group in f.items()}
         folder = cohort / "trained_models" / "defect"
-        net = ef.load_model(folder, ef.read_config("config.json")).net
+        net = load_model(folder, read_config("config.json")).net
         for eid in ("1000", "1001", "1059"):
             with h5py.File(cohort / "emb" / f"{eid}.hdf5") as f:
                 bag, names = f["embeddings"][:], f["videos"].asstr()[:].tolist()

@@ -16,12 +16,17 @@ from test_study_model import by_rule
 from torch.nn import functional as F
 
 import echofocus as ef
-from common.console import Collected
-from common.labels import class_numbers
-from common.models import survival_at
-from common.outputs import EVENT, Outputs
-from common.study_model import cox_losses, study_losses
-from report.metrics import breslow, c_index
+from echofocus_core.base.console import Collected
+from echofocus_core.base.options import Settings
+from echofocus_core.study.config import Record, read_config
+from echofocus_core.study.labels import class_numbers, load_labels
+from echofocus_core.study.loading import ensemble_of
+from echofocus_core.study.loop import run_steps
+from echofocus_core.study.metrics import breslow, c_index
+from echofocus_core.study.models import LoadedModel, survival_at
+from echofocus_core.study.network import StudyModel, cox_losses, study_losses
+from echofocus_core.study.outputs import EVENT, Outputs
+from echofocus_core.study.training import rate_groups
 
 pytestmark = pytest.mark.xdist_group("outputs")  # one process: a model that several tests ask
 MIXED = Outputs.of(
@@ -264,7 +269,7 @@ def test_classes_and_risks_are_explained(learnt, cli):
 
 def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
     """The loss of a step is of all its studies, however they are dealt to batches."""
-    from embed.store import open_store
+    from echofocus_core.video.store import open_store
 
     store, eids = open_store(Path("emb")), [str(1000 + n) for n in range(40)]
     outputs = Outputs.of(["death"], "survival")
@@ -282,9 +287,9 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
                 module.dropout = 0.0
         before = [p.detach().clone() for p in net.parameters()]
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-        settings = ef.Settings(batch_number=40, batch_tokens=tokens)
+        settings = Settings(batch_number=40, batch_tokens=tokens)
         how = dict(targets=targets, outputs=outputs, optimizer=optimizer)
-        ((_, n, loss),) = ef.run_steps(net, store, eids, settings, **how)
+        ((_, n, loss),) = run_steps(net, store, eids, settings, **how)
         assert n == 40
         after = [p.detach() for p in net.parameters()]
         return loss, torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
@@ -322,8 +327,8 @@ def test_faults_of_their_values(outlook):
     table = pd.read_csv("labels.csv", keep_default_na=False)
     table.loc[0, "years"], table.loc[1, "died"], table.loc[2, "grade"] = -1, None, "terrible"
     table.to_csv("labels.csv", index=False)
-    listener, config = Collected(), ef.read_config()
-    _, found = ef.load_labels(config, "outlook", "site", listener)
+    listener, config = Collected(), read_config()
+    _, found = load_labels(config, "outlook", "site", listener)
     said = "\n".join(x.text for x in listener.findings)
     assert "death: 1 values are below zero" in said and "terrible" in said
     assert found["death"].isna().sum() == 2 and found["grade"].isna().sum() == 1
@@ -400,9 +405,9 @@ def test_an_early_step_of_survival():
 
 
 def test_rare_events_are_dealt_to_every_fold(outlook):
-    from common.splits import split_patients
+    from echofocus_core.study.splits import split_patients
 
-    _, table = ef.load_labels(ef.read_config(), "outlook", "site")
+    _, table = load_labels(read_config(), "outlook", "site")
     table.loc[table.index[20:], "death" + EVENT] = 0
     table.loc[table.index[:20], "death" + EVENT] = 1
     made = {"seed": 0, "split": "60,20,20", "n_folds": 0, "fold": 0, "stratify": "death"}
@@ -417,14 +422,14 @@ def test_rare_events_are_dealt_to_every_fold(outlook):
 
 
 def test_layer_wise_rates():
-    net = ef.StudyModel(2, depth=3)
+    net = StudyModel(2, depth=3)
     how = dict(learning_rate=1e-3, layer_decay=0.5)
-    rates = {g["lr"]: g["params"] for g in ef.rate_groups(net, ef.Settings(**how))}
+    rates = {g["lr"]: g["params"] for g in rate_groups(net, Settings(**how))}
     assert sorted(rates) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3])
     lowest = rates[min(rates)]
     assert any(p is net.encoder.layers[0].linear1.weight for p in lowest)
     assert [p.shape for p in rates[1e-3]] == [net.ff.weight.shape, net.ff.bias.shape]
-    (whole,) = ef.rate_groups(net, ef.Settings(learning_rate=1e-3))
+    (whole,) = rate_groups(net, Settings(learning_rate=1e-3))
     assert [id(p) for p in whole["params"]] == [id(p) for p in net.parameters()]
 
 
@@ -451,17 +456,17 @@ def test_an_average_is_explained_as_it_answers(outlook):
     members = []
     for seed in range(3):
         torch.manual_seed(seed)
-        net = ef.StudyModel(len(outputs.names)).eval().requires_grad_(False)
+        net = StudyModel(len(outputs.names)).eval().requires_grad_(False)
         net.groups = outputs.groups
-        record = ef.Record(
+        record = Record(
             task="t", labels=outputs.labels, type=outputs.kinds, classes=outputs.classes,
             survival={"death": ["years", "died"]},
             hazards={"death_risk": {"mean": seed / 10, "times": [0, 4], "cumulative": [0, 0.4]}},
             unlearnt=["finding"] if seed == 1 else [],
         )  # fmt: skip
         scaling = {"type": "boxcox", "size": z | {"mean": 2.0 + seed / 10}}
-        members.append(ef.LoadedModel(Path(f"m{seed}"), net, "t", outputs, scaling, record, {}, []))
-    model = ef.ensemble_of(members, Path("m"))
+        members.append(LoadedModel(Path(f"m{seed}"), net, "t", outputs, scaling, record, {}, []))
+    model = ensemble_of(members, Path("m"))
     x = torch.randn(12, 768)
     logits = model.net(x, [5, 7])[0].numpy()
     one = model.averaged()

@@ -14,14 +14,15 @@ import pytest
 from conftest import normal
 
 import echofocus as ef
-from common.console import run_main
-from common.options import Settings
-from common.outputs import Outputs
-from embed import phantom, video
-from embed.playback import Playback, frame_rate, write_playback
-from embed.store import FileRecord, read_details, write_study
-from embed.studies import Study
-from report.page import Page, PageStudy, more_answers, read_playback, write_page
+from echofocus_core.base.console import run_main
+from echofocus_core.base.options import Settings
+from echofocus_core.report.page import Page, PageStudy, more_answers, read_playback, write_page
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video import decode as video
+from echofocus_core.video import phantom
+from echofocus_core.video.playback import Playback, frame_rate, write_playback
+from echofocus_core.video.store import FileRecord, read_details, write_study
+from echofocus_core.video.studies import Study
 
 pytestmark = pytest.mark.xdist_group("page")  # one process: one page and one browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, normal, recorded, relative_error
 
-from common.files import sha256_file
-from embed import panecho
+from echofocus_core.base.files import sha256_file
+from echofocus_core.video import panecho
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,17 @@ import torch
 from conftest import copy_example, normal, write_embeddings
 
 import echofocus as ef
-from common.outputs import Outputs
-from common.schema import Record
-from embed import panecho
-from embed.store import EmbeddingFolder
-from report.predictions import prediction_table
-from report.trust import InputFound
+from echofocus_core.base.files import write_table
+from echofocus_core.report.predictions import prediction_table
+from echofocus_core.study.config import Record
+from echofocus_core.study.input_check import InputFound
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.loop import Outcome
+from echofocus_core.study.models import LoadedModel
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video import panecho
+from echofocus_core.video.store import EmbeddingFolder
 
 
 def table(path="trained_models/defect/predictions_site.csv"):
@@ -27,7 +32,8 @@ def table(path="trained_models/defect/predictions_site.csv"):
 
 def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
     """The same table to the last bit, and what was predicted is not read again."""
-    monkeypatch.setattr(ef, "WINDOW", 8)
+    for module in ("loop", "answers"):
+        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
     assert cli("predict", "--out", "whole.csv")[0] == 0
     read, asked = EmbeddingFolder.read, []
 
@@ -57,9 +63,10 @@ def test_another_models_journal_is_not_used(trained, cli, monkeypatch):
 
 def test_a_changed_digit_in_the_journal_is_noticed(trained, cli, monkeypatch):
     """The work is begun anew, with one line said, and the table is right."""
-    monkeypatch.setattr(ef, "WINDOW", 8)
+    for module in ("loop", "answers"):
+        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
     assert cli("predict", "--out", "whole.csv")[0] == 0
-    write = ef.write_table
+    write = write_table
 
     def fails(frame, path):
         raise KeyboardInterrupt
@@ -67,7 +74,7 @@ def test_a_changed_digit_in_the_journal_is_noticed(trained, cli, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ef, "write_table", fails)
         assert cli("predict", "--out", "p.csv")[0] == 130
-    assert write is ef.write_table
+    assert write is write_table
     journal = Path(".p.csv.journal")
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 9
@@ -98,10 +105,10 @@ def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
 
 
 def test_one_answer_that_is_no_number_is_blank_with_a_warning():
-    net = ef.StudyModel(2)
+    net = StudyModel(2)
     record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
-    model = ef.LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
-    found = ef.Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
+    model = LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
+    found = Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
     rows, left_out = prediction_table(model, found, InputFound({"x": "odd"}))
     assert left_out == {} and rows["warning"].tolist() == ["odd; b: no number", ""]
     assert rows["b_decision"].isna().tolist() == [True, False] and rows["b_decision"][1] == 1
@@ -150,7 +157,7 @@ def test_formulas_in_study_names_are_quoted(trained, cli):
 def test_decisions_at_the_threshold_of_the_validation_fold(trained, cli):
     """The cut with the largest sensitivity + specificity, found here by trying all."""
     assert cli("predict")[0] == 0
-    saved = ef.read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["echofocus"]
+    saved = read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["echofocus"]
     threshold = saved["thresholds"]["finding"]
     predicted = table()
     decided = predicted["finding_decision"] == 1
@@ -255,7 +262,8 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
 
 def test_a_journal_of_other_embeddings_is_not_used(trained, cli, monkeypatch):
     """Studies extracted anew, of the same shapes, are predicted anew."""
-    monkeypatch.setattr(ef, "WINDOW", 8)
+    for module in ("loop", "answers"):
+        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
     read = EmbeddingFolder.read
 
     def stops(self, eid, rng=None):

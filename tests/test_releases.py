@@ -21,12 +21,12 @@ import torch
 from conftest import ROOT, copy_example, normal, recorded, write_embeddings
 from test_commands import published_model
 
-import echofocus as ef
-from common import checkpoints, download, releases
-from common.console import UserError
-from common.files import sha256_file
-from common.schema import RECIPES
-from embed import panecho
+from echofocus_core.base import checkpoints, download, releases
+from echofocus_core.base.console import UserError
+from echofocus_core.base.files import sha256_file
+from echofocus_core.study.config import MODELS, RECIPES
+from echofocus_core.study.network import StudyModel
+from echofocus_core.video import panecho
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def server(here):
 
 def left():
     """What lies in ./trained_models, hidden files too."""
-    return sorted(p.name for p in Path("trained_models").glob("*")) if ef.MODELS.exists() else []
+    return sorted(p.name for p in Path("trained_models").glob("*")) if MODELS.exists() else []
 
 
 def refused(cli, source, message, *options):
@@ -118,7 +118,7 @@ def test_registry_agrees_with_what_is_written_elsewhere(here, cli):
         assert [label.strip() for label in example[task]["task_labels"]] == expected
         assert registry[name]["recipe"] == RECIPES[task] and registry[name]["task"] == task
     assert registry["PanEcho"]["url"] == panecho.WEIGHTS_URL
-    assert ef.MODELS / "PanEcho" / registry["PanEcho"]["file"] == panecho.DOWNLOADED
+    assert MODELS / "PanEcho" / registry["PanEcho"]["file"] == panecho.DOWNLOADED
     status, out, _ = cli("download", "--list")
     assert status == 0 and out == cli("download")[1]
     for name, entry in registry.items():
@@ -163,7 +163,7 @@ def test_resume_never_mixes_two_files(server, cli, asset, change):
     if change == "no ranges":
         Server.ranges = False
     elif change == "nothing beyond":  # a part as long as the file, or longer
-        with open(next(ef.MODELS.glob(".*.part")), "ab") as f:
+        with open(next(MODELS.glob(".*.part")), "ab") as f:
             f.write(bytes(asset.stat().st_size))
     else:  # with another beginning
         Server.etag = '"2"'
@@ -172,7 +172,7 @@ def test_resume_never_mixes_two_files(server, cli, asset, change):
                 b.writestr(name, a.read(name))
     status, _, err = cli("download", f"{server}/a.zip")
     assert status == 0, err
-    found = json.loads(next(ef.MODELS.glob("*/source.json")).read_text())
+    found = json.loads(next(MODELS.glob("*/source.json")).read_text())
     assert found["sha256"] == sha256_file("elsewhere/a.zip")
 
 
@@ -548,7 +548,7 @@ class Evil:
 
 @functools.cache
 def plain_state():
-    return dict(ef.StudyModel(3).state_dict())
+    return dict(StudyModel(3).state_dict())
 
 
 def good_state(**changes):
@@ -741,7 +741,7 @@ def test_inspect_a_published_model(here, cli):
     status, out, err = cli("inspect", "EchoFocus_Measure", "--json", "about.json")
     assert status == 0, err
     about = json.loads(Path("about.json").read_text())
-    net = ef.StudyModel(18)
+    net = StudyModel(18)
     assert about["architecture"]["encoder_depth"] == 1
     assert about["architecture"]["parameters"] == sum(p.numel() for p in net.parameters())
     assert [row["label"] for row in about["labels"]] == releases.registry()["EchoFocus_Measure"][

@@ -14,10 +14,13 @@ import torch
 from conftest import ROOT, normal, recorded, rule_weights, write_embeddings
 
 import echofocus as ef
-from common import schema
-from common.console import UserError, nearest
-from common.options import OPTIONS, RECORDED, checked_options, options_of
-from embed import extract
+from echofocus_core.base.console import UserError, nearest
+from echofocus_core.base.options import OPTIONS, RECORDED, checked_options, options_of
+from echofocus_core.study import config as schema
+from echofocus_core.study.loading import load_model, read_checkpoint
+from echofocus_core.study.network import StudyModel
+from echofocus_core.video import extract, panecho
+from echofocus_core.video.store import open_store
 
 TASK = {"task_labels": ["a", "b"], "label_path": "labels.csv"}
 CONFIG = {"task": {"t": TASK}, "dataset": {"site": {"embedding_path": "emb"}}}
@@ -346,7 +349,7 @@ def frozen(kind):
     """A checkpoint as the program made it before its record had a format; weights by rule."""
     entry = recorded("records_format0.json")[kind]
     settings, n = entry["echofocus"], len(entry["echofocus"]["labels"])
-    shapes = ef.StudyModel(n, settings["transformer_type"], settings["encoder_depth"]).state_dict()
+    shapes = StudyModel(n, settings["transformer_type"], settings["encoder_depth"]).state_dict()
     return {
         "model_state_dict": rule_weights({k: v.shape for k, v in shapes.items()}),
         "perf_log": [[1, 0.5, 0.6, 1e-4, 1.0]],
@@ -366,7 +369,7 @@ def test_a_frozen_checkpoint_keeps_loading(tmp_path, monkeypatch, cli, kind):
     monkeypatch.chdir(tmp_path)
     checkpoint, entry = frozen(kind), recorded("records_format0.json")[kind]["echofocus"]
     folder = saved_model(checkpoint)
-    model = ef.load_model(folder, schema.Config())
+    model = load_model(folder, schema.Config())
     record = model.record
     assert (model.task, model.labels, model.type) == (entry["task"], entry["labels"], kind)
     assert record.format == 1 and record.dataset == "site" and record.units == entry["units"]
@@ -449,12 +452,12 @@ def test_a_record_keeps_no_path_and_only_what_training_used(cohort, cli):
     folder = cohort / "trained_models/defect"
     status, _, err = cli(*line, "--init_from", folder, "--model_name", cohort / "runs" / "next")
     assert status == 0, err
-    saved = ef.read_checkpoint(Path("runs/next/last_checkpoint.pt"))["echofocus"]
+    saved = read_checkpoint(Path("runs/next/last_checkpoint.pt"))["echofocus"]
     assert saved["format"] == 1 and set(saved["settings"]) == set(RECORDED)
     assert saved["settings"]["init_from"] == "defect" and saved["input"]["n_clips"] == 4
     texts = [Path("runs/next", x).read_text() for x in ("run.json", "train_args.csv")]
     assert not any(str(cohort) in text for text in (json.dumps(saved), *texts))
-    damaged = ef.read_checkpoint(folder / "last_checkpoint.pt")
+    damaged = read_checkpoint(folder / "last_checkpoint.pt")
     for key, value in (("position", {"x": 1}), ("perf_log", 5), ("optimizer_state_dict", [])):
         torch.save(damaged | {key: value}, folder / "last_checkpoint.pt")
         status, _, err = cli(*line)
@@ -494,7 +497,7 @@ def test_one_vector_a_label(cohort, cli):
     status, _, err = cli("embed", "--pool_queries", "False", "--embed_file", "each.h5")
     assert status == 0, err
     assert cli("predict", "--out", "p.csv")[0] == 0
-    head = ef.read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["model_state_dict"]
+    head = read_checkpoint(Path("trained_models/defect/best_checkpoint.pt"))["model_state_dict"]
     with h5py.File("each.h5") as each, h5py.File("pooled.h5") as pooled:
         assert list(each.attrs["labels"]) == ["finding", "other"]
         x = each["1000"][:]
@@ -513,14 +516,14 @@ def test_few_videos_of_a_study(cohort, cli):
     """The same ones each time outside training; in training any, anew each epoch."""
     line = ("--max_videos_per_study", "2", "--batch_size", "1")
     assert cli("train", "--task", "defect", "--epoch_lim", "1", *line)[0] == 0
-    record = ef.load_model(Path("trained_models/defect"), schema.Config()).record
+    record = load_model(Path("trained_models/defect"), schema.Config()).record
     assert record.settings.max_videos_per_study == 2
     for name in ("a.csv", "b.csv"):
         assert cli("predict", *line, "--out", name)[0] == 0
     few = pd.read_csv("a.csv")
     assert few["n_videos"].max() == 2 and few["n_videos"].min() == 1
     pd.testing.assert_frame_equal(few, pd.read_csv("b.csv"))
-    whole, store = ef.open_store(Path("emb")), ef.open_store(Path("emb"), most_videos=2)
+    whole, store = open_store(Path("emb")), open_store(Path("emb"), most_videos=2)
     eid = next(e for e in whole.files if len(whole.read(e).videos) == 4)
     assert store.size(eid) == 8 and whole.size(eid) == 16
     drawn = set()
@@ -571,8 +574,8 @@ def test_another_encoder_is_said_before_extraction(cohort, cli, monkeypatch):
     Path("visits/v1").mkdir(parents=True)
     cine = Path(pydicom.examples.get_path("ybr_color"))
     Path("visits/v1/cine.dcm").write_bytes(cine.read_bytes())
-    monkeypatch.setattr(ef.panecho, "weights_digest", lambda *_: "cd" * 32)
-    monkeypatch.setattr(ef.extract, "extract", lambda *_: pytest.fail("extraction began"))
+    monkeypatch.setattr(panecho, "weights_digest", lambda *_: "cd" * 32)
+    monkeypatch.setattr(extract, "extract", lambda *_: pytest.fail("extraction began"))
     status, _, err = cli("predict", "--videos", "visits")
     assert status == 1 and "trained on embeddings of another encoder (weights abab" in err
     assert "give its file with --weights" in err

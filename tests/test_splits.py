@@ -15,14 +15,15 @@ import pytest
 import torch
 from conftest import write_embeddings
 
-import echofocus as ef
-from common import splits as sp
-from common.cohort import training_folds
-from common.console import Collected
-from common.outputs import Outputs
-from common.schema import Record
-from embed.store import keep_encoder_seen
-from report.evaluation import notes_of
+from echofocus_core.base.console import Collected
+from echofocus_core.base.options import FOLDS, Settings
+from echofocus_core.report.evaluation import notes_of
+from echofocus_core.study import splits as sp
+from echofocus_core.study.answers import explained_studies
+from echofocus_core.study.cohort import training_folds
+from echofocus_core.study.config import Record
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video.store import keep_encoder_seen
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
 MODELS = Path("trained_models")
@@ -64,7 +65,7 @@ def trained(cohort, cli):
     status, _, err = cli(*DEFECT)
     assert status == 0, err
     split = split_of("defect")
-    return {fold: set(split.index[split["fold"] == fold]) for fold in ef.FOLDS}
+    return {fold: set(split.index[split["fold"] == fold]) for fold in FOLDS}
 
 
 def edit_record(path, **changes):
@@ -280,7 +281,7 @@ def test_a_patient_is_known_by_a_study_that_is_cut_off():
         seen=[sp.Seen.of(table_of("y", "3").assign(fold="val"), "00")],
         record=Record(labels=["x"], dataset="other"), folder=Path("m"),
     )  # fmt: skip
-    known, _ = sp.known_to_others(whole, ef.Settings(), encoder, begun_from)
+    known, _ = sp.known_to_others(whole, Settings(), encoder, begun_from)
     folds = pd.Series(["test", "test"], index=["4", "2"])
     assert list(sp.without_seen(folds, known)) == ["known to m", "known to the encoder"]
 
@@ -291,7 +292,7 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     table = table_of("abc", "123")
     a, b = (sp.Seen.of(table_of(p, e).assign(fold="train"), "00") for p, e in ("a1", "b2"))
     model = SimpleNamespace(seen=[a, b], record=Record(labels=["x"], dataset="s"), folder=Path("m"))
-    settings = ef.Settings(dataset="s", assume_unseen=True)
+    settings = Settings(dataset="s", assume_unseen=True)
     known, how = sp.known_to_others(table, settings, ([b], True), model)
     assert [name for name, _ in known] == ["m"]
     assert how == ["assumed: 1 studies are known to the encoder"]
@@ -318,14 +319,14 @@ def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
     source = SimpleNamespace(name="s", eids=["1", "2", "3"], store=store)
     model = SimpleNamespace(seen=own, labels=["x"])
     for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
-        settings = ef.Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
-        assert ef.explained_studies(model, config, settings, source)[0] == tested
+        settings = Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
+        assert explained_studies(model, config, settings, source)[0] == tested
 
 
 def test_an_encoder_that_knows_nobody_here_is_told(capsys):
     whom = [sp.Seen.of(table_of("a", "9").assign(fold="train"), "00")]
     for pids, seen, told in (("xy", whom, True), ("ax", whom, False), ("xy", [], False)):
-        sp.known_to_others(table_of(pids, "12"), ef.Settings(), (seen, True))
+        sp.known_to_others(table_of(pids, "12"), Settings(), (seen, True))
         assert ("and none of them is here" in capsys.readouterr().out) == told
 
 
@@ -365,7 +366,7 @@ def test_patients_who_are_written_otherwise(trained, later, same):
             assert bool(said) != same and all("3 studies, or their" in text for text in said)
             assert any("called almost" in x for x in notes_of("test", how)) != same
         heard = Collected()
-        _, how = sp.known_to_others(now, ef.Settings(), (seen, True), listener=heard)
+        _, how = sp.known_to_others(now, Settings(), (seen, True), listener=heard)
         assert bool(how) != same and any("almost" in x.text for x in heard.findings) != same
 
 
@@ -393,7 +394,7 @@ def test_seen_in_another_unicode_form(trained_as):
 def test_a_fold_that_the_encoder_knows_has_its_own_remedy():
     task = SimpleNamespace(outputs=Outputs.of(["x"], "binary"))
     whole = table_of("abc", "123").assign(x=[0.0, 1, 1])
-    settings = ef.Settings(split="0,100,0")
+    settings = Settings(split="0,100,0")
     known = [("the encoder", pd.Series(2, whole.index))]
     heard = Collected()
     training_folds(whole, settings, task, known, heard)

@@ -10,9 +10,9 @@ from scipy import stats as scipy_stats
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
 
-from common.console import UserError
-from report import metrics as mt
-from report import statistics as st
+from echofocus_core.base.console import UserError
+from echofocus_core.study import metrics as mt
+from echofocus_core.study import statistics as st
 
 NAN = math.nan
 

@@ -18,15 +18,19 @@ import pytest
 import torch
 from conftest import write_embeddings
 
-import echofocus as ef
-from common import hdf5, packed
-from common.cohort import tell_copies
-from common.console import Collected, UserError
-from common.files import kept_errors
-from common.splits import Seen
-from embed import panecho
-from embed import store as st
-from embed.record import EncoderRecord
+from echofocus_core.base import hdf5
+from echofocus_core.base.console import RUN, Collected, UserError
+from echofocus_core.base.files import kept_errors
+from echofocus_core.base.options import Settings
+from echofocus_core.study import attention as packed
+from echofocus_core.study.cohort import tell_copies
+from echofocus_core.study.loop import plan_batches, read_batches
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.sources import refuse_mixed
+from echofocus_core.study.splits import Seen
+from echofocus_core.video import panecho
+from echofocus_core.video import store as st
+from echofocus_core.video.record import EncoderRecord
 
 TEXT = h5py.string_dtype()
 
@@ -805,7 +809,7 @@ def test_embeddings_say_whether_their_weights_have_a_list(tmp_path, name, said, 
         assert store.encoder_seen(eids, heard) == ([], not warned)
         text = "".join(x.text + x.remedy for x in heard.findings)
         assert warned in text and bool(text) == bool(warned)
-        ef.refuse_mixed(store, ["a", "c"], False, ef.RUN)  # it is no difference of input
+        refuse_mixed(store, ["a", "c"], False, RUN)  # it is no difference of input
     st.keep_encoder_seen(tmp_path / "emb", "ab", some_seen())
     heard = Collected()
     (seen,), whole = store.encoder_seen(eids, heard)
@@ -900,7 +904,8 @@ def test_every_command_reads_a_half_precision_pack(trained, cli):
 
 def test_windows_of_nothing(trained, cli, monkeypatch):
     """Many unreadable studies in a row: the others are answered; all: one line."""
-    monkeypatch.setattr(ef, "WINDOW", 8)
+    for module in ("loop", "answers"):
+        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
     for i in range(20):
         (trained / "emb" / f"{1010 + i}.hdf5").write_bytes(b"")
     assert cli("predict", "--out", "p.csv")[0] == 0 and len(pd.read_csv("p.csv")) == 40
@@ -953,7 +958,7 @@ def test_mixed_encoders_are_refused_in_training(cohort, cli):
 def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     """Attention in pieces is attention: the same output and gradients as all at once."""
     torch.manual_seed(0)
-    net = ef.StudyModel(1, "standard", 1)
+    net = StudyModel(1, "standard", 1)
     x, found = torch.randn(300, 768), []
     for most in (1 << 26, 300 * 6 * 37):
         with pytest.MonkeyPatch.context() as patch:
@@ -978,13 +983,13 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
 
 def test_batches_hold_true_counts(cohort):
     store = st.open_store(cohort / "emb")
-    eids, settings = list(store.files), ef.Settings(batch_tokens=12, clip_dropout=0.0)
-    plan = list(ef.plan_batches(store, eids, settings, False))
+    eids, settings = list(store.files), Settings(batch_tokens=12, clip_dropout=0.0)
+    plan = list(plan_batches(store, eids, settings, False))
     for planned in plan:
         n = [len(h5py.File(store.files[e])["embeddings"]) * 4 for e in planned.eids]
         assert sum(n) <= 12 or len(n) == 1
     assert sorted(e for p in plan for e in p.eids) == eids
     assert [p.ends_step for p in plan] == [False] * (len(plan) - 1) + [True]
-    batches = list(ef.read_batches(store, plan, settings, {}))
+    batches = list(read_batches(store, plan, settings, {}))
     assert [b.eids for b in batches] == [p.eids for p in plan]
     assert all(b.lengths == [store.size(e) for e in b.eids] for b in batches)

@@ -13,8 +13,8 @@ from conftest import FIXTURES
 from test_extract import OPTIONS, source, weights_drawn_once  # noqa: F401 - fixtures
 from test_video import moving_square, write_dicom
 
-from common.console import Collected, UserError
-from embed import extract, studies
+from echofocus_core.base.console import Collected, UserError
+from echofocus_core.video import extract, studies
 
 PIXELS = moving_square(17, 32, 32)[..., ::-1].copy()
 

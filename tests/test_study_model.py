@@ -7,11 +7,11 @@ import torch
 from conftest import normal, recorded, relative_error, rule_weights
 from torch import nn
 
-import echofocus as ef
-from common import labels as lb
-from common import packed
-from common.outputs import Outputs
-from common.study_model import study_losses
+from echofocus_core.study import attention as packed
+from echofocus_core.study import labels as lb
+from echofocus_core.study.config import Task
+from echofocus_core.study.network import StudyModel, study_losses
+from echofocus_core.study.outputs import Outputs
 
 N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
@@ -28,7 +28,7 @@ def study(i):
 
 
 def by_rule(**kwargs):
-    net = ef.StudyModel(**kwargs).eval().requires_grad_(False)
+    net = StudyModel(**kwargs).eval().requires_grad_(False)
     net.load_state_dict(rule_weights({k: v.shape for k, v in net.state_dict().items()}))
     return net
 
@@ -100,7 +100,7 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = lb.fit_scaling(table, ef.Task(task_labels=labels, type="regression"))
+    found = lb.fit_scaling(table, Task(task_labels=labels, type="regression"))
     for label in labels:
         assert set(found[label]) == set(published[label])
         for key, value in published[label].items():

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common import tables
-from common.console import Collected, Findings, UserError
+from echofocus_core.base import tables
+from echofocus_core.base.console import Collected, Findings, UserError
 from tests.faults.tables import with_cell
 
 PLAIN = [["pid", "eid", "VSD"], ["P0", "001", "1"], ["P1", "002", "0.5"]]

@@ -17,12 +17,14 @@ from conftest import ROOT
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from common.console import Collected, UserError
-from embed import backbones, cache, cohorts, extract, panecho, store, train, video
-from embed.losses import MultiTaskLoss, class_weights, fill_means
-from embed.phantom import phantom_cine, write_video
-from embed.record import EncoderTask
-from report import encoder
+from echofocus_core.base.console import Collected, UserError
+from echofocus_core.encoder import backbones, cohorts, train
+from echofocus_core.encoder import report as encoder
+from echofocus_core.encoder.losses import MultiTaskLoss, class_weights, fill_means
+from echofocus_core.video import cache, extract, panecho, store
+from echofocus_core.video import decode as video
+from echofocus_core.video.phantom import phantom_cine, write_video
+from echofocus_core.video.record import EncoderTask
 
 FRAME = "--model_name frame_transformer --fc_dropout 0.25 --augment --reduce_lr 3 --amp"
 TINY_CONVNEXT = "--arch convnext_tiny --normalization imagenet"
@@ -568,7 +570,7 @@ def test_an_encoder_that_was_shared_alone_is_not_trained_over(here):
 LAUNCH = """
 import sys
 sys.path.insert(0, {root!r})
-import embed.panecho as panecho
+from echofocus_core.video import panecho
 panecho.CONVNEXT_TINY, panecho.EMBED_DIM = {narrow}, 32
 panecho.ImageEncoder.width = 32
 from common.console import run_main

@@ -19,8 +19,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import echofocus as ef
-from common.outputs import Outputs
-from embed.store import open_store
+from echofocus_core.base.options import Settings
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.loop import run_steps
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video.store import open_store
 
 pytestmark = pytest.mark.xdist_group("training")  # one process: one run to compare with
 # Batches of few clips, so that a step has several and the last one fewer than there are processes.
@@ -35,7 +39,7 @@ def whole(one_cohort, tmp_path_factory):
     shutil.copytree(one_cohort, folder, dirs_exist_ok=True)
     with contextlib.chdir(folder):
         ef.main([*LINE, "--run_id", "whole"])
-        return ef.read_checkpoint(last_of("defect_whole"))
+        return read_checkpoint(last_of("defect_whole"))
 
 
 OUT = Path("out.txt")
@@ -63,7 +67,9 @@ def start(cohort, monkeypatch):
     """Start a program as a fork of a process that has everything imported."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_training", "torch._dynamo", "report.figures"])
+    context.set_forkserver_preload(
+        ["test_training", "torch._dynamo", "echofocus_core.base.figures"]
+    )
     started = []
 
     def run(program, *line):
@@ -109,7 +115,7 @@ def test_kill_9_at_random_moments(whole, start):
     process.join(120)
     out = OUT.read_text()
     assert process.exitcode == 0 and "resuming" in out, out
-    found = ef.read_checkpoint(path)
+    found = read_checkpoint(path)
     for name, tensor in whole["model_state_dict"].items():
         assert torch.equal(tensor, found["model_state_dict"][name]), name
     for i, state in whole["optimizer_state_dict"]["state"].items():
@@ -140,7 +146,7 @@ def test_several_processes_and_a_dead_worker(whole, start):
     out = OUT.read_text()
     assert process.exitcode == 0, out
     assert "2 processes share each optimiser step" in out and "resuming" in out
-    found = ef.read_checkpoint(path)
+    found = read_checkpoint(path)
     history = [np.array([row[:4] for row in x["perf_log"]]) for x in (whole, found)]
     np.testing.assert_allclose(*history, rtol=1e-4)
     assert len(pd.read_csv(path.with_name("train_losses.csv"))) == 3
@@ -152,18 +158,18 @@ def test_batches_side_by_side_train_as_one_after_the_other(cohort):
     store, threads = open_store(cohort / "emb"), torch.get_num_threads()
     eids = list(store.files)[:24]
     targets = {eid: np.array([float(i % 2)]) for i, eid in enumerate(eids)}
-    settings = ef.Settings(batch_number=12, batch_tokens=16, learning_rate=1e-3)
+    settings = Settings(batch_number=12, batch_tokens=16, learning_rate=1e-3)
 
     def trained(n):
         torch.set_num_threads(n)
         try:
             with torch.random.fork_rng([]):
                 torch.manual_seed(0)
-                net = ef.StudyModel(1)
+                net = StudyModel(1)
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
             how = dict(targets=targets, outputs=Outputs.of("x", "binary"), optimizer=optimizer)
             before = torch.get_rng_state()
-            losses = [loss for *_, loss in ef.run_steps(net, store, eids, settings, **how)]
+            losses = [loss for *_, loss in run_steps(net, store, eids, settings, **how)]
             assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == n
             return losses, torch.cat([p.detach().flatten() for p in net.parameters()])
         finally:

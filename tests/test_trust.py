@@ -9,20 +9,18 @@ import torch
 from conftest import normal, write_embeddings
 from test_study_model import by_rule
 
-import echofocus as ef
-from common.console import UserError
-from common.outputs import Outputs
-from common.schema import Record
-from embed.store import StudyClips, open_store
-from report.predictions import prediction_table
-from report.trust import (
-    DRAWS,
-    FEWEST,
-    InputFound,
-    Novelty,
-    Resamples,
-    reach_of,
-)
+from echofocus_core.base.console import UserError
+from echofocus_core.base.options import Settings
+from echofocus_core.report.predictions import prediction_table
+from echofocus_core.study.answers import reaches
+from echofocus_core.study.config import Record
+from echofocus_core.study.input_check import DRAWS, FEWEST, InputFound, Novelty, Resamples, reach_of
+from echofocus_core.study.loading import novelty_from
+from echofocus_core.study.loop import Outcome, run_studies
+from echofocus_core.study.models import LoadedModel
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.video.store import StudyClips, open_store
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +144,7 @@ def test_what_is_stored_of_novelty(novelty):
         with pytest.raises(ValueError):
             Novelty.load(saved | {name: value})
     with pytest.raises(UserError, match=r"m\.pt: its novelty is damaged"):
-        ef.novelty_from({"novelty": {"mean": 1}}, "m.pt")
+        novelty_from({"novelty": {"mean": 1}}, "m.pt")
 
 
 def table(path):
@@ -179,16 +177,16 @@ def test_the_columns_of_predict(cohort, cli):
 
 def test_a_study_that_vanishes_has_no_range_and_takes_no_other_ones(cohort):
     """Between its answer and the draws of its range."""
-    store, net = open_store(cohort / "emb"), ef.StudyModel(2).eval()
-    model = ef.LoadedModel(
+    store, net = open_store(cohort / "emb"), StudyModel(2).eval()
+    model = LoadedModel(
         Path("m"), net, "t", Outputs.of("ab", "binary"), None, Record(labels=["a", "b"]), {}
     )
-    settings, eids = ef.Settings(), ["1000", "1001"]
-    outcome = ef.run_studies(net, store, eids, settings)
+    settings, eids = Settings(), ["1000", "1001"]
+    outcome = run_studies(net, store, eids, settings)
     told = InputFound(modulo=dict.fromkeys(eids, False))
-    before = ef.reaches(model, store, outcome, settings, told)
+    before = reaches(model, store, outcome, settings, told)
     (cohort / "emb" / "1000.hdf5").unlink()
-    after = ef.reaches(model, store, outcome, settings, told)
+    after = reaches(model, store, outcome, settings, told)
     assert np.isnan(after[0]).all()
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
 
@@ -198,10 +196,8 @@ def test_the_end_of_a_box_cox_scale_is_said_in_the_table():
     plain = {"apply_boxcox": False, "shift": 0.0, "mean": 0.0, "stdev": 1.0}
     scaling = {"a": plain | {"apply_boxcox": True, "lmbda": -1.0}, "b": plain}
     record = Record(labels=["a", "b"])
-    model = ef.LoadedModel(
-        Path("m"), None, "t", Outputs.of("ab", "regression"), scaling, record, {}
-    )
-    found = ef.Outcome(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
+    model = LoadedModel(Path("m"), None, "t", Outputs.of("ab", "regression"), scaling, record, {})
+    found = Outcome(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
     rows, _ = prediction_table(model, found, InputFound(), np.full((2, 2), 0.1))
     assert rows["warning"].tolist() == ["a: past the end of the Box-Cox scale", ""]
     assert np.isnan(rows["a"][0]) and rows["a_low"][1] < rows["a"][1] < rows["a_high"][1]

@@ -15,10 +15,12 @@ from conftest import ROOT
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless
 
-from embed import phantom, studies, video
-from embed.source import machine_fault
+from echofocus_core.video import decode as video
+from echofocus_core.video import phantom, studies
+from echofocus_core.video.errors import machine_fault
 
 REAL = pydicom.examples.get_path("ybr_color")
+COLOUR = "echofocus_core.video.colour"
 VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
 
 
@@ -549,7 +551,10 @@ def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise fault
 
-    for place in ("embed.pixels.tempfile.TemporaryFile", "embed.pixels.decode_jpeg"):
+    for place in (
+        f"{COLOUR}.tempfile.TemporaryFile",
+        f"{COLOUR}.decode_jpeg",
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(place, fail)
             reply = video.answer(video.read_frames, [Path(REAL)])
@@ -557,5 +562,5 @@ def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, 
             assert isinstance(reply, video.NotNow) == bool(message), reply
     with pytest.raises(cv2.error) as error:
         cv2.resize(np.zeros((2, 2, 3), np.uint8), (2**20, 2**20))
-    monkeypatch.setattr("embed.pixels.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
+    monkeypatch.setattr(f"{COLOUR}.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
     assert isinstance(video.answer(video.read_frames, [Path(REAL)]), video.NotNow)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.console import UserError
-from common.world import from_environment, place
-from embed.studies import shard_from
+from echofocus_core.base.console import UserError
+from echofocus_core.base.world import from_environment, place
+from echofocus_core.video.studies import shard_from
 
 ODD = ["", "x", "-1", "1.0", "1e3", " 1", "\u0663", "9" * 40, "1\x1b[2J"]
 

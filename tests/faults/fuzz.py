@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 def tables(data, path):
     """common/tables.py: delimiters, encodings, quotes, numbers."""
-    from common.console import Collected, UserError
-    from common.tables import read_table, to_numbers
+    from echofocus_core.base.console import Collected, UserError
+    from echofocus_core.base.tables import read_table, to_numbers
 
     path.write_bytes(data)
     try:
@@ -37,7 +37,7 @@ def tables(data, path):
 
 def checkpoints(data, path):
     """common/checkpoints.py: the layout of torch.save's archive."""
-    from common.checkpoints import Damaged, check_records
+    from echofocus_core.base.checkpoints import Damaged, check_records
 
     path.write_bytes(b"PK\x03\x04" + data)
     with contextlib.suppress(Damaged):
@@ -46,7 +46,7 @@ def checkpoints(data, path):
 
 def pickles(data, path):
     """common/pickles.py: the walk of a pickle and numpy's stand-ins, then torch's reader of it."""
-    from common.checkpoints import WeightsError, load_safely
+    from echofocus_core.base.checkpoints import WeightsError, load_safely
 
     with zipfile.ZipFile(path, "w") as f, zipfile.ZipFile(io.BytesIO(archive())) as whole:
         for name in whole.namelist():
@@ -57,8 +57,8 @@ def pickles(data, path):
 
 def studies(data, path):
     """embed/store.py and common/hdf5.py: a study's file, its numbers, texts and heaps."""
-    from common.hdf5 import UNREADABLE, open_hdf5
-    from embed.store import describe, read_details
+    from echofocus_core.base.hdf5 import UNREADABLE, open_hdf5
+    from echofocus_core.video.store import describe, read_details
 
     path.write_bytes(data)
     with contextlib.suppress(*UNREADABLE), open_hdf5(path) as f:
@@ -68,7 +68,7 @@ def studies(data, path):
 
 def containers(data, path):
     """embed/containers.py: the boxes of AVI, MP4, MKV and WMV."""
-    from embed.containers import is_cut_short
+    from echofocus_core.video.containers import is_cut_short
 
     path.write_bytes(data)
     is_cut_short(path)
@@ -76,8 +76,8 @@ def containers(data, path):
 
 def fragments(data, path):
     """embed/frames.py and dicom.py: headers, offset tables, fragments of pixel data."""
-    from embed.dicom import check_cine, open_dicom
-    from embed.source import VideoError
+    from echofocus_core.video.dicom import check_cine, open_dicom
+    from echofocus_core.video.errors import VideoError
 
     path.write_bytes(bytes(128) + b"DICM" + data)
     try:
@@ -89,7 +89,7 @@ def fragments(data, path):
 
 def journals(data, path):
     """common/files.py: the lines of a journal."""
-    from common.files import Journal
+    from echofocus_core.base.files import Journal
 
     path.write_bytes(b'{"work": {}, "sha256": "' + data)
     list(Journal(path, {}))
@@ -97,8 +97,8 @@ def journals(data, path):
 
 def options(data, path):
     """common/schema.py: the config."""
-    from common.console import UserError
-    from common.schema import read_config
+    from echofocus_core.base.console import UserError
+    from echofocus_core.study.config import read_config
 
     path.write_bytes(data)
     with contextlib.suppress(UserError):
@@ -119,8 +119,8 @@ def archive():
 
 def whole_file(parser, path):
     """A file that the parser takes, less what its target writes ahead of it."""
-    from common.files import Journal
-    from embed.store import FileRecord, write_study
+    from echofocus_core.base.files import Journal
+    from echofocus_core.video.store import FileRecord, write_study
 
     fixtures = ROOT / "tests" / "fixtures"
     if parser == "pickles":

@@ -23,7 +23,7 @@ UID = "1.2.840.99999.1000000"
 
 @cache
 def encoder():
-    from embed import extract
+    from echofocus_core.video import extract
 
     return extract.load_panecho("random", 2)
 
@@ -31,7 +31,7 @@ def encoder():
 @cache
 def base(area=""):
     """Healthy numbers; the encoder of random weights is drawn once a process, not once a run."""
-    from embed import extract
+    from echofocus_core.video import extract
 
     model, digest = encoder()
     extract.load_panecho = lambda *_: (copy.deepcopy(model), digest)
@@ -212,7 +212,7 @@ def hostile(source, kind, number, rng):
 
 
 def extraction(rng, here, base, kind):
-    from embed import extract
+    from echofocus_core.video import extract
 
     source, faults = here / "source", Counter()
     healthy(source)
@@ -266,7 +266,7 @@ CELLS = ["", " ", "../secret.mp4", "/etc/passwd", "well_video", "well_video/../.
 
 def manifests(rng, here, base):
     """A list of videos with odd cells or bytes: refused in a line, or read; nothing outside."""
-    from embed import extract
+    from echofocus_core.video import extract
 
     source = here / "source"
     healthy(source)

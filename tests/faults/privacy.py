@@ -60,7 +60,7 @@ def marked(data, rng):
 
 
 def privacy(rng, here, base):
-    from embed import extract
+    from echofocus_core.video import extract
 
     above = here / f"{MARK}_above"
     source = above / "source"

@@ -72,7 +72,7 @@ def base(area):
 
 
 def draw(path, seed):
-    from embed.phantom import write_video
+    from echofocus_core.video.phantom import write_video
 
     frames = np.random.default_rng(seed).integers(0, 90, (8, 40, 48, 3), dtype=np.uint8)
     frames[:, 8:24, 10:30] += np.uint8(100)
@@ -81,7 +81,8 @@ def draw(path, seed):
 
 def small_network():
     """In a fork: PanEcho with a ConvNeXt of four narrow blocks and one head, drawn anew."""
-    from embed import end_to_end, extract, panecho
+    from echofocus_core.study import end_to_end
+    from echofocus_core.video import extract, panecho
 
     extract.load_panecho = panecho.load_panecho
     panecho.CONVNEXT_TINY = end_to_end.CONVNEXT_TINY = ((4, 1), (8, 1), (8, 1), (768, 1))
@@ -139,8 +140,9 @@ def start(command, change=None):
         faulthandler.dump_traceback_later(45)
         tqdm.set_lock(threading.RLock())  # a thread of the worker may hold the other
         import echofocus
-        from common.console import run_main
-        from embed import extract, train
+        from echofocus_core.base.console import run_main
+        from echofocus_core.encoder import train
+        from echofocus_core.video import extract
 
         if command in ("end_to_end", "encoder"):
             small_network()
@@ -367,7 +369,7 @@ def vanishing(rng, here, base):
     victim, n, how = here / "emb" / "s9.hdf5", int(rng.integers(1, 20)), rng.integers(3)
 
     def change():
-        from embed.store import Store
+        from echofocus_core.video.store import Store
 
         read, count = Store.read, [0]
 

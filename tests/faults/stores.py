@@ -24,7 +24,7 @@ def clips(seed, V=2, C=2):
 
 def make_cohort(home, n=24):
     """Config, labels and embeddings (our layout) of a small cohort, in a folder."""
-    from embed import store
+    from echofocus_core.video import store
 
     rows, folder = [], home / "emb"
     folder.mkdir(parents=True)
@@ -306,7 +306,7 @@ def hdf5(rng, here, base):
 
 def odd_index(path, rng):
     """A column of the index with other numbers, and the digest of that: made to do harm."""
-    from embed import store
+    from echofocus_core.video import store
 
     with h5py.File(path, "r+") as f:
         name = str(rng.choice([*store.COLUMNS, "settings"]))
@@ -368,7 +368,7 @@ LINES = {
 def whole_journal():
     """The bytes of a journal of `predict` that was stopped before its end."""
     import echofocus
-    from common.files import Journal
+    from echofocus_core.base.files import Journal
 
     here = os.getcwd()
     os.chdir(tempfile.mkdtemp(dir=os.environ["FAULTS_BASE"]))

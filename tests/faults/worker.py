@@ -101,7 +101,7 @@ def captured():
 def run(*line, main=None):
     """A command line in this process, as a user types it: Result."""
     import echofocus
-    from common.console import run_main
+    from echofocus_core.base.console import run_main
 
     status, crash, began = 0, "", time.process_time()
     with captured() as texts:

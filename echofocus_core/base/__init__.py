@@ -1,0 +1,1 @@
+"""What is a file: errors, files, tables, options, processes."""

@@ -1,0 +1,697 @@
+"""Options: each declared once, with its default, bounds, group in --help and commands.
+
+`validated` turns what pydantic finds wrong with options, config or a checkpoint's record into lines
+for the person at the keyboard: all faults at once, each with its place.
+"""
+
+import json
+import math
+import os
+import re
+from argparse import SUPPRESS
+from ast import literal_eval
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from echofocus_core.base.console import Joined, Switch, UserError, nearest, printable
+
+FOLDS = ("train", "val", "test")
+SEEDS = 2**63  # what fits into a file's attribute lies below
+# More than anyone needs: what a slip of the finger asks for is refused before any work.
+MOST_RATE, MOST_SIDE, MOST_CLIPS, MOST_WORKERS, MOST_BATCH = 1e6, 4096, 10_000, 1_024, 1_000_000
+MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
+
+
+class Entry(BaseModel):
+    """A model that refuses unknown keys and takes no text for a number."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+def names_in(value):
+    """['train,val'], ["('train', 'val')"] or ['train', 'val'] -> ['train', 'val']."""
+    words = []
+    for word in value if isinstance(value, list) else [value]:
+        try:
+            listed = literal_eval(word) if str(word)[:1] in "([" else word
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            listed = word
+        words += listed if isinstance(listed, list | tuple) else [listed]
+    return words
+
+
+def times_in(value):
+    """['1,5'], '1 5' or [1, 5] -> [1.0, 5.0]: times above 0, rising."""
+    words = value if isinstance(value, list) else [value]
+    try:
+        times = [float(x) for word in words for x in str(word).replace(",", " ").split()]
+    except ValueError:
+        times = [0]
+    if times != sorted(set(times)) or not all(0 < x < float("inf") for x in times):
+        raise ValueError(f"rising times above 0, as in 1,5, not {shown(value)}")
+    return times
+
+
+def folds_in(value):
+    return [x.strip() for w in names_in(value) for x in (w.split(",") if isinstance(w, str) else w)]
+
+
+ALL_FOLDS = -1
+
+
+def fold_in(value):
+    """'all' -> ALL_FOLDS; a number as it is."""
+    text = str(value)
+    if text == "all":
+        return ALL_FOLDS
+    return int(text) if isinstance(value, str) and text.isdecimal() else value
+
+
+def labels_in(value):
+    """As `names_in`; `all` is every label: none is named."""
+    words = names_in(value)
+    return [] if words == ["all"] else words
+
+
+def percentages(value):
+    """'(64, 16, 20)' or [64, 16, 20] -> '64,16,20'."""
+    try:
+        words = value.strip("()[] ").split(",") if isinstance(value, str) else list(value)
+        numbers = [float(x) for x in words]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3 or not min(numbers) >= 0 or not 0 < sum(numbers) < math.inf:
+        raise ValueError(f"three percentages as in 64,16,20, not {shown(value)}")
+    return ",".join(f"{x:.15g}" for x in numbers)
+
+
+def parse_split(text):
+    """'64,16,20' -> (64.0, 16.0, 20.0); for a text that `percentages` made."""
+    return tuple(map(float, text.split(",")))
+
+
+def file_name(name):
+    """Refuse a name that would lead out of its folder or hide in it."""
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
+        raise ValueError(f"{ascii(name)[:60]} is no name; use letters, digits, . - + and _")
+    return name
+
+
+def readable_text(text):
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"{ascii(text)[:60]} is empty or holds a character that cannot be printed")
+    return text
+
+
+def usable_path(path):
+    if not str(path).isprintable() or path == Path():
+        raise ValueError("a path is text that is not empty and can be printed")
+    if len(os.fsencode(path)) > 4000 or any(len(os.fsencode(x)) > 255 for x in path.parts):
+        raise ValueError("a path has names of 255 bytes at most, 4,000 in all")
+    return path
+
+
+def frozen(text):
+    if not re.fullmatch("|encoder|aggregator|stages:[1-4]", text):
+        raise ValueError(f"encoder, aggregator or stages:1 to stages:4, not {shown(text)}")
+    return text
+
+
+def limit_or_none(value):
+    if value != -1 and value < 1:
+        raise ValueError(f"1 or more, or -1 for no limit, not {value}")
+    return value
+
+
+Text = Annotated[str, AfterValidator(readable_text)]
+Name = Annotated[str, AfterValidator(file_name)]
+Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
+
+
+# ------------------------------------------------------------------------------------------ options
+
+# The groups of --help. What to work on, and the files of one run, are not for the config.
+WHAT, DATA, COMPUTING = "what to work on", "data", "computing"
+MODEL, TRAINING, EXPLAINING = "model", "training", "explanation"
+OUTPUT, FILES, EXTRACTION = "output", "files", "extraction"
+THROUGH = "training through the encoder"
+
+WITH_MODEL = "evaluate predict embed explain"
+ALL = f"train check {WITH_MODEL}"
+EXTRACTS = f"extract {WITH_MODEL} check"
+READS_VIDEOS = f"{EXTRACTS} train"
+
+
+def option(default, help, group, commands, least=None, below=None, also="", **argparse_options):
+    """An option: default, meaning, group in --help, commands, bounds, synonyms; in one place."""
+    told = {"group": group, "commands": commands.split(), "also": also.split()}
+    told["argparse"] = argparse_options
+    return Field(default=default, description=help, ge=least, lt=below, json_schema_extra=told)
+
+
+# fmt: off
+class CohortOptions(Entry):
+    """Which videos with labels the encoder is trained on; `check` reads them too."""
+
+    cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
+        "", "how the encoder's training data are laid out", WHAT, "train_encoder check"
+    )
+    data_dir: str = option(
+        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check"
+    )
+    tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "tasks of PanEcho's to learn, or a JSON file of your own [EF; hospital: every task "
+        "that the tables have]", WHAT, "train_encoder check",
+    )
+
+
+class Settings(CohortOptions):
+    """Every option. An empty text or list is found from the others; what was taken is printed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, values):
+        return one_name(values) if isinstance(values, dict) else values
+
+    config: str = option(
+        "", "tasks and datasets [config.json, else config-example.json]", WHAT,
+        f"{ALL} pack inspect",
+    )
+    model_name: str = option(
+        "", "folder in ./trained_models, or a path [train: the task; else the newest]; several are "
+        "averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined,
+    )
+    run_id: str = option("", "appended to the model's name, to keep runs apart", WHAT, ALL)
+    task: str = option("", "a task of the config [the model's, else the first]", WHAT, ALL)
+    dataset: str = option(
+        "", "a dataset of the config [the model's, else the first]", WHAT, f"{ALL} pack"
+    )
+    datasets: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "several datasets, instead of --dataset", WHAT, "embed"
+    )
+    embedding_path: str = option(
+        "", "folder of clip embeddings, instead of the dataset's", WHAT, f"{ALL} pack"
+    )
+    label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
+    videos: str = option(
+        "", "folder of a study's videos or of studies, to start from", WHAT,
+        f"{WITH_MODEL} check train",
+    )
+    keep: str = option(
+        "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
+    )
+    eids: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "studies to explain, whatever their fold", WHAT, "explain"
+    )
+    source: str = option(
+        "", "download: a released model, URL, zip, folder or .pt file; inspect: as "
+        "--model_name", WHAT, "download inspect", nargs="?",
+    )
+    list_: bool = option(False, "name the released models", WHAT, "download")
+    sha256: str = option("", "the file's SHA-256, where you know it", WHAT, "download")
+    studies: int = option(80, "phantom studies to make", WHAT, "demo", least=1)
+
+    subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
+    folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
+        [], "several folds, instead of --subset", DATA, "evaluate"
+    )
+    sample_limit: int = option(
+        0, "use so many studies at most, by a hash of their ids: always the same of the same "
+        "studies; 0 is all", DATA, ALL, least=0,
+    )
+    max_videos_per_study: int = option(
+        0, "of a study with more videos take so many, at random (in training anew each epoch, else "
+        "always the same); 0 is all", DATA, ALL, least=0,
+    )
+    split: Annotated[str, BeforeValidator(percentages)] = option(
+        "64,16,20", "percent of patients to train,val,test", DATA, "train"
+    )
+    seed: int = option(
+        0, "of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
+        "train evaluate", least=-SEEDS, below=SEEDS,
+    )
+    n_folds: int = option(0, "cross-validation instead of --split; 0: none", DATA, "train")
+    fold: Annotated[int, BeforeValidator(fold_in)] = option(
+        0, "of --n_folds: the test fold, the next one validates; 'all': one after the other, into "
+        "<model>/fold_<k>", DATA, "train", type=str,
+    )
+    stratify: str = option(
+        "", "a label of which every fold gets its share of patients, for rare ones; all patients "
+        "who come later are test", DATA, "train",
+    )
+    split_column: str = option(
+        "", "column of the label table with train, val or test, instead of --split", DATA, "train"
+    )
+    first_study_only: bool = option(
+        False, "only the first usable study of each patient", DATA, "train evaluate explain"
+    )
+    assume_unseen: bool = option(
+        False, "take a dataset as unseen by a model and an encoder: where these do not say whom "
+        "they were trained on, or by chance know the same ids", DATA, "train evaluate explain",
+    )
+
+    n_boot: int = option(
+        1000, "resamples of the patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
+        least=0, below=MOST_BATCH + 1, also="n_bootstrap",
+    )
+
+    target: str = option(
+        "", "threshold of a finding: youden, sensitivity=0.95 or specificity=0.95, chosen on the "
+        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate",
+    )
+    prevalence: float | None = option(
+        None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
+    )
+    years: Annotated[list[float], BeforeValidator(times_in)] = option(
+        [], "survival labels: the times at which survival and AUROC are given, in the unit of "
+        "their times, as in 1,5 [1,5, as far as the model's studies were followed]",
+        DATA, "predict evaluate",
+    )
+    per: Literal["study", "patient"] = option(
+        "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
+    )
+    pool: Literal["mean", "first", "last"] = option(
+        "mean", "of --per patient: the mean of the predictions, or one study by the order of the "
+        "label table", DATA, "evaluate",
+    )
+    by: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "also evaluate groups: columns of the label table, numbers with their edges as in "
+        "age:40,65", DATA, "evaluate",
+    )
+    compare: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "models, or tables of predictions, to compare with on the same studies", WHAT,
+        "evaluate",
+    )
+    predictions: str = option(
+        "", "a table of anyone's predictions to evaluate instead of a model", WHAT, "evaluate"
+    )
+
+    allow_mixed: bool = option(
+        False, "train on embeddings of different encoders or settings", DATA, "train check"
+    )
+
+    device: str = option(
+        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING,
+        f"{ALL} extract",
+    )
+    precision: Literal["fp32", "bf16"] = option(
+        "fp32", "of the computation", COMPUTING, f"{ALL} extract"
+    )
+    batch_tokens: int = option(
+        4096, "clips computed together, but a whole study at least", COMPUTING, ALL, least=1
+    )
+    batch_size: int = option(
+        0, "studies computed together at most (those of an optimiser step: --batch_number); 0: as "
+        "batch_tokens says", COMPUTING, ALL, least=0,
+    )
+
+    transformer_type: Literal["standard", "query", "multiquery"] = option(
+        "standard", "aggregator", MODEL, "train"
+    )
+    encoder_depth: int = option(
+        1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0,
+        below=MOST_LAYERS + 1,
+    )
+    tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
+    init_from: str = option(
+        "", "model to start from; heads matched by label name", MODEL, "train",
+        also="load_transformer_path",
+    )
+
+    learning_rate: float = option(
+        1e-4, "of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
+    )
+    head_learning_rate: float = option(
+        0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
+        "others, end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE,
+    )
+    layer_decay: float = option(
+        1.0, "layer-wise rates: each layer's is so many times that of the layer above it, as 0.8",
+        TRAINING, "train", least=1e-3, below=1.0000001,
+    )
+    freeze: Annotated[str, AfterValidator(frozen)] = option(
+        "", "what is not trained: aggregator (a linear probe on --init_from); end to end also "
+        "encoder, or stages:N of the image encoder", TRAINING, "train",
+    )
+    grid: Annotated[list[str], BeforeValidator(names_in)] = option(
+        [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
+    )
+    tensorboard: bool = option(
+        False, "also write the history for TensorBoard", COMPUTING, "train"
+    )
+    batch_number: int = option(128, "studies an optimiser step", TRAINING, "train", least=1)
+    clip_dropout: float = option(
+        0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1
+    )
+    epoch_lim: Annotated[int, AfterValidator(limit_or_none)] = option(
+        30, "epochs at most; -1: no limit", TRAINING, "train", also="total_epochs epochs max_epochs"
+    )
+    epoch_early_stop: int = option(
+        10, "stop after so many epochs without improvement", TRAINING, "train", least=1
+    )
+    checkpoint_minutes: float = option(
+        10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0
+    )
+
+    spread: Literal["clips", "videos", "none"] = option(
+        "clips", "a range beside each answer: how much it moves with other clips of the videos, or "
+        "with other videos too", OUTPUT, "predict explain",
+    )
+    page: bool = option(
+        False, "also a page to look at, with the videos playing: a folder with index.html", OUTPUT,
+        "predict explain",
+    )
+    page_mask: Literal["sector", "none"] = option(
+        "sector", "the page's clips: black outside the ultrasound sector, or whole frames", OUTPUT,
+        "predict explain",
+    )
+    level: Literal["study", "video"] = option(
+        "study", "one vector a study, or one a video", OUTPUT, "embed"
+    )
+    pool_queries: bool = option(
+        True, "multiquery models: the mean over labels, or one vector a label", OUTPUT, "embed"
+    )
+    map: Literal["", "pca", "tsne"] = option(
+        "", "also draw the studies in a plane: pca (if not said) or tsne", OUTPUT, "embed",
+        nargs="?", const="pca",
+    )
+    color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
+    dtype: Literal["float32", "float16"] = option(
+        "float32", "of the packed numbers", OUTPUT, "pack"
+    )
+    out: str = option(
+        "", "table to write [predictions_<dataset>.csv beside the model]", FILES, "predict"
+    )
+    embed_file: str = option(
+        "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", FILES, "embed"
+    )
+    json_: str = option("", "file to write the same to, for programs", FILES, "inspect")
+
+    explain_n: int = option(
+        5, "top videos in the published table", EXPLAINING, "explain", least=1, below=MOST_CLIPS + 1
+    )
+    explain_mode: Literal["pred", "loss"] = option(
+        "pred", "explain the prediction or its loss", EXPLAINING, "explain"
+    )
+    explain_tasks: Annotated[list[str], BeforeValidator(labels_in)] = option(
+        [], "labels to explain [all]", EXPLAINING, "explain"
+    )
+    explain_method: Literal[
+        "adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid", "leave_one_out",
+        "attention",
+    ] = option(
+        "adaptive", "adaptive: integrated gradients, refined until complete to 1 %; the next "
+        "three: a fixed quadrature of them; leave_one_out: the change without the video; "
+        "attention: rollout", EXPLAINING, "explain",
+    )
+    explain_steps: int = option(
+        64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1, below=MOST_BATCH + 1
+    )
+    baseline: Literal["zero", "mean"] = option(
+        "zero", "where integrated gradients start: zero, or the mean clip embedding in training",
+        EXPLAINING, "explain",
+    )
+    curves: bool = option(
+        False, "also take videos away and give them back, by score and at random: what the answers "
+        "to labelled studies become", EXPLAINING, "explain",
+    )
+    select: Literal["all", "confident", "wrong", "balanced"] = option(
+        "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING,
+        "explain",
+    )
+
+    end_to_end: bool = option(
+        False, "train through the encoder, on the videos of --videos or of the dataset's "
+        "video_base_path", THROUGH, "train"
+    )
+    num_clips: int = option(
+        1, "clips of a video in a step, drawn anew each epoch", THROUGH, "train", least=1,
+        below=MOST_CLIPS + 1,
+    )
+    clips_at_once: int = option(
+        8, "clips in the encoder at a time: what bounds the memory", THROUGH, "train", least=1
+    )
+    encoder_learning_rate: float = option(
+        1e-6, "of AdamW", THROUGH, "train", least=1e-12, below=MOST_RATE
+    )
+    ping_pong: bool = option(
+        False, "train the study-level model and the encoder in turn, an epoch each", THROUGH,
+        "train",
+    )
+    cache_dir: str = option("frame_cache", "folder for decoded videos", THROUGH, "train")
+
+    weights: str = option(
+        "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
+        "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS,
+    )
+    group: Literal["dicom", "folder", "one"] = option(
+        "dicom", "what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), "
+        "a subfolder, or the whole source", EXTRACTION, READS_VIDEOS,
+    )
+    study_id: Literal["folder", "uid", "digest"] = option(
+        "folder", "what names a study: its folder, the StudyInstanceUID, or a digest of that",
+        EXTRACTION, READS_VIDEOS,
+    )
+    manifest: list[str] = option(
+        [], "lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
+        "EchoNet's FileList; paths start at the source", EXTRACTION, READS_VIDEOS,
+    )
+    mask: Literal["none", "sector"] = option(
+        "none", "'sector' blacks out what lies outside the ultrasound sector, such as names",
+        EXTRACTION, EXTRACTS,
+    )
+    n_clips: int = option(
+        16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
+    )
+    clip_len: int = option(
+        16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1
+    )
+    size: int = option(
+        224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32,
+        below=MOST_SIDE + 1,
+    )
+    sampling_seed: int = option(
+        0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS
+    )
+    augment: int = option(
+        0, "randomly transformed copies to add", EXTRACTION, "extract", least=0,
+        below=MOST_CLIPS + 1,
+    )
+    starts: Literal["modulo", "independent"] = option(
+        "modulo", "how a video's clip starts are drawn: from one residue class modulo 3, which "
+        "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS,
+    )
+    image_batch: int = option(
+        0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
+    )
+    workers: int = option(
+        0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0,
+        below=MOST_WORKERS + 1,
+    )
+    shard: str = option(
+        "auto", "which share to begin with, I/N; 'auto' asks torchrun's or SLURM's environment",
+        EXTRACTION, EXTRACTS,
+    )
+    redo: bool = option(
+        False, "make damaged files and those of other settings anew", EXTRACTION, EXTRACTS
+    )
+# fmt: on
+
+
+OPTIONS = Settings.model_fields
+SYNONYMS = {word: name for name, f in OPTIONS.items() for word in f.json_schema_extra["also"]}
+IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"] not in (WHAT, FILES)}
+
+
+def options_of(command, settings=Settings):
+    """Option -> its declaration, of a command, among those of `settings`."""
+    fields = settings.model_fields.items()
+    return {n: f for n, f in fields if command in f.json_schema_extra["commands"]}
+
+
+# What a checkpoint's record keeps of the settings: what decides the weights, and no path.
+UNRECORDED = ("device", "checkpoint_minutes", "assume_unseen", "allow_mixed", "clips_at_once")
+UNRECORDED += ("tensorboard", "weights", "group", "study_id", "manifest", "cache_dir", "workers")
+RECORDED = [n for n in options_of("train") if n in IN_CONFIG and n not in UNRECORDED]
+
+
+def add_options(parser, command, settings=Settings):
+    """Give a parser a command's options, in groups; one that is not typed is not in the result."""
+    groups = {}
+    for name, f in options_of(command, settings).items():
+        told, kind, choices = f.json_schema_extra, f.annotation, None
+        if (title := told["group"]) not in groups:
+            groups[title] = parser.add_argument_group(title)
+        many = get_origin(kind) is list
+        if many:
+            kind = str
+        if get_origin(kind) is Literal:
+            kind, choices = str, [x for x in get_args(kind) if x]
+        given = "" if f.default in ("", [], False, None) else f" [{f.default}]"
+        how = {"help": (f.description + given).replace("%", "%%"), "default": SUPPRESS}
+        if kind is bool:
+            how["action"] = Switch
+        else:
+            kind = float if kind == float | None else kind
+            how |= {"type": kind} | ({"choices": choices} if choices else {"metavar": name.upper()})
+        how |= ({"nargs": "+"} if many else {}) | told["argparse"]
+        if name == "source":  # a word without --
+            groups[title].add_argument(name, **how)
+        else:
+            words = [f"--{word}" for word in (name.rstrip("_"), *told["also"])]
+            groups[title].add_argument(*words, dest=name, **how)
+
+
+def one_name(values, others=None):
+    """Options under their own names, beside others; ValueError where one is said twice."""
+    found = dict(others or {})
+    for key, value in values.items():
+        name = SYNONYMS.get(key, key)
+        if name in found:
+            raise ValueError(f"{name} is said twice")
+        found[name] = value
+    return found
+
+
+def given(settings):
+    """The options that a Settings was given, without defaults."""
+    return {name: getattr(settings, name) for name in settings.model_fields_set}
+
+
+def checked_options(typed):
+    """Options as typed -> the same, in their one form. Raises UserError for all that is wrong."""
+    settings = validated(Settings, typed)
+    return {name: getattr(settings, name) for name in typed}
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+WANTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "path_type": "text",
+    "int_from_float": "a whole number",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "literal_error": "{expected}",
+    "too_short": "an object with at least one entry",
+}
+
+
+def validated(kind, values, file=""):
+    """`values` as a `kind`. Raises UserError with a line for each fault, and its place in `file`.
+
+    Without a file they are options as typed.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        faults = [x for e in error.errors(include_url=False) for x in fault_lines(e, kind, file)]
+    except RecursionError:
+        faults = [f"{file} is nested too deep"]
+    faults = list(dict.fromkeys(faults))
+    if len(faults) > 1:
+        faults = [f"{file or 'options'}: {len(faults)} faults", *(f"  {text}" for text in faults)]
+    raise UserError("\n".join(faults))
+
+
+def fault_lines(error, kind, file):
+    """A fault that pydantic found, in lines for the person at the keyboard."""
+    place = tuple(key for key in error["loc"] if key != "[key]")
+    *above, last = where(place, file) or [file]
+    above, whole = ", ".join(above), ", ".join([*above, last])
+    name = f"{above}: '{last}'" if above else last
+    told = error.get("ctx", {})
+    if error["type"] == "value_error":
+        return [f"{whole}: {line}" for line in str(told["error"]).splitlines()]
+    if error["type"] == "extra_forbidden":
+        hint = nearest(place[-1], keys_at(kind, place[:-1]))
+        return [f"{above}: unknown key '{last}'{hint}"]
+    if error["type"] == "missing":
+        return [f"{name} is missing"]
+    wanted = WANTED.get(error["type"], error["msg"]).format(**told)
+    return [f"{name} must be {wanted}, not {shown(error['input'])}"]
+
+
+def where(place, file):
+    """A place in words: ('task', 'chd', 'boxcox', 0) -> [file, 'task chd', 'boxcox', 'item 1']."""
+    if not file:
+        return [f"--{place[0].rstrip('_')}"]
+    words = [f"item {x + 1}" if isinstance(x, int) else printable(x)[:60] for x in place]
+    if len(words) > 1 and words[0] in ("task", "dataset"):
+        words[:2] = [" ".join(words[:2])]
+    return [file, *words]
+
+
+def shown(value):
+    """A value from a file, short, for a line about it."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return printable(text if len(text) <= 40 else text[:40] + "...")
+
+
+def keys_at(kind, place):
+    """The keys that an entry may have, at a place below the model `kind`."""
+    for key in place:
+        inner = get_args(kind)  # of dict[name, entry] or list[entry]
+        kind = inner[-1] if inner else kind.model_fields[key].annotation
+    keys = sorted(IN_CONFIG) if kind is Settings else list(kind.model_fields)
+    return [*keys, *sorted(IN_CONFIG)] if hasattr(kind, "plain_options") else keys
+
+
+# Options that decide who validates, or what is known of him.
+MOVES_FOLDS = ("seed", "split", "n_folds", "fold", "stratify", "split_column", "init_from")
+MOVES_FOLDS += ("first_study_only", "sample_limit", "dataset", "task")
+
+
+def grid_of(texts):
+    """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
+    axes = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = SYNONYMS.get(name, name)
+        if name in MOVES_FOLDS:
+            raise UserError(
+                f"--grid {text}: it moves the folds, and losses on other patients do not compare"
+            )
+        if name not in options_of("train") or name not in RECORDED or not values:
+            hint = nearest(name, RECORDED)
+            raise UserError(
+                f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
+            )
+        axes[name] = [value_in(x) for x in values.split(",")]
+    return [checked_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+
+
+def value_in(text):
+    """A number where the text is one."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text

@@ -1,0 +1,145 @@
+"""The device of this process, and the processes that torchrun starts."""
+
+import os
+import re
+import socket
+import sys
+import time
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from echofocus_core.base.console import UserError, printable
+
+
+def from_environment(name, default, least=0, environment=os.environ):
+    """A variable that torchrun or SLURM sets, as a whole number from `least`. Raises UserError."""
+    text = environment.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise UserError(
+            f"{name} in the environment is {printable(text)[:40]!r}, no whole number from {least} "
+            f"(torchrun or SLURM sets it); unset {name} to run without them"
+        )
+    return int(text)
+
+
+def place(rank_name, size_name, environment=os.environ):
+    """(rank, size) as two variables of the environment say, the rank below the size."""
+    size = from_environment(size_name, 1, least=1, environment=environment)
+    rank = from_environment(rank_name, 0, environment=environment)
+    if rank >= size or (size > 1 and rank_name not in environment):
+        given = environment.get(rank_name, "missing")
+        raise UserError(
+            f"{size_name} in the environment is {size} and {rank_name} is {given}, not 0 to "
+            f"{size - 1}; unset both to run alone"
+        )
+    return rank, size
+
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds that can do the work; others hold no numbers
+
+
+def pick_device(name=""):
+    """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
+    if not name and torch.cuda.is_available():
+        name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
+    try:
+        device = torch.device(name or "cpu")
+        if device.type not in DEVICES:
+            raise NotImplementedError
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name} is not to be had here; cpu always is") from error
+    return device
+
+
+@contextmanager
+def exact_convolutions():
+    """fp32 is fp32 on a GPU too for the block: torch would run convolutions in TF32, with 10 bits
+    of mantissa, and embeddings would differ from a CPU's by a thousandth."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@dataclass
+class World:
+    """The processes that train together, started by torchrun; this one alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, tensor):
+        """A tensor's sum over all processes, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, thing):
+        """Every process's `thing`, in order of rank."""
+        things = [thing]
+        if self.size > 1:
+            things = [None] * self.size
+            torch.distributed.all_gather_object(things, thing)
+        return things
+
+
+@contextmanager
+def join_world(device, what):
+    """The World of this process for the block, in which all but the first process are silent on
+    standard output; `what` the processes do together, for a person."""
+    world = World(*place("RANK", "WORLD_SIZE"))
+    if world.size == 1:
+        yield world
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    from_environment("MASTER_PORT", 29500)
+    print(f"process {world.rank} waits for the others of {world.size}")
+    try:
+        socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
+        )
+    except (OSError, ValueError, RuntimeError) as error:  # DistError is a RuntimeError
+        raise UserError(
+            f"the {world.size} processes do not find each other "
+            f"({printable(error).splitlines()[0][:150]}); start them with torchrun, or unset "
+            "WORLD_SIZE and RANK to run alone"
+        ) from error
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
+        print(f"{world.size} processes {what}")
+        yield world
+    torch.distributed.destroy_process_group()
+
+
+def meeting_point(world):
+    """Where torchrun's processes find each other: a store of the first process's own.
+
+    torchrun's store outlives a restart and still holds the addresses of the processes that died;
+    whoever reads such an address fails to connect and asks again.
+    """
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
+    board = torch.distributed.TCPStore(host, port, is_master=False)
+    if world.rank == 0:
+        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        board.set("echofocus", str(store.port))
+        return {"store": store, "rank": 0, "world_size": world.size}
+    for _ in range(100):
+        try:
+            address = host, int(board.get("echofocus"))
+            store = torch.distributed.TCPStore(
+                *address, is_master=False, timeout=timedelta(seconds=5)
+            )
+        except torch.distributed.DistError:
+            time.sleep(0.5)
+            continue
+        store.set_timeout(timedelta(minutes=30))
+        return {"store": store, "rank": world.rank, "world_size": world.size}
+    raise UserError(f"process {world.rank} cannot reach the first process at {host}")

@@ -1,0 +1,1 @@
+"""How the video encoder is trained."""

@@ -1,0 +1,168 @@
+"""What the encoder's training reports: predictions, metrics with intervals, figures, summaries.
+
+A folder of a run gets, for val and test: preds/<task>/<fold>_<task>_preds.csv (a row a study) and
+_video_preds.csv, metrics_<fold>.csv, figures, <fold>_summary.txt.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from echofocus_core.base.figures import plot_history
+from echofocus_core.base.files import atomic_path, write_table
+from echofocus_core.report.curves import (
+    HEADLINE,
+    draw_classes,
+    draw_roc,
+    draw_scatter,
+    drawn,
+    panel_figure,
+)
+from echofocus_core.study.statistics import Binary, MultiClass, Regression, estimates
+
+MEANS = {  # published column -> (kind of task, metric)
+    "mean_classification_auroc": ("classification", "auroc"),
+    "mean_classification_ap": ("classification", "average_precision"),
+    "mean_regression_r2": ("regression", "r2"),
+    "mean_regression_mse": ("regression", "mse"),
+    "mean_regression_mae": ("regression", "mean_absolute_error"),
+}
+PANELS = (
+    (Binary, draw_roc, "roc_curves"),
+    (Regression, draw_scatter, "scatter_plots"),
+    (MultiClass, draw_classes, "classes"),
+)
+SHOWN = ("auroc", "average_precision", "r2", "mean_absolute_error", "median_absolute_error", "rmse")
+
+
+def outcomes_of(tasks, predicted, truths):
+    """An Outcome a task. predicted: DataFrame, columns (task, output); truths: a column a task."""
+    found = []
+    for task in tasks:
+        name, y = task["name"], truths[task["name"]].to_numpy()
+        values = predicted[name].to_numpy()
+        if task["type"] == "regression":
+            found.append(Regression(name, y, values[:, 0], task.get("unit", "")))
+        elif task["type"].startswith("multi"):
+            found.append(MultiClass(name, y, values, task["class_names"]))
+        else:
+            found.append(Binary(name, y, values[:, 0]))
+    return found
+
+
+def validation_row(tasks, predicted, truths):
+    """Metrics of one epoch: the published means over tasks, then each task's, as a dict."""
+    each = {}
+    for task, outcome in zip(tasks, outcomes_of(tasks, predicted, truths), strict=True):
+        kind = "regression" if task["type"] == "regression" else "classification"
+        one = np.ones((len(predicted), 1))
+        found = {k: float(v[0]) for k, v in outcome.metrics(one).items()}
+        if kind == "regression":
+            found["mse"] = found["rmse"] ** 2
+        wanted = [metric for of, metric in MEANS.values() if of == kind]
+        each |= {(kind, task["name"], m): found[m] for m in wanted if m in found}
+    row = {}
+    for column, (kind, metric) in MEANS.items():
+        values = [v for (of, _, m), v in each.items() if (of, m) == (kind, metric)]
+        row[column] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    row = {"mean_auroc_r2": score_of(row)} | row
+    return row | {f"{task}_{metric}": v for (_, task, metric), v in each.items()}
+
+
+def score_of(row):
+    """The mean of mean AUROC and mean R2; of one alone where the other is not defined."""
+    both = row["mean_classification_auroc"], row["mean_regression_r2"]
+    return float(np.nanmean(both)) if np.isfinite(both).any() else float("nan")
+
+
+def write_results(run, fold, found):
+    """The files of one fold. run: a train.Run; found: its Predictions."""
+    tasks, truths = run.tasks, run.truths(found.studies)
+    videos = run.cohort.videos
+    for task in tasks:
+        folder = run.folder / "preds" / task["name"]
+        name = f"{fold}_{task['name']}"
+        labels = run.cohort.labels.loc[found.videos.index]
+        per_video = prediction_table(task, found.videos, labels)
+        per_video.insert(0, "acc_num", videos.loc[per_video.index, "study"])
+        write_table(per_video.rename_axis("video"), folder / f"{name}_video_preds.csv")
+        per_study = prediction_table(task, found.studies, truths)
+        write_table(per_study.rename_axis("acc_num"), folder / f"{name}_preds.csv")
+    patients = videos.groupby("study")["patient"].first().loc[found.studies.index]
+    outcomes = outcomes_of(tasks, found.studies, truths)
+    computed = estimates(outcomes, patients.to_numpy(), run.settings.n_bootstrap)
+    rows = pd.DataFrame([estimate.row() for estimate in computed])
+    write_table(rows, run.folder / f"metrics_{fold}.csv")
+    plot_predictions(outcomes, computed, run.folder, fold)
+    history = pd.DataFrame(run.history).pivot(index="epoch", columns="phase", values="loss")
+    history = history.rename_axis(index="epochs_trained").reset_index()
+    plot_history(history.rename(columns={"train": "train_loss", "val": "val_loss"}), run.folder)
+    title = f"{fold}: {len(found.studies)} studies, {len(found.videos)} videos, best epoch "
+    write_summary(
+        run.folder / f"{fold}_summary.txt", f"{title}{run.best_epoch}", rows, run.notes[fold]
+    )
+
+
+def prediction_table(task, predicted, truths):
+    """label and prediction of a task; a column a class where there are several."""
+    values = predicted[task["name"]]
+    table = pd.DataFrame({"label": truths[task["name"]]}, predicted.index)
+    if task["type"].startswith("multi"):
+        for i, name in enumerate(task["class_names"]):
+            table[f"probability {name}"] = values[i]
+    elif task["type"] == "regression":
+        table["prediction"] = values[0]
+    else:
+        table[f"probability {task['class_names'][1]}"] = values[0]
+    return table
+
+
+def write_summary(path, title, rows, notes=()):
+    """The metrics that a person looks at, as text, after notes; on the screen too."""
+    lines = [title, *notes]
+    for row in rows[rows["metric"].isin(SHOWN)].to_dict("records"):
+        value, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
+        if pd.isna(value):
+            text = f"not defined ({row['note']})"
+        else:
+            text = f"{value:.4g}"
+            text += "" if pd.isna(low) else f" (95 % interval {low:.4g} to {high:.4g})"
+        unit = f" [{row['unit']}]" if row["unit"] else ""
+        lines.append(f"{row['label']}: {row['metric'].replace('_', ' ')}{unit} {text}")
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def plot_predictions(outcomes, found, folder, fold):
+    """roc_curves_<fold>, scatter_plots_<fold> and classes_<fold>, of the kinds that there are."""
+    for kind, draw, name in PANELS:
+        of_kind = drawn([o for o in outcomes if isinstance(o, kind)])
+        titles = {e.label: e for e in found if e.metric == HEADLINE[kind]}
+        if of_kind:
+            panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
+
+
+def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
+    """The test predictions of all folds together: echonet-pediatric_<task>_preds.csv, summary.
+
+    A task that a fold could not learn has none.
+    """
+    files = {t["name"]: Path("preds", t["name"], f"test_{t['name']}_preds.csv") for t in tasks}
+    tasks = [t for t in tasks if all((run / files[t["name"]]).is_file() for run in runs)]
+    for entry in tasks:
+        task = entry["name"]
+        parts = [pd.read_csv(run / files[task], dtype={"acc_num": str}) for run in runs]
+        values = pd.concat([part.drop(columns=["acc_num", "label"]) for part in parts])
+        table = pd.concat([p.assign(fold=k) for k, p in enumerate(parts)])
+        write_table(table, folder / f"echonet-pediatric_{task}_preds.csv")
+        outcomes = outcomes_of([entry], {task: values}, {task: table["label"]})
+        patients = table["acc_num"].str.split("-").str[0].to_numpy()
+        found = estimates(outcomes, patients, n_bootstrap)
+        rows = pd.DataFrame([estimate.row() for estimate in found])
+        write_table(rows, folder / f"echonet-pediatric_{task}_metrics.csv")
+        name = "echonet-pediatric_summary.txt"
+        name = name if entry is tasks[0] else f"echonet-pediatric_{task}_summary.txt"
+        title = f"{task} over {len(runs)} folds, {len(table)} studies"
+        write_summary(folder / name, title, rows, notes)

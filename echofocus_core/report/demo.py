@@ -1,0 +1,167 @@
+"""The whole path on phantoms and a real cine."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from echofocus_core.base.console import UserError, progress
+from echofocus_core.base.figures import new_figure, save_figure
+from echofocus_core.base.files import begins, refuse_others
+from echofocus_core.base.options import Settings
+from echofocus_core.study.config import MODELS
+from echofocus_core.video import panecho
+
+DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 20}}
+
+DEMO_CONFIG = {
+    "task": {
+        "ef": {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression"},
+        "defect": {"task_labels": ["VSD"], "type": "binary"},
+    },
+    "dataset": {
+        "phantoms": {
+            "embedding_path": "embeddings",
+            "video_base_path": "videos",
+            "video_subdir_format": "{echo_id}",
+        }
+    },
+}
+
+# How the demo's config and tables begin.
+DEMO_FILES = r'\{\s+"task": \{\s+"ef": |pid,eid,EF,VSD\s|eid,video,shows_defect\s'
+
+SIZE = "64"  # pixels: a third of the time that 112 take
+
+DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
+
+
+def cmd_demo(typed):
+    """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
+    folder, settings = Path("demo"), Settings(**typed)
+    weights = make_demo(folder, settings.studies)
+    extraction = ["--weights", weights, "--size", SIZE, "--n_clips", "1"]
+    for line in (
+        ["embed/extract.py", "videos", "--out", "embeddings", *extraction],
+        ["echofocus.py", "train", "--task", "ef"],
+        ["echofocus.py", "train", "--task", "defect"],
+        ["echofocus.py", "evaluate", "--task", "ef"],
+        ["echofocus.py", "evaluate", "--task", "defect"],
+        [
+            "echofocus.py",
+            "predict",
+            "--task",
+            "ef",
+            "--videos",
+            "real",
+            *extraction,
+            "--out",
+            "real.csv",
+        ],
+        ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
+        ["echofocus.py", "explain", "--task", "defect", "--page"],
+    ):
+        print(f"\n$ python ../{shlex.join(line)}", flush=True)
+        program = Path(__file__).resolve().parents[2] / line[0]
+        if not program.is_file():  # installed by pip
+            program = Path(sys.executable).with_name("echofocus-extract")
+        if subprocess.run([sys.executable, program, *line[1:]], cwd=folder).returncode:
+            raise UserError(f"the demo stopped: {shlex.join(line)} failed (see above)")
+    summarise_demo(folder)
+
+
+def make_demo(folder, studies, frames=16):
+    """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
+    import pydicom
+
+    from echofocus_core.video import decode as video
+    from echofocus_core.video import phantom
+
+    for name in ("config.json", "labels.csv", "findings.csv"):
+        refuse_others(folder / name, "file of the demo", begins(DEMO_FILES))
+    print(f"making {studies} phantom studies in ./{folder}")
+    bar = partial(progress, desc="phantoms", unit="study")
+    phantom.make_cohort(folder, studies, progress=bar, frames=frames)
+    real = folder / "real" / "sonosite"  # an echocardiogram that comes with pydicom
+    real.mkdir(parents=True, exist_ok=True)
+    shutil.copy(pydicom.examples.get_path("ybr_color"), real / "cine.dcm")
+    for name, task in DEMO_CONFIG["task"].items():
+        task.update(DEMO_SETTINGS)
+        task["settings"] = task["settings"] | {"learning_rate": DEMO_RATES[name]}
+    (folder / "config.json").write_text(json.dumps(DEMO_CONFIG, indent=2))
+    if panecho.DOWNLOADED.is_file():
+        print(f"encoder weights: the released ones, from {panecho.DOWNLOADED}")
+        return os.path.relpath(panecho.DOWNLOADED, folder)
+    if panecho.cached_weights().is_file():
+        print("encoder weights: the released ones, from torch.hub's cache")
+        return "panecho"
+    print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
+    clips = []
+    for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
+        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=int(SIZE)))
+        frames = torch.from_numpy(sampled.frames[sampled.index[0]])
+        clips.append(panecho.normalise(frames.permute(3, 0, 1, 2), torch.arange(3)[:, None]))
+    panecho.save_untrained(folder / "untrained.pt", clips)
+    return "untrained.pt"
+
+
+def summarise_demo(folder):
+    """What the demo measured, beside what guessing would give, and the files to look at."""
+    models, ids = folder / MODELS, {"eid": str, "Echo_ID": str}
+    split = pd.read_csv(models / "ef" / "split.csv", dtype=str).set_index("eid")["fold"]
+    labels = pd.read_csv(folder / "labels.csv", dtype=ids).set_index("eid")
+    guess = labels["EF"].reindex(split.index[split == "train"]).median()
+    ef = pd.read_csv(models / "ef" / "saveout_test_phantoms.csv", dtype=ids)
+    defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
+    metrics = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv").set_index("metric")
+    auroc = metrics.loc["auroc"]
+    videos = pd.read_csv(models / "defect" / "explanation_test_phantoms.csv", dtype=ids)
+    videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
+    videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
+    top = videos[videos["rank"] == 1]["shows_defect"]
+    plot_demo(ef, defect, videos, folder / "demo")
+    print(
+        f"\nEjection fraction, {len(ef)} test studies: median error "
+        f"{(ef['EF_Predict'] - ef['EF_Correct']).abs().median():.1f} % (guessing the training "
+        f"median: {(guess - ef['EF_Correct']).abs().median():.1f} %)"
+        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc['value']:.2f} "
+        f"({auroc['ci_low']:.2f} to {auroc['ci_high']:.2f}; guessing: 0.5)"
+        f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
+        f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
+        f"\n\nLook at, in {folder}:"
+        "\n  trained_models/defect/explanation_test_phantoms/index.html   what drove each answer"
+        "\n  demo.png                                                these results"
+        "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
+        "\n  trained_models/defect/explanation_test_phantoms.csv     every video in every answer"
+        "\n  real.csv                                                the real echocardiogram"
+        "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
+    )
+
+
+def plot_demo(ef, defect, videos, path):
+    """Ejection fraction, defect ROC, and the scores of videos with and without the finding."""
+    from echofocus_core.report.curves import draw_roc
+    from echofocus_core.study.statistics import Binary
+
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
+    left.axline((45, 45), slope=1, color="grey", lw=0.8)
+    left.scatter(ef["EF_Correct"], ef["EF_Predict"], s=14)
+    left.set(xlabel="true ejection fraction [%]", ylabel="predicted [%]")
+    draw_roc(middle, Binary("VSD", defect["VSD_Correct"], defect["VSD_Predict"]))
+    middle.set_title("septal defect", fontsize=10)
+    for k, (shown, colour) in enumerate(((1, "C3"), (0, "C0"))):
+        part = videos[videos["shows_defect"] == shown]
+        spread = np.linspace(-0.2, 0.2, len(part))
+        right.scatter(k + spread, part["score"], s=14, color=colour)
+    right.axhline(0, color="grey", lw=0.8)
+    right.set_xticks([0, 1], ["videos that show\nthe defect", "other videos\nof these studies"])
+    right.set(ylabel="score (change in log-odds)", xlim=(-0.6, 1.6))
+    save_figure(figure, path)

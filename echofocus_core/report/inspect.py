@@ -1,0 +1,97 @@
+"""What a model is, for people and programs: architecture, labels, history, settings, origin."""
+
+import numpy as np
+import pandas as pd
+
+from echofocus_core.base.console import printable
+
+ELSEWHERE = (
+    "labels",
+    "units",
+    "unlearnt",
+    "thresholds",
+    "task",
+    "type",
+    "settings",
+    "input",
+)
+
+
+def describe_encoder(model):
+    """A PanEcho video encoder with its heads, as a dict."""
+    return {
+        "kind": "PanEcho video encoder",
+        "architecture": {"parameters": count(model)},
+        "labels": [
+            {"label": t["name"], "type": t["type"], "classes": ", ".join(t["class_names"] or [])}
+            for t in model.tasks
+        ],
+    }
+
+
+def describe_model(net, saved, record, outputs, units, scaling):
+    """A study-level model, as a dict. record: what its checkpoint `saved` says of its training.
+
+    outputs: see `study.outputs`; scaling: measurement to shift, mean, stdev (and lmbda).
+    """
+    architecture = {
+        "transformer_type": net.kind,
+        "encoder_depth": net.depth,
+        "tf_combine": net.combine,
+        "parameters": count(net),
+    }
+    facts = record | record.get("settings", {})
+    told = (*ELSEWHERE, *architecture)
+    return {
+        "kind": "study-level model",
+        "architecture": architecture,
+        "type": outputs.type,
+        "labels": [
+            describe_label(name, "" if kind == "survival" else units, scaling or {}, record)
+            | ({"kind": kind} if outputs.type == "mixed" else {})
+            for name, kind in outputs.kind_of.items()
+        ],
+        "history": describe_history(saved.get("perf_log")),
+        "input": record.get("input", {}),
+        "settings": {k: v for k, v in facts.items() if k not in told and v not in ("", [], {})},
+    }
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def describe_label(label, units, scaling, record):
+    row = {"label": label, "unit": dict(units).get(label, "")}
+    names = ("shift", "lmbda", "mean", "stdev")
+    row |= {k: float(v) for k, v in scaling.get(label, {}).items() if k in names}
+    if label in record.get("thresholds", {}):
+        row["threshold"] = record["thresholds"][label]
+    if label in record.get("unlearnt", []):
+        row["note"] = "not learnt"
+    return row
+
+
+def describe_history(rows):
+    """Epochs, and the lowest validation loss with its epoch, of a perf_log; {} without one."""
+    try:
+        losses = [(float(row[2]), int(row[0])) for row in rows]
+        best, epoch = min((loss, epoch) for loss, epoch in losses if np.isfinite(loss))
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
+        return {}
+    return {"epochs": len(losses), "best_validation_loss": best, "best_epoch": epoch}
+
+
+def print_description(description):
+    """A line a fact, tables for labels."""
+    for key, value in description.items():
+        if key == "labels":
+            print(f"labels: {len(value) or 'none'}")
+            if value:
+                table = pd.DataFrame(value).dropna(axis=1, how="all")
+                print(table.to_string(index=False, na_rep=""))
+        elif isinstance(value, dict):
+            facts = ", ".join(f"{k} {v}" for k, v in value.items())
+            print(f"{key}: {printable(facts) or 'none'}")
+        else:
+            print(f"{key}: {printable(value)}")

@@ -1,0 +1,261 @@
+"""What each clip of a study counted for in the answers of a study-level model.
+
+`net` is a model called as net(tokens (N, D), lengths (S)) -> (outputs (S, T), embeddings), with
+`n_labels`, `first_norm_input` and `attention_maps`; `model` is one that is loaded, with `net`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from echofocus_core import EMBED_DIM as D
+from echofocus_core.base.console import UserError
+
+QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
+NODES, MOST_NODES = 8, 512  # of the path integral: to begin with, and at most
+MOST_NODES_IN_HALF = 64  # more of them would not bring bf16 any nearer
+COMPLETE = 0.01  # the error that 'adaptive' goes on to, as a share of the summed absolute scores
+
+
+@dataclass
+class Attribution:
+    """What a study's clips counted for in T outputs, in the network's own units."""
+
+    scores: np.ndarray  # (T, V, C) signed, summed over features
+    absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
+    error: np.ndarray  # (T,) by how much the scores miss what they should add up to; NaN: no sum
+
+
+def attribute_clips(net, bag, settings, objectives, baseline=None):
+    """Attribution of a study by `settings.explain_method`.
+
+    bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T), what is explained; baseline:
+    (D,) clip embedding from which the path starts, None: zero.
+    """
+    method, (V, C, _) = settings.explain_method, bag.shape
+    bag = np.ascontiguousarray(bag, np.float32)
+    tokens = torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
+    if method == "attention":
+        rollouts = [attention_rollout(x, tokens) for x in getattr(net, "nets", [net])]
+        shares = torch.stack([x.expand(net.n_labels, -1) for x in rollouts]).mean(0)
+        scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
+        return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
+    if method == "leave_one_out":
+        answer = objectives(outputs_of(net, [tokens], settings))
+        scores = (
+            (answer - objectives(outputs_without(net, bag, settings))).T.cpu().numpy()
+        )  # (T, V)
+        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared out evenly
+        return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
+    start = torch.zeros(D) if baseline is None else baseline
+    start = start.to(tokens).expand_as(tokens)
+    integrate = published_gradients if method in QUADRATURES else integrated_gradients
+    parts, error = integrate(net, tokens, start, settings, objectives, V)
+    parts = parts.view(len(parts), V, C, D)
+    scores, absolute = parts.sum(3), parts.abs().sum((2, 3))
+    return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error)
+
+
+def device_of(net):
+    return next(net.parameters()).device
+
+
+def integrated_gradients(net, tokens, start, settings, objectives, V):
+    """Integrated gradients of T objectives in tokens (N, D): (T, N, D), and their errors (T,).
+
+    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The first
+    LayerNorm makes the answer change almost wholly within the first hundredths of the path, so
+    the path is run through by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
+    (`turning_point`): evenly in alpha near the start, evenly in log alpha beyond. Gauss-Legendre
+    nodes in u then converge fast; they are doubled for the objectives that are not yet complete.
+    All objectives share one forward pass a node.
+    """
+    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
+    change, wanted = tokens - start, ends[1] - ends[0]
+    a, n_nodes = turning_point(net, start, tokens), NODES
+    parts = torch.zeros(len(wanted), *tokens.shape, device=tokens.device)
+    error = torch.full_like(wanted, torch.inf)
+    unfinished = torch.arange(len(wanted))
+    while len(unfinished):
+        u, weights = np.polynomial.legendre.leggauss(n_nodes)
+        stretch = np.arcsinh(1 / a)
+        v = (u + 1) / 2 * stretch
+        alphas, weights = a * np.sinh(v), weights / 2 * a * stretch * np.cosh(v)
+        sums = path_integral(net, start, change, alphas, weights, settings, objectives, unfinished)
+        parts[unfinished] = sums.mul_(change)
+        error[unfinished] = incompleteness(parts[unfinished], wanted[unfinished], V)
+        n_nodes *= 2
+        if n_nodes > (MOST_NODES if settings.precision == "fp32" else MOST_NODES_IN_HALF):
+            break
+        unfinished = torch.flatten((error >= COMPLETE).nonzero()).cpu()
+    return parts, error.cpu().numpy()
+
+
+def path_integral(net, start, change, alphas, weights, settings, objectives, wanted):
+    """Weighted sum over nodes of the gradients of some objectives (W,): (W, N, D).
+
+    As many nodes as `settings.batch_tokens` and `batch_size` allow run together.
+    """
+    N, sums = len(change), torch.zeros(len(wanted), *change.shape, device=change.device)
+    together = max(1, min(settings.batch_tokens // N, settings.batch_size or len(alphas)))
+    for k in range(0, len(alphas), together):
+        alpha = torch.tensor(alphas[k : k + together]).to(change)
+        weight = torch.tensor(weights[k : k + together]).to(change)
+        points = (start + alpha[:, None, None] * change).requires_grad_(True)  # (K, N, D)
+        with torch.enable_grad():
+            values = objectives(outputs_of(net, points, settings, grad=True))  # (K, T)
+        for i, t in enumerate(wanted.tolist()):
+            more = i + 1 < len(wanted)
+            (gradient,) = torch.autograd.grad(values[:, t] @ weight, points, retain_graph=more)
+            sums[i] += gradient.sum(0)
+    return sums
+
+
+def incompleteness(parts, wanted, V):
+    """|sum of attributions - change in the objective| as a share of the summed absolute scores of
+    the V videos; parts (T, N, D), wanted (T,) -> (T,)."""
+    scores = parts.view(len(parts), V, -1).double().sum(2)
+    return (scores.sum(1) - wanted).abs() / scores.abs().sum(1).clamp(min=1e-9)
+
+
+def turning_point(net, start, tokens):
+    """Where on the path (0 to 1) the first LayerNorm turns from the start to the tokens.
+
+    The median over tokens of the ratio between its input at the start and the change of it: below
+    that share of the path the start decides its output, beyond it the tokens do.
+    """
+    if not net.depth:
+        return 1.0
+    with torch.no_grad():
+        before, after = (
+            x - x.mean(1, keepdim=True) for x in map(net.first_norm_input, (start, tokens))
+        )
+        ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
+    return float(ratio.median().clamp(1e-4, 1))
+
+
+def outputs_of(net, bags, settings, grad=False):
+    """Outputs (S, T) in float32 of some studies' tokens, each (N, D)."""
+    device = device_of(net).type
+    half = torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16")
+    with torch.set_grad_enabled(grad), half:
+        return net(torch.cat(list(bags)), [len(b) for b in bags])[0].float()
+
+
+def published_gradients(net, tokens, start, settings, objectives, V):
+    """As `integrated_gradients`, by one of Captum's quadratures, an objective at a time."""
+    from captum.attr import IntegratedGradients
+
+    ends = objectives(outputs_of(net, [start, tokens], settings)).double()
+    parts = []
+    for t in range(ends.shape[1]):
+
+        def forward(bags, t=t):
+            grad = torch.is_grad_enabled()
+            return objectives(outputs_of(net, bags, settings, grad))[:, t]
+
+        together = min(settings.batch_tokens // len(tokens), settings.batch_size or 10**9)
+        parts.append(
+            IntegratedGradients(forward).attribute(
+                tokens[None],
+                start[None],
+                n_steps=settings.explain_steps,
+                method=settings.explain_method,
+                internal_batch_size=max(1, together),
+            )[0]
+        )
+    parts = torch.stack(parts).detach().float()
+    return parts, incompleteness(parts, ends[1] - ends[0], V).cpu().numpy()
+
+
+def outputs_without(net, bag, settings):
+    """Outputs (V, T) of a study (V, C, D) without each of its videos; NaN where it has but one."""
+    V, C, _ = bag.shape
+    device = device_of(net)
+    if V == 1:
+        return torch.full((1, net.n_labels), torch.nan, device=device)
+    bag, outputs = torch.from_numpy(np.ascontiguousarray(bag, np.float32)).to(device), []
+    together = max(1, min(settings.batch_tokens // ((V - 1) * C), settings.batch_size or V))
+    for first in range(0, V, together):
+        left_out = range(first, min(V, first + together))
+        rest = [torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1) for v in left_out]
+        outputs.append(outputs_of(net, rest, settings))
+    return torch.cat(outputs)
+
+
+@torch.no_grad()
+def attention_rollout(net, tokens):
+    """The share of each token (N, D) in the pooled output, by attention alone: (1, N) or, where
+    each label has its query, (T, N).
+
+    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged
+    over heads, half of it the residual path, multiplied from layer to layer.
+    """
+    queries, rollout = net.queries, None
+    for weights, residual in net.attention_maps(tokens):
+        identity = torch.eye(len(weights), device=weights.device)
+        if residual:
+            weights = (weights + identity) / 2
+        rollout = weights @ (identity if rollout is None else rollout)
+    shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
+    shares = shares[:, 0 if queries is None else len(queries) :]
+    return shares / shares.sum(1, keepdim=True)
+
+
+@dataclass
+class Objectives:
+    """logits (S, T_all) -> (S, T): the outputs of some labels, or each one's loss.
+
+    columns: numbers of the labels; targets: (T,) normalised, and losses: (logits,
+    targets, columns) -> losses, all (S, T), where the loss is explained.
+    """
+
+    columns: list[int]
+    targets: np.ndarray | None = None
+    losses: Callable | None = None
+
+    def __call__(self, logits):
+        logits = logits[:, self.columns]
+        if self.targets is None:
+            return logits
+        targets = torch.tensor(self.targets, dtype=logits.dtype, device=logits.device)
+        return self.losses(logits, targets.expand_as(logits), self.columns)
+
+
+def clip_baseline(model, settings):
+    """The clip embedding that `--baseline` names: (D,) tensor, None for zero. Raises UserError."""
+    if settings.baseline == "zero":
+        return None
+    if model.clip_mean is None:
+        raise UserError(
+            f"{model.folder.name} does not hold the mean clip embedding of its training fold (it "
+            "was trained elsewhere, or before that was kept); use --baseline zero"
+        )
+    return model.clip_mean
+
+
+def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
+    """A unit of the journal: Attribution and answers of one study for some labels.
+
+    truths: (T_all,) normalised labels, NaN where missing; what the loss is taken against.
+    """
+    net, x = model.net, np.ascontiguousarray(bag.embeddings, np.float32)
+    truths = np.full(net.n_labels, np.nan) if truths is None else truths
+    targets = None
+    if settings.explain_mode == "loss":
+        columns = [i for i in columns if not np.isnan(truths[i])]
+        targets = truths[columns]
+    unit = {"eid": eid, "columns": columns, "videos": bag.videos}
+    if not columns:
+        return unit
+    tokens = torch.from_numpy(x).to(device_of(net)).flatten(0, 1)
+    start = torch.zeros(D) if baseline is None else baseline
+    ends = outputs_of(net, [tokens, start.to(tokens).expand_as(tokens)], settings)
+    losses = model.losses(ends[:1], torch.tensor(truths).to(ends)[None], range(net.n_labels))
+    objectives = Objectives(columns, targets, model.losses)
+    found = attribute_clips(net, x, settings, objectives, baseline)
+    unit |= {"answer": ends[:1].cpu().numpy(), "baseline": ends[1:].cpu().numpy()}
+    unit |= {"without": outputs_without(net, x, settings).cpu().numpy(), "truths": truths}
+    return unit | {"losses": losses[0].cpu().numpy()} | vars(found)

@@ -1,0 +1,331 @@
+"""The study-level model and the encoder as one: trained through the clips of a study's videos.
+
+    videos of a study -> VideoStore.read: images (V, C, L, S, S, 3) -> EndToEnd: groups of clips
+    through the encoder -> clip embeddings (N, 768) -> the study-level model -> logits
+
+Memory is bounded by the clips of a group, not by the study: a group's activations are thrown away
+and computed again when its gradient is due (Chen et al., "Training Deep Nets with Sublinear Memory
+Cost", 2016), with the same draws, so that gradients are exact. What stays of a study is its uint8
+images, on the host, and its embeddings.
+
+    python embed/end_to_end.py export MODEL_FOLDER FILE.pt    # in the published form
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from echofocus_core import __version__
+from echofocus_core.base.checkpoints import load_safely, save
+from echofocus_core.base.console import Parser, UserError, listed, run_main, some
+from echofocus_core.base.files import derive_seed, output_path, sha256_file
+from echofocus_core.encoder.backbones import as_input, draw_factors
+from echofocus_core.video.cache import ClipSampling, FrameCache
+from echofocus_core.video.extract import PUBLISHED_SAMPLING
+from echofocus_core.video.panecho import (
+    CONVNEXT_TINY,
+    PUBLISHED,
+    find_weights,
+    licence_of,
+    load_panecho,
+    published_parts,
+    read_encoder,
+    tell_other_input,
+)
+from echofocus_core.video.record import EncoderRecord, EncoderTask
+from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy
+from echofocus_core.video.studies import find_studies, studies_of_dataset
+
+ENCODER_FILE = "encoder.pt"  # in the model's folder
+
+
+# ------------------------------------------------------------------------------------ the network
+
+
+HEAD_RATE = 1e-4  # of the study-level model, where no other is said
+
+
+def frozen_parts(freeze):
+    """`--freeze` -> ('', 'encoder' or 'aggregator', or 'stages'; number of stages). ValueError."""
+    if freeze in ("", "encoder", "aggregator"):
+        return freeze, 0
+    match = re.fullmatch(r"stages:([1-4])", freeze)
+    if not match:
+        raise ValueError(f"encoder, aggregator or stages:1 to stages:4, not {freeze[:40]}")
+    return "stages", int(match[1])
+
+
+class EndToEnd(nn.Module):
+    """A PanEcho backbone and a study-level model, called like the latter, on images.
+
+    images: uint8 (N, L, S, S, 3) BGR on any device, the clips of studies of `lengths`.
+    """
+
+    def __init__(self, full, study, clips_at_once=8, freeze="", ping_pong=False):
+        """full: a PanEcho, whose heads are kept for its file; study: a StudyModel."""
+        super().__init__()
+        self.encoder, self.study = full.encoder, study
+        self.heads = [full]  # in a list: no part of this module, and never trained
+        self.clips_at_once, self.ping_pong = clips_at_once, ping_pong
+        self.part, self.stages = frozen_parts(freeze)
+        self.begin_epoch(1)
+
+    n_labels = property(lambda self: self.study.n_labels)
+
+    @property
+    def encoder_frozen(self):
+        return not any(p.requires_grad for p in self.encoder.parameters())
+
+    def begin_epoch(self, number):
+        """Say what is trained in an epoch, from 1 on; ping-pong: the study-level model first."""
+        turn = "encoder" if number % 2 else "aggregator"  # which rests
+        resting = {self.part, turn} if self.ping_pong else {self.part}
+        self.encoder.requires_grad_("encoder" not in resting)
+        self.study.requires_grad_("aggregator" not in resting)
+        self.encoder.encoder.model.features[: 2 * self.stages].requires_grad_(False)
+
+    def train(self, mode=True):
+        """As nn.Module's; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        if self.encoder_frozen:
+            self.encoder.eval()
+        if not any(p.requires_grad for p in self.study.parameters()):
+            self.study.eval()
+        return self
+
+    @classmethod
+    def of(cls, settings, study):
+        """By a run's settings; the encoder's heads are those of --weights."""
+        full, digest = load_panecho(settings.weights, settings.clip_len)
+        net = cls(full, study, settings.clips_at_once, settings.freeze, settings.ping_pong)
+        net.settings, net.digest, net.licence = settings, digest, ""
+        if settings.weights != "random":
+            net.licence = licence_of(find_weights(settings.weights), full.record)
+        tell_other_input(full.record, settings.weights, settings.size, settings.clip_len)
+        return net
+
+    def groups(self, settings):
+        """Parameter groups of an optimiser: the encoder's and the study-level model's."""
+        return [
+            {
+                "params": list(self.study.parameters()),
+                "lr": settings.head_learning_rate or HEAD_RATE,
+            },
+            {"params": list(self.encoder.parameters()), "lr": settings.encoder_learning_rate},
+        ]
+
+    def input(self, digest=None):
+        """What an extraction makes with the encoder of this digest: see schema.Input."""
+        s = self.settings
+        return {
+            "weights_sha256": digest or self.digest, "weights": ENCODER_FILE, "size": s.size,
+            "clip_len": s.clip_len, "sampling": PUBLISHED_SAMPLING, "mask": "none",
+        }  # fmt: skip
+
+    def write(self, folder, seen):
+        """Write encoder.pt, with heads only where the encoder is the one they go with; its `input`.
+
+        Heads that did not learn with it would give readings that mean nothing.
+        seen: list of Seen, of the training and of what it began with.
+        """
+        full, s, path = self.heads[0], self.settings, Path(folder, ENCODER_FILE)
+        state, tasks = full.state_dict(), full.tasks
+        if self.part != "encoder":
+            state, tasks = {k: v for k, v in state.items() if k.startswith("encoder.")}, []
+        record = EncoderRecord(
+            tasks=[EncoderTask(**task) for task in tasks], version=__version__,
+            cohort=s.dataset, size=s.size, clip_len=s.clip_len, licence=self.licence,
+            started_from=Path(s.weights).name, started_sha256=self.digest,
+        )  # fmt: skip
+        saved = {"weights": state, "encoder": record.to_save()}
+        save(saved | {"seen": [part.saved() for part in seen]}, path)
+        return self.input(sha256_file(path))
+
+    def forward(self, images, lengths, rng=None):
+        """Logits (S, T) and study embeddings (S, D). rng: see StudyModel; the encoder's as well."""
+        return self.study(self.encode(images, rng), lengths, rng)
+
+    def encode(self, images, rng=None):
+        """Clip embeddings (N, 768) of images (N, L, S, S, 3), a group at a time."""
+        seed = None
+        if self.encoder.training and self.training:
+            seed = int(torch.randint(2**62, ()) if rng is None else rng.integers(2**62))
+        again = torch.is_grad_enabled() and not self.encoder_frozen
+        first = 0
+        embeddings = []
+        for group in images.split(self.clips_at_once):
+            with torch.set_grad_enabled(again):
+                call = (self.encode_group, group, first, seed)
+                embeddings.append(
+                    checkpoint(*call, use_reentrant=False, preserve_rng_state=False)
+                    if again
+                    else self.encode_group(*call[1:])
+                )
+            first += len(group)
+        return torch.cat(embeddings)
+
+    def encode_group(self, images, first, seed):
+        """Embeddings of a group, float32. Draws depend on the number of each clip and `seed`."""
+        device, dtype = next(self.encoder.parameters()).device, torch.float32
+        x = as_input(images.to(device, non_blocking=True), "imagenet")
+        if seed is None:
+            return self.encoder(x).to(dtype)
+        keys = range(first, first + len(images))
+        depth, _ = draw_factors(self.heads[0], keys, seed, images.shape[1], 0)
+        frozen = sum(n for _, n in CONVNEXT_TINY[: self.stages])
+        depth[:frozen] = 1  # no stochastic depth where nothing is learnt
+        return self.encoder(x, depth).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+class VideoStore:
+    """A store (see store.Store) whose studies are read as images, from a cache of decoded videos.
+
+    num_clips random clips of each of up to most_videos videos, drawn anew for each `rng`; without
+    one they are always the same.
+    """
+
+    def __init__(self, studies, cache, num_clips, clip_len, seed=0, most_videos=0):
+        self.files = {study.name: study for study in studies}
+        self.cache, self.num_clips, self.seed = cache, num_clips, seed
+        self.sampling = ClipSampling(clip_len, cache.size)
+        self.augmented = ClipSampling(clip_len, cache.size, augment=True)
+        self.most_videos, self.reasons = most_videos, {}
+
+    def source(self, eid, video):
+        source = self.files[eid].source(video)
+        return tuple(source) if isinstance(source, list) else source
+
+    def fill(self, workers=0, world=None):
+        """Decode every video that is not yet in the cache; processes share the work."""
+        every = [self.source(e, v) for e, study in self.files.items() for v in study.videos]
+        rank, size = (world.rank, world.size) if world else (0, 1)
+        reasons = self.cache.fill(every[rank::size], workers, quiet=rank > 0)
+        for part in world.gather(reasons) if world else [reasons]:
+            self.reasons |= part
+
+    def lost(self):
+        """Study and video -> why it cannot be decoded."""
+        every = {
+            f"{e}/{v}": self.source(e, v) for e, study in self.files.items() for v in study.videos
+        }
+        return {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
+
+    def videos(self, eid):
+        """The names of a study's videos that can be decoded."""
+        study = self.files[eid]
+        return [v for v in study.videos if self.source(eid, v) not in self.reasons]
+
+    def size(self, eid):
+        n = len(self.videos(eid))
+        return self.num_clips * min(n, self.most_videos or n)
+
+    def read(self, eid, rng=None):
+        """StudyClips whose embeddings are images (V, C, L, S, S, 3). Raises UnreadableStudy.
+
+        rng: draws the videos, clips and transforms of a training; a numpy Generator.
+        """
+        names = self.videos(eid)
+        if not names:
+            why = {self.reasons[self.source(eid, v)] for v in self.files[eid].videos}
+            raise UnreadableStudy(f"no usable video: {some(sorted(why))}")
+        draw = rng or np.random.default_rng(derive_seed("videos", eid))
+        if self.most_videos and len(names) > self.most_videos:
+            taken = np.sort(draw.choice(len(names), self.most_videos, replace=False))
+            names = [names[i] for i in taken]
+        seed = self.seed if rng is None else int(rng.integers(2**62))
+        sampling = self.sampling if rng is None else self.augmented
+        images = []
+        for name in names:
+            try:
+                call = (self.source(eid, name), self.num_clips, sampling, seed, f"{eid}/{name}")
+                images.append(self.cache.clips(*call))
+            except UserError as error:
+                raise UnreadableStudy(str(error)) from error
+        return StudyClips(np.stack(images), names)
+
+    def copies(self, eids):
+        """Not known: the files are not compared."""
+        return []
+
+    def made_with(self, eids):
+        """Nothing differs between studies: all are read here, in one way."""
+        return {name: {"": list(eids)} for name in MADE_WITH}
+
+    def digest(self, eids):
+        """SHA-256 of the studies' names, videos, sizes and times."""
+        return self.cache.digest([(e, self.source(e, v)) for e in eids for v in self.videos(e)])
+
+
+def open_videos(settings, dataset, ids, world=None):
+    """The VideoStore of --videos, else of the studies `ids` of a dataset's video_base_path; every
+    video is decoded. Raises UserError."""
+    if settings.videos:
+        how = settings.group, settings.manifest, settings.study_id
+        studies = find_studies(settings.videos, *how)
+    elif dataset.video_base_path:
+        studies = studies_of_dataset(dataset.video_base_path, dataset.video_subdir_format, ids)
+    else:
+        raise UserError(
+            "--end_to_end needs videos: --videos FOLDER, or video_base_path of the dataset in the "
+            "config"
+        )
+    cache = FrameCache(settings.cache_dir, settings.size)
+    most = settings.max_videos_per_study
+    studies = [study for study in studies if study.name in set(ids)]
+    store = VideoStore(
+        studies, cache, settings.num_clips, settings.clip_len, settings.sampling_seed, most
+    )
+    store.fill(settings.workers, world)
+    if lost := store.lost():
+        print(f"WARNING: {len(lost)} videos cannot be used and are left out:{listed(lost)}")
+    return store
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def export(folder, file):
+    """Write a model folder with an encoder.pt as one published end-to-end checkpoint."""
+    folder = Path(folder)
+    study = load_safely(folder / "best_checkpoint.pt")
+    state, _, seen = read_encoder(folder / ENCODER_FILE)
+    joined = {
+        PUBLISHED["encoder"] + k.removeprefix("encoder."): v
+        for k, v in state.items()
+        if k.startswith("encoder.")
+    }
+    joined |= {PUBLISHED["study"] + k: v for k, v in study["model_state_dict"].items()}
+    whom = {"seen": [part.saved() for part in seen]} if seen else {}
+    save(study | whom | {"model_state_dict": joined}, Path(file))
+
+
+def is_published(path):
+    """Whether a file is one as `export` writes."""
+    try:
+        saved = load_safely(path)
+    except UserError:
+        return False
+    return isinstance(saved, dict) and bool(published_parts(saved.get("model_state_dict")))
+
+
+def main(argv=None):
+    parser = Parser(prog="embed/end_to_end.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=["export"], help="write the published form")
+    parser.add_argument("folder", help="the model's folder")
+    parser.add_argument("file", help="to write")
+    typed = parser.parse_args(argv)
+    output_path(typed.file, "export", "published end-to-end checkpoint", is_published)
+    export(typed.folder, typed.file)
+    print(f"wrote {typed.file}")
+
+
+def program():
+    """What the command line runs."""
+    run_main(main, "embed/end_to_end.py")

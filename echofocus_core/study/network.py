@@ -1,0 +1,194 @@
+"""The set transformer that reads a study's clips, PanEcho's own heads, and their losses."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from echofocus_core import EMBED_DIM as D
+from echofocus_core.study.attention import attend, encoder_layer, pool
+
+HEADS = 6
+DROPOUT = 0.2
+
+
+class StudyModel(nn.Module):
+    """The set transformer: a study's clips, an unordered set, to its labels.
+
+    standard: encoder over the clips, mean or max over them, linear head.
+    query: a learned query token joins the clips, its output goes to the head.
+    multiquery: one query a label, one shared head.
+    Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
+    """
+
+    def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
+        super().__init__()
+        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
+        self.pool_queries = True  # multiquery: the study embedding is the mean over labels
+        self.groups = ()  # slices of outputs that are the classes of one label
+        if kind == "query":
+            self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+        if kind == "multiquery":
+            self.query_tokens = nn.Parameter(torch.randn(1, n_labels, D) * 0.02)
+        if depth:
+            layer = nn.TransformerEncoderLayer(D, HEADS, D, DROPOUT, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        else:
+            self.encoder = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
+        self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_labels)
+
+    @property
+    def queries(self):
+        """The learned query tokens (Q, D); none for the standard kind."""
+        if self.kind == "standard":
+            return None
+        return (self.query_token if self.kind == "query" else self.query_tokens)[0]
+
+    def forward(self, tokens, lengths, rng=None):
+        """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
+
+        The latter are (S, T, D) of a multiquery model without `pool_queries`. Outputs of classes
+        are log-odds, see `study.outputs`.
+        rng: a numpy Generator that dropout draws from in training; torch's own without.
+        """
+        logits, embeddings = self.read(tokens, lengths, rng)
+        return against_rest(logits, self.groups) if self.groups else logits, embeddings
+
+    def read(self, tokens, lengths, rng):
+        S, queries = len(lengths), self.queries
+        if queries is not None:  # each study's queries stand before its clips
+            parts = [x for study in tokens.split(lengths) for x in (queries, study)]
+            tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
+        x = self.encode(tokens, lengths, 0 if queries is None else len(queries), rng)
+        if self.kind == "standard":
+            pooled = pool(x, lengths, self.combine)
+            return self.ff(pooled), pooled
+        x = x.view(S, len(queries), D)
+        if self.kind == "query":
+            return self.ff(x[:, 0]), x[:, 0]
+        return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
+
+    def first_norm_input(self, tokens):
+        """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        n_queries = len(x) - len(tokens) if self.depth == 1 else 0
+        attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
+        return x[: n_queries or None] + attended
+
+    def attention_maps(self, tokens):
+        """Each layer's attention within a study's tokens (N, D), the queries before them.
+
+        Yields ((N, N) mean over heads, whether the layer has a residual path, as all but that of
+        depth 0 have).
+        """
+        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
+        for layer in self.encoder.layers if self.depth else [None]:
+            mha = layer.self_attn if layer else self.encoder
+            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
+            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
+            yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
+            x = encoder_layer(layer, x, [len(x)]) if layer else x
+
+    def encode(self, x, lengths, n_queries, rng=None):
+        """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
+        if not self.depth:
+            return attend(self.encoder, x, lengths, n_queries, rng)
+        for i, layer in enumerate(self.encoder.layers):
+            last = i == self.depth - 1
+            x = encoder_layer(layer, x, lengths, n_queries if last else 0, rng)
+        return x
+
+
+class Readings(nn.Module):
+    """PanEcho's own answers from stored clip embeddings: its heads are linear in them.
+
+    A study's reading is the mean over its clips and videos of the activated outputs. Called like a
+    StudyModel: tokens (N, D), lengths (S) -> readings (S, T) and mean clip embeddings (S, D).
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.heads, self.columns = encoder, encoder.columns()
+        self.n_labels = len(self.columns)
+        del self.heads.encoder  # no video is touched again
+
+    def forward(self, tokens, lengths, rng=None):
+        outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
+        return pool(outputs, lengths), pool(tokens, lengths)
+
+
+def against_rest(logits, groups):
+    """Logits (S, O) with those of each group of classes (a slice) made log-odds against the rest.
+
+    softmax(z)_k / (1 - softmax(z)_k) = exp(z_k) / (the sum of exp(z_j), j != k).
+    """
+    parts, at = [], 0
+    for group in groups:
+        z = logits[:, group]
+        others = z[:, None].expand(-1, z.shape[1], -1)
+        others = others.masked_fill(torch.eye(z.shape[1], device=z.device, dtype=bool), -torch.inf)
+        parts += [logits[:, at : group.start], z - others.logsumexp(2)]
+        at = group.stop
+    return torch.cat([*parts, logits[:, at:]], dim=1)
+
+
+def study_losses(logits, targets, outputs):
+    """Loss of each study (S,): the sum over its known labels, divided by the number of all labels.
+
+    A missing label (NaN) adds 0. Dividing by the number of known labels instead would weigh a label
+    more in studies where others are missing, and bias its probabilities where missingness is
+    informative.
+
+    logits (S, O), targets (S, C) and outputs as in `study.outputs`. Of survival the S studies are
+    those of one step: the loss of one depends on them all.
+    """
+    known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
+    each = losses_of_labels(logits, targets, outputs)
+    return (each * known).sum(1) / len(outputs.labels)
+
+
+def losses_of_labels(logits, targets, outputs):
+    """The loss of each study's each label (S, T), see `study_losses`; of a missing one any."""
+    kinds, filled = set(outputs.kinds.values()), targets.nan_to_num()
+    if len(kinds) == 1 and kinds <= set(LOSSES):
+        return LOSSES[kinds.pop()](logits, filled, reduction="none")
+    losses = []
+    for label, kind in outputs.kinds.items():
+        z, place = logits[:, outputs.slices[label]], outputs.places[label]
+        if kind == "survival":
+            losses.append(cox_losses(z[:, 0], *targets[:, place].T))
+        elif kind == "multiclass":  # -log of the probability of its class, of which z is log-odds
+            losses.append(F.softplus(-z.gather(1, filled[:, place].long()))[:, 0])
+        else:
+            losses.append(LOSSES[kind](z, filled[:, place], reduction="none")[:, 0])
+    return torch.stack(losses, dim=1)
+
+
+LOSSES = {"binary": F.binary_cross_entropy_with_logits, "regression": F.mse_loss}
+
+
+def losses_of_outputs(logits, targets, kinds):
+    """The loss of each output by itself, (S, O); NaN where the target (S, O) is. Of kinds that have
+    one: of survival it is NaN."""
+    known = ~targets.isnan() & torch.tensor([kind in LOSSES for kind in kinds]).to(targets.device)
+    columns = zip(kinds, logits.T, targets.nan_to_num().T, strict=True)
+    each = [LOSSES.get(k, F.mse_loss)(z, y, reduction="none") for k, z, y in columns]
+    return torch.where(known, torch.stack(each, dim=1), torch.nan)
+
+
+def cox_losses(risk, time, event):
+    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,), 0 where
+    none is; scaled so that its mean over the studies that are known is that over events.
+
+    risk: log hazards (S,), time and event (S,), NaN where unknown.
+    """
+    known = ~(time.isnan() | event.isnan())
+    out, n_events = torch.zeros_like(risk), (event[known] == 1).sum()
+    if not n_events:
+        return out + 0 * risk.sum()
+    order = torch.argsort(time[known], descending=True)
+    r, t, e = (x[known][order] for x in (risk.double(), time, event))
+    at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
+    last = torch.searchsorted(-t, -t, right=True) - 1
+    losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
+    rows = known.nonzero()[:, 0][order]
+    return out.index_put((rows,), losses.to(out.dtype))

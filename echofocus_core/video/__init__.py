@@ -1,0 +1,1 @@
+"""What is a video: decoding, studies, the encoder, extraction, embedding files."""

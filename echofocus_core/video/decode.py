@@ -1,0 +1,414 @@
+"""Video in: frames from AVI, MP4/MOV and DICOM cines, and the published clip sampling.
+
+    file -> clip_starts, clip_frames: which frames make the clips
+         -> iter_frames: uint8 (H, W, 3) BGR, one after the other -> resized_centre: (S, S, 3)
+    with a mask or transformed copies: resized: (R, R, 3) -> sector_mask -> central: (S, S, 3), or
+         random_transform
+
+No torch in here: the file is also the program that the decoder processes run
+(`python embed/video.py`), so that a file which crashes or hangs a decoder stops nothing else.
+"""
+
+import hashlib
+import os
+import pickle
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # run as a script: the repository is the import root
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from echofocus_core.video.containers import iter_container
+from echofocus_core.video.dicom import (
+    check_cine,
+    is_dicom,
+    iter_dicom,
+    iter_series,
+    open_dicom,
+    regions,
+)
+from echofocus_core.video.errors import NotNow, SourceGone, VideoError, machine_fault, open_file
+from echofocus_core.video.frames import number
+
+VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
+VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
+DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
+
+# Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
+RESIZE_OVER_CROP = 256 / 224
+SMALLEST = 16  # pixels a side of a picture
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def iter_frames(source, notes=None, needed=None):
+    """Decode a cine once, front to back: yields its frames, uint8 (H, W, 3), **BGR**.
+
+    source: a file's path, or the list of paths of a cine's single frames, see `group_stills`.
+    notes: a list that gets a line for everything that was read otherwise than the file says.
+    needed: function of the number of frames that gives the numbers of those to make. Where frames
+    can be counted beforehand (DICOM), the others are only checked, and come as None.
+    BGR is OpenCV's order and the one the released models were trained on. Raises VideoError for
+    stills, M-mode and spectral recordings, and for files that are empty, truncated, unreadable
+    or in a transfer syntax that no installed decoder knows (possibly after some frames).
+    """
+    notes = [] if notes is None else notes
+    if isinstance(source, (list, tuple)):
+        frames = iter_series(source, notes)
+    elif readable_dicom(Path(source)):
+        frames = iter_dicom(source, notes, needed)
+    else:
+        frames = iter_container(source, notes)
+    for frame in frames:
+        if frame is not None and min(frame.shape[:2]) < SMALLEST:
+            height, width = frame.shape[:2]
+            raise VideoError(f"frames of {width} x {height} pixels: no picture")
+        yield frame
+
+
+def readable_dicom(path):
+    """Whether a video is to be read as DICOM. VideoError when it cannot be opened or is empty."""
+    try:
+        with open_file(path) as f:
+            if not f.read(1):
+                raise VideoError("empty file")
+    except PermissionError as error:
+        raise NotNow("no permission to read it") from error
+    except OSError as error:
+        raise SourceGone(f"cannot be read: {error.strerror}") from error
+    if is_dicom(path):
+        return True
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        raise VideoError("not a DICOM file: neither the 'DICM' mark nor a first element")
+    return False
+
+
+def why_skipped(source):
+    """Why a video (see `iter_frames`) will give no clips, as far as shows before a frame is
+    decoded, or ''; of single frames of a series by the first of them."""
+    single = isinstance(source, (list, tuple))
+    try:
+        path = Path(source[0] if single else source)
+        if readable_dicom(path):
+            with open_dicom(path) as (header, file):
+                check_cine(header, file, [], single)
+    except VideoError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return ""
+
+
+def read_frames(path):
+    """A whole cine at once: uint8 (n, H, W, 3) BGR. Raises VideoError as `iter_frames`."""
+    return np.stack(list(iter_frames(path)))
+
+
+# --------------------------------------------------------------------- the published clip sampling
+
+
+def resized(frame, size=224):
+    """Frame (H, W, 3) -> (R, R, 3) uint8, R = 256 for size 224: area resize, aspect not kept."""
+    import cv2
+
+    full = round(size * RESIZE_OVER_CROP)
+    return cv2.resize(frame, (full, full), interpolation=cv2.INTER_AREA)
+
+
+def central(image, size=224):
+    """The central (size, size) of an image (R, R, ...)."""
+    edge = round((len(image) - size) / 2)
+    return image[edge : edge + size, edge : edge + size]
+
+
+def resized_centre(frame, size=224):
+    """The same numbers as central(resized(frame)), (size, size, 3), in less time.
+
+    Where the centre begins and ends between two pixels of the frame, the rest is not resized: each
+    pixel of an area resize is a mean over its own area alone (of a frame that shrinks).
+    """
+    import cv2
+
+    full = round(size * RESIZE_OVER_CROP)
+    edge, sides, cuts, starts = round((full - size) / 2), [], [], []
+    for side in frame.shape[:2]:
+        whole = edge * side % full == 0 == size * side % full and min(frame.shape[:2]) >= full
+        first, last = (edge * side // full, (edge + size) * side // full) if whole else (0, side)
+        cuts.append(slice(first, last))
+        sides.append(size if whole else full)
+        starts.append(0 if whole else edge)
+    small = cv2.resize(frame[*cuts], (sides[1], sides[0]), interpolation=cv2.INTER_AREA)
+    return small[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
+
+
+def clip_starts(n_frames, n_clips, clip_len, seed, key, how="modulo"):
+    """Random clip starts, int64 (n_clips,), each alike over 0..n_frames - clip_len.
+
+    how: 'independent' draws, or 'modulo': all from the starts of one residue class, those whose
+    first frames (see `clip_frames`) agree modulo 3, since such clips share most of their images
+    (see `panecho.clip_planes`). The class is that of a start drawn from all, so that each start
+    stays as likely; only the draws of one video are no longer independent of each other.
+    Seeded by `seed` and the text `key` alone: neither order nor worker matters.
+    """
+    rng, starts = seeded(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
+    if how == "modulo":
+        residues = first_frames(starts) % 3
+        starts = starts[residues == rng.choice(residues)]
+    return rng.choice(starts, size=n_clips)
+
+
+def seeded(seed, key):
+    """A numpy Generator that is a function of a number and a text."""
+    words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
+    return np.random.default_rng([seed, *words.tolist()])
+
+
+def first_frames(starts):
+    """The frame that a clip begins with: the published reader seeks to start - 1."""
+    return np.maximum(np.asarray(starts) - 1, 0)  # as the released models were trained
+
+
+def clip_frames(starts, n_frames, clip_len):
+    """Frame numbers of each clip, int64 (n_clips, clip_len), as the published reader takes them.
+
+    A start s reads s - 1 .. s + clip_len - 2 (0 .. clip_len - 1 for s = 0); the last frame of a
+    video that is too short is repeated.
+    """
+    return np.minimum(first_frames(starts)[:, None] + np.arange(clip_len), n_frames - 1)
+
+
+@dataclass
+class Sampling:
+    """How a video becomes clips."""
+
+    n_clips: int = 16
+    clip_len: int = 16  # frames
+    size: int = 224  # pixels, square
+    seed: int = 0
+    starts: str = "modulo"  # or 'independent', see clip_starts
+    mask: str = "none"  # 'sector' blacks out what lies outside the ultrasound sector
+    augment: int = 0  # randomly transformed copies beside the plain one
+
+
+@dataclass
+class Clips:
+    """The clips of one video (or of one transformed copy), each frame held once."""
+
+    frames: np.ndarray  # uint8 (F, size, size, 3) BGR: the distinct frames that the clips use
+    index: np.ndarray  # int64 (n_clips, clip_len) into frames
+    starts: np.ndarray  # int64 (n_clips,), as drawn
+    n_frames: int  # frames in the file
+    note: str = ""  # what was read otherwise than the file says
+    content: str = ""  # SHA-256 of the file's bytes, which the draws are seeded by
+
+
+def content_digest(source):
+    """Hex SHA-256 of a video's bytes; `source` may be a list of files, taken in order."""
+    digest = hashlib.sha256()
+    try:
+        for part in source if isinstance(source, list) else [source]:
+            with open_file(part) as f:
+                while block := f.read(1 << 20):
+                    digest.update(block)
+    except PermissionError as error:
+        raise NotNow("no permission to read it") from error
+    except OSError as error:
+        raise SourceGone(f"cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def read_clips(source, sampling):
+    """Decode a video and sample its clips: [plain, transformed copies...]. Raises VideoError.
+
+    The draws are seeded by the video's bytes, so that an exam gives the same clips under whatever
+    name it lies. A copy's starts are drawn independently: each of its clips is transformed by
+    itself, so that none share an image. Decoding is front to back and once; each frame is resized
+    as it comes, so that memory is that of the small frames. A frame that no clip uses is decoded
+    no further than shows whether it is damaged.
+    """
+    notes, content = [], content_digest(source)
+
+    def sample(n_frames, key, how):
+        drawn = (sampling.n_clips, sampling.clip_len, sampling.seed, key, how)
+        starts = clip_starts(n_frames, *drawn)
+        return starts, clip_frames(starts, n_frames, sampling.clip_len)
+
+    def needed(n_frames):
+        return np.unique(sample(n_frames, content, sampling.starts)[1])
+
+    if sampling.mask == "sector" or sampling.augment:
+        frames = [resized(frame, sampling.size) for frame in iter_frames(source, notes)]
+    else:
+        made = iter_frames(source, notes, needed)
+        frames = [None if f is None else resized_centre(f, sampling.size) for f in made]
+    n_frames, note = len(frames), "; ".join(notes)
+    if sampling.mask == "sector":
+        inside = sector_mask(frames, region_boxes(source))
+        frames = [frame * inside for frame in frames]
+    starts, numbers = sample(n_frames, content, sampling.starts)
+    used, index = np.unique(numbers, return_inverse=True)
+    plain = np.stack([central(frames[i], sampling.size) for i in used])
+    if plain.max() < LIT:
+        note = "; ".join(filter(None, [note, "nothing but black is seen"]))
+    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note, content)]
+    for copy in range(1, sampling.augment + 1):
+        starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")
+        rng = seeded(sampling.seed, f"{content}#{copy}#transform")
+        changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
+        index = np.arange(numbers.size).reshape(numbers.shape)
+        copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note, content))
+    return copies
+
+
+def small_frames(source, size):
+    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR: of its own size, or `resized` if
+    that is smaller, which gives the same when it is resized again. Raises VideoError."""
+    full = round(size * RESIZE_OVER_CROP)
+    frames = iter_frames(source)
+    return np.stack([x if x.size < 3 * full**2 else resized(x, size) for x in frames])
+
+
+def random_transform(frames, size, rng):
+    """The published training transforms, drawn once for all frames of a clip.
+
+    frames: list of uint8 (R, R, 3). Zoom-out by 1 to 1.2 onto black (p 0.5), random crop,
+    horizontal flip (p 0.5), rotation within 15 degrees. Returns uint8 (L, size, size, 3).
+    """
+    import cv2
+
+    full = len(frames[0])
+    canvas, x, y = full, 0, 0
+    if rng.random() < 0.5:
+        canvas = int(full * rng.uniform(1, 1.2))
+        x, y = rng.integers(0, canvas - full + 1, size=2)
+    left, top = rng.integers(0, canvas - size + 1, size=2)
+    flip = rng.random() < 0.5
+    middle = (size - 1) / 2
+    turn = cv2.getRotationMatrix2D((middle, middle), rng.uniform(-15, 15), 1)
+    out = np.zeros((len(frames), size, size, 3), np.uint8)
+    for frame, result in zip(frames, out, strict=True):
+        wide = np.zeros((canvas, canvas, 3), np.uint8)
+        wide[y : y + full, x : x + full] = frame
+        crop = wide[top : top + size, left : left + size]
+        crop = np.ascontiguousarray(crop[:, ::-1] if flip else crop)
+        cv2.warpAffine(crop, turn, (size, size), dst=result, flags=cv2.INTER_NEAREST)
+    return out
+
+
+# ------------------------------------------------------------------------------- the sector alone
+
+MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
+LIT = 4  # grey levels of a pixel that is no black background, at least
+
+
+def region_boxes(source):
+    """The 2-D ultrasound regions of a DICOM as (x0, y0, x1, y1), shares of the image's sides.
+
+    Empty when the file has none, or when one does not lie within the image (some exports shrink
+    the image and leave the tags).
+    """
+    path = source[0] if isinstance(source, (list, tuple)) else source
+    if not is_dicom(path):
+        return []
+    with open_dicom(path, pixels=False) as (header, _):
+        width, height = number(header, "Columns"), number(header, "Rows")
+    names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
+    boxes = []
+    for region in regions(header):
+        corners = [number(region, name) for name in names]
+        if number(region, "RegionSpatialFormat") != 1 or None in corners:
+            continue
+        x0, y0, x1, y1 = corners
+        if not (0 <= x0 < x1 < width and 0 <= y0 < y1 < height):
+            return []
+        boxes.append((x0 / width, y0 / height, (x1 + 1) / width, (y1 + 1) / height))
+    return boxes
+
+
+def sector_mask(frames, boxes):
+    """uint8 (R, R, 1): 1 inside the ultrasound sector of small frames (n, R, R, 3), 0 outside.
+
+    The sector is the convex hull of the largest thick area of which parts move, within the DICOM's
+    regions (`boxes`, see `region_boxes`) if it has any: burned-in text stands still, and an ECG is
+    thin, or dark at any one place most of the time. Pixels whose area may reach across the edge
+    count as outside. Raises VideoError when nothing moves.
+    """
+    import cv2
+
+    full, n = len(frames[0]), len(frames)
+    grey = np.sort(np.stack([f.max(2) for f in frames]), axis=0)
+    low, high = grey[n // 5], grey[-1 - n // 5]  # of most frames: a trace that passes is in neither
+    moving = (high - low >= MOTION).astype(np.uint8)
+    area = moving | (high >= LIT).astype(np.uint8)
+    edge = np.concatenate([area[0], area[-1], area[:, 0], area[:, -1]])
+    if edge.mean() > 0.5:  # the background is not black
+        area = moving
+    inside = region_mask(boxes, full)
+    area = cv2.morphologyEx(area & inside, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    for thick in (full // 10, full // 28, 3):  # pixels; the thicker, the surer that it is tissue
+        thick_area = cv2.morphologyEx(area, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
+        _, labels = cv2.connectedComponents(thick_area)
+        moves = np.bincount(labels[(moving & inside & thick_area) > 0], minlength=1)
+        if moves.any():
+            break
+    else:
+        raise VideoError("no ultrasound sector found to mask: nothing moves")
+    points = np.argwhere(labels == moves.argmax())[:, ::-1].astype(np.int32)
+    hull = cv2.fillConvexPoly(np.zeros_like(moving), cv2.convexHull(points), 1)
+    hull = cv2.erode(hull, np.ones((3, 3), np.uint8))
+    return (hull & inside)[:, :, None]
+
+
+def region_mask(boxes, full):
+    """uint8 (full, full): 1 within any of the boxes, all 1 without boxes."""
+    inside = np.full((full, full), not boxes, np.uint8)
+    for box in boxes:
+        x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
+        x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
+        inside[y0:y1, x0:x1] = 1
+    return inside
+
+
+def answer(function, arguments):
+    """What a function returns, or a VideoError: NotNow where the machine was at its limits."""
+    try:
+        return function(*arguments)
+    except NotNow as error:
+        return error
+    except Exception as error:  # an odd file must not end the run
+        if reason := machine_fault(error):
+            return NotNow(reason)
+        return error if isinstance(error, VideoError) else VideoError("unreadable")
+
+
+def serve():
+    """Answer calls, (function, *arguments) pickled on standard input, until it closes.
+
+    Replies are (what it returns or a VideoError, seconds). What libraries print goes to standard
+    error.
+    """
+    import cv2
+
+    cv2.setNumThreads(1)  # decoders run side by side already
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            function, *arguments = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        began = time.perf_counter()
+        reply = answer(function, arguments)
+        pickle.dump((reply, time.perf_counter() - began), replies, protocol=5)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    from echofocus_core.video.decode import serve
+
+    serve()

@@ -1,0 +1,52 @@
+"""What every reader of a video shares: why a file gives no clips, and what it may cost."""
+
+import errno
+import os
+
+from echofocus_core.base.regular import NotRegular, open_regular
+
+# The budget of one video: what claims more is refused before memory is taken for it.
+FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
+FRAME_PIXELS = 1 << 24  # of one frame as stored, 4096 x 4096
+
+
+OPENCV_NO_MEMORY = -4  # the code of such an error of its
+
+
+class VideoError(ValueError):
+    """Why a file gives no clips: a short reason for the list that the user sees."""
+
+
+class NotNow(VideoError):
+    """A reason that may pass, such as a decoder that is not installed: tried again another time."""
+
+
+class SourceGone(NotNow):
+    """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
+
+
+def machine_fault(error):
+    """What the machine lacked, where an error or one that it came of says so; '' for a file's."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "code", 0) == OPENCV_NO_MEMORY:
+            return "too little memory to decode it"
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # bad positions
+            return f"cannot be decoded now: {os.strerror(error.errno)}"
+        error = error.__cause__
+    return ""
+
+
+def open_file(path):
+    """Open a regular file for reading. OSError; VideoError for a pipe, device or folder."""
+    try:
+        return open_regular(path)
+    except NotRegular as error:
+        raise VideoError("not a regular file") from error
+
+
+def check_budget(frames=1, rows=1, columns=1):
+    """VideoError for more, or larger, frames than one video may have."""
+    if frames > FRAMES:
+        raise VideoError(f"more than {FRAMES:,} frames: cut it into shorter cines")
+    if rows * columns > FRAME_PIXELS:
+        raise VideoError(f"frames of more than {FRAME_PIXELS >> 20} million pixels")

@@ -1,0 +1,599 @@
+"""Which videos make a study: by DICOM header, by folder or by a list; and who extracts which.
+
+    files below the source -> their header facts -> groups of files -> a name each -> Study
+
+A Study is a name and its files; everything else follows from that. Headers are believed before
+folders, since a CD, a folder a day or an archive's export hold several patients in one place.
+"""
+
+import errno
+import hashlib
+import os
+import re
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import compress
+from pathlib import Path, PurePosixPath
+
+from echofocus_core.base.console import Findings, Threads, UserError, nearest, progress, some
+from echofocus_core.base.tables import read_table
+from echofocus_core.base.world import from_environment, place
+from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES
+from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts, short_digest
+
+try:
+    import fcntl
+except ImportError:  # Windows: one worker at a time
+    fcntl = None
+
+LISTED = 20  # names on one line of the screen
+HEADER_READERS = 16  # threads: over a network, reading headers is waiting
+LONGEST_NAME = 200  # bytes of a study's name: file systems take 255, an ending and more included
+NO_STUDY = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that tell no study
+ECHONET_PEDIATRIC = re.compile(r"^([^-]+-[^-]+)-[^-]+$")  # <patient>-<accession>-<n>
+
+
+@dataclass
+class Study:
+    """A study's videos, as POSIX paths relative to its folder (as the file system has them)."""
+
+    name: str
+    folder: Path
+    videos: list[str]
+    missing: list[str] = field(default_factory=list)  # named in a manifest, but not there
+    series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
+
+    def source(self, video):
+        """The path of a video, or the list of its frames' paths: what `read_clips` takes."""
+        if video in self.series:
+            return [self.folder / file for file in self.series[video]]
+        return self.folder / video
+
+
+@dataclass
+class Group:
+    """Files of one study, as POSIX paths relative to the source."""
+
+    files: list[str]
+    uid: str = ""  # their StudyInstanceUID, where that is why they are together
+    folder: str = ""  # that holds them: the first below the source, where there is no UID
+
+
+def find_studies(
+    source, group="dicom", manifests=(), study_id="folder", listener=None, leave_out=None
+):
+    """The studies of a source, sorted by name.
+
+    group: 'dicom' goes by StudyInstanceUID, wherever the files lie, and by folder for files that
+    have none; 'folder' takes each subfolder of `source` with all files below it, or `source`
+    itself if it has no such; 'one' takes `source` as one study. manifests: tables that say it
+    instead, see `read_manifest`. study_id: see `name_groups`. leave_out: a folder not to look
+    into, such as the one for the outputs. What is decided or left out is told to `listener`; an
+    error of a run's listener is a UserError.
+    """
+    source, listener = Path(source), listener or Findings()
+    if not source.is_dir():
+        listener.error(f"{source} is not a folder", "give a study's folder or a folder of them")
+        return []
+    if manifests:
+        if study_id != "folder":
+            listener.error("--study_id has no effect on a manifest, which names its studies itself")
+        return by_manifests(source, manifests, listener)
+    files, others, closed = find_videos(source, leave_out)
+    notes = [*passed_over(others, closed)]
+    if not files:
+        found = "".join(f"; {note}" for note in notes)
+        listener.error(f"no video or DICOM file in {source} or below it{found}")
+        return []
+    for note in notes:
+        listener.note(note)
+    facts = read_facts(source, files)
+    if group == "dicom":
+        groups = by_headers(source, files, facts, listener)
+    elif group == "one":
+        groups = [Group(files, folder=".")]
+    else:
+        groups = by_folder(source, files, listener)
+    name_empty_folders(source, files, leave_out, listener)
+    if group != "dicom":
+        refuse_several(source, groups, facts, listener)
+    groups = [g for g in groups if one_patient(g.files, facts, listener)]
+    names = name_groups(source, groups, study_id, listener)
+    studies = [study_of(n, source, g, facts) for n, g in zip(names, groups, strict=True)]
+    if not studies:
+        listener.error(f"no study in {source} can be used", "see above")
+    return sorted(studies, key=lambda study: study.name)
+
+
+def study_of(name, source, group, facts):
+    below = PurePosixPath(group.folder)
+    relative = {str(PurePosixPath(f).relative_to(below)): facts[f] for f in group.files}
+    series = group_stills(relative)
+    frames = {file for files in series.values() for file in files}
+    return Study(
+        name, source / below, sorted((relative.keys() - frames) | series.keys()), [], series
+    )
+
+
+def common_folder(files):
+    return os.path.commonpath([f"/{PurePosixPath(f).parent}" for f in files])[1:] or "."
+
+
+# ----------------------------------------------------------------------------------- what is there
+
+
+def find_videos(folder, leave_out=None):
+    """What lies below `folder`, links to folders followed; hidden files are passed over.
+
+    Returns the candidate files as sorted POSIX paths relative to it, a Counter of the endings of
+    all other files, and a list of 'subfolder: why it cannot be read'.
+    """
+    found, others, closed = [], Counter(), []
+    above = {}  # a folder's path -> the real paths of itself and of those it lies in
+    left_out = {os.path.realpath(leave_out)} if leave_out else set()
+
+    def relative(path):
+        return Path(path).relative_to(folder).as_posix()
+
+    def unreadable(error):
+        closed.append(f"{visible(relative(error.filename))}: {error.strerror}")
+
+    for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        above[where] = {os.path.realpath(where)} | above.get(os.path.dirname(where), set())
+        folders[:] = sorted(
+            f
+            for f in folders  # a link back to a folder that it lies in would never end
+            if not f.startswith(".")
+            and os.path.realpath(Path(where, f)) not in above[where] | left_out
+        )
+        for path in (Path(where, n) for n in sorted(names) if not n.startswith(".")):
+            if not path.is_file():  # a pipe, a socket, a device, a link that leads nowhere
+                others["no regular file"] += 1
+            elif path.name.upper() != "DICOMDIR" and is_candidate(path):
+                found.append(relative(path))
+            else:
+                others[visible(path.suffix.lower()) or "no ending"] += 1
+    return sorted(found), others, closed
+
+
+def is_candidate(path):
+    """Whether a file should be tried as a video: by its ending, or DICOM under any name."""
+    suffix = path.suffix.lower()
+    return suffix in VIDEO_SUFFIXES | DICOM_SUFFIXES or is_dicom(path)
+
+
+def read_facts(source, files):
+    """The HeaderFacts of all files, a dict; headers are read once, up to the pixels."""
+    with Threads(HEADER_READERS) as pool:
+        facts = pool.map(lambda f: read_header_facts(source / f), files)
+        shown = progress(facts, desc="headers", unit="file", total=len(files), leave=False)
+        return dict(zip(files, shown, strict=True))
+
+
+def passed_over(others, closed):
+    """Lines for a person: files that are no videos, and subfolders that cannot be read."""
+    if closed:
+        yield f"{len(closed)} subfolders cannot be read: {listed(closed)}"
+    if others:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
+        yield f"{others.total()} files are no videos: {kinds}"
+
+
+def listed(names):
+    """The first of them, and how many more."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def visible(name):
+    """A file's name as text for screen, log and files: what cannot be shown as %XX, by its bytes.
+
+    Names that differ stay different; two Unicode normal forms of one word are two names.
+    """
+    name = re.sub("%(?=[0-9A-Fa-f]{2})", "%25", name)  # so that no two names become one
+    safe = (c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
+    return "".join(safe)
+
+
+def name_empty_folders(source, files, leave_out, listener):
+    with_files = {PurePosixPath(f).parts[0] for f in files}
+    out = leave_out and os.path.realpath(leave_out)
+    without = [
+        visible(p.name)
+        for p in sorted(source.iterdir())
+        if p.name not in with_files
+        and p.name[0] != "."
+        and p.is_dir()
+        and os.path.realpath(p) != out
+    ]
+    if without and with_files - set(files):
+        listener.note(f"{len(without)} folders hold no video: {listed(without)}")
+
+
+# -------------------------------------------------------------------------------- whose file it is
+
+
+def by_headers(source, files, facts, listener):
+    """Groups: DICOM by StudyInstanceUID; the rest goes with the DICOM beside it, or by folder.
+
+    A file without a UID belongs to the study of the nearest folder, from its own up to the first
+    below the source, that holds DICOM of one study; where that holds several it is left out.
+    """
+    studies, uids = {}, {}  # UID -> Group; folder -> UIDs of the DICOM in and below it
+    for file in files:
+        if uid := facts[file].study_uid:
+            studies.setdefault(uid, Group([], uid)).files.append(file)
+            for folder in places(file):
+                uids.setdefault(folder, set()).add(uid)
+    if not studies:
+        return by_folder(source, files, listener)
+    folders, astray = {}, []
+    for file in files:
+        if facts[file].study_uid:
+            continue
+        beside = next((uids[folder] for folder in places(file) if folder in uids), set())
+        if len(beside) == 1:
+            studies[min(beside)].files.append(file)
+        elif beside or "/" not in file:
+            astray.append(visible(file))
+        else:
+            folder = PurePosixPath(file).parts[0]
+            folders.setdefault(folder, Group([], folder=folder)).files.append(file)
+    if astray:
+        listener.warning(
+            f"{len(astray)} files have no StudyInstanceUID and lie beside several studies: "
+            f"{listed(astray)}; they are left out",
+            "put each into a folder of its study, or list all in a --manifest",
+        )
+    return [*studies.values(), *folders.values()]
+
+
+def places(file):
+    """The folders that a file lies in, from its own up to the first below the source."""
+    return [str(p) for p in PurePosixPath(file).parents][:-1] or ["."]
+
+
+def by_folder(source, files, listener):
+    loose = [f for f in files if "/" not in f]
+    if len(loose) == len(files):
+        return [Group(files, folder=".")]
+    if loose:
+        listener.error(
+            f"{source} holds both study folders and loose videos ({visible(loose[0])}, ...)",
+            "move the loose ones into a folder of their own study, or say --group one if all is "
+            "one study",
+        )
+    groups = {}
+    for file in (f for f in files if "/" in f):
+        folder = PurePosixPath(file).parts[0]
+        groups.setdefault(folder, Group([], folder=folder)).files.append(file)
+    return list(groups.values())
+
+
+def refuse_several(source, groups, facts, listener):
+    """An error for a folder that holds several studies, though it was to be taken for one."""
+    several = {}
+    for group in groups:
+        first = {facts[f].study_uid: f for f in reversed(group.files) if facts[f].study_uid}
+        if len(first) > 1:
+            several[visible((source.resolve() / group.folder).name)] = sorted(first.values())
+    if several:
+        name, files = next(iter(several.items()))
+        listener.error(
+            f"{len(several)} folders hold several studies by their DICOM headers: {some(several)} "
+            f"(in {name} for one: {some(map(visible, files))})",
+            "--group dicom splits them; a --manifest may say otherwise",
+        )
+
+
+def one_patient(files, facts, listener):
+    """Whether no two files name two patients; a study of which some do is left out."""
+    first = {facts[f].patient: f for f in reversed(files) if facts[f].patient}
+    if len(first) > 1:
+        listener.warning(
+            f"the files of one study name {len(first)} patients: "
+            f"{some(sorted(map(visible, first.values())))}; the study is left out",
+            "correct their PatientID or StudyInstanceUID, or list them in a --manifest",
+        )
+    return len(first) < 2
+
+
+# --------------------------------------------------------------------------------------- its name
+
+
+def name_groups(source, groups, study_id, listener):
+    """A name for each group, all different.
+
+    study_id: 'folder' is the name of the folder that holds the study and no other, where there is
+    one (see `place_groups`), else that of the folder that holds it with others, and 8 digits of
+    the SHA-256 of the StudyInstanceUID; 'uid' is the StudyInstanceUID; 'digest' is the first 16
+    digits of its SHA-256 (of the folder's name where files have none).
+    """
+    own = place_groups(groups)
+    names = [(source.resolve() / group.folder).name for group in groups]
+    keys = [g.uid or f"folder {name}" for g, name in zip(groups, names, strict=True)]
+    if study_id == "digest":
+        return [hashlib.sha256(os.fsencode(key)).hexdigest()[:16] for key in keys]
+    if study_id == "uid":
+        if without := [visible(n) for g, n in zip(groups, names, strict=True) if not g.uid]:
+            listener.error(
+                f"no StudyInstanceUID in the files of {listed(without)}",
+                "--study_id folder, and --group dicom where the files are DICOM",
+            )
+        return [g.uid or n for g, n in zip(groups, map(file_name, names), strict=True)]
+    plain = [file_name(name) for name in names]
+    shared = [not alone or plain.count(n) > 1 for n, alone in zip(plain, own, strict=True)]
+    for i, key in enumerate(keys):
+        if shared[i]:
+            plain[i] = file_name(f"{names[i]}-{short_digest(key)}")
+    if any(shared):
+        listener.note(
+            f"{sum(shared)} studies have no folder of their own; they are named by folder and a "
+            f"digest of the StudyInstanceUID: {some(compress(plain, shared))}"
+        )
+    return plain
+
+
+def place_groups(groups):
+    """Say the folder of each group; returns whether it holds no file of another group.
+
+    It is the deepest which holds all and only the group's files; but no deeper than is usual
+    among the groups (a study with one series has that in a folder of its own too), no `DICOM` or
+    `images`, and further up while two groups would have the same name.
+    """
+    holders = Counter()  # folder -> groups with files below it
+    for group in groups:
+        holders.update({p for file in group.files for p in PurePosixPath(file).parents})
+    deepest = [PurePosixPath(g.folder or common_folder(g.files)) for g in groups]
+    own = [[p for p in (d, *d.parents) if holders[p] == 1] for d in deepest]
+    depths = Counter(len(o[0].parts) for o, g in zip(own, groups, strict=True) if o and g.uid)
+    usual = min(depths, key=lambda depth: (-depths[depth], depth), default=0)
+    for chain, group in zip(own, groups, strict=True):
+        while group.uid and len(chain) > 1:
+            if len(chain[0].parts) <= usual and chain[0].name.lower() not in NO_STUDY:
+                break
+            del chain[0]
+    while True:
+        times = Counter(chain[0].name for chain in own if chain)
+        twice = [chain for chain in own if len(chain) > 1 and times[chain[0].name] > 1]
+        if not twice:
+            for group, chain, folder in zip(groups, own, deepest, strict=True):
+                group.folder = str((chain or [folder])[0])
+            return [bool(chain) for chain in own]
+        for chain in twice:
+            del chain[0]
+
+
+def file_name(name):
+    """A study's name as one for files: visible, not hidden, not too long for file systems."""
+    name = re.sub(r"[/\\]", "%2F", visible(name))
+    name = re.sub(r"^\.", "%2E", name)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{start}-{short_digest(name)}"
+
+
+# ----------------------------------------------------------------------------------- from a table
+
+
+def is_there(path):
+    """Whether a path is a file; one that is longer than a name may be is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def by_manifests(source, manifests, listener):
+    files = {}  # study -> files relative to the source
+    for manifest in manifests:
+        for study, file in read_manifest(Path(manifest), source, listener):
+            files.setdefault(study, set()).add(file)
+    there = {f: is_there(source / f) for paths in files.values() for f in paths}
+    times = Counter(f for paths in files.values() for f in paths)
+    if twice := sorted(visible(f) for f, n in times.items() if n > 1):
+        listener.warning(f"{len(twice)} files are listed in two studies: {listed(twice)}")
+    facts = read_facts(source, sorted(f for f in there if there[f]))
+    studies, mixed = [], []
+    for name, paths in sorted(files.items()):
+        group = Group(sorted(f for f in paths if there[f]), folder=common_folder(paths))
+        study = study_of(name, source, group, facts)
+        below = PurePosixPath(group.folder)
+        study.missing = sorted(
+            str(PurePosixPath(f).relative_to(below)) for f in paths if not there[f]
+        )
+        studies.append(study)
+        uids = {facts[f].study_uid for f in group.files} - {""}
+        patients = {facts[f].patient for f in group.files} - {""}
+        if len(uids) > 1 or len(patients) > 1:
+            mixed.append(name)
+    if mixed:
+        listener.warning(
+            f"{len(mixed)} studies of the manifest hold files of several studies or patients by "
+            f"their DICOM headers: {some(mixed)}",
+            "the manifest is followed",
+        )
+    return studies
+
+
+def read_manifest(manifest, source, listener):
+    """Yield (study, path below the source) of a table of videos; it may name no other place.
+
+    Known by its columns: study, path; MIMIC-IV-ECHO's record list (study_id, dicom_filepath);
+    the FileList of EchoNet-Dynamic (each video a study) and -Pediatric (each accession a study).
+    Relative paths start at the source, those of a FileList at its own folder.
+    """
+    table = read_table(manifest, listener, "manifest")
+    columns = set(table.columns)
+    if {"study", "path"} <= columns:
+        studies, paths = table["study"], table["path"]
+    elif {"study_id", "dicom_filepath"} <= columns:
+        studies, paths = table["study_id"], table["dicom_filepath"]
+    elif "FileName" in columns:
+        names = table["FileName"].dropna().str.removesuffix(".avi")
+        folder = manifest.parent.resolve()
+        folder = folder / "Videos" if (folder / "Videos").is_dir() else folder
+        paths = names.map(lambda name: str(folder / f"{name}.avi"))
+        studies = names.map(lambda n: m[1] if (m := ECHONET_PEDIATRIC.match(n)) else n)
+    else:
+        listener.error(
+            f"{manifest} has columns {some(table.columns, 9)}; a manifest has study and path"
+            f"{nearest('path', columns)}"
+        )
+        return
+    for line, study, path in zip(studies.index, studies, paths, strict=True):
+        if not isinstance(study, str) or not isinstance(path, str):
+            listener.error(f"{manifest}, line {line}: study or path is empty", "fill it in")
+        elif file_name(study) != study:
+            listener.error(
+                f"{manifest}, line {line}: {study[:60]!a} cannot be a study's name, which names "
+                "the output file",
+                "use letters, digits, . - and _",
+            )
+        elif (below := path_below(source, path)) is None:
+            listener.error(
+                f"{manifest}, line {line}: the path leads out of {source}",
+                "give a source that holds all files of the list",
+            )
+        else:
+            yield study, below
+
+
+def path_below(source, path):
+    """A path as a POSIX path relative to the source; None when it leads elsewhere."""
+    path = os.path.normpath(source.absolute() / path)
+    for root in (os.path.normpath(source.absolute()), os.path.realpath(source)):
+        if path.startswith(os.path.join(root, "")):
+            return Path(path).relative_to(root).as_posix()
+    return None
+
+
+def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=None):
+    """Studies whose videos lie in `base`/`folder_format`, the published config's
+    `video_base_path` and `video_subdir_format`; named by their echo_id.
+
+    ids: the studies wanted (those whose folder is missing are told to the listener); None: all
+    that there are.
+    """
+    base, listener = Path(base), listener or Findings()
+    start, holder, end = folder_format.partition("{echo_id}")
+    if not holder:
+        listener.error(f"video_subdir_format '{folder_format}' has no {{echo_id}} in it", "add it")
+        return []
+    if not base.is_dir():
+        listener.error(f"no folder {base}", "see video_base_path in the config")
+        return []
+    if ids is None:
+        found = [p.relative_to(base).as_posix() for p in base.glob(f"{start}*{end}") if p.is_dir()]
+        ids = sorted(f[len(start) : len(f) - len(end)] for f in found)
+    studies, absent = [], []
+    for eid in ids:
+        folder = f"{start}{eid}{end}"
+        files = []
+        if file_name(eid) == eid and path_below(base, folder) and (base / folder).is_dir():
+            files = [f"{folder}/{f}" for f in find_videos(base / folder)[0]]
+        if not files:
+            absent.append(eid)
+            continue
+        facts = read_facts(base, files)
+        if one_patient(files, facts, listener):
+            studies.append(study_of(eid, base, Group(files, folder=folder), facts))
+    if absent:
+        listener.warning(f"{len(absent)} studies have no video below {base}: {some(absent)}")
+    return studies
+
+
+# ------------------------------------------------------------------------------------ many workers
+
+
+def shard_from(text, environment=os.environ):
+    """`--shard i/n` (i from 0) -> (i, n); 'auto' reads torchrun's or SLURM's environment."""
+    if text != "auto":
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or int(match[1]) >= int(match[2]):
+            raise UserError(f"--shard is i/n with i from 0 to n - 1, not {text}")
+        return int(match[1]), int(match[2])
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return place("RANK", "WORLD_SIZE", environment)
+    read = partial(from_environment, environment=environment)
+    if "SLURM_ARRAY_TASK_ID" in environment:
+        index = read("SLURM_ARRAY_TASK_ID", 0) - read("SLURM_ARRAY_TASK_MIN", 0)
+        if index < 0:
+            raise UserError("SLURM_ARRAY_TASK_ID is below SLURM_ARRAY_TASK_MIN; give --shard i/n")
+        return index, max(index + 1, read("SLURM_ARRAY_TASK_COUNT", 1, least=1))
+    if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment:
+        return place("SLURM_PROCID", "SLURM_NTASKS", environment)
+    return 0, 1
+
+
+def own_first(studies, index, count):
+    """All studies, this worker's share first: what the others leave undone comes after it."""
+    return [s for k in range(count) for s in studies[(index + k) % count :: count]]
+
+
+class Claims:
+    """Which studies this process may work on: a byte-range lock each, in one file.
+
+    The system drops the locks of a process that dies, so that nothing is left to clean up and
+    nobody has to wait. POSIX locks work across nodes wherever the file system supports them.
+    """
+
+    def __init__(self, folder, alone=True):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
+        except OSError as error:
+            why = error.strerror
+            raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
+        why = "this system has no POSIX locks" if fcntl is None else self.refusal()
+        self.works = not why
+        if why and not alone:
+            raise UserError(
+                f"{folder} cannot be shared by several workers: {why}; use a file system with "
+                "locks, or one worker"
+            )
+        if why:
+            print(f"no file locks in {folder} ({why}): going on; run no other worker there")
+
+    def refusal(self):
+        """Why locks do not work on this file system, or ''."""
+        try:
+            self.lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock("", fcntl.LOCK_UN)
+        except OSError as error:
+            return error.strerror or "no locks"
+        return ""
+
+    def take(self, name):
+        """Whether the study is this process's now; never waits. OSError without working locks."""
+        return self.lock(name, fcntl.LOCK_EX | fcntl.LOCK_NB) if self.works else True
+
+    def lock(self, name, how):
+        try:
+            fcntl.lockf(self.file, how, 1, self.position(name))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # held: what POSIX says of it
+                return False
+            raise
+        return True
+
+    def give_back(self, name):
+        if self.works:
+            self.lock(name, fcntl.LOCK_UN)
+
+    @contextmanager
+    def alone(self, name):
+        """Wait for the others to be done with `name`, and keep it for the block."""
+        if self.works:
+            self.lock(name, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            self.give_back(name)
+
+    @staticmethod
+    def position(name):
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
