@@ -373,7 +373,7 @@ def test_the_second_run_in_a_folder_stops(trained, cli):
     ):
         with lock(held, timeout=0):
             status, _, err = cli(*line)
-            assert status == 1 and f"another process is at work on {held}" in err, err
+            assert status == 1 and f"another process is using {held}" in err, err
             assert err.splitlines()[-1].startswith("echofocus.py: error")
         assert cli(*line)[0] == 0
     assert not list(Path().rglob("*.lock"))

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from conftest import ROOT
 
 from echofocus_core.base import files
 from echofocus_core.base.console import NO_ROOM, UserError
+from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.regular import read_regular
 
 
@@ -87,7 +89,7 @@ def test_leftovers_of_the_dead_alone_are_deleted(tmp_path):
     """What a living process writes, here or elsewhere, and what is nobody's temporary, stays."""
     code = """
 import sys, time
-from common.files import atomic_path
+from echofocus_core.base.files import atomic_path
 with atomic_path(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print(temporary.name, flush=True)
@@ -281,45 +283,52 @@ def test_a_journal_of_other_work_is_not_used(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- locks
 
 HOLD = """
-import sys, time
-from common.files import lock
-if sys.argv[2] == "soft":
-    import filelock
-    class NoLocks(filelock.FileLock):
-        def _acquire(self):
-            raise NotImplementedError
-    filelock.FileLock = NoLocks
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from echofocus_core.base.files import lock
 with lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("kind", ["system", "soft"])
-def test_one_process_holds_a_lock(tmp_path, kind, monkeypatch):
-    """With the system's locks, and where there are none (no fcntl, a disk without)."""
+def test_one_process_holds_a_lock(tmp_path):
     path = tmp_path / "panecho.pt"
-    line = [sys.executable, "-c", HOLD, str(path), kind]
+    line = [sys.executable, "-c", HOLD, str(path)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        if kind == "soft":
-            import filelock
-
-            class NoLocks(filelock.FileLock):
-                def _acquire(self):
-                    raise NotImplementedError
-
-            monkeypatch.setattr(filelock, "FileLock", NoLocks)
-        busy = pytest.raises(UserError, match=r"another process is at work on .*panecho\.pt")
-        with busy, files.lock(path, timeout=0.1):
+        with pytest.raises(UserError, match="is using"), files.lock(path, timeout=0.1):
             pass
         process.stdin.close()
         process.wait()
     with files.lock(path, timeout=5):
-        name = {"system": "panecho.pt.lock", "soft": "panecho.pt.held"}[kind]
-        assert os.listdir(tmp_path) == [name]
+        assert os.listdir(tmp_path) == ["panecho.pt.lock"]
     assert os.listdir(tmp_path) == []
+
+
+def test_work_ahead_keeps_its_order():
+    with ThreadPoolExecutor(3) as pool:
+        assert list(map_ahead(pool, lambda x: x * x, range(20), 4)) == [x * x for x in range(20)]
+
+
+def test_work_ahead_stops_with_its_consumer():
+    items = iter(range(100))
+    with ThreadPoolExecutor(1) as pool:
+        results = map_ahead(pool, lambda x: 1 // (x - 2), items, 3)
+        assert [next(results), next(results)] == [-1, -1]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert next(items) < 6
+
+
+def test_a_digest_depends_on_type_shape_and_parts():
+    numbers = np.arange(6.0)
+    parts = [("ab", "c"), ("a", "bc"), ("abc",), (b"abc", 1), (numbers,), (numbers.reshape(2, 3),)]
+    parts += [(numbers.astype(np.float32),), ({"a": 1},), (numbers.tobytes(),)]
+    assert len({files.sha256_of(*part) for part in parts}) == len(parts)
+    assert files.sha256_of({"b": 1, "a": 2}) == files.sha256_of({"a": 2, "b": 1})
+    assert files.sha256_of(numbers[::2]) == files.sha256_of(numbers[::2].copy())
 
 
 def test_a_journal_is_one_process_alone(tmp_path):
@@ -328,7 +337,7 @@ def test_a_journal_is_one_process_alone(tmp_path):
         journal.add(UNITS[0])
         line = [sys.executable, "-c", OPEN, str(path), json.dumps(WORK)]
         found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-        assert "another process is at work on" in found.stderr
+        assert "another process is using" in found.stderr
     with files.open_journal(path, WORK) as journal:
         assert same(journal, UNITS[:1])
     assert os.listdir(tmp_path) == [".j"]
@@ -336,7 +345,7 @@ def test_a_journal_is_one_process_alone(tmp_path):
 
 OPEN = """
 import json, sys
-from common.files import open_journal
+from echofocus_core.base.files import open_journal
 with open_journal(sys.argv[1], json.loads(sys.argv[2])):
     pass
 """
@@ -347,7 +356,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-from common import console, files
+from echofocus_core.base import console, files
 
 def main():
     files.Journal("journal", {}).add("x" * 1000)
@@ -374,7 +383,7 @@ def test_no_memory_for_threads_is_said():
     """Python would wait for ever for a thread that finds no memory to begin in."""
     code = """
 import resource, sys
-from common.console import Threads, run_main
+from echofocus_core.base.console import Threads, run_main
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20),) * 2)
 run_main(lambda: Threads(1).submit(print, "one began").result(), "p")
@@ -387,7 +396,7 @@ run_main(lambda: Threads(8), "p")
 
 
 BAR = """
-from common import console
+from echofocus_core.base import console
 
 def main():
     bar = console.progress(total=9, desc="bar", leave=False)

@@ -19,12 +19,12 @@ THREAD_BYTES = 16 << 20  # a stack, and what it begins with
 
 
 class UserError(Exception):
-    """A mistake or a missing thing that the user can mend; the message says how."""
+    """A mistake or missing input that the user can fix; the message says how."""
 
 
 @dataclass
 class Finding:
-    """What a reader found: 'ok', 'WARNING' (a run would work, less something) or 'ERROR'."""
+    """A fact about the user's input: 'ok', 'WARNING' (usable in part) or 'ERROR'."""
 
     level: str
     text: str
@@ -32,16 +32,16 @@ class Finding:
 
 
 class Findings:
-    """Whom readers of config, labels, embeddings, videos and models tell what they find.
+    """Receives what is noticed in config, labels, embeddings, videos and models.
 
-    This one listens during a run: an error ends it (UserError), a warning or note is printed.
+    This one is for runs: it prints notes and warnings, and raises UserError for an error.
     """
 
     def ok(self, text):
-        """All is well; a run does not say so."""
+        """Reported by `check` only."""
 
     def note(self, text):
-        """Something that was decided or left out, as it should be."""
+        """A decision that the user should see, such as rows left out on purpose."""
         print(text)
 
     def warning(self, text, remedy=""):
@@ -51,11 +51,11 @@ class Findings:
         raise UserError(f"{text}{'; ' if remedy else ''}{remedy}")
 
 
-RUN = Findings()  # who listens to the readers where nobody else does
+RUN = Findings()  # the default reporter
 
 
 class Collected(Findings):
-    """Listens for `check`: keeps everything, so that the reader goes on with what can be used."""
+    """Keeps all findings for `check`; the reader continues after an error with what is usable."""
 
     def __init__(self):
         self.findings = []

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -12,7 +11,6 @@ import secrets
 import shutil
 import socket
 import time
-import warnings
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -419,55 +417,26 @@ def decode_array(entry):
 # -------------------------------------------------------------------------------------------- locks
 
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-
-
 @contextmanager
 def lock(path, timeout=-1):
-    """Hold the lock of a path for the block: one process of those that share the file system.
+    """Hold the lock of a path for the block, a file <name>.lock beside it that exists meanwhile.
 
-    The lock is a file beside it, <name>.lock, which the system frees when its process ends; where
-    the file system has no locks, the existence of <name>.held is the lock.
-    timeout: seconds to wait, -1 for ever. Raises UserError when the time is up.
+    timeout: seconds to wait, -1 without limit. Raises UserError when another process keeps it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(path.name + ".lock")
     try:
-        held, file = acquired(path, timeout)
+        with filelock.FileLock(file, timeout=timeout):
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
     except filelock.Timeout as error:
         raise UserError(
-            f"another process is at work on {path}; wait until it is done (if there is none, "
-            f"delete {Path(error.lock_file).name})"
+            f"another process is using {path}; wait until it has ended (if no process is running, "
+            f"delete {file.name})"
         ) from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
-            file.unlink()
-        held.release()
-
-
-def acquired(path, timeout):
-    """(the held filelock of a path, its file). Raises filelock.Timeout."""
-    kinds = (filelock.FileLock, ".lock"), (filelock.SoftFileLock, ".held")
-    for kind, ending in kinds:
-        file = path.with_name(path.name + ending)
-        held = kind(file)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # newer ones fall back by themselves, and warn
-                held.acquire(timeout=timeout)
-            while not file.exists():  # its last holder has just deleted it: another may lock anew
-                held.release()
-                held.acquire(timeout=timeout)
-            return held, file
-        except NotImplementedError:  # a system or a disk without locks
-            pass
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        file.unlink(missing_ok=True)  # made before the lock was refused
-    raise OSError(errno.ENOLCK, "no lock can be had", str(path))
 
 
 # ---------------------------------------------------------------------------------- digests, seeds
@@ -477,6 +446,22 @@ def sha256_file(path):
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_of(*parts):
+    """Hex SHA-256 of some values, in order: text, bytes, arrays, and what JSON can hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            part = np.ascontiguousarray(part)
+        elif isinstance(part, str):
+            part = part.encode(errors="surrogatepass")
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True).encode()
+        digest.update(f"|{memoryview(part).nbytes}|".encode())  # so that parts cannot merge
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def derive_seed(*parts):
