@@ -11,6 +11,7 @@ import re
 from argparse import SUPPRESS
 from ast import literal_eval
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
@@ -147,23 +148,56 @@ Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
 
 # ------------------------------------------------------------------------------------------ options
 
-# The groups of --help. What to work on, and the files of one run, are not for the config.
-WHAT, DATA, COMPUTING = "what to work on", "data", "computing"
-MODEL, TRAINING, EXPLAINING = "model", "training", "explanation"
-OUTPUT, FILES, EXTRACTION = "output", "files", "extraction"
-THROUGH = "training through the encoder"
+
+@dataclass(frozen=True)
+class Group:
+    """A group of options in --help."""
+
+    title: str
+    in_config: bool = True  # whether a task or dataset of the config may set its options
+    needs_videos: bool = False  # whether its options have an effect on videos only
+
+
+WHAT, FILES = Group("what to work on", in_config=False), Group("files", in_config=False)
+DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model")
+TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
+EXTRACTION = Group("extraction", needs_videos=True)
+END_TO_END = Group("training through the encoder", needs_videos=True)
 
 WITH_MODEL = "evaluate predict embed explain"
 ALL = f"train check {WITH_MODEL}"
 EXTRACTS = f"extract {WITH_MODEL} check"
 READS_VIDEOS = f"{EXTRACTS} train"
+OnResume = Literal["fixed", "reported", "unrecorded"]
 
 
-def option(default, help, group, commands, least=None, below=None, also="", **argparse_options):
-    """An option: default, meaning, group in --help, commands, bounds, synonyms; in one place."""
-    told = {"group": group, "commands": commands.split(), "also": also.split()}
-    told["argparse"] = argparse_options
-    return Field(default=default, description=help, ge=least, lt=below, json_schema_extra=told)
+def option(
+    default,
+    help,
+    group,
+    commands,
+    least=None,
+    below=None,
+    also="",
+    on_resume: OnResume = "reported",
+    moves_folds=False,
+    **argparse_options,
+):
+    """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
+
+    on_resume: what a resumed training does with another value: refuse it ("fixed"), or use it and
+    report it ("reported"); "unrecorded" options do not decide the weights, no checkpoint has them.
+    moves_folds: whether another value puts other patients into the validation fold.
+    """
+    meta = {
+        "group": group,
+        "commands": commands.split(),
+        "also": also.split(),
+        "on_resume": on_resume,
+        "moves_folds": moves_folds,
+        "argparse": argparse_options,
+    }
+    return Field(default=default, description=help, ge=least, lt=below, json_schema_extra=meta)
 
 
 # fmt: off
@@ -171,14 +205,16 @@ class CohortOptions(Entry):
     """Which videos with labels the encoder is trained on; `check` reads them too."""
 
     cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
-        "", "how the encoder's training data are laid out", WHAT, "train_encoder check"
+        "", "how the encoder's training data are laid out", WHAT, "train_encoder check",
+        on_resume="unrecorded"
     )
     data_dir: str = option(
-        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check"
+        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check",
+        on_resume="unrecorded"
     )
     tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "tasks of PanEcho's to learn, or a JSON file of your own [EF; hospital: every task "
-        "that the tables have]", WHAT, "train_encoder check",
+        "that the tables have]", WHAT, "train_encoder check", on_resume="unrecorded"
     )
 
 
@@ -192,16 +228,19 @@ class Settings(CohortOptions):
 
     config: str = option(
         "", "tasks and datasets [config.json, else config-example.json]", WHAT,
-        f"{ALL} pack inspect",
+        f"{ALL} pack inspect"
     )
     model_name: str = option(
         "", "folder in ./trained_models, or a path [train: the task; else the newest]; several are "
-        "averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined,
+        "averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
     )
     run_id: str = option("", "appended to the model's name, to keep runs apart", WHAT, ALL)
-    task: str = option("", "a task of the config [the model's, else the first]", WHAT, ALL)
+    task: str = option(
+        "", "a task of the config [the model's, else the first]", WHAT, ALL, moves_folds=True
+    )
     dataset: str = option(
-        "", "a dataset of the config [the model's, else the first]", WHAT, f"{ALL} pack"
+        "", "a dataset of the config [the model's, else the first]", WHAT, f"{ALL} pack",
+        moves_folds=True
     )
     datasets: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "several datasets, instead of --dataset", WHAT, "embed"
@@ -212,7 +251,7 @@ class Settings(CohortOptions):
     label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
     videos: str = option(
         "", "folder of a study's videos or of studies, to start from", WHAT,
-        f"{WITH_MODEL} check train",
+        f"{WITH_MODEL} check train"
     )
     keep: str = option(
         "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
@@ -221,8 +260,8 @@ class Settings(CohortOptions):
         [], "studies to explain, whatever their fold", WHAT, "explain"
     )
     source: str = option(
-        "", "download: a released model, URL, zip, folder or .pt file; inspect: as "
-        "--model_name", WHAT, "download inspect", nargs="?",
+        "", "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
+        WHAT, "download inspect", nargs="?"
     )
     list_: bool = option(False, "name the released models", WHAT, "download")
     sha256: str = option("", "the file's SHA-256, where you know it", WHAT, "download")
@@ -234,82 +273,90 @@ class Settings(CohortOptions):
     )
     sample_limit: int = option(
         0, "use so many studies at most, by a hash of their ids: always the same of the same "
-        "studies; 0 is all", DATA, ALL, least=0,
+        "studies; 0 is all", DATA, ALL, least=0, moves_folds=True
     )
     max_videos_per_study: int = option(
         0, "of a study with more videos take so many, at random (in training anew each epoch, else "
-        "always the same); 0 is all", DATA, ALL, least=0,
+        "always the same); 0 is all", DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
-        "64,16,20", "percent of patients to train,val,test", DATA, "train"
+        "64,16,20", "percent of patients to train,val,test", DATA, "train", on_resume="fixed",
+        moves_folds=True
     )
     seed: int = option(
         0, "of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
-        "train evaluate", least=-SEEDS, below=SEEDS,
+        "train evaluate", least=-SEEDS, below=SEEDS, on_resume="fixed", moves_folds=True
     )
-    n_folds: int = option(0, "cross-validation instead of --split; 0: none", DATA, "train")
+    n_folds: int = option(
+        0, "cross-validation instead of --split; 0: none", DATA, "train", on_resume="fixed",
+        moves_folds=True
+    )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
         0, "of --n_folds: the test fold, the next one validates; 'all': one after the other, into "
-        "<model>/fold_<k>", DATA, "train", type=str,
+        "<model>/fold_<k>", DATA, "train", type=str, on_resume="fixed", moves_folds=True
     )
     stratify: str = option(
         "", "a label of which every fold gets its share of patients, for rare ones; all patients "
-        "who come later are test", DATA, "train",
+        "who come later are test", DATA, "train", on_resume="fixed", moves_folds=True
     )
     split_column: str = option(
-        "", "column of the label table with train, val or test, instead of --split", DATA, "train"
+        "", "column of the label table with train, val or test, instead of --split", DATA, "train",
+        moves_folds=True
     )
     first_study_only: bool = option(
-        False, "only the first usable study of each patient", DATA, "train evaluate explain"
+        False, "only the first usable study of each patient", DATA, "train evaluate explain",
+        moves_folds=True
     )
     assume_unseen: bool = option(
         False, "take a dataset as unseen by a model and an encoder: where these do not say whom "
         "they were trained on, or by chance know the same ids", DATA, "train evaluate explain",
+        on_resume="unrecorded"
     )
 
     n_boot: int = option(
         1000, "resamples of the patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
-        least=0, below=MOST_BATCH + 1, also="n_bootstrap",
+        least=0, below=MOST_BATCH + 1, also="n_bootstrap"
     )
 
     target: str = option(
         "", "threshold of a finding: youden, sensitivity=0.95 or specificity=0.95, chosen on the "
-        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate",
+        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate"
     )
     prevalence: float | None = option(
         None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
     )
     years: Annotated[list[float], BeforeValidator(times_in)] = option(
         [], "survival labels: the times at which survival and AUROC are given, in the unit of "
-        "their times, as in 1,5 [1,5, as far as the model's studies were followed]",
-        DATA, "predict evaluate",
+        "their times, as in 1,5 [1,5, as far as the model's studies were followed]", DATA,
+        "predict evaluate"
     )
     per: Literal["study", "patient"] = option(
         "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
     )
     pool: Literal["mean", "first", "last"] = option(
         "mean", "of --per patient: the mean of the predictions, or one study by the order of the "
-        "label table", DATA, "evaluate",
+        "label table", DATA, "evaluate"
     )
     by: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "also evaluate groups: columns of the label table, numbers with their edges as in "
-        "age:40,65", DATA, "evaluate",
+        "age:40,65", DATA, "evaluate"
     )
     compare: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "models, or tables of predictions, to compare with on the same studies", WHAT,
-        "evaluate",
+        "evaluate"
     )
     predictions: str = option(
         "", "a table of anyone's predictions to evaluate instead of a model", WHAT, "evaluate"
     )
 
     allow_mixed: bool = option(
-        False, "train on embeddings of different encoders or settings", DATA, "train check"
+        False, "train on embeddings of different encoders or settings", DATA, "train check",
+        on_resume="unrecorded"
     )
 
     device: str = option(
-        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING,
-        f"{ALL} extract",
+        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING, f"{ALL} extract",
+        on_resume="unrecorded"
     )
     precision: Literal["fp32", "bf16"] = option(
         "fp32", "of the computation", COMPUTING, f"{ALL} extract"
@@ -319,20 +366,22 @@ class Settings(CohortOptions):
     )
     batch_size: int = option(
         0, "studies computed together at most (those of an optimiser step: --batch_number); 0: as "
-        "batch_tokens says", COMPUTING, ALL, least=0,
+        "batch_tokens says", COMPUTING, ALL, least=0
     )
 
     transformer_type: Literal["standard", "query", "multiquery"] = option(
-        "standard", "aggregator", MODEL, "train"
+        "standard", "aggregator", MODEL, "train", on_resume="fixed"
     )
     encoder_depth: int = option(
         1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0,
-        below=MOST_LAYERS + 1,
+        below=MOST_LAYERS + 1, on_resume="fixed"
     )
-    tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
+    tf_combine: Literal["avg", "max"] = option(
+        "avg", "pooling over clips", MODEL, "train", on_resume="fixed"
+    )
     init_from: str = option(
         "", "model to start from; heads matched by label name", MODEL, "train",
-        also="load_transformer_path",
+        also="load_transformer_path", on_resume="fixed", moves_folds=True
     )
 
     learning_rate: float = option(
@@ -340,21 +389,21 @@ class Settings(CohortOptions):
     )
     head_learning_rate: float = option(
         0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
-        "others, end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE,
+        "others, end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
     )
     layer_decay: float = option(
         1.0, "layer-wise rates: each layer's is so many times that of the layer above it, as 0.8",
-        TRAINING, "train", least=1e-3, below=1.0000001,
+        TRAINING, "train", least=1e-3, below=1.0000001, on_resume="fixed"
     )
     freeze: Annotated[str, AfterValidator(frozen)] = option(
         "", "what is not trained: aggregator (a linear probe on --init_from); end to end also "
-        "encoder, or stages:N of the image encoder", TRAINING, "train",
+        "encoder, or stages:N of the image encoder", TRAINING, "train", on_resume="fixed"
     )
     grid: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
     )
     tensorboard: bool = option(
-        False, "also write the history for TensorBoard", COMPUTING, "train"
+        False, "also write the history for TensorBoard", COMPUTING, "train", on_resume="unrecorded"
     )
     batch_number: int = option(128, "studies an optimiser step", TRAINING, "train", least=1)
     clip_dropout: float = option(
@@ -367,20 +416,21 @@ class Settings(CohortOptions):
         10, "stop after so many epochs without improvement", TRAINING, "train", least=1
     )
     checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0
+        10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0,
+        on_resume="unrecorded"
     )
 
     spread: Literal["clips", "videos", "none"] = option(
         "clips", "a range beside each answer: how much it moves with other clips of the videos, or "
-        "with other videos too", OUTPUT, "predict explain",
+        "with other videos too", OUTPUT, "predict explain"
     )
     page: bool = option(
         False, "also a page to look at, with the videos playing: a folder with index.html", OUTPUT,
-        "predict explain",
+        "predict explain"
     )
     page_mask: Literal["sector", "none"] = option(
         "sector", "the page's clips: black outside the ultrasound sector, or whole frames", OUTPUT,
-        "predict explain",
+        "predict explain"
     )
     level: Literal["study", "video"] = option(
         "study", "one vector a study, or one a video", OUTPUT, "embed"
@@ -390,7 +440,7 @@ class Settings(CohortOptions):
     )
     map: Literal["", "pca", "tsne"] = option(
         "", "also draw the studies in a plane: pca (if not said) or tsne", OUTPUT, "embed",
-        nargs="?", const="pca",
+        nargs="?", const="pca"
     )
     color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
     dtype: Literal["float32", "float16"] = option(
@@ -426,88 +476,92 @@ class Settings(CohortOptions):
     )
     baseline: Literal["zero", "mean"] = option(
         "zero", "where integrated gradients start: zero, or the mean clip embedding in training",
-        EXPLAINING, "explain",
+        EXPLAINING, "explain"
     )
     curves: bool = option(
         False, "also take videos away and give them back, by score and at random: what the answers "
-        "to labelled studies become", EXPLAINING, "explain",
+        "to labelled studies become", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
-        "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING,
-        "explain",
+        "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING, "explain"
     )
 
     end_to_end: bool = option(
         False, "train through the encoder, on the videos of --videos or of the dataset's "
-        "video_base_path", THROUGH, "train"
+        "video_base_path", END_TO_END, "train", on_resume="fixed"
     )
     num_clips: int = option(
-        1, "clips of a video in a step, drawn anew each epoch", THROUGH, "train", least=1,
-        below=MOST_CLIPS + 1,
+        1, "clips of a video in a step, drawn anew each epoch", END_TO_END, "train", least=1,
+        below=MOST_CLIPS + 1, on_resume="fixed"
     )
     clips_at_once: int = option(
-        8, "clips in the encoder at a time: what bounds the memory", THROUGH, "train", least=1
+        8, "clips in the encoder at a time: what bounds the memory", END_TO_END, "train", least=1,
+        on_resume="unrecorded"
     )
     encoder_learning_rate: float = option(
-        1e-6, "of AdamW", THROUGH, "train", least=1e-12, below=MOST_RATE
+        1e-6, "of AdamW", END_TO_END, "train", least=1e-12, below=MOST_RATE, on_resume="fixed"
     )
     ping_pong: bool = option(
-        False, "train the study-level model and the encoder in turn, an epoch each", THROUGH,
-        "train",
+        False, "train the study-level model and the encoder in turn, an epoch each", END_TO_END,
+        "train", on_resume="fixed"
     )
-    cache_dir: str = option("frame_cache", "folder for decoded videos", THROUGH, "train")
+    cache_dir: str = option(
+        "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
+    )
 
     weights: str = option(
         "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
         "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS,
+        on_resume="unrecorded"
     )
     group: Literal["dicom", "folder", "one"] = option(
-        "dicom", "what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), "
-        "a subfolder, or the whole source", EXTRACTION, READS_VIDEOS,
+        "dicom", "what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), a "
+        "subfolder, or the whole source", EXTRACTION, READS_VIDEOS, on_resume="unrecorded"
     )
     study_id: Literal["folder", "uid", "digest"] = option(
         "folder", "what names a study: its folder, the StudyInstanceUID, or a digest of that",
-        EXTRACTION, READS_VIDEOS,
+        EXTRACTION, READS_VIDEOS, on_resume="unrecorded"
     )
     manifest: list[str] = option(
         [], "lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
         "EchoNet's FileList; paths start at the source", EXTRACTION, READS_VIDEOS,
+        on_resume="unrecorded"
     )
     mask: Literal["none", "sector"] = option(
         "none", "'sector' blacks out what lies outside the ultrasound sector, such as names",
-        EXTRACTION, EXTRACTS,
+        EXTRACTION, EXTRACTS
     )
-    n_clips: int = option(
-        16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
-    )
+    n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1)
     clip_len: int = option(
-        16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1
+        16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
+        on_resume="fixed"
     )
     size: int = option(
         224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32,
-        below=MOST_SIDE + 1,
+        below=MOST_SIDE + 1, on_resume="fixed"
     )
     sampling_seed: int = option(
-        0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS
+        0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS,
+        on_resume="fixed"
     )
     augment: int = option(
         0, "randomly transformed copies to add", EXTRACTION, "extract", least=0,
-        below=MOST_CLIPS + 1,
+        below=MOST_CLIPS + 1
     )
     starts: Literal["modulo", "independent"] = option(
         "modulo", "how a video's clip starts are drawn: from one residue class modulo 3, which "
-        "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS,
+        "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS
     )
     image_batch: int = option(
         0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
     )
     workers: int = option(
         0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0,
-        below=MOST_WORKERS + 1,
+        below=MOST_WORKERS + 1, on_resume="unrecorded"
     )
     shard: str = option(
         "auto", "which share to begin with, I/N; 'auto' asks torchrun's or SLURM's environment",
-        EXTRACTION, EXTRACTS,
+        EXTRACTION, EXTRACTS
     )
     redo: bool = option(
         False, "make damaged files and those of other settings anew", EXTRACTION, EXTRACTS
@@ -517,7 +571,7 @@ class Settings(CohortOptions):
 
 OPTIONS = Settings.model_fields
 SYNONYMS = {word: name for name, f in OPTIONS.items() for word in f.json_schema_extra["also"]}
-IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"] not in (WHAT, FILES)}
+IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"].in_config}
 
 
 def options_of(command, settings=Settings):
@@ -527,9 +581,21 @@ def options_of(command, settings=Settings):
 
 
 # What a checkpoint's record keeps of the settings: what decides the weights, and no path.
-UNRECORDED = ("device", "checkpoint_minutes", "assume_unseen", "allow_mixed", "clips_at_once")
-UNRECORDED += ("tensorboard", "weights", "group", "study_id", "manifest", "cache_dir", "workers")
-RECORDED = [n for n in options_of("train") if n in IN_CONFIG and n not in UNRECORDED]
+RECORDED = [
+    name
+    for name, f in options_of("train").items()
+    if name in IN_CONFIG and f.json_schema_extra["on_resume"] != "unrecorded"
+]
+
+
+def is_fixed(name):
+    """Whether a resumed training refuses another value of this option."""
+    return OPTIONS[name].json_schema_extra["on_resume"] == "fixed"
+
+
+def needs_videos(name):
+    """Whether this option has an effect on videos only, not on clip embeddings."""
+    return OPTIONS[name].json_schema_extra["group"].needs_videos
 
 
 def add_options(parser, command, settings=Settings):
@@ -537,7 +603,7 @@ def add_options(parser, command, settings=Settings):
     groups = {}
     for name, f in options_of(command, settings).items():
         told, kind, choices = f.json_schema_extra, f.annotation, None
-        if (title := told["group"]) not in groups:
+        if (title := told["group"].title) not in groups:
             groups[title] = parser.add_argument_group(title)
         many = get_origin(kind) is list
         if many:
@@ -665,18 +731,13 @@ def keys_at(kind, place):
     return [*keys, *sorted(IN_CONFIG)] if hasattr(kind, "plain_options") else keys
 
 
-# Options that decide who validates, or what is known of him.
-MOVES_FOLDS = ("seed", "split", "n_folds", "fold", "stratify", "split_column", "init_from")
-MOVES_FOLDS += ("first_study_only", "sample_limit", "dataset", "task")
-
-
 def grid_of(texts):
     """['learning_rate=1e-4,1e-5', 'encoder_depth=1,5'] -> every combination, dicts of options."""
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
         name = SYNONYMS.get(name, name)
-        if name in MOVES_FOLDS:
+        if name in OPTIONS and OPTIONS[name].json_schema_extra["moves_folds"]:
             raise UserError(
                 f"--grid {text}: it moves the folds, and losses on other patients do not compare"
             )

@@ -107,17 +107,20 @@ def known_normalization(name):
 class EncoderSettings(CohortOptions):
     """Every option of the encoder's training, under its published name."""
 
-    output_dir: str = option("encoder", "folder of the run", WHAT, THIS)
+    output_dir: str = option("encoder", "folder of the run", WHAT, THIS, on_resume="unrecorded")
     model_dir_path: str = option(
         "", "start from weights: a run's folder, a .pt file, or 'panecho' for the release", WHAT,
-        THIS, also="weights",
+        THIS, also="weights", on_resume="unrecorded"
     )
     resume: bool = option(
-        False, "insist that there is a run to go on with (what there is goes on anyway)", WHAT, THIS
+        False, "insist that there is a run to go on with (what there is goes on anyway)", WHAT,
+        THIS, on_resume="unrecorded"
     )
 
-    fold: int = option(-1, "echonetpediatric: the fold to test; -1: all ten, one after the other",
-                       DATA, THIS, least=-1, below=PEDIATRIC_FOLDS)
+    fold: int = option(
+        -1, "echonetpediatric: the fold to test; -1: all ten, one after the other", DATA, THIS,
+        least=-1, below=PEDIATRIC_FOLDS, on_resume="unrecorded"
+    )
     clip_len: int = option(16, "frames a clip", DATA, THIS, least=1, below=MOST_CLIPS + 1)
     num_clips: int = option(
         4, "clips a video at validation and test", DATA, THIS, least=1, below=MOST_CLIPS + 1
@@ -129,7 +132,9 @@ class EncoderSettings(CohortOptions):
         224, "pixels a side that the encoder sees", DATA, THIS, least=32, below=MOST_SIDE + 1
     )
     augment: bool = option(False, "zoom, crop, flip and rotate in training", DATA, THIS)
-    cache_dir: str = option("frame_cache", "folder for decoded videos", DATA, THIS)
+    cache_dir: str = option(
+        "frame_cache", "folder for decoded videos", DATA, THIS, on_resume="unrecorded"
+    )
     sample_limit: int = option(0, "so many videos a fold at most; 0 is all", DATA, THIS, least=0)
 
     model_name: Literal["3dresnet18", "frame_transformer"] = option(
@@ -150,9 +155,11 @@ class EncoderSettings(CohortOptions):
     )
     rand_init: bool = option(False, "start at random", MODEL, THIS)
 
-    max_epochs: int = option(30, "epochs at most", TRAINING, THIS, least=1)
-    patience: int = option(10, "stop after so many epochs without improvement", TRAINING, THIS,
-                           least=1)
+    max_epochs: int = option(30, "epochs at most", TRAINING, THIS, least=1, on_resume="unrecorded")
+    patience: int = option(
+        10, "stop after so many epochs without improvement", TRAINING, THIS, least=1,
+        on_resume="unrecorded"
+    )
     batch_size: int = option(
         16, "videos a process and step", TRAINING, THIS, least=1, below=MOST_BATCH + 1
     )
@@ -160,31 +167,35 @@ class EncoderSettings(CohortOptions):
     wd: float = option(0, "weight decay", TRAINING, THIS, least=0, below=MOST_RATE)
     adamw: bool = option(False, "AdamW instead of Adam", TRAINING, THIS)
     cos_anneal: bool = option(False, "cosine schedule over max_epochs", TRAINING, THIS)
-    eta_min: float = option(
-        1e-6, "where the cosine ends", TRAINING, THIS, least=0, below=MOST_RATE
-    )
+    eta_min: float = option(1e-6, "where the cosine ends", TRAINING, THIS, least=0, below=MOST_RATE)
     reduce_lr: int = option(
-        0, "halve the rate after so many epochs without improvement [2, if no number is given]; "
-        "0: never", TRAINING, THIS, least=0, nargs="?", const=2,
+        0, "halve the rate after so many epochs without improvement [2, if no number is given]; 0: "
+        "never", TRAINING, THIS, least=0, nargs="?", const=2
     )
     use_class_weights: bool = option(False, "weigh classes by their rarity", TRAINING, THIS)
-    seed: int = option(0, "of the order, clips, dropout and fresh weights", TRAINING, THIS,
-                      least=-SEEDS, below=SEEDS)
+    seed: int = option(
+        0, "of the order, clips, dropout and fresh weights", TRAINING, THIS, least=-SEEDS,
+        below=SEEDS
+    )
     checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", TRAINING, THIS, least=0
+        10, "between checkpoints within an epoch; 0: after every step", TRAINING, THIS, least=0,
+        on_resume="unrecorded"
     )
 
-    device: str = option("", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING, THIS)
+    device: str = option(
+        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING, THIS, on_resume="unrecorded"
+    )
     amp: bool = option(False, "half precision: bf16, or as --precision says", COMPUTING, THIS)
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "of the computation; fp16 with its loss scaled", COMPUTING, THIS
     )
     num_workers: int = option(
         0, "threads and processes that read videos; 0: by cores, six threads at most", COMPUTING,
-        THIS, least=0, below=MOST_WORKERS + 1, also="workers",
+        THIS, least=0, below=MOST_WORKERS + 1, also="workers", on_resume="unrecorded"
     )
     n_bootstrap: int = option(
-        1000, "resamples of patients for intervals", OUTPUT, THIS, least=1, below=MOST_BATCH + 1
+        1000, "resamples of patients for intervals", OUTPUT, THIS, least=1, below=MOST_BATCH + 1,
+        on_resume="unrecorded"
     )
 # fmt: on
 
@@ -193,9 +204,12 @@ READERS = (
     6  # threads; more read no faster, and slow what launches the steps (benchmarks/RESULTS.md)
 )
 
-# What a resumed run may change: nothing that decides the weights.
-FREE = {"output_dir", "data_dir", "cache_dir", "resume", "max_epochs", "patience", "device"}
-FREE |= {"num_workers", "n_bootstrap", "checkpoint_minutes", "cohort", "tasks", "fold"}
+# What a run records of its options; a resumed one refuses other values.
+RECORDED = [
+    name
+    for name, f in EncoderSettings.model_fields.items()
+    if f.json_schema_extra["on_resume"] != "unrecorded"
+]
 
 
 def resolved(typed):
@@ -445,7 +459,7 @@ class Run:
 
     def record(self):
         s = self.settings
-        settings = {k: v for k, v in s.model_dump().items() if k not in FREE | {"model_dir_path"}}
+        settings = {name: getattr(s, name) for name in RECORDED}
         return EncoderRecord(
             tasks=[EncoderTask(**task) for task in self.tasks], version=__version__,
             cohort=self.cohort.name, model_name=s.model_name, arch=s.arch,

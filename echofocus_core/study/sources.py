@@ -7,7 +7,7 @@ from pathlib import Path
 
 from echofocus_core.base import checkpoints
 from echofocus_core.base.console import EXTRACT, RUN, UserError, some
-from echofocus_core.base.options import EXTRACTION, OPTIONS
+from echofocus_core.base.options import needs_videos
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.cohort import stored_names
 from echofocus_core.study.config import Dataset, Task, input_options, read_config, resolve_settings
@@ -254,7 +254,7 @@ def adopt_kinds(config, name, model):
 def refuse_video_options(typed):
     """UserError for an option of videos, which would have no effect on clip embeddings."""
     for name in typed:
-        if OPTIONS[name].json_schema_extra["group"] == EXTRACTION:
+        if needs_videos(name):
             raise UserError(
                 f"--{name} is for videos: it needs --videos, or a dataset that has videos and no "
                 "embeddings yet"

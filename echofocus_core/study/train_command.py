@@ -13,10 +13,8 @@ from echofocus_core.base.console import RUN, UserError, nearest
 from echofocus_core.base.files import lock, write_table
 from echofocus_core.base.options import (
     ALL_FOLDS,
-    EXTRACTION,
-    OPTIONS,
-    THROUGH,
     grid_of,
+    needs_videos,
 )
 from echofocus_core.base.world import pick_device
 from echofocus_core.study.answers import studies_of_answers
@@ -236,7 +234,7 @@ def train_cohort(run):
 def refuse_through(typed):
     """UserError for an option that has no effect without --end_to_end."""
     for name in typed:
-        if OPTIONS[name].json_schema_extra["group"] in (THROUGH, EXTRACTION) or name == "videos":
+        if needs_videos(name) or name == "videos":
             raise UserError(f"train takes --{name} with --end_to_end alone")
 
 

@@ -21,6 +21,7 @@ from echofocus_core.base.files import atomic_path, derive_seed, write_table
 from echofocus_core.base.options import (
     RECORDED,
     Settings,
+    is_fixed,
 )
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import (
@@ -110,12 +111,6 @@ def start_from(net, outputs, begun_from, units):
     net.load_state_dict(state)
     fresh = [label for label in labels if label not in both]
     print(f"starting from {begun_from.folder.name}: {len(both)} heads kept, {len(fresh)} fresh")
-
-
-THROUGH_FIXED = ("init_from", "end_to_end", "num_clips", "freeze", "ping_pong", "size", "clip_len")
-
-
-THROUGH_FIXED += ("encoder_learning_rate", "head_learning_rate", "sampling_seed")
 
 
 @dataclass
@@ -327,16 +322,13 @@ class Training:
     def refuse_changes(self, before):
         """What a resumed run may not change: its model, labels, and any patient's fold."""
         now, then = self.record(), before.settings
-        fixed = ("transformer_type", "encoder_depth", "tf_combine", "seed", "split", "n_folds",
-                 "stratify", "freeze", "head_learning_rate", "layer_decay")  # fmt: skip
-        pairs = {n: (getattr(before, n), getattr(now, n)) for n in ("task", "dataset", "labels")}
-        pairs |= {n: (getattr(before, n), getattr(now, n)) for n in ("type", "classes", "level")}
+        facts = ("task", "dataset", "labels", "type", "classes", "level")
+        pairs = {n: (getattr(before, n), getattr(now, n)) for n in facts}
         pairs |= {n: (getattr(then, n), v) for n, v in self.used().items()}
         for name, (was, value) in pairs.items():
             if was == value:
                 continue
-            if name in (*fixed, *THROUGH_FIXED, "task", "dataset", "labels", "type",
-                        "classes", "level", "fold"):  # fmt: skip
+            if name in facts or is_fixed(name):
                 raise UserError(
                     f"{self.folder} was trained with {name} = {was}, not {value}; use another "
                     "--model_name or --run_id"
