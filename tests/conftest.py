@@ -1,34 +1,25 @@
-"""What several tests need: recorded numbers, inputs and weights by rule, the command line."""
+"""Fixtures: the command line, a small cohort, trained models, videos to extract."""
 
-import base64
 import contextlib
+import functools
 import json
 import os
 import shutil
-import sys
-import zlib
-from pathlib import Path
 
-# Tests run side by side, a core each; threads of their own would wait for each other.
+# The tests run in one process per core; more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import h5py
 import numpy as np
 import pandas as pd
-import pydicom
 import pytest
 import torch
+from helpers import blank, copy_example, moving_square, write_dicom, write_embeddings
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import echofocus  # noqa: E402
-from echofocus_core.base.console import run_main  # noqa: E402
-from echofocus_core.study import input_check as trust  # noqa: E402
-
-FIXTURES = Path(__file__).parent / "fixtures"
-
+import echofocus
+from echofocus_core.base.console import run_main
+from echofocus_core.study import input_check as trust
+from echofocus_core.video import panecho
 
 os.fsync = lambda descriptor: (
     None
@@ -51,11 +42,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-BLANK = base64.b64decode(  # a picture of one pixel
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
-
-
 @pytest.fixture(autouse=True)
 def blank_figures(request, monkeypatch):
     """Figures are drawn in the tests that look at them (`figures`): all else is quicker."""
@@ -63,51 +49,11 @@ def blank_figures(request, monkeypatch):
         blank(monkeypatch)
 
 
-def blank(monkeypatch):
-    """From here on figures are blank."""
-    from matplotlib.figure import Figure
-
-    def save(self, file, **options):
-        if hasattr(file, "write"):
-            file.write(BLANK)
-        else:
-            Path(file).write_bytes(BLANK)
-
-    monkeypatch.setattr(Figure, "savefig", save)
-
-
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """A range is of three resamplings of a study, not 16; files that look at ranges undo this."""
     monkeypatch.setattr("echofocus_core.study.answers.DRAWS", 3)
     monkeypatch.setattr(trust, "DRAWS", 3)
-
-
-def normal(seed, *shape):
-    """The rule for inputs: standard normal numbers, float32."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def rule_weights(shapes):
-    """The rule for study-level weights: state-dict name to shape -> name to tensor."""
-    state = {}
-    for name, shape in shapes.items():
-        r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-        w = (r * 0.03).astype(np.float32)
-        plus_one = name.endswith(("norm1.weight", "norm2.weight"))
-        state[name] = torch.from_numpy(w + np.float32(1) if plus_one else w)
-    return state
-
-
-def relative_error(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    assert found.shape == expected.shape
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-def recorded(name):
-    path = FIXTURES / name
-    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
 
 
 @pytest.fixture
@@ -124,27 +70,6 @@ def cli(capfd):
         return status, out, err
 
     return run
-
-
-def copy_example(path, name="ybr_color", study="1.2.9"):
-    """One of pydicom's own files: ybr_color is a real cine, rgb_color a still; as of this study."""
-    ds = pydicom.dcmread(pydicom.examples.get_path(name))
-    ds.StudyInstanceUID, ds.PatientID = study, "P"
-    ds.save_as(path)
-
-
-def write_embeddings(folder, eid, embeddings, layout="ours"):
-    """One study's HDF5 file in our layout or the published one (groups spell a path)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    videos = [f"v{i:02}.avi" for i in range(len(embeddings))]
-    if layout == "ours":
-        with h5py.File(folder / f"{eid}.hdf5", "w") as f:
-            f["embeddings"] = embeddings
-            f.create_dataset("videos", data=videos, dtype=h5py.string_dtype())
-        return
-    with h5py.File(folder / f"{eid}_trim_embed.hdf5", "w") as f:
-        for video, array in zip(videos, embeddings, strict=True):
-            f[f"lab-share/site/{eid}_trim/{video}/emb"] = array
 
 
 @pytest.fixture(scope="session")
@@ -183,24 +108,66 @@ def cohort(one_cohort, tmp_path, monkeypatch):
 
     `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
     """
-    shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy)
+    shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
-def one_trained(one_cohort, tmp_path_factory):
-    """The files of `trained`, made once."""
-    folder = tmp_path_factory.mktemp("trained")
-    shutil.copytree(one_cohort, folder, dirs_exist_ok=True)
-    with contextlib.chdir(folder):
-        echofocus.main(["train", "--task", "defect", "--epoch_lim", "2"])
-    return folder
+def train_once(one_cohort, tmp_path_factory):
+    """train_once(task, *options): the model folder, trained on `cohort` once per command line."""
+
+    @functools.cache
+    def train(task, *options):
+        folder = tmp_path_factory.mktemp("trained") / "cohort"
+        shutil.copytree(one_cohort, folder)
+        with contextlib.chdir(folder):
+            echofocus.main(["train", "--task", task, *options])
+        (model,) = (folder / "trained_models").iterdir()
+        return model
+
+    return train
 
 
 @pytest.fixture
-def trained(one_trained, tmp_path, monkeypatch):
+def add_model(cohort, train_once):
+    """add_model(task, *options): copy such a model into trained_models of the current folder."""
+
+    def add(task, *options):
+        model = train_once(task, *options)
+        return shutil.copytree(model, cohort / "trained_models" / model.name)
+
+    return add
+
+
+@pytest.fixture
+def trained(cohort, add_model):
     """`cohort` with a model of its task `defect`, of two epochs, in the current folder."""
-    shutil.copytree(one_trained, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    add_model("defect", "--epoch_lim", "2")
+    return cohort
+
+
+@pytest.fixture
+def weights_drawn_once(monkeypatch):
+    """The untrained encoder's weights are drawn once: they are the same every time."""
+    monkeypatch.setattr(panecho, "random_weights", drawn_weights)
+
+
+@functools.cache
+def drawn_weights(draw=panecho.random_weights):
+    return draw()
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two studies: three cines (one nested, one without ending), and the real one among junk."""
+    a, b = tmp_path / "videos" / "A_1", tmp_path / "videos" / "B"
+    (a / "series").mkdir(parents=True)
+    b.mkdir()
+    for path, n in ((a / "x.dcm", 17), (a / "series" / "y.dcm", 40), (a / "IM0001", 9)):
+        write_dicom(path, moving_square(n)[..., ::-1].copy(), "RGB")
+    copy_example(b / "real.dcm")
+    copy_example(b / "still.dcm", "rgb_color")
+    (b / "notes.dcm").write_text("not a DICOM file")
+    (b / "report.txt").write_text("no video at all")
+    return tmp_path / "videos"

@@ -11,8 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import copy_example, write_embeddings
-from test_commands import edit_config, published_model
+from helpers import copy_example, edit_config, published_model, write_embeddings
 
 import echofocus as ef
 from echofocus_core.base.options import FOLDS

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_commands import published_model
+from helpers import published_model
 
 from echofocus_core.base import pickles
 from echofocus_core.base.checkpoints import WeightsError, load_safely, save

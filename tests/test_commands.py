@@ -12,18 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import (
+from helpers import (
+    N_VIDEOS,
     ROOT,
+    by_rule,
     copy_example,
+    edit_config,
+    moving_square,
     normal,
+    published_model,
     recorded,
     relative_error,
-    rule_weights,
+    write_dicom,
     write_embeddings,
 )
 from sklearn.metrics import roc_auc_score
-from test_study_model import N_VIDEOS, by_rule
-from test_video import moving_square, write_dicom
 
 import echofocus as ef
 from echofocus_core.base.console import UserError, is_out_of_memory
@@ -32,7 +35,6 @@ from echofocus_core.base.options import ALL_FOLDS, Settings, validated
 from echofocus_core.base.world import pick_device
 from echofocus_core.encoder import train as train_encoder
 from echofocus_core.study.loading import read_checkpoint
-from echofocus_core.study.network import StudyModel
 from echofocus_core.study.train_command import folder_to_train_in
 
 
@@ -166,44 +168,6 @@ def test_another_dataset_leaves_out_trained_patients(trained, cli):
     assert set(saved["Echo_ID"]) == set(split["eid"][split["fold"] == "test"])
 
 
-def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standard"):
-    """A model folder as released: the published keys, numpy objects in its pickle."""
-    net = StudyModel(n_labels, kind)
-    if scaling:
-        scaling = {
-            k: {n: np.float64(x) if isinstance(x, float) else x for n, x in v.items()}
-            if isinstance(v, dict)
-            else v
-            for k, v in scaling.items()
-        }
-    saved = {
-        "model_state_dict": rule_weights({k: v.shape for k, v in net.state_dict().items()}),
-        "perf_log": [[1, np.float64(0.5), np.float64(0.6), 1e-4, 12.5]],
-        "optimizer_state_dict": {},
-        "scheduler_state_dict": {},
-        "input_norm_dict": scaling,
-        "numpy_random_state": np.random.RandomState(0).get_state(),
-        "torch_random_state": torch.get_rng_state(),
-        "cuda_random_state": None,
-    }
-    folder.mkdir(parents=True)
-    torch.save(saved, folder / "best_checkpoint.pt")
-    if numpy_1:  # files saved under numpy 1 spell the module so
-        import zipfile
-
-        old = folder / "old.pt"
-        with (
-            zipfile.ZipFile(folder / "best_checkpoint.pt") as a,
-            zipfile.ZipFile(old, "w") as b,
-        ):
-            for item in a.infolist():
-                data = a.read(item)
-                if item.filename.endswith("data.pkl"):
-                    data = data.replace(b"cnumpy._core", b"cnumpy.core")
-                b.writestr(item, data)
-        old.replace(folder / "best_checkpoint.pt")
-
-
 @pytest.mark.parametrize("numpy_1", [False, True])
 @pytest.mark.parametrize("layout", ["ours", "published"])
 def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
@@ -276,12 +240,6 @@ def test_predictions_of_two_folders_of_one_name(trained, cli):
         assert cli(*line, *options)[0] == 0
         found.append(pd.read_csv(f"{hospital}.csv")["finding"][0])
     assert found[0] != found[1]
-
-
-def edit_config(**changes):
-    config = json.loads(Path("config.json").read_text())
-    config["task"]["defect"].update(changes)
-    Path("config.json").write_text(json.dumps(config))
 
 
 def bad_labels(change):

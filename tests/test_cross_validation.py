@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_embeddings
+from helpers import write_embeddings
 from sklearn.metrics import roc_auc_score
 
 import echofocus as ef

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
+from helpers import moving_square, write_dicom
 from PIL import Image
 from pydicom.encaps import encapsulate, generate_frames
 
@@ -21,7 +22,6 @@ from echofocus_core.video import decode as video
 from echofocus_core.video import dicom, phantom, studies
 from echofocus_core.video import errors as source
 from tests.faults.images import HEADER_BOMBS
-from tests.test_video import moving_square, write_dicom
 
 ROOT = Path(__file__).parent.parent
 CASES = Path(__file__).parent / "fixtures" / "dicom"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from sklearn.metrics import roc_auc_score
 
 from echofocus_core.base.checkpoints import save

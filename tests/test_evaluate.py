@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import blank
+from helpers import blank
 from sklearn import metrics as sk
 
 import echofocus as ef

@@ -12,9 +12,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, copy_example, normal, recorded, relative_error, write_embeddings
-from test_commands import published_model
-from test_study_model import by_rule, study
+from helpers import (
+    ROOT,
+    by_rule,
+    copy_example,
+    normal,
+    published_model,
+    recorded,
+    relative_error,
+    study,
+    write_embeddings,
+)
 
 import echofocus as ef
 from echofocus_core.base.options import Settings

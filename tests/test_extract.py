@@ -1,7 +1,6 @@
 """Extraction against encoding every clip whole, and what a user meets: odd files, restarts."""
 
 import csv
-import functools
 import os
 import resource
 import shutil
@@ -14,8 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_example, relative_error
-from test_video import moving_square, write_dicom
+from helpers import ROOT, copy_example, moving_square, relative_error, write_dicom
 
 from echofocus_core.video import decode as video
 from echofocus_core.video import extract, panecho, store
@@ -23,30 +21,7 @@ from echofocus_core.video import extract, panecho, store
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 
 
-@pytest.fixture(autouse=True)
-def weights_drawn_once(monkeypatch):
-    """The untrained weights are always the same: no second goes into drawing them again."""
-    monkeypatch.setattr(panecho, "random_weights", drawn_weights)
-
-
-@functools.cache
-def drawn_weights(draw=panecho.random_weights):
-    return draw()
-
-
-@pytest.fixture
-def source(tmp_path):
-    """Two studies: three cines (one nested, one without ending), and the real one among junk."""
-    a, b = tmp_path / "videos" / "A_1", tmp_path / "videos" / "B"
-    (a / "series").mkdir(parents=True)
-    b.mkdir()
-    for path, n in ((a / "x.dcm", 17), (a / "series" / "y.dcm", 40), (a / "IM0001", 9)):
-        write_dicom(path, moving_square(n)[..., ::-1].copy(), "RGB")
-    copy_example(b / "real.dcm")
-    copy_example(b / "still.dcm", "rgb_color")
-    (b / "notes.dcm").write_text("not a DICOM file")
-    (b / "report.txt").write_text("no video at all")
-    return tmp_path / "videos"
+pytestmark = pytest.mark.usefixtures("weights_drawn_once")
 
 
 def images_by_hand(starts, n_frames):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import normal, write_embeddings
+from helpers import normal, write_embeddings
 
 PATTERN = 2 * normal(77, 768)
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from tests.faults import fuzz, mutations
 from tests.faults.__main__ import campaign

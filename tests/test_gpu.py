@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import copy_example
+from helpers import copy_example
 
 from echofocus_core.video import extract
 

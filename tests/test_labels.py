@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import write_embeddings
+from helpers import write_embeddings
 from scipy import stats
 
 from echofocus_core.base.console import Collected

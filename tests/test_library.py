@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import echofocus as ef
 from echofocus_core.base.console import UserError

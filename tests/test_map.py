@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_embeddings
+from helpers import published_model, write_embeddings
 from PIL import Image
 from scipy.spatial.distance import cdist
-from test_commands import published_model
 
 from echofocus_core.base import figures
 from echofocus_core.study.config import read_config

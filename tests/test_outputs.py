@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_embeddings
-from test_study_model import by_rule
+from helpers import by_rule, write_embeddings
 from torch.nn import functional as F
 
 import echofocus as ef

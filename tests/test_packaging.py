@@ -9,8 +9,7 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, normal, write_embeddings
-from test_commands import published_model
+from helpers import ROOT, normal, published_model, write_embeddings
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one process: one installation
 NOT_SOURCES = (".*", "build", "demo", "*.egg-info", "__pycache__", "embeddings", "config.json")

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import normal
+from helpers import normal
 
 import echofocus as ef
 from echofocus_core.base.console import run_main

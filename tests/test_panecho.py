@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, normal, recorded, relative_error
+from helpers import ROOT, normal, recorded, relative_error
 
 from echofocus_core.base.files import sha256_file
 from echofocus_core.video import panecho

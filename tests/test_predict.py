@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copy_example, normal, write_embeddings
+from helpers import copy_example, normal, write_embeddings
 
 import echofocus as ef
 from echofocus_core.base.files import write_table

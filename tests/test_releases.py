@@ -18,8 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, copy_example, normal, recorded, write_embeddings
-from test_commands import published_model
+from helpers import ROOT, copy_example, normal, published_model, recorded, write_embeddings
 
 from echofocus_core.base import checkpoints, download, releases
 from echofocus_core.base.console import UserError

@@ -11,7 +11,7 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
-from conftest import ROOT, normal, recorded, rule_weights, write_embeddings
+from helpers import ROOT, normal, recorded, rule_weights, write_embeddings
 
 import echofocus as ef
 from echofocus_core.base.console import UserError, nearest

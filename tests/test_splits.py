@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_embeddings
+from helpers import write_embeddings
 
 from echofocus_core.base.console import Collected
 from echofocus_core.base.options import FOLDS, Settings
@@ -61,9 +61,8 @@ def studies_tested(cli, model, *options, dataset="site"):
 
 
 @pytest.fixture
-def trained(cohort, cli):
-    status, _, err = cli(*DEFECT)
-    assert status == 0, err
+def trained(cohort, add_model):
+    add_model("defect", "--epoch_lim", "1")
     split = split_of("defect")
     return {fold: set(split.index[split["fold"] == fold]) for fold in FOLDS}
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_embeddings
+from helpers import write_embeddings
 
 from echofocus_core.base import hdf5
 from echofocus_core.base.console import RUN, Collected, UserError

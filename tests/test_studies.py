@@ -9,12 +9,14 @@ import unicodedata
 
 import pydicom
 import pytest
-from conftest import FIXTURES
-from test_extract import OPTIONS, source, weights_drawn_once  # noqa: F401 - fixtures
-from test_video import moving_square, write_dicom
+from helpers import FIXTURES, moving_square, write_dicom
 
 from echofocus_core.base.console import Collected, UserError
 from echofocus_core.video import extract, studies
+
+OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
+
+pytestmark = pytest.mark.usefixtures("weights_drawn_once")
 
 PIXELS = moving_square(17, 32, 32)[..., ::-1].copy()
 
@@ -203,7 +205,7 @@ def test_odd_names_and_odd_files(tmp_path, cli):
     assert again[0] == 0 and "0 studies extracted, 7 already there" in again[1]
 
 
-def test_the_output_folder_is_no_source(source, cli):  # noqa: F811
+def test_the_output_folder_is_no_source(source, cli):
     out = source / "embeddings"
     for expected in ("2 studies extracted", "0 studies extracted, 2 already there"):
         status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
@@ -211,7 +213,7 @@ def test_the_output_folder_is_no_source(source, cli):  # noqa: F811
         assert "1 files are no videos: .txt 1" in text and "hold no video" not in text
 
 
-def test_what_is_passed_over_is_said(source, tmp_path, cli):  # noqa: F811
+def test_what_is_passed_over_is_said(source, tmp_path, cli):
     """Links are followed, but not in circles; other files and empty folders are counted."""
     shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
     (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
@@ -231,7 +233,7 @@ def test_what_is_passed_over_is_said(source, tmp_path, cli):  # noqa: F811
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_folders_that_cannot_be_read_are_said(source, capsys):  # noqa: F811
+def test_folders_that_cannot_be_read_are_said(source, capsys):
     (source / "A_1" / "series").chmod(0)
     try:
         studies.find_studies(source)
@@ -386,7 +388,7 @@ def test_shards_from_the_environment(environment, expected):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
-def test_without_locks_one_goes_on_alone(source, tmp_path, cli, monkeypatch, code):  # noqa: F811
+def test_without_locks_one_goes_on_alone(source, tmp_path, cli, monkeypatch, code):
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
@@ -400,7 +402,7 @@ def test_without_locks_one_goes_on_alone(source, tmp_path, cli, monkeypatch, cod
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
-def test_a_second_run_says_so_and_stops(source, tmp_path, cli, monkeypatch, code):  # noqa: F811
+def test_a_second_run_says_so_and_stops(source, tmp_path, cli, monkeypatch, code):
     """Every study is held by another process (as a lock that is held reports it)."""
     lockf = fcntl.lockf
 

@@ -4,16 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import normal, recorded, relative_error, rule_weights
+from helpers import by_rule, normal, recorded, relative_error, study
 from torch import nn
 
 from echofocus_core.study import attention as packed
 from echofocus_core.study import labels as lb
 from echofocus_core.study.config import Task
-from echofocus_core.study.network import StudyModel, study_losses
+from echofocus_core.study.network import study_losses
 from echofocus_core.study.outputs import Outputs
 
-N_VIDEOS = (1, 2, 7, 23, 48, 90)
 MODELS = {
     "A": dict(n_labels=22),
     "Amax": dict(n_labels=22, combine="max"),
@@ -21,16 +20,6 @@ MODELS = {
     "Q": dict(n_labels=12, kind="query"),
     "Q0": dict(n_labels=12, kind="query", depth=0),
 }
-
-
-def study(i):
-    return torch.from_numpy(normal(100 + i, N_VIDEOS[i], 16, 768))
-
-
-def by_rule(**kwargs):
-    net = StudyModel(**kwargs).eval().requires_grad_(False)
-    net.load_state_dict(rule_weights({k: v.shape for k, v in net.state_dict().items()}))
-    return net
 
 
 @pytest.mark.parametrize("name", MODELS)

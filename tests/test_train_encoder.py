@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 

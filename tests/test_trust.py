@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import normal, write_embeddings
-from test_study_model import by_rule
+from helpers import by_rule, normal, write_embeddings
 
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Settings

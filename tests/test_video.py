@@ -11,9 +11,8 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from conftest import ROOT
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless
+from helpers import ROOT, moving_square, write_dicom
+from pydicom.uid import RLELossless
 
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom, studies
@@ -22,36 +21,6 @@ from echofocus_core.video.errors import machine_fault
 REAL = pydicom.examples.get_path("ybr_color")
 COLOUR = "echofocus_core.video.colour"
 VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
-
-
-def moving_square(n=20, height=60, width=80):
-    """uint8 (n, H, W, 3) BGR: a bright, coloured square that moves."""
-    frames = np.full((n, height, width, 3), 40, np.uint8)
-    for i, frame in enumerate(frames):
-        frame[20:40, 2 * i : 2 * i + 20] = (200, 120, 60)
-    return frames
-
-
-def write_dicom(path, pixels, photometric, **tags):
-    """An uncompressed cine of exactly these stored pixels."""
-    ds = pydicom.Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
-    ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    ds.NumberOfFrames, ds.Rows, ds.Columns = pixels.shape[:3]
-    ds.SamplesPerPixel = pixels.shape[3] if pixels.ndim == 4 else 1
-    if ds.SamplesPerPixel == 3:
-        ds.PlanarConfiguration = 0
-    ds.PhotometricInterpretation = photometric
-    ds.BitsAllocated = ds.BitsStored = 8 * pixels.itemsize
-    ds.HighBit = ds.BitsStored - 1
-    ds.PixelRepresentation = 0
-    ds.PixelData = pixels.tobytes()
-    for name, value in tags.items():
-        setattr(ds, name, value)
-    ds.save_as(path, enforce_file_format=True)
-    return ds
 
 
 @pytest.mark.parametrize("name, fourcc", [("a.avi", "MJPG"), ("a.mp4", "mp4v"), ("a.mov", "mp4v")])
