@@ -55,15 +55,12 @@ from echofocus_core.base.options import (
 )
 from echofocus_core.base.world import from_environment, join_world, pick_device
 from echofocus_core.report.demo import cmd_demo
-from echofocus_core.report.explanations import video_rows
-from echofocus_core.report.inspect import describe_encoder, print_description
+from echofocus_core.report.inspect import describe_encoder, model_facts, print_description
 from echofocus_core.report.maps import make_map, map_rows
-from echofocus_core.report.predictions import refuse_other_tables, report_left_out
 from echofocus_core.study.answers import (
     answer_studies,
     compared,
     embed_source,
-    evaluate_fold,
     explain,
     is_embedded,
     journal_path,
@@ -88,6 +85,8 @@ from echofocus_core.study.config import (
     read_config,
     resolve_settings,
 )
+from echofocus_core.study.evaluation import group_columns
+from echofocus_core.study.explanations import video_rows
 from echofocus_core.study.input_check import report_warnings
 from echofocus_core.study.loading import (
     as_one,
@@ -96,10 +95,10 @@ from echofocus_core.study.loading import (
     is_encoder,
     label_columns,
     load_named,
-    model_facts,
     origin_of,
 )
 from echofocus_core.study.loop import WINDOW, report_unreadable, run_studies
+from echofocus_core.study.predictions import refuse_other_tables, report_left_out
 from echofocus_core.study.sources import (
     Source,
     extracted,
@@ -197,27 +196,31 @@ def cmd_train(typed):
         if typed.get("grid"):
             search(typed, world)
         else:
-            train_model(typed, world)
+            folds = train_model(typed, world)
+            if folds:
+                from echofocus_core.report.evaluation import evaluate_folds
+
+                evaluate_folds(*folds)
 
 
 def cmd_evaluate(typed):
     """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
-    from echofocus_core.report import evaluating
+    from echofocus_core.report import evaluation
 
     if typed.get("predictions"):
         refuse_video_options(typed)
-        return evaluating.evaluate_file(typed, compared)
+        return evaluation.evaluate_file(typed, compared)
     settings, config, model, source = start_with_model("evaluate", typed)
     timed = model.outputs.of_kind("survival")
     if timed and (settings.per, settings.pool) == ("patient", "mean"):
         raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
     columns = {
         column: (cells.rename(stored_names(cells.index, source.store)), edges)
-        for column, (cells, edges) in evaluating.columns_by(settings.by, config, settings).items()
+        for column, (cells, edges) in group_columns(settings.by, config, settings).items()
     }
     for fold in dict.fromkeys(settings.folds or [settings.subset]):
         own = settings.model_copy(update={"subset": fold})
-        evaluate_fold(own, config, model, source.store, columns)
+        evaluation.evaluate_fold(own, config, model, source.store, columns)
 
 
 def cmd_predict(typed):

@@ -14,7 +14,9 @@ from sklearn import metrics as sk
 import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Settings
-from echofocus_core.report import curves, evaluation
+from echofocus_core.report import curves
+from echofocus_core.report.evaluation import SHOWN, Report, on_screen
+from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.answers import thresholds_for
 from echofocus_core.study.config import Record
@@ -206,7 +208,7 @@ def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
         ({"x": [0.3, 0.7], "x_threshold": [0.6, None]}, 0.6, "1 of 2 blank, 0.6 is used for all"),
     ):
         pd.DataFrame({"eid": ["a", "b"]} | cells).to_csv(path, index=False)
-        (other,) = evaluation.studies_from_table(path, studies.outcomes, studies).outcomes
+        (other,) = evaluation.studies_to_compare(path, studies.outcomes, studies).outcomes
         assert list(other.probability) == [0.3, 0.7] and list(other.truth) == [0, 1]
         assert np.array_equal(other.threshold, said)
         out = capsys.readouterr().out
@@ -221,7 +223,7 @@ def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     for odd in (">0.9", "93%", "inf"):
         pd.DataFrame({"eid": ["a", "b"], "x": ["0.1", odd]}).to_csv(path, index=False)
         with pytest.raises(UserError, match=f"x: 1 cells are no numbers: {odd} .study b."):
-            evaluation.studies_from_table(path, studies.outcomes, studies)
+            evaluation.studies_to_compare(path, studies.outcomes, studies)
 
 
 @pytest.mark.parametrize("words", ["nyn", "012"])
@@ -232,17 +234,17 @@ def test_classes_in_a_table_of_truths_ask_for_a_task(tmp_path, words):
     cells |= {"grade_no_Predict": 0.4, "grade_yes_Predict": 0.6}
     pd.DataFrame(cells).to_csv(tmp_path / "saveout_x.csv", index=False)
     with pytest.raises(UserError, match="truths of grade and no prediction called so: classes"):
-        evaluation.studies_with_truth(tmp_path / "saveout_x.csv")
+        evaluation.studies_with_truths(tmp_path / "saveout_x.csv")
 
 
 def test_studies_without_a_patient_are_not_one_patient(tmp_path, capsys):
     own = {"PID": ["p", None, None], "Echo_ID": ["a", "b", "c"], "x_Correct": [0, 1, 1]}
     pd.DataFrame(own | {"x_Predict": [0.1, 0.8, 0.9]}).to_csv(tmp_path / "s.csv", index=False)
-    assert evaluation.studies_with_truth(tmp_path / "s.csv").eids == ["a"]
+    assert evaluation.studies_with_truths(tmp_path / "s.csv").eids == ["a"]
     assert "2 rows have no PID" in capsys.readouterr().out
     own = {"PID": ["p", "q"], "Echo_ID": ["a", "b"], "x_Correct": [0, 1], "x_Predict": [0, 1]}
     pd.DataFrame(own).to_csv(tmp_path / "s.csv", index=False)
-    evaluation.warn_of_truths("s.csv", evaluation.studies_with_truth(tmp_path / "s.csv").outcomes)
+    evaluation.warn_of_truths("s.csv", evaluation.studies_with_truths(tmp_path / "s.csv").outcomes)
     assert "every prediction of x is the truth" in capsys.readouterr().out
 
 
@@ -262,7 +264,7 @@ def test_patients_are_compared_on_the_studies_that_both_have():
         st.Binary("x", ones, p, threshold=0.5)
     ])  # fmt: skip
     other = evaluation.Studies(list("cb"), np.array(["q", "p"]), [st.Binary("x", [1, 1], [0, 0])])
-    *both, notes = evaluation.paired(one, other, "theirs")
+    *both, notes = evaluation.pair_studies(one, other, "theirs")
     assert notes == ["theirs: not compared at a threshold, theirs has none of x"]
     pooled = [studies.per_patient()[0] for studies in both]
     assert [s.eids for s in pooled] == [["b", "c"]] * 2
@@ -282,8 +284,8 @@ def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
     assert sum(min(o.n_positive, o.n - o.n_positive) for o in shown) == sum(sorted(size)[-12:])
     studies = evaluation.Studies(list(map(str, range(60))), np.arange(60), outcomes[:30])
     estimates = st.estimates(studies.outcomes, studies.patients, 0)
-    lines = evaluation.on_screen(evaluation.headlines_of(studies, estimates))
-    assert len(lines) == evaluation.SHOWN + 1 and lines[-1].endswith("5 more labels")
+    lines = on_screen(evaluation.headlines_of(studies, estimates))
+    assert len(lines) == SHOWN + 1 and lines[-1].endswith("5 more labels")
 
 
 def test_roc_band_against_a_loop(table):
@@ -303,7 +305,7 @@ def test_roc_band_against_a_loop(table):
 def test_a_flow_counts_patients_once():
     table = pd.DataFrame({"pid": list("aabbcd")}, index=list("123456"))
     reasons = {"1": "no label", "3": "no label", "4": "in the train fold", "6": "no label"}
-    flow = evaluation.flow_of(table, reasons)
+    flow = evaluation.study_flow(table, reasons)
     assert [(x["text"], x["studies"], x["patients"]) for x in flow] == [
         ("in the label table", 6, 4),
         ("no label", 3, 1),  # d alone: a and b have another study
@@ -316,10 +318,10 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
     table = pd.DataFrame({"pid": list("abcd")}, index=list("1234"))
     parts = [["train", "test", "val", "known to m"], ["test", "train", "test", "train"]]
     folds = [pd.Series(x, table.index) for x in parts]
-    flow = evaluation.flow_of_folds(table, folds, ["1", "2"])
+    flow = evaluation.fold_flow(table, folds, ["1", "2"])
     assert [(x["text"], x["studies"]) for x in flow] == [
         ("in the label table", 4),
-        (evaluation.UNREADABLE, 1),
+        (evaluation.UNREADABLE_EMBEDDINGS, 1),
         ("known to m", 1),
         ("evaluated", 2),
     ]
@@ -328,11 +330,11 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
         evaluation.Studies(list("12"), np.arange(2), [st.Binary("x", y, a, threshold=cut)])
         for a, cut in ((p, 0.5), (blank, None))
     ]
-    assert list(evaluation.notes_of_folds(each)) == [
+    assert list(evaluation.fold_notes(each)) == [
         "x: not learnt in fold 1, whose 2 test studies count nowhere",
         "x: no threshold in fold 1, so none is applied",
     ]
-    assert list(evaluation.notes_of_folds(each[:1])) == []
+    assert list(evaluation.fold_notes(each[:1])) == []
 
 
 def test_blank_cells_are_a_group_and_columns_lead_nowhere(site, table, cli):
@@ -361,7 +363,7 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     studies = evaluation.Studies(
         [str(i) for i in range(40)], np.arange(40), [st.Binary(label, y, p)]
     )
-    evaluation.Report(tmp_path, "test_x", studies, {"model_name": "<b>"}, n_boot=100).write()
+    Report(tmp_path, "test_x", studies, {"model_name": "<b>"}, n_boot=100).write()
     page = (tmp_path / "report_test_x.html").read_text()
     assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
 

@@ -14,7 +14,6 @@ from helpers import copy_example, normal, write_embeddings
 
 import echofocus as ef
 from echofocus_core.base.files import write_table
-from echofocus_core.report.predictions import prediction_table
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import InputFound
 from echofocus_core.study.loading import read_checkpoint
@@ -22,6 +21,7 @@ from echofocus_core.study.loop import Outcome
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.predictions import prediction_table
 from echofocus_core.video import panecho
 from echofocus_core.video.store import EmbeddingFolder
 

@@ -17,7 +17,7 @@ from helpers import write_embeddings
 
 from echofocus_core.base.console import Collected
 from echofocus_core.base.options import FOLDS, Settings
-from echofocus_core.report.evaluation import notes_of
+from echofocus_core.report.evaluation import unseen_notes
 from echofocus_core.study import splits as sp
 from echofocus_core.study.answers import explained_studies
 from echofocus_core.study.cohort import training_folds
@@ -363,7 +363,7 @@ def test_patients_who_are_written_otherwise(trained, later, same):
             _, how = sp.folds_for(model, now, where, heard)
             said = [x.text for x in heard.findings if x.level == "WARNING"]
             assert bool(said) != same and all("3 studies, or their" in text for text in said)
-            assert any("called almost" in x for x in notes_of("test", how)) != same
+            assert any("called almost" in x for x in unseen_notes("test", how)) != same
         heard = Collected()
         _, how = sp.known_to_others(now, Settings(), (seen, True), listener=heard)
         assert bool(how) != same and any("almost" in x.text for x in heard.findings) != same

@@ -10,7 +10,6 @@ from helpers import by_rule, normal, write_embeddings
 
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Settings
-from echofocus_core.report.predictions import prediction_table
 from echofocus_core.study.answers import reaches
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import DRAWS, FEWEST, InputFound, Novelty, Resamples, reach_of
@@ -19,6 +18,7 @@ from echofocus_core.study.loop import Outcome, run_studies
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.predictions import prediction_table
 from echofocus_core.video.store import StudyClips, open_store
 
 

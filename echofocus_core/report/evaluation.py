@@ -1,505 +1,56 @@
-"""From predictions of labelled studies to what is read: tables, figures and one page.
+"""The pages of an evaluation: figures, headings, sentences and one HTML file.
 
-    studies = Studies(eids, patients, [Binary("VSD", truth, probability, 0.31)])
-    Report(folder, "test_site", studies, about={"model_name": "chd"}).write()
-
-Nothing here knows of models or files of embeddings: predictions of anyone's model will do.
+studies = Studies(eids, patients, [Binary("VSD", truth, probability, 0.31)])
+Report(folder, "test_site", studies, facts={"model_name": "chd"}).write()
 """
 
 import base64
 import json
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from echofocus_core import __version__
-from echofocus_core.base.console import RUN, UserError, printable, some
+from echofocus_core.base.console import UserError, some
 from echofocus_core.base.files import atomic_path, in_file_name, write_table
-from echofocus_core.base.options import FOLDS
-from echofocus_core.base.tables import clean_ids, read_table, to_numbers
+from echofocus_core.base.options import Settings, validated
+from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
-from echofocus_core.report.curves import HEADLINE, NAMES, number, title_of, with_interval
+from echofocus_core.report.curves import NAMES, number, title_of, with_interval
 from echofocus_core.study import statistics as st
-from echofocus_core.study.labels import cells_of
-from echofocus_core.study.outputs import USUAL_YEARS, Outputs
-from echofocus_core.study.splits import ALIKE, ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
+from echofocus_core.study.answers import answered, compared, studies_of_answers, thresholds_for
+from echofocus_core.study.config import read_config, resolve_settings
+from echofocus_core.study.evaluation import (
+    COLUMNS,
+    HEADLINE,
+    NOT_ASKED,
+    Studies,
+    fold_flow,
+    fold_notes,
+    group_columns,
+    headlines_of,
+    is_table,
+    join_folds,
+    metrics_json,
+    metrics_table,
+    pair_studies,
+    studies_of_labels,
+    studies_with_truths,
+    study_flow,
+    subgroups,
+    unseen_notes,
+    warn_of_truths,
+)
+from echofocus_core.study.labels import load_labels
+from echofocus_core.study.loading import load_model, target_of
+from echofocus_core.study.loop import report_unreadable, run_studies
 
-COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
-PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of the later branch
 FEW = 100  # positives below which an interval is said to be wide (Collins, Stat Med 2016;35:214)
-GROUPS = 12  # of a column, at most
 SHOWN = 25  # labels on screen
-UNREADABLE = "clip embeddings that cannot be read"
-NOT_ASKED = "not asked for (first study only, or sample limit)"
-PREDICTED = {
-    st.Binary: ("probability",),
-    st.Regression: ("values",),
-    st.MultiClass: ("probabilities",),
-    st.Survival: ("event", "risk"),
-}
-
-
-@dataclass(frozen=True)
-class Studies:
-    """What is evaluated: outcomes (one a label) of the same S studies, and whose they are."""
-
-    eids: list[str]
-    patients: np.ndarray
-    outcomes: list
-
-    def __len__(self):
-        return len(self.eids)
-
-    def take(self, rows):
-        """Those of an index or a mask."""
-        rows = np.arange(len(self))[rows]
-        outcomes = [rows_of(o, rows) for o in self.outcomes]
-        return Studies([self.eids[i] for i in rows], self.patients[rows], outcomes)
-
-    def saveout(self):
-        """The published table: PID, Echo_ID, truth and prediction of every label."""
-        columns = {"PID": self.patients, "Echo_ID": self.eids}
-        for o in self.outcomes:
-            columns |= {f"{name}_Correct": column for name, column in true_columns(o).items()}
-            columns |= predicted_columns(o)
-        return pd.DataFrame(columns)
-
-    def chosen(self, first_only, limit):
-        """Those of --first_study_only and --sample_limit, of studies with truth and prediction."""
-        if not first_only and not limit:
-            return self
-        rows = np.flatnonzero(self.known)
-        if first_only:
-            rows = np.sort(st.first_or_last(self.patients, self.known, "first")[1])
-        wanted = set(some_of([self.eids[i] for i in rows], limit))
-        return self.take([i for i in rows if self.eids[i] in wanted])
-
-    @property
-    def known(self):
-        """(S,) bool: studies with truth and prediction of some label."""
-        return np.any([o.known for o in self.outcomes], axis=0)
-
-    def at_prevalence(self, prevalence):
-        """The same with PPV and NPV of findings at this prevalence too."""
-        outcomes = [
-            replace(o, prevalence=prevalence) if isinstance(o, st.Binary) else o
-            for o in self.outcomes
-        ]
-        return replace(self, outcomes=outcomes)
-
-    def per_patient(self, how="mean"):
-        """(Studies of one row a patient, {label: patients left out}).
-
-        Of each label's studies with a truth and a prediction: see `pool_by_patient`. A row is named
-        by the first of a patient's that has some, or by the last where that is taken.
-        """
-        names, named = np.unique(self.patients, return_index=True)
-        end = "last" if how == "last" else "first"
-        who, rows = st.first_or_last(self.patients, self.known, end)
-        named[np.searchsorted(names, who)] = rows
-        pooled, lost = [], {}
-        for o in self.outcomes:
-            if isinstance(o, st.Survival) and how == "mean":
-                raise UserError(f"{o.label}: times are not pooled: --pool first or last")
-            sort = not isinstance(o, st.Regression)
-            columns, values = PREDICTED[type(o)], o.predicted
-            if isinstance(getattr(o, "threshold", None), np.ndarray):  # one a study
-                columns, values = (*columns, "threshold"), np.stack([values, o.threshold], axis=1)
-            who, truth, values, n = st.pool_by_patient(
-                self.patients, o.truth, values, how, classes=sort
-            )
-            at, lost[o.label] = np.searchsorted(names, who), n
-            new = {"truth": spread(truth, at, len(names))}
-            each = values.T if len(columns) > 1 else [values]
-            for name, column in zip(columns, each, strict=True):
-                new[name] = spread(column, at, len(names))
-            pooled.append(replace(o, **new))
-        eids = [self.eids[i] for i in named]
-        return Studies(eids, names, pooled), {k: n for k, n in lost.items() if n}
-
-
-def joined(parts):
-    """Studies of several, one after the other, as of the test folds of a cross-validation.
-
-    A finding's threshold becomes one a study, that of its fold; none where a fold has none.
-    """
-    outcomes = []
-    for same in zip(*(part.outcomes for part in parts), strict=True):
-        new = {}
-        for f in fields(same[0]):
-            values = [getattr(o, f.name) for o in same]
-            if isinstance(values[0], np.ndarray):
-                new[f.name] = np.concatenate(values)
-            elif f.name == "threshold" and len(set(values)) > 1:
-                each = None if None in values else zip(values, same, strict=True)
-                new[f.name] = each and np.concatenate([np.full(len(o.truth), x) for x, o in each])
-        outcomes.append(replace(same[0], **new))
-    eids = [eid for part in parts for eid in part.eids]
-    return Studies(eids, np.concatenate([part.patients for part in parts]), outcomes)
-
-
-def paired(studies, other, name):
-    """(Studies of this model, of the other, notes): what both predict, label by label."""
-    place = {eid: i for i, eid in enumerate(other.eids)}
-    both = [i for i, eid in enumerate(studies.eids) if eid in place]
-    if not both:
-        raise UserError(f"--compare {name}: it has no study in common with this evaluation")
-    one = studies.take(both)
-    other = other.take([place[eid] for eid in one.eids])
-    labels = {o.label for o in one.outcomes} & {o.label for o in other.outcomes}
-    if not labels:
-        raise UserError(f"--compare {name}: it has no label in common with this model")
-    each = (
-        sorted((o for o in x.outcomes if o.label in labels), key=lambda o: o.label)
-        for x in (one, other)
-    )
-    each = st.on_both(*each)
-    notes = []
-    for who, outcomes in zip(("this model", name), each, strict=True):
-        lack = [o.label for o in outcomes if isinstance(o, st.Binary) and o.threshold is None]
-        if lack:
-            notes.append(f"{name}: not compared at a threshold, {who} has none of {some(lack)}")
-    first, second = (Studies(one.eids, one.patients, outcomes) for outcomes in each)
-    return first, second, notes
-
-
-def true_columns(o):
-    """Name -> (S,): an outcome's truths, the name of the class, of survival time and event."""
-    if isinstance(o, st.MultiClass):
-        known = np.isfinite(o.truth)
-        names = np.array(o.classes, object)[np.where(known, o.truth, 0).astype(int)]
-        return {o.label: np.where(known, names, None)}
-    event = {f"{o.label}_event": o.event} if isinstance(o, st.Survival) else {}
-    return {o.label: o.truth} | event
-
-
-def predicted_columns(o):
-    """Column -> (S,) or one number: an outcome's predictions, named as a model's outputs are, and
-    its threshold."""
-    columns = {o.label: o.predicted}
-    if isinstance(o, st.MultiClass):
-        names = [f"{o.label}_{x}" for x in o.classes]
-        columns = dict(zip(names, o.probabilities.T, strict=True))
-    elif isinstance(o, st.Survival):
-        columns = {f"{o.label}_risk": o.risk}
-    columns = {f"{name}_Predict": column for name, column in columns.items()}
-    if getattr(o, "threshold", None) is not None:
-        columns[f"{o.label}_threshold"] = o.threshold
-    return columns
-
-
-def rows_of(outcome, rows):
-    """An outcome of some of its studies."""
-    arrays = {f.name: getattr(outcome, f.name) for f in fields(outcome)}
-    return replace(outcome, **{k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)})
-
-
-def spread(values, at, n):
-    """(n, ...) with values at `at` and NaN elsewhere."""
-    out = np.full((n, *np.shape(values)[1:]), np.nan)
-    out[at] = values
-    return out
-
-
-def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
-    """One outcome a label. truth (S, C) and predicted (S, O), of `study.outputs`, in physical
-    units, probabilities and log hazards; years: when the AUROC of survival is given."""
-    found = []
-    for label, kind in outputs.kinds.items():
-        y, p = truth[:, outputs.places[label]], predicted[:, outputs.slices[label]]
-        if kind == "binary":
-            cut = thresholds.get(label)
-            found.append(st.Binary(label, y[:, 0], p[:, 0], threshold=cut, prevalence=prevalence))
-        elif kind == "multiclass":
-            found.append(st.MultiClass(label, y[:, 0], p, outputs.classes[label]))
-        elif kind == "survival":
-            when = tuple(years or USUAL_YEARS)
-            found.append(st.Survival(label, *y.T, p[:, 0], when, units.get(label, "")))
-        else:
-            found.append(st.Regression(label, y[:, 0], p[:, 0], units.get(label, "")))
-    return found
-
-
-# --------------------------------------------------------------------------- anyone's predictions
-
-
-def predictions_in(raw, path, labels, units=(), listener=RUN):
-    """Rows of `named_rows` -> (predictions, thresholds): DataFrames, a column a label (float64).
-
-    Predictions are `<label>_Predict`, `<label> [unit]` or `<label>`, as `evaluate` and `predict`
-    write them: beside one of the former `<label>` is something else, such as the truth. Thresholds
-    are `<label>_threshold`. Raises UserError.
-    """
-    columns = {}
-    for label in labels:
-        names = (f"{label}_Predict", f"{label} [{dict(units).get(label)}]", label)
-        there = [name for name in names if name in raw]
-        columns[label] = there[0] if there else None
-        if there[1:]:
-            listener.note(f"{path}: predictions of {label} are {there[0]}, not {some(there[1:])}")
-    if missing := [label for label, column in columns.items() if column is None]:
-        raise UserError(
-            f"{path} has no predictions of {some(missing)}; a column is called like the label, or "
-            f"<label>_Predict (it has: {some(map(printable, raw.columns))})"
-        )
-    values = numbers_in(raw, columns.values(), path, listener).set_axis(list(columns), axis=1)
-    given = [label for label in labels if f"{label}_threshold" in raw]
-    thresholds = numbers_in(raw, [f"{label}_threshold" for label in given], path, listener)
-    return values, thresholds.set_axis(given, axis=1)
-
-
-def numbers_in(raw, columns, path, listener):
-    """Columns as float64. UserError for a cell that is no number: nobody would miss it."""
-    text = raw[list(columns)]
-    values = to_numbers(text, path, listener)
-    for name in text:
-        odd = text[name][values[name].isna() & text[name].notna()]
-        if len(odd):
-            raise UserError(
-                f"{path}, {name}: {len(odd)} cells are no numbers: {cells_of(odd, odd.index)}; "
-                "write numbers, or leave these cells empty"
-            )
-    return values
-
-
-def named_rows(path, listener=RUN):
-    """The rows of a table of predictions as text, indexed by study id. Raises UserError."""
-    raw = read_table(path, listener, "table of predictions")
-    eid = next((c for c in ("eid", "Echo_ID") if c in raw), None)
-    if eid is None:
-        raise UserError(f"{path} has no column of study ids; call it eid")
-    raw = with_ids(raw, eid, path, listener)
-    ids = clean_ids(raw[eid], path, listener)
-    if ids.duplicated().any():
-        twice = some(map(printable, ids[ids.duplicated()].unique()))
-        raise UserError(f"{path} has studies more than once: {twice}; keep one row each")
-    return raw.set_axis(pd.Index(ids, name="eid"), axis=0)
-
-
-def with_ids(raw, column, path, listener):
-    """The rows that have an id."""
-    rows = raw.dropna(subset=[column])
-    if lost := len(raw) - len(rows):
-        listener.warning(f"{path}: {lost} rows have no {column}", "fill in; they are left out")
-    return rows
-
-
-def thresholds_of(table, predicted, path, listener=RUN):
-    """label -> its threshold in a table: a number, or one a study (S,) where they differ.
-
-    Blank cells of studies with a prediction are told: one number holds for these too, different
-    ones are not used.
-    """
-    found = {}
-    for label, values in table.loc[predicted.index].items():
-        asked = predicted[label].notna()
-        known, blank = values.dropna().unique(), int(values[asked].isna().sum())
-        if len(known) == 1:
-            found[label] = float(known[0])
-        elif len(known) and not blank:
-            found[label] = values.to_numpy()
-        if len(known) and blank:
-            used = f"{found[label]:g} is used for all" if label in found else "not used"
-            text = f"{path}, {label}_threshold: {blank} of {asked.sum()} blank, {used}"
-            listener.warning(text, "fill them in")
-    return found
-
-
-def studies_of_table(path, task, table):
-    """Studies of a table of predictions and a label table (see `read_labels`), in its order."""
-    outputs = task.outputs
-    predicted, thresholds = predictions_in(named_rows(path), path, outputs.names, task.units)
-    there = table.index.intersection(predicted.index)
-    if not len(there):
-        raise UserError(
-            f"{path} has no study of the label table (its ids: "
-            f"{some(map(printable, predicted.index))}; there: {some(map(printable, table.index))})"
-        )
-    if others := len(predicted) - len(there):
-        RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
-    kept, predicted = table.loc[there], predicted.loc[there]
-    own, truth = thresholds_of(thresholds, predicted, path), kept[outputs.columns].to_numpy()
-    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, own)
-    return Studies(list(there), kept["pid"].to_numpy(), outcomes)
-
-
-def warn_of_truths(path, outcomes):
-    """Tell of labels whose predictions are the truths: another column may have been meant."""
-    plain = [o for o in outcomes if isinstance(o, st.Binary | st.Regression) and o.n]
-    same = [o for o in plain if np.array_equal(o.truth[o.known], o.predicted[o.known])]
-    if same:
-        names = some(o.label for o in same)
-        RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
-
-
-def studies_with_truth(path):
-    """Studies of a table that holds its truths (`saveout_*`), or None: it does not."""
-    raw = named_rows(path)
-    pid = next((c for c in ("PID", "pid") if c in raw), None)
-    labels = [c.removesuffix("_Correct") for c in raw if c.endswith("_Correct")]
-    if pid is None or not labels:
-        return None
-    other = [x for x in labels if f"{x}_Predict" not in raw and x not in raw]
-    if other:
-        raise UserError(
-            f"{path} has truths of {some(map(printable, other))} and no prediction called so: "
-            "classes and times are evaluated by a label table, which --task names"
-        )
-    raw = with_ids(raw, pid, path, RUN)
-    truth = numbers_in(raw, [f"{x}_Correct" for x in labels], path, RUN).to_numpy()
-    predicted, thresholds = predictions_in(raw, path, labels)
-    outcomes, own = [], thresholds_of(thresholds, predicted, path)
-    for i, label in enumerate(labels):
-        y = truth[:, i]
-        kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
-        values = predicted[[label]].to_numpy()
-        outputs = Outputs.of([label], kind)
-        outcomes += outcomes_of(outputs, truth[:, [i]], values, {}, own)
-    pids = clean_ids(raw[pid], path, RUN).to_numpy()
-    return Studies(list(raw.index), pids, outcomes)
-
-
-def studies_from_table(path, outcomes, studies):
-    """Studies of another table of predictions and its thresholds, with the truths of these."""
-    units = {o.label: o.unit("bias") for o in outcomes}
-    predicted, thresholds = predictions_in(named_rows(path), path, list(units), units)
-    rows = [i for i, eid in enumerate(studies.eids) if eid in predicted.index]
-    part = studies.take(rows)
-    values = predicted.loc[part.eids]
-    thresholds = thresholds_of(thresholds, values, path)
-    made = []
-    for o in part.outcomes:
-        if not isinstance(o, st.Binary | st.Regression):
-            raise UserError(f"{path}: a table is compared for findings and measurements alone")
-        new = {PREDICTED[type(o)][0]: values[o.label].to_numpy()}
-        if isinstance(o, st.Binary):
-            new["threshold"] = thresholds.get(o.label)
-        made.append(replace(o, **new))
-    return replace(part, outcomes=made)
-
-
-# ---------------------------------------------------------------------------------------- subgroups
-
-
-def read_by(text):
-    """'age:40,65' -> ('age', [40.0, 65.0]); 'sex' -> ('sex', [])."""
-    column, _, edges = text.partition(":")
-    try:
-        found = [float(x) for x in edges.split(",")] if edges else []
-    except ValueError:
-        found = None
-    rising = found is not None and sorted(set(found)) == found and np.isfinite(found).all()
-    if not column or not rising:
-        raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
-    return column, found
-
-
-def groups_of(cells, edges):
-    """(names in order, (S,) place of each study or -1) of a column's text, cut at `edges`.
-
-    Raises UserError where there are more than GROUPS of them, or numbers are none.
-    """
-    name, known = cells.name, cells.notna().to_numpy()
-    if edges:
-        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(float)
-        if odd := int((np.isnan(numbers) & known).sum()):
-            examples = some(map(printable, cells[np.isnan(numbers) & known].unique()))
-            raise UserError(f"--by {name}: {odd} cells are no numbers: {examples}")
-        place = np.where(known, np.searchsorted(edges, numbers, side="right"), -1)
-        ends = [f"{x:g}" for x in edges]
-        middle = [f"{a} to < {b}" for a, b in pairwise(ends)]
-        return [f"< {ends[0]}", *middle, f">= {ends[-1]}"], place
-    names = sorted(cells[known].unique())
-    if len(names) > GROUPS:
-        raise UserError(
-            f"--by {name}: {len(names)} different values; numbers are cut at edges, as in "
-            f"--by {name}:40,65"
-        )
-    place = {name: k for k, name in enumerate(names)}  # a blank cell has none
-    return [printable(x)[:40] for x in names], np.array([place.get(x, -1) for x in cells])
-
-
-def subgroups(studies, cells, edges, n_boot, seed):
-    """[(group, Estimate)] of every group of a column and label; 'missing' is a group too."""
-    names, place = groups_of(cells, edges)
-    found = []
-    for k, name in [*enumerate(names), (-1, "missing")]:
-        part = studies.take(place == k)
-        if len(part) or k >= 0:
-            each = st.estimates(part.outcomes, part.patients, n_boot, seed)
-            found += [(name, x) for x in each if "_q" not in x.metric and x.label != "mean"]
-    return found
-
-
-# --------------------------------------------------------------------------------- flow of studies
-
-
-def flow_of(table, reasons):
-    """[{"text", "studies", "patients", "left_out"}]: the label table, who was left out and why in
-    the order of `reasons`, and who was evaluated.
-
-    table: pid, indexed by study id; reasons: study id -> text, '' where it was evaluated. A patient
-    counts as left out where none of his studies is left.
-    """
-    reasons = pd.Series(reasons).reindex(table.index).fillna("")
-    there = table["pid"]
-    rows = [box("in the label table", there, False)]
-    for reason in dict.fromkeys(x for x in reasons if x):
-        lost = there[reasons.loc[there.index] == reason]
-        kept = there.drop(lost.index)
-        rows.append(box(reason, lost[~lost.isin(kept)], True) | {"studies": len(lost)})
-        there = kept
-    return [*rows, box("evaluated", there, False)]
-
-
-def flow_of_folds(table, folds, tested):
-    """The same of a cross-validation; folds: a Series of study -> fold a part."""
-    reasons = dict.fromkeys(table.index, UNREADABLE)
-    for part in folds:
-        reasons |= dict(part[~part.isin(FOLDS)])
-    return flow_of(table, reasons | dict.fromkeys(tested, ""))
-
-
-def box(text, pids, left_out):
-    return {
-        "text": text,
-        "studies": len(pids),
-        "patients": int(pids.nunique()),
-        "left_out": left_out,
-    }
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-
-def metrics_table(estimates):
-    """DataFrame: a row a label and metric."""
-    return pd.DataFrame([x.row() for x in estimates], columns=list(COLUMNS))
-
-
-def metrics_json(estimates, about):
-    """The same as nested dicts, with the keys of the published later branch."""
-    labels = {}
-    for x in estimates:
-        row, label = x.row(), labels.setdefault(x.label, {"n_samples": x.n})
-        if x.n_positive >= 0:
-            label["n_positive"] = x.n_positive
-        label[PUBLISHED.get(x.metric, x.metric)] = {
-            "value": row["value"], "ci_lower": row["ci_low"], "ci_upper": row["ci_high"],
-            "n_bootstrap_effective": x.n_boot, "unit": x.unit, "note": x.note,
-        }  # fmt: skip
-    return about | {"metrics": labels}
-
-
-def headlines_of(studies, estimates):
-    """label -> the Estimate of the metric that speaks for its kind."""
-    wanted = {o.label: HEADLINE[type(o)] for o in studies.outcomes}
-    return {x.label: x for x in estimates if wanted.get(x.label) == x.metric}
 
 
 def on_screen(headlines, means=()):
@@ -556,8 +107,8 @@ class Report:
     """An evaluation that is written into a folder under `name`, such as test_site.
 
     about: facts for the JSON and the table of settings: name -> text or number. by: column ->
-    (cells as text in the studies' order, edges). others: name -> what `paired` gave of Studies of
-    another model. notes: what a reader must know. folds: Studies of each part of a
+    (cells as text in the studies' order, edges). others: name -> what `pair_studies` gave of
+    Studies of another model. notes: what a reader must know. folds: Studies of each part of a
     cross-validation, of which mean and SD are given beside.
     """
 
@@ -770,49 +321,6 @@ def page_rows(report):
     return tables
 
 
-def notes_of(fold, unseen):
-    """Sentences about whether the model knew these studies. unseen: of `study.splits`, or None."""
-    if fold != "test" and unseen is not None:
-        return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
-    notes = []
-    for how in (unseen or "").split("; "):
-        how, _, but = how.partition(": ")
-        if how == ELSEWHERE:
-            notes.append(
-                "The model was trained elsewhere; that it has not seen these patients is assumed."
-            )
-        elif how == ASSUMED:
-            why = f" ({but} by the ids)" * bool(but)
-            notes.append(
-                "That the model has not seen these patients was said by the user, not "
-                f"compared{why}."
-            )
-        elif how == ALIKE:
-            notes.append(f"{but[0].upper()}{but[1:]}; they count as unseen here.")
-        elif how == ENCODER_UNKNOWN:
-            notes.append(
-                "Nothing says whom the encoder of the embeddings was trained on; that it has not "
-                "seen these patients is assumed."
-            )
-    return notes
-
-
-def notes_of_folds(parts):
-    """Sentences about labels that some fold of a cross-validation could not learn or call."""
-    for same in zip(*(part.outcomes for part in parts), strict=True):
-        blank = [k for k, o in enumerate(same) if not st.finite_rows(o.predicted).any()]
-        if blank:
-            lost = sum(int(np.isfinite(same[k].truth).sum()) for k in blank)
-            yield (
-                f"{same[0].label}: not learnt in fold {some(blank)}, whose {lost} test studies "
-                "count nowhere"
-            )
-        cuts = [getattr(o, "threshold", 0) is None for o in same]
-        if any(cuts) and not all(cuts):
-            missing = some(k for k, none in enumerate(cuts) if none)
-            yield f"{same[0].label}: no threshold in fold {missing}, so none is applied"
-
-
 def cautions(report):
     """Sentences that a reader must not miss."""
     few = [
@@ -890,3 +398,129 @@ def methods(report):
             "DeLong's test for clustered data, other metrics by the paired bootstrap."
         )
     yield f"Computed with EchoFocus {__version__}."
+
+
+def evaluate_file(typed, compared):
+    """`evaluate --predictions`: a table with predictions of anyone's model, named by study id.
+
+    The truths are in it (<label>_Correct and PID, as `evaluate` writes), or in the label table.
+    compared: a function of config, settings and Studies that gives those of --compare.
+    """
+    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
+        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
+            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
+            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
+    config, path = read_config(typed.get("config"), needed=False), Path(typed["predictions"])
+    models = [name for name in typed.get("compare", ()) if not is_table(name)]
+    by_config = models or typed.get("task") or typed.get("label_path")
+    whole = None if by_config else studies_with_truths(path)
+    table = None
+    if whole:
+        settings, studies = validated(Settings, typed), whole
+    else:
+        if not config.tasks:
+            raise UserError(
+                f"{path} is evaluated by a label table, which a config must name (without one, it "
+                "has columns PID and <label>_Correct and is compared with tables alone)"
+            )
+        settings = resolve_settings("evaluate", typed, config)
+        task, table = load_labels(config, settings.task, settings.dataset)
+        studies = studies_of_labels(path, task, table)
+    warn_of_truths(path, studies.outcomes)
+    reasons = {} if table is None else dict.fromkeys(table.index, "no prediction")
+    reasons |= dict.fromkeys(studies.eids, NOT_ASKED)
+    studies = studies.chosen(settings.first_study_only, settings.sample_limit)
+    if not studies.known.any():
+        raise UserError(f"{path}: no study has both a truth and a prediction")
+    reasons |= dict.fromkeys(studies.eids, "")
+    flow = [] if table is None else study_flow(table, reasons)
+    asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
+    settings = settings.model_copy(update=asked)
+    columns = group_columns(settings.by, config, settings) if settings.task else {}
+    if settings.by and not columns:
+        raise UserError("--by reads the label table: name a --task of the config")
+    if settings.prevalence:
+        studies = studies.at_prevalence(settings.prevalence)
+    folder = path.with_name(f"{path.stem}_evaluation")
+    name = f"all_{settings.dataset or path.stem}"
+    about = {"run_id": "", "model_name": path.stem, "fold": "all"}
+    others = compared(config, settings, studies)
+    report_evaluation(folder, name, studies, flow, about, settings, columns, others)
+
+
+def report_evaluation(folder, name, studies, flow, about, settings, columns, others):
+    """Write the evaluation of some studies, pooled by patient if asked for, and print it.
+
+    columns: of `group_columns`; others: what to compare with -> (Studies, notes).
+    """
+    pairs, notes = {}, unseen_notes(settings.subset, about.get("unseen"))
+    notes += filter(None, [about.get("warning")])
+    for other, (found, more) in others.items():
+        *pairs[other], lacking = pair_studies(studies, found, other)
+        notes += [f"{other}: {note}" for note in more] + lacking
+    if settings.per == "patient":  # compared on the same studies of a patient
+        pairs = {x: [s.per_patient(settings.pool)[0] for s in both] for x, both in pairs.items()}
+        studies, lost = studies.per_patient(settings.pool)
+        notes += [
+            f"{label}: {n} patients whose studies differ in truth" for label, n in lost.items()
+        ]
+    names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
+    facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset}
+    by = {name: (cells.reindex(studies.eids), edges) for name, (cells, edges) in columns.items()}
+    report = Report(
+        folder, name, studies, facts | about, flow, by, pairs, settings.n_boot, settings.seed,
+        notes,
+    )  # fmt: skip
+    print("\n".join(report.write()))
+
+
+def evaluate_fold(settings, config, model, store, columns):
+    """`evaluate` on the fold `settings.subset`."""
+    settings = settings.model_copy(update={"target": settings.target or target_of(model)})
+    thresholds = thresholds_for(model, config, settings, store)
+    studies, flow, how, told = answered(model, config, settings, store, thresholds)
+    name = f"{settings.subset}_{settings.dataset}"
+    write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
+    about = {"run_id": settings.run_id, "model_name": model.folder.name}
+    about |= {"unseen": how if settings.subset == "test" else ""}
+    about |= {"warning": "; ".join(told)} if told else {}
+    others = compared(config, settings, studies)
+    report_evaluation(model.folder, name, studies, flow, about, settings, columns, others)
+
+
+def evaluate_folds(folder, settings, config, cohorts, store, how=()):
+    """The evaluation of a cross-validation: each study by the fold that has not seen it.
+
+    how: of `known_to_others`, how it is known that nothing else has.
+    """
+    parts, unreadable = [], {}
+    for k, cohort in cohorts.items():
+        model = load_model(folder / f"fold_{k}", config, device=pick_device(settings.device))
+        found = run_studies(
+            model.net,
+            store,
+            cohort.eids["test"],
+            settings,
+            unreadable=unreadable,
+            label=f"fold {k}",
+        )
+        if not len(found):
+            raise UserError(f"fold {k} has no study to test: take fewer --n_folds")
+        parts.append(
+            studies_of_answers(model, cohort.table, found, model.record.thresholds, settings)
+        )
+    report_unreadable(unreadable)
+    studies = join_folds(parts)
+    table = next(iter(cohorts.values())).table
+    flow = fold_flow(table, [c.folds for c in cohorts.values()], studies.eids)
+    name = f"cv_{settings.dataset}"
+    write_table(studies.saveout(), folder / f"saveout_{name}.csv")
+    facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
+    facts["target"] = target_of(model)
+    facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
+    report = Report(
+        folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
+        notes=[*unseen_notes("test", "; ".join(how)), *fold_notes(parts)],
+        folds=parts,
+    )  # fmt: skip
+    print("\n".join(report.write()))

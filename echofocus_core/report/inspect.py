@@ -3,7 +3,11 @@
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import printable
+from echofocus_core.base.console import UserError, printable
+from echofocus_core.study.config import read_record
+from echofocus_core.study.loading import read_checkpoint
+from echofocus_core.study.models import labels_for, network_from, outputs_from, pooling_of
+from echofocus_core.study.outputs import Outputs
 
 ELSEWHERE = (
     "labels",
@@ -95,3 +99,22 @@ def print_description(description):
             print(f"{key}: {printable(facts) or 'none'}")
         else:
             print(f"{key}: {printable(value)}")
+
+
+def model_facts(path, config):
+    """What a checkpoint says of itself; labels that nobody names are numbered."""
+    saved = read_checkpoint(path)
+    record = read_record(saved, path)
+    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
+    facts = {}
+    try:
+        task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
+        outputs, scaling = outputs_from(saved, record, labels, path)
+    except UserError as error:
+        task, units, origin, scaling = "", {}, "nobody", None
+        labels, facts["labels_missing"] = [f"output {i + 1}" for i in range(n_labels)], str(error)
+        outputs = Outputs.of(labels, "regression" if saved.get("input_norm_dict") else "binary")
+    facts |= {"task": task, "labels_from": origin}
+    return facts | describe_model(
+        net, saved, record.to_save() if record else {}, outputs, units, scaling
+    )

@@ -19,7 +19,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import printable, progress
 from echofocus_core.base.files import atomic_path
 from echofocus_core.base.regular import read_regular
-from echofocus_core.report.explanations import score_unit
+from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.input_check import UNUSUAL
 from echofocus_core.video.decode import VideoError, content_digest, first_frames
 from echofocus_core.video.errors import FRAMES

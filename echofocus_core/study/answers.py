@@ -12,19 +12,28 @@ import pandas as pd
 
 from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Collected, UserError, nearest, progress
-from echofocus_core.base.files import atomic_path, open_journal, write_table
+from echofocus_core.base.files import atomic_path, open_journal
 from echofocus_core.base.hdf5 import UNREADABLE, new_hdf5, open_hdf5
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.world import World, pick_device
-from echofocus_core.report.explanations import (
+from echofocus_core.study.attribution import clip_baseline, explain_study
+from echofocus_core.study.cohort import digest_at_training, match_studies, stored_names
+from echofocus_core.study.evaluation import (
+    NOT_ASKED,
+    UNREADABLE_EMBEDDINGS,
+    Studies,
+    is_table,
+    outcomes_of,
+    studies_to_compare,
+    study_flow,
+    unseen_notes,
+)
+from echofocus_core.study.explanations import (
     SELECTED,
     explanation_names,
     ranked,
     write_explanations,
 )
-from echofocus_core.report.predictions import page_folder, prediction_table
-from echofocus_core.study.attribution import clip_baseline, explain_study
-from echofocus_core.study.cohort import digest_at_training, match_studies, stored_names
 from echofocus_core.study.faithfulness import read_views, write_curves, write_views
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, reach_of
 from echofocus_core.study.labels import load_labels, scale
@@ -48,6 +57,7 @@ from echofocus_core.study.loop import (
 )
 from echofocus_core.study.models import LoadedEnsemble, released_task
 from echofocus_core.study.network import Readings
+from echofocus_core.study.predictions import page_folder, prediction_table
 from echofocus_core.study.sources import (
     adopt_kinds,
     labelled_ids,
@@ -110,29 +120,9 @@ def studies_in_fold(model, whole, folds, store, task, settings):
     return table.loc[some_of(table.index, settings.sample_limit)]
 
 
-def evaluate_fold(settings, config, model, store, columns):
-    """`evaluate` on the fold `settings.subset`."""
-    from echofocus_core.report import evaluating
-
-    settings = settings.model_copy(update={"target": settings.target or target_of(model)})
-    thresholds = thresholds_for(model, config, settings, store)
-    studies, flow, how, told = answered(model, config, settings, store, thresholds)
-    name = f"{settings.subset}_{settings.dataset}"
-    write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
-    about = {"run_id": settings.run_id, "model_name": model.folder.name}
-    about |= {"unseen": how if settings.subset == "test" else ""}
-    about |= {"warning": "; ".join(told)} if told else {}
-    others = compared(config, settings, studies)
-    evaluating.report_evaluation(
-        model.folder, name, studies, flow, about, settings, columns, others
-    )
-
-
 def answered(model, config, settings, store, thresholds):
     """(Studies of the fold with the model's answers, their flow, how it is known what was seen,
     sentences on what makes the answers doubtful)."""
-    from echofocus_core.report import evaluation
-
     task, whole, folds, how = labelled_folds(model, config, settings, store)
     table = studies_in_fold(model, whole, folds, store, task, settings)
     told = warn_of_other_input(model, store, list(table.index))
@@ -151,27 +141,25 @@ def answered(model, config, settings, store, thresholds):
     for reason, lost in (
         ("no label", whole[task.task_labels].isna().all(axis=1)),
         ("no clip embeddings", ~whole.index.isin(list(store.files))),
-        (evaluation.NOT_ASKED, ~whole.index.isin(table.index)),
-        (evaluation.UNREADABLE, ~whole.index.isin(found.eids)),
+        (NOT_ASKED, ~whole.index.isin(table.index)),
+        (UNREADABLE_EMBEDDINGS, ~whole.index.isin(found.eids)),
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
-    flow = evaluation.flow_of(whole, reasons)
+    flow = study_flow(whole, reasons)
     studies = studies_of_answers(model, table, found, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
     return studies.take(order), flow, how, list(told)
 
 
 def studies_of_answers(model, table, found, thresholds, settings):
-    """evaluation.Studies of an Outcome and the label table."""
-    from echofocus_core.report import evaluation
-
+    """Studies of an Outcome and the label table."""
     table = table.loc[found.eids]
     truth, predicted = table[model.outputs.columns], model.readable(found.logits)
-    outcomes = evaluation.outcomes_of(
+    outcomes = outcomes_of(
         model.outputs, truth.to_numpy(), predicted, model.units, thresholds,
         settings.prevalence, settings.years,
     )  # fmt: skip
-    return evaluation.Studies(found.eids, table["pid"].to_numpy(), outcomes)
+    return Studies(found.eids, table["pid"].to_numpy(), outcomes)
 
 
 def fold_in_words(fold):
@@ -206,17 +194,14 @@ def compared(config, settings, studies):
 
 
 def other_studies(name, config, settings, studies):
-    """(evaluation.Studies of a model, or of a table of predictions, to compare with these; notes).
+    """(Studies of a model, or of a table of predictions, to compare with these; notes).
 
     A model answers its own studies of the fold, at thresholds by the same rule.
     """
-    from echofocus_core.report.evaluating import is_table
-    from echofocus_core.report.evaluation import notes_of, studies_from_table
-
     if not name:
         raise UserError("--compare: a name is empty")
     if is_table(name):
-        return studies_from_table(Path(name), studies.outcomes, studies), []
+        return studies_to_compare(Path(name), studies.outcomes, studies), []
     model = load_named(name, "", config, device=pick_device(settings.device))
     refuse_readings("evaluate --compare", model)
     if model.task not in config.tasks:
@@ -229,7 +214,7 @@ def other_studies(name, config, settings, studies):
     except UserError as error:
         thresholds, notes = {}, [f"not compared at a threshold: {error}"]
     found, _, how, told = answered(model, config, own, store, thresholds)
-    seen = notes_of(own.subset, how if own.subset == "test" else "")
+    seen = unseen_notes(own.subset, how if own.subset == "test" else "")
     return found, [*notes, *told, *seen]
 
 

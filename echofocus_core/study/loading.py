@@ -9,7 +9,6 @@ import numpy as np
 from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, some
 from echofocus_core.base.files import sha256_file
-from echofocus_core.report.inspect import describe_model
 from echofocus_core.study.config import MODELS, Input, Record, read_record
 from echofocus_core.study.end_to_end import ENCODER_FILE
 from echofocus_core.study.input_check import Novelty
@@ -288,25 +287,6 @@ def origin_of(folder):
     entry = releases.released(folder)
     entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
     return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
-
-
-def model_facts(path, config):
-    """What a checkpoint says of itself; labels that nobody names are numbered."""
-    saved = read_checkpoint(path)
-    record = read_record(saved, path)
-    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
-    facts = {}
-    try:
-        task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
-        outputs, scaling = outputs_from(saved, record, labels, path)
-    except UserError as error:
-        task, units, origin, scaling = "", {}, "nobody", None
-        labels, facts["labels_missing"] = [f"output {i + 1}" for i in range(n_labels)], str(error)
-        outputs = Outputs.of(labels, "regression" if saved.get("input_norm_dict") else "binary")
-    facts |= {"task": task, "labels_from": origin}
-    return facts | describe_model(
-        net, saved, record.to_save() if record else {}, outputs, units, scaling
-    )
 
 
 def target_of(model):

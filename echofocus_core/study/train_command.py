@@ -17,7 +17,6 @@ from echofocus_core.base.options import (
     needs_videos,
 )
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.answers import studies_of_answers
 from echofocus_core.study.cohort import (
     cohort_of,
     digest_at_training,
@@ -39,7 +38,6 @@ from echofocus_core.study.loading import (
     load_model,
     model_folder,
     read_checkpoint,
-    target_of,
 )
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.network import StudyModel
@@ -104,7 +102,10 @@ def searched(place, combination):
 
 
 def train_model(typed, world, searching=False):
-    """What each process of `train` does, for one model or one cross-validation."""
+    """What each process of `train` does, for one model or one cross-validation.
+
+    Returns the arguments of `report.evaluation.evaluate_folds` after a cross-validation.
+    """
     config = read_config(typed.get("config"))
     settings = training_settings(typed, config)
     if searching and settings.fold == ALL_FOLDS:
@@ -149,7 +150,8 @@ def train_model(typed, world, searching=False):
         if settings.end_to_end:
             validate_extracted(run, config)
     if len(parts) > 1 and not world.rank:
-        pool_folds(folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store, how)
+        return folder, settings, config, {k: c for k, (_, c) in cohorts.items()}, store, how
+    return None
 
 
 def training_settings(typed, config):
@@ -264,46 +266,6 @@ def validate_extracted(run, config):
         checkpoints.save(read_checkpoint(path) | {"echofocus": record.to_save()}, path)
     print(f"validation on {len(val)} studies of {run.settings.n_clips} clips a video, extracted: "
           f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
-
-
-def pool_folds(folder, settings, config, cohorts, store, how=()):
-    """The evaluation of a cross-validation: each study by the fold that has not seen it.
-
-    how: of `known_to_others`, how it is known that nothing else has.
-    """
-    from echofocus_core.report import evaluation
-
-    parts, unreadable = [], {}
-    for k, cohort in cohorts.items():
-        model = load_model(folder / f"fold_{k}", config, device=pick_device(settings.device))
-        found = run_studies(
-            model.net,
-            store,
-            cohort.eids["test"],
-            settings,
-            unreadable=unreadable,
-            label=f"fold {k}",
-        )
-        if not len(found):
-            raise UserError(f"fold {k} has no study to test: take fewer --n_folds")
-        parts.append(
-            studies_of_answers(model, cohort.table, found, model.record.thresholds, settings)
-        )
-    report_unreadable(unreadable)
-    studies = evaluation.joined(parts)
-    table = next(iter(cohorts.values())).table
-    flow = evaluation.flow_of_folds(table, [c.folds for c in cohorts.values()], studies.eids)
-    name = f"cv_{settings.dataset}"
-    write_table(studies.saveout(), folder / f"saveout_{name}.csv")
-    facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
-    facts["target"] = target_of(model)
-    facts |= {"model_name": folder.name, "fold": f"every fold of {len(parts)} (cross-validation)"}
-    report = evaluation.Report(
-        folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
-        notes=[*evaluation.notes_of("test", "; ".join(how)), *evaluation.notes_of_folds(parts)],
-        folds=parts,
-    )  # fmt: skip
-    print("\n".join(report.write()))
 
 
 def refuse_small_steps(settings, task, training):
