@@ -765,7 +765,8 @@ def test_nothing_of_a_header_is_shown(tmp_path):
     (tmp_path / "c.dcm").write_bytes(data[:300] + data[301:])
     (tmp_path / "d.dcm").write_bytes(data.replace(b"SMITH^J ", b"SMITH^\0\x1b", 2))
     script = (
-        "import logging, sys; logging.basicConfig(); from embed import dicom, video\n"
+        "import logging, sys; logging.basicConfig()\n"
+        "from echofocus_core.video import decode as video, dicom\n"
         "for p in sys.argv[1:]: print(video.why_skipped(p)); dicom.read_header_facts(p)"
     )
     paths = [str(p) for p in sorted(tmp_path.glob("*.dcm"))]

@@ -20,7 +20,7 @@ from echofocus_core.report.page import Page, PageStudy, more_answers, read_playb
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom
-from echofocus_core.video.playback import Playback, frame_rate, write_playback
+from echofocus_core.video.playback import Playback, write_playback
 from echofocus_core.video.store import FileRecord, read_details, write_study
 from echofocus_core.video.studies import Study
 
@@ -341,7 +341,7 @@ def test_predict_makes_a_page_of_videos(folder, tab, monkeypatch, cli):
     assert status == 0 and "p_page/index.html" in out, err
     (clip,) = Path("p_page/clips").glob("*.webm")
     shown = video.read_frames(clip)
-    assert len(shown) == 16 and frame_rate(clip) == pytest.approx(40, rel=0.01)
+    assert len(shown) == 16 and video.VideoFile(clip).rate == pytest.approx(40, rel=0.01)
     assert shown[:, :16, :40].max() < 30 and frames[:, :16, :40].max() > 200
     assert np.corrcoef(shown[:, 30:].ravel(), frames[:, 30:].ravel())[0, 1] > 0.95
     tab.goto((Path("p_page") / "studies" / "1.html").resolve().as_uri())
@@ -373,19 +373,19 @@ def test_the_frame_rate_is_the_files_own(tmp_path, fps):
     frames = phantom.phantom_cine(size=(60, 80))
     phantom.write_dicom(tmp_path / "a", frames, fps=fps)
     phantom.write_video(tmp_path / "a.avi", frames, fps=fps)
-    assert frame_rate(tmp_path / "a") == pytest.approx(fps, rel=1e-4)
-    assert frame_rate(tmp_path / "a.avi") == pytest.approx(fps, rel=1e-3)
+    assert video.VideoFile(tmp_path / "a").rate == pytest.approx(fps, rel=1e-4)
+    assert video.VideoFile(tmp_path / "a.avi").rate == pytest.approx(fps, rel=1e-3)
     import pydicom
 
     ds = pydicom.dcmread(tmp_path / "a")
     ds.FrameTime = "0"
     ds.CineRate = 50
     ds.save_as(tmp_path / "b")
-    assert frame_rate(tmp_path / "b") == 50
+    assert video.VideoFile(tmp_path / "b").rate == 50
     for name in ("FrameTime", "CineRate", "RecommendedDisplayFrameRate"):
         delattr(ds, name)
     ds.save_as(tmp_path / "c")
-    assert frame_rate(tmp_path / "c") is None
+    assert video.VideoFile(tmp_path / "c").rate is None
     written = write_playback(tmp_path / "c", tmp_path / "c.webm", "none")
     assert (written.rate, written.rate_is_known, written.frames) == (30, False, 16)
 

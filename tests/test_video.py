@@ -153,7 +153,7 @@ def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
     """In a process of its own: OpenCV may end it over the rows that lie bottom up."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 20, width, 3), dtype=np.uint8)
     write_plain_avi(tmp_path / "a.avi", frames, top_down)
-    code = "import sys, numpy as np; from embed.video import read_frames\n"
+    code = "import sys, numpy as np; from echofocus_core.video.decode import read_frames\n"
     code += "np.save(sys.argv[2], read_frames(sys.argv[1]))"
     line = [sys.executable, "-c", code, tmp_path / "a.avi", tmp_path / "a.npy"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
@@ -447,7 +447,7 @@ def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_reg
 
 def test_masking_the_real_cine():
     """Its regions lie outside the image (it was shrunk), so the motion decides."""
-    assert video.region_boxes(REAL) == []
+    assert video.VideoFile(REAL).boxes == []
     plain = video.read_clips(REAL, video.Sampling())[0].frames
     masked = video.read_clips(REAL, video.Sampling(mask="sector"))[0].frames
     inside = (masked > 0).any((0, 3))

@@ -21,10 +21,10 @@ from echofocus_core.base.files import atomic_path
 from echofocus_core.base.regular import read_regular
 from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.input_check import UNUSUAL
-from echofocus_core.video.decode import VideoError, content_digest, first_frames
+from echofocus_core.video.decode import RATES, VideoError, content_digest, first_frames
 from echofocus_core.video.errors import FRAMES
 from echofocus_core.video.extract import decoders, in_processes
-from echofocus_core.video.playback import LONGEST_SIDE, RATES, Playback, write_playback
+from echofocus_core.video.playback import LONGEST_SIDE, Playback, write_playback
 from echofocus_core.video.store import StudyDetails
 from echofocus_core.video.studies import visible
 

@@ -69,6 +69,18 @@ def iter_container(path, notes):
         notes.append(f"the container's count of frames is wrong: {n} decode")
 
 
+def container_rate(path):
+    """Frames a second as the container has it."""
+    import cv2
+
+    with plain_name(path) as name:
+        capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
+        try:
+            return capture.get(cv2.CAP_PROP_FPS)
+        finally:
+            capture.release()
+
+
 def pictures(capture, path):
     """The frames of an open capture, up to the first that does not decode.
 

@@ -14,7 +14,9 @@ import os
 import pickle
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from echofocus_core.video.containers import iter_container
+from echofocus_core.video.containers import container_rate, iter_container
 from echofocus_core.video.dicom import (
     check_cine,
+    dicom_rates,
     is_dicom,
     iter_dicom,
     iter_series,
@@ -41,34 +44,99 @@ DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 # Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
 RESIZE_OVER_CROP = 256 / 224
 SMALLEST = 16  # pixels a side of a picture
+RATES = (1, 1000)  # frames a second that are plausible
 
 
 # ----------------------------------------------------------------------------------------- decoding
 
 
-def iter_frames(source, notes=None, needed=None):
-    """Decode a cine once, front to back: yields its frames, uint8 (H, W, 3), **BGR**.
+class VideoFile:
+    """One video, opened once: its frames, content digest, ultrasound regions and frame rate.
 
-    source: a file's path, or the list of paths of a cine's single frames, see `group_stills`.
-    notes: a list that gets a line for everything that was read otherwise than the file says.
-    needed: function of the number of frames that gives the numbers of those to make. Where frames
-    can be counted beforehand (DICOM), the others are only checked, and come as None.
-    BGR is OpenCV's order and the one the released models were trained on. Raises VideoError for
-    stills, M-mode and spectral recordings, and for files that are empty, truncated, unreadable
-    or in a transfer syntax that no installed decoder knows (possibly after some frames).
+    source: a file's path, or the list of paths of a cine's single frames (see `group_stills`).
+    Opening reads the header of a DICOM file (`header`, else None), of the first one in a list.
+    Raises VideoError where it cannot be opened. Use it as a context, which closes the file.
     """
-    notes = [] if notes is None else notes
-    if isinstance(source, (list, tuple)):
-        frames = iter_series(source, notes)
-    elif readable_dicom(Path(source)):
-        frames = iter_dicom(source, notes, needed)
-    else:
-        frames = iter_container(source, notes)
-    for frame in frames:
-        if frame is not None and min(frame.shape[:2]) < SMALLEST:
-            height, width = frame.shape[:2]
-            raise VideoError(f"frames of {width} x {height} pixels: no picture")
-        yield frame
+
+    def __init__(self, source):
+        several = isinstance(source, (list, tuple))
+        self.source, self.is_series = source, several
+        self.path = Path(source[0] if several else source)
+        self.stack, self.header, self.file = ExitStack(), None, None
+        if readable_dicom(self.path):
+            self.header, self.file = self.stack.enter_context(open_dicom(self.path))
+            self.start = self.file.tell()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stack.close()
+
+    def check(self):
+        """VideoError where it will give no clips, as far as shows before a frame is decoded."""
+        if self.header is not None:
+            self.file.seek(self.start)
+            check_cine(self.header, self.file, [], self.is_series)
+
+    def frames(self, notes=None, needed=None):
+        """Decode front to back: yields uint8 (H, W, 3) **BGR**.
+
+        notes: a list that gets a line for everything that was read otherwise than the file says.
+        needed: function of the number of frames that gives the numbers of those to make. Where
+        frames can be counted beforehand (DICOM), the others are only checked, and come as None.
+        BGR is OpenCV's order and the one the released models were trained on. Raises VideoError
+        for stills, M-mode and spectral recordings, and for files that are empty, truncated,
+        unreadable or in a transfer syntax that no installed decoder knows (possibly after some
+        frames).
+        """
+        notes = [] if notes is None else notes
+        if self.is_series:
+            frames = iter_series(self.source, notes)
+        elif self.header is not None:
+            self.file.seek(self.start)
+            frames = iter_dicom(self.header, self.file, notes, needed)
+        else:
+            frames = iter_container(self.path, notes)
+        for frame in frames:
+            if frame is not None and min(frame.shape[:2]) < SMALLEST:
+                height, width = frame.shape[:2]
+                raise VideoError(f"frames of {width} x {height} pixels: no picture")
+            yield frame
+
+    @cached_property
+    def digest(self):
+        """Hex SHA-256 of the file's bytes, or of all files' in order."""
+        return content_digest(self.source)
+
+    @cached_property
+    def boxes(self):
+        """The 2-D ultrasound regions of a DICOM as (x0, y0, x1, y1), shares of the image's sides.
+
+        Empty when the file has none, or when one does not lie within the image (some exports
+        shrink the image and leave the tags).
+        """
+        return [] if self.header is None else region_boxes(self.header)
+
+    @cached_property
+    def rate(self):
+        """Frames a second as the file says: DICOM's FrameTime, else FrameTimeVector, CineRate or
+        RecommendedDisplayFrameRate; a container's own. None where it says none that is plausible.
+        """
+        header = self.header
+        rates = [container_rate(self.path)] if header is None else dicom_rates(header)
+        return next((rate for rate in rates if rate and RATES[0] <= rate <= RATES[1]), None)
+
+
+def iter_frames(source, notes=None, needed=None):
+    """The frames of a video, see `VideoFile.frames`."""
+    with VideoFile(source) as video:
+        yield from video.frames(notes, needed)
+
+
+def read_frames(source):
+    """A whole cine at once: uint8 (n, H, W, 3) BGR. Raises VideoError as `VideoFile.frames`."""
+    return np.stack(list(iter_frames(source)))
 
 
 def readable_dicom(path):
@@ -89,24 +157,16 @@ def readable_dicom(path):
 
 
 def why_skipped(source):
-    """Why a video (see `iter_frames`) will give no clips, as far as shows before a frame is
-    decoded, or ''; of single frames of a series by the first of them."""
-    single = isinstance(source, (list, tuple))
+    """Why a video (see `VideoFile`) will give no clips, as far as shows before a frame is decoded,
+    or ''; of single frames of a series by the first of them."""
     try:
-        path = Path(source[0] if single else source)
-        if readable_dicom(path):
-            with open_dicom(path) as (header, file):
-                check_cine(header, file, [], single)
+        with VideoFile(source) as video:
+            video.check()
     except VideoError as error:
         return str(error)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return ""
-
-
-def read_frames(path):
-    """A whole cine at once: uint8 (n, H, W, 3) BGR. Raises VideoError as `iter_frames`."""
-    return np.stack(list(iter_frames(path)))
 
 
 # --------------------------------------------------------------------- the published clip sampling
@@ -231,7 +291,13 @@ def read_clips(source, sampling):
     as it comes, so that memory is that of the small frames. A frame that no clip uses is decoded
     no further than shows whether it is damaged.
     """
-    notes, content = [], content_digest(source)
+    with VideoFile(source) as video:
+        return sample_clips(video, sampling)
+
+
+def sample_clips(video, sampling):
+    """The clips of a VideoFile, see `read_clips`."""
+    notes, content = [], video.digest
 
     def sample(n_frames, key, how):
         drawn = (sampling.n_clips, sampling.clip_len, sampling.seed, key, how)
@@ -242,13 +308,13 @@ def read_clips(source, sampling):
         return np.unique(sample(n_frames, content, sampling.starts)[1])
 
     if sampling.mask == "sector" or sampling.augment:
-        frames = [resized(frame, sampling.size) for frame in iter_frames(source, notes)]
+        frames = [resized(frame, sampling.size) for frame in video.frames(notes)]
     else:
-        made = iter_frames(source, notes, needed)
+        made = video.frames(notes, needed)
         frames = [None if f is None else resized_centre(f, sampling.size) for f in made]
     n_frames, note = len(frames), "; ".join(notes)
     if sampling.mask == "sector":
-        inside = sector_mask(frames, region_boxes(source))
+        inside = sector_mask(frames, video.boxes)
         frames = [frame * inside for frame in frames]
     starts, numbers = sample(n_frames, content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
@@ -306,17 +372,9 @@ MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at l
 LIT = 4  # grey levels of a pixel that is no black background, at least
 
 
-def region_boxes(source):
-    """The 2-D ultrasound regions of a DICOM as (x0, y0, x1, y1), shares of the image's sides.
-
-    Empty when the file has none, or when one does not lie within the image (some exports shrink
-    the image and leave the tags).
-    """
-    path = source[0] if isinstance(source, (list, tuple)) else source
-    if not is_dicom(path):
-        return []
-    with open_dicom(path, pixels=False) as (header, _):
-        width, height = number(header, "Columns"), number(header, "Rows")
+def region_boxes(header):
+    """See `VideoFile.boxes`."""
+    width, height = number(header, "Columns"), number(header, "Rows")
     names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
     boxes = []
     for region in regions(header):

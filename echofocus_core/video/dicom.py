@@ -12,13 +12,14 @@ what stands in tags, so they are neither shown nor passed on.
 import hashlib
 import io
 import logging
+import math
 import os
 import re
 import tempfile
 import warnings
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -83,6 +84,7 @@ TAGS = (
     "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001, *OVERLAY_BITS,
     *(f"{segmented}{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")
       for segmented in ("", "Segmented")),
+    "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate",
     *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
 )  # fmt: skip
 
@@ -181,7 +183,7 @@ class HeaderFacts:
     n_frames: int = 0  # as declared; 1 where the header does not say
     rows: int = 0
     columns: int = 0
-    patient: str = ""  # a digest of the PatientID: to compare, never to show
+    patient: str = field(default="", repr=False)  # PatientID: to compare, never to show
 
 
 def read_header_facts(path):
@@ -203,7 +205,7 @@ def read_header_facts(path):
         n_frames=(1 if declared is None else declared) if rows else 0,
         rows=rows or 0,
         columns=columns or 0,
-        patient=short_digest(patient) if (patient := uid(header, "PatientID")) else "",
+        patient=uid(header, "PatientID"),
     )
 
 
@@ -304,6 +306,21 @@ def check_kind(header, notes):
         raise VideoError("spectral Doppler, not a cine")
 
 
+def dicom_rates(header):
+    """Frames a second as each of the four tags has it, 0 or None where it has none."""
+    try:
+        times = np.atleast_1d(np.asarray(header["FrameTime"].value, float))
+    except Exception:  # absent, or text that is no number
+        times = np.zeros(1)
+    try:
+        vector = np.asarray(header["FrameTimeVector"].value, float)
+    except Exception:
+        vector = np.zeros(1)
+    milliseconds = [float(times[0]), float(vector[1:].mean()) if vector.size > 1 else 0.0]
+    rates = [1000 / t if math.isfinite(t) and t > 0 else 0 for t in milliseconds]
+    return [*rates, number(header, "CineRate"), number(header, "RecommendedDisplayFrameRate")]
+
+
 def regions(header):
     """The datasets of SequenceOfUltrasoundRegions, [] when there are none that can be read."""
     try:
@@ -320,21 +337,21 @@ def regions(header):
 # ------------------------------------------------------------------------------------------- a cine
 
 
-def iter_dicom(path, notes, needed=None):
-    """Decode a DICOM cine front to back: yields uint8 (H, W, 3) BGR; as `iter_frames`.
+def iter_dicom(header, file, notes, needed=None):
+    """Decode a DICOM cine (see `open_dicom`) front to back: yields uint8 (H, W, 3) BGR.
 
-    Raises VideoError for what is no 2-D echo, a still, damaged, or needs a decoder.
+    notes, needed: see `VideoFile.frames`. Raises VideoError for what is no 2-D echo, a still,
+    damaged, or needs a decoder.
     """
-    with open_dicom(path) as (header, file):
-        frames = check_cine(header, file, notes)
-        if frames is None:
-            yield from iter_stream(file, header, notes)
-            return
-        with frames:
-            reading, n = choose_reading(frames, header, notes), len(frames)
-            made = set(needed(n) if needed else range(n))
-            for i in range(n):
-                yield frames.bgr(i, reading) if i in made else frames.check(i)
+    frames = check_cine(header, file, notes)
+    if frames is None:
+        yield from iter_stream(file, header, notes)
+        return
+    with frames:
+        reading, n = choose_reading(frames, header, notes), len(frames)
+        made = set(needed(n) if needed else range(n))
+        for i in range(n):
+            yield frames.bgr(i, reading) if i in made else frames.check(i)
 
 
 def check_cine(header, file, notes, single=False):

@@ -44,6 +44,9 @@ class Study:
     videos: list[str]
     missing: list[str] = field(default_factory=list)  # named in a manifest, but not there
     series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
+    # Of the headers, '' where the files have none or several; in memory only, never written.
+    uid: str = field(default="", repr=False)  # StudyInstanceUID
+    patient_id: str = field(default="", repr=False)
 
     def source(self, video):
         """The path of a video, or the list of its frames' paths: what `read_clips` takes."""
@@ -112,9 +115,16 @@ def study_of(name, source, group, facts):
     relative = {str(PurePosixPath(f).relative_to(below)): facts[f] for f in group.files}
     series = group_stills(relative)
     frames = {file for files in series.values() for file in files}
-    return Study(
-        name, source / below, sorted((relative.keys() - frames) | series.keys()), [], series
-    )
+    videos = sorted((relative.keys() - frames) | series.keys())
+    uid = single_value(facts[f].study_uid for f in group.files)
+    patient = single_value(facts[f].patient for f in group.files)
+    return Study(name, source / below, videos, [], series, uid, patient)
+
+
+def single_value(values):
+    """The one text among them that is not empty; '' where there are none or several."""
+    distinct = set(values) - {""}
+    return distinct.pop() if len(distinct) == 1 else ""
 
 
 def common_folder(files):
