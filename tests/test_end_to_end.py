@@ -106,7 +106,8 @@ import resource, sys
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
 import test_end_to_end as t
-from embed import end_to_end, panecho
+from echofocus_core.study import end_to_end
+from echofocus_core.video import panecho
 panecho.CONVNEXT_TINY = end_to_end.CONVNEXT_TINY = t.NARROW
 panecho.FrameTransformer.__init__.__defaults__ = (16, None, 1, 8, 0.0)
 """

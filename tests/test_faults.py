@@ -42,19 +42,22 @@ print(*filter(None, found), sep="\\n")
 """
 PLANTED = {
     "no checksum of a checkpoint": (
-        "checkpoints", "from common import checkpoints; checkpoints.check_records = lambda _: None",
+        "checkpoints",
+        "from echofocus_core.base import checkpoints; checkpoints.check_records = lambda _: None",
         "WRONG IN SILENCE|has another number", 80,
     ),
     "pickles are run": (
         "checkpoints", "import torch; load = torch.load; torch.load = lambda path, **_: "
-        "load(path, weights_only=False); from common import checkpoints; "
+        "load(path, weights_only=False); from echofocus_core.base import checkpoints; "
         "checkpoints.check_pickle = lambda f: None", "CODE OF THE FILE RAN|outside: os.system", 40,
     ),
     "a crash": (
-        "hdf5", "from embed import store; store.UNREADABLE = (KeyError,)", "traceback", 8,
+        "hdf5",
+        "from echofocus_core.video import store; store.UNREADABLE = (KeyError,)", "traceback", 8,
     ),
     "names as they are": (
-        "tables", "from common import console; console.printable = str; console.STEERING = {}; "
+        "tables",
+        "from echofocus_core.base import console; console.printable = str; console.STEERING = {}; "
         "console.clean_text = lambda text, *_: str(text)",
         "steers the terminal|a line of", 40,
     ),

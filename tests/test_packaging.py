@@ -43,17 +43,13 @@ def run(line, cwd, **variables):
     return done
 
 
-def test_what_lies_on_the_import_path(site):
+def test_what_is_installed(site):
     names = {p.name for p in site.iterdir() if p.suffix != ".dist-info"}
-    assert names == {"echofocus", "bin"}
-    tree = site / "echofocus" / "_tree"
-    for file in ("embed/panecho_tasks.json", "trained_models/registry.json", "echofocus.py"):
-        assert (tree / file).read_bytes() == (ROOT / file).read_bytes()
-    for room in ("common", "embed", "report"):  # every file of every room, templates too
-        files = {p.relative_to(ROOT) for p in (ROOT / room).rglob("*") if p.is_file()}
-        files = {p for p in files if "__pycache__" not in p.parts and p.suffix != ".md"}
-        assert {p for p in files if not (tree / p).is_file()} == set()
-    assert not (tree / "tests").exists()
+    assert names - {"__pycache__"} == {"echofocus.py", "echofocus_core", "bin"}
+    package = ROOT / "echofocus_core"  # every file of it, templates too
+    files = {p.relative_to(ROOT) for p in package.rglob("*") if p.is_file()}
+    files = {p for p in files if "__pycache__" not in p.parts}
+    assert {p for p in files if not (site / p).is_file()} == set()
 
 
 def test_commands_from_another_folder(site, tmp_path, monkeypatch, cli):

@@ -188,9 +188,9 @@ def test_a_changed_record_is_noticed(folder, capsys, what):
 FILL = """
 import resource, sys
 import numpy as np
-from common.console import run_main
-from common.files import atomic_path
-from common.hdf5 import new_hdf5
+from echofocus_core.base.console import run_main
+from echofocus_core.base.files import atomic_path
+from echofocus_core.base.hdf5 import new_hdf5
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 

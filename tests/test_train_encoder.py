@@ -573,8 +573,8 @@ sys.path.insert(0, {root!r})
 from echofocus_core.video import panecho
 panecho.CONVNEXT_TINY, panecho.EMBED_DIM = {narrow}, 32
 panecho.ImageEncoder.width = 32
-from common.console import run_main
-from embed import train
+from echofocus_core.base.console import run_main
+from echofocus_core.encoder import train
 run_main(lambda: train.main(sys.argv[1:]), "train.py")
 """
 
