@@ -27,7 +27,7 @@ from helpers import (
 import echofocus as ef
 from echofocus_core.base.options import Settings
 from echofocus_core.study.attribution import Objectives, attribute_clips, explain_study
-from echofocus_core.study.network import losses_of_outputs
+from echofocus_core.study.outputs import losses_of_outputs
 from echofocus_core.video.store import open_store
 
 

@@ -18,13 +18,13 @@ import echofocus as ef
 from echofocus_core.base.console import Collected
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Record, read_config
-from echofocus_core.study.labels import class_numbers, load_labels
+from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
 from echofocus_core.study.loop import run_steps
 from echofocus_core.study.metrics import breslow, c_index
 from echofocus_core.study.models import LoadedModel, survival_at
-from echofocus_core.study.network import StudyModel, cox_losses, study_losses
-from echofocus_core.study.outputs import EVENT, Outputs
+from echofocus_core.study.network import StudyModel
+from echofocus_core.study.outputs import EVENT, Outputs, class_numbers, cox_losses, study_losses
 from echofocus_core.study.training import rate_groups
 
 pytestmark = pytest.mark.xdist_group("outputs")  # one process: a model that several tests ask
@@ -122,9 +122,9 @@ def test_cells_of_classes(names, cells, numbers):
 @pytest.mark.parametrize(
     "cells, text",
     [
-        (["1", "2", "3"], "never say 0"),  # of a clinic that counts from 1
+        (["1", "2", "3"], "without any 0"),  # of a clinic that counts from 1
         (["0", "3"], "up to 3"),
-        (["0", "mild"], "beside names"),
+        (["0", "mild"], "mixed with names"),
         (["0", "1"], ""),
     ],
 )

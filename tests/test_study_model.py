@@ -10,8 +10,7 @@ from torch import nn
 from echofocus_core.study import attention as packed
 from echofocus_core.study import labels as lb
 from echofocus_core.study.config import Task
-from echofocus_core.study.network import study_losses
-from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.outputs import Outputs, scale, study_losses, unscale
 
 MODELS = {
     "A": dict(n_labels=22),
@@ -89,16 +88,16 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = lb.fit_scaling(table, Task(task_labels=labels, type="regression"))
+    found = lb.scaling_of(table, Task(task_labels=labels, type="regression"))
     for label in labels:
         assert set(found[label]) == set(published[label])
         for key, value in published[label].items():
             assert found[label][key] == pytest.approx(value, rel=1e-6)
-    scaled = lb.scale(table.to_numpy(), labels, published)
+    scaled = scale(table.to_numpy(), labels, published)
     np.testing.assert_allclose(scaled, numbers["measure/df_normalized_fixed"], atol=1e-9)
-    back = lb.unscale(numbers["measure/out_norm"], labels, published)
+    back = unscale(numbers["measure/out_norm"], labels, published)
     assert relative_error(back, numbers["measure/out_unnorm"]) < 1e-4
-    np.testing.assert_allclose(lb.unscale(scaled, labels, published), table.to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(unscale(scaled, labels, published), table.to_numpy(), rtol=1e-6)
 
 
 def test_dropout_on_a_cpu():

@@ -36,7 +36,7 @@ from echofocus_core.study.explanations import (
 )
 from echofocus_core.study.faithfulness import read_views, write_curves, write_views
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, reach_of
-from echofocus_core.study.labels import load_labels, scale
+from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
     SEVERAL_RULES,
     as_one,
@@ -57,6 +57,7 @@ from echofocus_core.study.loop import (
 )
 from echofocus_core.study.models import LoadedEnsemble, released_task
 from echofocus_core.study.network import Readings
+from echofocus_core.study.outputs import scale
 from echofocus_core.study.predictions import page_folder, prediction_table
 from echofocus_core.study.sources import (
     adopt_kinds,

@@ -15,8 +15,8 @@ from echofocus_core.base.console import RUN, Collected, escaped, printable, some
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import as_seen
 from echofocus_core.study.config import Task
-from echofocus_core.study.labels import fit_scaling, scale
-from echofocus_core.study.outputs import EVENT
+from echofocus_core.study.labels import scaling_of
+from echofocus_core.study.outputs import scale
 from echofocus_core.study.splits import (
     STUDY,
     Seen,
@@ -167,58 +167,31 @@ def training_folds(table, settings, task, known=(), listener=RUN):
 
 
 def warn_of_one_class(table, folds, task, listener):
-    """Tell which labels cannot be judged: no positive, no negative, one class, or no event outside
-    training."""
+    """Report labels that cannot be evaluated in a fold: all its studies are alike."""
     outputs = task.outputs
-    for label in outputs.of_kind("binary", "multiclass", "survival"):
-        y = told_apart(table, label, outputs)
+    for label in outputs.each:
+        y = label.contrast(table)
         if y[folds == "train"].nunique() < 2:
-            continue  # it cannot be learnt, which is said
+            continue  # it cannot be learned, which is reported
         for fold in ("val", "test"):
-            there = y[folds == fold].dropna()
-            if len(there) and there.nunique() < 2:
-                lacks = f"no {'negative' if there.iloc[0] else 'positive'}"
-                if outputs.kinds[label] == "survival":
-                    lacks = "no censored study" if there.iloc[0] else "no event"
-                if outputs.kinds[label] == "multiclass":
-                    lacks = f"studies of {outputs.classes[label][int(there.iloc[0])]} alone"
-                if lacks == "no censored study":
-                    continue
-                alone = lacks == "no event" and len(outputs.labels) == 1 and fold == "val"
-                tell = listener.error if alone else listener.warning  # no epoch could be chosen
-                tell(
-                    f"label {label} has {lacks} in the {fold} fold: it cannot be judged there",
-                    f"--stratify {label}, or fewer folds",
+            known = y[folds == fold].dropna()
+            if len(known) and (lacks := label.why_unjudgeable(known)):
+                chooses = label.by_step and len(outputs.labels) == 1 and fold == "val"
+                report = listener.error if chooses else listener.warning  # no epoch is the best
+                report(
+                    f"label {label.name} has {lacks} in the {fold} fold: it cannot be judged there",
+                    f"--stratify {label.name}, or fewer folds",
                 )
 
 
-def told_apart(table, label, outputs):
-    """What tells studies apart in a label: its values, or of survival the events."""
-    return table[label + EVENT * (outputs.kinds[label] == "survival")]
-
-
 def fold_table(table, folds, task):
-    """A row a label, a column a fold: positives of known, studies by class, events of known, or the
-    median and how many are known."""
-    columns, outputs = {}, task.outputs
+    """A row for each label, a column for each fold: see `Label.summary`."""
+    columns = {}
     for fold in FOLDS:
-        part = table[folds == fold]
-        cells = {
-            "videos" if STUDY in part else "studies": len(part),
-            "patients": part["pid"].nunique(),
-        }
-        for label, kind in outputs.kinds.items():
-            y = told_apart(part, label, outputs).dropna()
-            if kind in ("binary", "survival"):
-                share = f" ({y.mean():.1%})" if len(y) else ""
-                what = " events" * (kind == "survival")
-                cells[label] = f"{y.sum():.0f}{what} of {len(y)}{share}"
-            elif kind == "multiclass":
-                names = enumerate(outputs.classes[label])
-                cells[label] = ", ".join(f"{name} {(y == k).sum()}" for k, name in names)
-            else:
-                cells[label] = f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
-        columns[fold] = cells
+        part, word = table[folds == fold], "videos" if STUDY in table else "studies"
+        columns[fold] = {word: len(part), "patients": part["pid"].nunique()}
+        for label in task.outputs.each:
+            columns[fold][label.name] = label.summary(label.contrast(part).dropna())
     return pd.DataFrame(columns)
 
 
@@ -227,43 +200,37 @@ def cohort_of(task, table, folds, inherited=None, listener=RUN):
 
     inherited: label -> scaling of the model to start from, so that its heads mean what they meant.
     """
-    training, scaling = table[folds == "train"], None
+    training = table[folds == "train"]
     unlearnt = unlearnable_labels(training, task, listener)
-    if task.outputs.of_kind("regression"):
-        scaling = fit_scaling(training, task, unlearnt, listener) | (inherited or {})
+    scaling = scaling_of(training, task, unlearnt, listener)
+    if scaling:
+        scaling |= inherited or {}
     targets, eids = targets_of(table, folds, task, scaling, unlearnt, listener)
     return Cohort(task, table, folds, unlearnt, scaling, targets, eids)
 
 
 def unlearnable_labels(table, task, listener=RUN):
-    """Labels whose training values do not differ; that is told, and which have few examples."""
-    out, outputs = [], task.outputs
-    for label, kind in outputs.kinds.items():
-        y = told_apart(table, label, outputs).dropna()
-        names = {"binary": ["-", "+"], "survival": ["censored", "events"]}
-        names = outputs.classes.get(label) or names.get(kind, ())
-        counts = {name: int((y == k).sum()) for k, name in enumerate(names)}
-        counts.pop("censored", None)
-        if counts.get("events") == 0 or (y.nunique() < 2 and "events" not in counts):
-            what = "always missing"
-            if len(y):
-                of_class = names[int(y.iloc[0])] if kind == "multiclass" else f"{y.iloc[0]:g}"
-                what = "no event" if "events" in counts else f"always {of_class}"
+    """Labels whose training values do not differ; reports them, and those with few examples."""
+    unlearnable = []
+    for label in task.outputs.each:
+        y = label.contrast(table).dropna()
+        counts = label.counts(y)
+        if why := label.why_unlearnable(y):
             listener.warning(
-                f"label {label} cannot be learnt: {what} in the training fold",
+                f"label {label.name} cannot be learnt: {why} in the training fold",
                 "add such studies, or drop it; it stays blank",
             )
-            out.append(label)
+            unlearnable.append(label.name)
         elif counts and min(counts.values()) < 5:
             rarest = min(counts, key=counts.get)
             listener.warning(
-                f"label {label} is hard to learn: few examples in the training fold, "
+                f"label {label.name} is hard to learn: few examples in the training fold, "
                 f"{counts[rarest]} of {len(y)} {rarest}",
                 "add such studies, or drop it",
             )
-    if len(out) == len(task.task_labels):
+    if len(unlearnable) == len(task.task_labels):
         listener.error("no label can be learnt", "labels need two values in the training fold")
-    return out
+    return unlearnable
 
 
 def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):

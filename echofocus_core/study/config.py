@@ -30,6 +30,8 @@ from echofocus_core.base.options import (
 )
 from echofocus_core.study.outputs import EVENT, KINDS, Outputs
 
+PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
+PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
 MODELS = Path("trained_models")
 CONFIGS = (Path("config.json"), Path("config-example.json"))
 
@@ -213,9 +215,15 @@ class Task(Entry):
         """The columns of the label table that a label is read from."""
         return self.survival.get(label, [label])
 
+    def limits(self, label):
+        """The least and the greatest value that a label may have."""
+        ranges = PUBLISHED_RANGES if self.valid_range is None else self.valid_range
+        low, high = ranges.get(label, (None, None))
+        return -math.inf if low is None else low, math.inf if high is None else high
+
     @property
     def outputs(self):
-        """What a model of this task gives out, its kinds decided."""
+        """What a model of this task gives out; see `Label` for kinds that are not decided."""
         kinds = {label: self.kind(label) for label in self.task_labels}
         return Outputs.of(self.task_labels, kinds, self.classes)
 

@@ -17,8 +17,8 @@ from echofocus_core.base.console import RUN, UserError, printable, some
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import clean_ids, read_table, to_numbers
 from echofocus_core.study import statistics as st
-from echofocus_core.study.labels import cells_of, read_rows
-from echofocus_core.study.outputs import USUAL_YEARS, Outputs
+from echofocus_core.study.labels import read_rows
+from echofocus_core.study.outputs import Outputs, examples_of
 from echofocus_core.study.splits import ALIKE, ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
@@ -203,22 +203,19 @@ def spread(values, at, n):
 
 
 def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
-    """One outcome a label. truth (S, C) and predicted (S, O), of `study.outputs`, in physical
-    units, probabilities and log hazards; years: when the AUROC of survival is given."""
-    found = []
-    for label, kind in outputs.kinds.items():
-        y, p = truth[:, outputs.places[label]], predicted[:, outputs.slices[label]]
-        if kind == "binary":
-            cut = thresholds.get(label)
-            found.append(st.Binary(label, y[:, 0], p[:, 0], threshold=cut, prevalence=prevalence))
-        elif kind == "multiclass":
-            found.append(st.MultiClass(label, y[:, 0], p, outputs.classes[label]))
-        elif kind == "survival":
-            when = tuple(years or USUAL_YEARS)
-            found.append(st.Survival(label, *y.T, p[:, 0], when, units.get(label, "")))
-        else:
-            found.append(st.Regression(label, y[:, 0], p[:, 0], units.get(label, "")))
-    return found
+    """One outcome for each label. truth (S, C) and predicted (S, O), of `study.outputs`, in
+    physical units, probabilities and log hazards; years: when the AUROC of survival is given."""
+    return [
+        label.outcome(
+            truth[:, outputs.places[label.name]],
+            predicted[:, outputs.slices[label.name]],
+            units.get(label.name, ""),
+            thresholds.get(label.name),
+            prevalence,
+            years,
+        )
+        for label in outputs.each
+    ]
 
 
 def read_predictions(raw, path, labels, units=(), listener=RUN):
@@ -254,7 +251,7 @@ def numeric_columns(raw, columns, path, listener):
         odd = text[name][values[name].isna() & text[name].notna()]
         if len(odd):
             raise UserError(
-                f"{path}, {name}: {len(odd)} cells are no numbers: {cells_of(odd, odd.index)}; "
+                f"{path}, {name}: {len(odd)} cells are no numbers: {examples_of(odd, odd.index)}; "
                 "write numbers, or leave these cells empty"
             )
     return values

@@ -14,7 +14,7 @@ from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import RUN, Threads, listed, progress
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.world import World
-from echofocus_core.study.network import study_losses
+from echofocus_core.study.outputs import study_losses
 from echofocus_core.video.store import UnreadableStudy
 
 

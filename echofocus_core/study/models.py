@@ -17,9 +17,8 @@ from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import RUN, Collected, UserError, some
 from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS
 from echofocus_core.study.config import Record
-from echofocus_core.study.labels import scaling_fault, unscale
-from echofocus_core.study.network import Readings, StudyModel, losses_of_outputs
-from echofocus_core.study.outputs import USUAL_YEARS, Outputs
+from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs, scaling_fault
 
 
 @dataclass
@@ -99,7 +98,7 @@ class LoadedModel:
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
             return np.asarray(logits)
-        values = readable(logits, self.outputs, self.scaling, self.record.hazards)
+        values = self.outputs.readable(logits, self.scaling, self.record.hazards)
         unlearnt = np.isin(self.labels, self.record.unlearnt)
         lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         if lost.any():
@@ -109,15 +108,6 @@ class LoadedModel:
                 "they stay blank",
             )
         return np.where(unlearnt, np.nan, values)
-
-
-def readable(logits, outputs, scaling, hazards):
-    """Outputs (S, O) -> probabilities, values in physical units, log hazards less their mean."""
-    kinds = np.array(list(outputs.kind_of.values()))
-    values = np.asarray(logits) if scaling is None else unscale(logits, outputs.names, scaling)
-    means = np.array([hazards[x].mean if x in hazards else 0.0 for x in outputs.names])
-    probabilities = torch.sigmoid(torch.as_tensor(np.asarray(logits))).numpy()
-    return np.where(kinds == "binary", probabilities, values - means * (kinds == "survival"))
 
 
 def network_from(state, combine, path):

@@ -1,4 +1,4 @@
-"""The set transformer that reads a study's clips, PanEcho's own heads, and their losses."""
+"""The set transformer that reads a study's clips, and PanEcho's own heads."""
 
 import torch
 import torch.nn.functional as F
@@ -129,66 +129,3 @@ def against_rest(logits, groups):
         parts += [logits[:, at : group.start], z - others.logsumexp(2)]
         at = group.stop
     return torch.cat([*parts, logits[:, at:]], dim=1)
-
-
-def study_losses(logits, targets, outputs):
-    """Loss of each study (S,): the sum over its known labels, divided by the number of all labels.
-
-    A missing label (NaN) adds 0. Dividing by the number of known labels instead would weigh a label
-    more in studies where others are missing, and bias its probabilities where missingness is
-    informative.
-
-    logits (S, O), targets (S, C) and outputs as in `study.outputs`. Of survival the S studies are
-    those of one step: the loss of one depends on them all.
-    """
-    known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
-    each = losses_of_labels(logits, targets, outputs)
-    return (each * known).sum(1) / len(outputs.labels)
-
-
-def losses_of_labels(logits, targets, outputs):
-    """The loss of each study's each label (S, T), see `study_losses`; of a missing one any."""
-    kinds, filled = set(outputs.kinds.values()), targets.nan_to_num()
-    if len(kinds) == 1 and kinds <= set(LOSSES):
-        return LOSSES[kinds.pop()](logits, filled, reduction="none")
-    losses = []
-    for label, kind in outputs.kinds.items():
-        z, place = logits[:, outputs.slices[label]], outputs.places[label]
-        if kind == "survival":
-            losses.append(cox_losses(z[:, 0], *targets[:, place].T))
-        elif kind == "multiclass":  # -log of the probability of its class, of which z is log-odds
-            losses.append(F.softplus(-z.gather(1, filled[:, place].long()))[:, 0])
-        else:
-            losses.append(LOSSES[kind](z, filled[:, place], reduction="none")[:, 0])
-    return torch.stack(losses, dim=1)
-
-
-LOSSES = {"binary": F.binary_cross_entropy_with_logits, "regression": F.mse_loss}
-
-
-def losses_of_outputs(logits, targets, kinds):
-    """The loss of each output by itself, (S, O); NaN where the target (S, O) is. Of kinds that have
-    one: of survival it is NaN."""
-    known = ~targets.isnan() & torch.tensor([kind in LOSSES for kind in kinds]).to(targets.device)
-    columns = zip(kinds, logits.T, targets.nan_to_num().T, strict=True)
-    each = [LOSSES.get(k, F.mse_loss)(z, y, reduction="none") for k, z, y in columns]
-    return torch.where(known, torch.stack(each, dim=1), torch.nan)
-
-
-def cox_losses(risk, time, event):
-    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,), 0 where
-    none is; scaled so that its mean over the studies that are known is that over events.
-
-    risk: log hazards (S,), time and event (S,), NaN where unknown.
-    """
-    known = ~(time.isnan() | event.isnan())
-    out, n_events = torch.zeros_like(risk), (event[known] == 1).sum()
-    if not n_events:
-        return out + 0 * risk.sum()
-    order = torch.argsort(time[known], descending=True)
-    r, t, e = (x[known][order] for x in (risk.double(), time, event))
-    at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
-    last = torch.searchsorted(-t, -t, right=True) - 1
-    losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
-    rows = known.nonzero()[:, 0][order]
-    return out.index_put((rows,), losses.to(out.dtype))

@@ -1,4 +1,4 @@
-"""What a model's outputs mean: its labels in order, each of a kind.
+"""Kinds of label: what each reads from the label table, learns, and answers.
 
     kind         its outputs               its target                   loss
     binary       log-odds                  0 or 1                       cross-entropy
@@ -6,15 +6,294 @@
     multiclass   log-odds, one a class     the number of the class      cross-entropy
     survival     log hazard                a time, and an event 1 or 0  Cox's partial likelihood
 
-The log-odds of a class are those of it against all others: its output is read as a finding's is.
+The log-odds of a class are against all other classes, so its output reads like a binary label's.
+A new kind is a subclass of `Label` and a line in `KINDS`.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
-USUAL_YEARS = (1, 5)  # at which survival is given, where no times are asked for
-KINDS = ("binary", "regression", "multiclass", "survival")
-EVENT = " (event)"  # after a label: the second column of its target
+import numpy as np
+
+from echofocus_core.base.console import printable, some
+
+USUAL_YEARS = (1, 5)  # times of survival where no others are asked for
+EVENT = " (event)"  # after a survival label's name: its second target column
+
+
+@dataclass(frozen=True)
+class Label:
+    """One label of a model; the subclasses are its kinds."""
+
+    name: str
+    classes: tuple[str, ...] = ()  # of a multiclass label
+
+    kind: ClassVar[str] = "readings"  # of PanEcho's own heads, which are not trained here
+    task_key: ClassVar[str] = ""  # the key of a task that labels of this kind need
+    is_number: ClassVar[bool] = False  # whether a valid_range may be given
+    by_step: ClassVar[bool] = False  # whether a study's loss depends on the others of its step
+    is_finding: ClassVar[bool] = False  # whether studies are in groups, not along a scale
+    metric_name: ClassVar[str] = "AUROC"
+
+    @property
+    def outputs(self):
+        """Names of its outputs."""
+        return [self.name]
+
+    @property
+    def output_kind(self):
+        """How one of its outputs is read."""
+        return self.kind
+
+    @property
+    def columns(self):
+        """Its target columns in the label table (as read)."""
+        return [self.name]
+
+    # ------------------------------------------------------------------- from the label table
+
+    def read(self, cells, numbers, task, path, listener):
+        """{target column: float64 (S,)} from cells of text and the same as numbers.
+
+        What cannot be used becomes NaN and is reported.
+        """
+        y = numbers[self.name]
+        if set(y.dropna().unique()) == {1, 2}:
+            listener.warning(
+                f"{path}, {self.name}: every value is 1 or 2",
+                "write 0 and 1, if these are no and yes",
+            )
+        faults = {"not numbers": y.isna() & cells[self.name].notna()}
+        faults |= self.faults(y, *task.limits(self.name))
+        return {self.name: mask_faults(self.name, self.name, y, faults, cells, path, listener)}
+
+    def faults(self, y, low, high):
+        """{what is wrong: where} of numbers (S,)."""
+        return {"out of range": (y < low) | (y > high)}
+
+    def contrast(self, table):
+        """The values (S,) that must differ between studies for the label to be learned."""
+        return table[self.name]
+
+    def value_name(self, value):
+        return f"{value:g}"
+
+    def counts(self, y):
+        """{group: studies} of `contrast` values, of the groups that a training needs."""
+        return {}
+
+    def summary(self, y):
+        """`contrast` values without NaN, in a few words for the table of folds."""
+        return f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
+
+    def why_unlearnable(self, y):
+        """Why `contrast` values of the training fold, without NaN, teach nothing, or ''."""
+        if y.nunique() > 1:
+            return ""
+        return f"always {self.value_name(y.iloc[0])}" if len(y) else "always missing"
+
+    def why_unjudgeable(self, y):
+        """Why no metric exists for `contrast` values of a fold, without NaN, or ''."""
+        return ""
+
+    def truths(self, table):
+        """Target columns -> one column for each output, as a reader would compare it."""
+        return {self.name: table[self.name]}
+
+    # ------------------------------------------------------------------------------- learning
+
+    @staticmethod
+    def losses(z, y):
+        """Outputs (S, n) and targets (S, c) without NaN -> the loss of each study (S, 1)."""
+        raise NotImplementedError
+
+    def readable(self, z, scaling, hazards):
+        """Outputs (S, n) -> probabilities, physical units or centred log hazards."""
+        return z
+
+    def metric(self, y, p):
+        """A validation metric of targets (S, c) and readable answers (S, n), both without NaN."""
+        from echofocus_core.study.metrics import auroc
+
+        return auroc(y[:, 0], p[:, 0])
+
+    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+        """The outcome of `study.statistics` that evaluates targets (S, c) and answers (S, n)."""
+        raise NotImplementedError
+
+
+class Binary(Label):
+    kind, is_finding = "binary", True
+
+    def faults(self, y, low, high):
+        return {"not 0 or 1": y.notna() & ~y.isin([0, 1])}
+
+    def counts(self, y):
+        return {"-": int((y == 0).sum()), "+": int((y == 1).sum())}
+
+    def summary(self, y):
+        return f"{y.sum():.0f} of {len(y)}" + (f" ({y.mean():.1%})" if len(y) else "")
+
+    def why_unjudgeable(self, y):
+        return "" if y.nunique() > 1 else f"no {'negative' if y.iloc[0] else 'positive'}"
+
+    @staticmethod
+    def losses(z, y):
+        from torch.nn.functional import binary_cross_entropy_with_logits
+
+        return binary_cross_entropy_with_logits(z, y, reduction="none")
+
+    def readable(self, z, scaling, hazards):
+        return sigmoid(z)
+
+    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+        from echofocus_core.study.statistics import Binary
+
+        return Binary(self.name, y[:, 0], p[:, 0], threshold=threshold, prevalence=prevalence)
+
+
+class Regression(Label):
+    kind, is_number, metric_name = "regression", True, "median absolute error"
+
+    @staticmethod
+    def losses(z, y):
+        return (z - y) ** 2
+
+    def readable(self, z, scaling, hazards):
+        return unscale(z, [self.name], scaling or {})
+
+    def metric(self, y, p):
+        return np.median(abs(y - p)) if len(y) else np.nan
+
+    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+        from echofocus_core.study.statistics import Regression
+
+        return Regression(self.name, y[:, 0], p[:, 0], unit)
+
+
+class Multiclass(Label):
+    kind, task_key, is_finding = "multiclass", "classes", True
+
+    @property
+    def outputs(self):
+        return [f"{self.name}_{x}" for x in self.classes]
+
+    @property
+    def output_kind(self):
+        return "binary"
+
+    def read(self, cells, numbers, task, path, listener):
+        y = class_numbers(self.name, cells[self.name], self.classes, path, listener)
+        faults = {f"none of {', '.join(self.classes)}": y.isna() & cells[self.name].notna()}
+        return {self.name: mask_faults(self.name, self.name, y, faults, cells, path, listener)}
+
+    def value_name(self, value):
+        return self.classes[int(value)]
+
+    def counts(self, y):
+        return {x: int((y == k).sum()) for k, x in enumerate(self.classes)}
+
+    def summary(self, y):
+        return ", ".join(f"{x} {n}" for x, n in self.counts(y).items())
+
+    def why_unjudgeable(self, y):
+        return "" if y.nunique() > 1 else f"only studies of {self.value_name(y.iloc[0])}"
+
+    def truths(self, table):
+        y = table[self.name]
+        return {x: (y == k).astype(float).mask(y.isna()) for k, x in enumerate(self.outputs)}
+
+    @staticmethod
+    def losses(z, y):
+        from torch.nn.functional import softplus
+
+        return softplus(-z.gather(1, y.long()))  # -log of the class's probability
+
+    def readable(self, z, scaling, hazards):
+        return sigmoid(z)
+
+    def metric(self, y, p):
+        return np.mean(
+            [super(Multiclass, self).metric(y == k, p[:, [k]]) for k in range(p.shape[1])]
+        )
+
+    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+        from echofocus_core.study.statistics import MultiClass
+
+        return MultiClass(self.name, y[:, 0], p, self.classes)
+
+
+class Survival(Label):
+    kind, task_key, is_number, by_step, metric_name = "survival", "survival", True, True, "C"
+    is_finding = True  # by its events
+
+    @property
+    def outputs(self):
+        return [f"{self.name}_risk"]
+
+    @property
+    def columns(self):
+        return [self.name, self.name + EVENT]
+
+    def read(self, cells, numbers, task, path, listener):
+        """A time and its event are both NaN where one is."""
+        read, sources = [], task.columns_of(self.name)
+        low, high = task.limits(self.name)
+        for source, faults_of in (
+            (sources[0], lambda y: {"below zero": y < 0, "out of range": (y < low) | (y > high)}),
+            (sources[1], lambda y: {"neither 0 (censored) nor 1": y.notna() & ~y.isin([0, 1])}),
+        ):
+            y = numbers[source]
+            faults = {"not numbers": y.isna() & cells[source].notna()} | faults_of(y)
+            read.append(mask_faults(self.name, source, y, faults, cells, path, listener))
+        time, event = read
+        if n := int((time.isna() ^ event.isna()).sum()):
+            listener.warning(
+                f"{path}, {self.name}: {n} studies have {sources[0]} or {sources[1]}, not both",
+                "fill in the other; they count as missing",
+            )
+        values = time.mask(event.isna()), event.mask(time.isna())
+        return dict(zip(self.columns, values, strict=True))
+
+    def contrast(self, table):
+        return table[self.name + EVENT]
+
+    def counts(self, y):
+        return {"events": int(y.sum())}
+
+    def summary(self, y):
+        return f"{y.sum():.0f} events of {len(y)}" + (f" ({y.mean():.1%})" if len(y) else "")
+
+    def why_unlearnable(self, y):
+        return "" if y.any() else "no event" if len(y) else "always missing"
+
+    def why_unjudgeable(self, y):
+        return "" if y.any() else "no event"
+
+    def truths(self, table):
+        return {self.outputs[0]: table[self.name] * np.nan}
+
+    @staticmethod
+    def losses(z, y):
+        return cox_losses(z[:, 0], *y.T)[:, None]
+
+    def readable(self, z, scaling, hazards):
+        hazard = hazards.get(self.outputs[0])
+        return z - hazard.mean if hazard else z
+
+    def metric(self, y, p):
+        from echofocus_core.study.metrics import c_index
+
+        return c_index(y[:, 0], y[:, 1] == 1, p[:, 0]) if len(y) else np.nan
+
+    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+        from echofocus_core.study.statistics import Survival
+
+        return Survival(self.name, *y.T, p[:, 0], tuple(years or USUAL_YEARS), unit)
+
+
+KINDS = {kind.kind: kind for kind in (Binary, Regression, Multiclass, Survival)}
 
 
 @dataclass(frozen=True)
@@ -32,29 +311,31 @@ class Outputs:
         kinds = {label: kinds[label] for label in labels}
         return cls(list(labels), kinds, {k: v for k, v in dict(classes).items() if k in kinds})
 
+    @cached_property
+    def each(self):
+        """A Label each, in order."""
+        return [label_of(x, self.kinds[x], self.classes.get(x, ())) for x in self.labels]
+
     def of_kind(self, *kinds):
         return [label for label in self.labels if self.kinds[label] in kinds]
 
     @cached_property
     def names(self):
-        """One an output: the label, label_class of each class, label_risk of survival."""
-        return [name for label in self.labels for name in self.names_of(label)]
+        """One for each output: the label, label_class of each class, label_risk of survival."""
+        return [name for label in self.each for name in label.outputs]
 
     def names_of(self, label):
-        if self.kinds[label] == "multiclass":
-            return [f"{label}_{name}" for name in self.classes[label]]
-        return [f"{label}_risk" if self.kinds[label] == "survival" else label]
+        return self.names[self.slices[label]]
 
     @cached_property
     def kind_of(self):
-        """Output -> its kind, which of a class is binary."""
-        found = {name: self.kinds[x] for x in self.labels for name in self.names_of(x)}
-        return {name: "binary" if x == "multiclass" else x for name, x in found.items()}
+        """Output -> how it is read: binary (classes too), regression or survival."""
+        return {name: label.output_kind for label in self.each for name in label.outputs}
 
     @cached_property
     def slices(self):
         """Label -> slice of the outputs."""
-        return spans(self.labels, [len(self.names_of(label)) for label in self.labels])
+        return spans(self.labels, [len(label.outputs) for label in self.each])
 
     @cached_property
     def groups(self):
@@ -63,44 +344,241 @@ class Outputs:
 
     @cached_property
     def columns(self):
-        """One a target column: the label, and of survival the event after it."""
-        ends = {"survival": ("", EVENT)}
-        return [x + end for x in self.labels for end in ends.get(self.kinds[x], ("",))]
+        """All target columns."""
+        return [column for label in self.each for column in label.columns]
 
     @cached_property
     def places(self):
         """Label -> slice of the target columns."""
-        return spans(self.labels, [1 + (self.kinds[x] == "survival") for x in self.labels])
+        return spans(self.labels, [len(label.columns) for label in self.each])
 
     @property
     def type(self):
-        """What all outputs are, binary (classes are that too), regression or survival; or mixed."""
-        found = set(self.kind_of.values())
-        return found.pop() if len(found) == 1 else "mixed"
-
-    def truths(self, table):
-        """Target columns (DataFrame) -> a column an output: 1 and 0 of classes, NaN of survival."""
-        found = {}
-        for label in self.labels:
-            y = table[label]
-            if self.kinds[label] == "multiclass":
-                for k, name in enumerate(self.names_of(label)):
-                    found[name] = (y == k).astype(float).mask(y.isna())
-            else:
-                found[self.names_of(label)[0]] = (
-                    y * float("nan") if self.kinds[label] == "survival" else y
-                )
-        return type(table)(found, table.index)
+        """How all outputs are read, see `kind_of`, or mixed."""
+        kinds = set(self.kind_of.values())
+        return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
     def by_step(self):
         """Whether a study's loss depends on the others of its optimiser step."""
-        return "survival" in self.kinds.values()
+        return any(label.by_step for label in self.each)
+
+    def truths(self, table):
+        """Target columns (DataFrame) -> a column an output: 1 and 0 of classes, NaN of survival."""
+        columns = {k: y for label in self.each for k, y in label.truths(table).items()}
+        return type(table)(columns, table.index)
+
+    def readable(self, logits, scaling, hazards):
+        """Outputs (S, O) -> probabilities, physical units, log hazards less their mean: float64."""
+        logits = np.asarray(logits)
+        out = np.empty(logits.shape)
+        for label in self.each:
+            at = self.slices[label.name]
+            out[:, at] = label.readable(logits[:, at], scaling, hazards)
+        return out
+
+
+def label_of(name, kind, classes=()):
+    """A Label of a kind; '' is a kind that is not decided yet, whose values are numbers."""
+    return {"": Regression, "readings": Label, **KINDS}[kind](name, tuple(classes))
 
 
 def spans(names, widths):
-    found, start = {}, 0
-    for name, width in zip(names, widths, strict=True):
-        found[name] = slice(start, start + width)
-        start += width
-    return found
+    """Names and how many places each takes -> name to slice."""
+    ends = np.cumsum(widths).tolist()
+    return {x: slice(end - n, end) for x, n, end in zip(names, widths, ends, strict=True)}
+
+
+# ------------------------------------------------------------------------------------------ losses
+
+
+def study_losses(logits, targets, outputs):
+    """Loss of each study (S,): the sum over its known labels, divided by the number of all labels.
+
+    A missing label (NaN) adds 0. Dividing by the number of known labels instead would weigh a label
+    more in studies where others are missing, and bias its probabilities where missingness is
+    informative.
+
+    logits (S, O), targets (S, C). Of survival the S studies are those of one step: the loss of one
+    depends on them all.
+    """
+    import torch
+
+    known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
+    filled, kinds = targets.nan_to_num(), {type(label) for label in outputs.each}
+    if kinds in ({Binary}, {Regression}):  # all at once
+        losses = kinds.pop().losses(logits, filled)
+    else:
+        parts = []
+        for label in outputs.each:
+            y = (targets if label.by_step else filled)[:, outputs.places[label.name]]
+            parts.append(label.losses(logits[:, outputs.slices[label.name]], y))
+        losses = torch.cat(parts, dim=1)
+    return (losses * known).sum(1) / len(outputs.labels)
+
+
+def losses_of_outputs(logits, targets, kinds):
+    """The loss of each output by itself, (S, O); NaN where the target (S, O) is, and of survival,
+    whose loss is not of one study."""
+    import torch
+
+    columns = []
+    for kind, z, y in zip(kinds, logits.T, targets.T, strict=True):
+        alone = KINDS[kind] if kind in KINDS and not KINDS[kind].by_step else None
+        losses = alone.losses(z, y.nan_to_num()) if alone else z * torch.nan
+        columns.append(torch.where(y.isnan(), torch.nan, losses))
+    return torch.stack(columns, dim=1)
+
+
+def cox_losses(risk, time, event):
+    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,), 0 where
+    there is none; scaled so that its mean over the known studies is that over events.
+
+    risk: log hazards (S,), time and event (S,), NaN where unknown.
+    """
+    import torch
+
+    known = ~(time.isnan() | event.isnan())
+    out, n_events = torch.zeros_like(risk), (event[known] == 1).sum()
+    if not n_events:
+        return out + 0 * risk.sum()
+    order = torch.argsort(time[known], descending=True)
+    r, t, e = (x[known][order] for x in (risk.double(), time, event))
+    at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
+    last = torch.searchsorted(-t, -t, right=True) - 1
+    losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
+    rows = known.nonzero()[:, 0][order]
+    return out.index_put((rows,), losses.to(out.dtype))
+
+
+# ----------------------------------------------------------------------------------------- scaling
+
+
+def sigmoid(z):
+    """As torch computes it, so that probabilities are those of the published code."""
+    import torch
+
+    return torch.sigmoid(torch.as_tensor(np.asarray(z))).numpy()
+
+
+def boxcox(x, lmbda):
+    return np.log(x) if lmbda == 0 else (x**lmbda - 1) / lmbda
+
+
+def scale(values, names, scaling):
+    """Physical units (S, T) -> normalised (S, T), a new array; NaN stays.
+
+    A value below what a label's Box-Cox can take becomes NaN; what has no scaling stays.
+    """
+    out = np.array(values, dtype=np.float64)
+    for i, name in enumerate(names):
+        if not isinstance(s := scaling.get(name), dict):
+            continue
+        z = out[:, i] + s["shift"]
+        if s["apply_boxcox"]:  # new values may be below the training minimum
+            z = boxcox(np.where(z > 0, z, np.nan), s["lmbda"])
+        out[:, i] = (z - s["mean"]) / s["stdev"]
+    return out
+
+
+def unscale(values, names, scaling):
+    """Normalised (S, T) -> physical units (S, T), a new array; the inverse of `scale`.
+
+    With a negative lambda Box-Cox ends at -1 / lambda: past it the value is NaN.
+    """
+    out = np.array(values, dtype=np.float64)
+    for i, name in enumerate(names):
+        if not isinstance(s := scaling.get(name), dict):
+            continue
+        z = out[:, i] * s["stdev"] + s["mean"]
+        if s["apply_boxcox"]:
+            lmbda = s["lmbda"]
+            base = z * lmbda + 1
+            base = np.maximum(base, 1e-6) if lmbda > 0 else np.where(base > 0, base, np.nan)
+            z = np.exp(z) if lmbda == 0 else base ** (1 / lmbda)
+        out[:, i] = z - s["shift"]
+    return out
+
+
+def fit_scaling(y, apply_boxcox):
+    """One label's entry of the published `input_norm_dict`, from its values in training (S,).
+
+    shift = |mean| - min; Box-Cox of value + shift for some labels (Box and Cox, 1964, lambda by
+    maximum likelihood); then the mean and standard deviation of that.
+    """
+    from scipy.stats import boxcox_normmax
+
+    # Box-Cox takes only positive numbers, and the mean may be 0.
+    least = 1e-3 * y.std() if apply_boxcox else 0.0
+    entry = {"shift": float(max(abs(y.mean()), least) - y.min()), "apply_boxcox": apply_boxcox}
+    z = y + entry["shift"]
+    if apply_boxcox:
+        try:
+            entry["lmbda"] = float(boxcox_normmax(z, method="mle"))
+        except (ValueError, OverflowError):
+            entry["lmbda"] = np.nan
+        z = boxcox(z, entry["lmbda"])
+    return entry | {"mean": float(z.mean()), "stdev": float(z.std())}
+
+
+def scaling_fault(entry):
+    """Why a label's scaling cannot be used, or ''."""
+    for name in ("shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])):
+        value = entry.get(name)
+        if not isinstance(value, int | float | np.number) or not np.isfinite(value):
+            return f"{name} is not a finite number"
+        if abs(value) > 1e9 or (name == "stdev" and value < 1e-9):
+            return f"{name} cannot be {value:g}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------------- cells
+
+
+def mask_faults(label, column, y, faults, cells, path, listener):
+    """y (S,) with NaN where a fault is; each fault is reported with examples of its cells."""
+    for fault, where in faults.items():
+        if where.any():
+            examples = examples_of(cells.loc[where, column].fillna(""), cells.loc[where, "eid"])
+            listener.warning(
+                f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
+                "correct them; they count as missing",
+            )
+            y = y.mask(where)
+    return y
+
+
+def examples_of(cells, eids):
+    """The first of some cells and their studies, as text."""
+    pairs = zip(cells[:4], eids[:4], strict=True)
+    return some(f"{printable(cell)[:40]} (study {printable(eid)})" for cell, eid in pairs)
+
+
+def class_numbers(label, cells, names, path, listener):
+    """Cells of text (Series) -> the number of the class, 0 to K - 1; NaN for none of them.
+
+    A cell is a class's name, in any case, or its number from 0. Where names are numbers, only names
+    count. Numbers that may count from 1, or that are mixed with names, are an error.
+    """
+    import pandas as pd
+
+    plain, keys = cells.str.strip().str.casefold(), [str(x).strip().casefold() for x in names]
+    by_name = plain.map({key: float(k) for k, key in enumerate(keys)})
+    numbers, named = pd.to_numeric(plain, errors="coerce"), pd.to_numeric(pd.Series(keys), "coerce")
+    if named.notna().any():
+        by_number = {x: float(k) for k, x in enumerate(named) if x == x}
+        return by_name.fillna(numbers.map(by_number)).astype(float)
+    used = numbers[numbers.notna()]
+    if not len(used):
+        return by_name.astype(float)
+    meaning = ", ".join(f"{k} = {name}" for k, name in enumerate(names))
+    odd = "mixed with names" if by_name.notna().any() else ""
+    odd = odd or ("without any 0" if not (used == 0).any() else "")
+    odd = odd or (f"up to {used.max():g}" if used.max() >= len(names) else "")
+    if odd:
+        listener.error(
+            f"{path}, {label}: numbers for classes {odd}: do they count from 1? ({meaning} here)",
+            "write the names of the classes",
+        )
+    listener.note(f"{path}, {label}: numbers are read as {meaning}")
+    return numbers.where(numbers.isin(range(len(names)))).astype(float)

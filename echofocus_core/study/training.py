@@ -37,7 +37,6 @@ from echofocus_core.study.loading import (
     read_checkpoint,
 )
 from echofocus_core.study.loop import report_unreadable, run_steps, run_studies
-from echofocus_core.study.models import readable
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.splits import all_seen, refuse_other_folds, write_split
 
@@ -431,7 +430,7 @@ class Training:
 
         cohort, outputs = self.cohort, self.cohort.outputs
         truth = cohort.table.loc[val.eids, outputs.columns].to_numpy()
-        about = truth, readable(val.logits, outputs, cohort.scaling, {}), outputs
+        about = truth, outputs.readable(val.logits, cohort.scaling, {}), outputs
         learnt = [label for label in outputs.labels if label not in cohort.unlearnt]
         if best:
             rule = self.settings.target or "youden"
