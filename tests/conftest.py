@@ -18,12 +18,7 @@ from helpers import blank, copy_example, moving_square, write_dicom, write_embed
 
 import echofocus
 from echofocus_core.base.console import run_main
-from echofocus_core.study import input_check as trust
 from echofocus_core.video import panecho
-
-os.fsync = lambda descriptor: (
-    None
-)  # what lies on the disk after a crash of the machine is no test's
 
 
 def pytest_addoption(parser):
@@ -47,13 +42,6 @@ def blank_figures(request, monkeypatch):
     """Figures are drawn in the tests that look at them (`figures`): all else is quicker."""
     if "figures" not in request.keywords:
         blank(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch):
-    """A range is of three resamplings of a study, not 16; files that look at ranges undo this."""
-    monkeypatch.setattr("echofocus_core.study.answers.DRAWS", 3)
-    monkeypatch.setattr(trust, "DRAWS", 3)
 
 
 @pytest.fixture
