@@ -16,17 +16,8 @@ import pytest
 from helpers import ROOT
 
 from echofocus_core.base import files
-from echofocus_core.base.console import NO_ROOM, UserError
+from echofocus_core.base.console import UserError
 from echofocus_core.base.parallel import map_ahead
-from echofocus_core.base.regular import read_regular
-
-
-def test_a_file_that_is_too_large_is_no_full_disk(tmp_path):
-    (tmp_path / "a").write_bytes(bytes(11))
-    with pytest.raises(OSError, match="More than 10 bytes") as error:
-        read_regular(tmp_path / "a", 10)
-    assert error.value.errno not in NO_ROOM and read_regular(tmp_path / "a", 11) == bytes(11)
-
 
 # ---------------------------------------------------------------------------------- atomic writing
 

@@ -1,18 +1,13 @@
-"""Models from elsewhere: download, archives, safe reading, use without a config, inspect."""
+"""Released models: download, archives, safe reading, use without a config, inspect."""
 
 import functools
-import gzip
 import http.server
-import io
 import json
-import os
-import pickle
 import shutil
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,8 +15,8 @@ import pytest
 import torch
 from helpers import ROOT, copy_example, normal, published_model, recorded, write_embeddings
 
-from echofocus_core.base import checkpoints, download, releases
-from echofocus_core.base.console import UserError
+from echofocus_core.base import releases
+from echofocus_core.base.download import fetch
 from echofocus_core.base.files import sha256_file
 from echofocus_core.study.config import MODELS, RECIPES
 from echofocus_core.study.network import StudyModel
@@ -49,32 +44,19 @@ def asset(tmp_path_factory):
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves ./elsewhere; can drop connections, ignore ranges, and remembers what was asked."""
+    """Serves ./elsewhere; cut/NAME drops the connection halfway; counts requests."""
 
-    drops, ranges, etag, asked = 0, True, '"1"', []
+    n_requests = 0
 
     def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        if path.name == "moved.zip":
-            self.send_response(302)
-            self.send_header("Location", "ftp://127.0.0.1/EchoFocus_CHD.zip")
-            return self.end_headers()
-        if not path.is_file():
-            return self.send_error(404)
-        body, wanted = path.read_bytes(), self.headers.get("Range")
-        Server.asked.append(wanted)
-        same = self.headers.get("If-Range", Server.etag) == Server.etag
-        start = int(wanted[6:-1]) if wanted and Server.ranges and same else 0
-        if start >= len(body):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header("ETag", Server.etag)
-        self.send_header("Content-Length", str(len(body) - start))
+        Server.n_requests += 1
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        body = Path("elsewhere", self.path.removeprefix("/cut/")).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        end = len(body)
-        if Server.drops:
-            Server.drops, end = Server.drops - 1, (start + len(body)) // 2
-        self.wfile.write(body[start:end])
+        self.wfile.write(body[: len(body) // 2])
 
     def log_message(self, *args):
         pass
@@ -82,17 +64,11 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(here):
-    Server.drops, Server.ranges, Server.etag, Server.asked = 0, True, '"1"', []
     handler = functools.partial(Server, directory=str(here / "elsewhere"))
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
-
-
-def left():
-    """What lies in ./trained_models, hidden files too."""
-    return sorted(p.name for p in Path("trained_models").glob("*")) if MODELS.exists() else []
 
 
 def refused(cli, source, message, *options):
@@ -101,7 +77,7 @@ def refused(cli, source, message, *options):
     assert status == 1 and message in err, err
     errors = [line for line in err.splitlines() if "error:" in line]
     assert len(errors) == 1 and "Traceback" not in err
-    assert left() == []
+    assert not MODELS.exists() or not list(MODELS.iterdir())
 
 
 # ---------------------------------------------------------------------------------------- registry
@@ -128,314 +104,83 @@ def test_registry_agrees_with_what_is_written_elsewhere(here, cli):
 # ---------------------------------------------------------------------------------------- download
 
 
-def test_download_resumes_and_records_where_from(server, cli, asset):
+def test_download_keeps_what_a_model_needs(server, cli, asset):
     shutil.copy(asset, "elsewhere")
-    Server.drops = 1
     url = f"{server}/EchoFocus_CHD.zip?token=secret"
-    status, _, err = cli("download", url)
-    assert status == 1 and "run the command again to resume" in err and "secret" not in err
-    assert all(name.startswith(".") for name in left())
     status, out, err = cli("download", url)
-    assert status == 0, err
-    size = asset.stat().st_size
-    assert Server.asked == [None, f"bytes={size // 2}-"]
+    assert status == 0 and "run_me.py" in out, err
     folder = Path("trained_models/EchoFocus_CHD")
     kept = {p.name for p in folder.iterdir()}
-    assert kept == {"best_checkpoint.pt", "train_losses.csv", "source.json"} and len(left()) == 1
-    assert "run_me.py" in out
+    assert kept == {"best_checkpoint.pt", "train_losses.csv", "source.json"}
+    assert list(MODELS.iterdir()) == [folder]
     source = json.loads((folder / "source.json").read_text())
     assert source["sha256"] == sha256_file(asset) and not source["sha256_was_known"]
     assert source["from"] == f"{server}/EchoFocus_CHD.zip" and "secret" not in str(source)
     assert source["released"] == "EchoFocus_CHD" and source["licence"] == "CC BY-NC-SA 4.0"
     files = ("best_checkpoint.pt", "train_losses.csv")
     assert source["files"] == {name: sha256_file(folder / name) for name in files}
-
     status, _, err = cli("download", url)
     assert status == 1 and "trained_models/EchoFocus_CHD exists" in err
 
 
-@pytest.mark.parametrize("change", ["no ranges", "another file", "nothing beyond"])
-def test_resume_never_mixes_two_files(server, cli, asset, change):
-    shutil.copy(asset, "elsewhere/a.zip")
-    Server.drops = 1
-    assert cli("download", f"{server}/a.zip")[0] == 1
-    if change == "no ranges":
-        Server.ranges = False
-    elif change == "nothing beyond":  # a part as long as the file, or longer
-        with open(next(MODELS.glob(".*.part")), "ab") as f:
-            f.write(bytes(asset.stat().st_size))
-    else:  # with another beginning
-        Server.etag = '"2"'
-        with zipfile.ZipFile(asset) as a, zipfile.ZipFile("elsewhere/a.zip", "w") as b:
-            for name in sorted(a.namelist(), reverse=True):
-                b.writestr(name, a.read(name))
-    status, _, err = cli("download", f"{server}/a.zip")
-    assert status == 0, err
-    found = json.loads(next(MODELS.glob("*/source.json")).read_text())
-    assert found["sha256"] == sha256_file("elsewhere/a.zip")
-
-
-def test_digest_known_before(server, cli, asset):
+def test_digest_known_before(server, cli, asset, monkeypatch):
+    """Typed, or pinned in the registry."""
     shutil.copy(asset, "elsewhere")
     url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
     refused(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
     refused(cli, url, "64 hexadecimal digits", "--sha256", "abc")
-    assert cli("download", url, "--sha256", digest.upper())[0] == 0
-    assert json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())[
-        "sha256_was_known"
-    ]
-
-
-def test_what_a_server_may_do(server, cli, asset):
-    """Not there, truncated for good, a web page, an address that leads elsewhere, no server."""
-    refused(cli, f"{server}/gone.zip", "gone.zip is not there (HTTP 404)")
-    refused(cli, f"{server}/moved.zip", "it redirects to ftp://127.0.0.1/EchoFocus_CHD.zip")
-    Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
-    refused(cli, f"{server}/cut.zip", "cut.zip cannot be unpacked")
-    Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
-    refused(cli, f"{server}/page.zip", "it is a web page")
-    refused(cli, f"{server.replace('http', 'https')}/a.zip", "fetch it on a machine with a network")
-    refused(cli, "http://127.0.0.1:9/a.zip", "download ./a.zip")
-    refused(cli, "ftp://127.0.0.1/a.zip", "no http or https address")
-    refused(cli, "EchoFocus_CDH", "did you mean EchoFocus_CHD")
-
-
-@pytest.mark.parametrize("fault", [OSError(37, "No locks available"), None])
-def test_several_workers_fetch_once(server, here, monkeypatch, fault):
-    """Those that start together wait for one; on a disk without locks each goes on alone."""
-    Path("elsewhere/a.pt").write_bytes(bytes(1 << 20))
-
-    def no_lock(path):
-        raise fault
-
-    if fault:
-        monkeypatch.setattr(download, "lock", no_lock)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: download.fetch(f"{server}/a.pt", here / "x" / "a.pt"), range(4)))
-    assert (here / "x" / "a.pt").stat().st_size == 1 << 20
-    assert [p.name for p in (here / "x").iterdir()] == ["a.pt"]
-    assert len(Server.asked) == 1 or fault
-
-
-ODD_ADDRESSES = [
-    "http://[::1/a.zip",
-    "http://h:port/a.zip",
-    "http://h:99999/a.zip",
-    "http://h/ä.zip",
-]
-ODD_ADDRESSES += [
-    "http://u:secret@h h/a.zip?secret",
-    "http://u:secret@127.0.0.1:9/a.zip",
-    "https://u:sec?secret@127.0.0.1/a.zip",
-    "http://secret@127.0.0.1:9/a@b.zip",
-    "https://",
-    "http://h/\x1b[2J.zip",
-    "file://x",
-]
-
-
-@pytest.mark.parametrize("address", ODD_ADDRESSES)
-def test_odd_addresses(here, cli, address):
-    status, _, err = cli("download", address)
-    assert status == 1 and err.count("\n") == 1 and "secret" not in err, err
-    assert err.rstrip().isprintable() and left() == []
-    with pytest.raises(UserError):
-        panecho.find_weights("http://" + address.partition("//")[2])
-
-
-def test_a_path_with_an_at_sign_holds_no_user_name():
-    assert download.split_url("https://h/m@v1.pt").path == "/m@v1.pt"
-    with pytest.raises(UserError, match=r"v 1\.pt is no address"):
-        download.split_url("https://h/m@v 1.pt")
-    with pytest.raises(UserError, match="user names"):
-        download.split_url("https://h:p/w@h/m.pt")
-
-
-def test_odd_sources(here, cli):
-    os.mkfifo("elsewhere/best_checkpoint.pt")
-    refused(cli, "elsewhere/best_checkpoint.pt", "is no file or folder")
-    refused(cli, "elsewhere", "is a link or device")
-    Path("elsewhere", "y" * 200 + ".zip").write_bytes(zip_with("best_checkpoint.pt"))
-    refused(cli, "elsewhere/" + "y" * 200 + ".zip", "cannot name a model folder")
-    refused(cli, "z" * 5000, "cannot name a model folder")
-    refused(cli, "z" * 5000, "File name too long", "--model_name", "z")
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, "[]", "{", '{"files": 1}', '{"files": {"a": "b"}}']
-)
-def test_a_record_that_cannot_be_used(here, cli, asset, text):
-    assert cli("download", asset)[0] == 0
-    path = Path("trained_models/EchoFocus_CHD/source.json")
-    for data in (text.encode(), b"\xff" + text.encode(), None):
-        path.unlink()
-        os.mkfifo(path) if data is None else path.write_bytes(data)  # one waits for ever
-        status, _, err = cli("inspect")
-        assert status == 1 and err.count("\n") == 1 and "source.json" in err, err
-        assert "download the model again" in err
-
-
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"a": 1}', '{"a": {"url": "x", "x": 2}}'])
-def test_a_registry_that_cannot_be_used(here, cli, monkeypatch, text):
-    Path("registry.json").write_text(text)
-    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    refused(cli, "EchoFocus_CHD", "registry.json cannot be used")
-
-
-# ------------------------------------------------------------------------------------------- forge
-
-
-class Forge(Server):
-    """Answers as a forge's API does; `answers`: path and query -> (status, headers, body)."""
-
-    answers: ClassVar = {}
-
-    def do_GET(self):
-        if self.path not in Forge.answers:
-            return super().do_GET()
-        status, headers, body = Forge.answers[self.path]
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-LIST = "/repos/a/b/releases?per_page=100"
-
-
-@pytest.fixture
-def forge(here, monkeypatch, asset):
-    """A forge whose releases are what a test lists; the registry's addresses hold nothing."""
-    Forge.answers, Server.drops = {}, 0
-    handler = functools.partial(Forge, directory=str(here / "elsewhere"))
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{running.server_port}"
     registry = releases.registry()
-    for name in ("EchoFocus_CHD", "EchoFocus_Measure"):
-        registry[name] |= {"url": f"{url}/gone.zip", "api": f"{url}/repos/a/b/releases"}
+    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
+    for pinned in ("1" * 64, digest):
+        registry["EchoFocus_CHD"] |= {"url": url, "sha256": pinned}
+        Path("registry.json").write_text(json.dumps(registry))
+        if pinned != digest:
+            refused(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {pinned}")
+    assert cli("download", "EchoFocus_CHD", "--sha256", digest.upper())[0] == 0
+    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
+    assert source["sha256_was_known"]
+
+
+def test_downloads_that_fail(server, cli, asset, monkeypatch):
+    """Missing file, dropped connection, truncated file, web page, no server, misspelled name."""
+    shutil.copy(asset, "elsewhere/a.zip")
+    refused(cli, f"{server}/gone.zip?secret", "gone.zip: HTTP Error 404")
+    refused(cli, f"{server}/cut/a.zip", f"of {asset.stat().st_size} bytes")
+    Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
+    refused(cli, f"{server}/cut.zip", "cut.zip was refused")
+    Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
+    refused(cli, f"{server}/page.zip", "page.zip was refused")
+    refused(cli, "http://127.0.0.1:9/a.zip", "download ./a.zip")
+    refused(cli, "http://h:port/a.zip", "could not download")
+    refused(cli, "ftp://127.0.0.1/a.zip", "not an http or https address")
+    refused(cli, "EchoFocus_CDH", "did you mean EchoFocus_CHD")
+    registry = releases.registry()
+    registry["EchoFocus_CHD"]["url"] = f"{server}/gone.zip"
     Path("registry.json").write_text(json.dumps(registry))
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    shutil.copy(asset, "elsewhere/chd.zip")
-    shutil.unpack_archive(asset, "elsewhere")
-    yield url
-    running.shutdown()
+    refused(cli, "EchoFocus_CHD", "https://github.com/cavalab/echofocus/releases")
 
 
-def release(url, tag, *names, **more):
-    """A release as the API shows it, with fields that we do not use. names: asset=file or asset."""
-    assets = []
-    for name, _, path in (text.partition("=") for text in names):
-        address = f"{url}/{path or name}"
-        assets.append({"name": name, "browser_download_url": address, "size": 1, "id": 7})
-    return {"tag_name": tag, "name": None, "draft": False, "assets": assets, "id": 1} | more
+def test_several_processes_fetch_once(server, here):
+    Path("elsewhere/a.pt").write_bytes(bytes(1 << 20))
+    before = Server.n_requests
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: fetch(f"{server}/a.pt", here / "x" / "a.pt"), range(4)))
+    assert (here / "x" / "a.pt").stat().st_size == 1 << 20
+    assert [p.name for p in (here / "x").iterdir()] == ["a.pt"]
+    assert Server.n_requests == before + 1
 
 
-def test_a_release_is_found_by_its_forge(forge, cli, asset):
-    """On the second page, behind a moved repository; a draft and a candidate are passed over."""
-    other = "EchoFocus_Measure.zip"
-    moved, second = f"{forge}/repositories/1/releases", f"{forge}/repositories/1/releases?page=2"
-    Forge.answers[LIST] = 301, {"Location": moved}, b""
-    Forge.answers["/repositories/1/releases"] = (
-        200,
-        {"Link": f'<{second}>; rel="next", <{second}>; rel="last"'},
-        [
-            release(forge, "v4", "EchoFocus-CHD-v4.zip=gone.zip", draft=True),
-            release(forge, "v3", "EchoFocus-CHD-v3.zip=gone.zip", prerelease=True),
-            release(forge, "v2", other, "notes.pdf", "example_data.zip"),
-        ],
-    )
-    found = release(forge, "v0.1", other, "weights_echofocus-chd.zip=away", "checksums.txt")
-    found["assets"][1]["digest"] = f"sha256:{sha256_file(asset)}"
-    Forge.answers["/repositories/1/releases?page=2"] = 200, {}, [found]
-    Forge.answers["/away"] = 302, {"Location": f"{forge}/chd.zip"}, b""
-    status, out, err = cli("download", "EchoFocus_CHD")
-    assert status == 0, err
-    assert "taking weights_echofocus-chd.zip of release v0.1" in out
-    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
-    assert source["release"] == "v0.1" and source["from"] == f"{forge}/away"
-    assert source["sha256"] == sha256_file(asset) and source["sha256_was_known"]
-    assert source["released"] == "EchoFocus_CHD" and left() == ["EchoFocus_CHD"]
-
-    shutil.rmtree("trained_models")
-    found["assets"][1]["digest"] = "sha256:" + "0" * 64
-    refused(cli, "EchoFocus_CHD", f"SHA-256 is {sha256_file(asset)}, not 0000")
+def test_a_damaged_record_is_refused(here, cli, asset):
+    assert cli("download", asset)[0] == 0
+    path = Path("trained_models/EchoFocus_CHD/source.json")
+    for text in ("[]", "{", '{"files": 1}'):
+        path.write_text(text)
+        status, _, err = cli("inspect")
+        assert status == 1 and err.count("\n") == 1 and "source.json" in err, err
 
 
-def bundle(path):
-    """Both released models in one archive."""
-    published_model(Path("both/EchoFocus_Measure"), 18, recorded("measure_norm.json"))
-    shutil.copytree("elsewhere/EchoFocus_CHD", "both/EchoFocus_CHD")
-    shutil.make_archive(path, "zip", "both")
-
-
-@pytest.mark.parametrize(
-    ("tag", "names"),
-    [
-        ("echofocus-chd-1.0", ["best_checkpoint.pt", "last_checkpoint.pt", "train_args.csv"]),
-        ("v1", ["CHD_best_checkpoint.pt=best_checkpoint.pt", "CHD_train_args.csv=train_args.csv"]),
-        ("v1", ["best_checkpoint.pt", "train_args.csv", "EchoFocus_Measure.zip"]),
-        ("v1", ["models.zip=both.zip", "EchoFocus.pdf"]),
-        ("v1", ["EchoFocus_CHD+Measure.zip=both.zip"]),
-    ],
-)
-def test_loose_files_and_bundles(forge, cli, tag, names):
-    for name in ("best_checkpoint.pt", "train_losses.csv"):
-        shutil.copy(f"elsewhere/EchoFocus_CHD/{name}", "elsewhere")
-    Path("elsewhere/train_args.csv").write_text("task\nchd\n")
-    bundle("elsewhere/both")
-    measure = release(forge, "echofocus-measure-1.1", "best_checkpoint.pt=gone", "train_args.csv")
-    Forge.answers[LIST] = 200, {}, [measure, release(forge, tag, *names)]
-    status, _, err = cli("download", "EchoFocus_CHD")
-    assert status == 0, err
-    files = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())["files"]
-    assert files["best_checkpoint.pt"] == sha256_file("elsewhere/best_checkpoint.pt")
-    assert ("train_args.csv" in files) == any("train_args" in name for name in names)
-    assert left() == ["EchoFocus_CHD"]
-
-
-def test_several_that_fit_are_listed(forge, cli):
-    names = ["EchoFocus_CHD_small.zip=chd.zip", "EchoFocus_CHD_large.zip=chd.zip"]
-    Forge.answers[LIST] = 200, {}, [release(forge, "v1", *names)]
-    status, _, err = cli("download", "EchoFocus_CHD")
-    assert status == 1 and err.count(f"\n  {forge}/chd.zip") == 2 and "name one" in err, err
-    assert left() == []
-    assert cli("download", f"{forge}/chd.zip", "--model_name", "EchoFocus_CHD")[0] == 0
-    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
-    assert source["released"] == "EchoFocus_CHD"
-
-
-RESET = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1900000000"}
-ANSWERS = {
-    "limit": ((403, RESET, b"{}"), " until "),
-    "too many": ((429, {"X-RateLimit-Reset": "soon"}, b""), "rate limit"),
-    "not there": ((404, {}, b""), "is not there (HTTP 404)"),
-    "broken": ((500, {}, b""), "HTTP 500"),
-    "no list": ((200, {}, {"message": "x"}), "cannot be used"),
-    "a page": ((200, {}, b"<html>"), "cannot be used"),
-    "deep": ((200, {}, b"[" * 100_000), "cannot be used"),
-    "not text": ((200, {}, [{"tag_name": "\x1b[2J"}]), "not printable"),
-    "empty": ((200, {}, []), "no release holds"),
-    "tar": ((200, {}, [release("http://h", "v1", "EchoFocus_CHD.tar.gz")]), "EchoFocus_CHD.tar.gz"),
-    "file": ((200, {}, [release("file:///etc", "v1", "chd.zip")]), "an unsafe address"),
-    "no address": ((200, {"Link": f'<{LIST}>; rel="next"'}, []), "next page an unsafe address"),
-    "elsewhere": ((200, {"Link": '<http://h/x>; rel="next"'}, []), "next page an unsafe address"),
-}
-
-
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_what_a_forge_may_answer(forge, cli, answer):
-    Forge.answers[LIST], message = ANSWERS[answer]
-    refused(cli, "EchoFocus_CHD", message)
-    status, _, err = cli("download", "EchoFocus_CHD")
-    assert status == 1 and "https://github.com/cavalab/echofocus/releases" in err
-    assert "Traceback" not in err and "\x1b" not in err
-
-
-@pytest.mark.parametrize("form", ["zip", "folder", "file", "url"])
+@pytest.mark.parametrize("form", ["zip", "folder", "file"])
 def test_local_sources(here, cli, asset, form):
     """An archive with or without a folder around, a folder, a .pt file of any name."""
     shutil.unpack_archive(asset, "elsewhere")
@@ -445,11 +190,9 @@ def test_local_sources(here, cli, asset, form):
         source = shutil.make_archive("elsewhere/mine", form, folder)  # './best_checkpoint.pt'
     elif form == "file":
         source = shutil.copy(folder / "best_checkpoint.pt", "elsewhere/some.pt")
-    elif form == "url":
-        source = Path(shutil.copy(asset, here / "elsewhere")).as_uri()
     status, _, err = cli("download", source, "--model_name", "m")
     assert status == 0, err
-    assert left() == ["m"]
+    assert [p.name for p in MODELS.iterdir()] == ["m"]
     found = sha256_file("trained_models/m/best_checkpoint.pt")
     assert found == sha256_file(folder / "best_checkpoint.pt")
     text = Path("trained_models/m/source.json").read_text()
@@ -474,68 +217,47 @@ def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch):
     state["EF_head.1.bias"] = torch.tensor([float("nan")])
     torch.save({"weights": state}, "elsewhere/nan.pt")
     status, _, err = cli("download", "elsewhere/nan.pt")
-    assert status == 1 and "NaN or infinite weights (EF_head.1.bias)" in err
+    assert status == 1 and "not finite (EF_head.1.bias)" in err
 
 
 # ---------------------------------------------------------------------------------------- archives
 
 
-def zip_with(*names, mode=0o100644, data=b"x"):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+def test_an_archive_of_several_models(here, cli, asset):
+    shutil.unpack_archive(asset, "both")
+    published_model(Path("both/EchoFocus_Measure"), 18, recorded("measure_norm.json"))
+    path = shutil.make_archive("elsewhere/both", "zip", "both")
+    refused(cli, path, "EchoFocus_CHD, EchoFocus_Measure")
+    assert cli("download", path, "--model_name", "EchoFocus_CHD")[0] == 0
+    digest = sha256_file("both/EchoFocus_CHD/best_checkpoint.pt")
+    assert sha256_file("trained_models/EchoFocus_CHD/best_checkpoint.pt") == digest
+
+
+def write_zip(path, *names, mode=0o100644, data=b"x"):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in names:
             info = zipfile.ZipInfo(name)
-            info.external_attr, info.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+            info.external_attr = mode << 16
             archive.writestr(info, data)
-    return buffer.getvalue()
+    return path
 
 
-def claiming(size):
-    """A zip whose directory says that its file is so large."""
-    data, real = zip_with("best_checkpoint.pt"), (1).to_bytes(4, "little")
-    at = data.rindex(b"PK\x01\x02") + 24
-    assert data[at : at + 4] == real
-    return data[:at] + size.to_bytes(4, "little") + data[at + 4 :]
-
-
-ARCHIVES = {
-    "parent.zip": (lambda: zip_with("m/../../best_checkpoint.pt"), "leads out of the folder"),
-    "absolute.zip": (lambda: zip_with("/tmp/best_checkpoint.pt"), "leads out of the folder"),
-    "backslash.zip": (lambda: zip_with("..\\best_checkpoint.pt"), "leads out of the folder"),
-    "drive.zip": (lambda: zip_with("C:/best_checkpoint.pt"), "leads out of the folder"),
-    "control.zip": (lambda: zip_with("a\x1b[2J/best_checkpoint.pt"), "leads out of the folder"),
-    "link.zip": (lambda: zip_with("best_checkpoint.pt", mode=0o120777), "is a link or device"),
-    "twice.zip": (lambda: zip_with("a/best_checkpoint.pt", "A/best_checkpoint.pt"), "twice"),
-    "several.zip": (lambda: zip_with("a/best_checkpoint.pt", "b/best_checkpoint.pt"), "a, b"),
-    "many.zip": (lambda: zip_with(*map(str, range(2000))), "more than 1000 files"),
-    "bomb.zip": (lambda: zip_with(*"abc", data=bytes(3 << 20)), "more than"),
-    "nothing.zip": (lambda: zip_with("README.md"), "no best_checkpoint.pt (but README.md)"),
-    "short.zip": (lambda: claiming(100_000), "cannot be unpacked"),
-    "text.zip": (lambda: b"hello", "it is no .zip or .pt file"),
-    "empty.zip": (lambda: b"", "it is no .zip or .pt file"),
-    "shrunk.zip": (lambda: zip_with("best_checkpoint.pt", data=bytes(7 << 20)), "times its size"),
-    "folders.zip": (lambda: zip_with(*(f"{i}/" for i in range(2000))), "more than 1000 files"),
-    "folder_of_bytes.zip": (lambda: zip_with("a/", data=bytes(7 << 20)), "times its size"),
-    "longer.zip": (lambda: claiming(0), "cannot be unpacked"),
-    "long_name.zip": (lambda: zip_with("x" * 60_000 + "\x1b"), "leads out of the folder"),
-    "not_utf8.zip": (
-        lambda: zip_with("ä/best_checkpoint.pt").replace("ä".encode(), b"\xff\xfe"),
-        "cannot be unpacked",
-    ),
-    "plain.tar": (lambda: bytes(257) + b"ustar\x0000" + bytes(9999), "it is a tar archive; unpack"),
-    "packed.tar.gz": (lambda: gzip.compress(b"x"), "it is a tar archive; unpack it, then give"),
-}
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_archives_that_are_refused(here, cli, monkeypatch, name):
-    make, message = ARCHIVES[name]
-    monkeypatch.setattr(checkpoints, "MOST_BYTES", 8 << 20)
-    path = Path("elsewhere", name)
-    path.write_bytes(make())
-    before = sorted(here.rglob("*"))
-    refused(cli, path, message)
-    assert sorted(here.rglob("*")) == before
+def test_archives_write_only_into_the_model_folder(here, cli):
+    """Names that lead elsewhere, links, no model, and a member that is longer than it claims."""
+    for name in ("m/../../best_checkpoint.pt", "/tmp/best_checkpoint.pt", "C:/best_checkpoint.pt"):
+        refused(cli, write_zip("elsewhere/a.zip", name), "cannot be read safely")
+    refused(cli, write_zip("elsewhere/a.zip", "best_checkpoint.pt", mode=0o120777), "a.zip")
+    refused(cli, write_zip("elsewhere/a.zip", "README.md"), "no best_checkpoint.pt (of README.md)")
+    path = Path(write_zip("elsewhere/a.zip", "best_checkpoint.pt", data=bytes(1000)))
+    data, size = path.read_bytes(), (1000).to_bytes(4, "little")
+    path.write_bytes(data.replace(size, (10).to_bytes(4, "little")))
+    refused(cli, path, "a.zip")
+    path.write_bytes(data.replace(size, b"\0\0\0\xff"))
+    refused(cli, path, "a.zip")
+    assert sorted(p.name for p in here.iterdir()) == ["elsewhere", "trained_models"]
+    for text in (b"hello", b"", bytes(257) + b"ustar\x0000" + bytes(999)):
+        path.write_bytes(text)
+        refused(cli, path, "a.zip")
 
 
 class Evil:
@@ -567,41 +289,20 @@ def own(**changes):
 
 CHECKPOINTS = {
     "code": (lambda: good_state() | {"x": Evil()}, "it names io.open"),
-    "code in weights": (lambda: {"model_state_dict": Evil()}, "it names io.open"),
-    "a class": (lambda: good_state() | {"x": Path("a")}, "it names pathlib"),
     "no dict": (lambda: [1, 2], "no model_state_dict"),
-    "weights are a list": (lambda: {"model_state_dict": [1]}, "no model_state_dict"),
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
-    "no names": (lambda: {"model_state_dict": {1: torch.zeros(1)}}, "no ff.weight"),
     "head is text": (lambda: good_state(**{"ff.weight": "x"}), "ff.weight is a str"),
-    "head is a number": (lambda: good_state(**{"ff.weight": torch.tensor(1.0)}), "ff.weight is ()"),
-    "nested": (lambda: good_state(**{"ff.bias": {"a": torch.zeros(3)}}), "ff.bias is a dict"),
     "huge head": (lambda: good_state(**{"ff.weight": huge(10**12, 768)}), "ff.weight is (10000"),
-    "huge part": (lambda: good_state(**{"ff.bias": huge(10**12)}), "ff.bias is (10000"),
     "integers": (
         lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.int64)}),
         "ff.bias is a tensor of torch.int64",
     ),
-    "complex": (
-        lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.complex64)}),
-        "ff.bias is a tensor of torch.complex64",
-    ),
-    "sparse": (lambda: good_state(**{"ff.bias": torch.zeros(3).to_sparse()}), "_rebuild_sparse_"),
     "many layers": (
         lambda: good_state(**{f"encoder.layers.{i}.x": torch.zeros(1) for i in range(200)}),
         "200 layers",
     ),
-    "odd layer": (
-        lambda: good_state(**{"encoder.layers.\x1b[2J.x": torch.zeros(1)}),
-        "does not fit an EchoFocus model",
-    ),
-    "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "NaN or infinite weights"),
+    "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
     "too few labels": (lambda: own(labels=["a"]), "3 outputs and names 1 labels"),
-    "labels are numbers": (lambda: own(labels=["a", "b", 3]), "'item 3' must be text"),
-    "labels steer the terminal": (lambda: own(labels=["a", "b", "\x1b[2J"]), "cannot be printed"),
-    "task is a path": (lambda: own(task="../../x"), "is no name"),
-    "record is a list": (lambda: own() | {"echofocus": [1]}, "'echofocus' entry is a list"),
-    "no units": (lambda: own(units=[1]), "'units' must be an object, not [1]"),
     "odd pooling": (lambda: own(tf_combine="median"), "'tf_combine' must be 'avg' or 'max'"),
     "regression without scaling": (lambda: own(type="regression"), "without label scaling"),
     "scaling lacks a label": (
@@ -614,7 +315,7 @@ CHECKPOINTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoints_that_are_refused(here, cli, case):
-    """In a folder of ours and in an archive: one line, nothing run, nothing left."""
+    """In a model folder and in an archive: one line, nothing runs, nothing is left."""
     make, message = CHECKPOINTS[case]
     folder = Path("trained_models/bad")
     folder.mkdir(parents=True)
@@ -625,26 +326,11 @@ def test_checkpoints_that_are_refused(here, cli, case):
     Path("config.json").write_text(json.dumps(config))
     status, _, err = cli("predict", "--model_name", "bad")
     assert status == 1 and message in err and err.count("\n") == 1, err
-    assert err.rstrip().isprintable()
     archive = shutil.make_archive("elsewhere/bad", "zip", folder)
     shutil.rmtree("trained_models")
     if case not in ("too few labels", "regression without scaling", "scaling lacks a label"):
         refused(cli, archive, message)
     assert not Path("ran").exists()
-
-
-def test_bare_pickles_and_compressed_checkpoints(here, cli):
-    Path("elsewhere/pickle.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
-    refused(cli, "elsewhere/pickle.pt", "cannot be read safely")
-    assert not Path("ran").exists()
-    torch.save(good_state(), "elsewhere/plain.pt")
-    with (
-        zipfile.ZipFile("elsewhere/plain.pt") as a,
-        zipfile.ZipFile("elsewhere/small.pt", "w", zipfile.ZIP_DEFLATED) as b,
-    ):
-        for info in a.infolist():
-            b.writestr(info.filename, a.read(info) + bytes(1 << 20))
-    refused(cli, "elsewhere/small.pt", "its records are compressed")
 
 
 def test_a_released_model_with_other_outputs_is_refused(here, cli):

@@ -1,149 +1,60 @@
-"""Models from elsewhere: the registry, what a forge offers, and how a model folder comes to be.
+"""Released models: the registry, and how a download becomes a model folder.
 
-What is sent is not trusted: a model folder appears under its name only when all is well.
-The way: a released name, URL, file or folder -> `obtain` -> digest -> `unpack` into a temporary
-folder -> the caller's check of the model -> `source.json` and the final name.
+A released name, URL, zip, folder or .pt file -> digest -> the files that a model needs, in a
+temporary folder -> the caller's check of the model -> `source.json` and the final name.
 """
 
-import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
-import urllib.request
-from dataclasses import dataclass, field
+import tempfile
+import zipfile
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-
-from echofocus_core.base.archives import CHECKPOINTS, USED, table_name, unpack
-from echofocus_core.base.checkpoints import WeightsError
-from echofocus_core.base.console import PROGRAM, UserError, nearest, printable, some
-from echofocus_core.base.download import (
-    NotThere,
-    fetch,
-    file_name,
-    one_line,
-    open_url,
-    plain_url,
-    split_url,
-)
-from echofocus_core.base.files import atomic_path, clear_leftovers, sha256_file, temporary_path
-from echofocus_core.base.regular import open_regular, read_regular
+from echofocus_core.base.checkpoints import WeightsError, load_safely
+from echofocus_core.base.console import PROGRAM, UserError, nearest, some
+from echofocus_core.base.download import fetch, file_name, plain_url
+from echofocus_core.base.files import atomic_path, sha256_file
 
 REGISTRY = Path(__file__).with_name("registry.json")
-SOURCE = "source.json"  # in a downloaded model's folder: where it came from, and digests
-MOST_JSON = 8 << 20
-MOST_PAGES = 10  # of releases, 100 each
-
-
-# -------------------------------------------------------------------------------------- registry
-
-
-def plain_text(text):
-    if not text.isprintable():
-        raise ValueError("not printable text")
-    return text
-
-
-Text = Annotated[str, Field(max_length=2000), AfterValidator(plain_text)]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Entry(BaseModel):
-    """A released model in the registry. `api`: where its forge's API lists the releases."""
-
-    model_config = ConfigDict(extra="forbid")
-    about: Text
-    url: Text
-    api: Text = ""
-    page: Text = ""
-    sha256: Digest | None = None
-    file: Literal[CHECKPOINTS]
-    task: Text = ""
-    labels: list[Text] = []
-    names: dict[Text, Text] = {}
-    recipe: dict[str, float | int] = {}
-    licence: Text
-    citation: Text
-
-
-class Source(BaseModel):
-    """A downloaded model's record; digests are those of its files as unpacked."""
-
-    released: Text | None = None
-    origin: Text = Field("", alias="from")
-    release: Text = ""
-    sha256: Digest | Literal[""] = ""
-    sha256_was_known: bool = False
-    licence: Text = ""
-    citation: Text = ""
-    files: dict[Text, Digest] = {}
-
-
-class Asset(BaseModel):
-    """A file of a release. `digest`: algorithm:hex, where the forge knows it."""
-
-    name: Text
-    url: Text = Field(alias="browser_download_url")
-    size: int = 0
-    digest: Text | None = None
-
-
-class Release(BaseModel):
-    tag: Text = Field("", alias="tag_name")
-    title: Text | None = Field(None, alias="name")
-    draft: bool = False
-    prerelease: bool = False
-    assets: list[Asset] = []
-
-
-def parse(kind, data, what):
-    """JSON of elsewhere as a pydantic type. Raises UserError with the first fault."""
-    try:
-        return TypeAdapter(kind).validate_json(data)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, fault["loc"]))
-        reason = printable(f"{where}: {fault['msg']}" if where else fault["msg"])[:200]
-        raise UserError(f"{what} cannot be used ({reason})") from error
+SOURCE = "source.json"  # in a downloaded model's folder: its origin and the digests of its files
+CHECKPOINTS = ("best_checkpoint.pt", "last_checkpoint.pt", "panecho.pt")
+USED = (CHECKPOINTS[0], CHECKPOINTS[2])  # a model folder has one of them
+KEPT = (*CHECKPOINTS, "train_args.csv", "train_losses.csv", "split.csv", "run.json")
+TEXTS = re.compile(r"(README|LICEN[SC]E|NOTICE|CITATION)[\w-]*(\.(md|txt|cff))?", re.IGNORECASE)
+MOST_BYTES = 8 << 30  # of a file in an archive; released models are below 1 GB
 
 
 def registry():
-    """The released models: name to the fields of Entry that it gives, as a dict."""
-    try:
-        entries = parse(dict[str, Entry], read_regular(REGISTRY, MOST_JSON), REGISTRY.name)
-    except FileNotFoundError:  # somebody emptied trained_models: own models work without
-        return {}
-    return {name: entry.model_dump(exclude_unset=True) for name, entry in entries.items()}
+    """The released models: {name: its address, digest (null: not known), labels, licence, ...}."""
+    return json.loads(REGISTRY.read_text())
 
 
 def read_source(folder):
-    """What `source.json` of a downloaded model says; {} for any other folder."""
-    what = f"{folder / SOURCE}, a download's record,"
-    try:
-        source = parse(Source, read_regular(folder / SOURCE, MOST_JSON), what)
-    except (FileNotFoundError, NotADirectoryError):
+    """The content of `source.json` in a downloaded model's folder; {} for any other folder."""
+    path = Path(folder) / SOURCE
+    if not path.is_file():
         return {}
-    except PermissionError:
-        raise
-    except (OSError, UserError) as error:
-        said = f"{what} cannot be used ({error.strerror})" if isinstance(error, OSError) else error
-        raise UserError(f"{said}; delete the folder and download the model again") from error
-    return source.model_dump(exclude_unset=True, by_alias=True)
+    try:
+        source = json.loads(path.read_text())
+        if not isinstance(source, dict) or not isinstance(source.get("files", {}), dict):
+            raise ValueError("not a download's record")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete the folder and download the model again"
+        ) from error
+    return source
 
 
 def released(folder):
-    """The registry entry that a model folder is, by its record or else its name; {} if none."""
+    """The registry entry of a model folder, by its record or else its name; {} if none."""
     name = read_source(folder).get("released", folder.resolve().name)
     return registry().get(str(name), {})
 
 
 def check_source(path):
-    """Refuse a downloaded model's file that no longer has the digest recorded in source.json."""
+    """Refuse a downloaded model's file whose digest differs from the one in source.json."""
     recorded = read_source(path.parent).get("files", {}).get(path.name)
     if recorded and path.is_file() and (digest := sha256_file(path)) != recorded:
         raise WeightsError(
@@ -154,241 +65,156 @@ def check_source(path):
 
 def check_digest(path):
     """Compare a file with the digest recorded beside it; record it at first use."""
-    record = path.with_name(path.name + ".sha256")
-    digest = sha256_file(path)
+    record, digest = path.with_name(path.name + ".sha256"), sha256_file(path)
     if not record.exists():
         with atomic_path(record) as temporary:
             temporary.write_text(f"{digest}  {path.name}\n")
-        return
-    with open_regular(record) as f:
-        recorded = (f.read(1000).decode(errors="replace").split() or ["nothing"])[0]
-    if recorded != digest:
+    elif not record.read_text(errors="replace").startswith(digest):
         raise WeightsError(
-            f"{path} has changed since it was first used: SHA-256 {digest}, recorded "
-            f"{printable(recorded)[:64]}. Delete both files to download again."
+            f"{path} has changed since it was first used: SHA-256 {digest} differs from {record}. "
+            "Delete both files to download again"
         )
-
-
-# ------------------------------------------------------------------------------------------- forge
-
-
-def releases_of(api):
-    """The releases of a repository that its forge's API lists, in its order: newest first."""
-    url, found = f"{api}?per_page=100", []
-    for _ in range(MOST_PAGES):
-        with one_line(url), open_url(url, {"Accept": "application/vnd.github+json"}) as reply:
-            data, links = reply.read(MOST_JSON), reply.headers.get("Link", "")
-        found += parse(list[Release], data, f"the answer of {plain_url(url)}")
-        following = re.search(r'<([^<>]+)>;\s*rel="next"', links)
-        if not following:
-            break
-        url = following[1]
-        if split_url(url)[:2] != split_url(api)[:2]:
-            raise WeightsError(f"{plain_url(api)} gives its next page an unsafe address")
-    for release in found:
-        for asset in release.assets:
-            if split_url(asset.url).scheme != split_url(api).scheme:
-                raise WeightsError(f"release {release.tag} gives {asset.name} an unsafe address")
-    return [release for release in found if not release.draft]
-
-
-def find_assets(name, entries):
-    """(release, its files that make the model `name`), as its forge lists them.
-
-    By a name of the file or else of the release that fits this model and no other one of the
-    registry, or else the one model file there is; of the newest release, final ones first.
-    Raises WeightsError, with the addresses to choose from when several fit.
-    """
-    listed = sorted(releases_of(entries[name]["api"]), key=lambda release: release.prerelease)
-    own, foreign = words(name, entries)
-
-    def fits(text):
-        return holds(text, own, all) and not holds(text, foreign, any)
-
-    def neutral(text):  # of no model in particular, or of all
-        return holds(text, own | foreign, all) or not holds(text, foreign, any)
-
-    for way in (
-        lambda release, asset: fits(asset.name),
-        lambda release, asset: fits(f"{release.tag} {release.title}") and neutral(asset.name),
-        lambda release, asset: neutral(f"{release.tag} {release.title} {asset.name}"),
-    ):
-        for release in listed:
-            there = [asset for asset in release.assets if way(release, asset)]
-            if assets := model_assets(name, release, there):
-                return release, assets
-    there = some([asset.name for release in listed for asset in release.assets], 20) or "no files"
-    raise WeightsError(
-        f"no release holds a .zip or .pt file that fits {name} (but {there}); name a file: python "
-        f"echofocus.py download ADDRESS --model_name {name}"
-    )
-
-
-def holds(text, wanted, quantifier):
-    return quantifier(word in text.casefold() for word in wanted)
-
-
-def model_assets(name, release, assets):
-    """The one model among some files of a release, and its tables; [] without. WeightsError."""
-    models = [asset for asset in assets if asset.name.casefold().endswith((".zip", ".pt", ".pth"))]
-    best = [asset for asset in models if asset.name.casefold().endswith(USED)]
-    if len(models) > 1 and len(best) != 1:
-        addresses = "".join(f"\n  {plain_url(asset.url)}" for asset in models[:20])
-        raise WeightsError(
-            f"release {release.tag} has several files that may be {name}; name one: python "
-            f"echofocus.py download ADDRESS --model_name {name}{addresses}"
-        )
-    model = best or models
-    if not model or model[0].name.casefold().endswith(".zip"):
-        return model
-    return model + [asset for asset in assets if table_name(asset.name)]
-
-
-def words(name, entries):
-    """The words of a model's name that tell it from the others of its repository, and theirs."""
-    split = {
-        other: set(re.findall("[a-z0-9]+", other.casefold()))
-        for other, entry in entries.items()
-        if entry.get("api") == entries[name]["api"]
-    }
-    common = set.intersection(*split.values()) if len(split) > 1 else set()
-    return split[name] - common, set().union(*split.values()) - common - split[name]
 
 
 # ----------------------------------------------------------------------------------------- install
 
 
-@dataclass
-class Obtained:
-    """The files that a model is made of, fetched or the user's own; the model itself first."""
-
-    files: list[tuple[Path, str]]  # where it lies, and its name in messages
-    origin: str
-    release: str = ""
-    digests: list[str] = field(default_factory=list)  # that others know of the first
-
-
 def install(source, models, name, sha256, check):
     """Make the model folder `models`/NAME of a released name, URL, zip, folder or .pt file.
 
-    name: the folder's, '' for the source's own. sha256: the asset's, '' where the user does not
-    know it. check: function of (folder, registry entry) that raises UserError for a model that
-    cannot be used. Returns the folder, its record and the names of files that were not kept. A
-    refusal leaves nothing behind; a dropped download goes on with the next call.
+    name: the folder's, '' for the source's own. sha256: the user's digest of the download, or ''.
+    check: function of (folder, registry entry) that raises UserError for an unusable model.
+    Returns the folder, its record and the names of files that were not kept. A refused model
+    leaves nothing behind.
     """
     entries = registry()
-    name = name or (source if source in entries else default_name(source, entries))
+    name = name or default_name(source, entries)
     if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
-        raise UserError(
-            f"{printable(name)[:100]} cannot name a model folder; give another with --model_name"
-        )
-    folder, temporary = models / name, temporary_path(models / name)
+        raise UserError(f"{name[:100]} cannot name a model folder; give another with --model_name")
+    folder = models / name
     if folder.exists():
-        raise UserError(f"{folder} exists; delete it, or take another name with --model_name")
+        raise UserError(f"{folder} exists; delete it, or choose another name with --model_name")
     released_name = source if source in entries else name if name in entries else None
     entry = entries.get(released_name, {})
-    own = words(released_name, entries)[0] if released_name else {name.casefold()}
-    fetched = []
-    clear_leftovers(models)
-    try:
-        obtained = obtain(source, entries, models, fetched)
-        path, shown = obtained.files[0]
-        known = [x.lower() for x in (sha256, *obtained.digests) if x]
-        digest = checked_sha256(path, known, shown)
-        temporary.mkdir(parents=True)
-        others = []
-        for path, shown in obtained.files:
-            others += unpack(path, temporary, shown, lambda home: holds(home, own, all))
+    pinned = entries.get(source, {}).get("sha256")
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=models) as place:
+        asset, origin = obtain(source, entries, Path(place, "asset"))
+        digest = check_sha256(asset, [x for x in (sha256.lower(), pinned) if x])
+        model = Path(place, "model")
+        model.mkdir()
+        others = unpack(asset, model, name)
         try:
-            check(temporary, entry)
+            check(model, entry)
         except UserError as error:
-            raise WeightsError(str(error).replace(str(temporary), shown)) from error
-        record = {"released": released_name, "from": obtained.origin}
-        record |= {"release": obtained.release} if obtained.release else {}
-        record |= {"sha256": digest, "sha256_was_known": bool(known)}
+            raise WeightsError(str(error).replace(str(model), asset.name)) from error
+        record = {"released": released_name, "from": origin, "sha256": digest}
+        record["sha256_was_known"] = bool(sha256 or pinned)
         record |= {key: entry[key] for key in ("licence", "citation") if key in entry}
-        held = sorted(x.name for x in temporary.iterdir())
-        record["files"] = {x: sha256_file(temporary / x) for x in held}
-        (temporary / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for path in fetched:
-            path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            models.rmdir()  # where it is empty
+        record["files"] = {path.name: sha256_file(path) for path in sorted(model.iterdir())}
+        (model / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
+        os.rename(model, folder)
     return folder, record, others
 
 
-def checked_sha256(path, known, shown):
-    """A file's SHA-256, '' for a folder. Raises WeightsError when it is not as known."""
-    digest = sha256_file(path) if path.is_file() else ""
-    if wrong := [x for x in known if x != digest]:
+def default_name(source, entries):
+    """The model's name by its URL or file, spelled as in the registry."""
+    path = PurePosixPath(plain_url(source) if "://" in source else Path(source).absolute())
+    name = path.parent.name if path.name in CHECKPOINTS[:2] else path.name
+    name = re.sub(r"\.(zip|pth?)$", "", name)
+    return next((other for other in entries if other.casefold() == name.casefold()), name)
+
+
+def obtain(source, entries, place):
+    """(file or folder, its origin in words) of a released name, URL, or path of the user's.
+
+    Downloads go into the folder `place`. Raises UserError.
+    """
+    entry = entries.get(source)
+    if not entry and "://" not in source:
+        if not Path(source).exists():
+            raise UserError(
+                f"no released model, file or folder {source}{nearest(source, entries)} "
+                f"({PROGRAM} download --list)"
+            )
+        return Path(source), Path(source).name
+    url = entry["url"] if entry else source
+    path = place / file_name(url)[:100]
+    try:
+        fetch(url, path)
+    except WeightsError as error:
+        if not entry:
+            raise
         raise WeightsError(
-            f"{shown} was refused: its SHA-256 is {digest or 'not defined'}, not {wrong[0]}"
-        )
+            f"{error}. If the file has moved, find its address on {entry['page']}, then: "
+            f"{PROGRAM} download ADDRESS --model_name {source}"
+        ) from error
+    return path, plain_url(url)
+
+
+def check_sha256(path, expected):
+    """A file's SHA-256, '' for a folder. Raises WeightsError when it is not as expected."""
+    digest = sha256_file(path) if path.is_file() else ""
+    for other in expected:
+        if other != digest:
+            raise WeightsError(
+                f"{path.name} was refused: its SHA-256 is {digest or 'not defined'}, not {other}"
+            )
     return digest
 
 
-def obtain(source, entries, models, fetched):
-    """The files of a released model's name, a URL, or a file or folder of one's own.
+# ------------------------------------------------------------------------------------------ unpack
 
-    What is fetched lies in `models`, and its path is added to `fetched`. A released model whose
-    file is not at the registry's address is looked for on its forge. Raises UserError.
+
+def unpack(asset, folder, name):
+    """Copy the files of the model `name` from an asset into `folder`; returns the other names.
+
+    asset: a .pt file, a folder, or a zip with one folder a model. Only files with the names of a
+    model's files are read. Raises WeightsError.
     """
-    entry = entries.get(source, {})
-    if not entry and ("://" not in source or is_file_url(source)):
-        path = local_asset(source, entries)
-        return Obtained([(path, printable(path.name)[:100])], printable(path.name)[:100])
-    pinned = [entry["sha256"]] if entry.get("sha256") else []
-    url = entry.get("url", source)
     try:
-        files = [fetch_asset(url, file_name(url), models, fetched)]
-        return Obtained(files, plain_url(url), digests=pinned)
-    except NotThere as missing:
-        if not entry.get("api"):
-            raise
-        print(f"{plain_url(url)} is not there; asking {plain_url(entry['api'])} for its releases")
-        try:
-            release, assets = find_assets(source, entries)
-        except UserError as error:
-            raise WeightsError(f"{error} (releases: {entry.get('page', 'unknown')})") from missing
-    names = some([asset.name for asset in assets], len(assets))
-    print(f"taking {names} of release {release.tag}")
-    files = [fetch_asset(asset.url, asset.name, models, fetched) for asset in assets]
-    algorithm, _, digest = (assets[0].digest or "").partition(":")
-    digests = pinned + ([digest] if algorithm == "sha256" else [])
-    return Obtained(files, plain_url(assets[0].url), release.tag, digests)
+        if asset.is_dir():
+            paths = {str(path.relative_to(asset)): path for path in sorted(asset.iterdir())}
+            return copy_files(paths, lambda member: open(paths[member], "rb"), folder, name)
+        if not zipfile.is_zipfile(asset) or is_checkpoint(asset):
+            saved = load_safely(asset)
+            encoder = isinstance(saved, dict) and "weights" in saved
+            shutil.copyfile(asset, folder / USED[encoder])
+            return []
+        with zipfile.ZipFile(asset) as archive:
+            for info in archive.infolist():
+                if info.file_size > MOST_BYTES:
+                    raise WeightsError(f"{info.filename} has more than {MOST_BYTES >> 30} GB")
+            return copy_files(archive.namelist(), archive.open, folder, name)
+    except WeightsError as error:
+        message = str(error).replace(str(asset), asset.name)
+        raise WeightsError(f"{asset.name} was refused: {message}") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise WeightsError(
+            f"{asset.name} cannot be unpacked ({error}): it is damaged; fetch it again"
+        ) from error
 
 
-def fetch_asset(url, name, models, fetched):
-    """Fetch a URL into the folder `models`; returns its path and its name in messages."""
-    plain_url(url)
-    path = models / f".{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    fetched.append(path)
-    return fetch(url, path), printable(name)[:100]
+def is_checkpoint(path):
+    """Whether a zip file was written by torch.save."""
+    with zipfile.ZipFile(path) as archive:
+        return any(re.fullmatch("[^/]*/data.pkl", member) for member in archive.namelist())
 
 
-def default_name(source, entries):
-    """The model's name by its URL or file: a released one's spelling where it is one."""
-    path = PurePosixPath(split_url(source).path if "://" in source else Path(source).absolute())
-    name = path.parent.name if path.name in CHECKPOINTS[:2] else path.name
-    name = re.sub(r"\.(zip|pth?)$", "", name)
-    return next((known for known in entries if known.casefold() == name.casefold()), name)
-
-
-def is_file_url(source):
-    return source.startswith("file:")
-
-
-def local_asset(source, entries):
-    name = urllib.request.url2pathname(urlsplit(source).path) if is_file_url(source) else source
-    path = Path(name)
-    if not path.exists():
-        raise UserError(
-            f"no released model, file or folder {source}{nearest(source, entries)} "
-            f"({PROGRAM} download --list)"
-        )
-    if not path.is_file() and not path.is_dir():
-        raise UserError(f"{source} is no file or folder")
-    return path
+def copy_files(members, open_member, folder, name):
+    """Copy the model's files among `members` (paths with /) to `folder`; returns the other ones."""
+    homes = sorted({PurePosixPath(x).parent for x in members if PurePosixPath(x).name in USED})
+    if len(homes) > 1:
+        homes = [home for home in homes if home.name.casefold() == name.casefold()] or homes
+    if len(homes) != 1:
+        what = f"several models; name one of {some(map(str, homes))}" if homes else f"no {USED[0]}"
+        raise WeightsError(f"it holds {what} (of {some(members, 5) or 'nothing'})")
+    others = []
+    for member in members:
+        path = PurePosixPath(member)
+        if path.parent == homes[0] and (path.name in KEPT or TEXTS.fullmatch(path.name)):
+            with open_member(member) as incoming, open(folder / path.name, "xb") as out:
+                shutil.copyfileobj(incoming, out)
+        elif not member.endswith("/") and not path.name.startswith("."):
+            others.append(member)
+    return others

@@ -18,7 +18,6 @@ from pydantic import TypeAdapter
 from echofocus_core import __version__
 from echofocus_core.base.console import printable, progress
 from echofocus_core.base.files import atomic_path
-from echofocus_core.base.regular import read_regular
 from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.input_check import UNUSUAL
 from echofocus_core.video.decode import RATES, VideoError, content_digest, first_frames
@@ -119,7 +118,7 @@ def write_clips(folder, studies, mask, workers=0):
 def read_playback(path):
     """The Playback of a clip of an earlier page; None where its record is damaged or gone."""
     try:
-        data = read_regular(path.with_suffix(".json"), 10_000)
+        data = path.with_suffix(".json").read_bytes()
         there = TypeAdapter(Playback).validate_json(data)
     except (OSError, ValueError):
         return None

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from echofocus_core.base.checkpoints import CHUNK
 from echofocus_core.base.console import Threads, UserError, progress
+from echofocus_core.base.download import CHUNK
 from echofocus_core.base.files import atomic_path, clear_leftovers, clear_links, stamp_of
 from echofocus_core.video.decode import (
     NotNow,

@@ -2,8 +2,7 @@
 
 import errno
 import os
-
-from echofocus_core.base.regular import NotRegular, open_regular
+from pathlib import Path
 
 # The budget of one video: what claims more is refused before memory is taken for it.
 FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
@@ -38,10 +37,9 @@ def machine_fault(error):
 
 def open_file(path):
     """Open a regular file for reading. OSError; VideoError for a pipe, device or folder."""
-    try:
-        return open_regular(path)
-    except NotRegular as error:
-        raise VideoError("not a regular file") from error
+    if Path(path).exists() and not Path(path).is_file():
+        raise VideoError("not a regular file")
+    return open(path, "rb")
 
 
 def check_budget(frames=1, rows=1, columns=1):

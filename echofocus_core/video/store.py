@@ -61,7 +61,6 @@ from echofocus_core.base.hdf5 import (
     read_texts,
     shortest_distinct,
 )
-from echofocus_core.base.regular import read_regular
 from echofocus_core.study.splits import Seen, all_seen
 
 # ------------------------------------------------------------------------------------------ writing
@@ -669,7 +668,6 @@ def study_id(stem):
 
 
 MOST_SHARDS, LONGEST_CLIP = 100_000, 10_000
-MOST_INDEX = 256 << 20  # bytes: a million studies
 
 
 class EmbeddingShards(Store):
@@ -737,7 +735,7 @@ def read_cache_index(path):
     """The index of a cache of shards, its needed keys checked. Raises UserError."""
     where = f"{path.name}/cache_index.json"
     try:
-        index = json.loads(read_regular(path / "cache_index.json", MOST_INDEX))
+        index = json.loads((path / "cache_index.json").read_bytes())
         n, eids = index["num_shards"], index["eids"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__} {clean_text(error)}"
