@@ -15,7 +15,7 @@ import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Settings
 from echofocus_core.report import curves
-from echofocus_core.report.evaluation import SHOWN, Report, on_screen
+from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.answers import thresholds_for
@@ -158,16 +158,16 @@ def test_predictions_that_cannot_be_used(site, table, cli):
         ("--target", "sensitivity=0.9"): "leave out --target (thresholds are its columns",
         ("--by", "age:nan"): "rising edges",
         ("--label_path", "none.csv"): "none.csv",
-        ("--by", "age"): "give edges",
+        ("--by", "age"): "87 different values",
         ("--by", "age:9,3"): "rising edges",
         ("--by", "weight"): "no column 'weight'",
         ("--by", "eid"): "each study would be a group",
-        ("--by", "age:5", "age:9"): "--by age is said twice",
+        ("--by", "age:5", "age:9"): "--by age is given twice",
         ("--compare", "label.csv"): "no predictions of finding",
         ("--subset", "test"): "leave out",
     }.items():
         status, _, err = cli("evaluate", "--predictions", "theirs.csv", *args, *FEW)
-        assert status == 1 and text.replace("give edges", "are cut at edges") in err, err
+        assert status == 1 and text in err, err
 
 
 def test_the_studies_asked_for_and_no_others(site, table, cli):
@@ -222,7 +222,7 @@ def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     assert list(saved["x_threshold"]) == [0.2, 0.2]
     for odd in (">0.9", "93%", "inf"):
         pd.DataFrame({"eid": ["a", "b"], "x": ["0.1", odd]}).to_csv(path, index=False)
-        with pytest.raises(UserError, match=f"x: 1 cells are no numbers: {odd} .study b."):
+        with pytest.raises(UserError, match=f"x: 1 cells are not numbers: {odd} .study b."):
             evaluation.studies_to_compare(path, studies.outcomes, studies)
 
 
@@ -233,7 +233,7 @@ def test_classes_in_a_table_of_truths_ask_for_a_task(tmp_path, words):
     cells |= {"grade_Correct": [{"n": "no", "y": "yes"}.get(x, x) for x in words]}
     cells |= {"grade_no_Predict": 0.4, "grade_yes_Predict": 0.6}
     pd.DataFrame(cells).to_csv(tmp_path / "saveout_x.csv", index=False)
-    with pytest.raises(UserError, match="truths of grade and no prediction called so: classes"):
+    with pytest.raises(UserError, match="truths of grade and no prediction"):
         evaluation.studies_with_truths(tmp_path / "saveout_x.csv")
 
 
@@ -265,7 +265,7 @@ def test_patients_are_compared_on_the_studies_that_both_have():
     ])  # fmt: skip
     other = evaluation.Studies(list("cb"), np.array(["q", "p"]), [st.Binary("x", [1, 1], [0, 0])])
     *both, notes = evaluation.pair_studies(one, other, "theirs")
-    assert notes == ["theirs: not compared at a threshold, theirs has none of x"]
+    assert notes == ["theirs: not compared at a threshold; theirs has none of x"]
     pooled = [studies.per_patient()[0] for studies in both]
     assert [s.eids for s in pooled] == [["b", "c"]] * 2
     assert list(pooled[0].outcomes[0].probability) == [0.6, 0.4]
@@ -278,14 +278,14 @@ def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
     rng = np.random.default_rng(0)
     y, p = (rng.random((200, 60)) < 0.3).astype(float), rng.random((200, 60))
     outcomes = [st.Binary(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
-    shown = curves.drawn(outcomes)
+    shown = curves.select_panels(outcomes)
     size = [min(o.n_positive, o.n - o.n_positive) for o in outcomes]
-    assert len(shown) == curves.PANELS
+    assert len(shown) == curves.MAX_PANELS
     assert sum(min(o.n_positive, o.n - o.n_positive) for o in shown) == sum(sorted(size)[-12:])
     studies = evaluation.Studies(list(map(str, range(60))), np.arange(60), outcomes[:30])
     estimates = st.estimates(studies.outcomes, studies.patients, 0)
     lines = on_screen(evaluation.headlines_of(studies, estimates))
-    assert len(lines) == SHOWN + 1 and lines[-1].endswith("5 more labels")
+    assert len(lines) == MAX_LINES + 1 and lines[-1].endswith("5 more labels")
 
 
 def test_roc_band_against_a_loop(table):
@@ -331,7 +331,7 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
         for a, cut in ((p, 0.5), (blank, None))
     ]
     assert list(evaluation.fold_notes(each)) == [
-        "x: not learnt in fold 1, whose 2 test studies count nowhere",
+        "x: not learnt in fold 1, whose 2 test studies are ignored",
         "x: no threshold in fold 1, so none is applied",
     ]
     assert list(evaluation.fold_notes(each[:1])) == []

@@ -322,7 +322,6 @@ def test_one_patient_has_no_interval():
         (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sens=0.9"), "--target sens=0.9"),
         (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sensitivity=x"), "give youden"),
         (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sensitivity=95"), "give youden"),
-        (lambda: st.pool_by_patient([1], [1.0], [1.0], "median"), "mean, first, last"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(make, text):
@@ -337,7 +336,7 @@ def test_patients_are_drawn_whole_and_the_same_whatever_the_chunks():
     patients = np.array(["b", "a", "b", "c", "a", "b"])
     assert np.isfinite(np.hstack(list(st.resamples(patients, 2, seed=-1)))).all()
     at_once = np.concatenate(list(st.resamples(patients, 500, 7)), axis=1)
-    chunks = list(st.resamples(patients, 500, 7, bytes_=4 * 6 * 33))
+    chunks = list(st.resamples(patients, 500, 7, chunk_bytes=4 * 6 * 33))
     assert len(chunks) == 16 and np.array_equal(np.concatenate(chunks, axis=1), at_once)
     assert (at_once[patients == "b"] == at_once[0]).all()
     drawn = at_once[[0, 1, 3]]
@@ -444,7 +443,7 @@ def test_delong_against_the_bootstrap_with_several_studies_a_patient():
     y = np.repeat(y[::4], 4)  # a patient's studies have the same truth: far from independent
     of = [[st.Binary("a", y, x)] for x in (p, q)]
     difference = {e.metric: e for e in st.compare(*of, patients, n_boot=4000)}["auroc"]
-    one, other = (st.replicates(o, patients, 4000)["a", "auroc"] for o in of)
+    one, other = (st.bootstrap(o, patients, 4000)["a", "auroc"] for o in of)
     _, covariance = st.delong(y, np.stack([p, q], axis=1), patients)
     expected = np.cov(one[1:], other[1:])
     assert covariance == pytest.approx(expected, rel=0.12)
@@ -509,17 +508,21 @@ def test_studies_of_a_patient_are_pooled():
     patients = np.array(["b", "a", "b", "c", "b", "c"])
     truth = np.array([1.0, 0, 1, 0, NAN, 1])
     p = np.array([0.2, 0.5, 0.4, 0.1, 0.9, 0.3])
-    when = np.array([3, 1, 2, 2, 1, 1])
-    names, y, q, left_out = st.pool_by_patient(patients, truth, p)
-    assert list(names) == ["a", "b", "c"] and left_out == 1
-    assert np.array_equal(y, [0, 1, NAN], equal_nan=True) and q == pytest.approx([0.5, 0.3, 0.2])
-    assert list(st.pool_by_patient(patients, truth, p, "first")[2]) == [0.5, 0.2, 0.1]
-    assert list(st.pool_by_patient(patients, truth, p, "last")[2]) == [0.5, 0.4, 0.3]
-    assert list(st.pool_by_patient(patients, truth, p, "first", when)[2]) == [0.5, 0.4, 0.3]
-    _, y, _, left_out = st.pool_by_patient(patients, truth * 10, p, classes=False)
-    assert list(y) == [0, 10, 5] and left_out == 0
-    of_classes = np.stack([p, 1 - p], axis=1)
-    assert st.pool_by_patient(patients, truth, of_classes)[2] == pytest.approx(
-        np.array([[0.5, 0.5], [0.3, 0.7], [0.2, 0.8]])
-    )
-    assert len(st.pool_by_patient([], [], [])[0]) == 0
+    finding = st.Binary("x", truth, p)
+    for rule, y, q, mixed in (
+        ("mean", [0, 1, NAN], [0.5, 0.3, 0.2], 1),
+        ("first", [0, 1, 0], [0.5, 0.2, 0.1], 0),
+        ("last", [0, 1, 1], [0.5, 0.4, 0.3], 0),
+    ):
+        pooled, n = finding.by_patient(patients, rule)
+        assert np.array_equal(pooled.truth, y, equal_nan=True) and n == mixed
+        assert pooled.probability == pytest.approx(q)
+    pooled, n = st.Regression("x", truth * 10, p).by_patient(patients, "mean")
+    assert list(pooled.truth) == [0, 10, 5] and n == 0
+    grades = st.MultiClass("x", truth, np.stack([p, 1 - p], axis=1), "ab")
+    pooled, _ = grades.by_patient(patients, "mean")
+    assert pooled.probabilities == pytest.approx(np.array([[0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]))
+    none, _ = st.Binary("x", truth * NAN, p).by_patient(patients, "mean")
+    assert np.isnan(none.probability).all() and len(none.truth) == 3
+    with pytest.raises(UserError, match="--pool first or last"):
+        st.Survival("x", truth, truth, p).by_patient(patients, "mean")

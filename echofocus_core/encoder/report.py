@@ -12,12 +12,11 @@ import pandas as pd
 from echofocus_core.base.figures import plot_history
 from echofocus_core.base.files import atomic_path, write_table
 from echofocus_core.report.curves import (
-    HEADLINE,
     draw_classes,
     draw_roc,
     draw_scatter,
-    drawn,
     panel_figure,
+    select_panels,
 )
 from echofocus_core.study.statistics import Binary, MultiClass, Regression, estimates
 
@@ -138,8 +137,8 @@ def write_summary(path, title, rows, notes=()):
 def plot_predictions(outcomes, found, folder, fold):
     """roc_curves_<fold>, scatter_plots_<fold> and classes_<fold>, of the kinds that there are."""
     for kind, draw, name in PANELS:
-        of_kind = drawn([o for o in outcomes if isinstance(o, kind)])
-        titles = {e.label: e for e in found if e.metric == HEADLINE[kind]}
+        of_kind = select_panels([o for o in outcomes if isinstance(o, kind)])
+        titles = {e.label: e for e in found if e.metric == kind.headline}
         if of_kind:
             panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
 

@@ -1,37 +1,33 @@
-"""Figures of an evaluation: each function draws one outcome on one axis; all are of plain arrays.
+"""Figures of an evaluation: each function draws one outcome on one axis, from plain arrays.
 
-A figure has a panel a label, `PANELS` at most. Bands and bars are 95 % intervals over patients.
+A figure has a panel for each label, `MAX_PANELS` at most. Bands and bars are 95 % intervals over
+patients. A kind of outcome names its figures (`study.statistics`), which PANELS describes.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
-from scipy import stats
 
 from echofocus_core.base.figures import OKABE_ITO, new_figure, save_figure
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
-PANELS, ROWS = 12, 60  # at most, of a figure and of a forest plot
+MAX_PANELS, MAX_ROWS = 12, 60  # of a figure and of a forest plot
 BAND_BOOT = 200  # resamples of a curve
-GRID = np.linspace(0, 1, 101)  # where curves of resamples meet
+GRID = np.linspace(0, 1, 101)  # on which the curves of resamples are averaged
 CUTS = 512  # thresholds of a resample's curve
 BLUE, ORANGE, GREEN, GREY = *OKABE_ITO[:3], "0.6"
-SCATTER = 1000  # points; more are drawn as density
+MAX_POINTS = 1000  # of a scatter plot; more are drawn as density
 NAMES = {
     "auroc": "AUROC",
     "average_precision": "average precision",
     "median_absolute_error": "median error",
     "c_index": "C index",
 }
-HEADLINE = {
-    st.Binary: "auroc",
-    st.Regression: "median_absolute_error",
-    st.MultiClass: "auroc",
-    st.Survival: "c_index",
-}
 
 
 def number(value, like=0.0):
-    """A number as text, to three digits, as many after the point as `like` has."""
+    """A number as text, to three digits, with as many after the point as `like` has."""
     if not np.isfinite(value):
         return "n/a" if np.isnan(value) else "infinite"
     size = max(abs(value), abs(like) if np.isfinite(like) else 0)
@@ -40,7 +36,7 @@ def number(value, like=0.0):
 
 
 def with_interval(estimate):
-    """'0.912 (0.853 to 0.951)', without what is not known."""
+    """'0.912 (0.853 to 0.951)', without an interval that is not defined."""
     text = number(estimate.value, estimate.ci_high)
     if np.isfinite(estimate.ci_low):
         ends = (number(x, estimate.ci_high) for x in (estimate.ci_low, estimate.ci_high))
@@ -48,8 +44,12 @@ def with_interval(estimate):
     return text
 
 
+def name_with_unit(metric, unit):
+    return NAMES[metric] + (f" [{unit}]" if unit else "")
+
+
 def title_of(estimate):
-    """'VSD: AUROC 0.912 (0.853 to 0.951), n = 120, 34 +' in two lines."""
+    """'VSD (n = 120, 34 +)' and 'AUROC 0.912 (0.853 to 0.951)' in two lines."""
     name = NAMES.get(estimate.metric, estimate.metric.replace("_", " "))
     unit = f" {estimate.unit}" if estimate.unit else ""
     positive = "" if estimate.n_positive < 0 else f", {estimate.n_positive} +"
@@ -60,53 +60,57 @@ def title_of(estimate):
 # --------------------------------------------------------------------------- curves over resamples
 
 
-def cumulated(truth, score, weights):
-    """(true, false), each (G + 1, B): the weight of positives and negatives called from the highest
-    score downwards; scores are put into CUTS parts of like size if more are different."""
+def cumulative_counts(truth, score, weights):
+    """(true, false), each (G + 1, B): the weight of positive and negative studies from the highest
+    score down; more than CUTS different scores are put into CUTS groups of similar size."""
     cuts = np.unique(score)
     if len(cuts) > CUTS:
         cuts = np.unique(np.quantile(cuts, np.linspace(0, 1, CUTS)))
     part = len(cuts) - 1 - np.clip(np.searchsorted(cuts, score, side="right") - 1, 0, None)
-    found = []
+    counts = []
     for y in (1, 0):
         rows = np.flatnonzero(truth == y)
         at = mt.grouped(part[rows], len(cuts), weights, rows)
-        found.append(np.concatenate([np.zeros((1, at.shape[1])), np.cumsum(at, axis=0)]))
-    return found
+        counts.append(np.concatenate([np.zeros((1, at.shape[1])), np.cumsum(at, axis=0)]))
+    return counts
 
 
 def curves(truth, score, weights):
     """(sensitivity at GRID as 1 - specificity, precision at GRID as sensitivity), each (G, B)."""
-    true, false = cumulated(truth, score, weights)
+    true, false = cumulative_counts(truth, score, weights)
     roc, precision = np.full((2, len(GRID), weights.shape[1]), np.nan)
     for b in np.flatnonzero((true[-1] > 0) & (false[-1] > 0)):
         roc[:, b] = np.interp(GRID, false[:, b] / false[-1, b], true[:, b] / true[-1, b])
-        wanted = GRID[1:] * true[-1, b]
-        precision[1:, b] = wanted / (wanted + np.interp(wanted, true[:, b], false[:, b]))
+        positive = GRID[1:] * true[-1, b]
+        precision[1:, b] = positive / (positive + np.interp(positive, true[:, b], false[:, b]))
     return roc, precision
 
 
 def bands(outcomes, patients, seed=0, n_boot=BAND_BOOT):
     """label -> (ROC (G, 2), precision (G, 2)): pointwise 95 % bands of findings."""
-    parts = {o.label: [] for o in outcomes}
+    chunks = {o.label: [] for o in outcomes}
     for weights in st.resamples(patients, n_boot, seed):
         for o in outcomes:
-            known = o.known
-            parts[o.label].append(curves(o.truth[known], o.probability[known], weights[known]))
-    found = {}
-    for label, chunks in parts.items():
-        both = [np.concatenate(c, axis=1) for c in zip(*chunks, strict=True)]
+            chunks[o.label].append(curves(*o.pairs(), weights[o.usable]))
+    limits = {}
+    for label, parts in chunks.items():
+        both = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
         if both and np.isfinite(both[0]).any():
             ends = [np.nanquantile(c[1:], (0.025, 0.975), axis=1).T for c in both]
-            found[label] = [np.vstack([np.full((1, 2), np.nan), e]) for e in ends]
-    return found
+            limits[label] = [np.vstack([np.full((1, 2), np.nan), e]) for e in ends]
+    return limits
 
 
-# ------------------------------------------------------------------------------- a panel a finding
+# ------------------------------------------------------------------------------- panels of findings
+
+
+def unit_square(axis, xlabel, ylabel):
+    axis.set(xlabel=xlabel, ylabel=ylabel, aspect="equal")
+    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
 
 def draw_roc(axis, outcome, band=None, **_):
-    y, p = outcome.truth[outcome.known], outcome.probability[outcome.known]
+    y, p = outcome.pairs()
     axis.plot([0, 1], [0, 1], color=GREY, lw=0.8)
     if band is not None:
         axis.fill_between(GRID, *band[0].T, color=BLUE, alpha=0.2, lw=0)
@@ -114,15 +118,13 @@ def draw_roc(axis, outcome, band=None, **_):
         true, false = every_cut(y, p)
         axis.plot(false / false[-1], true / true[-1], color=BLUE)
         if outcome.threshold is not None:
-            called = outcome.called[outcome.known]
-            at = called[y == 0].mean(), called[y == 1].mean()
-            axis.plot(*at, "o", color=ORANGE, ms=5)
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            positive = outcome.positive[outcome.usable]
+            axis.plot(positive[y == 0].mean(), positive[y == 1].mean(), "o", color=ORANGE, ms=5)
+    unit_square(axis, "1 - specificity", "sensitivity")
 
 
 def every_cut(y, p):
-    """(true positives, false positives) from no study called to all, at each distinct score."""
+    """(true positives, false positives) from no positive study to all, at each distinct score."""
     order = np.argsort(-p, kind="stable")
     last = np.append(np.diff(p[order]) != 0, True)
     true = np.cumsum(y[order])[last]
@@ -130,7 +132,7 @@ def every_cut(y, p):
 
 
 def draw_precision(axis, outcome, band=None, **_):
-    y, p = outcome.truth[outcome.known], outcome.probability[outcome.known]
+    y, p = outcome.pairs()
     if band is not None:
         axis.fill_between(GRID, *band[1].T, color=BLUE, alpha=0.2, lw=0)
     if 0 < y.sum() < len(y):
@@ -143,27 +145,27 @@ def draw_precision(axis, outcome, band=None, **_):
 
 def draw_reliability(axis, outcome, patients=None, **_):
     """Observed frequency in ten parts of equal size, Wilson's bars by patients; a histogram."""
-    y, p = outcome.truth[outcome.known], outcome.probability[outcome.known]
+    from scipy import stats  # takes a second to import
+
+    y, p = outcome.pairs()
     axis.plot([0, 1], [0, 1], color=GREY, lw=0.8)
     if len(y):
         edges = np.unique(np.quantile(p, np.linspace(0, 1, 11)))
         part = np.clip(np.searchsorted(edges, p, side="right") - 1, 0, max(len(edges) - 2, 0))
-        who = np.asarray(patients)[outcome.known]
+        patient = np.asarray(patients)[outcome.usable]
         for k in np.unique(part):
-            here = part == k
-            n, mean = len(np.unique(who[here])), y[here].mean()
+            n, mean = len(np.unique(patient[part == k])), y[part == k].mean()
             low, high = stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")
             bars = [[max(0, mean - low)], [max(0, high - mean)]]
-            axis.errorbar(p[here].mean(), mean, bars, fmt="o", color=BLUE, ms=4, lw=1)
+            axis.errorbar(p[part == k].mean(), mean, bars, fmt="o", color=BLUE, ms=4, lw=1)
         counts, ends = np.histogram(p, 25, (0, 1))
         axis.bar(ends[:-1], counts / counts.max() * 0.15, 0.04, align="edge", color=GREY, alpha=0.6)
-    axis.set(xlabel="predicted probability", ylabel="observed frequency", aspect="equal")
-    axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    unit_square(axis, "predicted probability", "observed frequency")
 
 
 def draw_decision(axis, outcome, **_):
     """Net benefit of the model, of treating all and of treating nobody."""
-    y, p = outcome.truth[outcome.known], outcome.probability[outcome.known]
+    y, p = outcome.pairs()
     if len(y):
         cuts = np.linspace(0.01, 0.99, 99)
         axis.plot(cuts, mt.net_benefit(y, p, cuts), color=BLUE, label="model")
@@ -177,14 +179,13 @@ def draw_decision(axis, outcome, **_):
 
 
 def draw_confusion(axis, outcome, **_):
-    """Counts by truth (rows) and call; shaded by the part of a row."""
+    """Counts by truth (rows) and prediction; shaded by the share of a row."""
+    y, p = outcome.pairs()
     if isinstance(outcome, st.MultiClass):
-        names, y = outcome.classes, outcome.truth[outcome.known]
-        called = outcome.probabilities[outcome.known].argmax(axis=1)
+        names, predicted = outcome.classes, p.argmax(axis=1)
     else:
-        names, y = ("absent", "present"), outcome.truth[outcome.known]
-        called = outcome.called[outcome.known]
-    table = mt.confusion(y, called, len(names))[..., 0]
+        names, predicted = ("absent", "present"), outcome.positive[outcome.usable]
+    table = mt.confusion(y, predicted, len(names))[..., 0]
     part = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     axis.imshow(part, cmap="Blues", vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(table):
@@ -193,22 +194,22 @@ def draw_confusion(axis, outcome, **_):
         axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8, rotation=90, va="center")
-    axis.set(xlabel="called", ylabel="truth")
+    axis.set(xlabel="predicted", ylabel="truth")
 
 
-# ----------------------------------------------------------- a panel a measurement, grade or event
+# ------------------------------------------------------- panels of measurements, grades and events
 
 
 def points(axis, x, y):
-    """A cloud, or where it is crowded its density."""
-    if len(x) <= SCATTER:
+    """A scatter plot; the density where there are many points."""
+    if len(x) <= MAX_POINTS:
         axis.scatter(x, y, s=9, alpha=0.5, color=BLUE, lw=0)
     else:
         axis.hexbin(x, y, gridsize=45, cmap="Blues", bins="log", mincnt=1, lw=0)
 
 
 def draw_scatter(axis, outcome, **_):
-    y, f = outcome.truth[outcome.known], outcome.values[outcome.known]
+    y, f = outcome.pairs()
     unit = f" [{outcome.units}]" if outcome.units else ""
     if len(y):
         points(axis, y, f)
@@ -220,31 +221,30 @@ def draw_scatter(axis, outcome, **_):
 
 
 def draw_bland_altman(axis, outcome, **_):
-    y, f = outcome.truth[outcome.known], outcome.values[outcome.known]
+    y, f = outcome.pairs()
     unit = f" [{outcome.units}]" if outcome.units else ""
     if len(y):
         points(axis, (y + f) / 2, f - y)
-        found = mt.errors(y, f, np.ones((len(y), 1)))
+        errors = mt.errors(y, f, np.ones((len(y), 1)))
         for name, style in (("bias", "-"), ("loa_low", "--"), ("loa_high", "--")):
-            if np.isfinite(found[name][0]):
-                axis.axhline(found[name][0], color=ORANGE, lw=1, ls=style)
-                text, where = number(found[name][0]), axis.get_yaxis_transform()
-                axis.text(0.99, found[name][0], text, transform=where, fontsize=7,
-                          ha="right", va="bottom", color="#8a5a00")  # fmt: skip
+            level = errors[name][0]
+            if np.isfinite(level):
+                axis.axhline(level, color=ORANGE, lw=1, ls=style)
+                axis.text(0.99, level, number(level), transform=axis.get_yaxis_transform(),
+                          fontsize=7, ha="right", va="bottom", color="#8a5a00")  # fmt: skip
         axis.axhline(0, color=GREY, lw=0.8)
     axis.set(xlabel=f"mean of both{unit}", ylabel=f"predicted - measured{unit}")
 
 
 def draw_classes(axis, outcome, **_):
-    """A ROC curve a class, each against the rest."""
-    y, p = outcome.truth[outcome.known], outcome.probabilities[outcome.known]
+    """A ROC curve for each class against the others."""
+    y, p = outcome.pairs()
     axis.plot([0, 1], [0, 1], color=GREY, lw=0.8)
     for k, name in enumerate(outcome.classes):
         if 0 < (y == k).sum() < len(y):
             true, false = every_cut((y == k).astype(float), p[:, k])
+            text = f"{name} {mt.auroc(y == k, p[:, k]):.2f} ({(y == k).sum()})"
             colour = OKABE_ITO[k % len(OKABE_ITO)]
-            area = mt.auroc(y == k, p[:, k])
-            text = f"{name} {area:.2f} ({(y == k).sum()})"
             axis.plot(false / false[-1], true / true[-1], color=colour, label=text)
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
     if axis.get_legend_handles_labels()[0]:
@@ -253,15 +253,14 @@ def draw_classes(axis, outcome, **_):
 
 def draw_kaplan_meier(axis, outcome, **_):
     """Survival by thirds of risk, with Greenwood's intervals."""
-    known = outcome.known
-    time, event, risk = (x[known] for x in (outcome.truth, outcome.event, outcome.risk))
+    time, event, risk = (x[outcome.usable] for x in (outcome.truth, outcome.event, outcome.risk))
     third = mt.risk_thirds(risk) if len(risk) else risk
     names = ("low risk", "middle", "high risk")
     for k, (name, colour) in enumerate(zip(names, (GREEN, BLUE, ORANGE), strict=True)):
-        here = third == k
-        if here.any():
-            times, survival, low, high, _ = mt.kaplan_meier(time[here], event[here])
-            text = f"{name} ({event[here].sum():.0f} of {here.sum()})"
+        rows = third == k
+        if rows.any():
+            times, survival, low, high, _ = mt.kaplan_meier(time[rows], event[rows])
+            text = f"{name} ({event[rows].sum():.0f} of {rows.sum()})"
             axis.step(times, survival, where="post", color=colour, label=text)
             axis.fill_between(times, low, high, step="post", color=colour, alpha=0.15, lw=0)
     axis.set(xlabel=outcome.units, ylabel="survival", ylim=(0, 1.02))
@@ -269,21 +268,77 @@ def draw_kaplan_meier(axis, outcome, **_):
         axis.legend(fontsize=7, loc="lower left", frameon=False)
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A figure of one kind of outcome: how a panel is drawn, and the metric of its title."""
+
+    title: str
+    draw: object
+    metric: str
+    legend: str
+
+
+PANELS = {
+    "roc_curves": Panel(
+        "ROC curves", draw_roc, "auroc",
+        "Shaded: pointwise 95 % band over patients. Dot: at the threshold.",
+    ),
+    "pr_curves": Panel(
+        "Precision and recall", draw_precision, "average_precision",
+        "Shaded: pointwise 95 % band over patients. Grey line: the prevalence.",
+    ),
+    "reliability": Panel(
+        "Calibration", draw_reliability, "calibration_slope",
+        "Ten parts of equal size with 95 % bars; on the diagonal the predicted risk is the "
+        "observed one. Grey: how many studies have each probability.",
+    ),
+    "decision_curves": Panel(
+        "Decision curves", draw_decision, "auroc",
+        "Net benefit (Vickers and Elkin 2006) of treating by the model, of treating all and of "
+        "treating nobody.",
+    ),
+    "scatter_plots": Panel(
+        "Predicted against measured", draw_scatter, "median_absolute_error",
+        "Equal axes; the line is equality.",
+    ),
+    "bland_altman": Panel(
+        "Agreement (Bland and Altman)", draw_bland_altman, "bias",
+        "Solid: mean difference; broken: limits of agreement (1.96 SD).",
+    ),
+    "roc_classes": Panel(
+        "ROC curves, each class against the others", draw_classes, "auroc",
+        "With the area and the number of studies of each class.",
+    ),
+    "kaplan_meier": Panel(
+        "Survival by thirds of risk", draw_kaplan_meier, "c_index",
+        "With Greenwood's 95 % intervals, and events of studies.",
+    ),
+    "confusion": Panel(
+        "Truth and prediction", draw_confusion, "f1",
+        "Rows: truth. Columns: predicted at the threshold.",
+    ),
+    "confusion_classes": Panel(
+        "Truth and prediction of grades", draw_confusion, "balanced_accuracy",
+        "Rows: truth. Columns: the most probable class.",
+    ),
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------ whole figures
 
 
-def drawn(outcomes):
-    """Those that get a panel: PANELS with the most examples of the rarer class, in their order."""
+def select_panels(outcomes):
+    """The MAX_PANELS outcomes with the most examples of the rarer class, in their order."""
 
     def size(o):
         return min(o.n_positive, o.n - o.n_positive) if isinstance(o, st.Binary) else o.n
 
-    chosen = sorted(range(len(outcomes)), key=lambda i: (-size(outcomes[i]), i))[:PANELS]
-    return [outcomes[i] for i in sorted(chosen)]
+    rows = sorted(range(len(outcomes)), key=lambda i: (-size(outcomes[i]), i))[:MAX_PANELS]
+    return [outcomes[i] for i in sorted(rows)]
 
 
 def panel_figure(outcomes, draw, titles, path, extra=None):
-    """A panel an outcome. titles: label -> Estimate; extra: label -> keywords of `draw`."""
+    """A panel for each outcome. titles: label -> Estimate; extra: label -> keywords of `draw`."""
     n = len(outcomes)
     columns = {4: 2, 5: 3, 6: 3}.get(n, min(n, 4))
     rows = -(-n // columns)
@@ -305,29 +360,28 @@ def panel_figure(outcomes, draw, titles, path, extra=None):
 
 
 def forest(rows, title, path, reference=None, headings=()):
-    """Estimates in lines: rows of (text, Estimate); headings: texts that stand bold without one."""
-    rows = rows[:ROWS]
-    figure, axis = new_figure(figsize=(9, 0.9 + 0.25 * len(rows)))
-    figure.subplots_adjust(0.27, 0.6 / (0.9 + 0.25 * len(rows)), 0.66, 0.98)
-    low, high = np.inf, -np.inf
+    """Estimates in lines: rows of (text, Estimate); headings: texts that are bold."""
+    rows = rows[:MAX_ROWS]
+    height = 0.9 + 0.25 * len(rows)
+    figure, axis = new_figure(figsize=(9, height))
+    figure.subplots_adjust(0.27, 0.6 / height, 0.66, 0.98)
+    beside = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    limits = []
     for i, (text, x) in enumerate(rows):
         bold = "bold" if text in headings else "normal"
-        axis.text(-0.02, i, text, transform=axis.get_yaxis_transform(), ha="right", va="center",
-                  fontsize=8, fontweight=bold)  # fmt: skip
-        if x is None:
-            continue
+        axis.text(-0.02, i, text, ha="right", fontweight=bold, **beside)
         if np.isfinite(x.value):
             ends = [e if np.isfinite(e) else x.value for e in (x.ci_low, x.ci_high)]
-            low, high = min(low, ends[0]), max(high, ends[1])
+            limits += ends
             axis.plot(ends, [i, i], color=BLUE, lw=1.2)
             axis.plot(x.value, i, "s", color=BLUE, ms=5)
         positive = "" if x.n_positive < 0 else f", {x.n_positive} +"
-        said = with_interval(x) if np.isfinite(x.value) else f"n/a: {x.note}"
-        axis.text(1.02, i, f"{said}   n = {x.n}{positive}", transform=axis.get_yaxis_transform(),
-                  ha="left", va="center", fontsize=8)  # fmt: skip
+        value = with_interval(x) if np.isfinite(x.value) else f"n/a: {x.note}"
+        axis.text(1.02, i, f"{value}   n = {x.n}{positive}", ha="left", **beside)
     if reference is not None and np.isfinite(reference):
         axis.axvline(reference, color=GREY, lw=0.8, ls="--")
-    if np.isfinite(low):
+    if limits:
+        low, high = min(limits), max(limits)
         margin = 0.05 * (high - low) or 0.05 * abs(low) or 0.05
         axis.set_xlim(low - margin, high + margin)
     axis.set_ylim(len(rows) - 0.4, -0.6)

@@ -6,7 +6,7 @@ Nothing here knows models or embedding files: a table with the predictions of an
 The pages are written by report/evaluation.py.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,31 +18,19 @@ from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import clean_ids, read_table, to_numbers
 from echofocus_core.study import statistics as st
 from echofocus_core.study.labels import read_rows
-from echofocus_core.study.outputs import Outputs, examples_of
+from echofocus_core.study.outputs import examples_of
 from echofocus_core.study.splits import ALIKE, ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
 PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of the later branch
-GROUPS = 12  # of a column, at most
+MAX_GROUPS = 12  # of a column
 UNREADABLE_EMBEDDINGS = "clip embeddings that cannot be read"
 NOT_ASKED = "not asked for (first study only, or sample limit)"
-HEADLINE = {
-    st.Binary: "auroc",
-    st.Regression: "median_absolute_error",
-    st.MultiClass: "auroc",
-    st.Survival: "c_index",
-}
-PREDICTED = {
-    st.Binary: ("probability",),
-    st.Regression: ("values",),
-    st.MultiClass: ("probabilities",),
-    st.Survival: ("event", "risk"),
-}
 
 
 @dataclass(frozen=True)
 class Studies:
-    """What is evaluated: outcomes (one a label) of the same S studies, and whose they are."""
+    """What is evaluated: outcomes (one for each label) of the same S studies, and the patients."""
 
     eids: list[str]
     patients: np.ndarray
@@ -51,90 +39,77 @@ class Studies:
     def __len__(self):
         return len(self.eids)
 
+    @property
+    def usable(self):
+        """(S,) bool: studies with truth and prediction of some label."""
+        return np.any([o.usable for o in self.outcomes], axis=0)
+
     def take(self, rows):
-        """Those of an index or a mask."""
+        """The studies of an index or a mask."""
         rows = np.arange(len(self))[rows]
-        outcomes = [select_rows(o, rows) for o in self.outcomes]
+        outcomes = [o.take(rows) for o in self.outcomes]
         return Studies([self.eids[i] for i in rows], self.patients[rows], outcomes)
 
     def saveout(self):
         """The published table: PID, Echo_ID, truth and prediction of every label."""
         columns = {"PID": self.patients, "Echo_ID": self.eids}
         for o in self.outcomes:
-            columns |= {f"{name}_Correct": column for name, column in true_columns(o).items()}
-            columns |= predicted_columns(o)
+            columns |= {f"{name}_Correct": values for name, values in o.truth_columns.items()}
+            columns |= {f"{name}_Predict": values for name, values in o.predicted_columns.items()}
+            if o.threshold is not None:
+                columns[f"{o.label}_threshold"] = o.threshold
         return pd.DataFrame(columns)
 
-    def chosen(self, first_only, limit):
-        """Those of --first_study_only and --sample_limit, of studies with truth and prediction."""
+    def subset(self, first_only, limit):
+        """The usable studies of --first_study_only and --sample_limit; all without these."""
         if not first_only and not limit:
             return self
-        rows = np.flatnonzero(self.known)
+        rows = np.flatnonzero(self.usable)
         if first_only:
-            rows = np.sort(st.first_or_last(self.patients, self.known, "first")[1])
-        wanted = set(some_of([self.eids[i] for i in rows], limit))
-        return self.take([i for i in rows if self.eids[i] in wanted])
-
-    @property
-    def known(self):
-        """(S,) bool: studies with truth and prediction of some label."""
-        return np.any([o.known for o in self.outcomes], axis=0)
+            rows = rows[~pd.Series(self.patients[rows]).duplicated()]
+        eids = set(some_of([self.eids[i] for i in rows], limit))
+        return self.take([i for i in rows if self.eids[i] in eids])
 
     def at_prevalence(self, prevalence):
-        """The same with PPV and NPV of findings at this prevalence too."""
+        """The same, with PPV and NPV of findings at this prevalence too."""
         outcomes = [
             replace(o, prevalence=prevalence) if isinstance(o, st.Binary) else o
             for o in self.outcomes
         ]
         return replace(self, outcomes=outcomes)
 
-    def per_patient(self, how="mean"):
-        """(Studies of one row a patient, {label: patients left out}).
+    def per_patient(self, rule="mean"):
+        """(Studies with a row for each patient, {label: patients left out}); `Outcome.by_patient`.
 
-        Of each label's studies with a truth and a prediction: see `pool_by_patient`. A row is named
-        by the first of a patient's that has some, or by the last where that is taken.
+        A row has the id of the patient's first usable study, or of the last with the rule last; of
+        the first study where none is usable.
         """
-        names, named = np.unique(self.patients, return_index=True)
-        end = "last" if how == "last" else "first"
-        who, rows = st.first_or_last(self.patients, self.known, end)
-        named[np.searchsorted(names, who)] = rows
-        pooled, lost = [], {}
+        rows, usable = pd.Series(range(len(self))), self.usable
+        end = "last" if rule == "last" else "first"
+        row = rows.groupby(self.patients).first()
+        row.update(rows[usable].groupby(self.patients[usable]).agg(end))
+        outcomes, left_out = [], {}
         for o in self.outcomes:
-            if isinstance(o, st.Survival) and how == "mean":
-                raise UserError(f"{o.label}: times are not pooled: --pool first or last")
-            sort = not isinstance(o, st.Regression)
-            columns, values = PREDICTED[type(o)], o.predicted
-            if isinstance(getattr(o, "threshold", None), np.ndarray):  # one a study
-                columns, values = (*columns, "threshold"), np.stack([values, o.threshold], axis=1)
-            who, truth, values, n = st.pool_by_patient(
-                self.patients, o.truth, values, how, classes=sort
-            )
-            at, lost[o.label] = np.searchsorted(names, who), n
-            new = {"truth": spread(truth, at, len(names))}
-            each = values.T if len(columns) > 1 else [values]
-            for name, column in zip(columns, each, strict=True):
-                new[name] = spread(column, at, len(names))
-            pooled.append(replace(o, **new))
-        eids = [self.eids[i] for i in named]
-        return Studies(eids, names, pooled), {k: n for k, n in lost.items() if n}
+            pooled, left_out[o.label] = o.by_patient(self.patients, rule)
+            outcomes.append(pooled)
+        studies = Studies([self.eids[int(i)] for i in row], row.index.to_numpy(), outcomes)
+        return studies, {label: n for label, n in left_out.items() if n}
 
 
 def join_folds(parts):
-    """Studies of several, one after the other, as of the test folds of a cross-validation.
+    """Studies of several parts, one after the other: the test folds of a cross-validation.
 
-    A finding's threshold becomes one a study, that of its fold; none where a fold has none.
+    The threshold of a finding becomes that of its fold for each study; None where a fold has none.
     """
     outcomes = []
-    for same in zip(*(part.outcomes for part in parts), strict=True):
-        new = {}
-        for f in fields(same[0]):
-            values = [getattr(o, f.name) for o in same]
-            if isinstance(values[0], np.ndarray):
-                new[f.name] = np.concatenate(values)
-            elif f.name == "threshold" and len(set(values)) > 1:
-                each = None if None in values else zip(values, same, strict=True)
-                new[f.name] = each and np.concatenate([np.full(len(o.truth), x) for x, o in each])
-        outcomes.append(replace(same[0], **new))
+    for folds in zip(*(part.outcomes for part in parts), strict=True):
+        names = folds[0].arrays()
+        joined = {name: np.concatenate([o.arrays()[name] for o in folds]) for name in names}
+        thresholds = [o.threshold for o in folds]
+        if len(set(thresholds)) > 1:
+            each = np.repeat(thresholds, [len(o.truth) for o in folds])
+            joined["threshold"] = None if None in thresholds else each
+        outcomes.append(replace(folds[0], **joined))
     eids = [eid for part in parts for eid in part.eids]
     return Studies(eids, np.concatenate([part.patients for part in parts]), outcomes)
 
@@ -142,287 +117,269 @@ def join_folds(parts):
 def pair_studies(studies, other, name):
     """(Studies of this model, of the other, notes): what both predict, label by label."""
     place = {eid: i for i, eid in enumerate(other.eids)}
-    both = [i for i, eid in enumerate(studies.eids) if eid in place]
-    if not both:
+    first = studies.take([i for i, eid in enumerate(studies.eids) if eid in place])
+    if not len(first):
         raise UserError(f"--compare {name}: it has no study in common with this evaluation")
-    one = studies.take(both)
-    other = other.take([place[eid] for eid in one.eids])
-    labels = {o.label for o in one.outcomes} & {o.label for o in other.outcomes}
+    second = other.take([place[eid] for eid in first.eids])
+    labels = {o.label for o in first.outcomes} & {o.label for o in second.outcomes}
     if not labels:
         raise UserError(f"--compare {name}: it has no label in common with this model")
-    each = (
+    pair = st.on_both(*(
         sorted((o for o in x.outcomes if o.label in labels), key=lambda o: o.label)
-        for x in (one, other)
-    )
-    each = st.on_both(*each)
+        for x in (first, second)
+    ))  # fmt: skip
     notes = []
-    for who, outcomes in zip(("this model", name), each, strict=True):
-        lack = [o.label for o in outcomes if isinstance(o, st.Binary) and o.threshold is None]
-        if lack:
-            notes.append(f"{name}: not compared at a threshold, {who} has none of {some(lack)}")
-    first, second = (Studies(one.eids, one.patients, outcomes) for outcomes in each)
-    return first, second, notes
-
-
-def true_columns(o):
-    """Name -> (S,): an outcome's truths, the name of the class, of survival time and event."""
-    if isinstance(o, st.MultiClass):
-        known = np.isfinite(o.truth)
-        names = np.array(o.classes, object)[np.where(known, o.truth, 0).astype(int)]
-        return {o.label: np.where(known, names, None)}
-    event = {f"{o.label}_event": o.event} if isinstance(o, st.Survival) else {}
-    return {o.label: o.truth} | event
-
-
-def predicted_columns(o):
-    """Column -> (S,) or one number: an outcome's predictions, named as a model's outputs are, and
-    its threshold."""
-    columns = {o.label: o.predicted}
-    if isinstance(o, st.MultiClass):
-        names = [f"{o.label}_{x}" for x in o.classes]
-        columns = dict(zip(names, o.probabilities.T, strict=True))
-    elif isinstance(o, st.Survival):
-        columns = {f"{o.label}_risk": o.risk}
-    columns = {f"{name}_Predict": column for name, column in columns.items()}
-    if getattr(o, "threshold", None) is not None:
-        columns[f"{o.label}_threshold"] = o.threshold
-    return columns
-
-
-def select_rows(outcome, rows):
-    """An outcome of some of its studies."""
-    arrays = {f.name: getattr(outcome, f.name) for f in fields(outcome)}
-    return replace(outcome, **{k: v[rows] for k, v in arrays.items() if isinstance(v, np.ndarray)})
-
-
-def spread(values, at, n):
-    """(n, ...) with values at `at` and NaN elsewhere."""
-    out = np.full((n, *np.shape(values)[1:]), np.nan)
-    out[at] = values
-    return out
+    for model, outcomes in zip(("this model", name), pair, strict=True):
+        missing = [o.label for o in outcomes if isinstance(o, st.Binary) and o.threshold is None]
+        if missing:
+            notes.append(
+                f"{name}: not compared at a threshold; {model} has none of {some(missing)}"
+            )
+    return *(Studies(first.eids, first.patients, outcomes) for outcomes in pair), notes
 
 
 def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
-    """One outcome for each label. truth (S, C) and predicted (S, O), of `study.outputs`, in
-    physical units, probabilities and log hazards; years: when the AUROC of survival is given."""
     return [
         label.outcome(
-            truth[:, outputs.places[label.name]],
-            predicted[:, outputs.slices[label.name]],
-            units.get(label.name, ""),
-            thresholds.get(label.name),
-            prevalence,
-            years,
+            truth[:, outputs.places[label.name]], predicted[:, outputs.slices[label.name]],
+            units.get(label.name, ""), thresholds.get(label.name), prevalence, years,
         )
         for label in outputs.each
-    ]
+    ]  # fmt: skip
 
 
-def read_predictions(raw, path, labels, units=(), listener=RUN):
+# -------------------------------------------------------------------------- predictions of a table
+
+
+def is_table(name):
+    """Whether an entry of --compare is a table of predictions."""
+    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
+
+
+def read_prediction_rows(path, listener=RUN):
+    """The rows of a table of predictions as text, indexed by study id. Raises UserError."""
+    rows = read_table(path, listener, "table of predictions")
+    column = next((c for c in ("eid", "Echo_ID") if c in rows), None)
+    if column is None:
+        raise UserError(f"{path} has no column of study ids; name it eid")
+    rows = rows_with_id(rows, column, path, listener)
+    ids = clean_ids(rows[column], path, listener)
+    if ids.duplicated().any():
+        repeated = some(map(printable, ids[ids.duplicated()].unique()))
+        raise UserError(f"{path} has studies more than once: {repeated}; keep one row each")
+    return rows.set_axis(pd.Index(ids, name="eid"), axis=0)
+
+
+def rows_with_id(rows, column, path, listener):
+    kept = rows.dropna(subset=[column])
+    if lost := len(rows) - len(kept):
+        listener.warning(f"{path}: {lost} rows have no {column}", "fill in; they are ignored")
+    return kept
+
+
+def read_predictions(rows, path, labels, units=(), listener=RUN):
     """(predictions, thresholds) of `read_prediction_rows`: DataFrames, a float64 column a label.
 
     Predictions are `<label>_Predict`, `<label> [unit]` or `<label>`, as `evaluate` and `predict`
-    write them: beside one of the former `<label>` is something else, such as the truth. Thresholds
+    write them: where the first exists, `<label>` is something else, such as the truth. Thresholds
     are `<label>_threshold`. Raises UserError.
     """
     columns = {}
     for label in labels:
         names = (f"{label}_Predict", f"{label} [{dict(units).get(label)}]", label)
-        there = [name for name in names if name in raw]
-        columns[label] = there[0] if there else None
-        if there[1:]:
-            listener.note(f"{path}: predictions of {label} are {there[0]}, not {some(there[1:])}")
+        columns[label], *others = [name for name in names if name in rows] or [None]
+        if others:
+            listener.note(
+                f"{path}: predictions of {label} are {columns[label]}, not {some(others)}"
+            )
     if missing := [label for label, column in columns.items() if column is None]:
         raise UserError(
-            f"{path} has no predictions of {some(missing)}; a column is called like the label, or "
-            f"<label>_Predict (it has: {some(map(printable, raw.columns))})"
+            f"{path} has no predictions of {some(missing)}; name the column like the label, or "
+            f"<label>_Predict (it has: {some(map(printable, rows.columns))})"
         )
-    values = numeric_columns(raw, columns.values(), path, listener).set_axis(list(columns), axis=1)
-    given = [label for label in labels if f"{label}_threshold" in raw]
-    thresholds = numeric_columns(raw, [f"{label}_threshold" for label in given], path, listener)
-    return values, thresholds.set_axis(given, axis=1)
+    values = numeric_columns(rows, columns.values(), path, listener).set_axis(list(columns), axis=1)
+    decided = [label for label in labels if f"{label}_threshold" in rows]
+    thresholds = numeric_columns(rows, [f"{label}_threshold" for label in decided], path, listener)
+    return values, thresholds.set_axis(decided, axis=1)
 
 
-def numeric_columns(raw, columns, path, listener):
-    """Columns as float64. UserError for a cell that is no number: nobody would miss it."""
-    text = raw[list(columns)]
+def numeric_columns(rows, columns, path, listener):
+    """Columns as float64. UserError for a cell with other text, which would go unnoticed."""
+    text = rows[list(columns)]
     values = to_numbers(text, path, listener)
     for name in text:
         odd = text[name][values[name].isna() & text[name].notna()]
         if len(odd):
             raise UserError(
-                f"{path}, {name}: {len(odd)} cells are no numbers: {examples_of(odd, odd.index)}; "
+                f"{path}, {name}: {len(odd)} cells are not numbers: {examples_of(odd, odd.index)}; "
                 "write numbers, or leave these cells empty"
             )
     return values
 
 
-def read_prediction_rows(path, listener=RUN):
-    """The rows of a table of predictions as text, indexed by study id. Raises UserError."""
-    raw = read_table(path, listener, "table of predictions")
-    eid = next((c for c in ("eid", "Echo_ID") if c in raw), None)
-    if eid is None:
-        raise UserError(f"{path} has no column of study ids; call it eid")
-    raw = rows_with_id(raw, eid, path, listener)
-    ids = clean_ids(raw[eid], path, listener)
-    if ids.duplicated().any():
-        twice = some(map(printable, ids[ids.duplicated()].unique()))
-        raise UserError(f"{path} has studies more than once: {twice}; keep one row each")
-    return raw.set_axis(pd.Index(ids, name="eid"), axis=0)
-
-
-def rows_with_id(raw, column, path, listener):
-    """The rows that have an id."""
-    rows = raw.dropna(subset=[column])
-    if lost := len(raw) - len(rows):
-        listener.warning(f"{path}: {lost} rows have no {column}", "fill in; they are left out")
-    return rows
-
-
 def thresholds_of(table, predicted, path, listener=RUN):
-    """label -> its threshold in a table: a number, or one a study (S,) where they differ.
+    """label -> its threshold in a table: a number, or (S,) one for each study where they differ.
 
-    Blank cells of studies with a prediction are told: one number holds for these too, different
-    ones are not used.
+    Blank cells of studies with a prediction are reported: a single number is used for these too,
+    different numbers are not used.
     """
-    found = {}
+    thresholds = {}
     for label, values in table.loc[predicted.index].items():
-        asked = predicted[label].notna()
-        known, blank = values.dropna().unique(), int(values[asked].isna().sum())
-        if len(known) == 1:
-            found[label] = float(known[0])
-        elif len(known) and not blank:
-            found[label] = values.to_numpy()
-        if len(known) and blank:
-            used = f"{found[label]:g} is used for all" if label in found else "not used"
-            text = f"{path}, {label}_threshold: {blank} of {asked.sum()} blank, {used}"
+        needed, numbers = predicted[label].notna(), values.dropna().unique()
+        blank = int(values[needed].isna().sum())
+        if len(numbers) == 1:
+            thresholds[label] = float(numbers[0])
+        elif len(numbers) and not blank:
+            thresholds[label] = values.to_numpy()
+        if len(numbers) and blank:
+            used = f"{numbers[0]:g} is used for all" if label in thresholds else "not used"
+            text = f"{path}, {label}_threshold: {blank} of {needed.sum()} blank, {used}"
             listener.warning(text, "fill them in")
-    return found
+    return thresholds
 
 
 def studies_of_labels(path, task, table):
     """Studies of a table of predictions and a label table (see `read_labels`), in its order."""
     outputs = task.outputs
-    predicted, thresholds = read_predictions(
-        read_prediction_rows(path), path, outputs.names, task.units
-    )
-    there = table.index.intersection(predicted.index)
-    if not len(there):
+    rows = read_prediction_rows(path)
+    predicted, thresholds = read_predictions(rows, path, outputs.names, task.units)
+    eids = table.index.intersection(predicted.index)
+    if not len(eids):
+        ids, expected = (some(map(printable, x.index)) for x in (predicted, table))
         raise UserError(
-            f"{path} has no study of the label table (its ids: "
-            f"{some(map(printable, predicted.index))}; there: {some(map(printable, table.index))})"
+            f"{path} has no study of the label table (its ids: {ids}; there: {expected})"
         )
-    if others := len(predicted) - len(there):
-        RUN.warning(f"{others} studies of {path} are not in the label table", "they are left out")
-    kept, predicted = table.loc[there], predicted.loc[there]
-    own, truth = thresholds_of(thresholds, predicted, path), kept[outputs.columns].to_numpy()
-    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, own)
-    return Studies(list(there), kept["pid"].to_numpy(), outcomes)
+    if others := len(predicted) - len(eids):
+        RUN.warning(f"{others} studies of {path} are not in the label table", "they are ignored")
+    predicted, truth = predicted.loc[eids], table.loc[eids, outputs.columns].to_numpy()
+    thresholds = thresholds_of(thresholds, predicted, path)
+    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, thresholds)
+    return Studies(list(eids), table.loc[eids, "pid"].to_numpy(), outcomes)
 
 
 def warn_of_truths(path, outcomes):
-    """Tell of labels whose predictions are the truths: another column may have been meant."""
-    plain = [o for o in outcomes if isinstance(o, st.Binary | st.Regression) and o.n]
-    same = [o for o in plain if np.array_equal(o.truth[o.known], o.predicted[o.known])]
-    if same:
-        names = some(o.label for o in same)
+    """Report labels whose predictions equal the truths: another column may be the right one."""
+    numeric = [o for o in outcomes if isinstance(o, st.Binary | st.Regression) and o.n]
+    equal = [o for o in numeric if np.array_equal(o.truth[o.usable], o.predicted[o.usable])]
+    if equal:
+        names = some(o.label for o in equal)
         RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
 
 
 def studies_with_truths(path):
-    """Studies of a table that holds its truths (`saveout_*`), or None: it does not."""
-    raw = read_prediction_rows(path)
-    pid = next((c for c in ("PID", "pid") if c in raw), None)
-    labels = [c.removesuffix("_Correct") for c in raw if c.endswith("_Correct")]
+    """Studies of a table that holds its truths (`saveout_*`), or None where it does not."""
+    rows = read_prediction_rows(path)
+    pid = next((c for c in ("PID", "pid") if c in rows), None)
+    labels = [c.removesuffix("_Correct") for c in rows if c.endswith("_Correct")]
     if pid is None or not labels:
         return None
-    other = [x for x in labels if f"{x}_Predict" not in raw and x not in raw]
+    other = [x for x in labels if f"{x}_Predict" not in rows and x not in rows]
     if other:
         raise UserError(
-            f"{path} has truths of {some(map(printable, other))} and no prediction called so: "
-            "classes and times are evaluated by a label table, which --task names"
+            f"{path} has truths of {some(map(printable, other))} and no prediction of that name: "
+            "classes and times are evaluated by a label table; name its --task"
         )
-    raw = rows_with_id(raw, pid, path, RUN)
-    truth = numeric_columns(raw, [f"{x}_Correct" for x in labels], path, RUN).to_numpy()
-    predicted, thresholds = read_predictions(raw, path, labels)
-    outcomes, own = [], thresholds_of(thresholds, predicted, path)
-    for i, label in enumerate(labels):
-        y = truth[:, i]
-        kind = "binary" if np.isin(y[np.isfinite(y)], (0, 1)).all() else "regression"
-        values = predicted[[label]].to_numpy()
-        outputs = Outputs.of([label], kind)
-        outcomes += outcomes_of(outputs, truth[:, [i]], values, {}, own)
-    pids = clean_ids(raw[pid], path, RUN).to_numpy()
-    return Studies(list(raw.index), pids, outcomes)
+    rows = rows_with_id(rows, pid, path, RUN)
+    truth = numeric_columns(rows, [f"{x}_Correct" for x in labels], path, RUN)
+    predicted, thresholds = read_predictions(rows, path, labels)
+    outcomes, thresholds = [], thresholds_of(thresholds, predicted, path)
+    for label in labels:
+        y, p = truth[f"{label}_Correct"].to_numpy(), predicted[label].to_numpy()
+        binary = np.isin(y[np.isfinite(y)], (0, 1)).all()
+        threshold = thresholds.get(label)
+        outcomes.append(st.Binary(label, y, p, threshold) if binary else st.Regression(label, y, p))
+    return Studies(list(rows.index), clean_ids(rows[pid], path, RUN).to_numpy(), outcomes)
 
 
 def studies_to_compare(path, outcomes, studies):
-    """Studies of another table of predictions and its thresholds, with the truths of these."""
+    """Studies of another table of predictions and its thresholds, with the truths of `studies`."""
+    if not all(isinstance(o, st.Binary | st.Regression) for o in outcomes):
+        raise UserError(f"{path}: a table is compared for findings and measurements only")
     units = {o.label: o.unit("bias") for o in outcomes}
     predicted, thresholds = read_predictions(read_prediction_rows(path), path, list(units), units)
-    rows = [i for i, eid in enumerate(studies.eids) if eid in predicted.index]
-    part = studies.take(rows)
-    values = predicted.loc[part.eids]
-    thresholds = thresholds_of(thresholds, values, path)
-    made = []
+    part = studies.take([i for i, eid in enumerate(studies.eids) if eid in predicted.index])
+    predicted = predicted.loc[part.eids]
+    thresholds = thresholds_of(thresholds, predicted, path)
+    others = []
     for o in part.outcomes:
-        if not isinstance(o, st.Binary | st.Regression):
-            raise UserError(f"{path}: a table is compared for findings and measurements alone")
-        new = {PREDICTED[type(o)][0]: values[o.label].to_numpy()}
+        values = predicted[o.label].to_numpy()
         if isinstance(o, st.Binary):
-            new["threshold"] = thresholds.get(o.label)
-        made.append(replace(o, **new))
-    return replace(part, outcomes=made)
+            o = replace(o, probability=values, threshold=thresholds.get(o.label))
+        else:
+            o = replace(o, values=values)
+        others.append(o)
+    return replace(part, outcomes=others)
+
+
+# ---------------------------------------------------------------------------------------- subgroups
 
 
 def read_by(text):
     """'age:40,65' -> ('age', [40.0, 65.0]); 'sex' -> ('sex', [])."""
-    column, _, edges = text.partition(":")
+    column, _, numbers = text.partition(":")
     try:
-        found = [float(x) for x in edges.split(",")] if edges else []
+        edges = [float(x) for x in numbers.split(",")] if numbers else []
     except ValueError:
-        found = None
-    rising = found is not None and sorted(set(found)) == found and np.isfinite(found).all()
-    if not column or not rising:
+        edges = [np.nan]
+    if not column or sorted(set(edges)) != edges or not np.isfinite(edges).all():
         raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
-    return column, found
+    return column, edges
 
 
-def group_names(cells, edges):
-    """(names in order, (S,) place of each study or -1) of a column's text, cut at `edges`.
+def group_columns(texts, config, settings):
+    """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
+    edges = {}
+    for column, numbers in map(read_by, texts):
+        if column == "eid":
+            raise UserError("--by eid: each study would be a group; name a column that groups them")
+        if column in edges:
+            raise UserError(f"--by {column} is given twice")
+        edges[column] = numbers
+    if not edges:
+        return {}
+    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
+    path = dataset.label_path or task.label_path
+    rows = read_rows(path, list(edges), level=task.level)
+    return {column: (rows[column], edges[column]) for column in edges}
 
-    Raises UserError where there are more than GROUPS of them, or numbers are none.
+
+def groups_of(cells, edges):
+    """(names in order, (S,) group of each study or -1) of a column's text, cut at `edges`.
+
+    Raises UserError for more than MAX_GROUPS groups, and for text where there are edges.
     """
-    name, known = cells.name, cells.notna().to_numpy()
+    column, filled = cells.name, cells.notna().to_numpy()
     if edges:
         numbers = pd.to_numeric(cells, errors="coerce").to_numpy(float)
-        if odd := int((np.isnan(numbers) & known).sum()):
-            examples = some(map(printable, cells[np.isnan(numbers) & known].unique()))
-            raise UserError(f"--by {name}: {odd} cells are no numbers: {examples}")
-        place = np.where(known, np.searchsorted(edges, numbers, side="right"), -1)
+        if (odd := np.isnan(numbers) & filled).any():
+            examples = some(map(printable, cells[odd].unique()))
+            raise UserError(f"--by {column}: {odd.sum()} cells are not numbers: {examples}")
+        place = np.where(filled, np.searchsorted(edges, numbers, side="right"), -1)
         ends = [f"{x:g}" for x in edges]
         middle = [f"{a} to < {b}" for a, b in pairwise(ends)]
         return [f"< {ends[0]}", *middle, f">= {ends[-1]}"], place
-    names = sorted(cells[known].unique())
-    if len(names) > GROUPS:
+    names = sorted(cells[filled].unique())
+    if len(names) > MAX_GROUPS:
         raise UserError(
-            f"--by {name}: {len(names)} different values; numbers are cut at edges, as in "
-            f"--by {name}:40,65"
+            f"--by {column}: {len(names)} different values; cut numbers at edges, as in "
+            f"--by {column}:40,65"
         )
-    place = {name: k for k, name in enumerate(names)}  # a blank cell has none
-    return [printable(x)[:40] for x in names], np.array([place.get(x, -1) for x in cells])
+    return [printable(x)[:40] for x in names], pd.Categorical(cells, names).codes
 
 
 def subgroups(studies, cells, edges, n_boot, seed):
     """[(group, Estimate)] of every group of a column and label; 'missing' is a group too."""
-    names, place = group_names(cells, edges)
-    found = []
+    names, place = groups_of(cells, edges)
+    rows = []
     for k, name in [*enumerate(names), (-1, "missing")]:
         part = studies.take(place == k)
         if len(part) or k >= 0:
-            each = st.estimates(part.outcomes, part.patients, n_boot, seed)
-            found += [(name, x) for x in each if "_q" not in x.metric and x.label != "mean"]
-    return found
+            estimates = st.estimates(part.outcomes, part.patients, n_boot, seed)
+            rows += [(name, x) for x in estimates if "_q" not in x.metric and x.label != "mean"]
+    return rows
+
+
+# --------------------------------------------------------------------------------- flow of studies
 
 
 def study_flow(table, reasons):
@@ -430,43 +387,37 @@ def study_flow(table, reasons):
     the order of `reasons`, and who was evaluated.
 
     table: pid, indexed by study id; reasons: study id -> text, '' where it was evaluated. A patient
-    counts as left out where none of his studies is left.
+    counts as left out where none of their studies is left.
     """
     reasons = pd.Series(reasons).reindex(table.index).fillna("")
-    there = table["pid"]
-    rows = [box("in the label table", there, False)]
+    pids = table["pid"]
+    rows = [flow_box("in the label table", pids, False)]
     for reason in dict.fromkeys(x for x in reasons if x):
-        lost = there[reasons.loc[there.index] == reason]
-        kept = there.drop(lost.index)
-        rows.append(box(reason, lost[~lost.isin(kept)], True) | {"studies": len(lost)})
-        there = kept
-    return [*rows, box("evaluated", there, False)]
+        lost = pids[reasons.loc[pids.index] == reason]
+        pids = pids.drop(lost.index)
+        box = flow_box(reason, lost[~lost.isin(pids)], True)
+        rows.append(box | {"studies": len(lost)})
+    return [*rows, flow_box("evaluated", pids, False)]
 
 
 def fold_flow(table, folds, tested):
-    """The same of a cross-validation; folds: a Series of study -> fold a part."""
+    """The same of a cross-validation; folds: for each part a Series of study -> fold."""
     reasons = dict.fromkeys(table.index, UNREADABLE_EMBEDDINGS)
     for part in folds:
         reasons |= dict(part[~part.isin(FOLDS)])
     return study_flow(table, reasons | dict.fromkeys(tested, ""))
 
 
-def box(text, pids, left_out):
-    return {
-        "text": text,
-        "studies": len(pids),
-        "patients": int(pids.nunique()),
-        "left_out": left_out,
-    }
+def flow_box(text, pids, left_out):
+    counts = {"studies": len(pids), "patients": int(pids.nunique())}
+    return {"text": text} | counts | {"left_out": left_out}
 
 
-def metrics_table(estimates):
-    """DataFrame: a row a label and metric."""
-    return pd.DataFrame([x.row() for x in estimates], columns=list(COLUMNS))
+# -------------------------------------------------------------------------------- tables and notes
 
 
-def metrics_json(estimates, about):
-    """The same as nested dicts, with the keys of the published later branch."""
+def metrics_json(estimates, facts):
+    """The table of metrics as nested dicts, with the keys of the published later branch."""
     labels = {}
     for x in estimates:
         row, label = x.row(), labels.setdefault(x.label, {"n_samples": x.n})
@@ -476,75 +427,50 @@ def metrics_json(estimates, about):
             "value": row["value"], "ci_lower": row["ci_low"], "ci_upper": row["ci_high"],
             "n_bootstrap_effective": x.n_boot, "unit": x.unit, "note": x.note,
         }  # fmt: skip
-    return about | {"metrics": labels}
+    return facts | {"metrics": labels}
 
 
 def headlines_of(studies, estimates):
-    """label -> the Estimate of the metric that speaks for its kind."""
-    wanted = {o.label: HEADLINE[type(o)] for o in studies.outcomes}
-    return {x.label: x for x in estimates if wanted.get(x.label) == x.metric}
+    """label -> the Estimate of the metric that represents its kind."""
+    metrics = {o.label: o.headline for o in studies.outcomes}
+    return {x.label: x for x in estimates if metrics.get(x.label) == x.metric}
 
 
 def unseen_notes(fold, unseen):
-    """Sentences about whether the model knew these studies. unseen: of `study.splits`, or None."""
+    """Sentences on whether the model has seen these studies. unseen: of `study.splits`, or None."""
     if fold != "test" and unseen is not None:
         return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
     notes = []
-    for how in (unseen or "").split("; "):
-        how, _, but = how.partition(": ")
-        if how == ELSEWHERE:
+    for evidence in (unseen or "").split("; "):
+        evidence, _, detail = evidence.partition(": ")
+        if evidence == ELSEWHERE:
             notes.append(
                 "The model was trained elsewhere; that it has not seen these patients is assumed."
             )
-        elif how == ASSUMED:
-            why = f" ({but} by the ids)" * bool(but)
+        elif evidence == ASSUMED:
+            ids = f" ({detail} by the ids)" * bool(detail)
             notes.append(
-                "That the model has not seen these patients was said by the user, not "
-                f"compared{why}."
+                f"The user states that the model has not seen these patients; not compared{ids}."
             )
-        elif how == ALIKE:
-            notes.append(f"{but[0].upper()}{but[1:]}; they count as unseen here.")
-        elif how == ENCODER_UNKNOWN:
+        elif evidence == ALIKE:
+            notes.append(f"{detail[0].upper()}{detail[1:]}; they count as unseen here.")
+        elif evidence == ENCODER_UNKNOWN:
             notes.append(
-                "Nothing says whom the encoder of the embeddings was trained on; that it has not "
-                "seen these patients is assumed."
+                "It is not recorded which patients the encoder of the embeddings was trained on; "
+                "that it has not seen these patients is assumed."
             )
     return notes
 
 
 def fold_notes(parts):
-    """Sentences about labels that some fold of a cross-validation could not learn or call."""
-    for same in zip(*(part.outcomes for part in parts), strict=True):
-        blank = [k for k, o in enumerate(same) if not st.finite_rows(o.predicted).any()]
+    """Sentences on labels that a fold of a cross-validation could not learn, or has no threshold
+    for."""
+    for folds in zip(*(part.outcomes for part in parts), strict=True):
+        label = folds[0].label
+        blank = [k for k, o in enumerate(folds) if not st.finite_rows(o.predicted).any()]
         if blank:
-            lost = sum(int(np.isfinite(same[k].truth).sum()) for k in blank)
-            yield (
-                f"{same[0].label}: not learnt in fold {some(blank)}, whose {lost} test studies "
-                "count nowhere"
-            )
-        cuts = [getattr(o, "threshold", 0) is None for o in same]
-        if any(cuts) and not all(cuts):
-            missing = some(k for k, none in enumerate(cuts) if none)
-            yield f"{same[0].label}: no threshold in fold {missing}, so none is applied"
-
-
-def group_columns(texts, config, settings):
-    """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
-    wanted = {}
-    for column, edges in map(read_by, texts):
-        if column == "eid":
-            raise UserError("--by eid: each study would be a group; name a column that groups them")
-        if column in wanted:
-            raise UserError(f"--by {column} is said twice")
-        wanted[column] = edges
-    if not wanted:
-        return {}
-    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
-    path = dataset.label_path or task.label_path
-    rows = read_rows(path, list(wanted), level=task.level)
-    return {column: (rows[column], edges) for column, edges in wanted.items()}
-
-
-def is_table(name):
-    """Whether an entry of --compare is a table of predictions."""
-    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
+            n = sum(int(np.isfinite(folds[k].truth).sum()) for k in blank)
+            yield f"{label}: not learnt in fold {some(blank)}, whose {n} test studies are ignored"
+        missing = [k for k, o in enumerate(folds) if o.threshold is None]
+        if 0 < len(missing) < len(folds):
+            yield f"{label}: no threshold in fold {some(missing)}, so none is applied"

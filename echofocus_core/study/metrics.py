@@ -1,12 +1,12 @@
 """Metrics of many resamples at once: functions of truths, predictions and weights.
 
-weights (S, B): how often each of S studies stands in each of B resamples; a function gives (B,),
-one value a resample, as if its studies stood there so often. One column of ones is the plain
-metric. Sums of weights are integers, exact in float32 to 16 million.
+weights (S, B): how often each of S studies occurs in each of B resamples; a function gives (B,),
+one value for each resample. One column of ones gives the plain metric. Sums of weights are
+integers, exact in float32 up to 16 million.
 
-Bootstraps are slow where each resample is sorted and summed for itself. Here a label is sorted
-once; what depends on the resample are products of a sparse matrix (which study belongs where) with
-the weights, and running sums.
+A bootstrap is slow if every resample is sorted and summed again. Here a label is sorted once; only
+products of a sparse matrix (which study belongs to which group) with the weights, and running sums,
+depend on the resample.
 """
 
 import warnings
@@ -48,27 +48,33 @@ def running_sum(weights, block=32):
     return padded[: len(weights)]
 
 
-def _spread(total, total_of_squares, n):
-    """Sum of squares about the mean; NaN where it is but rounding, as of values all alike."""
-    found = total_of_squares - total**2 / n
-    return np.where(found > 100 * np.finfo(found.dtype).eps * total_of_squares, found, np.nan)
+def squares_about_mean(total, total_of_squares, n):
+    """Sum of squares about the mean; NaN if it is only rounding error, as of equal values."""
+    squares = total_of_squares - total**2 / n
+    rounding = 100 * np.finfo(squares.dtype).eps * total_of_squares
+    return np.where(squares > rounding, squares, np.nan)
 
 
-def _sd(values):
-    """The SD to divide by: 1 where there is none."""
+def sd_or_one(values):
+    """The SD to divide by: 1 where it is zero."""
     return (values.std() if len(values) else 0) or 1
 
 
-def _standard(values):
-    """Values less their mean, over their SD: sums of them lose no digits in float32."""
-    return (values - values.mean()) / _sd(values) if len(values) else values
+def standardise(values):
+    """Values less their mean, over their SD: their sums lose no digits in float32."""
+    return (values - values.mean()) / sd_or_one(values) if len(values) else values
 
 
-def _place(key, left, right, weights, left_weights=None, also=()):
-    """(cuts, at, below, tied): where the studies `left` stand among the studies `right` by key.
+def weights_at_cuts(key, left, right, weights, left_weights=None, also=()):
+    """(cuts, at, below, tied): the weight of two groups of studies at the values of one of them.
 
-    key (S,); cuts (G,): the distinct keys of `left` and those of `also`; at, below, tied (G, B):
-    the weight of `left` at each cut, of `right` below it and of `right` at it.
+    key (S,); left, right: rows of two groups; cuts (G,): the distinct keys of `left` and those of
+    `also`; at, below, tied (G, B): the weight of `left` at each cut, of `right` below and at it.
+    With weights of 1, left keys 0.2, 0.6, 0.6 and right keys 0.1, 0.6, 0.9:
+
+        cut  at  below  tied
+        0.2   1      1     0
+        0.6   2      1     1    # AUROC = sum of at * (below + tied / 2) / (3 * 3) = 4 / 9
     """
     cuts = np.unique(np.concatenate([key[left], also]))
     slot = np.searchsorted(cuts, key[right], side="right")  # cuts[slot - 1] <= key < cuts[slot]
@@ -76,18 +82,18 @@ def _place(key, left, right, weights, left_weights=None, also=()):
     tie = np.flatnonzero(slot)
     tie = tie[cuts[slot[tie] - 1] == key[right[tie]]]
     tied = grouped(slot[tie] - 1, len(cuts), weights, right[tie])
-    where = np.searchsorted(cuts, key[left])
+    place = np.searchsorted(cuts, key[left])
     if left_weights is None:
-        return cuts, grouped(where, len(cuts), weights, left), below, tied
-    return cuts, grouped(where, len(cuts), left_weights), below, tied
+        return cuts, grouped(place, len(cuts), weights, left), below, tied
+    return cuts, grouped(place, len(cuts), left_weights), below, tied
 
 
-def _dot(a, b):
-    """(B,): column by column."""
+def dot(a, b):
+    """(B,): the products of the columns of a and b, each (G, B)."""
     return np.einsum("gb,gb->b", a, b)
 
 
-def _ones(weights, n):
+def weights_or_ones(weights, n):
     return np.ones((n, 1)) if weights is None else weights
 
 
@@ -98,24 +104,24 @@ def auroc(truth, score, weights=None):
     """Area under the ROC curve, ties half; a float, or (B,) for weights; NaN of one class."""
     truth, score = np.asarray(truth), np.asarray(score)
     with np.errstate(all="ignore"):
-        found = ranking(truth, score, _ones(weights, len(truth)))["auroc"]
-    return float(found[0]) if weights is None else found
+        area = ranking(truth, score, weights_or_ones(weights, len(truth)))["auroc"]
+    return float(area[0]) if weights is None else area
 
 
 def ranking(truth, score, weights):
     """auroc and average_precision, each (B,): the latter the sum over cuts of precision times the
     step in recall, without interpolation."""
     left, right = np.flatnonzero(truth == 1), np.flatnonzero(truth == 0)
-    _, at, below, tied = _place(score, left, right, weights)
+    _, at, below, tied = weights_at_cuts(score, left, right, weights)
     positive, negative = at.sum(axis=0), sums([truth == 0], weights)[0]
     true_positive = positive - running_sum(at) + at
     called = true_positive + negative - below
     precision = np.divide(true_positive, called, out=np.zeros_like(called), where=called > 0)
     both = (positive > 0) & (negative > 0)
-    area = _dot(at, below + tied / 2) / (positive * negative)
+    area = dot(at, below + tied / 2) / (positive * negative)
     return {
         "auroc": np.where(both, area, np.nan),
-        "average_precision": np.where(both, _dot(at, precision) / positive, np.nan),
+        "average_precision": np.where(both, dot(at, precision) / positive, np.nan),
     }
 
 
@@ -130,26 +136,26 @@ def calibration(truth, probability, weights):
     part = np.minimum((probability * BINS).astype(int), BINS - 1)
     gaps = sums([(part == b) * (probability - truth) for b in range(BINS)], weights)
     x = special.logit(np.clip(probability, NEAREST, 1 - NEAREST))
-    nodes, at = _on_a_grid(x, weights)
+    nodes, at = share_on_grid(x, weights)
     target = sums([truth, truth * x], weights)
     return {
         "brier": brier / n,
-        "calibration_slope": _logistic(nodes, at, target, slope_is_1=False)[1],
-        "calibration_intercept": _logistic(nodes, at, target, slope_is_1=True)[0],
+        "calibration_slope": fit_logistic(nodes, at, target, slope_is_1=False)[1],
+        "calibration_intercept": fit_logistic(nodes, at, target, slope_is_1=True)[0],
         "ece": abs(gaps).sum(axis=0) / n,
     }
 
 
-def _on_a_grid(x, weights):
+def share_on_grid(x, weights):
     """(nodes (G,), weights at the nodes (G, B)), for sums of smooth functions of x.
 
-    The distinct values themselves where they are few or there is but one resample. Otherwise each
-    study is shared between the two nodes beside it: a logistic function of x is then off by the
-    spacing squared / 80, 1e-5 at most.
+    The distinct values themselves where they are few or there is one resample. Otherwise the weight
+    of a study is shared between the two nodes beside it: the error of a logistic function of x is
+    then the spacing squared / 80, 1e-5 at most.
     """
-    distinct, where = np.unique(x, return_inverse=True)
+    distinct, value = np.unique(x, return_inverse=True)
     if len(distinct) <= 2 * NODES or weights.shape[1] == 1:
-        return distinct, grouped(where, len(distinct), weights)
+        return distinct, grouped(value, len(distinct), weights)
     nodes = np.linspace(distinct[0], distinct[-1], NODES)
     place = (x - nodes[0]) / (nodes[1] - nodes[0])
     lower = np.minimum(place.astype(int), NODES - 2)
@@ -159,21 +165,24 @@ def _on_a_grid(x, weights):
     return nodes, shared @ weights
 
 
-def _logistic(x, weights, target, slope_is_1):
-    """(2, B): intercept and slope by Newton's method; NaN where there is no finite solution.
+def fit_logistic(x, weights, target, slope_is_1):
+    """(2, B): intercept and slope by Newton's method; NaN where no finite solution exists.
 
-    x (G,), weights (G, B); target (2, B): weighted sums of truth and of truth times x.
+    x (G,), weights (G, B); target (2, B): weighted sums of truth and of truth times x. All
+    resamples start from the fit of their sum and leave the iteration when they have converged. For
+    example x = (-1, 1), weights (4, 4), 1 and 3 positive studies: target (4, 2), and the fit is
+    intercept 0, slope log(3), where the predicted sums 4 (p1 + p2) and 4 (p2 - p1) equal it.
     """
-    found = np.zeros_like(target)
-    found[1] = slope_is_1
-    if weights.shape[1] > 1:  # begin where the sum of all resamples ends
-        all_, goal = weights.sum(axis=1, keepdims=True), target.sum(axis=1, keepdims=True)
-        found[:] = np.nan_to_num(_logistic(x, all_, goal, slope_is_1), nan=slope_is_1)
+    fit = np.zeros_like(target)
+    fit[1] = slope_is_1
+    if weights.shape[1] > 1:
+        total, goal = weights.sum(axis=1, keepdims=True), target.sum(axis=1, keepdims=True)
+        fit[:] = np.nan_to_num(fit_logistic(x, total, goal, slope_is_1), nan=slope_is_1)
     powers = np.stack([x**0, x, x**2]).astype(weights.dtype)
     active, eps = np.arange(weights.shape[1]), np.finfo(weights.dtype).eps
     for _ in range(30):
         w = weights[:, active] if len(active) < weights.shape[1] else weights
-        p = 1 / (1 + np.exp(-(found[0, active] + found[1, active] * powers[1][:, None])))
+        p = 1 / (1 + np.exp(-(fit[0, active] + fit[1, active] * powers[1][:, None])))
         w = w * p
         s0, s1 = target[:, active] - powers[:2] @ w
         h0, h1, h2 = powers @ (w - w * p)
@@ -181,15 +190,15 @@ def _logistic(x, weights, target, slope_is_1):
             step = np.stack([s0 / h0, 0 * s0])
         else:
             area = h0 * h2 - h1**2
-            area[area <= 100 * eps * h0 * h2] = np.nan  # the probabilities are all alike
+            area[area <= 100 * eps * h0 * h2] = np.nan  # all probabilities are alike
             step = np.stack([h2 * s0 - h1 * s1, h0 * s1 - h1 * s0]) / area
-        found[:, active] += step
-        # the error after a step is of the order of its square
-        active = active[abs(step).max(axis=0) > eps ** (1 / 3) * (1 + abs(found[1, active]))]
+        fit[:, active] += step
+        # Newton converges quadratically: the error after a step is of the order of its square.
+        active = active[abs(step).max(axis=0) > eps ** (1 / 3) * (1 + abs(fit[1, active]))]
         if not len(active):
             break
-    found[:, active] = np.nan
-    return found
+    fit[:, active] = np.nan
+    return fit
 
 
 def operating(true_positive, false_positive, true_negative, false_negative, prevalence=None):
@@ -226,27 +235,28 @@ def net_benefit(truth, probability, cuts, weights=None):
     The decision curve of Vickers & Elkin, Med Decis Making 2006;26:565. To treat all is
     probability 1.
     """
-    weights = _ones(weights, len(truth))
+    weights = weights_or_ones(weights, len(truth))
     gain = [(probability >= c) * (truth - (1 - truth) * c / (1 - c)) for c in cuts]
     return sums(gain, weights) / weights.sum(axis=0)
 
 
 def choose_threshold(truth, probability, rule="youden"):
-    """The probability from which on a study is called positive, chosen on these; or None.
+    """The probability from which on a study is positive, chosen on these studies; or None.
 
     rule: "youden", the largest sensitivity + specificity (Youden, Cancer 1950;3:32);
-    "sensitivity=0.95", the highest threshold that reaches it; "specificity=0.95", the lowest. It
-    lies halfway to the next lower probability, so that rounding decides nothing. None with one
-    class, where none does better than chance (youden) or where it would find nothing (specificity).
+    "sensitivity=0.95", the highest threshold that reaches it; "specificity=0.95", the lowest. The
+    threshold is halfway to the next lower probability, so that rounding decides nothing. None with
+    one class, where no threshold is better than chance (youden) or where none finds a positive
+    study (specificity).
     """
     goal, target = read_target(rule)
-    known = np.isfinite(truth) & np.isfinite(probability)
-    y, p = np.asarray(truth)[known], np.asarray(probability, float)[known]
+    usable = np.isfinite(truth) & np.isfinite(probability)
+    y, p = np.asarray(truth)[usable], np.asarray(probability, float)[usable]
     if not 0 < y.sum() < len(y):
         return None
-    cuts, where = np.unique(-p, return_inverse=True)  # from the highest down
-    true = np.cumsum(np.bincount(where, y))
-    false = np.cumsum(np.bincount(where, 1 - y))
+    cuts, place = np.unique(-p, return_inverse=True)  # descending probabilities
+    true = np.cumsum(np.bincount(place, y))
+    false = np.cumsum(np.bincount(place, 1 - y))
     if goal == "youden":
         gain = true / true[-1] - false / false[-1]
         i = int(np.argmax(gain > gain.max() - 1e-12))
@@ -280,20 +290,20 @@ def read_target(rule):
 
 def errors(truth, values, weights):
     """Each (B,): mean_absolute_error, rmse, bias (mean of value - truth), loa_low, loa_high (bias
-    -+ 1.96 SD, Bland & Altman, Lancet 1986;1:307), r2 (1 - squared error / spread), pearson."""
-    scale, e = _sd(truth), values - truth
-    y, f = _standard(truth), _standard(values)
-    middle = e.mean() if len(e) else 0  # kept out of the squares, which would lose digits
+    -+ 1.96 SD, Bland & Altman, Lancet 1986;1:307), r2 (1 - squared error / variance), pearson."""
+    scale, e = sd_or_one(truth), values - truth
+    y, f = standardise(truth), standardise(values)
+    middle = e.mean() if len(e) else 0  # subtracted first: its square would lose digits
     off, e = (e - middle) / scale, e / scale
     columns = [np.ones(len(y)), y, y**2, f, f**2, y * f, off, off**2, e**2, abs(e)]
     n, sy, syy, sf, sff, syf, so, soo, see, sae = sums(columns, weights)
-    spread, bias = _spread(sy, syy, n), middle + scale * so / n
+    squares, bias = squares_about_mean(sy, syy, n), middle + scale * so / n
     sd = scale * np.sqrt(np.maximum(soo - so**2 / n, 0) / np.where(n > 1, n - 1, np.nan))
     return {
         "mean_absolute_error": scale * sae / n,
         "rmse": scale * np.sqrt(see / n),
-        "r2": 1 - see / spread,
-        "pearson": (syf - sy * sf / n) / np.sqrt(spread * _spread(sf, sff, n)),
+        "r2": 1 - see / squares,
+        "pearson": (syf - sy * sf / n) / np.sqrt(squares * squares_about_mean(sf, sff, n)),
         "bias": bias,
         "loa_low": bias - 1.96 * sd,
         "loa_high": bias + 1.96 * sd,
@@ -301,22 +311,23 @@ def errors(truth, values, weights):
 
 
 def spearman(truth, values, weights):
-    """(B,): the correlation of mid-ranks; each resample is ranked anew."""
-    (x, x_of, spread_x), (y, y_of, spread_y) = _ranks(truth, weights), _ranks(values, weights)
+    """(B,): the correlation of mid-ranks; each resample has its own ranks."""
+    (x, x_of, sxx), (y, y_of, syy) = mid_ranks(truth, weights), mid_ranks(values, weights)
     x, y = np.take(x, x_of, axis=0), np.take(y, y_of, axis=0)
-    found = np.einsum("sb,sb,sb->b", weights, x, y) / np.sqrt(spread_x) / np.sqrt(spread_y)
-    return np.where((spread_x > 0) & (spread_y > 0), found, np.nan)
+    correlation = np.einsum("sb,sb,sb->b", weights, x, y) / np.sqrt(sxx) / np.sqrt(syy)
+    return np.where((sxx > 0) & (syy > 0), correlation, np.nan)
 
 
-def _ranks(values, weights):
-    """(mid-ranks (G, B) of the distinct values less their mean, study -> G, their spread (B,))."""
-    distinct, where = np.unique(values, return_inverse=True)
-    half = grouped(where, len(distinct), weights)
+def mid_ranks(values, weights):
+    """(mid-ranks (G, B) of the distinct values less their mean, the place (S,) of each study among
+    them, the sum of squares of the ranks (B,))."""
+    distinct, place = np.unique(values, return_inverse=True)
+    half = grouped(place, len(distinct), weights)
     ranks = running_sum(half)
     ranks -= half.sum(axis=0) / 2
     half *= 0.5  # in place: these arrays are large
     ranks -= half
-    return ranks, where, 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
+    return ranks, place, 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
 
 
 def weighted_median(values, weights, block=64):
@@ -346,20 +357,20 @@ def weighted_median(values, weights, block=64):
 # ------------------------------------------------------------------------------------------- grades
 
 
-def confusion(truth, called, n_classes, weights=None):
-    """(K, K, B): weight of studies by truth (rows) and by the class called, integers (S,) both."""
-    weights = _ones(weights, len(truth))
-    cell = np.asarray(truth, int) * n_classes + np.asarray(called, int)
+def confusion(truth, predicted, n_classes, weights=None):
+    """(K, K, B): weight of studies by truth (rows) and predicted class, both integers (S,)."""
+    weights = weights_or_ones(weights, len(truth))
+    cell = np.asarray(truth, int) * n_classes + np.asarray(predicted, int)
     return grouped(cell, n_classes**2, weights).reshape(n_classes, n_classes, -1)
 
 
 def agreement(table):
-    """Of confusion's (K, K, B): balanced_accuracy (mean over classes of the part recognised) and
+    """Of confusion's (K, K, B): balanced_accuracy (mean over classes of the share recognised) and
     kappa with quadratic weights (Cohen, Psychol Bull 1968;70:213), each (B,)."""
-    of_truth, of_called, n = table.sum(axis=1), table.sum(axis=0), table.sum(axis=(0, 1))
+    of_truth, of_predicted, n = table.sum(axis=1), table.sum(axis=0), table.sum(axis=(0, 1))
     k = np.arange(len(table))
     distance = ((k[:, None] - k) ** 2)[..., None]
-    by_chance = (distance * of_truth[:, None] * of_called[None]).sum(axis=(0, 1)) / n
+    by_chance = (distance * of_truth[:, None] * of_predicted[None]).sum(axis=(0, 1)) / n
     recall = table[k, k] / of_truth
     kappa = 1 - (distance * table).sum(axis=(0, 1)) / np.where(by_chance > 0, by_chance, np.nan)
     return {"balanced_accuracy": recall.mean(axis=0), "kappa": kappa}
@@ -369,73 +380,80 @@ def agreement(table):
 
 
 def c_index(time, event, risk, weights=None):
-    """Harrell's C (JAMA 1982;247:2543): of the pairs whose order of events is known, the part in
-    which who had the event first has the higher risk, ties of risk half. A float, or (B,) for
-    weights.
+    """Harrell's C (JAMA 1982;247:2543): a float, or (B,) for weights.
 
-    A pair is known when the shorter time ends in an event; at equal times, when one of two does.
-    Pairs are counted bit by bit of the rank in time, O(S log2 S) a resample.
+    Of the comparable pairs, the share in which the study with the earlier event has the higher
+    risk; equal risks count half. A pair is comparable when the shorter time ends in an event; at
+    equal times, when exactly one of the two does.
+
+    The pairs are counted as in a radix sort, O(S log2 S) for each resample: the order of two places
+    in time is decided at their highest differing bit, so each bit compares studies (with events) of
+    lower half-blocks with those of the upper half of the same block. For times 1, 2, 3 (places 0,
+    1, 2; all events) bit 0 compares place 0 with 1, and bit 1 places 0 and 1 with 2.
     """
-    one, weights = weights is None, _ones(weights, len(time))
+    single, weights = weights is None, weights_or_ones(weights, len(time))
     time, event = np.asarray(time, float), np.asarray(event, bool)
     place = np.unique(np.stack([time, ~event], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
     rank = np.unique(risk, return_inverse=True)[1]
     at = grouped(place, place.max(initial=0) + 1, weights)
     later = at.sum(axis=0) - running_sum(at)
     events = np.flatnonzero(event)
-    known = _dot(grouped(place[events], len(at), weights, events), later)
+    comparable = dot(grouped(place[events], len(at), weights, events), later)
     won = np.zeros(weights.shape[1])
     for bit in range(int(place.max(initial=0)).bit_length()):
         upper = (place >> bit) & 1
         left, right = np.flatnonzero(event & (upper == 0)), np.flatnonzero(upper)
-        floor = (place >> (bit + 1)) * (len(rank) + 1)  # pairs are of one half-open range of ranks
-        key = floor + rank + 1
-        cuts, at, below, tied = _place(key, left, right, weights, also=np.unique(floor[left]))
-        under = grouped(np.searchsorted(cuts, floor[left]), len(cuts), weights, left)
-        won += _dot(at, below + tied / 2) - _dot(under, below)
+        start = (place >> (bit + 1)) * (len(rank) + 1)  # separates the blocks on one axis of keys
+        key = start + rank + 1
+        cuts, at, below, tied = weights_at_cuts(
+            key, left, right, weights, also=np.unique(start[left])
+        )
+        earlier_blocks = grouped(np.searchsorted(cuts, start[left]), len(cuts), weights, left)
+        won += dot(at, below + tied / 2) - dot(earlier_blocks, below)
     with np.errstate(all="ignore"):
-        found = np.where(known > 0, won / known, np.nan)
-    return float(found[0]) if one else found
+        share = np.where(comparable > 0, won / comparable, np.nan)
+    return float(share[0]) if single else share
 
 
 def dynamic_auroc(time, event, risk, at, weights=None):
-    """AUROC of those with the event by time `at` against those followed beyond it; float or (B,).
+    """AUROC of studies with the event by time `at` against those followed beyond it; float or (B,).
 
     Cumulative cases, dynamic controls; cases weighted by 1 / probability of not being censored
-    before their time (Uno, J Am Stat Assoc 2007;102:527), estimated anew in each resample.
+    before their time (Uno, J Am Stat Assoc 2007;102:527), estimated again in each resample.
     """
-    one, weights = weights is None, _ones(weights, len(time))
+    single, weights = weights is None, weights_or_ones(weights, len(time))
     time, event, risk = np.asarray(time, float), np.asarray(event, bool), np.asarray(risk)
     case, control = np.flatnonzero(event & (time <= at)), np.flatnonzero(time > at)
     distinct, place = np.unique(time, return_inverse=True)
-    followed = grouped(place, len(distinct), weights)
-    followed = followed.sum(axis=0) - running_sum(followed) + followed
+    at_risk = grouped(place, len(distinct), weights)
+    at_risk = at_risk.sum(axis=0) - running_sum(at_risk) + at_risk
     ends = np.flatnonzero(event)
-    followed -= grouped(place[ends], len(distinct), weights, ends)  # an event precedes censoring
-    lost = np.flatnonzero(~event)
-    lost = grouped(place[lost], len(distinct), weights, lost)
-    stays = 1 - np.divide(lost, followed, out=np.zeros_like(lost), where=followed > 0)
+    at_risk -= grouped(place[ends], len(distinct), weights, ends)  # an event precedes censoring
+    censored = np.flatnonzero(~event)
+    censored = grouped(place[censored], len(distinct), weights, censored)
+    stays = 1 - np.divide(censored, at_risk, out=np.zeros_like(censored), where=at_risk > 0)
     uncensored = np.concatenate([np.ones((1, stays.shape[1])), np.cumprod(stays, axis=0)])
     uncensored = uncensored[place[case]].astype(weights.dtype)
     w = weights[case]
     w = np.divide(w, uncensored, out=np.zeros_like(w), where=uncensored > 0)
-    _, standing, below, tied = _place(risk, case, control, weights, w)
+    _, cases, below, tied = weights_at_cuts(risk, case, control, weights, w)
     with np.errstate(all="ignore"):
-        pairs = standing.sum(axis=0) * sums([time > at], weights)[0]
-        found = np.where(pairs > 0, _dot(standing, below + tied / 2) / pairs, np.nan)
-    return float(found[0]) if one else found
+        pairs = cases.sum(axis=0) * sums([time > at], weights)[0]
+        area = np.where(pairs > 0, dot(cases, below + tied / 2) / pairs, np.nan)
+    return float(area[0]) if single else area
 
 
 def breslow(time, event, risk, most=400):
-    """What makes log hazards a survival: a dict of `mean` (of `risk`), `times` and `cumulative`,
-    the cumulative hazard of a study of mean risk at these: 0, the times of events, the longest
-    time; of more than `most` events evenly many lie between two. Of times three digits are kept.
+    """The baseline that turns log hazards into survival: a dict of `mean` (of `risk`), `times` and
+    `cumulative`, the cumulative hazard of a study of mean risk at these times: 0, the times of
+    events, the longest time; with more than `most` events, that many quantiles of their times.
+    Times are rounded to three digits.
 
     Breslow's estimate (J R Stat Soc B 1972;34:216). None where no time is above 0. See
     `study.models.survival_at`.
     """
-    known = np.isfinite(time) & np.isfinite(event) & np.isfinite(risk)
-    time, event, risk = (np.asarray(x, float)[known] for x in (time, event, risk))
+    usable = np.isfinite(time) & np.isfinite(event) & np.isfinite(risk)
+    time, event, risk = (np.asarray(x, float)[usable] for x in (time, event, risk))
     if not len(time) or time.max() <= 0:
         return None
     mean, order = risk.mean(), np.argsort(time, kind="stable")
@@ -455,21 +473,21 @@ def kaplan_meier(time, event):
     """(times, survival, low, high, at risk), each (G,), from time 0 on: the product-limit estimate
     with Greenwood's 95 % interval on the scale of log(-log), NaN where survival is 1 or 0.
 
-    Studies are taken as independent: give one a patient.
+    Studies count as independent: give one for each patient.
     """
     time, event = np.asarray(time, float), np.asarray(event, bool)
     from scipy import stats
 
-    found = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
-    with warnings.catch_warnings():  # that it is not defined at 0 and 1
+    survival = stats.ecdf(stats.CensoredData(uncensored=time[event], right=time[~event])).sf
+    with warnings.catch_warnings():  # it is not defined at 0 and 1
         warnings.simplefilter("ignore", RuntimeWarning)
-        ends = found.confidence_interval(method="log-log")
-    curves = [np.r_[1.0, c.probabilities] for c in (found, ends.low, ends.high)]
+        ends = survival.confidence_interval(method="log-log")
+    curves = [np.r_[1.0, c.probabilities] for c in (survival, ends.low, ends.high)]
     curves[1][0] = curves[2][0] = np.nan
-    times = np.r_[0.0, found.quantiles]
+    times = np.r_[0.0, survival.quantiles]
     return times, *curves, len(time) - np.searchsorted(np.sort(time), times, side="left")
 
 
 def risk_thirds(risk):
-    """(S,): 0, 1 or 2 by the thirds of risk, cut at its quantiles; equal risks stay together."""
+    """(S,): 0, 1 or 2 by the thirds of risk, cut at its quantiles; equal risks share a third."""
     return np.searchsorted(np.quantile(risk, (1 / 3, 2 / 3)), risk, side="left")

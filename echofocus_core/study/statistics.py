@@ -1,38 +1,38 @@
 """From truths and predictions to metrics with 95 % intervals: pure functions of arrays.
 
-    outcomes = [Binary("VSD", truth, probability, threshold=0.31), Regression("EF", ef, found, "%")]
+    outcomes = [Binary("VSD", truth, probability, threshold=0.31), Regression("EF", ef, f, "%")]
     for estimate in estimates(outcomes, patients): print(estimate.row())
 
 An outcome is a label with its truths and predictions. Its `metrics(weights)` are computed from
-`weights` (S, B): how often each of S studies stands in each of B resamples. The value itself is the
+`weights` (S, B): how often each of S studies occurs in each of B resamples. The value itself is the
 same computation with weights of one, so that value and interval cannot drift apart. Patients are
-resampled, not studies: a patient's studies come and go together.
+resampled, not studies: all studies of a patient come and go together.
 
-Truths are NaN where they are missing; such studies count nowhere.
+Truths are NaN where they are missing; such studies are ignored.
 """
 
 import os
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import numpy as np
+import pandas as pd
 from scipy import special
 from threadpoolctl import threadpool_limits
 
-from echofocus_core.base.console import Threads, UserError
+from echofocus_core.base.console import UserError
 from echofocus_core.study import metrics as mt
-from echofocus_core.study.metrics import grouped
 
-BYTES = 2**24  # of a chunk of weights: it fits a cache; a metric holds a few arrays of this size
+CHUNK_BYTES = 2**24  # of weights: a chunk fits a cache; a metric holds a few arrays of this size
 QUARTERS = 4  # parts by truth in which a regression's error is also given
 COUNTS = ("true_positive", "false_positive", "true_negative", "false_negative")
-OPERATING = (  # at the threshold
-    *("sensitivity", "specificity", "ppv", "npv", "lr_positive", "lr_negative", "f1", *COUNTS),
-    *("ppv_at_prevalence", "npv_at_prevalence"),
+DISCRIMINATION = (
+    *("auroc", "average_precision", "brier"),
+    *("calibration_slope", "calibration_intercept", "ece"),
 )
-
-
-# ------------------------------------------------------------------------------- what is evaluated
+AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "lr_positive", "lr_negative", "f1")
+AT_PREVALENCE = ("ppv_at_prevalence", "npv_at_prevalence")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Estimate:
     """One number of a table: the value of a metric of a label with its 95 % interval.
 
     value, ci_low, ci_high are NaN where they are not defined; `note` then says why. n counts
-    studies, n_positive those with the finding or event (-1: no such thing). n_boot resamples gave
+    studies, n_positive those with the finding or event (-1: does not apply). n_boot resamples gave
     a value. p_value is that of a difference.
     """
 
@@ -57,65 +57,116 @@ class Estimate:
     p_value: float = np.nan
 
     def row(self):
-        """A dict for a table or JSON: what is not finite is None."""
+        """A dict for a table or JSON; numbers that are not finite are None."""
         row = {
             k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in vars(self).items()
         }
         return row | {"n_positive": None if self.n_positive < 0 else self.n_positive}
 
 
-@dataclass(frozen=True, eq=False)
+# ---------------------------------------------------------------------------------------- outcomes
+
+
+@dataclass(eq=False)
 class Outcome:
-    """What the kinds of label have in common. `truth` (S,), NaN where missing."""
+    """What the kinds of label have in common. `truth` (S,), NaN where missing.
+
+    A kind declares the metric that represents it (`headline`), the metrics of the page's tables by
+    their headings, its figures (of `report.curves`), and whether truths can be averaged.
+    """
 
     label: str
     truth: np.ndarray
 
+    kind = headline = ""
+    tables = ()
+    figures = ()
+    n_positive = -1
+    threshold = None
+
     @property
     def predicted(self):
+        """(S,) or (S, K)."""
         raise NotImplementedError
 
+    @property
+    def truth_columns(self):
+        """Name -> (S,): the truths of the table `saveout`."""
+        return {self.label: self.truth}
+
+    @property
+    def predicted_columns(self):
+        """Name -> (S,): the predictions of the table `saveout`, named as a model's outputs are."""
+        return {self.label: self.predicted}
+
     @cached_property
-    def known(self):
+    def usable(self):
         """(S,) bool: studies with a truth and a prediction."""
         return np.isfinite(self.truth) & finite_rows(self.predicted)
 
     @property
     def n(self):
-        return int(self.known.sum())
+        return int(self.usable.sum())
 
-    @property
-    def n_positive(self):
-        return -1
+    def pairs(self):
+        """(truths, predictions) of the usable studies."""
+        return self.truth[self.usable], self.predicted[self.usable]
 
     def unit(self, metric):
         return ""
 
     def metrics(self, weights):
         """Metric -> (B,): its value in each resample. weights (S, B), see above."""
-        known = self.known
-        with np.errstate(all="ignore"):  # what is not defined is NaN, and estimate() says so
-            return self._metrics(weights if known.all() else weights[known])
+        with np.errstate(all="ignore"):  # an undefined value is NaN, and estimate() reports it
+            return self._metrics(weights if self.usable.all() else weights[self.usable])
 
-    def part_of(self, metric):
-        """(S,) bool: the studies that the metric is a proportion of; None where it is none."""
+    def denominator_mask(self, metric):
+        """(S,) bool: the studies that the metric is a proportion of; None for other metrics."""
         return None
 
     def why_missing(self, metric):
         """Why a metric is not defined for these studies."""
         return "no study has both a truth and a prediction" if not self.n else ""
 
+    def arrays(self):
+        """Field -> array, of the fields that have a row for each study."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
 
-def _checked(label, truth, *others):
-    """Float arrays of one length, the truth first; UserError names the label."""
-    truth = np.asarray(truth, float)
-    others = [np.asarray(x, float) for x in others]
-    if truth.ndim != 1 or any(len(x) != len(truth) for x in others):
-        shapes = ", ".join(str(x.shape) for x in [truth, *others])
+    def take(self, rows):
+        """The outcome of some studies. rows: an index or a mask."""
+        return replace(self, **{name: values[rows] for name, values in self.arrays().items()})
+
+    def by_patient(self, patients, rule):
+        """(outcome with a row for each patient, in sorted order; patients without a truth because
+        their studies differ in it). rule: mean, first or last, of the patient's usable studies."""
+        patients, usable = np.asarray(patients), self.usable
+        table = pd.concat(
+            {name: pd.DataFrame(x[usable]) for name, x in self.arrays().items()}, axis=1
+        )
+        groups, names = table.groupby(patients[usable]), np.unique(patients)
+        rows = getattr(groups, rule)().reindex(names)
+        pooled = {
+            name: rows[name].to_numpy().reshape(-1, *values.shape[1:])
+            for name, values in self.arrays().items()
+        }
+        mixed = np.zeros(len(names), bool)
+        if rule == "mean" and not isinstance(self, Regression):
+            truths = pd.Series(self.truth[usable]).groupby(patients[usable]).nunique()
+            mixed = truths.reindex(names).to_numpy() > 1
+        pooled["truth"] = np.where(mixed, np.nan, pooled["truth"])
+        return replace(self, **pooled), int(mixed.sum())
+
+
+def checked_arrays(label, *arrays):
+    """Float arrays of one length, the truth (S,) first; UserError names the label."""
+    arrays = [np.asarray(x, float) for x in arrays]
+    if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
+        shapes = ", ".join(str(x.shape) for x in arrays)
         raise UserError(f"{label}: truths and predictions do not belong together, shapes {shapes}")
-    if any(np.isinf(x).any() for x in [truth, *others]):
+    if any(np.isinf(x).any() for x in arrays):
         raise UserError(f"{label}: a truth or a prediction is infinite")
-    return [truth, *others]
+    return arrays
 
 
 def finite_rows(values):
@@ -123,20 +174,16 @@ def finite_rows(values):
     return np.isfinite(values) if values.ndim == 1 else np.isfinite(values).all(axis=1)
 
 
-def _smaller(a, b):
+def smaller(a, b):
     return a if a.sum() <= b.sum() else b
 
 
-def _set(outcome, **values):
-    for name, value in values.items():
-        object.__setattr__(outcome, name, value)
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Binary(Outcome):
-    """A finding: truth 0 or 1, probability (S,). From `threshold` on a study is called positive.
+    """A finding: truth 0 or 1, probability (S,). A study is positive from `threshold` on.
 
-    threshold: one number, or one a study (S,), as of cross-validation, whose folds have their own.
+    threshold: one number, or (S,) one for each study: the folds of a cross-validation have their
+    own.
     """
 
     probability: np.ndarray
@@ -144,13 +191,18 @@ class Binary(Outcome):
     prevalence: float | None = None
     net_benefit_at: tuple[float, ...] = ()
 
+    kind, headline = "binary", "auroc"
+    tables = (
+        ("Discrimination and calibration", DISCRIMINATION),
+        ("At the threshold", AT_THRESHOLD),
+    )
+    figures = ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion")
+
     def __post_init__(self):
-        truth, probability = _checked(self.label, self.truth, self.probability)
-        _set(self, truth=truth, probability=probability)
-        if not np.isin(truth[np.isfinite(truth)], (0, 1)).all():
+        self.truth, self.probability = checked_arrays(self.label, self.truth, self.probability)
+        if not np.isin(self.truth[np.isfinite(self.truth)], (0, 1)).all():
             raise UserError(f"{self.label}: a truth is neither 0, 1 nor missing")
-        p = probability[np.isfinite(probability)]
-        if len(p) and (p.min() < 0 or p.max() > 1):
+        if np.any((self.probability < 0) | (self.probability > 1)):
             raise UserError(f"{self.label}: a probability is not within 0 to 1; are these logits?")
         cuts = np.atleast_1d(0.0 if self.threshold is None else self.threshold)
         if (cuts < 0).any() or (cuts > 1).any():
@@ -162,61 +214,67 @@ class Binary(Outcome):
 
     @property
     def n_positive(self):
-        return int(self.truth[self.known].sum())
+        return int(self.truth[self.usable].sum())
 
     @property
-    def called(self):
-        """(S,) bool: called positive; nobody without a threshold."""
+    def positive(self):
+        """(S,) bool: positive at the threshold; none without a threshold."""
         return self.probability >= (np.inf if self.threshold is None else self.threshold)
 
-    def part_of(self, metric):
-        called = self.known & self.called
+    def denominator_mask(self, metric):
+        with_finding, without = (self.usable & (self.truth == y) for y in (1, 0))
         return {
-            "auroc": _smaller(self.known & (self.truth == 1), self.known & (self.truth == 0)),
-            "sensitivity": self.known & (self.truth == 1),
-            "specificity": self.known & (self.truth == 0),
-            "ppv": called,
-            "npv": self.known & ~called,
+            "auroc": smaller(with_finding, without),
+            "sensitivity": with_finding,
+            "specificity": without,
+            "ppv": self.usable & self.positive,
+            "npv": self.usable & ~self.positive,
         }.get(metric)
 
     def why_missing(self, metric):
         if text := super().why_missing(metric):
             return text
-        if metric in OPERATING and self.threshold is None:
+        if metric in AT_THRESHOLD + COUNTS + AT_PREVALENCE and self.threshold is None:
             return "no threshold is stored with the model"
         if not self.n_positive:
             return "no positive study"
         if self.n_positive == self.n:
             return "no negative study"
-        if metric.endswith("_at_prevalence") and self.prevalence is None:
+        if metric in AT_PREVALENCE and self.prevalence is None:
             return "no prevalence is given"
         if metric.startswith("calibration"):
             return "no finite fit: the probabilities are all alike or separate the classes"
-        return "divides by zero: all or none of the studies are called positive"
+        return "divides by zero: all or none of the studies are positive at the threshold"
 
     def _metrics(self, weights):
-        y, p = self.truth[self.known], self.probability[self.known]
-        found = mt.ranking(y, p, weights) | mt.calibration(y, p, weights)
-        called = self.called[self.known]
-        table = mt.sums([called * y, called * (1 - y), ~called * (1 - y), ~called * y], weights)
+        y, p, positive = (x[self.usable] for x in (self.truth, self.probability, self.positive))
+        metrics = mt.ranking(y, p, weights) | mt.calibration(y, p, weights)
+        cells = [positive * y, positive * (1 - y), ~positive * (1 - y), ~positive * y]
+        counts = mt.sums(cells, weights)
         if self.threshold is None:
-            table = np.full_like(table, np.nan)
-        found |= mt.operating(*table, self.prevalence)
+            counts = np.full_like(counts, np.nan)
+        metrics |= mt.operating(*counts, self.prevalence)
         for cut in self.net_benefit_at:
-            found[f"net_benefit_at_{cut:g}"] = mt.net_benefit(y, p, [cut], weights)[0]
-        return found
+            metrics[f"net_benefit_at_{cut:g}"] = mt.net_benefit(y, p, [cut], weights)[0]
+        return metrics
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Regression(Outcome):
     """A measurement in `units`: truth and values (S,)."""
 
     values: np.ndarray
     units: str = ""
 
+    kind, headline = "regression", "median_absolute_error"
+    tables = (
+        ("Error", ("median_absolute_error", "mean_absolute_error", "rmse", "bias")),
+        ("Agreement", ("loa_low", "loa_high", "r2", "pearson", "spearman")),
+    )
+    figures = ("scatter_plots", "bland_altman")
+
     def __post_init__(self):
-        truth, values = _checked(self.label, self.truth, self.values)
-        _set(self, truth=truth, values=values)
+        self.truth, self.values = checked_arrays(self.label, self.truth, self.values)
 
     @property
     def predicted(self):
@@ -230,72 +288,87 @@ class Regression(Outcome):
             return text
         if self.n == 1:
             return "one study"
-        if np.ptp(self.truth[self.known]) == 0:
+        if np.ptp(self.truth[self.usable]) == 0:
             return "the truth is the same in all studies"
-        if np.ptp(self.values[self.known]) == 0:
+        if np.ptp(self.values[self.usable]) == 0:
             return "the prediction is the same in all studies"
         return "no study in this part"
 
     @cached_property
     def edges(self):
         """(QUARTERS + 1,): quantiles of the truth, the edges of the parts q1, q2, ..."""
-        truth = self.truth[self.known]
+        truth = self.truth[self.usable]
         return np.quantile(truth, np.linspace(0, 1, QUARTERS + 1)) if len(truth) else np.array([])
 
     def _metrics(self, weights):
-        y, f = self.truth[self.known], self.values[self.known]
-        found = mt.errors(y, f, weights) | {"spearman": mt.spearman(y, f, weights)}
-        found["median_absolute_error"] = mt.weighted_median(abs(f - y), weights)
+        y, f = self.pairs()
+        metrics = mt.errors(y, f, weights) | {"spearman": mt.spearman(y, f, weights)}
+        metrics["median_absolute_error"] = mt.weighted_median(abs(f - y), weights)
         part = np.searchsorted(self.edges[1:-1], y, side="left")
         for q in range(QUARTERS):
             name, rows = f"median_absolute_error_q{q + 1}", np.flatnonzero(part == q)
-            found[name] = mt.weighted_median(abs(f - y)[rows], weights[rows])
-        return found
+            metrics[name] = mt.weighted_median(abs(f - y)[rows], weights[rows])
+        return metrics
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class MultiClass(Outcome):
     """Grades: truth 0 .. K-1, probabilities (S, K), `classes` their K names in order."""
 
     probabilities: np.ndarray
     classes: tuple[str, ...]
 
+    kind, headline = "multiclass", "auroc"
+    tables = (("Grades", ("auroc", "balanced_accuracy", "kappa")),)
+    figures = ("roc_classes", "confusion_classes")
+
     def __post_init__(self):
-        truth, probabilities = _checked(self.label, self.truth, self.probabilities)
-        _set(self, truth=truth, probabilities=probabilities, classes=tuple(self.classes))
-        if probabilities.shape != (len(truth), len(self.classes)):
-            shape = probabilities.shape
-            raise UserError(f"{self.label}: {len(self.classes)} classes, probabilities {shape}")
-        if not np.isin(truth[np.isfinite(truth)], range(len(self.classes))).all():
-            raise UserError(f"{self.label}: a truth is none of 0 to {len(self.classes) - 1}")
+        self.truth, self.probabilities = checked_arrays(self.label, self.truth, self.probabilities)
+        self.classes, K = tuple(self.classes), len(self.classes)
+        if self.probabilities.shape != (len(self.truth), K):
+            shape = self.probabilities.shape
+            raise UserError(f"{self.label}: {K} classes, probabilities {shape}")
+        if not np.isin(self.truth[np.isfinite(self.truth)], range(K)).all():
+            raise UserError(f"{self.label}: a truth is none of 0 to {K - 1}")
 
     @property
     def predicted(self):
         return self.probabilities
 
-    def part_of(self, metric):
+    @property
+    def truth_columns(self):
+        names = np.array([*self.classes, None], object)
+        return {self.label: names[np.where(np.isfinite(self.truth), self.truth, -1).astype(int)]}
+
+    @property
+    def predicted_columns(self):
+        names = [f"{self.label}_{name}" for name in self.classes]
+        return dict(zip(names, self.probabilities.T, strict=True))
+
+    def denominator_mask(self, metric):
         for k, name in enumerate(self.classes):
             if metric == f"auroc_{name}":
-                of_class = self.known & (self.truth == k)
-                return _smaller(of_class, self.known & ~of_class)
+                of_class = self.usable & (self.truth == k)
+                return smaller(of_class, self.usable & ~of_class)
         return None
 
     def why_missing(self, metric):
         if text := super().why_missing(metric):
             return text
-        absent = set(range(len(self.classes))) - set(self.truth[self.known].astype(int))
+        absent = set(range(len(self.classes))) - set(self.truth[self.usable].astype(int))
         names = ", ".join(self.classes[k] for k in sorted(absent))
         return f"no study of class {names}" if absent else "all studies are of one class"
 
     def _metrics(self, weights):
-        y, p = self.truth[self.known].astype(int), self.probabilities[self.known]
-        each = [mt.auroc(y == k, p[:, k], weights) for k in range(len(self.classes))]
-        found = {f"auroc_{name}": x for name, x in zip(self.classes, each, strict=True)}
+        y, p = self.pairs()
+        areas = [mt.auroc(y == k, p[:, k], weights) for k in range(len(self.classes))]
+        metrics = {"auroc": np.mean(areas, axis=0)}
+        metrics |= {f"auroc_{name}": x for name, x in zip(self.classes, areas, strict=True)}
         table = mt.confusion(y, p.argmax(axis=1), len(self.classes), weights)
-        return {"auroc": np.mean(each, axis=0)} | found | mt.agreement(table)
+        return metrics | mt.agreement(table)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Survival(Outcome):
     """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher dies sooner.
 
@@ -307,12 +380,16 @@ class Survival(Outcome):
     years: tuple[float, ...] = ()
     units: str = "years"
 
+    kind, headline = "survival", "c_index"
+    tables = (("Survival", ("c_index",)),)
+    figures = ("kaplan_meier",)
+
     def __post_init__(self):
-        time, event, risk = _checked(self.label, self.truth, self.event, self.risk)
-        _set(self, truth=time, event=event, risk=risk)
-        if not np.isin(event[np.isfinite(event)], (0, 1)).all():
+        arrays = checked_arrays(self.label, self.truth, self.event, self.risk)
+        self.truth, self.event, self.risk = arrays
+        if not np.isin(self.event[np.isfinite(self.event)], (0, 1)).all():
             raise UserError(f"{self.label}: an event is neither 0, 1 nor missing")
-        if (time[np.isfinite(time)] < 0).any():
+        if (self.truth < 0).any():
             raise UserError(f"{self.label}: a time is below zero")
 
     @property
@@ -320,16 +397,28 @@ class Survival(Outcome):
         return np.stack([self.event, self.risk], axis=1)
 
     @property
-    def n_positive(self):
-        return int(self.event[self.known].sum())
+    def truth_columns(self):
+        return {self.label: self.truth, f"{self.label}_event": self.event}
 
-    def part_of(self, metric):
+    @property
+    def predicted_columns(self):
+        return {f"{self.label}_risk": self.risk}
+
+    @property
+    def n_positive(self):
+        return int(self.event[self.usable].sum())
+
+    def by_patient(self, patients, rule):
+        if rule == "mean":
+            raise UserError(f"{self.label}: times are not pooled: --pool first or last")
+        return super().by_patient(patients, rule)
+
+    def denominator_mask(self, metric):
+        with_event = self.usable & (self.event == 1)
         if metric == "c_index":
-            return self.known & (self.event == 1)
-        case = (
-            self.known & (self.event == 1) & (self.truth <= float(metric.removeprefix("auroc_at_")))
-        )
-        return _smaller(case, self.known & ~case)
+            return with_event
+        case = with_event & (self.truth <= float(metric.removeprefix("auroc_at_")))
+        return smaller(case, self.usable & ~case)
 
     def why_missing(self, metric):
         if text := super().why_missing(metric):
@@ -337,31 +426,33 @@ class Survival(Outcome):
         if not self.n_positive:
             return "no event"
         if metric == "c_index":
-            return "no two studies whose order of events is known"
-        return "no event before, or nobody followed beyond, this time"
+            return "no two studies whose order of events is certain"
+        return "no event before, or no study followed beyond, this time"
 
     def _metrics(self, weights):
-        time, risk = self.truth[self.known], self.risk[self.known]
-        event = self.event[self.known] == 1
-        found = {"c_index": mt.c_index(time, event, risk, weights)}
+        time, risk = self.truth[self.usable], self.risk[self.usable]
+        event = self.event[self.usable] == 1
+        metrics = {"c_index": mt.c_index(time, event, risk, weights)}
         for year in self.years:
-            at = mt.dynamic_auroc(time, event, risk, year, weights)
-            found[f"auroc_at_{year:g}"] = at
-        return found
+            metrics[f"auroc_at_{year:g}"] = mt.dynamic_auroc(time, event, risk, year, weights)
+        return metrics
+
+
+OUTCOMES = {cls.kind: cls for cls in (Binary, Regression, MultiClass, Survival)}
 
 
 # ------------------------------------------------------------------------ resamples and intervals
 
 
-def resamples(patients, n_boot, seed=0, bytes_=BYTES):
-    """Yield weights (S, b), float32, in chunks of at most `bytes_`: `n_boot` resamples in all.
+def resamples(patients, n_boot, seed=0, chunk_bytes=CHUNK_BYTES):
+    """Yield weights (S, b), float32, in chunks of at most `chunk_bytes`: `n_boot` resamples in all.
 
     A resample draws as many patients as there are, with replacement; a study counts as often as its
     patient was drawn. patients (S,): any identifiers. The draws depend on patients and seed alone.
     """
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
-    rng = np.random.default_rng(seed % 2**64)  # numpy takes none below 0
-    at_once = max(1, bytes_ // (4 * max(len(patient), 1)))
+    rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
+    at_once = max(1, chunk_bytes // (4 * max(len(patient), 1)))
     for start in range(0, n_boot if len(names) else 0, at_once):
         b = min(at_once, n_boot - start)
         drawn = rng.integers(len(names), size=(b, len(names)))
@@ -370,67 +461,71 @@ def resamples(patients, n_boot, seed=0, bytes_=BYTES):
         yield counts.reshape(len(names), b)[patient]
 
 
-def bootstrap(metrics, patients, n_boot=1000, seed=0):
-    """{name: (1 + n_boot,)}: the value on all studies, then in each resample of the patients.
-
-    metrics: a function of weights (S, B) that gives {name: (B,)}.
-    """
-    parts = [metrics(np.ones((len(patients), 1)))]
-    parts += [metrics(w) for w in resamples(patients, n_boot, seed)]
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-
-def replicates(outcomes, patients, n_boot=1000, seed=0):
-    """{(label, metric): (1 + n_boot,)} of several labels from the same resamples."""
-    threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # a label each, not a product each
-    with threadpool_limits(1, "blas"), Threads(threads) as pool:
+def bootstrap(outcomes, patients, n_boot=1000, seed=0):
+    """{(label, metric): (1 + n_boot,)}: the value on all studies, then in each resample of the
+    patients, the same resamples for all outcomes."""
+    threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # one label in each
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
 
         def metrics(weights):
-            each = pool.map(lambda o: o.metrics(weights), outcomes)
-            pairs = zip(outcomes, each, strict=True)
-            return {(o.label, k): v for o, found in pairs for k, v in found.items()}
+            by_label = pool.map(lambda o: o.metrics(weights), outcomes)
+            pairs = zip(outcomes, by_label, strict=True)
+            return {(o.label, name): v for o, values in pairs for name, v in values.items()}
 
-        return bootstrap(metrics, patients, n_boot, seed)
+        parts = [metrics(np.ones((len(patients), 1)))]
+        parts += [metrics(weights) for weights in resamples(patients, n_boot, seed)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def interval(values, n_patients, part_of=0):
+def mean_interval(values, patients, n_boot=1000):
+    """(low, high): 95 % percentile interval of the mean of values (S,), over patients (S,)."""
+    if len(set(patients)) < 2:
+        return np.nan, np.nan
+    weights = np.concatenate(list(resamples(patients, n_boot)), axis=1)
+    return tuple(np.quantile(values @ weights / weights.sum(axis=0), [0.025, 0.975]))
+
+
+def interval(values, n_patients, proportion_of=0):
     """(low, high, n_boot) of 95 % from (1 + n_boot,): the value, then its resamples.
 
     Percentiles of the resamples, at levels widened by Student's t for the number of patients
-    (Hesterberg, Am Stat 2015;69:371). A proportion of `part_of` patients (0: it is none) has
-    Wilson's interval with the size that its variance over resamples amounts to (Dean & Pagano,
-    J Surv Stat Methodol 2015;3:484): of a sensitivity of 0.9 in 40 patients with several studies
-    each, percentiles held the true one 78 times in 100, this 96 times; and 15 right of 15 is not
-    "1.00 to 1.00". Expected calibration error is too large in small samples, and its interval with
-    it: 90 in 100 with 150 patients. NaN for one patient, where under 100 resamples
-    have a value, or where they are all the same.
+    (Hesterberg, Am Stat 2015;69:371). A proportion of `proportion_of` patients (0: another metric)
+    has Wilson's interval with the effective size that follows from its variance over resamples
+    (Dean & Pagano, J Surv Stat Methodol 2015;3:484): for a sensitivity of 0.9 in 40 patients with
+    several studies each, percentiles held the true value 78 times in 100, Wilson's interval 96
+    times; and 15 right of 15 is not "1.00 to 1.00". Expected calibration error is too large in
+    small samples, and so is its interval: 90 in 100 with 150 patients. NaN for one patient, where
+    under 100 resamples have a value, or where they are all the same.
     """
     value, resampled = values[0], values[1:][~np.isnan(values[1:])]
     n_boot = len(resampled)
     if np.isnan(value) or n_patients < 2 or n_boot < 100:
         return np.nan, np.nan, n_boot
     z = np.sqrt(n_patients / (n_patients - 1)) * special.stdtrit(n_patients - 1, 0.975)
-    if part_of:
+    if proportion_of:
         sd = resampled.std(dtype=np.float64)
-        size = value * (1 - value) / sd**2 if sd > 1e-6 and 0 < value < 1 else part_of
+        size = value * (1 - value) / sd**2 if sd > 1e-6 and 0 < value < 1 else proportion_of
         centre, scale = value + z**2 / (2 * size), 1 + z**2 / size
         half = z * np.sqrt(value * (1 - value) / size + z**2 / (4 * size**2))
         return float(max(0, centre - half) / scale), float(min(1, (centre + half) / scale)), n_boot
     levels = special.ndtr([-z, z])
-    low, high = np.quantile(resampled, levels, method="inverted_cdf")  # of infinite ones too
+    low, high = np.quantile(resampled, levels, method="inverted_cdf")  # also of infinite values
     if low == high or high - low <= 1e-6 * abs(value):
         return np.nan, np.nan, n_boot
     return float(low), float(high), n_boot
 
 
+def count_patients(patients, mask):
+    return len(np.unique(np.asarray(patients)[mask]))
+
+
 def estimate(outcome, metric, values, patients):
-    """Estimate of one metric from its replicates (1 + n_boot,), its `note` included."""
+    """Estimate of one metric from its bootstrap (1 + n_boot,), with its `note`."""
     if metric in COUNTS:
         values = values[:1]
-    known, part = outcome.known, outcome.part_of(metric)
-    n_part = 0 if part is None else len(np.unique(np.asarray(patients)[part]))
-    n_patients = len(np.unique(np.asarray(patients)[known]))
-    low, high, n_boot = interval(values, n_patients, n_part)
+    mask, n_patients = outcome.denominator_mask(metric), count_patients(patients, outcome.usable)
+    proportion_of = 0 if mask is None else count_patients(patients, mask)
+    low, high, n_boot = interval(values, n_patients, proportion_of)
     note = ""
     if np.isnan(values[0]):
         note = outcome.why_missing(metric)
@@ -444,128 +539,121 @@ def estimate(outcome, metric, values, patients):
         note = "no interval: too few resamples have a value, or all have the same"
     elif n_boot < len(values) - 1:
         note = f"interval from the {n_boot} of {len(values) - 1} resamples that have a value"
-    return Estimate(
-        label=outcome.label,
-        metric=metric,
-        value=float(values[0]),
-        ci_low=low,
-        ci_high=high,
-        n=outcome.n,
-        n_positive=outcome.n_positive,
-        unit=outcome.unit(metric),
-        note=note,
-        n_boot=n_boot,
-    )
+    n, positive, unit = outcome.n, outcome.n_positive, outcome.unit(metric)
+    value = float(values[0])
+    return Estimate(outcome.label, metric, value, low, high, n, positive, unit, note, n_boot)
 
 
 def estimates(outcomes, patients, n_boot=1000, seed=0):
     """[Estimate]: every metric of every outcome, then the means over labels, with intervals.
 
-    outcomes: of the same studies, one a label; patients (S,): whose they are.
+    outcomes: of the same studies, one for each label; patients (S,): of each study.
     """
-    found = replicates(outcomes, patients, n_boot, seed)
-    of = {o.label: o for o in outcomes}
-    each = [estimate(of[label], metric, x, patients) for (label, metric), x in found.items()]
-    return each + macro_means(outcomes, found, patients)
+    values, of_label = bootstrap(outcomes, patients, n_boot, seed), {o.label: o for o in outcomes}
+    rows = [estimate(of_label[label], m, x, patients) for (label, m), x in values.items()]
+    return rows + macro_means(outcomes, values, patients)
 
 
-def macro_means(outcomes, found, patients):
+def macro_means(outcomes, values, patients):
     """[Estimate] labelled "mean": of each metric that two labels or more have in the same unit.
 
-    found: of `replicates`. A resample's mean is over the labels that have a value in it. Labels
-    without a value on all studies are left out; `note` says of how many labels it is the mean.
+    values: of `bootstrap`. A resample's mean is over the labels that have a value in it. Labels
+    without a value on all studies are left out; `note` says how many labels are in the mean.
     """
-    metrics = {metric for _, metric in found} - set(COUNTS)
-    table = []
-    for metric in sorted(metrics):
-        of = [o for o in outcomes if np.isfinite(found.get((o.label, metric), [np.nan])[0])]
-        units = {o.unit(metric) for o in of}
-        if len(of) < 2 or len(units) > 1:
+    rows = []
+    for metric in sorted({metric for _, metric in values} - set(COUNTS)):
+        defined = [o for o in outcomes if np.isfinite(values.get((o.label, metric), [np.nan])[0])]
+        units = {o.unit(metric) for o in defined}
+        if len(defined) < 2 or len(units) > 1:
             continue
-        values = np.stack([found[o.label, metric] for o in of])
-        there = np.isfinite(values)
-        sums = np.where(there, values, 0).sum(axis=0)
+        stacked = np.stack([values[o.label, metric] for o in defined])
+        finite = np.isfinite(stacked)
         with np.errstate(invalid="ignore"):
-            mean = sums / there.sum(axis=0)
-        known = np.any([o.known for o in of], axis=0)
-        low, high, n = interval(mean, len(np.unique(np.asarray(patients)[known])))
-        note = f"mean of {len(of)} of {len(outcomes)} labels"
-        row = Estimate("mean", metric, float(mean[0]), low, high, int(known.sum()))
-        table.append(replace(row, unit=units.pop(), note=note, n_boot=n))
-    return table
+            mean = np.where(finite, stacked, 0).sum(axis=0) / finite.sum(axis=0)
+        usable = np.any([o.usable for o in defined], axis=0)
+        low, high, n_boot = interval(mean, count_patients(patients, usable))
+        note = f"mean of {len(defined)} of {len(outcomes)} labels"
+        row = Estimate("mean", metric, float(mean[0]), low, high, int(usable.sum()))
+        rows.append(replace(row, unit=units.pop(), note=note, n_boot=n_boot))
+    return rows
+
+
+# -------------------------------------------------------------------------------------- two models
 
 
 def compare(first, second, patients, n_boot=1000, seed=0):
     """[Estimate]: first - second of two models' outcomes of the same studies, label by label.
 
     Each label on the studies that both models predict. AUROC of findings by `delong`, with a
-    p_value; the rest by the same resamples for both. UserError where labels or truths differ.
+    p_value; the other metrics by the same resamples for both. UserError where labels or truths
+    differ.
     """
     first, second = on_both(first, second)
-    one, other = (replicates(o, patients, n_boot, seed) for o in (first, second))
-    of, table = {a.label: (a, b) for a, b in zip(first, second, strict=True)}, []
-    for (label, metric), values in one.items():
-        if (label, metric) not in other or metric in COUNTS:
-            continue
-        a, b = of[label]
-        with np.errstate(invalid="ignore"):
-            difference = values - other[label, metric]
-        row = replace(estimate(a, metric, values, patients), ci_low=np.nan, ci_high=np.nan, note="")
-        row = replace(row, value=float(difference[0]))
-        if metric == "auroc" and isinstance(a, Binary):
-            row = replace(row, n_boot=0, **_delong_difference(a, b, patients))
-        else:
-            known = len(np.unique(np.asarray(patients)[a.known]))
-            low, high, n = interval(difference, known)
-            row = replace(row, ci_low=low, ci_high=high, n_boot=n)
-        if np.isnan(row.value):
-            lacks, whose = (a, "") if np.isnan(values[0]) else (b, "the other: ")
-            row = replace(row, note=whose + lacks.why_missing(metric))
-        elif np.isnan(row.ci_low):
-            row = replace(row, note="no interval: too few patients, or all resamples the same")
-        table.append(row)
-    return table
+    values, others = (bootstrap(o, patients, n_boot, seed) for o in (first, second))
+    pairs = {a.label: (a, b) for a, b in zip(first, second, strict=True)}
+    shared = [key for key in values if key in others and key[1] not in COUNTS]
+    return [
+        difference(*pairs[label], metric, values[label, metric], others[label, metric], patients)
+        for label, metric in shared
+    ]
+
+
+def difference(a, b, metric, values, others, patients):
+    """Estimate of a metric of outcome a less that of b; values, others (1 + n_boot,)."""
+    with np.errstate(invalid="ignore"):
+        less = values - others
+    low, high, n_boot = interval(less, count_patients(patients, a.usable))
+    row = Estimate(a.label, metric, float(less[0]), low, high, a.n, a.n_positive, a.unit(metric))
+    row = replace(row, n_boot=n_boot)
+    if metric == "auroc" and isinstance(a, Binary):
+        low, high, p_value = delong_difference(a, b, patients)
+        row = replace(row, ci_low=low, ci_high=high, p_value=p_value, n_boot=0)
+    if np.isnan(row.value):
+        missing, whose = (a, "") if np.isnan(values[0]) else (b, "the other: ")
+        return replace(row, note=whose + missing.why_missing(metric))
+    if np.isnan(row.ci_low):
+        return replace(row, note="no interval: too few patients, or all resamples the same")
+    return row
 
 
 def on_both(first, second):
-    """Two models' outcomes of the same studies, the truths of those alone that both predict."""
+    """Two models' outcomes of the same studies, with the truths only of studies that both predict.
+
+    UserError where labels or truths differ.
+    """
     if [o.label for o in first] != [o.label for o in second]:
         raise UserError("the two models do not have the same labels")
     pairs = []
     for a, b in zip(first, second, strict=True):
-        both = type(a) is type(b) and [(a.truth, b.truth)]
-        if both and isinstance(a, Survival):
-            both.append((a.event, b.event))
-        if not both or not all(np.array_equal(*pair, equal_nan=True) for pair in both):
+        truths = type(a) is type(b) and [(a.truth, b.truth)]
+        if truths and isinstance(a, Survival):
+            truths.append((a.event, b.event))
+        if not truths or not all(np.array_equal(*pair, equal_nan=True) for pair in truths):
             raise UserError(f"{a.label}: the two models' studies do not have the same truths")
-        truth = np.where(a.known & b.known, a.truth, np.nan)
+        truth = np.where(a.usable & b.usable, a.truth, np.nan)
         pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
     return [list(x) for x in zip(*pairs, strict=True)]
 
 
-def _delong_difference(a, b, patients):
-    """ci_low, ci_high, p_value of a's less b's AUROC."""
-    known = a.known
-    scores = np.stack([a.probability[known], b.probability[known]], axis=1)
-    area, covariance = delong(a.truth[known], scores, np.asarray(patients)[known])
+def delong_difference(a, b, patients):
+    """(low, high, p value) of a's less b's AUROC; NaN where the variance is not defined."""
+    usable = a.usable
+    scores = np.stack([a.probability[usable], b.probability[usable]], axis=1)
+    area, covariance = delong(a.truth[usable], scores, np.asarray(patients)[usable])
     contrast = np.array([1, -1])
-    difference, sd = contrast @ area, np.sqrt(max(contrast @ covariance @ contrast, 0))
+    less, sd = contrast @ area, np.sqrt(max(contrast @ covariance @ contrast, 0))
     if not sd > 0:
-        return {"p_value": np.nan}
-    p = 2 * special.ndtr(-abs(difference / sd))
-    low, high = difference + special.ndtri([0.025, 0.975]) * sd
-    return {"ci_low": float(low), "ci_high": float(high), "p_value": float(p)}
-
-
-# ------------------------------------------------------------------------------------ two models
+        return np.nan, np.nan, np.nan
+    low, high = less + special.ndtri([0.025, 0.975]) * sd
+    return float(low), float(high), float(2 * special.ndtr(-abs(less / sd)))
 
 
 def delong(truth, scores, patients=None):
     """(AUROCs (M,), their covariance (M, M)) of M models on the same studies; scores (S, M).
 
     DeLong (Biometrics 1988;44:837) by mid-ranks (Sun & Xu, IEEE Signal Process Lett 2014;21:1389).
-    With `patients`, whose studies are not independent, their sums take the place of studies
-    (Obuchowski, Biometrics 1997;53:567); with one study a patient both are the same. NaN where a
+    With `patients`, whose studies are not independent, their sums replace single studies
+    (Obuchowski, Biometrics 1997;53:567); with one study per patient both are the same. NaN where a
     class has fewer than two patients.
     """
     scores, truth = np.asarray(scores, float).reshape(len(truth), -1), np.asarray(truth)
@@ -587,43 +675,6 @@ def delong(truth, scores, patients=None):
     n_a, n_b = len(np.unique(patient[truth == 1])), len(np.unique(patient[truth == 0]))
     if min(n_a, n_b) < 2:
         return area, np.full((len(area),) * 2, np.nan)
-    both = k / (k - 1) * (a.T @ b) / (m * n)
+    cross = k / (k - 1) * (a.T @ b) / (m * n)
     parts = n_a / (n_a - 1) * (a.T @ a) / m**2 + n_b / (n_b - 1) * (b.T @ b) / n**2
-    return area, parts + both + both.T
-
-
-def first_or_last(patients, known, how, when=None):
-    """(patients, the row of each): his first or last study of the known, by `when` or by row."""
-    rows = np.flatnonzero(known)
-    if when is not None:
-        rows = rows[np.argsort(np.asarray(when)[rows], kind="stable")]
-    rows = rows[::-1] if how == "last" else rows
-    names, first = np.unique(np.asarray(patients)[rows], return_index=True)
-    return names, rows[first]
-
-
-def pool_by_patient(patients, truth, predicted, how="mean", when=None, classes=True):
-    """(patients, truth, predicted, n_left_out): one row a patient, of the studies of one label.
-
-    how: "mean" of predictions; "first" or "last" study by `when` (S,), or by row. Only studies with
-    truth and prediction count. With "mean" a patient whose studies differ in truth has none where
-    truths are `classes` (n_left_out such patients), and the mean truth otherwise. predicted (S,) or
-    (S, K).
-    """
-    if how not in ("mean", "first", "last"):
-        raise UserError(f"pooling by patient: {how} is none of mean, first, last")
-    patients, truth = np.asarray(patients), np.asarray(truth, float)
-    predicted = np.asarray(predicted, float)
-    known = np.isfinite(truth) & finite_rows(predicted)
-    if how != "mean":
-        names, chosen = first_or_last(patients, known, how, when)
-        return names, truth[chosen], predicted[chosen], 0
-    rows = np.flatnonzero(known)
-    names, patient = np.unique(patients[rows], return_inverse=True)
-    n = np.bincount(patient, minlength=len(names))
-    columns = np.column_stack([truth[rows], truth[rows] ** 2, predicted[rows]])
-    means = grouped(patient, len(names), columns) / n[:, None]
-    pooled, mean = means[:, 0], means[:, 2:].reshape(len(names), *predicted.shape[1:])
-    left_out = classes & (means[:, 1] - pooled**2 > 1e-9)
-    pooled[left_out] = np.nan
-    return names, pooled, mean, int(left_out.sum())
+    return area, parts + cross + cross.T
