@@ -139,6 +139,8 @@ def pair_studies(studies, other, name):
 
 
 def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
+    """One outcome for each label. truth (S, C) and predicted (S, O) of `study.outputs`, in physical
+    units, probabilities and log hazards; years: the times of the AUROC of survival."""
     return [
         label.outcome(
             truth[:, outputs.places[label.name]], predicted[:, outputs.slices[label.name]],
