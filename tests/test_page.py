@@ -1,7 +1,6 @@
 """The page in a real browser: nothing asked of the network, names as text, videos that play."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,11 +15,11 @@ from helpers import normal
 import echofocus as ef
 from echofocus_core.base.console import run_main
 from echofocus_core.base.options import Settings
-from echofocus_core.report.page import Page, PageStudy, more_answers, read_playback, write_page
+from echofocus_core.report.page import Page, PageStudy, more_answers, write_page
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom
-from echofocus_core.video.playback import Playback, write_playback
+from echofocus_core.video.playback import Playback, read_playback, write_clip
 from echofocus_core.video.store import FileRecord, read_details, write_study
 from echofocus_core.video.studies import Study
 
@@ -250,7 +249,7 @@ def test_pixels_in_the_browser_are_those_of_the_video(folder, tab):
 
 def test_a_source_that_is_gone_has_a_stand_in(folder, tab):
     open_study(folder, tab, "S20")
-    assert "the source video is not at hand" in tab.inner_text(".standin >> nth=0")
+    assert "the source video is not available" in tab.inner_text(".standin >> nth=0")
     assert tab.locator("video").count() == 0
 
 
@@ -285,16 +284,16 @@ def test_what_no_study_has_is_no_column(folder, tab, tmp_path):
         assert shown(tab) == ["a"] and "70.0 %" in tab.inner_text("#list")
         tab.goto((tmp_path / "p/studies/1.html").as_uri())
         assert "1 video, 1 clip " in tab.inner_text("main")
-        assert ("does not say whether this study is like" in tab.inner_text("main")) == (not more)
+        assert ("no record of its training data" in tab.inner_text("main")) == (not more)
     assert heads[0] == ["Top video", "Study", "Answer", "Videos", "Warnings"]
     assert {"Answer (90\u00a0% range)", "Range width", "Novelty"} <= set(heads[1])
 
 
 def test_the_only_video_cannot_be_left_out(folder, tab, tmp_path):
     """It has no score by leave_one_out, and so no waterfall."""
-    unit = {"columns": [0, 1], "scores": np.full((2, 1, 3), np.nan), "names": ["v0.avi"]}
+    explanation = {"columns": [0, 1], "scores": np.full((2, 1, 3), np.nan), "names": ["v0.avi"]}
     row = {"eid": "a", "n_clips": 3, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.1}
-    studies = [PageStudy("a", row, ["v0.avi"], unit)]
+    studies = [PageStudy("a", row, ["v0.avi"], explanation)]
     settings = Settings(explain_method="leave_one_out")
     write_page(Page(tmp_path / "p", ef.load(folder.parent), settings, studies, {}))
     tab.goto((tmp_path / "p/studies/1.html").as_uri())
@@ -386,22 +385,18 @@ def test_the_frame_rate_is_the_files_own(tmp_path, fps):
         delattr(ds, name)
     ds.save_as(tmp_path / "c")
     assert video.VideoFile(tmp_path / "c").rate is None
-    written = write_playback(tmp_path / "c", tmp_path / "c.webm", "none")
+    with video.VideoFile(tmp_path / "c") as opened:
+        written = write_clip(opened, tmp_path / "c.webm", "none")
     assert (written.rate, written.rate_is_known, written.frames) == (30, False, 16)
 
 
-def test_a_clips_damaged_record_is_made_anew(tmp_path):
-    """It lies beside the clip, in a folder that may be anyone's."""
-    clip, record = tmp_path / "a.webm", tmp_path / "a.json"
-    clip.write_bytes(b"1")
+def test_a_damaged_record_of_a_clip_is_ignored(tmp_path):
+    record = tmp_path / "a.json"
     good = {"frames": 20, "rate": 30.0, "rate_is_known": True, "width": 64, "height": 48}
     record.write_text(json.dumps(good))
-    assert read_playback(clip) == Playback(**good)
-    odd = ["x", None, [1], -1, float("nan"), 10**400, 10**9]
-    texts = [json.dumps(good | {key: value}) for key in good for value in odd]
-    for text in (*texts, "", "{}", "[1]", "[" * 100_000, json.dumps(good) + " " * 10**6):
+    assert read_playback(record) == Playback(**good)
+    for text in ("", "{}", "[1]", json.dumps(good)[:30], json.dumps(good | {"more": 1})):
         record.write_text(text)
-        assert read_playback(clip) is None, text[:99]
+        assert read_playback(record) is None
     record.unlink()
-    os.mkfifo(record)
-    assert read_playback(clip) is None
+    assert read_playback(record) is None

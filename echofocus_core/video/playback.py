@@ -1,8 +1,11 @@
 """A video as a clip that browsers play: WebM (VP8), at its frame rate, less what lies outside the
 ultrasound sector."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 
+from echofocus_core import __version__
 from echofocus_core.base.files import atomic_path
 from echofocus_core.video.decode import VideoFile, resized, sector_mask
 from echofocus_core.video.errors import VideoError
@@ -22,18 +25,40 @@ class Playback:
     height: int
 
 
-def write_playback(source, path, mask="sector"):
-    """Write a video (see `iter_frames`) to `path` (.webm); returns its Playback.
+def stored_clip(source, folder, mask, content=""):
+    """(file name, Playback) of the clip of a video in `folder`, written where it does not exist.
 
-    mask: 'sector' blacks out what lies outside the ultrasound sector, burned-in names for one;
-    'none' keeps it. Raises VideoError, also where there is no sector or no encoder.
+    content: SHA-256 of the video that was embedded, '' where that is not recorded. Raises
+    VideoError, also where the video has changed since.
     """
     with VideoFile(source) as video:
-        return write_clip(video, path, mask)
+        if content and video.digest != content:
+            raise VideoError("the source video has changed since it was embedded")
+        key = f"{video.digest} {mask} {__version__}".encode()
+        path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.webm"
+        record = path.with_suffix(".json")
+        playback = read_playback(record) if path.is_file() else None
+        if playback is None:
+            playback = write_clip(video, path, mask)
+            with atomic_path(record) as temporary:
+                temporary.write_text(json.dumps(asdict(playback)))
+    return path.name, playback
+
+
+def read_playback(record):
+    """The Playback of a clip in its JSON file; None where that is damaged or missing."""
+    try:
+        return Playback(**json.loads(record.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_clip(video, path, mask):
-    """Write a VideoFile as a clip, see `write_playback`."""
+    """Write a VideoFile to `path` (.webm); returns its Playback.
+
+    mask: 'sector' blacks out the part outside the ultrasound sector, such as burned-in names;
+    'none' keeps it. Raises VideoError, also where there is no sector or no encoder.
+    """
     import cv2
 
     shown, small = [], []
