@@ -176,7 +176,7 @@ def cmd_inspect(typed):
     path = find_model_file(settings.source or settings.model_name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
-        facts = describe_encoder(panecho.load_panecho(path)[0])
+        facts = describe_encoder(panecho.load_panecho(path).model)
     else:
         facts = model_facts(path, read_config(settings.config, needed=False))
     facts = {"name": path.parent.resolve().name, "file": path.name} | facts

@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--workers", type=int, default=0, help="decoders of that run; 0: default")
     args = parser.parse_args()
     device = args.device
-    backbone = panecho.load_panecho("random")[0].encoder
+    backbone = panecho.load_panecho("random").model.encoder
     flops = image_flops(backbone)
     backbone.to(device)
     batch = extract.default_batch(device, 224)
@@ -93,7 +93,7 @@ def main():
     }
     encoders = {
         precision: extract.Encoder(
-            panecho.load_panecho("random")[0].encoder, device, batch, precision, 224
+            panecho.load_panecho("random").model.encoder, device, batch, precision, 224
         )
         for precision in extract.PRECISIONS
         if rate[precision] > rate["fp32"] / 10

@@ -1,11 +1,30 @@
-"""PanEcho's 40 outputs for a folder of exams: `panecho.py predict FOLDER`."""
+"""PanEcho's 40 readings of a folder of exams, a row a study: `panecho.py predict FOLDER`.
+
+The table is what `echofocus.py predict` writes with the same encoder; other options are passed on.
+"""
 
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not embed/
 
-from echofocus_core.video.panecho import program  # noqa: E402
+import echofocus  # noqa: E402
+from echofocus_core.base.console import Parser, run_main  # noqa: E402
+from echofocus_core.video.panecho import find_weights  # noqa: E402
+
+
+def main(argv=None):
+    parser = Parser(prog="embed/panecho.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("command", choices=["predict"], help="the readings, a row a study")
+    parser.add_argument("folder", help="a folder of study folders, or of one study's files")
+    parser.add_argument("--weights", default="panecho", help="as of embed/extract.py")
+    parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
+    typed, more = parser.parse_known_args(argv)
+    file = find_weights(typed.weights).resolve()
+    out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"
+    line = [f"--model_name={file}", f"--weights={file}", f"--out={out}", f"--videos={typed.folder}"]
+    echofocus.main(["predict", *line, *more])
+
 
 if __name__ == "__main__":
-    program()
+    run_main(main, "embed/panecho.py")

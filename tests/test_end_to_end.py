@@ -44,7 +44,7 @@ def small_network(monkeypatch):
 
 def network(**options):
     torch.manual_seed(0)
-    full, _ = panecho.load_panecho("random", 4)
+    full = panecho.load_panecho("random", 4).model
     return EndToEnd(full, StudyModel(2, depth=1), **options)
 
 
@@ -179,13 +179,13 @@ def test_a_model_and_its_encoder(site, cli):
     assert "weights" not in whole["echofocus"]["settings"]
     best = read_checkpoint(folder / "best_checkpoint.pt")
     assert best["echofocus"]["encoder_sha256"] == sha256_file(folder / "encoder.pt")
-    before = panecho.load_panecho("random", 4)[0].state_dict()
-    after = panecho.read_encoder(folder / "encoder.pt")[0]
+    before = panecho.load_panecho("random", 4).model.state_dict()
+    after = panecho.read_encoder(folder / "encoder.pt").state
     assert all(k.startswith("encoder.") for k in after)  # no heads over what they did not learn
     assert any(not torch.equal(before[k], after[k]) for k in after)
-    (seen,) = panecho.read_encoder(folder / "encoder.pt")[2]
+    (seen,) = panecho.read_encoder(folder / "encoder.pt").seen
     assert len(seen.train) == 32 and len(seen.val) == 8  # patients and studies, in two forms
-    assert panecho.seen_by(folder)[0][0].key == seen.key  # as a training that begins with it asks
+    assert panecho.seen_by(folder)[0].key == seen.key  # as a training that begins with it asks
     assert encoders_seen(folder / "clip_embeddings")[best["echofocus"]["encoder_sha256"]]
 
     files = {eid: folder / "clip_embeddings" / f"{eid}.hdf5" for eid in ("e8", "e9")}
@@ -306,7 +306,7 @@ def write_flutter(folder, n):
 
 def blind_to_order(path):
     """Weights of a random encoder that sees of three successive frames little but their mean."""
-    state = panecho.load_panecho("random", 4)[0].state_dict()
+    state = panecho.load_panecho("random", 4).model.state_dict()
     name = "encoder.encoder.model.features.0.0.weight"
     scale = torch.tensor(panecho.STD).view(1, 3, 1, 1)  # by which the input is divided
     state[name] = 0.1 * state[name] + 0.9 * (state[name] / scale).mean(1, keepdim=True) * scale

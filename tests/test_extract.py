@@ -92,7 +92,7 @@ def test_an_exam_gives_the_same_numbers_under_any_name(source, tmp_path, cli):
 
 def whole_clips(path, starts, size):
     """The published way: every clip read, prepared and encoded by itself."""
-    model, _ = panecho.load_panecho("random")
+    model = panecho.load_panecho("random").model
     mean, std = (np.array(v, np.float32) for v in (panecho.MEAN, panecho.STD))
     frames = video.read_frames(path)
     out = []
@@ -124,7 +124,7 @@ def test_extract(source, tmp_path, cli):
         assert {v for v, _ in f["skipped"].asstr()[:]} == {"still.dcm", "notes.dcm"}
         attributes = dict(f.attrs)
     assert attributes["weights"].startswith("random")
-    assert attributes["weights_sha256"] == panecho.load_panecho("random")[1]
+    assert attributes["weights_sha256"] == panecho.load_panecho("random").sha256
     assert attributes["weights_seen"] == "elsewhere"
     assert (attributes["clip_len"], attributes["n_clips"], attributes["size"]) == (16, 3, 56)
     assert str(tmp_path) not in str(attributes)

@@ -2,6 +2,7 @@
 
 import http.server
 import re
+import runpy
 import threading
 
 import numpy as np
@@ -15,7 +16,7 @@ from echofocus_core.video import panecho
 
 @pytest.fixture(scope="module")
 def model():
-    return panecho.load_panecho("random")[0]
+    return panecho.load_panecho("random").model
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_packed_for_a_cpu(model, dtype, most):
     """Packed weights, fused products: the numbers of the plain model, at any image size."""
     if not panecho.can_pack(dtype):
         pytest.skip(f"this CPU's torch packs no {dtype}")
-    packed = panecho.load_panecho("random")[0].encoder.encoder
+    packed = panecho.load_panecho("random").model.encoder.encoder
     packed.model.pack(dtype, 64)
     for n, size in ((3, 64), (2, 150)):
         images = torch.from_numpy(normal(size, n, 3, size, size))
@@ -97,8 +98,9 @@ def test_position_code():
 
 
 def test_weights_file_loads_strictly(weights_file, tmp_path):
-    model, digest = panecho.load_panecho(weights_file)
-    assert digest == sha256_file(weights_file)
+    loaded = panecho.load_panecho(weights_file)
+    model = loaded.model
+    assert loaded.sha256 == sha256_file(weights_file)
     state = torch.load(weights_file, weights_only=True)["weights"]
     assert torch.equal(model.EF_head[1].weight, state["EF_head.1.weight"])
 
@@ -151,7 +153,7 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
     try:
         with pytest.raises(panecho.WeightsError, match="resume"):
             panecho.find_weights(show=False)
-        assert not panecho.cached_weights().exists()
+        assert not panecho.weights_path().exists()
         path = panecho.find_weights(show=False)
         path.rename(path.with_name("panecho.pt.part"))  # all of it came, and the process died
         assert panecho.find_weights(show=False) == path
@@ -173,7 +175,7 @@ def test_download_resumes_and_checks_the_digest(tmp_path, monkeypatch, weights_f
 def test_hub(weights_file, tmp_path, monkeypatch, model):
     """The published signature, through torch.hub, with the weights in torch.hub's cache."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    cached = panecho.cached_weights()
+    cached = panecho.weights_path()
     cached.parent.mkdir(parents=True)
     cached.write_bytes(weights_file.read_bytes())
 
@@ -224,12 +226,12 @@ def test_clip_planes_are_the_reshape():
 
 
 def test_a_folder_that_looks_like_an_option(tmp_path, monkeypatch):
-    """Every word that is passed on is one value, however it begins."""
+    """embed/panecho.py passes every word on as one value, however it begins."""
+    script = runpy.run_path(str(ROOT / "embed" / "panecho.py"))
     lines = []
-    monkeypatch.setattr(panecho.subprocess, "call", lambda line: lines.append(line) or 0)
-    monkeypatch.setattr(panecho, "find_weights", lambda _: tmp_path / "panecho.pt")
-    with pytest.raises(SystemExit):
-        panecho.main(["predict", "--out=--redo", "--", "-x"])
-    words = [word for word in lines[0][3:] if word.startswith("-")]
+    monkeypatch.setattr("echofocus.main", lines.append)
+    (tmp_path / "panecho.pt").touch()
+    script["main"](["predict", "--weights", str(tmp_path), "--out=--redo", "--", "-x"])
+    words = [word for word in lines[0] if word.startswith("-")]
     assert {"--videos=-x", "--out=--redo"} <= set(words)
     assert not {"-x", "--redo"} & set(words)

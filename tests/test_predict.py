@@ -229,7 +229,7 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     folder = tmp_path / "trained_models" / "PanEcho"
     folder.mkdir(parents=True)
     torch.save({"weights": panecho.random_weights()}, folder / "panecho.pt")
-    model, _ = panecho.load_panecho("random", clip_len=4)
+    model = panecho.load_panecho("random", clip_len=4).model
     clips = torch.from_numpy(normal(3, 6, 3, 4, 32, 32))  # two studies: 2 and 1 videos of 2 clips
     with torch.inference_mode():
         embeddings, outputs = model.encoder(clips).numpy(), model(clips)

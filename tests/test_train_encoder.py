@@ -457,7 +457,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     (weights,) = Path("ef").glob("chkpt_epoch-*.pt")
     record = numbers(weights)["encoder"]
     assert record["tasks"][0]["name"] == "EF" and record["started_from"] == "random"
-    (seen,) = panecho.read_encoder(weights)[2]
+    (seen,) = panecho.read_encoder(weights).seen
     whom = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
     assert seen.weights(whom)[1].tolist() == [2, 1, 0]  # trained, validated, tested
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
@@ -509,7 +509,7 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
         Path("emb").rename("emb.gone") if there else Path("emb.gone").rename("emb")
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
     assert status == 1 and "extraction takes PanEcho's architecture" in err
-    assert panecho.load_panecho("run")[0].columns() == ["EF [%]"]
+    assert panecho.load_panecho("run").model.columns() == ["EF [%]"]
     status, out, err = cli("inspect", "run/chkpt_epoch-12.pt")
     assert status == 0 and "labels: 1\n" in out and "GLS" not in out, out + err
     saved["encoder"]["tasks"][0]["name"] = "../EF"

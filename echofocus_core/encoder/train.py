@@ -88,9 +88,9 @@ from echofocus_core.video.panecho import (
     activate,
     find_weights,
     licence_of,
-    newest_epoch,
     read_encoder,
-    tell_other_input,
+    warn_of_other_clips,
+    weights_path,
 )
 from echofocus_core.video.record import EncoderRecord, EncoderTask, record_of
 
@@ -261,14 +261,13 @@ def build_net(settings, tasks, labels):
 
 def start_from(net, source, settings):
     """Load a weights file's backbone and the heads of tasks that are the same; the Start."""
-    folder = Path(source)
-    if folder.is_dir():  # one called panecho, too: the release goes by that name without a folder
-        source = newest_epoch(folder) or folder / "panecho.pt"
-        if not source.is_file():
-            raise UserError(f"{folder} holds no chkpt_epoch-N.pt; name a run's folder or a file")
+    if Path(source).is_dir():  # also one called panecho
+        source = Path(source)
+        if not weights_path(source).is_file():
+            raise UserError(f"{source} holds no chkpt_epoch-N.pt; name a run's folder or a file")
     path = find_weights(source)
-    state, record, seen = read_encoder(path)
-    state = numbers(state)  # published ones hold them
+    file = read_encoder(path)
+    state, record = numbers(file.state), file.record  # published ones hold them
     refuse_other_network(
         record or (path.name == DOWNLOADED.name and EncoderRecord(tasks=[])), path, settings
     )
@@ -292,8 +291,7 @@ def start_from(net, source, settings):
         f"starting from {path.name}: the backbone and {len(kept)} heads kept, "
         f"{len(net.tasks) - len(kept)} fresh"
     )
-    seen = seen if seen is None else tuple(seen)
-    return Start(path.name, sha256_file(path), licence_of(path, record), seen, echo=True)
+    return Start(path.name, sha256_file(path), licence_of(path, record), file.seen, echo=True)
 
 
 def other_task(task, was):
@@ -309,11 +307,9 @@ def unknown_to(start, folds, cohort):
     """(folds less the val and test videos whose patient or study the start has seen, by fold what
     its results say of that). UserError where none is left.
     """
-    seen, name = start.seen or (), start.name
+    seen, name = start.seen, start.name
     notes = []
-    if start.seen is None:
-        notes.append(f"{name} does not say whom it was trained on: the videos may be among them")
-    elif start.echo and not seen:
+    if start.echo and not seen:
         notes.append(f"{name} was trained elsewhere, on patients it does not name")
         print(f"{notes[0]}: all count as unseen")
     table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
@@ -353,7 +349,7 @@ def refuse_other_network(record, path, settings):
                 f"{path} was trained with {option_name} = {was or 'none'}, not {value or 'none'}; "
                 f"give --{option_name} {was}, or start elsewhere"
             )
-    tell_other_input(record, path, settings.size, settings.clip_len, settings.sampling_rate)
+    warn_of_other_clips(record, path, settings.size, settings.clip_len, settings.sampling_rate)
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -474,7 +470,7 @@ class Run:
         """Whom this training and those before it have seen: a list of Seen, its own first."""
         videos = [self.cohort.videos.loc[self.names[f]].assign(fold=f) for f in ("train", "val")]
         split = pd.concat(videos).set_index("study").rename(columns={"patient": "pid"})
-        return [Seen.of(split, self.cohort.digest()[:32]), *(self.start.seen or ())]
+        return [Seen.of(split, self.cohort.digest()[:32]), *self.start.seen]
 
     def begin(self):
         """Resume from the last checkpoint, or start."""
@@ -483,7 +479,7 @@ class Run:
             self.go_on(path)
         elif self.settings.resume:
             raise UserError(f"--resume: there is no run in {self.folder} to go on with")
-        elif newest_epoch(self.folder) and not self.was_killed_early:
+        elif weights_path(self.folder).is_file() and not self.was_killed_early:
             raise UserError(
                 f"{self.folder} holds an encoder and nothing to go on from; use another "
                 "--output_dir"
@@ -538,7 +534,8 @@ class Run:
     def refuse_other_best(self):
         """UserError where the folder's newest weights are not those of the best epoch: these are
         gone, or another run's. A run that died may have left those of the epoch that is next."""
-        found = newest_epoch(self.folder)
+        found = weights_path(self.folder)
+        found = found if found.is_file() else None
         best, more = (
             self.folder / f"chkpt_epoch-{n}.pt" for n in (self.best_epoch, self.epoch + 1)
         )
@@ -773,7 +770,7 @@ class Run:
             print(f"{self.folder} is finished")
             return
         path = self.folder / f"chkpt_epoch-{self.best_epoch}.pt"
-        state, *_ = read_encoder(path)
+        state = read_encoder(path).state
         self.net.load_state_dict(state)
         print(f"best: epoch {self.best_epoch} of {self.epoch}")
         for fold in self.result_folds:

@@ -100,7 +100,7 @@ def make_demo(folder, studies, frames=16):
     if panecho.DOWNLOADED.is_file():
         print(f"encoder weights: the released ones, from {panecho.DOWNLOADED}")
         return os.path.relpath(panecho.DOWNLOADED, folder)
-    if panecho.cached_weights().is_file():
+    if panecho.weights_path().is_file():
         print("encoder weights: the released ones, from torch.hub's cache")
         return "panecho"
     print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")

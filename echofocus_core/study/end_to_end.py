@@ -34,7 +34,7 @@ from echofocus_core.video.panecho import (
     load_panecho,
     published_parts,
     read_encoder,
-    tell_other_input,
+    warn_of_other_clips,
 )
 from echofocus_core.video.record import EncoderRecord, EncoderTask
 from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy
@@ -100,12 +100,12 @@ class EndToEnd(nn.Module):
     @classmethod
     def of(cls, settings, study):
         """By a run's settings; the encoder's heads are those of --weights."""
-        full, digest = load_panecho(settings.weights, settings.clip_len)
-        net = cls(full, study, settings.clips_at_once, settings.freeze, settings.ping_pong)
-        net.settings, net.digest, net.licence = settings, digest, ""
+        full = load_panecho(settings.weights, settings.clip_len)
+        net = cls(full.model, study, settings.clips_at_once, settings.freeze, settings.ping_pong)
+        net.settings, net.digest, net.licence = settings, full.sha256, ""
         if settings.weights != "random":
             net.licence = licence_of(find_weights(settings.weights), full.record)
-        tell_other_input(full.record, settings.weights, settings.size, settings.clip_len)
+        warn_of_other_clips(full.record, settings.weights, settings.size, settings.clip_len)
         return net
 
     def groups(self, settings):
@@ -295,14 +295,14 @@ def export(folder, file):
     """Write a model folder with an encoder.pt as one published end-to-end checkpoint."""
     folder = Path(folder)
     study = load_safely(folder / "best_checkpoint.pt")
-    state, _, seen = read_encoder(folder / ENCODER_FILE)
+    encoder = read_encoder(folder / ENCODER_FILE)
     joined = {
         PUBLISHED["encoder"] + k.removeprefix("encoder."): v
-        for k, v in state.items()
+        for k, v in encoder.state.items()
         if k.startswith("encoder.")
     }
     joined |= {PUBLISHED["study"] + k: v for k, v in study["model_state_dict"].items()}
-    whom = {"seen": [part.saved() for part in seen]} if seen else {}
+    whom = {"seen": [part.saved() for part in encoder.seen]} if encoder.seen else {}
     save(study | whom | {"model_state_dict": joined}, Path(file))
 
 

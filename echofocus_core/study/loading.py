@@ -49,7 +49,7 @@ def is_encoder(saved):
 def load_model(folder, config, task="", which="best", device="cpu"):
     """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
     path = folder / f"{which}_checkpoint.pt"
-    if not path.is_file() and (file := panecho.encoder_in(folder)):
+    if not path.is_file() and (file := encoder_in(folder)):
         return load_readings(file, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
@@ -178,13 +178,20 @@ def novelty_from(saved, path):
         raise UserError(f"{path}: its novelty is damaged: {error}") from error
 
 
+def encoder_in(place):
+    """The encoder file of a folder, or a .pt file that is not a study-level model; or None."""
+    path = panecho.weights_path(Path(place))
+    is_model = path.suffix != ".pt" or path.name.endswith("_checkpoint.pt")
+    return path if path.is_file() and not is_model else None
+
+
 def load_readings(file, device):
     """The heads of an encoder file: panecho.pt, or one that embed/train.py wrote."""
-    encoder, digest = panecho.load_panecho(file)
-    if not encoder.tasks:
+    encoder = panecho.load_panecho(file)
+    if not encoder.model.tasks:
         raise UserError(f"{file} is an encoder without a head: it gives embeddings, no readings")
-    net = Readings(encoder).to(device).eval().requires_grad_(False)
-    own = panecho.read_encoder(file)[1]
+    net = Readings(encoder.model).to(device).eval().requires_grad_(False)
+    own, digest = encoder.record, encoder.sha256
     size = {"size": own.size, "clip_len": own.clip_len} if own else {}
     record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest, **size))
     outputs = Outputs.of(net.columns, "readings")
@@ -208,12 +215,12 @@ def find_model_folder(name, run_id="", task="", config=None):
         folder = Path(name).parent
         return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
     if name:
-        file = name.endswith(".pt") and panecho.encoder_in(name)
+        file = name.endswith(".pt") and encoder_in(name)
         if file and not is_encoder(checkpoints.load_safely(file)):
             raise UserError(f"no trained model {file}{how_to_get(name, [])}")
         folder = file or model_folder(name, run_id)
         there = (folder / "best_checkpoint.pt").is_file() or folds_in_folder(folder)
-        if not (there or panecho.encoder_in(folder)):
+        if not (there or encoder_in(folder)):
             known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
             raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
         return folder
@@ -277,7 +284,7 @@ def find_model_file(name):
     """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
     if name.endswith(".pt") and Path(name).is_file():
         return Path(name)
-    if name and (path := panecho.encoder_in(model_folder(name))):
+    if name and (path := encoder_in(model_folder(name))):
         return path
     return find_model_folder(name) / "best_checkpoint.pt"
 

@@ -130,7 +130,10 @@ def train_model(typed, world, searching=False):
     if begun_from and not settings.end_to_end:
         warn_of_other_input(begun_from, store, list(table.index))
     end_to_end, ids = settings.end_to_end, list(table.index)
-    encoder = panecho.seen_by(settings.weights) if end_to_end else store.encoder_seen(ids, RUN)
+    if end_to_end:
+        encoder = list(panecho.seen_by(settings.weights)), True
+    else:
+        encoder = store.encoder_seen(ids, RUN)
     digest = partial(digest_at_training, begun_from, whole, store, task)
     known, how = known_to_others(whole, settings, encoder, begun_from, digest=digest)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]

@@ -65,7 +65,7 @@ from echofocus_core.video.panecho import (
     clip_planes,
     load_panecho,
     normalise,
-    tell_other_input,
+    warn_of_other_clips,
 )
 from echofocus_core.video.store import (
     FileRecord,
@@ -647,20 +647,22 @@ def extract(studies, out, settings):
     """
     device = pick_device(settings.device)
     index, count = shard_from(settings.shard)
-    model, digest = load_panecho(settings.weights, settings.sampling.clip_len)
+    loaded = load_panecho(settings.weights, settings.sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
-    attributes = attributes_of(settings, digest) | {"weights_seen": weights_seen(model.seen)}
+    attributes = attributes_of(settings, loaded.sha256) | {
+        "weights_seen": weights_seen(loaded.seen)
+    }
     run = Run(out, attributes, settings.redo, alone=count == 1)
-    tell_other_input(
-        model.record, settings.weights, settings.sampling.size, settings.sampling.clip_len
+    warn_of_other_clips(
+        loaded.record, settings.weights, settings.sampling.size, settings.sampling.clip_len
     )
-    if model.seen:
-        keep_encoder_seen(out, digest, model.seen)
+    if loaded.seen:
+        keep_encoder_seen(out, loaded.sha256, loaded.seen)
     workers = decoders(settings.workers)
     size = settings.sampling.size
     batch = settings.image_batch or default_batch(device, size)
-    encoder = Encoder(model.encoder, device, batch, settings.precision, size)
+    encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, size)
     total = sum(len(s.videos) for s in studies)
     label = f"extract {index}/{count}" if count > 1 else "extract"
     with (

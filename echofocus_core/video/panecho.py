@@ -10,18 +10,15 @@ published weights (image encoder: torchvision's ConvNeXt-Tiny), so that the rele
 Reference: Holste et al., "Complete AI-Enabled Echocardiography Interpretation With Multitask Deep
 Learning", JAMA 2025; Liu et al., "A ConvNet for the 2020s", CVPR 2022.
 
-    python embed/panecho.py predict FOLDER     # its readings of a folder of exams
-
-Inputs are normalised with `MEAN` and `STD`; see `embed/video.py` for the channel order that the
+Inputs are normalised with `MEAN` and `STD`; see `video/decode.py` for the channel order that the
 released study-level models expect.
 """
 
 import hashlib
 import json
 import math
-import subprocess
-import sys
 import zlib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from torch import nn
 
 from echofocus_core import EMBED_DIM
 from echofocus_core.base.checkpoints import WeightsError, load_safely, load_strictly, save
-from echofocus_core.base.console import Parser, run_main
+from echofocus_core.base.console import RUN
 from echofocus_core.base.download import fetch
 from echofocus_core.base.files import sha256_file
 from echofocus_core.base.releases import (
@@ -42,7 +39,7 @@ from echofocus_core.base.releases import (
     registry,
     released,
 )
-from echofocus_core.video.record import record_of
+from echofocus_core.video.record import EncoderRecord, record_of
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
 DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py download PanEcho`
@@ -395,7 +392,7 @@ def save_untrained(path, clips):
     LayerNorm is set so that over these clips each feature has mean 0 and all together have
     standard deviation 1. clips: float32 (3, L, H, W) each, normalised.
     """
-    state, model = random_weights(), load_panecho("random")[0].encoder
+    state, model = random_weights(), load_panecho("random").model.encoder
     embeddings = torch.cat([model(clip[None]) for clip in clips])  # (n, 768)
     centre = embeddings.mean(0)
     spread = (embeddings - centre).std()
@@ -405,61 +402,52 @@ def save_untrained(path, clips):
     save({"weights": state}, path)
 
 
-def cached_weights():
-    """Where a downloaded weights file lies: torch.hub's cache."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / "panecho.pt"
+def weights_path(source="panecho"):
+    """Path of the weights file that `source` names; the file may not exist yet.
+
+    source: the text 'panecho' (the release: in trained_models/PanEcho, else in torch.hub's cache),
+    a URL (also there), a file, or a folder. Of a folder: its panecho.pt, its encoder.pt (from
+    an end-to-end training), or the highest chkpt_epoch-N.pt (from a training of the encoder).
+    """
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    if str(source).startswith(("http://", "https://")):
+        digest = hashlib.sha256(source.encode()).hexdigest()[:8]  # two URLs may end alike
+        return cache / f"{Path(source).stem}-{digest}.pt"
+    if source == "panecho":
+        return DOWNLOADED if DOWNLOADED.is_file() else cache / DOWNLOADED.name
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    by_epoch = {
+        int(n): file
+        for file in path.glob("chkpt_epoch-*.pt")
+        if (n := file.stem.removeprefix("chkpt_epoch-")).isdecimal()
+    }
+    trained = by_epoch[max(by_epoch)] if by_epoch else path / DOWNLOADED.name
+    files = (path / DOWNLOADED.name, path / "encoder.pt", trained)
+    return next((file for file in files if file.is_file()), trained)
 
 
 def find_weights(source="panecho", show=True):
-    """`--weights` as typed (a file, a URL or 'panecho' for the release) -> path of the file.
+    """As `weights_path`, downloaded where necessary and compared with its recorded digest.
 
-    The release is taken from trained_models/PanEcho, if it was downloaded there, else from
-    torch.hub's cache, where it is fetched with its SHA-256 beside it (`panecho.pt.sha256`). A file
-    that no longer has the digest recorded at its download is refused.
+    The digest is recorded at the download: in source.json, or beside the file in torch.hub's cache
+    (`panecho.pt.sha256`). show: print the progress. Raises WeightsError.
     """
-    if source == "panecho" and DOWNLOADED.is_file():
-        (check_source if DOWNLOADED.with_name(SOURCE).is_file() else check_digest)(DOWNLOADED)
-        return DOWNLOADED
-    if source == "panecho" or str(source).startswith(("http://", "https://")):
-        url = WEIGHTS_URL if source == "panecho" else source
-        path = cached_weights() if source == "panecho" else url_cache(url)
+    path, url = weights_path(source), WEIGHTS_URL if source == "panecho" else str(source)
+    if url.startswith(("http://", "https://")) and path != DOWNLOADED:
         if not path.exists():
             fetch(url, path, show)
         check_digest(path)
-        return path
-    path = newest_epoch(source) or Path(source)
-    if not path.is_file():
+    elif not path.is_file():
         raise WeightsError(
             f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
             "download the release, or --weights random to try without"
         )
+    elif path == DOWNLOADED and not path.with_name(SOURCE).is_file():
+        check_digest(path)
     check_source(path)
     return path
-
-
-def newest_epoch(folder):
-    """The highest chkpt_epoch-N.pt of a run's folder, published or ours, or the encoder.pt of a
-    model that was trained through its encoder; None without one."""
-    if (file := Path(folder, "encoder.pt")).is_file():
-        return file
-    found = Path(folder).glob("chkpt_epoch-*.pt") if Path(folder).is_dir() else ()
-    numbered = {int(n): p for p in found if (n := p.stem.removeprefix("chkpt_epoch-")).isdecimal()}
-    return numbered[max(numbered)] if numbered else None
-
-
-def encoder_in(place):
-    """The encoder file of a model's folder, or a .pt file that is none of a study-level model."""
-    place = Path(place)
-    if place.suffix == ".pt" and place.is_file() and not place.name.endswith("_checkpoint.pt"):
-        return place
-    file = place / DOWNLOADED.name
-    return file if file.is_file() else newest_epoch(place)
-
-
-def url_cache(url):
-    """A cache name of its own for each URL, so that two files called alike do not mix."""
-    name = f"{Path(url).stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pt"
-    return cached_weights().with_name(name)
 
 
 def published_parts(state):
@@ -473,43 +461,45 @@ def published_parts(state):
     return parts if all(parts.values()) else {}
 
 
-def read_encoder(path):
-    """(state dict of the full model, EncoderRecord or None, list of Seen) of a weights file,
-    published or ours. No Seen in one that was trained elsewhere; None: ours does not say.
+@dataclass(frozen=True)
+class EncoderFile:
+    """A weights file's content."""
 
-    A published end-to-end checkpoint has a backbone and no heads. Nothing in the file is run.
-    Raises WeightsError.
+    state: dict[
+        str, torch.Tensor
+    ]  # of the full model; of the backbone alone, where it has no heads
+    record: EncoderRecord | None  # None in a published file
+    seen: tuple  # of Seen: its training patients; () where it was trained elsewhere
+
+
+def read_encoder(path):
+    """The EncoderFile of a path, published or ours. No code in the file is run.
+
+    A published end-to-end checkpoint has a backbone and no heads. Raises WeightsError.
     """
     saved = load_safely(path)
     saved = saved if isinstance(saved, dict) else {}
-    state, seen = saved.get("weights"), seen_in(saved, path)
+    state, seen = saved.get("weights"), read_seen(saved, path)
     if parts := published_parts(saved.get("model_state_dict")):
         state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
-    record = record_of(saved, path)
-    if seen is None:
-        print(
-            f"WARNING: {path} does not say whom it was trained on (an older version wrote it): "
-            "keep its patients out of every validation and test yourself"
-        )
-    return state, record, seen
+    return EncoderFile(state, record_of(saved, path), seen)
 
 
-def seen_in(saved, path):
-    """Whom an encoder and what it started from were trained on, see `read_encoder`."""
+def read_seen(saved, path):
+    """The lists of Seen in a weights file's dict, of the encoder and of what it started from."""
     if "seen" not in saved:
-        return None if "encoder" in saved or "echofocus" in saved else []
+        return ()
     from echofocus_core.study.splits import seen_from
 
-    return seen_from(saved, path)
+    return tuple(seen_from(saved, path))
 
 
 def seen_by(weights):
-    """Whom an encoder (see `load_panecho`) was trained on: (list of Seen, whether that is all)."""
-    seen = [] if weights == "random" else read_encoder(find_weights(weights))[2]
-    return seen or [], seen is not None
+    """The lists of Seen of an encoder, see `load_panecho`."""
+    return () if weights == "random" else read_encoder(find_weights(weights)).seen
 
 
 def licence_of(path, record):
@@ -522,18 +512,20 @@ def licence_of(path, record):
     return str(entry.get("licence", "not known"))
 
 
-def tell_other_input(record, path, size, clip_len, rate=1):
-    """Warn where an encoder is given other clips than it was trained on; record: its, or None."""
-    was = record and {
-        "size": record.size, "clip_len": record.clip_len,
-        "sampling_rate": record.settings.get("sampling_rate", 1),
-    }  # fmt: skip
-    now = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
-    for name in was or ():
-        if was[name] != now[name]:
-            print(
-                f"WARNING: {path} was trained with {name} = {was[name]} and gets {now[name]} here: "
-                "its embeddings may mean less"
+def warn_of_other_clips(record, path, size, clip_len, rate=1):
+    """Warn where an encoder gets other clips than in its training; record: its, or None."""
+    if record is None:
+        return
+    rate_before = record.settings.get("sampling_rate", 1)
+    for name, before, now in (
+        ("size", record.size, size),
+        ("clip_len", record.clip_len, clip_len),
+        ("sampling_rate", rate_before, rate),
+    ):
+        if before != now:
+            RUN.warning(
+                f"{path} was trained with {name} = {before} and gets {now} here: its embeddings "
+                "may be worse"
             )
 
 
@@ -557,47 +549,46 @@ def weights_digest(weights):
     return random_digest() if weights == "random" else sha256_file(find_weights(weights))
 
 
-def load_panecho(weights="panecho", clip_len=16):
-    """The full PanEcho model in evaluation mode, and the SHA-256 that names its weights.
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """A PanEcho network with its weights, and what their file says of them."""
 
-    `weights` is a path (a run's folder of `embed/train.py`, too), a URL, 'panecho' (the release) or
-    'random'. Its heads are those that the file has; `record` and `seen`: see `read_encoder`. Raises
-    WeightsError.
+    model: PanEcho  # in evaluation mode; its heads are those of the file
+    sha256: str  # names the weights
+    record: EncoderRecord | None  # None of published and random weights
+    seen: tuple  # see EncoderFile
+
+
+def load_panecho(weights="panecho", clip_len=16):
+    """The LoadedEncoder of `weights`: 'random', or what `weights_path` takes.
+
+    Raises WeightsError, also for an encoder of another architecture.
     """
     digest = weights_digest(weights)
     if weights == "random":
-        state, record, seen, path = random_weights(), None, [], weights
+        path, file = weights, EncoderFile(random_weights(), None, ())
     else:
         path = find_weights(weights)
-        state, record, seen = read_encoder(path)
-    if record and not record.is_panecho:
+        file = read_encoder(path)
+    if file.record and not file.record.is_panecho:
         raise WeightsError(
-            f"{path} is a {record.model_name} of {record.arch} for inputs by "
-            f"'{record.normalization}': extraction takes PanEcho's architecture alone "
+            f"{path} is a {file.record.model_name} of {file.record.arch} with inputs normalised by "
+            f"'{file.record.normalization}': extraction takes PanEcho's architecture alone "
             "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
         )
-    model = without_weights(tasks=tasks_in(state, record), clip_len=clip_len)
-    load_strictly(model, state, path, "PanEcho")
-    model.record, model.seen = record, seen
-    return model.eval(), digest
+    model = without_weights(tasks=tasks_in(file.state, file.record), clip_len=clip_len)
+    load_strictly(model, file.state, path, "PanEcho")
+    return LoadedEncoder(model.eval(), digest, file.record, file.seen)
 
 
-def build(
-    pretrained=True,
-    image_encoder_only=False,
-    backbone_only=False,
-    tasks="all",
-    activations=True,
-    clip_len=16,
-):
-    """What `torch.hub.load(..., 'PanEcho', ...)` returns; see hubconf.py."""
-    options = dict(tasks=tasks, activations=activations, clip_len=clip_len)
+def build(pretrained=True, image_encoder_only=False, backbone_only=False, **options):
+    """What `torch.hub.load(..., 'PanEcho', ...)` returns, see hubconf.py; options: of PanEcho."""
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
         path = find_weights()
-        state, *_ = read_encoder(path)
         heads = tuple(f"{t['name']}_head." for t in TASKS)
         kept = tuple(f"{t['name']}_head." for t in model.tasks)
+        state = read_encoder(path).state
         state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}
         load_strictly(model, state, path, "PanEcho")
     if image_encoder_only:
@@ -609,27 +600,3 @@ def normalise(planes, channel):
     """uint8 planes (..., H, W) of the colour channels `channel` (...) -> float32, normalised."""
     mean, std = (torch.tensor(v, device=planes.device)[channel] for v in (MEAN, STD))
     return planes.float().div_(255).sub_(mean[..., None, None]).div_(std[..., None, None])
-
-
-# ---------------------------------------------------------------------------------- command line
-
-
-def main(argv=None):
-    """Readings of a folder of exams: what `echofocus.py predict` gives with the same encoder."""
-    parser = Parser(prog="embed/panecho.py", description=main.__doc__)
-    parser.add_argument("command", choices=["predict"], help="the readings, a row a study")
-    parser.add_argument("folder", help="a folder of study folders, or of one study's files")
-    parser.add_argument("--weights", default="panecho", help="as of embed/extract.py")
-    parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
-    typed, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    file = find_weights(typed.weights)
-    out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"
-    program = Path(__file__).resolve().parents[2] / "echofocus.py"
-    line = ["predict", "--model_name", str(file.resolve()), f"--weights={file}", f"--out={out}"]
-    line.append(f"--videos={typed.folder}")  # one word each: a name may begin with a hyphen
-    sys.exit(subprocess.call([sys.executable, str(program), *line, *rest]))
-
-
-def program():
-    """What the command line runs."""
-    run_main(main, "embed/panecho.py")

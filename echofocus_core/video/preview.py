@@ -58,7 +58,7 @@ def preview_extraction(typed, trained_on, listener):
 def preview_encoder(typed, sampling, trained_on, listener):
     """The encoder; a random one, for the timing alone, where the weights are yet to be fetched."""
     weights = typed["weights"]
-    if weights == "panecho" and not panecho.cached_weights().is_file():
+    if weights == "panecho" and not panecho.weights_path().is_file():
         listener.warning(
             "the encoder weights are not in torch.hub's cache: extraction begins by a download",
             "run once with a network, or give the file with --weights",
@@ -66,14 +66,14 @@ def preview_encoder(typed, sampling, trained_on, listener):
         weights = "random"
     elif weights.startswith(("http:", "https:")):
         weights = "random"
-    encoder, digest = panecho.load_panecho(weights, sampling.clip_len)
-    if weights == typed["weights"] and trained_on and trained_on != digest:
+    encoder = panecho.load_panecho(weights, sampling.clip_len)
+    if weights == typed["weights"] and trained_on and trained_on != encoder.sha256:
         listener.warning(
             "the model was trained on embeddings of another encoder: its answers mean nothing "
             "with these weights",
             f"--weights with the file of SHA-256 {trained_on[:12]}",
         )
-    return encoder
+    return encoder.model
 
 
 def estimate_time(typed, sampling, encoder, usable, listener):
