@@ -25,4 +25,11 @@ def PanEcho(
     """
     from echofocus_core.video.panecho import build
 
-    return build(pretrained, image_encoder_only, backbone_only, tasks, activations, clip_len)
+    return build(
+        pretrained,
+        image_encoder_only,
+        backbone_only,
+        tasks=tasks,
+        activations=activations,
+        clip_len=clip_len,
+    )

@@ -10,27 +10,27 @@ and any file names will do. Each study becomes DIR/<study>.hdf5:
     clip_starts  (V, C) int64, the clip's start as drawn, in frames
     augmented    (K, V, C, 768) float32, with --augment K: randomly transformed copies
     skipped      (M, 2) path and reason of the files that gave no clips
-    files        (F, 6) what is remembered of each file, see `store.FileRecord`
-    attributes   how it was made: encoder, weights and their SHA-256, sampling, seed, version
+    files        (F, 6) a row a file, see `store.FileRecord`
+    attributes   encoder, weights and their SHA-256, sampling, seed, version
 
-and DIR/extract_log.csv gets a row a video.
+and DIR/extract_log.csv, written when the run ends, has a row a video.
 
-The way of the data: studies.find_studies -> Run.jobs (what this worker takes on) -> decode (worker
-processes) -> encode (batches of images across videos and studies) -> Run.collect -> write_study
-(when a study's last video is through).
+Data flow: studies.find_studies -> Run.jobs (videos without a result) -> decode (worker processes)
+-> Encoder (batches of images across videos and studies) -> Run.collect -> write_study (when the
+study's last video is finished).
 """
 
 import contextlib
 import csv
 import hashlib
-import io
 import os
 import pickle
 import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from dataclasses import dataclass, field, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -38,19 +38,13 @@ import numpy as np
 import torch
 
 from echofocus_core import __version__
-from echofocus_core.base.console import Parser, Threads, UserError, clean_text, progress, run_main
-from echofocus_core.base.files import (
-    atomic_path,
-    clear_links,
-    open_to_add,
-    quoted,
-    refuse_special,
-    stamp_of,
-    unquoted,
-)
+from echofocus_core.base.console import RUN, Parser, UserError, clean_text, progress, run_main
+from echofocus_core.base.files import atomic_path, lock, stamp_of
 from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.base.options import Settings as Options
 from echofocus_core.base.options import add_options, validated
+from echofocus_core.base.parallel import map_ahead
+from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
 from echofocus_core.video.decode import (
     NotNow,
@@ -71,27 +65,20 @@ from echofocus_core.video.store import (
     FileRecord,
     empty_path,
     keep_encoder_seen,
-    read_records,
+    load_details,
     read_results,
     study_path,
     weights_seen,
     write_study,
 )
-from echofocus_core.video.studies import (
-    Claims,
-    find_studies,
-    listed,
-    own_first,
-    shard_from,
-    visible,
-)
+from echofocus_core.video.studies import find_studies, listed, shard_from, visible
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SAME_BYTES = "the same bytes as another file"
-OTHER_STUDY = "the same bytes as a file of another study"
+NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
 LISTED = 20  # skipped files named on screen; all of them are in the log
+LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
 
 
 @dataclass
@@ -112,7 +99,7 @@ class Settings:
 
 
 class DecoderProcess:
-    """`embed/video.py` in a process of its own, started when needed and again after a crash."""
+    """`video/decode.py` in a process of its own, started when needed and again after a crash."""
 
     def __init__(self):
         self.process = None
@@ -156,42 +143,33 @@ def decode(jobs, sampling, workers):
 
 
 def in_processes(calls, workers):
-    """(job, call) pairs -> (job, reply of a DecoderProcess), in order, ahead of use.
+    """(job, call) pairs -> (job, reply of a DecoderProcess), in order, computed ahead of use.
 
     At most twice as many replies as workers are held.
     """
     idle = [DecoderProcess() for _ in range(workers)]
 
-    def work(call):
+    def work(item):
+        job, call = item
         decoder = idle.pop()
         try:
-            return decoder(*call)
+            return job, decoder(*call)
         finally:
             idle.append(decoder)
 
-    ahead = deque()
-    with Threads(workers) as pool:
-        try:
-            for job, call in calls:
-                ahead.append((job, pool.submit(work, call)))
-                if len(ahead) >= 2 * workers:
-                    done, future = ahead.popleft()
-                    yield done, future.result()
-            while ahead:
-                done, future = ahead.popleft()
-                yield done, future.result()
-        finally:
-            for _, future in ahead:
-                future.cancel()
-            for decoder in idle:
-                decoder.close()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield from map_ahead(pool, work, calls, 2 * workers)
+    finally:
+        for decoder in idle:
+            decoder.close()
 
 
 # ---------------------------------------------------------------------------------------- encode
 
 
 def distinct_images(index):
-    """The different encoder images that a video's clips consist of.
+    """The distinct encoder images of a video's clips.
 
     index: (C clips, L) frame numbers. Returns the images as plane numbers (N, 3), a plane being
     3 * frame + channel, and (C, L) positions in that list. Clips that start a multiple of three
@@ -204,7 +182,7 @@ def distinct_images(index):
 
 
 class Pending:
-    """A copy of a video whose images are on their way through the encoder."""
+    """A copy of a video whose images are being encoded."""
 
     def __init__(self, job, clips, device):
         frames = torch.from_numpy(clips.frames).to(device)  # (F, S, S, 3)
@@ -220,16 +198,16 @@ class Pending:
         """The next images, `n` at most, normalised: float32 (n, 3, S, S)."""
         numbers = self.images[self.taken : self.taken + n]
         self.taken += len(numbers)
-        # A plane keeps its own channel's constants, wherever it stands.
+        # A plane is normalised by its own channel, whatever its position in the image.
         return normalise(self.planes[numbers], numbers % 3)
 
 
 class Encoder:
-    """Fills batches with the images of successive videos and deals the features out again.
+    """Fill batches with the images of successive videos; return the features video by video.
 
-    Every batch but the last is full, whatever the length of the videos. The backbone is this
-    encoder's from then on: for a CPU its weights are packed, at images of `size` for best, and
-    for bf16 on a GPU they are cast once, LayerNorm's too, which autocast would compute in fp32.
+    Every batch but the last is full, whatever the length of the videos. The backbone is modified:
+    for a CPU its weights are packed, for images of `size`; for bf16 on a GPU they are cast once,
+    LayerNorm's too, which autocast would compute in fp32.
     """
 
     def __init__(self, backbone, device, batch_size, precision, size):
@@ -243,7 +221,7 @@ class Encoder:
         elif kind == "cuda" and half:
             backbone.encoder.model.features.to(dtype)
             self.autocast_images = contextlib.nullcontext
-        self.waiting, self.batch, self.room = deque(), [], batch_size
+        self.waiting, self.batch, self.free = deque(), [], batch_size
 
     @torch.inference_mode()
     def __call__(self, decoded):
@@ -255,18 +233,18 @@ class Encoder:
                 continue
             for clips in reply[0]:
                 self.put(Pending((job, reply), clips, self.device))
-            yield from self.finished()
+            yield from self.pop_finished()
         if self.batch:
             self.run_batch()
-        yield from self.finished()
+        yield from self.pop_finished()
 
     def put(self, pending):
         self.waiting.append(pending)
         while pending.taken < len(pending.images):
-            images = pending.take(self.room)
+            images = pending.take(self.free)
             self.batch.append((pending, images))
-            self.room -= len(images)
-            if self.room == 0:
+            self.free -= len(images)
+            if self.free == 0:
                 self.run_batch()
 
     def run_batch(self):
@@ -275,10 +253,10 @@ class Encoder:
         for pending, images in self.batch:
             part, features = features[: len(images)], features[len(images) :]
             pending.features.append(part)
-        self.batch, self.room = [], self.batch_size
+        self.batch, self.free = [], self.batch_size
 
-    def finished(self):
-        """Videos all of whose copies are through, first come first served."""
+    def pop_finished(self):
+        """Videos all of whose copies are encoded, in the order of arrival."""
         while self.waiting:
             (job, reply) = self.waiting[0].job
             copies = [self.waiting[k] for k in range(len(reply[0]))]
@@ -300,27 +278,24 @@ class Summary:
     """What a run did."""
 
     written: list[str] = field(default_factory=list)  # study names
-    finished: list[str] = field(default_factory=list)  # already there, left alone
-    elsewhere: list[str] = field(default_factory=list)  # in the hands of other workers
+    finished: list[str] = field(default_factory=list)  # complete before the run
     empty: list[str] = field(default_factory=list)  # no video gave clips
     undone: list[str] = field(default_factory=list)  # their files could not be reached
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
-    notes: Counter = field(default_factory=Counter)  # what was decided about files that were read
-    shared: list[tuple[str, str]] = field(default_factory=list)  # studies with a file in common
+    notes: list[str] = field(default_factory=list)  # what was decided about files that were read
+    copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same bytes
 
     def print(self):
-        """A few lines for a person: counts, then the skipped files with their reasons."""
+        """Print counts, then the skipped files with their reasons."""
         print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
-        if self.elsewhere:
-            print(f"{len(self.elsewhere)} studies left to other workers that hold them")
         if self.notes:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
-            print(f"noted in extract_log.csv: {kinds}")
-        if self.shared:
-            pairs = listed([" and ".join(pair) for pair in self.shared])
-            print(
-                f"WARNING: {len(self.shared)} pairs of studies share the bytes of files: {pairs}; "
-                "where these are of two patients, one may be in training and the other in the test"
+            kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(self.notes).most_common())
+            print(f"notes in extract_log.csv: {kinds}")
+        if self.copies:
+            pairs = listed([" and ".join(pair) for pair in self.copies])
+            RUN.warning(
+                f"{len(self.copies)} files have the same bytes as another: {pairs}",
+                "if they are of two patients, one may be in training and the other in the test",
             )
         if self.skipped:
             print(f"{len(self.skipped)} files skipped:")
@@ -335,139 +310,55 @@ class Summary:
         if self.undone:
             print(f"{len(self.undone)} studies left for the next run: {listed(self.undone)}")
 
-    def refuse_nothing(self, source, workers=1):
-        """UserError for a run that wrote nothing and found nothing finished."""
-        if self.written or self.finished or (self.elsewhere and workers > 1):
-            return
-        if self.elsewhere:
-            raise UserError("another run holds every study of the folder; wait until it ends")
-        raise UserError(f"no study in {source} has a usable video")
+    def refuse_nothing(self, source):
+        """UserError for a run without any usable study."""
+        if not (self.written or self.finished):
+            raise UserError(f"no study in {source} has a usable video")
 
 
-def together(summaries):
-    """The Summary of workers that have all ended."""
-    parts = {f.name: [x for s in summaries for x in getattr(s, f.name)] for f in fields(Summary)}
-    done = {*parts["written"], *parts["finished"]}
-    parts["finished"] = [x for x in parts["finished"] if x not in parts["written"]]
-    parts["elsewhere"] = [x for x in parts["elsewhere"] if x not in done]
-    parts["notes"] = sum((s.notes for s in summaries), Counter())
-    return Summary(**{k: x if k == "notes" else list(dict.fromkeys(x)) for k, x in parts.items()})
-
-
-class Log:
-    """extract_log.csv: a row a video, whoever of the workers that share the folder wrote it last.
-
-    A study's rows are appended when it has none yet; else the file is made anew without the old
-    ones. Each worker reads on from where it last stood, so that it knows which studies have rows.
-    """
-
-    COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
-
-    def __init__(self, out, claims):
-        self.path, self.claims = out / "extract_log.csv", claims
-        self.studies, self.file = set(), None  # studies with rows, in what was read of the file
-
-    def put(self, study, rows):
-        with self.claims.alone(self.path.name):
-            torn = self.read_on()
-            if torn or study in self.studies:
-                self.rewrite(study, rows)
-            else:
-                self.append(rows)
-            self.studies.add(study)
-
-    def read_on(self):
-        """Take in what others have added; whether the last line is one that broke off."""
-        clear_links(self.path)
-        there = self.path.stat() if self.path.exists() else None
-        known = os.fstat(self.file.fileno()) if self.file else None
-        if there and not (known and os.path.samestat(there, known)):  # new, or made anew
-            # Held open, so that no later file gets its inode.
-            self.studies, self.file = set(), open(self.path, "rb")  # noqa: SIM115
-        added = self.file.read() if self.file else b""
-        self.studies |= {row[0] for row in csv_rows(added) if row}
-        return len(added) > 0 and not added.endswith(b"\n")
-
-    def append(self, rows):
-        with open_to_add(self.path) as f:
-            header = [] if f.tell() else [self.COLUMNS]
-            start = f.tell()
-            try:
-                f.write(csv_text([*header, *rows]).encode())
-                f.flush()
-            except OSError:
-                os.truncate(self.path, start)
-                raise
-
-    def rewrite(self, study, rows):
-        old = [row for row in csv_rows(self.path.read_bytes()) if len(row) == len(self.COLUMNS)]
-        with atomic_path(self.path) as temporary:
-            kept = [row for row in old if row[0] != study]
-            temporary.write_text(csv_text([*kept, *rows]), encoding="utf-8", newline="")
-
-
-def csv_text(rows):
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([map(quoted, row) for row in rows])
-    return text.getvalue()
-
-
-def csv_rows(data):
-    """The rows that `csv_text` made, of bytes that may be damaged; no cell holds a line break."""
-    rows = []
-    for line in data.decode(errors="replace").split("\n"):
-        with contextlib.suppress(csv.Error):
-            rows += [[unquoted(cell) for cell in row] for row in csv.reader([line])]
-    return rows
+def merge_summaries(summaries):
+    """The Summary of all shards."""
+    return Summary(**{f.name: [x for s in summaries for x in getattr(s, f.name)]
+                      for f in fields(Summary)})  # fmt: skip
 
 
 @dataclass
-class StudyInWork:
-    """A study whose videos are on their way; names are those of the outputs (`visible`)."""
+class StudyProgress:
+    """A study whose videos are being read; names are those of the outputs (`visible`)."""
 
-    waiting: set[str]  # videos that have no result yet
-    stamps: dict[str, str]  # of each video's file, when the study was begun
-    before: dict[str, FileRecord]  # what was known of the study
-    records: dict[str, FileRecord] = field(default_factory=dict)
-    results: dict[str, tuple] = field(default_factory=dict)  # (starts, embeddings), with clips
+    waiting: set[str]  # videos without a result
+    stamps: dict[str, str]  # of each video's file, when the study was started
+    before: dict[str, FileRecord]  # from an earlier run
+    records: dict[str, FileRecord]
+    results: dict[str, tuple]  # (starts, embeddings), of videos with clips
     seconds: dict[str, float] = field(default_factory=dict)
-    gone: bool = False  # a file could not be reached any more
+    gone: bool = False  # a file can no longer be reached
 
 
 class Run:
-    """One worker's pass: which studies it takes on, and what becomes of them."""
+    """One pass over studies: which videos to read, and what is written of them."""
 
-    def __init__(self, out, attributes, redo, alone=True):
+    def __init__(self, out, attributes, redo=False, log=None):
+        """attributes: of the HDF5 files. log: takes a row of LOG_COLUMNS for each video."""
         self.out, self.attributes, self.redo = Path(out), attributes, redo
-        self.claims, self.summary = Claims(self.out, alone), Summary()
-        self.log = Log(self.out, self.claims)
-        self.in_work = {}  # study name -> StudyInWork
-        self.contents = {}  # digest of a file's bytes -> the first study that has it
+        self.log, self.summary = log or (lambda row: None), Summary()
+        self.in_work = {}  # study name -> StudyProgress
+        self.first_of = {}  # start of a SHA-256 of a file -> the first study/video that has it
 
-    def jobs(self, studies, bar):
-        """Yield the (study, video) pairs to do; studies that others hold are tried again last."""
-        held = []
-        for study in studies:
-            if not self.claims.take(study.name):
-                held.append(study)
-            else:
-                yield from self.begin(study, bar)
-        for study in held:
-            if not self.claims.take(study.name):
-                self.summary.elsewhere.append(study.name)
-                bar.update(len(study.videos))
-            else:
-                yield from self.begin(study, bar)
+    def jobs(self, study_list, bar):
+        """Yield the (study, video) pairs to read."""
+        for study in study_list:
+            yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        """Yield the study's videos that are new, or changed, or failed for what may have passed."""
-        path, before = self.known(study)
+        """Yield a study's videos that are new, changed, or failed for a reason that may pass."""
+        path, before = self.previous(study)
         videos = {visible(video): video for video in study.videos}
         stamps = {name: stamp_of_source(study.source(v)) for name, v in videos.items()}
         kept = {
             name: before[name]
             for name, video in videos.items()
-            if name in before and is_as_it_was(before[name], stamps[name], study.source(video))
+            if name in before and is_unchanged(before[name], stamps[name], study.source(video))
         }
         reason = "the manifest's file is missing"
         missing = {visible(v): FileRecord(result="again", reason=reason) for v in study.missing}
@@ -478,26 +369,35 @@ class Run:
             except UNREADABLE:  # damaged since it was written
                 kept = before = {}
         waiting = videos.keys() - kept.keys()
-        self.in_work[study.name] = StudyInWork(waiting, stamps, before, kept | missing, results)
+        self.in_work[study.name] = StudyProgress(waiting, stamps, before, kept | missing, results)
         bar.update(len(kept))
         if not waiting:
             self.finish(study)
         for name in sorted(waiting):
             yield study, videos[name]
 
-    def known(self, study):
-        """(The file that remembers a study, what it remembers); ({}) without such a file."""
-        refuse_special(study_path(self.out, study))
-        records = read_records(study_path(self.out, study), self.attributes, self.redo)
-        if records is not None:
-            return study_path(self.out, study), records
-        records = (
-            None if self.redo else read_records(empty_path(self.out, study), self.attributes, True)
-        )
-        return empty_path(self.out, study), records or {}
+    def previous(self, study):
+        """(path, FileRecords) of an earlier run's file of a study; no records without a usable one.
+
+        Raises UserError where the file was made with other settings and there is no --redo.
+        """
+        for path in (study_path(self.out, study), empty_path(self.out, study)):
+            try:
+                record = load_details(path)
+            except UNREADABLE:  # missing or damaged
+                continue
+            present = {k: v for k, v in self.attributes.items() if k not in NOT_COMPARED}
+            if path == study_path(self.out, study) and not self.redo:
+                remedy = "use another folder for the embeddings, or --redo to replace such files"
+                check_resume(path, record.attributes, present, remedy=remedy)
+            elif path == empty_path(self.out, study) and self.redo:
+                continue
+            if not differences(record.attributes, present):
+                return path, record.files
+        return study_path(self.out, study), {}
 
     def collect(self, study, video, reply, embeddings, seconds):
-        """Take a video's Clips or VideoError; with the last one of a study, write it."""
+        """Take a video's Clips or VideoError; with the last one of a study, write the study."""
         work, name = self.in_work[study.name], visible(video)
         stamp = work.stamps[name]
         if not isinstance(reply, VideoError) and stamp_of_source(study.source(video)) != stamp:
@@ -516,67 +416,51 @@ class Run:
             self.finish(study)
 
     def finish(self, study):
+        """Write a study whose videos all have a result, and add it to the summary and the log."""
         work, summary = self.in_work.pop(study.name), self.summary
-        note_copies(work.records)
-        elsewhere = self.in_other_studies(study.name, work.records)
-        for name, record in sorted(work.records.items()):
-            if record.result != "ok":
-                summary.skipped.append((study.name, name, record.reason))
-            else:
-                summary.notes.update(n.split(":")[0] for n in record.reason.split("; ") if n)
         usable = any(record.result == "ok" for record in work.records.values())
         if work.gone:
             summary.undone.append(study.name)
             if not study.folder.is_dir():
                 raise UserError(
-                    f"{study.folder} cannot be reached any more; what is finished stays, and the "
-                    "same command goes on from here"
+                    f"{study.folder} can no longer be reached; finished studies are kept, run the "
+                    "same command again to resume"
                 )
         elif work.records == work.before:
             (summary.finished if usable else summary.empty).append(study.name)
         else:
             (summary.written if usable else summary.empty).append(study.name)
-            self.write(study, work, usable, elsewhere)
-        self.claims.give_back(study.name)
+            self.write(study, work, usable)
+        self.report(study, work)
 
-    def in_other_studies(self, study, records):
-        """Name -> the study that has the same bytes, of those that this worker has come by."""
-        found = {}
-        for name, record in sorted(records.items()):
-            if record.result == "ok" and record.content:
-                first = self.contents.setdefault(record.content[:16], study)
-                if first != study:
-                    found[name] = first
-        self.summary.shared += [(study, other) for other in dict.fromkeys(found.values())]
-        return found
-
-    def write(self, study, work, usable, elsewhere):
-        """The study's file appears last: a run that dies before it makes the study, and its rows
-        of the log, again."""
-        also = {name: f"{OTHER_STUDY}: {other}" for name, other in elsewhere.items()}
-        rows = [
-            (study.name, name, r.frames, f"{work.seconds.get(name, 0):.3f}",
-             "ok" if r.result == "ok" else "skipped",
-             "; ".join(filter(None, (r.reason, also.get(name)))))
-            for name, r in sorted(work.records.items())
-        ]  # fmt: skip
+    def write(self, study, work, usable):
         path, other = study_path(self.out, study), empty_path(self.out, study)
         if not usable:
             path, other = other, path
-        try:
-            with atomic_path(path) as temporary:
-                write_study(temporary, work.results, self.attributes, work.records)
-                self.log.put(study.name, rows)
-            other.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error}; what is finished stays, and the same command goes "
-                "on from here"
-            ) from error
+        with atomic_path(path) as temporary:
+            write_study(temporary, work.results, self.attributes, work.records)
+        other.unlink(missing_ok=True)
+
+    def report(self, study, work):
+        """Add a study's files to the summary and to the log; name those that are copies."""
+        for name, record in sorted(work.records.items()):
+            notes = [note for note in record.reason.split("; ") if note]
+            if record.result != "ok":
+                self.summary.skipped.append((study.name, name, record.reason))
+            else:
+                self.summary.notes += [note.split(":")[0] for note in notes]
+                file = f"{study.name}/{name}"
+                first = self.first_of.setdefault(record.content[:16], file)
+                if first != file:
+                    self.summary.copies.append((file, first))
+                    notes.append(f"the same bytes as {first}")
+            result = "ok" if record.result == "ok" else "skipped"
+            seconds = f"{work.seconds[name]:.3f}" if name in work.seconds else ""
+            self.log((study.name, name, record.frames, seconds, result, "; ".join(notes)))
 
 
 def stamp_of_source(source):
-    """A digest of the size and time of a video's file or files; '' when one is not there.
+    """A digest of the size and time of a video's file or files; '' when one is missing.
 
     A digest, since the time of a file can be the date of an exam.
     """
@@ -586,27 +470,16 @@ def stamp_of_source(source):
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
-def is_as_it_was(record, stamp, source):
-    """Whether a file's remembered result still holds: by its size and time, else by its bytes."""
+def is_unchanged(record, stamp, source):
+    """Whether a file's earlier result still holds: by its size and time, else by its bytes."""
     if record.result == "again":
         return False
-    if record.stamp in ("", stamp):
+    if record.stamp == stamp:
         return True
     try:
         return record.content != "" and content_digest(source) == record.content
     except VideoError:
         return False
-
-
-def note_copies(records):
-    """Note files of the very same bytes: their clips are the same ones, and count as often."""
-    first = {}
-    for name, record in sorted(records.items()):
-        notes = [n for n in record.reason.split("; ") if n and not n.startswith(SAME_BYTES)]
-        if record.result == "ok" and first.setdefault(record.content or name, name) != name:
-            notes.append(f"{SAME_BYTES}: {first[record.content]}")
-        if record.result == "ok":
-            records[name] = replace(record, reason="; ".join(notes))
 
 
 def decoders(asked):
@@ -640,41 +513,53 @@ def attributes_of(settings, digest):
 
 
 def extract(studies, out, settings):
-    """Extract `studies` into the folder `out`; returns a Summary. Raises UserError.
+    """Extract this shard's part of `studies` into the folder `out`; returns a Summary.
 
-    What is finished is left alone, so that a run which was stopped goes on where it was. Several
-    workers may share `out`: each begins with its own share and then does what others left.
+    Studies that are complete are kept, so that a stopped run resumes. Raises UserError, also when
+    another process extracts the same shard into the folder.
     """
-    device = pick_device(settings.device)
     index, count = shard_from(settings.shard)
-    loaded = load_panecho(settings.weights, settings.sampling.clip_len)
+    studies = studies[index::count]
+    name = f"_{index}of{count}" if count > 1 else ""
+    with lock(Path(out) / f".extract{name}", timeout=0):
+        encoder, attributes = prepare_encoder(out, settings)
+        with write_log(Path(out) / f"extract_log{name}.csv") as log:
+            run = Run(out, attributes, settings.redo, log)
+            n_videos = sum(len(study.videos) for study in studies)
+            label = f"extract {index}/{count}" if count > 1 else "extract"
+            bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
+            with exact_convolutions(), bar:
+                jobs = run.jobs(studies, bar)
+                decoded = decode(jobs, settings.sampling, decoders(settings.workers))
+                with contextlib.closing(decoded):
+                    for (study, video), (reply, seconds), embeddings in encoder(decoded):
+                        bar.update()
+                        run.collect(study, video, reply, embeddings, seconds)
+    return run.summary
+
+
+def prepare_encoder(out, settings):
+    """(Encoder, attributes of the HDF5 files) of a run; writes who trained it into the folder."""
+    device, sampling = pick_device(settings.device), settings.sampling
+    loaded = load_panecho(settings.weights, sampling.clip_len)
     if settings.weights == "random":
-        print("RANDOM WEIGHTS: the encoder is untrained; good for trying things out, not results")
-    attributes = attributes_of(settings, loaded.sha256) | {
-        "weights_seen": weights_seen(loaded.seen)
-    }
-    run = Run(out, attributes, settings.redo, alone=count == 1)
-    warn_of_other_clips(
-        loaded.record, settings.weights, settings.sampling.size, settings.sampling.clip_len
-    )
+        print("RANDOM WEIGHTS: the encoder is untrained; for trials only, not for results")
+    warn_of_other_clips(loaded.record, settings.weights, sampling.size, sampling.clip_len)
     if loaded.seen:
         keep_encoder_seen(out, loaded.sha256, loaded.seen)
-    workers = decoders(settings.workers)
-    size = settings.sampling.size
-    batch = settings.image_batch or default_batch(device, size)
-    encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, size)
-    total = sum(len(s.videos) for s in studies)
-    label = f"extract {index}/{count}" if count > 1 else "extract"
-    with (
-        exact_convolutions(),
-        progress(total=total, desc=label, unit="video", disable=not total) as bar,
-    ):
-        jobs = run.jobs(own_first(studies, index, count), bar)
-        with contextlib.closing(decode(jobs, settings.sampling, workers)) as decoded:
-            for (study, video), (reply, seconds), embeddings in encoder(decoded):
-                bar.update()
-                run.collect(study, video, reply, embeddings, seconds)
-    return run.summary
+    batch = settings.image_batch or default_batch(device, sampling.size)
+    encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, sampling.size)
+    attributes = attributes_of(settings, loaded.sha256)
+    return encoder, attributes | {"weights_seen": weights_seen(loaded.seen)}
+
+
+@contextlib.contextmanager
+def write_log(path):
+    """A function that writes a row of the log; the file appears when the block ends."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(LOG_COLUMNS)
+        yield writer.writerow
 
 
 def settings_from(typed):
@@ -700,12 +585,13 @@ def main(argv=None):
     typed = vars(parser.parse_args(argv))
     source, out = typed.pop("source"), typed.pop("out")
     options = validated(Options, typed)
-    how = options.group, options.manifest, options.study_id
-    studies = find_studies(source, *how, leave_out=out)
+    grouping = options.group, options.manifest, options.study_id
+    studies = find_studies(source, *grouping, leave_out=out)
     summary = extract(studies, out, settings_from(vars(options)))
     summary.print()
     print(f"embeddings in {out}")
-    summary.refuse_nothing(source, shard_from(options.shard)[1])
+    if shard_from(options.shard)[1] == 1:
+        summary.refuse_nothing(source)
 
 
 def program():
