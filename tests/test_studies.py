@@ -1,7 +1,5 @@
 """Which files make a study, what it is called, and who extracts it."""
 
-import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -383,37 +381,3 @@ def test_shards_from_the_environment(environment, expected):
     assert studies.shard_from("2/5") == (2, 5)
     with pytest.raises(UserError, match="--shard"):
         studies.shard_from("5/5")
-    order = studies.own_first(list(range(10)), 1, 4)
-    assert order[:3] == [1, 5, 9] and sorted(order) == list(range(10))
-
-
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
-def test_without_locks_one_goes_on_alone(source, tmp_path, cli, monkeypatch, code):
-    def refuse(*_):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    status, text, _ = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 0 and "2 studies extracted" in text
-    assert "no file locks" in text and os.strerror(code) in text
-    line = (source, "--out", tmp_path / "p", *OPTIONS, "--shard", "0/2")
-    status, _, error = cli(*line, main=extract.main)
-    assert status == 1 and "cannot be shared by several workers" in error
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EAGAIN])
-def test_a_second_run_says_so_and_stops(source, tmp_path, cli, monkeypatch, code):
-    """Every study is held by another process (as a lock that is held reports it)."""
-    lockf = fcntl.lockf
-
-    def held(file, how, length, position):
-        if how & fcntl.LOCK_NB and position != studies.Claims.position(""):
-            raise OSError(code, "held")
-        return lockf(file, how, length, position)
-
-    monkeypatch.setattr(fcntl, "lockf", held)
-    status, text, error = cli(source, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 1 and "another run holds every study" in error
-    assert "2 studies left to other workers" in text
-    line = (source, "--out", tmp_path / "o", *OPTIONS, "--shard", "1/2")
-    assert cli(*line, main=extract.main)[0] == 0  # one of several: nothing left for it is well

@@ -497,7 +497,7 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     assert status == 0, err
     with h5py.File("emb/s.hdf5") as f:
         assert f["embeddings"].shape == (1, 1, 768)
-        digest = f.attrs["weights_sha256"]
+        digest = f.attrs["weights_sha256"].decode()
     assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
     store.write_pack(store.open_store(Path("emb")), store.packed_path(Path("emb")), np.dtype("f4"))
     assert set(store.encoders_seen("emb")) == {digest}
@@ -945,9 +945,8 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
     with pytest.raises(UserError, match="all 2 test videos, by the ids: start elsewhere"):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
-    for seen, said in ((None, "does not say whom"), ((), "was trained elsewhere")):
-        found, notes = left(seen)
-        assert found.equals(folds) and said in notes["val"][0] and said in notes["test"][0]
+    found, notes = left(())
+    assert found.equals(folds) and "was trained elsewhere" in notes["val"][0]
     assert train.unknown_to(backbones.Start("imagenet", "0"), folds, cohort)[1]["test"] == []
 
 

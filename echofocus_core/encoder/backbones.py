@@ -132,7 +132,7 @@ class Start:
     name: str = "random"
     sha256: str = ""
     licence: str = ""
-    seen: tuple | None = ()  # of Seen: whom it was trained on; None: it does not say
+    seen: tuple = ()  # of Seen: its training patients
     echo: bool = False  # trained on echocardiograms
 
 

@@ -179,7 +179,7 @@ def extracted(typed, settings, config, model, world):
     name = f"{videos.resolve().name}_{key}"
     folder = Path(settings.keep or CLIP_EMBEDDINGS) / name
     name = name if settings.videos else settings.dataset
-    summary = extract.together(world.gather(extract.extract(studies, folder, how)))
+    summary = extract.merge_summaries(world.gather(extract.extract(studies, folder, how)))
     summary.print()
     summary.refuse_nothing(videos)
     size = sum(file.stat().st_size for file in folder.glob("*.hdf5"))

@@ -236,8 +236,8 @@ def read_encoder_seen(path):
         }
     except (UserError, AttributeError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged; delete it and extract again with the same weights (or pack again); "
-            "nothing else is lost"
+            f"{path} is damaged; delete it and extract again with the same weights (or pack "
+            "again); nothing else is lost"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Which videos make a study: by DICOM header, by folder or by a list; and who extracts which.
+"""Which videos make a study: by DICOM header, by folder or by a list; the shards of workers.
 
     files below the source -> their header facts -> groups of files -> a name each -> Study
 
@@ -6,12 +6,10 @@ A Study is a name and its files; everything else follows from that. Headers are 
 folders, since a CD, a folder a day or an archive's export hold several patients in one place.
 """
 
-import errno
 import hashlib
 import os
 import re
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -22,11 +20,6 @@ from echofocus_core.base.tables import read_table
 from echofocus_core.base.world import from_environment, place
 from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES
 from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts, short_digest
-
-try:
-    import fcntl
-except ImportError:  # Windows: one worker at a time
-    fcntl = None
 
 LISTED = 20  # names on one line of the screen
 HEADER_READERS = 16  # threads: over a network, reading headers is waiting
@@ -537,73 +530,3 @@ def shard_from(text, environment=os.environ):
     if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment:
         return place("SLURM_PROCID", "SLURM_NTASKS", environment)
     return 0, 1
-
-
-def own_first(studies, index, count):
-    """All studies, this worker's share first: what the others leave undone comes after it."""
-    return [s for k in range(count) for s in studies[(index + k) % count :: count]]
-
-
-class Claims:
-    """Which studies this process may work on: a byte-range lock each, in one file.
-
-    The system drops the locks of a process that dies, so that nothing is left to clean up and
-    nobody has to wait. POSIX locks work across nodes wherever the file system supports them.
-    """
-
-    def __init__(self, folder, alone=True):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / ".claims", "a+b")  # noqa: SIM115 - open as long as the locks
-        except OSError as error:
-            why = error.strerror
-            raise UserError(f"cannot write into {folder}: {why}; choose another folder") from error
-        why = "this system has no POSIX locks" if fcntl is None else self.refusal()
-        self.works = not why
-        if why and not alone:
-            raise UserError(
-                f"{folder} cannot be shared by several workers: {why}; use a file system with "
-                "locks, or one worker"
-            )
-        if why:
-            print(f"no file locks in {folder} ({why}): going on; run no other worker there")
-
-    def refusal(self):
-        """Why locks do not work on this file system, or ''."""
-        try:
-            self.lock("", fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.lock("", fcntl.LOCK_UN)
-        except OSError as error:
-            return error.strerror or "no locks"
-        return ""
-
-    def take(self, name):
-        """Whether the study is this process's now; never waits. OSError without working locks."""
-        return self.lock(name, fcntl.LOCK_EX | fcntl.LOCK_NB) if self.works else True
-
-    def lock(self, name, how):
-        try:
-            fcntl.lockf(self.file, how, 1, self.position(name))
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # held: what POSIX says of it
-                return False
-            raise
-        return True
-
-    def give_back(self, name):
-        if self.works:
-            self.lock(name, fcntl.LOCK_UN)
-
-    @contextmanager
-    def alone(self, name):
-        """Wait for the others to be done with `name`, and keep it for the block."""
-        if self.works:
-            self.lock(name, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            self.give_back(name)
-
-    @staticmethod
-    def position(name):
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
