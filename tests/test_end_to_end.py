@@ -200,7 +200,7 @@ def test_a_model_and_its_encoder(site, cli):
     best = read_checkpoint(folder / "best_checkpoint.pt")
     assert chosen and best["echofocus"]["thresholds"] == chosen
     with h5py.File(files["e8"]) as f:
-        assert f.attrs["weights_sha256"] == best["echofocus"]["encoder_sha256"]
+        assert f.attrs["weights_sha256"].decode() == best["echofocus"]["encoder_sha256"]
 
     update, calls = loop.update, []
 

@@ -40,7 +40,7 @@ def write_ours(path, seed, copies=1, **attributes):
     videos = {f"v{v}.avi": (np.arange(4), np.stack([a[v] for a in arrays])) for v in range(2)}
     path.parent.mkdir(exist_ok=True)
     files = dict.fromkeys(videos, st.FileRecord())
-    files["x.avi"] = st.FileRecord(result="skipped", reason="still image")
+    files["x.avi"] = st.FileRecord("0stamp0", result="skipped", reason="still image")
     st.write_study(path, videos, attributes, files)
     return arrays
 
@@ -167,7 +167,7 @@ def test_what_extraction_records(folder, capsys):
     starts, embeddings = st.read_results(folder / "s2.hdf5", ["v1.avi"])["v1.avi"]
     assert (starts == np.arange(4)).all()
     assert (embeddings == [clips(2)[1], clips(102)[1], clips(202)[1]]).all()
-    flip(path, b"still image")  # a record decides what is not extracted again
+    flip(path, b"0stamp0")  # a record decides what is not extracted again
     with pytest.raises(OSError):
         st.load_details(path)
     assert st.read_details(path) == st.StudyDetails()
@@ -295,7 +295,7 @@ ODD = {
     "NaN": (unsigned(np.full((2, 4, 768), np.nan, "f4")), "it holds NaN"),
     "all 0": (unsigned(np.zeros((2, 4, 768), "f4")), "largest is 0"),
     "nothing": (lambda path: h5py.File(path, "w").close(), "no video"),
-    "a folder": (lambda path: path.mkdir(), ""),
+    "a folder": (lambda path: path.mkdir(), "hdf5"),
     "zeros": (lambda path: path.write_bytes(bytes(5000)), "signature"),
 }
 

@@ -251,7 +251,7 @@ def test_wrong_sources(tmp_path, cli):
     (tmp_path / "s" / "A" / "a.dcm").write_text("no")
     for out in (tmp_path / "file", tmp_path / "file" / "o"):
         status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
-        assert status == 1 and "cannot write into" in error and "choose another folder" in error
+        assert status == 1 and str(tmp_path / "file") in error and "Traceback" not in error
     shutil.rmtree(tmp_path / "s")
     (tmp_path / "mixed" / "study").mkdir(parents=True)
     for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -57,6 +58,7 @@ from echofocus_core.base.options import (
     option,
     validated,
 )
+from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.world import World, exact_convolutions, join_world, pick_device
 from echofocus_core.encoder.backbones import (
     NAMES,
@@ -80,7 +82,7 @@ from echofocus_core.study.splits import (
     warn_of_other_spellings,
     without_seen,
 )
-from echofocus_core.video.cache import ClipSampling, FrameCache, ahead
+from echofocus_core.video.cache import ClipSampling, FrameCache
 from echofocus_core.video.panecho import (
     DOWNLOADED,
     TASKS,
@@ -573,12 +575,13 @@ class Run:
         read = partial(self.read, n_clips=n_clips, sampling=sampling, seed=seed)
         names = [name for own in steps for name in own]
         most = 2 * threads + 2 * max(map(len, steps), default=0)
-        clips = ahead(read, names, threads, most)
-        for own in steps:
-            began = time.perf_counter()
-            read_now = [next(clips) for _ in own]
-            self.waited += time.perf_counter() - began
-            yield own, torch.from_numpy(np.concatenate(read_now)) if own else None
+        with ThreadPoolExecutor(threads, "clips") as pool:
+            clips = map_ahead(pool, read, names, most + 1)
+            for own in steps:
+                began = time.perf_counter()
+                read_now = [next(clips) for _ in own]
+                self.waited += time.perf_counter() - began
+                yield own, torch.from_numpy(np.concatenate(read_now)) if own else None
 
     def forward(self, clips, keys=None, seed=0):
         """Raw outputs, dict of task to (B, n), of uint8 clips; keys: of the draws in training."""
