@@ -1,16 +1,17 @@
-"""A campaign of faults: hostile files, kills, machines at their limits, odd numbers, and marks.
+"""A campaign of faults: damaged files, killed commands, odd numbers, patient data in headers.
 
-    python -m tests.faults --area dicom --cases 500 --seed 7     # one area, or --area all
-    python -m tests.faults --area all --cases 40 --record        # and writes RESULTS.md
+    python -m tests.faults                                      # all areas, 20 cases each
+    python -m tests.faults --area dicom kill --cases 500 --seed 7
+    python -m tests.faults --area kill --seed 7 --number 12     # one case again
 
-Each case is made from (area, seed, number) alone, so that what fails can be made again. It passes
-when the command ends as it should (what cannot be used is listed, or one line names the file),
-without a traceback, within a minute and the memory that is allowed, with nothing written outside
-and no code run, and when the healthy files of the same run give the same numbers.
+A case is made from (area, seed, number) alone, in its own folder and a forked process. It passes
+if the command ends in time and without a traceback: with status 0, or with one line that names the
+file. The undamaged files of the same run must give the same numbers, no code of a file may run,
+and nothing may be written outside of the case's folder.
 
-    mutations.py   what is done to bytes, names, values and folders
-    worker.py      a process that makes cases and judges them, many one after the other
-    images.py stores.py models.py tables.py    areas of hostile files
-    processes.py numbers.py privacy.py         kills, machines, odd numbers, marks
-    fuzz.py        a coverage-guided fuzzer over our own parsers (needs atheris)
+    changes.py     damage to bytes, names and values
+    commands.py    running command lines, judging how they end, the cohort that all cases share
+    files.py       areas of damaged files
+    processes.py   areas of killed and concurrent commands
+    values.py      areas of odd numbers and of patient data
 """

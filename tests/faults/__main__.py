@@ -2,80 +2,99 @@
 
 import argparse
 import json
+import os
+import resource
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
-from tests.faults.worker import AREAS, ROOT, Worker
+import numpy as np
 
-RECORD = ROOT / "tests" / "faults" / "RESULTS.md"
+from tests.faults import files, processes, values
+from tests.faults.commands import make_base, start, use_narrow_network, wait
 
-
-def campaign(area, cases, seed, worker, show=print):
-    """Run cases of an area: (Counter of faults tried, list of (number, answer) that failed)."""
-    tried, failed, number = Counter(), [], 0
-    while tried.total() < cases:
-        answer = worker(area, seed, number)
-        tried.update(answer["faults"] or {answer["fault"]: answer["n"]})
-        if answer["complaint"]:
-            failed.append((number, answer))
-            show(f"{area} --seed {seed} --first {number}: {answer['fault']}: {answer['complaint']}")
-        number += 1
-    return tried, failed
+AREAS = {
+    area.__name__: area
+    for area in (files.dicom, files.video, files.hdf5, files.packs,
+                 files.checkpoints, files.archives, files.tables, processes.kill,
+                 processes.machine, values.numbers, values.privacy)
+}  # fmt: skip
+SECONDS = 900  # for a case with all its commands
+MEMORY = 3 << 20  # kB that a process may take
 
 
-def write_record(rows):
-    """The table of faults tried and survived, which SECURITY.md links.
+def watch(outer):
+    """Record in outer/outside what a damaged file must not cause: writes elsewhere, programs."""
+    allowed = (str(outer), "/dev/", "/proc/", tempfile.gettempdir(), os.path.expanduser("~/."))
+    opened = os.open(outer / "outside", os.O_CREAT | os.O_WRONLY)
 
-    rows: (area, fault, tried, failed); other areas keep those of the run before.
-    """
-    areas = {area for area, *_ in rows}
-    for line in RECORD.read_text().splitlines() if RECORD.exists() else ():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in AREAS.keys() - areas:
-            rows.append((*cells[:2], int(cells[2]), int(cells[2]) - int(cells[3])))
-    lines = [
-        "# Faults tried", "",
-        "Written by `python -m tests.faults --record`; a case is made from area, seed and number.",
-        "",
-        "| area | fault | tried | survived |", "| --- | --- | ---: | ---: |",
-    ]  # fmt: skip
-    totals = [0, 0]
-    for area, fault, n, lost in sorted(rows):
-        lines.append(f"| {area} | {fault} | {n} | {n - lost} |")
-        totals = [totals[0] + n, totals[1] + n - lost]
-    lines += [f"| **all** | | **{totals[0]}** | **{totals[1]}** |", ""]
-    RECORD.write_text("\n".join(lines))
+    def hook(event, args):
+        fault = event in ("os.system", "os.exec", "socket.connect")
+        fault |= event == "subprocess.Popen" and str(args[0]) != sys.executable
+        if event == "open" and isinstance(args[0], str | bytes) and isinstance(args[2], int):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            fault = args[2] & (os.O_WRONLY | os.O_RDWR) and not path.startswith(allowed)
+        if fault:
+            os.write(opened, f"{event} {args!r}\n"[:300].encode())
+
+    sys.addaudithook(hook)
+
+
+def do_case(area, seed, number, base, outer):
+    """In a fork: make a case in outer/here, judge it, write the answer to outer/answer."""
+    (outer / "here").mkdir()
+    (outer / "canary").write_text("unchanged")
+    os.chdir(outer / "here")
+    watch(outer)
+    fault, complaint = AREAS[area](np.random.default_rng([seed, number, *area.encode()]), base)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    if not complaint and (outer / "outside").stat().st_size:
+        complaint = "outside: " + (outer / "outside").read_text()[:500]
+    elif not complaint and (outer / "canary").read_text() != "unchanged":
+        complaint = "outside: the canary is changed"
+    elif not complaint and peak > MEMORY:
+        complaint = f"memory: {peak >> 10} MB"
+    (outer / "answer").write_text(json.dumps([fault, complaint]))
+
+
+def case(area, seed, number, base):
+    """(name of the fault, complaint or '')."""
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        status = wait(start(do_case, area, seed, number, base, Path(folder)), SECONDS)
+        answer = Path(folder, "answer")
+        if answer.exists():
+            return json.loads(answer.read_text())
+        return "unknown", f"no answer: status {status}"
+
+
+def campaign(area, cases, seed, base):
+    """Run the cases of an area and print those that fail; returns how many failed."""
+    tried, failed = Counter(), 0
+    for number in cases:
+        fault, complaint = case(area, seed, number, base)
+        tried[fault.split(":")[0]] += 1
+        if complaint:
+            failed += 1
+            print(f"{area} --seed {seed} --number {number}: {fault}: {complaint}", flush=True)
+    print(f"{area}: {tried.total()} cases, {failed} failed ({dict(tried)})", flush=True)
+    return failed
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--area", default="all", choices=[*AREAS, "all"])
-    parser.add_argument("--cases", type=int, default=100, help="of each area")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--first", type=int, help="this one case alone, with its whole answer")
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
+    parser.add_argument("--area", nargs="+", default=list(AREAS), choices=list(AREAS))
+    parser.add_argument("--cases", type=int, default=20, help="of each area")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--number", type=int, help="only this case")
     args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # a campaign is watched in its log
-    worker, rows, lost = Worker(), [], 0
-    try:
-        if args.first is not None:
-            print(json.dumps(worker(args.area, args.seed[0], args.first), indent=1))
-            return
-        for area in AREAS if args.area == "all" else [args.area]:
-            tried, failed = Counter(), []
-            for seed in args.seed:
-                more, wrong = campaign(area, args.cases, seed, worker)
-                tried, failed = tried + more, failed + wrong
-            bad = Counter(answer["fault"] for _, answer in failed)
-            rows += [(area, fault, n, bad.pop(fault, 0)) for fault, n in tried.items()]
-            rows += [(area, fault, n, n) for fault, n in bad.items()]
-            print(f"{area}: {tried.total()} cases, {len(failed)} failed", flush=True)
-            lost += len(failed)
-    finally:
-        worker.close()
-    if args.record:
-        write_record(rows)
-    sys.exit(lost > 0)
+    cases = range(args.cases) if args.number is None else [args.number]
+    use_narrow_network()
+    with tempfile.TemporaryDirectory(prefix="faults-base-") as folder:
+        if status := wait(start(make_base, folder), SECONDS):
+            sys.exit(f"the shared cohort could not be made: status {status}")
+        failed = sum(campaign(area, cases, args.seed, Path(folder)) for area in args.area)
+    sys.exit(failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,280 @@
+"""Areas of damaged files. A function takes (rng, base) in an empty folder and returns
+(name of the fault, complaint or '')."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import h5py
+import pydicom
+import torch
+
+from tests.faults.changes import KINDS, NAMES, TEXTS, choose, damage, odd_cell, odd_entry
+from tests.faults.commands import (
+    EXTRACT,
+    FIXTURES,
+    N_STUDIES,
+    PREDICT,
+    clips,
+    complaint_of,
+    copy_cohort,
+    differences,
+    healthy_embeddings,
+    healthy_source,
+    model_bytes,
+    run,
+)
+
+N_FILES = 8  # damaged files in one run of extraction
+TAGS = {
+    "NumberOfFrames": [b"1000000", b"-1", b"0", b"", b"6.5", b"abc"],
+    "Rows": [0, 1, 65535], "Columns": [0, 1, 65535], "SamplesPerPixel": [0, 2, 4, 65535],
+    "BitsAllocated": [0, 1, 12, 16, 65535], "BitsStored": [0, 1, 16, 65535],
+    "PlanarConfiguration": [1, 7], "PixelRepresentation": [1, 9], "InstanceNumber": [b"-5", b"x"],
+    "PhotometricInterpretation": None, "Modality": None, "SOPClassUID": None,
+    "StudyInstanceUID": None, "PatientID": None, "SpecificCharacterSet": None,
+}  # fmt: skip
+
+
+def odd_tag(data, rng):
+    """A DICOM file with one value that no scanner writes."""
+    ds = pydicom.dcmread(io.BytesIO(data), force=True)
+    name = choose(rng, TAGS)
+    value = choose(rng, TAGS[name] or [text.encode() for text in TEXTS])
+    value = value.to_bytes(2, "little") if isinstance(value, int) else value[:60_000]
+    tag = pydicom.tag.Tag(name)
+    vr = pydicom.datadict.dictionary_VR(tag)
+    value += b" " * (len(value) % 2)
+    ds._dict[tag] = pydicom.dataelem.RawDataElement(tag, vr, len(value), value, 0, False, True)
+    buffer = io.BytesIO()
+    try:
+        ds.save_as(buffer)
+    except Exception:  # pydicom refuses to write some of them
+        return data[:300] + value + data[300:]
+    return buffer.getvalue()
+
+
+def cine(name, number):
+    """A DICOM file of the fixtures as study, series and patient `number`."""
+    ds = pydicom.dcmread(FIXTURES / "dicom" / name)
+    ds.StudyInstanceUID, ds.PatientID = f"1.2.840.99999.{number}", f"P{number}"
+    buffer = io.BytesIO()
+    ds.save_as(buffer)
+    return buffer.getvalue()
+
+
+def write_damaged(folder, kind, number, rng):
+    """Write a damaged file into the folder of its study; returns the fault's name."""
+    if kind == "dicom":
+        name = choose(rng, sorted(p.name for p in (FIXTURES / "dicom").glob("*.dcm")))
+        data, suffix = cine(name, 10 + number), str(rng.choice([".dcm", "", ".avi"]))
+    else:
+        path = choose(rng, sorted((FIXTURES / "videos").glob("*.*")))
+        data, suffix = path.read_bytes(), choose(rng, [path.suffix, ".avi", ".mp4", ".dcm"])
+    folder.mkdir(parents=True)
+    draw = rng.random()
+    if draw < 0.05:
+        choose(rng, KINDS)(folder / f"a{suffix}")
+        return "not a file"
+    if draw < 0.1:
+        (folder / f"{choose(rng, NAMES)}{suffix}").write_bytes(data)
+        return "name"
+    if kind == "dicom" and draw < 0.4:
+        fault, data = "odd tag", odd_tag(data, rng)
+    else:
+        fault, data = damage(data, rng)
+    (folder / f"a{suffix}").write_bytes(data)
+    return fault
+
+
+def extraction(kind, rng, base):
+    source = Path("source")
+    healthy_source(source)
+    faults = {f"odd{i}": write_damaged(source / f"odd{i}", kind, i, rng) for i in range(N_FILES)}
+    fault = ", ".join(sorted(set(faults.values())))
+    result = run(*EXTRACT)
+    if complaint := complaint_of(result, failed=False):
+        return fault, complaint
+    expected, arrays = healthy_embeddings(base), healthy_embeddings(".")
+    if arrays.keys() != expected.keys() or any((arrays[k] != expected[k]).any() for k in expected):
+        return fault, f"healthy studies differ: {sorted(arrays)}"
+    reported = result.text + "".join(p.read_text() for p in Path("out").glob("*.csv"))
+    for name in faults:
+        if name not in reported and "no videos" not in reported and "left out" not in reported:
+            return fault, f"{name} is not reported"
+    again = run(*EXTRACT)
+    repeated = "" if "0 studies extracted" in again.out else f"extracted again: {again.text[-300:]}"
+    return fault, complaint_of(again, failed=False) or repeated
+
+
+def dicom(rng, base):
+    return extraction("dicom", rng, base)
+
+
+def video(rng, base):
+    return extraction("video", rng, base)
+
+
+# ----------------------------------------------------------------------------------- embeddings
+
+
+def hdf5(rng, base):
+    """One study's embedding file among five."""
+    copy_cohort(base)
+    path, draw = Path("emb/s1.hdf5"), rng.random()
+    fault, damaged = "not a file", ("s1",)
+    if draw < 0.1:
+        path.unlink()
+        choose(rng, KINDS)(path)
+    elif draw < 0.2:
+        path.rename(path.with_name(f"{choose(rng, NAMES)}.hdf5"))
+        fault = "name"
+    else:
+        layout = "ours" if draw < 0.7 else "published"  # the published one has no checksums
+        if layout == "published":
+            damaged = ()
+            with h5py.File(path, "w") as f:
+                f["lab/site/s1_trim/v0.avi/emb"] = clips(100)[0]
+        fault, data = damage(path.read_bytes(), rng)
+        fault = f"{layout}: {fault}"
+        path.write_bytes(data)
+    result = run(*PREDICT)
+    complaint = complaint_of(result, failed=False)
+    return fault, complaint or differences(base, ("s0", "s2", "s3", "s4"), damaged)
+
+
+def packs(rng, base):
+    """A damaged pack is refused, or reported and not used."""
+    copy_cohort(base, N_STUDIES)
+    for path in base.glob("emb.packed*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, path.name)
+    files = [
+        p for p in [*Path().glob("emb.packed*"), *Path().glob("emb.packed*/**/*")] if p.is_file()
+    ]
+    path = choose(rng, sorted(files))
+    fault, data = damage(path.read_bytes(), rng)
+    path.write_bytes(data)
+    if rng.random() < 0.5:
+        shutil.rmtree("emb")
+    result = run(*PREDICT)
+    complaint = complaint_of(result, "packed", "emb")
+    if complaint or result.status:
+        return fault, complaint
+    return fault, differences(base, (), [f"s{i}" for i in range(N_STUDIES)])
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+class Attack:
+    """An object whose unpickling runs a command."""
+
+    def __reduce__(self):
+        return os.system, ("touch ../PWNED",)
+
+
+def torch_bytes(saved):
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return buffer.getvalue()
+
+
+def damaged_model(data, saved, rng):
+    """(fault, bytes, whether a checksum shows the damage) of a checkpoint."""
+    draw = rng.random()
+    if draw < 0.25:
+        data = bytearray(data)
+        data[int(rng.integers(len(data) // 50, len(data) // 3))] ^= 64  # an exponent of a weight
+        return "bit of a weight", bytes(data), True
+    if draw < 0.6:
+        return *damage(data, rng), True
+    if draw < 0.9:
+        return *(lambda fault, value: (fault, torch_bytes(value)))(*odd_entry(saved, rng)), False
+    if draw < 0.95:
+        return "attack", pickle.dumps({"model_state_dict": Attack()}), False
+    return "attack", torch_bytes({"model_state_dict": {}, "echofocus": Attack()}), False
+
+
+STUDIES = ("s0", "s1", "s2", "s3", "s4")
+
+
+def after_model(base, fault, complaint, compared):
+    if not complaint and Path("../PWNED").exists():
+        complaint = "CODE OF THE FILE RAN"
+    return fault, complaint or (differences(base, STUDIES) if compared else "")
+
+
+def checkpoints(rng, base):
+    """best_checkpoint.pt for predict and inspect; last_checkpoint.pt for a resumed training."""
+    draw = rng.random()
+    copy_cohort(base, N_STUDIES if draw < 0.25 else 5)
+    folder = Path("trained_models/defect")
+    name, line = "best", ["inspect", folder / "best_checkpoint.pt"] if draw < 0.45 else PREDICT
+    if draw < 0.25:
+        name, line = "last", ["train", "--task", "defect", "--epoch_lim", "2"]
+    fault, data, checked = damaged_model(*model_bytes(base, name), rng)
+    (folder / f"{name}_checkpoint.pt").write_bytes(data)
+    result = run(*line)
+    complaint = complaint_of(result, "_checkpoint", "defect")
+    compared = checked and not result.status and line is PREDICT
+    return after_model(base, f"{name}: {fault}", complaint, compared)
+
+
+def archives(rng, base):
+    """`download` of a zip or .pt file: a model with the same numbers, or nothing at all."""
+    copy_cohort(base)
+    shutil.rmtree("trained_models")
+    data, saved = model_bytes(base)
+    name, checked = "z.zip", True
+    if rng.random() < 0.6:
+        buffer, fault = io.BytesIO(), "path"
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("z/best_checkpoint.pt", data)
+            archive.writestr("../x", "outside")
+        data = buffer.getvalue()
+        if rng.random() < 0.8:
+            fault, data = damage(data, rng)
+    else:
+        name = "z.pt"
+        fault, data, checked = damaged_model(data, saved, rng)
+    Path(name).write_bytes(data)
+    result = run("download", f"./{name}", "--model_name", "z")
+    complaint = complaint_of(result, name)
+    if not complaint and result.status and list(Path("trained_models").glob("[!.]*")):
+        complaint = "a refused download leaves a model"
+    if not complaint and not result.status:
+        again = run("predict", "--model_name", "z", "--task", "defect", "--out", "p.csv")
+        complaint = complaint_of(again, "z")
+        checked = checked and not again.status
+    return after_model(base, fault, complaint, checked and not result.status and not complaint)
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def tables(rng, base):
+    """A damaged label table or config, for `predict` and `check`."""
+    copy_cohort(base)
+    draw, path = rng.random(), Path("labels.csv")
+    if draw < 0.35:
+        fault, text = odd_cell(path.read_text(), rng)
+        path.write_text(text)
+    elif draw < 0.7:
+        path = path if draw < 0.55 else Path("config.json")
+        fault, data = damage(path.read_bytes(), rng)
+        path.write_bytes(data)
+    else:
+        path = Path("config.json")
+        fault, config = odd_entry(json.loads(path.read_text()), rng)
+        path.write_text(json.dumps(config))
+    line = PREDICT if rng.random() < 0.6 else ["check", "--device", "cpu"]
+    result = run(*line)
+    names = "labels.csv", "config", "a run would fail", "emb", "defect", "task", "dataset"
+    complaint = complaint_of(result, *names)
+    if line is PREDICT and not complaint and not result.status:
+        complaint = differences(base, STUDIES)
+    return f"{path}: {fault}", complaint

@@ -1,0 +1,130 @@
+"""Areas of odd numbers in labels and cohorts, and of patient data in headers and folder names."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pydicom
+
+from tests.faults.changes import choose
+from tests.faults.commands import (
+    EXTRACT,
+    FIXTURES,
+    N_STUDIES,
+    complaint_of,
+    copy_cohort,
+    edit_config,
+    healthy_source,
+    predictions,
+    run,
+)
+from tests.faults.files import cine
+
+
+def train_on(table, **task):
+    """Train on odd labels: an error, or a model that predicts finite numbers."""
+    edit_config(**task)
+    table.to_csv("labels.csv", index=False)
+    result = run("train", "--task", "defect", "--model_name", "m")
+    if (complaint := complaint_of(result)) or result.status:
+        return complaint
+    result = run("predict", "--model_name", "m", "--out", "p.csv")
+    if complaint := complaint_of(result, failed=False):
+        return complaint
+    values = predictions().drop(columns="warning").apply(pd.to_numeric, errors="coerce")
+    return "" if np.isfinite(values.fillna(0)).all(axis=None) else "infinite predictions"
+
+
+def all_missing(rng, table):
+    return train_on(table.assign(finding=np.nan))
+
+
+def one_patient(rng, table):
+    return train_on(table.assign(pid="P"))
+
+
+def huge_values(rng, table):
+    size = float(rng.choice([1e308, 1e160, 1e38, 1e9, 1e-300, 5e-324]))
+    values = np.linspace(0.5, 1, len(table)) * size
+    signs = np.where(np.arange(len(table)) % 2, 1, -1) if rng.random() < 0.5 else 1
+    boxcox = ["finding"] if rng.random() < 0.5 else []
+    return train_on(table.assign(finding=values * signs), boxcox=boxcox)
+
+
+def one_outlier(rng, table):
+    table = table.assign(finding=np.linspace(1, 2, len(table)))
+    table.loc[int(rng.integers(len(table))), "finding"] = float(rng.choice([1e308, -1e308, 1e20]))
+    return train_on(table)
+
+
+def many_labels(rng, table):
+    names = [f"l{i}" for i in range(300)]
+    values = pd.DataFrame(rng.integers(0, 2, (len(table), len(names))), columns=names)
+    return train_on(pd.concat([table[["pid", "eid"]], values], axis=1), task_labels=names)
+
+
+CHANGES = [all_missing, one_patient, huge_values, one_outlier, many_labels]
+
+
+def numbers(rng, base):
+    copy_cohort(base, N_STUDIES)
+    change = choose(rng, CHANGES)
+    return change.__name__, change(rng, pd.read_csv("labels.csv"))
+
+
+# ---------------------------------------------------------------------------------------- privacy
+
+MARK = "Qzmarkqz"
+ADDED = ("PatientName", "PatientID", "AccessionNumber", "StudyDescription", "InstitutionName")
+ADDED += ("OperatorsName", "PatientBirthDate", "StationName", "StudyDate", "ProtocolName")
+NEEDED = ("StudyInstanceUID", "PhotometricInterpretation", "Modality", "NumberOfFrames",
+          "SOPClassUID")  # fmt: skip
+TEXT_VRS = pydicom.valuerep.STR_VR
+
+
+def with_marks(data, rng):
+    """A DICOM file with a mark in every text element, and in some that it lacked."""
+    ds = pydicom.dcmread(io.BytesIO(data), force=True)
+    odd = choose(rng, ("", *NEEDED[1:]))
+    for name in ADDED:
+        setattr(ds, name, "")
+    for element in list(ds):
+        if element.VR in TEXT_VRS and (element.keyword not in NEEDED or element.keyword == odd):
+            ds._dict[element.tag] = pydicom.dataelem.RawDataElement(
+                element.tag, element.VR, 8, MARK.encode(), 0, False, True
+            )
+    ds.add_new(0x00091010, "LO", MARK)
+    buffer = io.BytesIO()
+    ds.save_as(buffer)
+    return buffer.getvalue()
+
+
+def privacy(rng, base):
+    """A mark in text elements and in the name of a folder above reaches no output."""
+    above = Path(f"{MARK}_above")
+    healthy_source(above / "source")
+    names = sorted(p.name for p in (FIXTURES / "dicom").glob("*.dcm"))
+    for i in range(6):
+        (above / "source" / f"study{i}").mkdir()
+        data = with_marks(cine(choose(rng, names), 20 + i), rng)
+        (above / "source" / f"study{i}" / "a").write_bytes(data)
+    os.chdir(above)
+    copy_cohort(base)
+    model = ("--model_name", "defect", "--embedding_path", "out")
+    results = [
+        run(*EXTRACT),
+        run("check", "--videos", "source", "--device", "cpu"),
+        run("predict", *model, "--out", "p.csv"),
+        run("embed", *model, "--embed_file", "e.h5"),
+    ]
+    complaint = next(filter(None, map(complaint_of, results)), "")
+    for result in results:
+        if MARK in result.text and not complaint:
+            at = result.text.index(MARK)
+            complaint = f"the mark is printed: {result.text[max(0, at - 200) : at + 50]!r}"
+    for path in [*Path("out").rglob("*"), Path("p.csv"), Path("e.h5")]:
+        if path.is_file() and MARK.encode() in path.read_bytes() and not complaint:
+            complaint = f"the mark is in {path}"
+    return "a mark in headers and above", complaint
