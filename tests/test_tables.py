@@ -11,7 +11,6 @@ import pytest
 
 from echofocus_core.base import tables
 from echofocus_core.base.console import Collected, Findings, UserError
-from tests.faults.tables import with_cell
 
 PLAIN = [["pid", "eid", "VSD"], ["P0", "001", "1"], ["P1", "002", "0.5"]]
 TEXT = "pid,eid,VSD\nP0,001,1\nP1,002,0.5\n"
@@ -170,23 +169,6 @@ def test_excel_of_several_sheets_and_percentages(tmp_path):
     table, (said,) = read(path, path.read_bytes())
     assert table["EF"].tolist() == ["55", "60.5", "0.4"]
     assert "the first of 2 with cells" in said and "percentages as they are shown" in said
-
-
-@pytest.mark.parametrize("sheet", [1, 2])
-@pytest.mark.parametrize("place", ["A1048577", "XFD4", "A99999999999"])
-def test_excel_with_cells_far_away(tmp_path, monkeypatch, sheet, place):
-    """One such cell stands for all before it: gigabytes of nothing, or no end. In a sheet that is
-    not read it is no fault."""
-    monkeypatch.setattr(tables, "MOST_ROWS", 20_000)
-    path = tmp_path / "t.xlsx"
-    workbook(path, [["pid", "eid"], ["P0", 7]], [])
-    path.write_bytes(with_cell(path.read_bytes(), place, sheet))
-    if sheet == 2:
-        table, (said,) = read(path, path.read_bytes())
-        assert table.to_numpy().tolist() == [["P0", "7"]] and "the first of 2 with cells" in said
-        return
-    with pytest.raises(UserError, match=r"t\.xlsx, sheet Sheet, line .* are no table"):
-        read(path, path.read_bytes())
 
 
 def test_excel_with_formats_far_away(tmp_path):
