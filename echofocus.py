@@ -54,6 +54,7 @@ from echofocus_core.base.options import (
     validated,
 )
 from echofocus_core.base.world import from_environment, join_world, pick_device
+from echofocus_core.encoder.preview import preview_cohort
 from echofocus_core.report.demo import cmd_demo
 from echofocus_core.report.inspect import describe_encoder, model_facts, print_description
 from echofocus_core.report.maps import make_map, map_rows
@@ -111,7 +112,7 @@ from echofocus_core.study.sources import (
 from echofocus_core.study.splits import some_of
 from echofocus_core.study.train_command import search, train_model
 from echofocus_core.video import panecho
-from echofocus_core.video.preview import preview_cohort, preview_extraction
+from echofocus_core.video.preview import preview_extraction
 from echofocus_core.video.store import MADE_WITH, StudyClips, open_folder, open_store, write_pack
 
 

@@ -27,6 +27,33 @@ from echofocus_core.video.studies import find_studies
 SAMPLING = video.Sampling()
 
 
+def write_dicom(path, frames):
+    """Write BGR frames uint8 (n, H, W, 3) as a multi-frame ultrasound DICOM: JPEG, YBR_FULL_422."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGBaseline8Bit, generate_uid
+
+    n, H, W, _ = frames.shape
+    ds, meta = Dataset(), FileMetaDataset()
+    ds.SOPClassUID = meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
+    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
+    meta.TransferSyntaxUID = JPEGBaseline8Bit
+    ds.Modality, ds.PatientID = "US", "phantom"
+    ds.NumberOfFrames, ds.Rows, ds.Columns, ds.SamplesPerPixel = n, H, W, 3
+    ds.PhotometricInterpretation = "YBR_FULL_422"
+    ds.PlanarConfiguration = ds.PixelRepresentation = 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
+    options = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+               cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422)  # fmt: skip
+    ds.PixelData = encapsulate(
+        [cv2.imencode(".jpg", frame, options)[1].tobytes() for frame in frames]
+    )
+    ds["PixelData"].VR = "OB"
+    ds.file_meta = meta
+    ds.save_as(path, enforce_file_format=True)
+
+
 def published_decode(path, starts):
     """The published reader: for each clip open, seek to start - 1, read 16 frames, transform."""
     mean, std = (np.array(v, np.float32) for v in (panecho.MEAN, panecho.STD))
@@ -69,7 +96,7 @@ def make_videos(folder, n_frames):
     frames = phantom.phantom_cine("A4C", frames=n_frames, size=(600, 800), seed=n_frames)
     phantom.write_video(folder / f"{n_frames}.avi", frames)
     phantom.write_video(folder / f"{n_frames}.mp4", frames, fourcc="mp4v")
-    phantom.write_dicom(folder / f"{n_frames}.dcm", frames)
+    write_dicom(folder / f"{n_frames}.dcm", frames)
     return [p for p in sorted(folder.glob(f"{n_frames}.*")) if p.stat().st_size > 1000]
 
 

@@ -194,7 +194,7 @@ def test_every_task_of_panecho_can_be_recorded():
     for task in panecho.TASKS:
         assert EncoderTask(**task).entry()["name"] == task["name"]
     for name in ("a/b", "..", "a.b", "", " a", "a\n"):
-        with pytest.raises(ValueError, match="no name of a task"):
+        with pytest.raises(ValueError, match="cannot be a task's name"):
             EncoderTask(name=name, type="regression")
 
 
@@ -239,7 +239,7 @@ def test_own_tasks(here, dynamic):
     for fault, wrong in (
         ({"classes": ["a", "b"]}, "three classes"),
         ({"type": "other"}, "type"),
-        ({"name": "a/b"}, "no name"),
+        ({"name": "a/b"}, "cannot be a task"),
         ({"klasses": []}, "unknown key"),
     ):
         (here / "tasks.json").write_text(json.dumps([task | fault]))
@@ -505,7 +505,7 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     saved["encoder"]["tasks"][0]["name"] = "../EF"
     torch.save(saved, "run/chkpt_epoch-20.pt")
     status, _, err = cli(*words, "run", main=extract.main)
-    assert status == 1 and "no name of a task" in err
+    assert status == 1 and "cannot be a task's name" in err
 
 
 class Killed(Exception):

@@ -217,59 +217,6 @@ def write_video(path, frames, fps=30, fourcc="MJPG"):
     writer.release()
 
 
-def write_dicom(path, frames, fps=30, patient_name="Phantom^Heart", jpeg=True, regions=None):
-    """Write BGR frames uint8 (n, H, W, 3) as a multi-frame ultrasound DICOM; the folder is made.
-
-    JPEG baseline (YBR_FULL_422) or, without `jpeg`, uncompressed RGB. `regions` lists boxes
-    (x0, y0, x1, y1), inclusive pixels, of SequenceOfUltrasoundRegions; None is the whole image.
-    """
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.encaps import encapsulate
-    from pydicom.tag import Tag
-    from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, generate_uid
-
-    n, H, W, _ = frames.shape
-    ds, meta = Dataset(), FileMetaDataset()
-    ds.SOPClassUID = meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.3.1"
-    ds.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = generate_uid()
-    ds.StudyInstanceUID, ds.SeriesInstanceUID = generate_uid(), generate_uid()
-    meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
-    ds.Modality, ds.PatientName, ds.PatientID = "US", patient_name, "phantom"
-    ds.StudyDate = ds.StudyTime = ds.StudyID = ds.AccessionNumber = ""
-    ds.PatientBirthDate = ds.PatientSex = ds.ReferringPhysicianName = ds.Manufacturer = ""
-    ds.SeriesNumber, ds.InstanceNumber = 1, 1
-    ds.NumberOfFrames, ds.Rows, ds.Columns, ds.SamplesPerPixel = n, H, W, 3
-    ds.FrameTime, ds.FrameIncrementPointer = f"{1000 / fps:.6g}", Tag("FrameTime")
-    ds.CineRate = ds.RecommendedDisplayFrameRate = round(fps)
-    ds.PhotometricInterpretation = "YBR_FULL_422" if jpeg else "RGB"
-    ds.PlanarConfiguration = ds.PixelRepresentation = 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8, 8, 7
-    ds.LossyImageCompression = "01" if jpeg else "00"
-    ds.SequenceOfUltrasoundRegions = []
-    for x0, y0, x1, y1 in regions or [(0, 0, W - 1, H - 1)]:
-        box = Dataset()
-        box.RegionLocationMinX0, box.RegionLocationMinY0 = x0, y0
-        box.RegionLocationMaxX1, box.RegionLocationMaxY1 = x1, y1
-        box.RegionSpatialFormat, box.RegionDataType, box.RegionFlags = 1, 1, 0  # 2D tissue
-        box.PhysicalUnitsXDirection = box.PhysicalUnitsYDirection = 3  # cm
-        box.PhysicalDeltaX = box.PhysicalDeltaY = 15 / H
-        ds.SequenceOfUltrasoundRegions.append(box)
-    if jpeg:
-        how = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-               cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422)  # fmt: skip
-        coded = [cv2.imencode(".jpg", frame, how)[1].tobytes() for frame in frames]
-        ds.PixelData = encapsulate(coded)
-        ds.LossyImageCompressionMethod = "ISO_10918_1"
-        ds.LossyImageCompressionRatio = f"{frames.nbytes / sum(map(len, coded)):.4g}"
-    else:
-        raw = frames[..., ::-1].tobytes()
-        ds.PixelData = raw + b"\0" * (len(raw) % 2)
-    ds["PixelData"].VR = "OB"
-    ds.file_meta = meta
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True)
-
-
 # ----------------------------------------------------------------------------------------- cohort
 
 

@@ -1,11 +1,11 @@
-"""What an encoder says of itself: its tasks, and how it was trained; read without trust."""
+"""What an encoder's weights file records: its tasks and its training; nothing in it is trusted."""
 
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Entry, Text, readable_text, validated
@@ -15,12 +15,13 @@ KINDS = {
     "multi-class": "multi-class_classification",
     "regression": "regression",
 }
+N_CLASSES = {"binary": (0, 2), "multi-class": range(3, 1000), "regression": (0,)}
 
 
 def task_name(name):
-    """Refuse a name that could not be a module's or a folder's."""
+    """Check a name that becomes a module's and a folder's."""
     if not re.fullmatch(r"[A-Za-z0-9_|() -]{1,100}", name) or name != name.strip():
-        raise ValueError(f"{ascii(name)[:60]} is no name of a task: letters, digits, - _ | ( )")
+        raise ValueError(f"{ascii(name)[:60]} cannot be a task's name: letters, digits, - _ | ( )")
     return name
 
 
@@ -28,33 +29,28 @@ Word = Annotated[str, AfterValidator(lambda text: text and readable_text(text))]
 
 
 class EncoderTask(Entry):
-    """One head: a name, what it tells, and its classes in output order or its unit."""
+    """One head: a name, its kind, and its classes in output order or its unit."""
 
     name: Annotated[str, AfterValidator(task_name)]
     type: Literal[(*KINDS, *KINDS.values())]
-    classes: list[Text] = Field([], alias="class_names")
+    classes: list[Text] = Field(
+        [],
+        validation_alias=AliasChoices("class_names", "classes"),
+        serialization_alias="class_names",
+    )
     unit: Word = ""
     mean: float = 0.0  # over the training labels
 
-    @model_validator(mode="before")
-    @classmethod
-    def either_word(cls, values):
-        if isinstance(values, dict) and "classes" in values:
-            values = values | {"class_names": values["classes"]}
-            del values["classes"]
-        return values
-
     @model_validator(mode="after")
-    def agree(self):
+    def check_classes(self):
         n, kind = len(self.classes), self.type.split("_")[0]
         if len({c.lower() for c in self.classes}) < n:
-            raise ValueError(f"{self.name}: a class stands twice")
-        if kind == "binary" and n not in (0, 2):
-            raise ValueError(f"{self.name}: a binary task has two classes (no, yes), not {n}")
-        if kind == "multi-class" and n < 3:
-            raise ValueError(f"{self.name}: a multi-class task has three classes or more, not {n}")
-        if kind == "regression" and n:
-            raise ValueError(f"{self.name}: a regression has a unit and no classes")
+            raise ValueError(f"{self.name}: two classes have the same name")
+        if n not in N_CLASSES[kind]:
+            raise ValueError(
+                f"{self.name}: a binary task has two classes (no, yes), a multi-class task three "
+                f"classes or more, a regression none, not {n}"
+            )
         return self
 
     def entry(self):
@@ -62,35 +58,32 @@ class EncoderTask(Entry):
         kind = KINDS.get(self.type, self.type)
         classes = self.classes or (["0.0", "1.0"] if kind.startswith("binary") else [])
         entry = {"name": self.name, "type": kind, "class_names": classes, "mean": self.mean}
-        if kind == "regression":
-            entry["unit"] = self.unit
-        return entry
+        return entry | ({"unit": self.unit} if kind == "regression" else {})
 
 
 class TaskList(Entry):
     tasks: Annotated[list[EncoderTask], Field(max_length=1000)]
 
     @model_validator(mode="after")
-    def once(self):
+    def check_names(self):
         names = [task.name for task in self.tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"the task {name} stands twice")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tasks have the same name: {', '.join(sorted(names))[:200]}")
         return self
 
 
 def read_tasks(path):
-    """A task list of one's own, JSON -> entries like those of `panecho.TASKS`. UserError."""
+    """A JSON list of tasks -> entries like those of `panecho.TASKS`. UserError."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"no task list {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the task list {path}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    listed = validated(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
-    if not listed.tasks:
+    task_list = validated(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
+    if not task_list.tasks:
         raise UserError(f"{path} names no task; each has a name, type, and classes or a unit")
-    return [task.entry() for task in listed.tasks]
+    return [task.entry() for task in task_list.tasks]
 
 
 class EncoderRecord(TaskList):
@@ -111,13 +104,13 @@ class EncoderRecord(TaskList):
     started_sha256: Word = ""
     licence: Word = ""  # of what it started from
     labels_sha256: Word = ""  # of videos, patients, folds and labels
-    videos_sha256: Word = ""  # of the checksums of their decoded frames
-    left_out: int = 0  # videos of val and test that what it started from has seen
+    videos_sha256: Word = ""  # of the digests of their decoded frames
+    left_out: int = 0  # videos of val and test in the training of what it started from
     settings: dict[str, str | int | float | bool | list[str]] = Field({})
 
     @property
     def is_panecho(self):
-        """Whether it is PanEcho's architecture, which extraction takes."""
+        """Whether it is PanEcho's architecture, which extraction requires."""
         built = self.model_name, self.arch, self.layers, self.heads, self.normalization
         return built == ("frame_transformer", "convnext_tiny", 4, 8, "imagenet")
 
