@@ -137,11 +137,11 @@ def write_dicom(path, pixels, photometric, **tags):
         ds.PlanarConfiguration = 0
     ds.PhotometricInterpretation = photometric
     ds.BitsAllocated = ds.BitsStored = 8 * pixels.itemsize
-    ds.HighBit = ds.BitsStored - 1
     ds.PixelRepresentation = 0
     ds.PixelData = pixels.tobytes()
     for name, value in tags.items():
         setattr(ds, name, value)
+    ds.HighBit = tags.get("HighBit", ds.BitsStored - 1)
     ds.save_as(path, enforce_file_format=True)
     return ds
 

@@ -1,4 +1,4 @@
-"""DICOM files that say other things than they hold: read right, or refused for what they are."""
+"""DICOM files whose headers differ from what they hold: read right, or refused with a reason."""
 
 import contextlib
 import io
@@ -13,20 +13,19 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from helpers import moving_square, write_dicom
+from helpers import FIXTURES, ROOT, moving_square, write_dicom
 from PIL import Image
 from pydicom.encaps import encapsulate, generate_frames
 
-from echofocus_core.video import colour as pixels
 from echofocus_core.video import decode as video
 from echofocus_core.video import dicom, phantom, studies
-from echofocus_core.video import errors as source
+from echofocus_core.video.errors import FRAMES, NotNow
 
-ROOT = Path(__file__).parent.parent
-CASES = Path(__file__).parent / "fixtures" / "dicom"
-VIDEOS = CASES.parent / "videos"
+CASES, VIDEOS = FIXTURES / "dicom", FIXTURES / "videos"
 TRUTH = np.load(CASES / "truth.npz")["frames"]  # uint8 (6, 120, 160, 3) RGB
+GREY = np.ascontiguousarray(TRUTH[..., 0])
 ADOBE, JFIF = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0", b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+JPEG, JPEG_2000 = pydicom.uid.JPEGBaseline8Bit, pydicom.uid.JPEG2000Lossless
 
 
 def read(path):
@@ -43,16 +42,11 @@ def error_of(path, truth=TRUTH):
     return np.abs(frames - truth.astype(int)).mean(), notes
 
 
-def test_large_private_elements_are_read_over(tmp_path):
-    """Within a sequence of undefined length too, where pydicom reads every value."""
-    dataset = write_dicom(tmp_path / "a.dcm", TRUTH, "RGB", StudyInstanceUID="1.2.3")
-    item = pydicom.Dataset()
-    item.add_new(0x00091002, "OB", bytes(12 << 20))
-    dataset.private_block(0x0009, "VENDOR", create=True).add_new(1, "SQ", [item])
-    dataset[0x00091001].is_undefined_length = item.is_undefined_length_sequence_item = True
-    dataset.save_as(tmp_path / "a.dcm", enforce_file_format=True)
-    assert error_of(tmp_path / "a.dcm")[0] < 1
-    assert dicom.read_header_facts(tmp_path / "a.dcm").study_uid == "1.2.3"
+def refusal(path):
+    """The reason why a file is refused."""
+    with pytest.raises(video.VideoError) as error:
+        read(path)
+    return str(error.value)
 
 
 def write_coded(path, coded, syntax, photometric, like=TRUTH, **tags):
@@ -83,174 +77,151 @@ def jpeg_of(frame, components):
     return data[:2] + data[4 + int.from_bytes(data[4:6], "big") :]
 
 
-def ybr(frame):
-    return cv2.cvtColor(frame, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+def j2k_of(frame, transform=True):
+    file = io.BytesIO()
+    options = {"mct": int(transform)} if frame.ndim == 3 else {}
+    Image.fromarray(frame).save(file, "JPEG2000", no_jp2=True, **options)
+    return file.getvalue()
+
+
+def ybr(frames):
+    """RGB (n, H, W, 3) or (H, W, 3) as YCbCr of full range."""
+    if frames.ndim == 4:
+        return np.stack([ybr(frame) for frame in frames])
+    return cv2.cvtColor(frames, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
 
 
 # ------------------------------------------------------------------------------------------ colours
 
 
 @pytest.mark.parametrize(
-    "name, limit, note",
+    "name, limit, noted",
     [
-        ("jpeg_ybr_labelled_rgb", 3, "read as YCbCr"),
-        ("native_rgb_labelled_ybr422", 0, "read as RGB"),
-        ("native_ybr422_true", 1, ""),
-        ("j2k_mct_labelled_ybr422", 1, "read as RGB"),
-        ("palette16_of_8_bits", 0, "palette of 8 bits"),
-        ("deflated", 0, ""),
+        ("jpeg_ybr_labelled_rgb", 3, True),
+        ("native_rgb_labelled_ybr422", 0, True),
+        ("native_ybr422_true", 1, False),
+        ("j2k_mct_labelled_ybr422", 1, True),
+        ("palette16_of_8_bits", 0, False),
+        ("deflated", 0, False),
     ],
 )
-def test_what_the_header_says_wrongly(name, limit, note):
+def test_wrong_colour_labels(name, limit, noted):
     truth = TRUTH[..., :1] if name.startswith("palette") else TRUTH
     error, notes = error_of(CASES / f"{name}.dcm", truth)
-    assert error <= limit
-    assert note in notes and bool(note) == bool(notes)
+    assert error <= limit and ("read as" in notes) == noted
 
 
-@pytest.mark.parametrize("label", ["RGB", "YBR_FULL", "YBR_FULL_422"])
-@pytest.mark.parametrize("mark", [b"", JFIF, ADOBE + b"\0", ADOBE + b"\1"])
-@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+@pytest.mark.parametrize(
+    "stored, mark, label",
+    [
+        ("RGB", b"", "RGB"),
+        ("RGB", JFIF, "YBR_FULL"),
+        ("RGB", ADOBE + b"\0", "YBR_FULL_422"),
+        ("RGB", ADOBE + b"\1", "RGB"),
+        ("YCbCr", b"", "YBR_FULL_422"),
+        ("YCbCr", JFIF, "RGB"),
+        ("YCbCr", ADOBE + b"\0", "YBR_FULL"),
+        ("YCbCr", ADOBE + b"\1", "RGB"),
+    ],
+)
 def test_jpeg_of_any_components_label_and_mark(tmp_path, stored, mark, label):
     jpegs = [jpeg_of(frame, stored) for frame in TRUTH]
     coded = [data[:2] + mark + data[2:] for data in jpegs]
-    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEGBaseline8Bit, label)
-    error, notes = error_of(path)
+    error, notes = error_of(write_coded(tmp_path / "a", coded, JPEG, label))
     assert error < 1.5
     assert ("read as" in notes) == ((stored == "RGB") != (label == "RGB"))
 
 
-@pytest.mark.parametrize("label", ["RGB", "YBR_FULL", "YBR_RCT", "YBR_ICT"])
-@pytest.mark.parametrize("stored", ["RGB", "transformed", "YCbCr"])
+@pytest.mark.parametrize(
+    "stored, label",
+    [
+        ("RGB", "YBR_RCT"),
+        ("RGB", "YBR_FULL"),
+        ("transformed", "RGB"),
+        ("transformed", "YBR_FULL"),
+        ("YCbCr", "YBR_ICT"),
+        ("YCbCr", "YBR_FULL"),
+    ],
+)
 def test_jpeg_2000_of_any_components_and_label(tmp_path, stored, label):
-    coded = []
-    for frame in TRUTH:
-        file = io.BytesIO()
-        image = Image.fromarray(ybr(frame) if stored == "YCbCr" else frame)
-        image.save(file, "JPEG2000", no_jp2=True, mct=int(stored == "transformed"))
-        coded.append(file.getvalue())
-    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEG2000Lossless, label)
-    error, notes = error_of(path)
+    frames = ybr(TRUTH) if stored == "YCbCr" else TRUTH
+    coded = [j2k_of(frame, stored == "transformed") for frame in frames]
+    error, notes = error_of(write_coded(tmp_path / "a", coded, JPEG_2000, label))
     assert error < 1
     assert ("read as" in notes) == ((stored == "YCbCr") != (label == "YBR_FULL"))
 
 
-@pytest.mark.parametrize("syntax", ["little", "big", "implicit", "rle"])
-@pytest.mark.parametrize("planar", [0, 1])
-@pytest.mark.parametrize("label", ["RGB", "YBR_FULL"])
-@pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
+@pytest.mark.parametrize(
+    "stored, label, planar, syntax",
+    [
+        ("RGB", "RGB", 0, "big"),
+        ("RGB", "RGB", 1, "little"),
+        ("RGB", "YBR_FULL", 1, "implicit"),
+        ("RGB", "YBR_FULL", 0, "rle"),
+        ("YCbCr", "RGB", 0, "little"),
+        ("YCbCr", "RGB", 1, "rle"),
+        ("YCbCr", "YBR_FULL", 0, "implicit"),
+        ("YCbCr", "YBR_FULL", 1, "big"),
+    ],
+)
 def test_uncompressed_and_rle(tmp_path, stored, label, planar, syntax):
-    frames = TRUTH if stored == "RGB" else np.stack([ybr(f) for f in TRUTH])
-    path = tmp_path / "a"
-    dataset = write_dicom(path, frames, label)
+    frames = TRUTH if stored == "RGB" else ybr(TRUTH)
+    dataset = write_dicom(tmp_path / "a", frames, label)
     if syntax == "rle":
         dataset.compress(pydicom.uid.RLELossless)
     elif planar:
         dataset.PixelData = np.moveaxis(frames, 3, 1).tobytes()
     dataset.PlanarConfiguration = planar
-    save(dataset, path, syntax)
-    error, notes = error_of(path)
+    save(dataset, tmp_path / "a", syntax)
+    error, notes = error_of(tmp_path / "a")
     assert error < 1
     assert ("read as" in notes) == ((stored == "RGB") != (label == "RGB"))
 
 
-@pytest.mark.parametrize("big_endian", [False, True])
-@pytest.mark.parametrize(
-    "shift, stored",
-    [(0, 16), (0, 12), (0, 10), (2, 12), (2, 16), (4, 12), (4, 16), (6, 16), (8, 16), (4, 8)],
-)
-def test_grey_of_any_depth_and_claim(tmp_path, shift, stored, big_endian):
-    """The bits that are used decide: 8 in 16, 12 in 16, more than claimed; either byte order."""
-    grey = TRUTH[..., 0]
-    assert grey.max() >= 128
-    dataset = write_dicom(tmp_path / "a", grey.astype(np.uint16) << shift, "MONOCHROME2")
-    dataset.BitsStored, dataset.HighBit = stored, stored - 1
-    if big_endian:
-        dataset.PixelData = (grey.astype(">u2") << shift).astype(">u2").tobytes()
-    save(dataset, tmp_path / "a", "big" if big_endian else "little")
-    error, notes = error_of(tmp_path / "a", grey[..., None])
-    assert error == 0
-    assert ("bits" in notes) == (stored != shift + 8)
-
-
-@pytest.mark.parametrize("syntax", ["little", "big"])
-@pytest.mark.parametrize("planar", [0, 1])
-@pytest.mark.parametrize("label", ["RGB", "YBR_FULL"])
-@pytest.mark.parametrize("scene", ["speckle", "echo", "phantom"])
-def test_planar_configuration_that_is_wrong(tmp_path, scene, label, planar, syntax):
-    frames = {
-        "speckle": lambda: TRUTH,
-        "echo": lambda: np.stack([pydicom.examples.rgb_color.pixel_array] * 2),
-        "phantom": lambda: phantom.phantom_cine("A4C", 3, True, seed=5)[..., ::-1],
-    }[scene]()
-    stored = frames if label == "RGB" else np.stack([ybr(f) for f in frames])
-    dataset = write_dicom(tmp_path / "a", np.ascontiguousarray(stored), label)
-    if planar:
-        dataset.PixelData = np.moveaxis(stored, 3, 1).tobytes()
-    dataset.PlanarConfiguration = 1 - planar
-    save(dataset, tmp_path / "a", syntax)
-    error, notes = error_of(tmp_path / "a", frames)
-    assert error < 1
-    how = "one after the other" if planar else "pixel by pixel"
-    assert notes == f"colours stored {how}, the header says otherwise"
-
-
 @pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
-def test_frames_that_show_nothing_do_not_decide(tmp_path, stored):
+def test_blank_frames_do_not_decide(tmp_path, stored):
     """The first, middle and last frame black: colours and blackness are judged by the others."""
     frames = TRUTH.copy()
     frames[[0, 3, 5]] = 0
     coded = [jpeg_of(frame, stored) for frame in frames]
-    path = write_coded(tmp_path / "a", coded, pydicom.uid.JPEGBaseline8Bit, "RGB")
-    assert error_of(path, frames)[0] < 1.5
+    assert error_of(write_coded(tmp_path / "a", coded, JPEG, "RGB"), frames)[0] < 1.5
     deep = frames[..., 0].astype(np.uint16) << 4
     write_dicom(tmp_path / "b", deep, "MONOCHROME2", BitsStored=12)
     assert error_of(tmp_path / "b", frames[..., :1]) == (0, "")
 
 
-def test_bytes_of_a_component_the_other_way_round(tmp_path):
-    swapped = (TRUTH[..., 0].astype(np.uint16) << 4).byteswap()
-    write_dicom(tmp_path / "a", swapped, "MONOCHROME2", BitsStored=12)
-    assert error_of(tmp_path / "a", TRUTH[..., :1])[0] == 0
-
-
-@pytest.mark.parametrize("big_endian", [False, True])
-@pytest.mark.parametrize("bits, shift", [(16, 8), (16, 0), (16, 4), (8, 0)])
-def test_palettes(tmp_path, bits, shift, big_endian):
-    values = np.arange(256)
-    order = ">" if big_endian else "<"
-    palette = {}
+@pytest.mark.parametrize("bits, shift", [(16, 8), (16, 0), (8, 0)])
+def test_palettes(tmp_path, bits, shift):
+    values, palette = np.arange(256), {}
     tints = {"Red": values, "Green": values * 3 // 4, "Blue": values // 2}
     for colour, table in tints.items():
-        data = (table << shift).astype(f"{order}u{bits // 8}").tobytes()
-        if big_endian and bits == 8:  # two a word
-            data = np.frombuffer(data, "u2").byteswap().tobytes()
         palette[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
+        data = (table << shift).astype(f"<u{bits // 8}").tobytes()
         palette[f"{colour}PaletteColorLookupTableData"] = data
-    dataset = write_dicom(tmp_path / "a", TRUTH[..., 0], "PALETTE COLOR", **palette)
-    if big_endian:
-        save(dataset, tmp_path / "a", "big")
-    truth = np.stack([t[TRUTH[..., 0]] for t in tints.values()], axis=-1)
+    dataset = write_dicom(tmp_path / "a", GREY, "PALETTE COLOR", **palette)
+    truth = np.stack([t[GREY] for t in tints.values()], axis=-1)
     assert error_of(tmp_path / "a", truth)[0] == 0
-
-
-def tinted(frames, tint, scale=1.0):
-    grey = frames.max(-1, keepdims=True).astype(float) * scale
-    return (grey * tint).clip(0, 255).astype(np.uint8)
+    save(dataset, tmp_path / "a", "big")
+    assert "palette" in refusal(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
-    "tint", [(1, 1, 1), (1, 0.75, 0.45), (1, 0.55, 0.15), (0.45, 0.7, 1), (0.3, 1, 0.4)]
+    "part, label, tint",
+    [
+        ("whole", "RGB", (1, 1, 1)),
+        ("within", "YBR_FULL", (1, 0.75, 0.45)),
+        ("whole", "YBR_FULL", (1, 0.55, 0.15)),
+        ("within", "RGB", (0.45, 0.7, 1)),
+        ("whole", "RGB", (0.3, 1, 0.4)),
+    ],
 )
-@pytest.mark.parametrize("part", ["whole", "within"])
-def test_tinted_greyscale_is_left_as_it_is(tmp_path, part, tint):
+def test_tinted_greyscale_is_not_changed(tmp_path, part, label, tint):
     """Sepia, blue and green maps, also of the tissue alone."""
     frames = TRUTH[:, 40:80, 50:100] if part == "within" else TRUTH
-    for name, stored in (("RGB", tinted(frames, tint)), ("YBR_FULL", tinted(frames, tint))):
-        stored = np.stack([ybr(f) for f in stored]) if name == "YBR_FULL" else stored
-        write_dicom(tmp_path / "a", stored, name)
-        error, notes = error_of(tmp_path / "a", tinted(frames, tint))
-        assert error < 1 and notes == ""
+    frames = (frames.max(-1, keepdims=True) * np.array(tint)).astype(np.uint8)
+    write_dicom(tmp_path / "a", ybr(frames) if label == "YBR_FULL" else frames, label)
+    error, notes = error_of(tmp_path / "a", frames)
+    assert error < 1 and notes == ""
 
 
 @pytest.mark.parametrize("name", ["rgb_color", "palette_color", "jpeg2k", "ybr_color"])
@@ -280,22 +251,11 @@ def test_what_another_decoder_may_read_is_tried_again(tmp_path):
     (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
     write_coded(tmp_path / "a", [still] * 2, "1.2.840.10008.1.2.4.51", "MONOCHROME2",
                 like=np.zeros((2, 1024, 256), np.uint16))  # fmt: skip
-    with contextlib.suppress(source.NotNow):  # with a plugin it decodes
+    with contextlib.suppress(NotNow):  # with a plugin it decodes
         assert len(read(tmp_path / "a")[0]) == 2
 
 
-def test_a_scan_that_is_said_to_hold_no_coefficient():
-    """pydicom's sample: 12 bits, 'scan start must be zero and scan stop must be 63'."""
-    dataset = pydicom.dcmread(pydicom.data.get_testdata_file("JPEG-lossy.dcm"))
-    (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
-    mended = pixels.with_whole_scan(still)
-    at = mended.index(b"\xff\xda") + 7
-    assert mended[at : at + 3] == b"\0\x3f\0" and still[at : at + 3] == bytes(3)
-    assert mended[:at] + mended[at + 3 :] == still[:at] + still[at + 3 :]
-    assert pixels.with_whole_scan(mended) == mended
-
-
-def test_colour_doppler_and_an_ecg_are_left_as_they_are(tmp_path):
+def test_colour_doppler_and_an_ecg_are_not_changed(tmp_path):
     for view in ("A4C", "PSAX"):
         frames = phantom.phantom_cine(view, frames=6, shows_defect=True, seed=5)
         frames[:, 100:104, :, :] = (0, 255, 0)  # a bright green trace
@@ -304,14 +264,197 @@ def test_colour_doppler_and_an_ecg_are_left_as_they_are(tmp_path):
         assert error == 0 and notes == ""
 
 
-def test_no_reading_makes_an_echo(tmp_path):
+def test_no_rule_makes_an_echo(tmp_path):
     colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], np.uint8)
     noise = colours[np.random.default_rng(0).integers(0, 4, (4, 40, 40))]
     write_dicom(tmp_path / "a", noise, "RGB")
     write_dicom(tmp_path / "b", np.zeros((4, 40, 40, 3), np.uint8), "RGB")
-    for name, reason in (("a", "false colour"), ("b", "all is black")):
-        with pytest.raises(video.VideoError, match=reason):
-            read(tmp_path / name)
+    assert "false colour" in refusal(tmp_path / "a")
+    assert "all is black" in refusal(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------- layout and numbers
+
+
+def halved(frames):
+    """RGB frames as uncompressed 4:2:2."""
+    y, b, r = np.moveaxis(ybr(frames), 3, 0)
+    return np.stack([y[:, :, ::2], y[:, :, 1::2], b[:, :, ::2], r[:, :, ::2]], -1)
+
+
+DEEP = GREY.astype(np.uint16) << 4
+KINDS = {
+    "RGB": lambda p: write_dicom(p, TRUTH, "RGB"),
+    "planar": lambda p: write_dicom(p, TRUTH, "RGB", PlanarConfiguration=1,
+                                    PixelData=np.moveaxis(TRUTH, 3, 1).tobytes()),
+    "4:2:2": lambda p: write_dicom(p, TRUTH, "YBR_FULL_422", PixelData=halved(TRUTH).tobytes()),
+    "RGB as 4:2:2": lambda p: write_dicom(p, TRUTH, "YBR_FULL_422"),
+    "deep": lambda p: write_dicom(p, DEEP, "MONOCHROME2", BitsStored=12),
+    "deflated": lambda p: deflate(write_dicom(p, TRUTH, "RGB"), p),
+    "RLE": lambda p: compress(write_dicom(p, TRUTH, "RGB"), p),
+    "deep RLE": lambda p: compress(write_dicom(p, DEEP, "MONOCHROME2", BitsStored=12), p),
+    "JPEG": lambda p: write_coded(p, [jpeg_of(f, "YCbCr") for f in TRUTH], JPEG, "YBR_FULL"),
+    "JPEG 2000": lambda p: write_coded(p, [j2k_of(f) for f in TRUTH], JPEG_2000, "YBR_RCT"),
+    "deep JPEG 2000": lambda p: write_coded(p, [j2k_of(f) for f in DEEP], JPEG_2000, "MONOCHROME2",
+                                            like=DEEP, BitsStored=12),
+}  # fmt: skip
+WRONG = {
+    "Rows": (119, 121, 60, 80, 180, 240, 160, 360, 40),
+    "Columns": (159, 161, 80, 106, 240, 320, 120, 480, 53),
+    "NumberOfFrames": (1, 5, 7, 12, 3, 18, 2, 9, 4),
+    "BitsAllocated": (8, 16, 32),
+    "BitsStored": (7, 8, 10, 13, 16),
+    "HighBit": (6, 7, 12, 15),
+    "SamplesPerPixel": (1, 3, 4),
+    "PlanarConfiguration": (0, 1),
+    "PixelRepresentation": (1,),
+}
+
+
+def deflate(dataset, path):
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def compress(dataset, path):
+    dataset.compress(pydicom.uid.RLELossless)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_one_wrong_number_is_refused_or_harmless(tmp_path, kind):
+    """Never other pixels without a word: the frames are the true ones, or there are none."""
+    path, truth = tmp_path / "a", TRUTH[..., :1] if kind.startswith("deep") else TRUTH
+    KINDS[kind](path)
+    assert error_of(path, truth)[0] < 1.5
+    dataset, refused = pydicom.dcmread(path), 0
+    for tag, values in WRONG.items():
+        right = dataset[tag].value if tag in dataset else None
+        for value in set(values) - {right}:
+            dataset[tag] = pydicom.DataElement(
+                tag, "IS" if tag == "NumberOfFrames" else "US", value
+            )
+            dataset.save_as(path, enforce_file_format=True)
+            try:
+                error, _ = error_of(path, truth)
+                assert error < 1.5, (tag, value)
+            except video.VideoError:
+                refused += 1
+        if right is None:
+            del dataset[tag]
+        else:
+            dataset[tag].value = right
+    assert refused > 10
+
+
+@pytest.mark.parametrize("frames", [TRUTH, GREY], ids=["colour", "grey"])
+@pytest.mark.parametrize("rle", [False, True])
+def test_exchanged_rows_and_columns_are_refused(tmp_path, frames, rle):
+    label = "RGB" if frames.ndim == 4 else "MONOCHROME2"
+    dataset = write_dicom(tmp_path / "a", frames, label)
+    if rle:
+        dataset.compress(pydicom.uid.RLELossless)
+    dataset.Rows, dataset.Columns = 160, 120
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    assert "Rows and Columns" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("scene", ["echo", "phantom"])
+@pytest.mark.parametrize("planar", [0, 1])
+def test_wrong_planar_configuration_is_refused(tmp_path, planar, scene):
+    frames = np.stack([pydicom.examples.rgb_color.pixel_array] * 2)
+    if scene == "phantom":
+        frames = phantom.phantom_cine("A4C", 3, True, seed=5)[..., ::-1].copy()
+    dataset = write_dicom(tmp_path / "a", frames, "RGB")
+    if planar:
+        dataset.PixelData = np.moveaxis(frames, 3, 1).tobytes()
+    dataset.PlanarConfiguration = planar
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    assert error_of(tmp_path / "a", frames) == (0, "")
+    dataset.PlanarConfiguration = 1 - planar
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    assert "the header is wrong" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+@pytest.mark.parametrize("shift, stored", [(4, 12), (8, 16), (0, 8), (0, 12), (4, 16), (4, 10)])
+def test_grey_of_any_depth(tmp_path, shift, stored, big_endian):
+    """8, 12 and 16 bits in either byte order; refused where the values are of another depth."""
+    dataset = write_dicom(tmp_path / "a", GREY.astype(np.uint16) << shift, "MONOCHROME2")
+    dataset.BitsStored, dataset.HighBit = stored, stored - 1
+    if big_endian:
+        dataset.PixelData = (GREY.astype(">u2") << shift).astype(">u2").tobytes()
+    save(dataset, tmp_path / "a", "big" if big_endian else "little")
+    if stored == shift + 8:
+        assert error_of(tmp_path / "a", GREY[..., None]) == (0, "")
+    else:
+        assert f"the header says {stored}" in refusal(tmp_path / "a")
+
+
+def test_exchanged_bytes_and_high_bits_are_refused(tmp_path):
+    write_dicom(tmp_path / "a", DEEP.byteswap(), "MONOCHROME2")
+    assert "order of bytes" in refusal(tmp_path / "a")
+    overlay = DEEP.copy()
+    overlay[4, 10:12, 10:60] |= 1 << 15  # in no frame that is judged beforehand
+    write_dicom(tmp_path / "b", overlay, "MONOCHROME2", BitsStored=12)
+    assert "12 bits" in refusal(tmp_path / "b")
+
+
+@pytest.mark.parametrize("declared", [None, 2, 12])
+@pytest.mark.parametrize("kind", ["JPEG", "fragments", "RLE"])
+def test_compressed_frames_are_counted(tmp_path, kind, declared):
+    path = tmp_path / "a"
+    if kind == "fragments":
+        coded = [jpeg_of(f, "YCbCr") for f in TRUTH]
+        write_coded(path, [[c[:1000], c[1000:2000], c[2000:]] for c in coded], JPEG, "YBR_FULL")
+    else:
+        KINDS[kind](path)
+    dataset = pydicom.dcmread(path)
+    del dataset.NumberOfFrames
+    if declared is not None:
+        dataset.NumberOfFrames = declared
+    dataset.save_as(path, enforce_file_format=True)
+    if declared == 12:
+        assert "truncated: 6 of 12 frames" in refusal(path)
+    else:
+        error, notes = error_of(path)
+        assert error < 1.5 and "NumberOfFrames is wrong: 6" in notes
+
+
+def test_rle_in_several_fragments(tmp_path):
+    dataset = write_dicom(tmp_path / "a", TRUTH, "RGB")
+    dataset.compress(pydicom.uid.RLELossless)
+    frames = list(generate_frames(dataset.PixelData, number_of_frames=6))
+    dataset.PixelData = encapsulate(frames, fragments_per_frame=3)
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    assert error_of(tmp_path / "a") == (0, "")
+
+
+def test_several_frames_in_one_fragment_are_a_still(tmp_path):
+    """Decoders see the first alone."""
+    whole = b"".join(jpeg_of(frame, "YCbCr") for frame in TRUTH)
+    write_coded(tmp_path / "a", [whole], JPEG, "ybr_full")
+    assert refusal(tmp_path / "a") == "still image, though the header says more"
+
+
+def test_odd_frames_and_padding(tmp_path):
+    odd = np.ascontiguousarray(TRUTH[:5, :17, :17])
+    odd[:, 1] = 200
+    dataset = write_dicom(tmp_path / "a", odd, "RGB")  # 4335 bytes
+    dataset.PixelData = odd.tobytes() + b"\0"
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    frames, notes = read(tmp_path / "a")
+    assert notes == "" and (frames == odd).all()
+
+
+@pytest.mark.parametrize("kind", ["RGB", "JPEG", "JPEG 2000", "RLE", "deflated"])
+def test_a_file_that_breaks_off_is_truncated(tmp_path, kind):
+    KINDS[kind](tmp_path / "a")
+    data = (tmp_path / "a").read_bytes()
+    for keep in (len(data) - 10, int(0.95 * len(data)), len(data) // 2):
+        (tmp_path / "cut").write_bytes(data[:keep])
+        reason = refusal(tmp_path / "cut")
+        assert "truncated" in reason or "unreadable DICOM header" in reason
 
 
 # ------------------------------------------------------------------------------------ what it is of
@@ -320,24 +463,18 @@ def test_no_reading_makes_an_echo(tmp_path):
 @pytest.mark.parametrize(
     "sop_class, modality, reason",
     [
-        ("2.1", "CT", "Enhanced CT Image"),
         ("2.1", "US", "Enhanced CT Image"),
-        ("3.1", "XA", "X-ray angiography"),
+        ("3.1", "XA", "XA"),
         ("12.1", "XA", "X-Ray Angiographic Image"),
-        ("20", "NM", "Nuclear Medicine Image"),
-        ("4.1", "MR", "Enhanced MR Image"),
         ("66.4", "SEG", "Segmentation"),
-        ("481.2", "RTDOSE", "RT Dose"),
-        ("77.1.5.4", "OPT", "Ophthalmic Tomography Image"),
         ("6.2", "US", "Enhanced US Volume"),
-        ("7", "CT", "computed tomography"),
+        ("7", "CT", "CT"),
     ],
 )
 def test_what_is_no_echo_is_skipped_by_name(tmp_path, sop_class, modality, reason):
     sop_class = f"1.2.840.10008.5.1.4.1.1.{sop_class}"
     write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality=modality)
-    with pytest.raises(video.VideoError, match=f"not an ultrasound cine: {reason}"):
-        read(tmp_path / "a")
+    assert refusal(tmp_path / "a") == f"not an ultrasound cine: {reason}"
     assert reason in video.why_skipped(tmp_path / "a")
 
 
@@ -350,171 +487,9 @@ def test_secondary_capture_is_taken_with_a_note(tmp_path):
     assert read(tmp_path / "a")[1] == "the header does not say that it is ultrasound"
 
 
-# ----------------------------------------------------------------------------------- how long it is
-
-
-@pytest.mark.parametrize("declared", [None, 1, 2, 5, 7, 600, 0, -3, 10**6])
-@pytest.mark.parametrize("kind", ["native", "jpeg", "fragments", "rle"])
-def test_frames_are_counted_in_the_pixel_data(tmp_path, kind, declared):
-    path = tmp_path / "a"
-    if kind == "native":
-        write_dicom(path, TRUTH, "RGB")
-    elif kind == "rle":
-        dataset = write_dicom(path, TRUTH, "RGB")
-        dataset.compress(pydicom.uid.RLELossless)
-        dataset.save_as(path, enforce_file_format=True)
-    else:
-        coded = [jpeg_of(f, "YCbCr") for f in TRUTH]
-        if kind == "fragments":
-            coded = [[c[:1000], c[1000:2000], c[2000:]] for c in coded]
-        write_coded(path, coded, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
-    dataset = pydicom.dcmread(path)
-    if declared is None:
-        del dataset.NumberOfFrames
-    else:
-        dataset.NumberOfFrames = declared
-    dataset.save_as(path, enforce_file_format=True)
-    error, notes = error_of(path)
-    assert error < 1.5
-    assert notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
-
-
-@pytest.mark.parametrize("bit", [12, 15, 8])
-@pytest.mark.parametrize("over", ["few", "declared", "all"])
-def test_bits_beyond_those_of_the_image_are_left_out(tmp_path, over, bit):
-    """An overlay within the pixels, declared or not, or a bit that is always set."""
-    stored = 8 if bit == 8 else 12
-    deep = TRUTH[..., 0].astype(np.uint16) << (stored - 8)
-    where = np.s_[:, 10:12, 10:60] if over == "few" else np.s_[:, 10:] if over != "all" else ...
-    deep[where] |= np.uint16(1 << bit)
-    dataset = write_dicom(tmp_path / "a", deep, "MONOCHROME2", BitsStored=stored)
-    if over == "declared":
-        dataset.add_new(0x60020100, "US", 16)
-        dataset.add_new(0x60020102, "US", bit)
-        dataset.save_as(tmp_path / "a", enforce_file_format=True)
-    error, notes = error_of(tmp_path / "a", TRUTH[..., :1])
-    assert error == 0
-    said = "" if over == "declared" else f"bits beyond the {stored} of the image left out"
-    assert notes == said
-
-
-def test_few_bright_pixels_of_an_understated_depth_are_kept(tmp_path):
-    """They are bright where their surroundings are: no overlay."""
-    y, x = np.mgrid[:120, :160]
-    spot = 3000 * np.exp(-((y - 60) ** 2 + (x - 80) ** 2) / 40)
-    frames = np.stack([np.roll(spot, i, 1) for i in range(6)]).astype(np.uint16)
-    assert 0 < (frames >= 1024).mean() < pixels.FEW
-    write_dicom(tmp_path / "a", frames, "MONOCHROME2", BitsStored=10)
-    error, notes = error_of(tmp_path / "a", (frames >> 4)[..., None])
-    assert error == 0 and notes == "pixels of 12 bits, the header says otherwise"
-
-
-@pytest.mark.parametrize("scene", ["speckle", "echo"])
-def test_the_pixels_decide_whether_the_layout_or_the_number_of_frames_is_wrong(tmp_path, scene):
-    """Whole frames fill the data both in the declared layout and in that of the declared number."""
-    frames = TRUTH
-    if scene == "echo":
-        frames = read(pydicom.examples.get_path("ybr_color"))[0][:6].astype(np.uint8)
-    grey = frames[..., 0]
-    y, b, r = np.moveaxis(np.stack([ybr(f) for f in frames]), 3, 0)
-    halved = np.stack([y[:, :, ::2], y[:, :, 1::2], b[:, :, ::2], r[:, :, ::2]], -1)
-    stored = {
-        "grey": (grey, {}),
-        "deep": (grey.astype(np.uint16) << 4, {"BitsStored": 12}),
-        "colour": (frames, {}),
-        "planar": (np.moveaxis(frames, 3, 1), {"PlanarConfiguration": 1}),
-        "halved": (halved, {}),
-    }
-    labels = {"grey": "MONOCHROME2", "deep": "MONOCHROME2", "halved": "YBR_FULL_422"}
-    for name, (data, tags) in stored.items():
-        truth, label = grey[..., None] if name in ("grey", "deep") else frames, labels.get(name)
-        for declared in (2, 3, 4, 9, 12, 18, 36):
-            like = data if name in ("grey", "deep") else frames
-            dataset = write_dicom(tmp_path / "a", like, label or "RGB", **tags)
-            dataset.PixelData, dataset.NumberOfFrames = data.tobytes(), declared
-            dataset.save_as(tmp_path / "a", enforce_file_format=True)
-            error, notes = error_of(tmp_path / "a", truth)
-            assert error < 3 and notes == "NumberOfFrames is wrong: 6 frames in the pixel data"
-    for name, label, samples, bits in (
-        ("grey", "RGB", 3, 8),
-        ("grey", "MONOCHROME2", 1, 16),
-        ("deep", "MONOCHROME2", 1, 8),
-        ("deep", "RGB", 3, 8),
-        ("colour", "MONOCHROME2", 1, 8),
-        ("colour", "MONOCHROME2", 1, 16),
-        ("colour", "YBR_FULL_422", 3, 8),
-        ("halved", "YBR_FULL", 3, 8),
-    ):  # the number is right
-        dataset = write_dicom(tmp_path / "a", frames, label, SamplesPerPixel=samples)
-        dataset.PixelData, dataset.BitsAllocated = stored[name][0].tobytes(), bits
-        dataset.save_as(tmp_path / "a", enforce_file_format=True)
-        truth = grey[..., None] if name in ("grey", "deep") else frames
-        assert error_of(tmp_path / "a", truth)[0] < 3
-
-
-def test_pixels_of_four_components_are_refused(tmp_path):
-    """Unless the data are of three, and only the header says four."""
-    four = np.concatenate([TRUTH, TRUTH[..., :1]], -1)
-    write_dicom(tmp_path / "a", four, "RGB")
-    with pytest.raises(video.VideoError, match="pixels of 4 components"):
-        read(tmp_path / "a")
-    write_dicom(tmp_path / "a", TRUTH, "RGB", SamplesPerPixel=4)
-    assert error_of(tmp_path / "a") == (0, "frames of another size than the header says")
-
-
-def test_a_still_that_is_said_to_be_a_cine(tmp_path):
-    """All frames in one fragment: decoders see the first alone, which is no plain still."""
-    whole = b"".join(jpeg_of(frame, "YCbCr") for frame in TRUTH)
-    write_coded(tmp_path / "a", [whole], pydicom.uid.JPEGBaseline8Bit, "ybr_full")
-    with pytest.raises(video.VideoError, match="still image, though the header says more"):
-        read(tmp_path / "a")
-    write_dicom(tmp_path / "b", TRUTH, "rgb")
-    assert error_of(tmp_path / "b") == (0, "")
-
-
-def test_odd_frames_and_padding(tmp_path):
-    odd = np.ascontiguousarray(TRUTH[:5, :17, :17])
-    odd[:, 1] = 200
-    write_dicom(tmp_path / "a", odd, "RGB")  # 4335 bytes
-    data = pydicom.dcmread(tmp_path / "a")
-    data.PixelData = odd.tobytes() + b"\0"
-    data.save_as(tmp_path / "a", enforce_file_format=True)
-    frames, notes = read(tmp_path / "a")
-    assert notes == "" and (frames == odd).all()
-
-
-def test_a_file_that_breaks_off_is_truncated(tmp_path):
-    write_dicom(tmp_path / "a", TRUTH, "RGB")
-    coded = [jpeg_of(f, "YCbCr") for f in TRUTH]
-    write_coded(tmp_path / "b", coded, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
-    for name in "ab":
-        data = (tmp_path / name).read_bytes()
-        for keep in (0.95, 0.5):
-            (tmp_path / "cut").write_bytes(data[: int(keep * len(data))])
-            with pytest.raises(video.VideoError, match="truncated"):
-                read(tmp_path / "cut")
-    data = (tmp_path / "b").read_bytes()[:-8]  # no end mark: all the same, all frames are there
-    (tmp_path / "cut").write_bytes(data)
-    assert read(tmp_path / "cut")[1] == ""
-    last = data.rindex(b"\xfe\xff\0\xe0")
-    (tmp_path / "cut").write_bytes(data[:last])
-    with pytest.raises(video.VideoError, match="truncated"):
-        read(tmp_path / "cut")
-
-
 @pytest.mark.parametrize(
     "syntax, name",
-    [
-        ("100", "mpeg2.mpg"),
-        ("101", "mpeg2.m2v"),
-        ("100.1", "mpeg2.m2v"),
-        ("102", "h264.mp4"),
-        ("103", "h264.ts"),
-        ("104", "h264.h264"),
-        ("106.1", "h264.mp4"),
-        ("107", "hevc.mp4"),
-        ("108", "hevc.mp4"),
-    ],
+    [("100.1", "mpeg2.m2v"), ("102", "h264.mp4"), ("103", "h264.ts"), ("108", "hevc.mp4")],
 )
 def test_video_streams_in_dicom(tmp_path, syntax, name):
     data, square = (VIDEOS / name).read_bytes(), moving_square(24, 48, 64)[..., ::-1]
@@ -612,7 +587,6 @@ def test_stills_are_no_cine(tmp_path):
 
 @pytest.mark.parametrize("differ", ["depth", "allocated", "palette", "nothing"])
 def test_a_series_of_images_that_need_different_readings_is_refused(tmp_path, differ):
-    """It was read by the first one's depth and palette."""
     paths = []
     for i, frame in enumerate(np.concatenate([TRUTH[:, :, :, 0]] * 2)):
         odd, tags = i % 2, {}
@@ -655,7 +629,7 @@ def test_header_facts_of_odd_files(tmp_path):
     assert (facts.n_frames, facts.rows, facts.columns) == (1, 60, 80)
 
 
-# ------------------------------------------------------------------------------------ hostile files
+# ---------------------------------------------------------------------------------- damaged files
 
 
 def test_pipes_and_devices_are_no_source(tmp_path):
@@ -671,44 +645,25 @@ def test_pipes_and_devices_are_no_source(tmp_path):
 def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
     """Frames of 12,000 x 12,000, as header and as JPEG 2000 say; more frames than fit."""
     write_dicom(tmp_path / "size", TRUTH, "RGB", Rows=12_000, Columns=12_000)
-    file = io.BytesIO()
-    Image.fromarray(TRUTH[0]).save(file, "JPEG2000", no_jp2=True)
-    vast = bytearray(file.getvalue())
+    vast = bytearray(j2k_of(TRUTH[0]))
     vast[8:16] = struct.pack(">II", 12_000, 12_000)
-    write_coded(tmp_path / "j2k", [bytes(vast)] * 3, pydicom.uid.JPEG2000Lossless, "RGB")
+    write_coded(tmp_path / "j2k", [bytes(vast)] * 6, JPEG_2000, "RGB")
     jpeg = bytearray(jpeg_of(TRUTH[0], "YCbCr"))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
-    write_coded(tmp_path / "jpeg", [bytes(jpeg)] * 3, pydicom.uid.JPEGBaseline8Bit, "YBR_FULL")
-    many = np.zeros((source.FRAMES + 1, 1, 1), np.uint8)
+    write_coded(tmp_path / "jpeg", [bytes(jpeg)] * 6, JPEG, "YBR_FULL")
+    many = np.zeros((FRAMES + 1, 1, 1), np.uint8)
     write_dicom(tmp_path / "many", many, "MONOCHROME2")
     for name in ("size", "j2k", "jpeg", "many"):
         with pytest.raises(video.VideoError, match="more than"):
             read(tmp_path / name)
 
 
-def test_a_deflated_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom, "INFLATED_BYTES", 200_000)
-    with pytest.raises(video.VideoError, match="too large"):
-        read(CASES / "deflated.dcm")
-
-
-def test_the_header_of_a_deflated_file_is_read_without_its_pixels(tmp_path, monkeypatch):
-    facts = dicom.read_header_facts(CASES / "deflated.dcm")
-    monkeypatch.setattr(dicom, "HEADER_BYTES", 20_000)
-    assert dicom.read_header_facts(CASES / "deflated.dcm") == facts and facts.rows == 120
-    monkeypatch.setattr(dicom, "INFLATION", 1)
-    with pytest.raises(video.VideoError, match="too large"):
-        read(CASES / "deflated.dcm")
-
-
-@pytest.mark.parametrize("name", ["ybr_color", "rgb", "rle", "deflated"])
+@pytest.mark.parametrize("name", ["ybr_color", "rgb", "rle"])
 def test_damaged_files_end_in_a_reason(tmp_path, name):
     """Bits flipped, parts cut out, put in twice or blanked: a reason, or images; nothing else."""
     if name == "ybr_color":
         data = pydicom.examples.get_path(name).read_bytes()
-    elif name == "deflated":
-        data = (CASES / "deflated.dcm").read_bytes()
     else:
         dataset = write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
         if name == "rle":
@@ -716,7 +671,7 @@ def test_damaged_files_end_in_a_reason(tmp_path, name):
             dataset.save_as(tmp_path / "a", enforce_file_format=True)
         data = (tmp_path / "a").read_bytes()
     rng = np.random.default_rng(0)
-    for case in range(60):
+    for case in range(40):
         odd, within = bytearray(data), 2000 if case % 2 else len(data)  # in the header, anywhere
         for _ in range(rng.integers(1, 8)):
             at, length = rng.integers(132, within), int(rng.integers(1, 300))

@@ -19,7 +19,7 @@ from echofocus_core.video import phantom, studies
 from echofocus_core.video.errors import machine_fault
 
 REAL = pydicom.examples.get_path("ybr_color")
-COLOUR = "echofocus_core.video.colour"
+CODECS = "echofocus_core.video.codecs"
 VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
 
 
@@ -107,8 +107,8 @@ def test_containers_are_judged_by_what_decodes(tmp_path, name, n, noted):
     assert np.abs(frames.astype(int) - moving_square(24, 48, 64)[-n:]).mean() < 3
     data = (VIDEOS / name).read_bytes()
     (tmp_path / f"cut{name}").write_bytes(data[: len(data) * 2 // 3])
-    if not name.endswith(".m2v"):  # a bare stream does not say how long it is
-        with pytest.raises(video.VideoError, match="truncated"):
+    if name.endswith((".mp4", ".mkv")):  # other containers do not say how long they are
+        with pytest.raises(video.VideoError, match=r"truncated|damaged"):
             video.read_frames(tmp_path / f"cut{name}")
 
 
@@ -121,7 +121,7 @@ def test_an_avi_that_says_one_frame(tmp_path):
     (tmp_path / "a.avi").write_bytes(data)
     notes = []
     assert len(list(video.iter_frames(tmp_path / "a.avi", notes))) == 20
-    assert "count of frames is wrong" in notes[0]
+    assert notes == ["20 frames decode, the container says 1"]
     (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
     with pytest.raises(video.VideoError, match="truncated"):
         video.read_frames(tmp_path / "a.avi")
@@ -177,7 +177,7 @@ def test_a_damaged_frame_amid_an_avi(tmp_path, fourcc):
         odd = bytearray(data)
         odd[starts[i] : starts[i + 1] - 8] = bytes(starts[i + 1] - 8 - starts[i])
         path.write_bytes(odd)
-        notes, said = [], f"damaged: decoding stops after {i} of 20 frames"
+        notes, said = [], f"{i} frames decode, the container says 20"
         if refused:
             with pytest.raises(video.VideoError, match=said):
                 video.read_frames(path)
@@ -315,7 +315,7 @@ def damage_time_scale(path):
 
 
 ODD_FILES = {
-    "scale.mp4": (damage_time_scale, "one frame of 20 decodes: damaged"),
+    "scale.mp4": (damage_time_scale, "damaged: 1 frames decode, the container says 20"),
     "small.dcm": (
         lambda p: write_dicom(p, moving_square()[:, :2, :2], "RGB"),
         "2 x 2 pixels: no picture",
@@ -493,10 +493,7 @@ def test_random_transform_keeps_what_it_should():
 
 LIMITS = {
     "a full disk": (OSError(28, "No space left on device"), "No space left"),
-    "too many files": (OSError(24, "Too many open files"), "Too many open files"),
-    "a failing disk": (OSError(5, "Input/output error"), "Input/output error"),
     "memory": (MemoryError(), "too little memory"),
-    "a file's own fault": (OSError(22, "Invalid argument"), ""),
     "a decoder's complaint": (OSError("broken data stream"), ""),
 }
 
@@ -520,16 +517,12 @@ def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise fault
 
-    for place in (
-        f"{COLOUR}.tempfile.TemporaryFile",
-        f"{COLOUR}.decode_jpeg",
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(place, fail)
-            reply = video.answer(video.read_frames, [Path(REAL)])
-            assert isinstance(reply, video.VideoError) and message in str(reply)
-            assert isinstance(reply, video.NotNow) == bool(message), reply
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{CODECS}.decode_jpeg", fail)
+        reply = video.answer(video.read_frames, [Path(REAL)])
+    assert isinstance(reply, video.VideoError) and message in str(reply)
+    assert isinstance(reply, video.NotNow) == bool(message), reply
     with pytest.raises(cv2.error) as error:
         cv2.resize(np.zeros((2, 2, 3), np.uint8), (2**20, 2**20))
-    monkeypatch.setattr(f"{COLOUR}.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
+    monkeypatch.setattr(f"{CODECS}.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
     assert isinstance(video.answer(video.read_frames, [Path(REAL)]), video.NotNow)

@@ -14,7 +14,6 @@ import os
 import pickle
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,16 +25,16 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 
 from echofocus_core.video.containers import container_rate, iter_container
 from echofocus_core.video.dicom import (
-    check_cine,
+    DicomFile,
     dicom_rates,
     is_dicom,
     iter_dicom,
     iter_series,
-    open_dicom,
+    number,
+    open_frames,
     regions,
 )
 from echofocus_core.video.errors import NotNow, SourceGone, VideoError, machine_fault, open_file
-from echofocus_core.video.frames import number
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
@@ -54,7 +53,7 @@ class VideoFile:
     """One video, opened once: its frames, content digest, ultrasound regions and frame rate.
 
     source: a file's path, or the list of paths of a cine's single frames (see `group_stills`).
-    Opening reads the header of a DICOM file (`header`, else None), of the first one in a list.
+    Opening reads the header of a DICOM file (`dicom`, else None), of the first one in a list.
     Raises VideoError where it cannot be opened. Use it as a context, which closes the file.
     """
 
@@ -62,22 +61,19 @@ class VideoFile:
         several = isinstance(source, (list, tuple))
         self.source, self.is_series = source, several
         self.path = Path(source[0] if several else source)
-        self.stack, self.header, self.file = ExitStack(), None, None
-        if readable_dicom(self.path):
-            self.header, self.file = self.stack.enter_context(open_dicom(self.path))
-            self.start = self.file.tell()
+        self.dicom = DicomFile(self.path) if readable_dicom(self.path) else None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.stack.close()
+        if self.dicom:
+            self.dicom.file.close()
 
     def check(self):
         """VideoError where it will give no clips, as far as shows before a frame is decoded."""
-        if self.header is not None:
-            self.file.seek(self.start)
-            check_cine(self.header, self.file, [], self.is_series)
+        if self.dicom:
+            open_frames(self.dicom, [], self.is_series)
 
     def frames(self, notes=None, needed=None):
         """Decode front to back: yields uint8 (H, W, 3) **BGR**.
@@ -93,9 +89,8 @@ class VideoFile:
         notes = [] if notes is None else notes
         if self.is_series:
             frames = iter_series(self.source, notes)
-        elif self.header is not None:
-            self.file.seek(self.start)
-            frames = iter_dicom(self.header, self.file, notes, needed)
+        elif self.dicom:
+            frames = iter_dicom(self.dicom, notes, needed)
         else:
             frames = iter_container(self.path, notes)
         for frame in frames:
@@ -116,15 +111,14 @@ class VideoFile:
         Empty when the file has none, or when one does not lie within the image (some exports
         shrink the image and leave the tags).
         """
-        return [] if self.header is None else region_boxes(self.header)
+        return region_boxes(self.dicom.header) if self.dicom else []
 
     @cached_property
     def rate(self):
         """Frames a second as the file says: DICOM's FrameTime, else FrameTimeVector, CineRate or
         RecommendedDisplayFrameRate; a container's own. None where it says none that is plausible.
         """
-        header = self.header
-        rates = [container_rate(self.path)] if header is None else dicom_rates(header)
+        rates = dicom_rates(self.dicom.header) if self.dicom else [container_rate(self.path)]
         return next((rate for rate in rates if rate and RATES[0] <= rate <= RATES[1]), None)
 
 

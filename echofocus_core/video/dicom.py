@@ -1,12 +1,11 @@
 """DICOM in: what a header says, what is in the file, and which files are one cine.
 
-    file -> open_dicom: (header, file) -> check_kind: an echo? -> frames_of: where the frames lie
-         -> choose_reading -> iter_dicom: uint8 (H, W, 3) BGR, one after the other
+    file -> DicomFile: header and pixel data -> open_frames: an echo? where are its frames?
+         -> choose_rule -> uint8 (H, W, 3) BGR, one after the other
     headers of a study -> read_header_facts -> group_stills: single frames that make a cine
 
-A header is a claim that someone's software made. Nothing of it but numbers that were counted and
-names of known values (transfer syntax, modality, ...) leaves this file: pydicom's messages quote
-what stands in tags, so they are neither shown nor passed on.
+Nothing of a header but numbers and names of known values (transfer syntax, modality, ...) leaves
+this file: pydicom's messages quote tags, so they are neither shown nor passed on.
 """
 
 import hashlib
@@ -17,42 +16,26 @@ import os
 import re
 import tempfile
 import warnings
-import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from echofocus_core.video import codecs, colour
 from echofocus_core.video.containers import iter_container
-from echofocus_core.video.errors import VideoError, open_file
-from echofocus_core.video.frames import (
-    BIG_ENDIAN,
-    NATIVE,
-    OVERLAY_BITS,
-    Frames,
-    choose_reading,
-    fragments,
-    frames_of,
-    number,
-    palette_of,
-    pixel_element,
-    text,
-)
+from echofocus_core.video.errors import VideoError, check_budget, open_file
 
 # pydicom warns of odd values by quoting them, on standard error and in its log.
 logging.getLogger("pydicom").disabled = True
 warnings.filterwarnings("ignore", module="pydicom")
 
-DEFLATED = "1.2.840.10008.1.2.1.99"
+BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
+NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN, DEFLATED)
 VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
-HEADER_BYTES = 64 << 20  # of all that are read
-HEADER_READS = 300_000  # two an element
-REGION_BYTES = 1 << 16  # of the sequence of regions, 300 each
-INFLATED_BYTES = 1 << 30  # of a deflated file, at most
-INFLATION = 100  # times its size and HEADER_BYTES, at most: cines have noise
 M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
+ITEM_END = b"\xfe\xff\xdd\xe0"  # of the sequence of fragments
 
 # Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
 # bytes of) a small length and two zeros.
@@ -80,93 +63,113 @@ def is_dicom(path):
 
 TAGS = (
     "SOPClassUID", "Modality", "NumberOfFrames", "Rows", "Columns", "SamplesPerPixel",
-    "PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001, *OVERLAY_BITS,
-    *(f"{segmented}{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")
-      for segmented in ("", "Segmented")),
+    "PhotometricInterpretation", "PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit",
+    "PixelRepresentation", "SequenceOfUltrasoundRegions", 0x30011001,
     "FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate",
-    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
+    *(f"{segmented}{name}PaletteColorLookupTableData" for name in ("Red", "Green", "Blue")
+      for segmented in ("", "Segmented")),
+    *(f"{name}PaletteColorLookupTableDescriptor" for name in ("Red", "Green", "Blue")),
 )  # fmt: skip
+FACTS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
+         "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
 
 
-class Bounded:
-    """A file whose header is read in bounded memory and time, whatever it claims."""
+class DicomFile:
+    """An open DICOM file, also one without the 128 bytes before it: its header and pixel data.
 
-    def __init__(self, file):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
-        self.reads = self.size = 0
-        self.fault = ""  # kept: pydicom makes an error of its own of some that it meets
-
-    def read(self, size=-1):
-        self.reads += 1
-        self.size += size
-        if not 0 <= size <= HEADER_BYTES:
-            self.fault = "an element of the header is too large"
-        elif self.reads > HEADER_READS or self.size > HEADER_BYTES:
-            self.fault = "a header of too many elements"
-        if self.fault:
-            raise VideoError(self.fault)
-        return self.file.read(size)
-
-
-@contextmanager
-def open_dicom(path, tags=TAGS, pixels=True):
-    """(header of these tags alone, the file at its pixels). VideoError when it is malformed.
-
-    Files without the DICOM start and deflated files (inflated in memory) too; without `pixels` the
-    file may end before them. Without a transfer syntax the header's is uncompressed, the standard's
-    default.
+    header: of the given tags alone. Without a transfer syntax it is an uncompressed one, the
+    standard's default. VideoError when it is malformed. Use it as a context, which closes it.
     """
-    import pydicom
 
-    bounded = None
-    with open_file(path) as file:
+    def __init__(self, path, tags=TAGS):
+        self.file = open_file(path)
         try:
-            file = inflated(file, pixels) or file
-            bounded = Bounded(file)
-            header = pydicom.dcmread(
-                bounded, force=True, stop_before_pixels=True, specific_tags=list(tags)
-            )
-            syntax = text(header.file_meta, "TransferSyntaxUID")
-            if not re.fullmatch(r"[0-9.]+", syntax):
-                implicit, little = header.original_encoding
-                syntax = NATIVE[0] if implicit else NATIVE[1] if little else BIG_ENDIAN
-            header.file_meta.TransferSyntaxUID = syntax
-        except VideoError:
-            raise
+            self.header = read_header(self.file, tags, stop_before_pixels=True)
+            self.syntax = self.header.file_meta.TransferSyntaxUID
+            self.pixels_at = self.file.tell()
         except Exception as error:  # pydicom raises many kinds on malformed headers
+            self.file.close()
             if isinstance(error, OSError) and error.errno:  # the system's
                 raise
-            raise VideoError((bounded and bounded.fault) or "unreadable DICOM header") from error
-        yield header, file
+            raise VideoError("unreadable DICOM header") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def pixel_data(self):
+        """(file, where the pixel data start in it, their length or None where the end is marked,
+        whether they are 16-bit words)."""
+        if self.syntax == DEFLATED:
+            return self.inflated_pixels()
+        self.file.seek(self.pixels_at)
+        order = "big" if self.syntax == BIG_ENDIAN else "little"
+        head = self.file.read(12)
+        tag = [int.from_bytes(head[i : i + 2], order) for i in (0, 2)]
+        if len(head) < 12 or tag != [0x7FE0, 0x0010]:
+            raise VideoError("truncated: the pixel data are missing")
+        vr, start, length = head[4:6], self.pixels_at + 12, head[8:12]
+        if vr not in (b"OB", b"OW", b"UN"):  # without VR
+            start, length = start - 4, head[4:8]
+        length = int.from_bytes(length, order)
+        if length == 0xFFFFFFFF:
+            return self.file, start, None, False
+        if start + length > self.file.seek(0, os.SEEK_END):
+            raise VideoError("truncated: the pixel data break off")
+        return self.file, start, length, vr == b"OW"
+
+    def inflated_pixels(self):
+        self.file.seek(0)
+        try:
+            data = read_header(self.file, ["PixelData"]).PixelData
+        except Exception as error:
+            raise VideoError("truncated: the pixel data are missing") from error
+        return io.BytesIO(data), 0, len(data), False
+
+    def fragments(self):
+        """The fragments of compressed pixel data, less the offset table, which may be wrong."""
+        from pydicom.encaps import generate_fragments
+
+        file, start, _, _ = self.pixel_data()
+        file.seek(start)
+        try:
+            fragments = list(generate_fragments(file))[1:]
+        except ValueError:
+            fragments = []
+        file.seek(max(start, file.tell() - 4))
+        if not fragments or file.read(4) != ITEM_END:
+            raise VideoError("truncated: the pixel data break off")
+        return fragments
 
 
-def inflated(file, pixels):
-    """A deflated file's content as an uncompressed one in memory; None for another, rewound.
+def read_header(file, tags, **options):
+    """The pydicom Dataset of these tags, with a transfer syntax."""
+    import pydicom
 
-    Without `pixels` as much of it as a header may take."""
-    from pydicom.filereader import read_dataset
+    header = pydicom.dcmread(file, force=True, specific_tags=list(tags), **options)
+    if not re.fullmatch(r"[0-9.]+", text(header.file_meta, "TransferSyntaxUID")):
+        implicit, little = header.original_encoding
+        syntax = NATIVE[0] if implicit else NATIVE[1] if little else BIG_ENDIAN
+        header.file_meta.TransferSyntaxUID = syntax
+    return header
 
-    beyond_meta = lambda tag, *_: tag >> 16 != 2  # noqa: E731
-    part_10 = file.read(132)[128:] == b"DICM"
-    meta = read_dataset(Bounded(file), False, True, stop_when=beyond_meta) if part_10 else {}
-    start = file.tell()
-    if text(meta, "TransferSyntaxUID") != DEFLATED:
-        file.seek(0)
+
+def number(header, name):
+    """An element's value as an int, None when it is absent or no whole number."""
+    try:
+        return int(header[name].value)
+    except Exception:  # pydicom converts values only now
         return None
-    size = os.fstat(file.fileno()).st_size
-    if size > INFLATED_BYTES:
-        raise VideoError("a deflated file that is too large")
-    most = min(INFLATED_BYTES, HEADER_BYTES + INFLATION * size) if pixels else HEADER_BYTES
-    file.seek(start)
-    zipped = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = zipped.decompress(file.read(most), most)
-    if pixels and zipped.unconsumed_tail:
-        raise VideoError("a deflated file that is too large")
-    if pixels and not zipped.eof:
-        raise VideoError("truncated: the deflated data break off")
-    plain = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0"
-    return io.BytesIO(bytes(128) + b"DICM" + plain + data)
+
+
+def text(header, name):
+    """A text element's value for comparison with known ones, '' when it is absent."""
+    try:
+        return str(header[name].value or "").strip(" \0")
+    except Exception:
+        return ""
 
 
 # --------------------------------------------------------------------------------- whose file it is
@@ -190,17 +193,15 @@ def read_header_facts(path):
     """The HeaderFacts of any file; all empty when it is no DICOM, or none that can be read."""
     if not is_dicom(path):
         return HeaderFacts()
-    names = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
-             "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
     try:
-        with open_dicom(path, names, pixels=False) as (header, _):
-            pass
+        with DicomFile(path, FACTS) as dicom:
+            header = dicom.header
     except (VideoError, OSError):
         return HeaderFacts()
     rows, columns = number(header, "Rows"), number(header, "Columns")
     declared = number(header, "NumberOfFrames")
     return HeaderFacts(
-        *(uid(header, name) for name in names[:3]),
+        *(uid(header, name) for name in FACTS[:3]),
         instance=number(header, "InstanceNumber"),
         n_frames=(1 if declared is None else declared) if rows else 0,
         rows=rows or 0,
@@ -211,13 +212,10 @@ def read_header_facts(path):
 
 def uid(header, name):
     """An element's value as a text of 64 characters at most (its digest if longer, or odd)."""
-    try:
-        text = str(header[name].value or "").strip(" \0")
-    except Exception:
-        return ""
-    if len(text) <= 64 and text.isprintable():
-        return text
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    value = text(header, name)
+    if len(value) <= 64 and value.isprintable():
+        return value
+    return hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
 
 
 def short_digest(text):
@@ -256,24 +254,12 @@ def group_stills(facts):
 
 US = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("3", "3.1", "6", "6.1")}  # 3, 6: retired
 SECONDARY_CAPTURE = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("7", "7.1", "7.2", "7.3", "7.4")}
+# Modalities that are no 2-D echo; other values are not shown, since anything may be in the tag.
 OTHER_MODALITIES = {
-    "AR": "autorefraction", "BI": "biomagnetic imaging", "BMD": "bone densitometry",
-    "CR": "computed radiography", "CT": "computed tomography", "DG": "diaphanography",
-    "DOC": "document", "DX": "digital radiography", "ECG": "electrocardiography",
-    "EPS": "cardiac electrophysiology", "ES": "endoscopy", "FID": "fiducials",
-    "GM": "general microscopy", "HC": "hard copy", "HD": "haemodynamic waveform",
-    "IO": "intra-oral radiography", "IVOCT": "intravascular optical coherence tomography",
-    "IVUS": "intravascular ultrasound", "KER": "keratometry", "KO": "key object selection",
-    "LS": "laser surface scan", "MG": "mammography", "MR": "magnetic resonance",
-    "NM": "nuclear medicine", "OCT": "optical coherence tomography",
-    "OP": "ophthalmic photography",
-    "OPT": "ophthalmic tomography", "PR": "presentation state",
-    "PT": "positron emission tomography",
-    "PX": "panoramic X-ray", "REG": "registration", "RF": "radio fluoroscopy",
-    "RG": "radiographic imaging", "RTDOSE": "radiotherapy dose", "RTIMAGE": "radiotherapy image",
-    "RTPLAN": "radiotherapy plan", "RTSTRUCT": "radiotherapy structures", "SEG": "segmentation",
-    "SM": "slide microscopy", "SR": "structured report", "TG": "thermography",
-    "XA": "X-ray angiography", "XC": "external-camera photography",
+    "AR", "BI", "BMD", "CR", "CT", "DG", "DOC", "DX", "ECG", "EPS", "ES", "FID", "GM", "HC", "HD",
+    "IO", "IVOCT", "IVUS", "KER", "KO", "LS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PR", "PT",
+    "PX", "REG", "RF", "RG", "RTDOSE", "RTIMAGE", "RTPLAN", "RTSTRUCT", "SEG", "SM", "SR", "TG",
+    "XA", "XC",
 }  # fmt: skip
 
 
@@ -292,7 +278,7 @@ def check_kind(header, notes):
         name = UID_dictionary[sop_class][0].removesuffix(" Storage")
         raise VideoError(f"not an ultrasound cine: {name}")
     if modality in OTHER_MODALITIES:
-        raise VideoError(f"not an ultrasound cine: {OTHER_MODALITIES[modality]}")
+        raise VideoError(f"not an ultrasound cine: {modality}")
     if sop_class in SECONDARY_CAPTURE:
         notes.append("secondary capture")
     elif sop_class not in US and modality != "US":
@@ -324,112 +310,310 @@ def dicom_rates(header):
 def regions(header):
     """The datasets of SequenceOfUltrasoundRegions, [] when there are none that can be read."""
     try:
-        raw = header.get_item("SequenceOfUltrasoundRegions")
-        if len(raw.value) > REGION_BYTES:  # bytes as yet, or a sequence that was counted in reading
-            raise VideoError("a header of too many elements")
         return list(header["SequenceOfUltrasoundRegions"].value)
-    except VideoError:
-        raise
     except Exception:
         return []
 
 
-# ------------------------------------------------------------------------------------------- a cine
+# ------------------------------------------------------------------------------------------- frames
 
 
-def iter_dicom(header, file, notes, needed=None):
-    """Decode a DICOM cine (see `open_dicom`) front to back: yields uint8 (H, W, 3) BGR.
+@dataclass(frozen=True)
+class PixelHeader:
+    """What a header says of its pixels, all of it possible."""
 
-    notes, needed: see `VideoFile.frames`. Raises VideoError for what is no 2-D echo, a still,
-    damaged, or needs a decoder.
+    frames: int
+    rows: int
+    columns: int
+    samples: int
+    allocated: int  # bits of a component
+    stored: int
+    planar: bool
+    photometric: str
+
+    @classmethod
+    def of(cls, header):
+        """VideoError for values that no ultrasound image has."""
+        rows, columns = number(header, "Rows"), number(header, "Columns")
+        photometric = text(header, "PhotometricInterpretation").upper()
+        if not rows or not columns or not photometric:
+            raise VideoError("DICOM without image data, or cut short")
+        check_budget(1, rows, columns)
+        if photometric not in colour.DECLARED:
+            raise VideoError("photometric interpretation of an unknown value")
+        if number(header, "PixelRepresentation"):
+            raise VideoError("signed pixel values: not an ultrasound image")
+        allocated = number(header, "BitsAllocated") or 8
+        stored = number(header, "BitsStored") or allocated
+        high = number(header, "HighBit")
+        samples = number(header, "SamplesPerPixel") or 1
+        if allocated not in (8, 16) or samples not in (1, 3):
+            raise VideoError(f"pixels of {samples} components of {allocated} bits")
+        if allocated > 8 and (not 8 <= stored <= allocated or high not in (None, stored - 1)):
+            raise VideoError(f"BitsStored {stored} and HighBit {high} of {allocated} bits")
+        planar, frames = (
+            number(header, "PlanarConfiguration") == 1,
+            number(header, "NumberOfFrames"),
+        )
+        return cls(frames or 1, rows, columns, samples, allocated, stored, planar, photometric)
+
+
+class Frames:
+    """The frames of a cine, each read and decoded when it is asked for.
+
+    header: the PixelHeader; layout: the Layout of uncompressed ones, None for compressed ones, each
+    of which is decoded in the way that its own marks say; stored: function of a frame's number that
+    gives its bytes.
     """
-    frames = check_cine(header, file, notes)
-    if frames is None:
-        yield from iter_stream(file, header, notes)
-        return
-    with frames:
-        reading, n = choose_reading(frames, header, notes), len(frames)
-        made = set(needed(n) if needed else range(n))
-        for i in range(n):
-            yield frames.bgr(i, reading) if i in made else frames.check(i)
+
+    def __init__(self, header, layout, n, stored):
+        self.header, self.layout, self.n, self.stored = header, layout, n, stored
+
+    def __len__(self):
+        return self.n
+
+    def format_of(self, data):
+        """The FrameFormat of a compressed frame. VideoError unless it is of the declared size."""
+        h, form = self.header, codecs.read_format(data)
+        if form.kind == "RLE":
+            bits = h.stored if h.allocated > 8 else 8
+            return replace(form, rows=h.rows, columns=h.columns, samples=h.samples, bits=bits)
+        check_budget(1, form.rows, form.columns)
+        if (form.rows, form.columns) != (h.rows, h.columns):
+            raise VideoError(
+                f"the header is wrong: it says {h.rows} x {h.columns} pixels, a frame has "
+                f"{form.rows} x {form.columns}"
+            )
+        if form.samples not in (1, 3):
+            raise VideoError(f"pixels of {form.samples} components")
+        return form
+
+    def check_decoder(self):
+        """VideoError when no decoder for the first frame is installed."""
+        if self.layout is None:
+            with self.named_errors(0):
+                form = self.format_of(self.stored(0))
+                if not form.opencv:
+                    codecs.find_decoder(form)
+
+    def check_layout(self, numbers):
+        """VideoError when frames `numbers` show that they are not in the declared layout."""
+        layout, frames = self.layout, [self.stored(i) for i in numbers]
+        if layout is None:
+            if not codecs.is_rle(frames[0]):
+                return  # other kinds have their own marks
+            frames = [self.components(i) for i in numbers]
+            h, dtype = self.header, "u1" if frames[0].itemsize == 1 else "<u2"
+            layout = colour.Layout(h.rows, h.columns, h.samples, dtype)
+            frames = [frame.tobytes() for frame in frames]
+        layout.check(frames)
+
+    @contextmanager
+    def named_errors(self, i):
+        """Errors in the block become a VideoError that names frame i, and quotes nothing."""
+        place = f"frame {i + 1} of {len(self)} does not decode"
+        try:
+            yield
+        except VideoError:
+            raise
+        except codecs.Broken as error:
+            raise VideoError(f"{place}: {error}") from error
+        except Exception as error:  # decoders raise many kinds
+            raise VideoError(place) from error
+
+    def components(self, i, small=False):
+        """Components (H, W) or (H, W, 3) of frame i; small: fewer pixels, where that is faster."""
+        with self.named_errors(i):
+            data = self.stored(i)
+            if self.layout:
+                return self.layout.components(data)
+            form = self.format_of(data)
+            if not form.opencv:
+                return codecs.decode_other(data, form)
+            frame = codecs.decode_jpeg(data, form, 0, small)
+            return frame[:, :, 0] if form.samples == 1 else frame[:, :, ::-1]
+
+    def check(self, i):
+        """VideoError when frame i does not decode, as `bgr` has it."""
+        if self.layout is None:
+            self.components(i, small=True)
+
+    def bgr(self, i, rule):
+        """Frame i, uint8 (H, W, 3) BGR. VideoError when it does not decode."""
+        if rule.colour == "YBR" and self.layout is None:
+            with self.named_errors(i):
+                form = self.format_of(data := self.stored(i))
+                if form.kind == "JPEG":  # its decoder makes the colours on the way
+                    return codecs.decode_jpeg(data, form, 1)
+        return rule.bgr(self.components(i))
 
 
-def check_cine(header, file, notes, single=False):
-    """The Frames of a cine, None when they are one video stream. VideoError, as `iter_dicom`, for
-    what shows before a frame is decoded. single: it is one frame of a series."""
-    check_kind(header, notes)
-    if VIDEO.fullmatch(header.file_meta.TransferSyntaxUID):
+def native_frames(dicom, header):
+    """The uncompressed Frames of a DicomFile. VideoError unless they fill the pixel data."""
+    h, big = header, dicom.syntax == BIG_ENDIAN
+    file, start, length, words = dicom.pixel_data()
+    dtype = "u1" if h.allocated == 8 else ">u2" if big else "<u2"
+    layouts = [colour.Layout(h.rows, h.columns, h.samples, dtype, h.planar)]
+    if h.photometric == "YBR_FULL_422" and (h.samples, dtype, h.columns % 2) == (3, "u1", 0):
+        layouts.append(replace(layouts[0], planar=False, halved=True))  # either is usual
+    fitting = [x for x in layouts if 0 <= length - x.size * h.frames <= 1]  # 1: padding
+    if not fitting:
+        raise VideoError(
+            f"the header is wrong: {h.frames} frames of {h.rows} x {h.columns} pixels take "
+            f"{layouts[0].size * h.frames:,} bytes, the pixel data have {length:,}"
+        )
+    layout = fitting[0]
+    swapped = big and words and dtype == "u1"  # words of two pixels
+    if swapped and layout.size % 2:
+        raise VideoError("frames of odd size in big-endian words")
+
+    def stored(i):
+        file.seek(start + i * layout.size)
+        data = file.read(layout.size)
+        return np.frombuffer(data, "u2").byteswap().tobytes() if swapped else data
+
+    return Frames(header, layout, h.frames, stored)
+
+
+def coded_frames(dicom, header, notes):
+    """The compressed Frames of a DicomFile."""
+    frames = join_fragments(dicom.fragments(), header.frames)
+    n = len(frames)
+    if 1 < n < header.frames:
+        raise VideoError(f"truncated: {n} of {header.frames} frames in the pixel data")
+    if n > header.frames:
+        notes.append(f"NumberOfFrames is wrong: {n} frames in the pixel data")
+    return Frames(header, None, n, frames.__getitem__)
+
+
+def join_fragments(fragments, declared):
+    """The bytes of each frame: a fragment each where so many are declared, else a frame starts
+    where a fragment has the mark of a start."""
+    if len(fragments) == declared:
+        return fragments
+    frames = []
+    for fragment in fragments:
+        if codecs.is_start(fragment) or not frames:
+            frames.append([])
+        frames[-1].append(fragment)
+    return [b"".join(parts) for parts in frames]
+
+
+def open_frames(dicom, notes, single=False):
+    """The Frames of a DicomFile, None when they are one video stream. VideoError for what is no
+    2-D echo or a still, as far as shows before a frame is decoded. single: of a series."""
+    check_kind(dicom.header, notes)
+    if VIDEO.fullmatch(dicom.syntax):
         return None
-    frames = frames_of(file, header, notes)
+    header = PixelHeader.of(dicom.header)
+    if dicom.pixel_data()[2] is None:
+        frames = coded_frames(dicom, header, notes)
+    elif dicom.syntax in NATIVE:
+        frames = native_frames(dicom, header)
+    else:
+        raise VideoError("the header is wrong: it says compressed, the pixel data are not")
+    check_budget(len(frames))
     if len(frames) == 1 and not single:
-        more = (frames.claims.frames or 1) > 1
+        more = header.frames > 1
         raise VideoError("still image, though the header says more" if more else "still image")
     frames.check_decoder()
     return frames
 
 
-def iter_stream(file, header, notes):
-    """A video file that is the pixel data: copied for the reader of such to a file without a name,
-    which the system deletes with this process, however that ends."""
-    start, length, _ = pixel_element(file, header)
+def choose_rule(frames, dicom_header, notes):
+    """The ColourRule of all frames, from a few of them. VideoError."""
+    photometric = frames.header.photometric
+    palette = colour.read_palette(dicom_header) if photometric == "PALETTE COLOR" else None
+    numbers = representative_frames(frames)
+    frames.check_layout(numbers)
+    samples = [frames.components(i, small=True) for i in numbers]
+    rule = colour.choose_rule(photometric, samples, frames.header.stored, palette, notes)
+    if frames.layout and frames.layout.halved and rule.colour != "YBR":
+        raise VideoError("the header is wrong: RGB, but of the size of 4:2:2 pixels")
+    every = (rule.bgr(frames.components(i, small=True)) for i in [*numbers, *range(len(frames))])
+    if all(picture.max() < colour.BLACK for picture in every):
+        raise VideoError("no image: all is black")
+    return rule
+
+
+def representative_frames(frames):
+    """Numbers of a few frames to judge the file by: the first, middle and last one, and where
+    these are blank the first that is not."""
+    n = len(frames)
+    few = sorted({0, n // 2, n - 1})
+    order = (i for i in [*few, *range(n)] if has_contrast(frames.components(i, small=True)))
+    return sorted({*few, next(order, 0)})
+
+
+def has_contrast(components):
+    """Whether a frame has more than one grey level or colour."""
+    pixels = components.reshape(components.shape[0] * components.shape[1], -1)
+    return int(np.ptp(pixels, 0).max()) >= colour.BLACK
+
+
+# ------------------------------------------------------------------------------------------- a cine
+
+
+def iter_dicom(dicom, notes, needed=None):
+    """Decode the cine of a DicomFile front to back: yields uint8 (H, W, 3) BGR.
+
+    notes, needed: see `VideoFile.frames`. Raises VideoError for what is no 2-D echo, a still,
+    damaged, or needs a decoder.
+    """
+    frames = open_frames(dicom, notes)
+    if frames is None:
+        yield from iter_stream(dicom, notes)
+        return
+    rule, n = choose_rule(frames, dicom.header, notes), len(frames)
+    used = set(needed(n) if needed else range(n))
+    for i in range(n):
+        yield frames.bgr(i, rule) if i in used else frames.check(i)
+
+
+def iter_stream(dicom, notes):
+    """Frames of a video file that is the pixel data: copied for the reader of such to a file
+    without a name, which the system deletes with this process, however that ends."""
     nameless = Path("/proc/self/fd").is_dir()
     with (tempfile.TemporaryFile if nameless else tempfile.NamedTemporaryFile)() as stream:
-        for at, size in fragments(file, start, length)[0]:
-            file.seek(at)
-            stream.write(file.read(size))
+        stream.writelines(dicom.fragments())
         stream.flush()
-        path, n = Path(f"/proc/self/fd/{stream.fileno()}" if nameless else stream.name), 0
-        found = []
-        for frame in iter_container(path, found):
+        path = Path(f"/proc/self/fd/{stream.fileno()}" if nameless else stream.name)
+        n, container_notes = 0, []
+        for frame in iter_container(path, container_notes):
             n += 1
             yield frame
-    if n != number(header, "NumberOfFrames"):
+    if n != number(dicom.header, "NumberOfFrames"):
         notes.append(f"NumberOfFrames is wrong: {n} frames decode")
-    notes.extend(note for note in found if note.startswith("damaged"))
 
 
-class SeriesFrames(Frames):
-    """The single frames of a series, each in a file of its own."""
+class Series:
+    """The single frames of a series, each in a file of its own: their Frames, and the header."""
 
     def __init__(self, paths, notes):
-        super().__init__(None, None, paths)
-        self.notes, self.traits = notes, None
+        self.paths, self.format = paths, None
+        with DicomFile(paths[0]) as dicom:
+            self.header, first = dicom.header, self.open_one(dicom, notes)
+            self.frames = Frames(first.header, first.layout, len(paths), self.stored)
 
-    @contextmanager
-    def opened(self, i, notes=None):
-        """(header, Frames of the one frame) of file i."""
-        with open_dicom(self.spans[i]) as (header, file):
-            check_kind(header, [] if notes is None else notes)
-            frames = frames_of(file, header, [])
-            self.claims = self.claims or frames.claims
-            traits = traits_of(header, frames.claims)
-            self.traits = self.traits or traits
-            if len(frames) > 1 or traits != self.traits:
-                raise VideoError("a series of unlike images")
-            frames.listener = self.listener
-            yield header, frames
+    def open_one(self, dicom, notes):
+        frames = open_frames(dicom, notes, single=True)
+        pixel_format = frames and (frames.header, frames.layout, palette_digest(dicom.header))
+        self.format = self.format or pixel_format
+        if not frames or len(frames) > 1 or pixel_format != self.format:
+            raise VideoError("a series of unlike images")
+        return frames
 
-    def components(self, i):
-        with self.opened(i) as (_, frames):
-            return frames.components(0)
-
-    def sample(self, i):
-        with self.opened(i) as (_, frames):
-            return frames.sample(0)
-
-    def bgr(self, i, reading):
-        with self.opened(i) as (_, frames):
-            return frames.bgr(0, reading)
+    def stored(self, i):
+        with DicomFile(self.paths[i]) as dicom:
+            return self.open_one(dicom, []).stored(0)
 
 
-def traits_of(header, claims):
-    """What images must have in common to be read in one way."""
-    palette = palette_of(header, claims)
-    if palette:
-        first, table, bits = palette
-        palette = first, hashlib.sha256(table.tobytes()).digest(), bits
-    shape = (claims.rows, claims.columns, claims.samples, claims.photometric)
-    return (*shape, claims.allocated, claims.stored, palette)
+def palette_digest(header):
+    """A digest of the palette, which images must share to be read in one way; '' without one."""
+    if text(header, "PhotometricInterpretation").upper() != "PALETTE COLOR":
+        return ""
+    first, table = colour.read_palette(header)
+    return f"{first} {hashlib.sha256(table.tobytes()).hexdigest()}"
 
 
 def iter_series(paths, notes):
@@ -437,20 +621,19 @@ def iter_series(paths, notes):
 
     VideoError when they do not follow one another, as stills of one series do not.
     """
-    small = []
-    with SeriesFrames(paths, notes) as frames:
-        with frames.opened(0, notes) as (header, _):
-            reading = choose_reading(frames, header, notes)
-        for i in range(len(frames)):
-            frame = frames.bgr(i, reading)
-            small.append(in_blocks(frame))
-            yield frame
-    if not follow_on(np.stack(small)):
+    series, small = Series(paths, notes), []
+    frames = series.frames
+    rule = choose_rule(frames, series.header, notes)
+    for i in range(len(frames)):
+        frame = frames.bgr(i, rule)
+        small.append(block_means(frame))
+        yield frame
+    if not is_one_cine(np.stack(small)):
         raise VideoError(f"still images of one series: {len(small)} that do not follow one another")
     notes.append(f"single frames of one series: {len(small)}")
 
 
-def in_blocks(frame):
+def block_means(frame):
     """uint8 (H, W, 3) -> float (256,): the brightness of 16 x 16 blocks."""
     import cv2
 
@@ -458,14 +641,14 @@ def in_blocks(frame):
     return blocks.reshape(-1).astype(float)
 
 
-def follow_on(images):
-    """Whether images (n, blocks) are of one cine: what changes goes on from each to the next.
+def is_one_cine(images):
+    """Whether images (n, blocks) are of one cine: changes continue from each to the next.
 
     Measured on cines: a correlation of changes of 0.5 and more, or images that are nearly equal;
     on stills of one machine and view: 0.03 at most, and images less alike than 0.92.
     """
     changes = images - images.mean(0)
     power = (changes**2).mean()
-    going_on = (changes[1:] * changes[:-1]).mean() / power if power else 1.0
+    continuity = (changes[1:] * changes[:-1]).mean() / power if power else 1.0
     equal = np.median([np.corrcoef(a, b)[0, 1] for a, b in pairwise(images)])
-    return going_on > 0.3 or equal > 0.95
+    return continuity > 0.3 or equal > 0.95
