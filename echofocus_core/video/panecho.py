@@ -428,23 +428,22 @@ def weights_path(source="panecho"):
     return next((file for file in files if file.is_file()), trained)
 
 
-def find_weights(source="panecho", show=True):
+def find_weights(source="panecho"):
     """As `weights_path`, downloaded where necessary and compared with its recorded digest.
 
     The digest is recorded at the download: in source.json, or beside the file in torch.hub's cache
-    (`panecho.pt.sha256`). show: print the progress. Raises WeightsError.
+    (`panecho.pt.sha256`). Raises WeightsError.
     """
     path, url = weights_path(source), WEIGHTS_URL if source == "panecho" else str(source)
-    if url.startswith(("http://", "https://")) and path != DOWNLOADED:
-        if not path.exists():
-            fetch(url, path, show)
-        check_digest(path)
-    elif not path.is_file():
+    is_download = url.startswith(("http://", "https://"))
+    if is_download and not path.exists():
+        fetch(url, path)
+    if not path.is_file():
         raise WeightsError(
             f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
             "download the release, or --weights random to try without"
         )
-    elif path == DOWNLOADED and not path.with_name(SOURCE).is_file():
+    if is_download and not path.with_name(SOURCE).is_file():
         check_digest(path)
     check_source(path)
     return path
@@ -465,9 +464,7 @@ def published_parts(state):
 class EncoderFile:
     """A weights file's content."""
 
-    state: dict[
-        str, torch.Tensor
-    ]  # of the full model; of the backbone alone, where it has no heads
+    state: dict  # of the full model, or of the backbone alone where it has no heads
     record: EncoderRecord | None  # None in a published file
     seen: tuple  # of Seen: its training patients; () where it was trained elsewhere
 

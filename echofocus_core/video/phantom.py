@@ -149,7 +149,7 @@ def colourise(grey, velocity, jet, rng):
 # ------------------------------------------------------------------------------------------- cine
 
 
-def moved(u, v, start, now):
+def displace(u, v, start, now):
     """Where the tissue at (u, v) was at end-diastole; half axes of the cavity then and `now`.
 
     Within the cavity a plain scaling, so that its outline is exactly an ellipse of these axes;
@@ -187,7 +187,7 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
     filling = np.gradient(volume(*axes)) / (30 if view.across else 17)  # mL a frame to colour
     out = np.empty((frames, H, W, 3), np.uint8)
     for i, (long, short) in enumerate(np.transpose(axes)):
-        u0, v0 = moved(u, v, start, half_axes(long, short, view.across))
+        u0, v0 = displace(u, v, start, half_axes(long, short, view.across))
         map_x = (cx + side * v0 * cos - u0 * sin) * px + W / 2
         map_y = (cz + side * v0 * sin + u0 * cos) * px
         now = cv2.remap(scene, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)

@@ -229,16 +229,8 @@ def read_encoder_seen(path):
     """
     if not path.is_file():
         return {}
-    try:
-        return {
-            digest: [Seen.load(part, path) for part in parts]
-            for digest, parts in load_safely(path).items()
-        }
-    except (UserError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged; delete it and extract again with the same weights (or pack "
-            "again); nothing else is lost"
-        ) from error
+    saved = load_safely(path)
+    return {digest: [Seen.load(part, path) for part in parts] for digest, parts in saved.items()}
 
 
 def write_encoder_seen(path, lists):
