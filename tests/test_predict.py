@@ -178,7 +178,7 @@ def test_input_unlike_the_training_input_is_marked_in_the_table(trained, cli):
     with h5py.File("emb/1003.hdf5", "a") as f:
         f["embeddings"][...] *= 3
     status, out, _ = cli("predict")
-    assert status == 0 and "WARNING: 1 studies do not look like what defect was trained on" in out
+    assert status == 0 and "WARNING: 1 studies are unlike the training data of defect" in out
     warned = table()["warning"]
     assert "norm of clip embeddings" in warned["1003"] and (warned != "").sum() == 1
 

@@ -380,7 +380,7 @@ def scores_of(page, study, view):
     adds_up = settings.explain_method not in ("leave_one_out", "attention")
     ends = np.zeros(2)
     if adds_up and not loss:
-        ends = factor * np.array([explanation[x][0, i] for x in ("baseline", "answer")], float)
+        ends = factor * explanation["ends"][k].astype(float)
     bars = waterfall(study.names, scores, [view.text(x) for x in without], ends[0], adds_up)
     levels = [*ends, *(x for bar in bars for x in (bar.start, bar.end))]
     baseline, answer = (

@@ -1,7 +1,7 @@
-"""What each clip of a study counted for in the answers of a study-level model.
+"""What each clip of a study contributed to the answers of a study-level model.
 
 `net` is a model called as net(tokens (N, D), lengths (S)) -> (outputs (S, T), embeddings), with
-`n_labels`, `first_norm_input` and `attention_maps`; `model` is one that is loaded, with `net`.
+`n_labels`, `first_norm_input` and `attention_maps`; `model` is a loaded model, with `net`.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import UserError
 
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
-NODES, MOST_NODES = 8, 512  # of the path integral: to begin with, and at most
-MOST_NODES_IN_HALF = 64  # more of them would not bring bf16 any nearer
-COMPLETE = 0.01  # the error that 'adaptive' goes on to, as a share of the summed absolute scores
+FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
+MAX_NODES_IN_HALF = 64  # more nodes would not bring bf16 closer
+COMPLETE = 0.01  # the error that 'adaptive' aims at, as a share of the summed absolute scores
 
 
 @dataclass
 class Attribution:
-    """What a study's clips counted for in T outputs, in the network's own units."""
+    """What a study's clips contributed to T outputs, in the network's units."""
 
     scores: np.ndarray  # (T, V, C) signed, summed over features
     absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
-    error: np.ndarray  # (T,) by how much the scores miss what they should add up to; NaN: no sum
+    error: np.ndarray  # (T,) how far the sum of scores is from the change; NaN: no sum
 
 
 def attribute_clips(net, bag, settings, objectives, baseline=None):
@@ -35,8 +35,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     (D,) clip embedding from which the path starts, None: zero.
     """
     method, (V, C, _) = settings.explain_method, bag.shape
-    bag = np.ascontiguousarray(bag, np.float32)
-    tokens = torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
+    tokens = as_tokens(net, bag)
     if method == "attention":
         rollouts = [attention_rollout(x, tokens) for x in getattr(net, "nets", [net])]
         shares = torch.stack([x.expand(net.n_labels, -1) for x in rollouts]).mean(0)
@@ -44,18 +43,28 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
         return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
     if method == "leave_one_out":
         answer = objectives(outputs_of(net, [tokens], settings))
-        scores = (
-            (answer - objectives(outputs_without(net, bag, settings))).T.cpu().numpy()
-        )  # (T, V)
-        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared out evenly
+        change = answer - objectives(outputs_without(net, bag, settings))
+        scores = change.T.cpu().numpy()  # (T, V)
+        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared evenly
         return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
-    start = torch.zeros(D) if baseline is None else baseline
-    start = start.to(tokens).expand_as(tokens)
+    start = path_start(baseline, tokens)
     integrate = published_gradients if method in QUADRATURES else integrated_gradients
     parts, error = integrate(net, tokens, start, settings, objectives, V)
     parts = parts.view(len(parts), V, C, D)
     scores, absolute = parts.sum(3), parts.abs().sum((2, 3))
     return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error)
+
+
+def as_tokens(net, bag):
+    """Clip embeddings (V, C, D) -> tokens (V * C, D) on the network's device."""
+    bag = np.ascontiguousarray(bag, np.float32)
+    return torch.from_numpy(bag).to(device_of(net)).flatten(0, 1)
+
+
+def path_start(baseline, tokens):
+    """The baseline (D,), None: zero, for each of the tokens (N, D)."""
+    start = torch.zeros(D) if baseline is None else baseline
+    return start.to(tokens).expand_as(tokens)
 
 
 def device_of(net):
@@ -66,18 +75,18 @@ def integrated_gradients(net, tokens, start, settings, objectives, V):
     """Integrated gradients of T objectives in tokens (N, D): (T, N, D), and their errors (T,).
 
     Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The first
-    LayerNorm makes the answer change almost wholly within the first hundredths of the path, so
-    the path is run through by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
-    (`turning_point`): evenly in alpha near the start, evenly in log alpha beyond. Gauss-Legendre
-    nodes in u then converge fast; they are doubled for the objectives that are not yet complete.
-    All objectives share one forward pass a node.
+    LayerNorm lets nearly all of the answer's change happen in the first hundredths of the path, so
+    the path is parametrised by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
+    (`turning_point`): even in alpha near the start, even in log alpha beyond. Gauss-Legendre nodes
+    in u then converge fast; they are doubled for the objectives that are not yet complete. All
+    objectives share one forward pass for each node.
     """
     ends = objectives(outputs_of(net, [start, tokens], settings)).double()
-    change, wanted = tokens - start, ends[1] - ends[0]
-    a, n_nodes = turning_point(net, start, tokens), NODES
-    parts = torch.zeros(len(wanted), *tokens.shape, device=tokens.device)
-    error = torch.full_like(wanted, torch.inf)
-    unfinished = torch.arange(len(wanted))
+    change, target = tokens - start, ends[1] - ends[0]
+    a, n_nodes = turning_point(net, start, tokens), FIRST_NODES
+    parts = torch.zeros(len(target), *tokens.shape, device=tokens.device)
+    error = torch.full_like(target, torch.inf)
+    unfinished = torch.arange(len(target))
     while len(unfinished):
         u, weights = np.polynomial.legendre.leggauss(n_nodes)
         stretch = np.arcsinh(1 / a)
@@ -85,20 +94,20 @@ def integrated_gradients(net, tokens, start, settings, objectives, V):
         alphas, weights = a * np.sinh(v), weights / 2 * a * stretch * np.cosh(v)
         sums = path_integral(net, start, change, alphas, weights, settings, objectives, unfinished)
         parts[unfinished] = sums.mul_(change)
-        error[unfinished] = incompleteness(parts[unfinished], wanted[unfinished], V)
+        error[unfinished] = incompleteness(parts[unfinished], target[unfinished], V)
         n_nodes *= 2
-        if n_nodes > (MOST_NODES if settings.precision == "fp32" else MOST_NODES_IN_HALF):
+        if n_nodes > (MAX_NODES if settings.precision == "fp32" else MAX_NODES_IN_HALF):
             break
         unfinished = torch.flatten((error >= COMPLETE).nonzero()).cpu()
     return parts, error.cpu().numpy()
 
 
-def path_integral(net, start, change, alphas, weights, settings, objectives, wanted):
+def path_integral(net, start, change, alphas, weights, settings, objectives, columns):
     """Weighted sum over nodes of the gradients of some objectives (W,): (W, N, D).
 
     As many nodes as `settings.batch_tokens` and `batch_size` allow run together.
     """
-    N, sums = len(change), torch.zeros(len(wanted), *change.shape, device=change.device)
+    N, sums = len(change), torch.zeros(len(columns), *change.shape, device=change.device)
     together = max(1, min(settings.batch_tokens // N, settings.batch_size or len(alphas)))
     for k in range(0, len(alphas), together):
         alpha = torch.tensor(alphas[k : k + together]).to(change)
@@ -106,25 +115,25 @@ def path_integral(net, start, change, alphas, weights, settings, objectives, wan
         points = (start + alpha[:, None, None] * change).requires_grad_(True)  # (K, N, D)
         with torch.enable_grad():
             values = objectives(outputs_of(net, points, settings, grad=True))  # (K, T)
-        for i, t in enumerate(wanted.tolist()):
-            more = i + 1 < len(wanted)
-            (gradient,) = torch.autograd.grad(values[:, t] @ weight, points, retain_graph=more)
+        for i, t in enumerate(columns.tolist()):
+            keep = i + 1 < len(columns)
+            (gradient,) = torch.autograd.grad(values[:, t] @ weight, points, retain_graph=keep)
             sums[i] += gradient.sum(0)
     return sums
 
 
-def incompleteness(parts, wanted, V):
-    """|sum of attributions - change in the objective| as a share of the summed absolute scores of
-    the V videos; parts (T, N, D), wanted (T,) -> (T,)."""
+def incompleteness(parts, change, V):
+    """|sum of attributions - change of the objective| as a share of the summed absolute scores of
+    the V videos; parts (T, N, D), change (T,) -> (T,)."""
     scores = parts.view(len(parts), V, -1).double().sum(2)
-    return (scores.sum(1) - wanted).abs() / scores.abs().sum(1).clamp(min=1e-9)
+    return (scores.sum(1) - change).abs() / scores.abs().sum(1).clamp(min=1e-9)
 
 
 def turning_point(net, start, tokens):
     """Where on the path (0 to 1) the first LayerNorm turns from the start to the tokens.
 
-    The median over tokens of the ratio between its input at the start and the change of it: below
-    that share of the path the start decides its output, beyond it the tokens do.
+    The median over tokens of the ratio between its input at the start and the change of that input:
+    below that share of the path the start decides its output, beyond it the tokens do.
     """
     if not net.depth:
         return 1.0
@@ -157,15 +166,10 @@ def published_gradients(net, tokens, start, settings, objectives, V):
             return objectives(outputs_of(net, bags, settings, grad))[:, t]
 
         together = min(settings.batch_tokens // len(tokens), settings.batch_size or 10**9)
-        parts.append(
-            IntegratedGradients(forward).attribute(
-                tokens[None],
-                start[None],
-                n_steps=settings.explain_steps,
-                method=settings.explain_method,
-                internal_batch_size=max(1, together),
-            )[0]
-        )
+        options = {"n_steps": settings.explain_steps, "method": settings.explain_method}
+        options["internal_batch_size"] = max(1, together)
+        gradients = IntegratedGradients(forward)
+        parts.append(gradients.attribute(tokens[None], start[None], **options)[0])
     parts = torch.stack(parts).detach().float()
     return parts, incompleteness(parts, ends[1] - ends[0], V).cpu().numpy()
 
@@ -231,31 +235,33 @@ def clip_baseline(model, settings):
     if model.clip_mean is None:
         raise UserError(
             f"{model.folder.name} does not hold the mean clip embedding of its training fold (it "
-            "was trained elsewhere, or before that was kept); use --baseline zero"
+            "was trained elsewhere); use --baseline zero"
         )
     return model.clip_mean
 
 
 def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
-    """A unit of the journal: Attribution and answers of one study for some labels.
+    """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
-    truths: (T_all,) normalised labels, NaN where missing; what the loss is taken against.
+    ends: (T, 2) the outputs at the baseline and of the study. truths: (T_all,) normalised labels,
+    NaN where missing; the loss is computed against them.
     """
-    net, x = model.net, np.ascontiguousarray(bag.embeddings, np.float32)
+    net = model.net
     truths = np.full(net.n_labels, np.nan) if truths is None else truths
     targets = None
     if settings.explain_mode == "loss":
         columns = [i for i in columns if not np.isnan(truths[i])]
         targets = truths[columns]
-    unit = {"eid": eid, "columns": columns, "videos": bag.videos}
+    explanation = {"eid": eid, "columns": columns, "videos": bag.videos}
     if not columns:
-        return unit
-    tokens = torch.from_numpy(x).to(device_of(net)).flatten(0, 1)
-    start = torch.zeros(D) if baseline is None else baseline
-    ends = outputs_of(net, [tokens, start.to(tokens).expand_as(tokens)], settings)
-    losses = model.losses(ends[:1], torch.tensor(truths).to(ends)[None], range(net.n_labels))
+        return explanation
+    tokens = as_tokens(net, bag.embeddings)
+    outputs = outputs_of(net, [tokens, path_start(baseline, tokens)], settings)
+    losses = model.losses(outputs[:1], torch.tensor(truths).to(outputs)[None], range(net.n_labels))
     objectives = Objectives(columns, targets, model.losses)
-    found = attribute_clips(net, x, settings, objectives, baseline)
-    unit |= {"answer": ends[:1].cpu().numpy(), "baseline": ends[1:].cpu().numpy()}
-    unit |= {"without": outputs_without(net, x, settings).cpu().numpy(), "truths": truths}
-    return unit | {"losses": losses[0].cpu().numpy()} | vars(found)
+    attribution = attribute_clips(net, bag.embeddings, settings, objectives, baseline)
+    without = outputs_without(net, bag.embeddings, settings)
+    answers = {"answer": outputs[:1], "baseline": outputs[1:], "without": without}
+    answers |= {"ends": outputs[[1, 0]][:, columns].T, "losses": losses[0]}
+    answers = {name: x.cpu().numpy() for name, x in answers.items()}
+    return explanation | answers | {"truths": truths} | vars(attribution)

@@ -1,145 +1,137 @@
-"""Does the attribution mean anything: what happens when videos go in its order, and which views
-count."""
+"""Whether an attribution means anything: answers when videos are removed in its order, and the
+importance of each view."""
 
 import numpy as np
 import pandas as pd
-import torch
 
 from echofocus_core.base.console import UserError, progress, some
 from echofocus_core.base.figures import OKABE_ITO, new_figure, save_figure
 from echofocus_core.base.files import derive_seed, write_table
 from echofocus_core.base.tables import clean_ids, read_table
-from echofocus_core.study.attribution import device_of, outputs_of
+from echofocus_core.study.attribution import as_tokens, outputs_of
+from echofocus_core.study.outputs import scale
+from echofocus_core.study.statistics import mean_interval
 from echofocus_core.video.store import UnreadableStudy
 
 GRID = np.linspace(0, 1, 11)  # shares of a study's videos
 RANDOM_ORDERS = 5
-RESAMPLINGS = 1000  # of patients, for intervals
 
 
 # ------------------------------------------------------------------------------------------- curves
 
 
-def study_curves(model, bag, unit, truths, settings):
+def study_curves(model, bag, explanation, truths, settings):
     """Curves of one study: dict of (label number, kind, order) to quality at GRID.
 
-    Deletion takes away the videos that speak most for the truth first, insertion gives them back
-    first (Petsiuk, Das and Saenko, "RISE", BMVC 2018); 'random' orders are the mean of a few. The
-    quality of an answer is the probability of the truth or, of a measurement, minus its error in
-    standard deviations, where videos go by the size of their score. truths: (T,), normalised.
+    Deletion removes the videos that support the truth most first, insertion returns them first
+    (Petsiuk, Das and Saenko, "RISE", BMVC 2018); 'random' orders are the mean of a few. The
+    quality of an answer is the probability of the truth or, for a measurement, minus its error in
+    standard deviations, where videos are ordered by the size of their score. truths: (T,),
+    normalised.
     """
-    net, V = model.net, len(bag.videos)
-    tokens = torch.from_numpy(np.ascontiguousarray(bag.embeddings)).to(device_of(net))
-    counts = np.unique(np.round(1 + GRID * (V - 1)).astype(int))  # videos kept; one at least
+    V, C, _ = bag.embeddings.shape
+    tokens = as_tokens(model.net, bag.embeddings).unflatten(0, (V, C))
+    counts = np.unique(np.round(1 + GRID * (V - 1)).astype(int))  # videos kept, at least one
 
-    def along(order):
-        """Outputs (K, T) with the first 1, ..., V videos of an order."""
-        kept = [tokens[np.sort(order[:n])].flatten(0, 1) for n in counts]
-        parts, together = [], max(1, settings.batch_tokens // (V * tokens.shape[1]))
-        for k in range(0, len(kept), together):
-            parts.append(outputs_of(net, kept[k : k + together], settings).cpu().numpy())
-        return np.concatenate(parts)
+    def answers_along(order):
+        """Answers (K, T) with the first 1, ..., V videos of an order."""
+        bags = [tokens[np.sort(order[:n])].flatten(0, 1) for n in counts]
+        together = max(1, settings.batch_tokens // (V * C))
+        parts = [
+            outputs_of(model.net, bags[k : k + together], settings).cpu().numpy()
+            for k in range(0, len(bags), together)
+        ]
+        return model.readable(np.concatenate(parts))
 
-    def quality(outputs, i):
-        if model.kind(model.labels[i]) == "binary":
-            towards = outputs[:, i] * (2 * truths[i] - 1)
-            return 1 / (1 + np.exp(-towards.astype(np.float64)))
-        return -np.abs(outputs[:, i] - truths[i])
+    def curve(answers, i):
+        label = model.labels[i]
+        if model.kind(label) == "binary":
+            quality = np.abs(1 - truths[i] - answers[:, i])
+        else:
+            scaled = scale(answers[:, [i]], [label], model.scaling or {})[:, 0]
+            quality = -np.abs(scaled - truths[i])
+        return np.interp(1 + GRID * (V - 1), counts, quality)
 
-    def at_grid(values):
-        return np.interp(1 + GRID * (V - 1), counts, values)
-
-    rng = np.random.default_rng(derive_seed("curves", unit["eid"]))
-    by_chance = [along(rng.permutation(V)) for _ in range(RANDOM_ORDERS)]
-    found = {}
-    for k, i in enumerate(unit["columns"]):
+    rng = np.random.default_rng(derive_seed("curves", explanation["eid"]))
+    random_answers = [answers_along(rng.permutation(V)) for _ in range(RANDOM_ORDERS)]
+    curves = {}
+    for k, i in enumerate(explanation["columns"]):
         if np.isnan(truths[i]):
             continue
-        scores = unit["scores"][k].sum(1)
-        key = towards_truth(scores, truths[i], model.kind(model.labels[i]), settings)
-        first = np.argsort(-key, kind="stable")
-        random = np.mean([at_grid(quality(outputs, i)) for outputs in by_chance], axis=0)
-        found[i, "insertion", "score"] = at_grid(quality(along(first), i))
-        found[i, "deletion", "score"] = at_grid(quality(along(first[::-1]), i))[::-1]
-        found[i, "insertion", "random"], found[i, "deletion", "random"] = random, random[::-1]
-    return found
+        scores = explanation["scores"][k].sum(1)
+        support = support_of_truth(scores, truths[i], model.kind(model.labels[i]), settings)
+        order = np.argsort(-support, kind="stable")
+        random = np.mean([curve(answers, i) for answers in random_answers], axis=0)
+        curves[i, "insertion", "score"] = curve(answers_along(order), i)
+        curves[i, "deletion", "score"] = curve(answers_along(order[::-1]), i)[::-1]
+        curves[i, "insertion", "random"], curves[i, "deletion", "random"] = random, random[::-1]
+    return curves
 
 
-def towards_truth(scores, truth, kind, settings):
-    """Scores (V,) of videos -> how much each speaks for the truth, the most first."""
-    if settings.explain_mode == "loss":  # of which a score is a part
+def support_of_truth(scores, truth, kind, settings):
+    """Scores (V,) of videos -> how much each supports the truth."""
+    if settings.explain_mode == "loss":  # a score is a part of the loss
         return -scores
-    if kind != "binary" or settings.explain_method == "attention":  # without a sign that says it
+    if kind != "binary" or settings.explain_method == "attention":  # the sign does not tell
         return np.abs(scores)
     return scores * (2 * truth - 1)
 
 
-def write_curves(model, store, units, targets, patients, settings, path):
+def write_curves(model, store, explanations, targets, patients, settings, path):
     """Tables and a figure of insertion and deletion, beside `path` (without ending).
 
     targets: study id -> (T,) normalised labels; patients: study id -> patient. Raises UserError.
     """
-    curves, eids = {}, []
-    for unit in progress(units, desc="curves", unit="study"):
-        if len(unit.get("videos", ())) < 2 or not unit["columns"]:
+    by_key = {}
+    for explanation in progress(explanations, desc="curves", unit="study"):
+        if len(explanation.get("videos", ())) < 2 or not explanation["columns"]:
             continue
-        bag = store.read(unit["eid"])
-        found = study_curves(model, bag, unit, targets[unit["eid"]], settings)
-        for key, curve in found.items():
-            curves.setdefault(key, {})[unit["eid"]] = curve
-        eids += [unit["eid"]] if found else []
-    if not eids:
+        eid = explanation["eid"]
+        curves = study_curves(model, store.read(eid), explanation, targets[eid], settings)
+        for key, curve in curves.items():
+            by_key.setdefault(key, {})[eid] = curve
+    if not by_key:
         raise UserError("--curves needs labelled studies of two videos or more")
     rows, areas = [], []
-    for (i, kind, order), of_study in curves.items():
-        mean = np.mean(list(of_study.values()), axis=0)
-        part = {"label": model.labels[i], "kind": kind, "order": order}
-        rows += [part | {"share": s, "quality": q} for s, q in zip(GRID, mean, strict=True)]
+    for (i, kind, order), curves in by_key.items():
+        table = pd.DataFrame(curves)  # (GRID, studies)
+        part = {"label": model.labels[i], "kind": kind}
+        for share, quality in zip(GRID, table.mean(axis=1), strict=True):
+            rows.append(part | {"order": order, "share": share, "quality": quality})
         if order == "random":
             continue
-        chance = curves[i, kind, "random"]
-        own = {eid: np.trapezoid(c, GRID) for eid, c in of_study.items()}
-        gain = {eid: own[eid] - np.trapezoid(chance[eid], GRID) for eid in own}
-        low, high = interval_of(gain, patients)
-        areas.append({
-            "label": model.labels[i], "kind": kind, "studies": len(own),
-            "area": np.mean(list(own.values())), "against_random": np.mean(list(gain.values())),
+        area = np.trapezoid(table, GRID, axis=0)
+        gain = area - np.trapezoid(pd.DataFrame(by_key[i, kind, "random"]), GRID, axis=0)
+        low, high = interval_of(gain, table.columns, patients)
+        areas.append(part | {
+            "studies": len(area), "area": area.mean(), "against_random": gain.mean(),
             "against_random_low": low, "against_random_high": high,
         })  # fmt: skip
-    curves, areas = pd.DataFrame(rows), pd.DataFrame(areas)
-    write_table(curves, path.with_name(path.name + ".curves.csv"))
+    rows, areas = pd.DataFrame(rows), pd.DataFrame(areas)
+    write_table(rows, path.with_name(path.name + ".curves.csv"))
     write_table(areas, path.with_name(path.name + ".curve_areas.csv"))
-    kinds = curves["label"].map(model.kind)  # the qualities of findings and measurements differ
+    kinds = rows["label"].map(model.kind)  # the qualities of findings and measurements differ
     kind = "binary" if (kinds == "binary").any() else kinds.iloc[0]
-    plot_curves(
-        curves[kinds == kind], kind, bool(model.scaling), path.with_name(path.name + ".curves")
-    )
+    ylabel = "minus the error" + " [SD]" * bool(model.scaling)
+    ylabel = "probability of the truth" if kind == "binary" else ylabel
+    plot_curves(rows[kinds == kind], ylabel, path.with_name(path.name + ".curves"))
     return areas
 
 
-def interval_of(values, patients):
-    """95 % percentile interval of the mean of values (study id -> number), over patients."""
-    groups = pd.Series(values).groupby(lambda eid: patients.get(eid, eid))
-    sums, counts = groups.sum().to_numpy(), groups.size().to_numpy()
-    if len(sums) < 2:
-        return np.nan, np.nan
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(sums), size=(RESAMPLINGS, len(sums)))
-    return tuple(np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975]))
+def interval_of(values, eids, patients):
+    """95 % interval of the mean of values (S,) of studies, over their patients."""
+    return mean_interval(np.asarray(values), [str(patients.get(eid, eid)) for eid in eids])
 
 
-def plot_curves(curves, kind_of_model, scaled, path):
+def plot_curves(rows, ylabel, path):
     """Mean curves of all labels: deletion and insertion, by score and at random."""
     figure, axes = new_figure(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
-    ylabel = "probability of the truth" if kind_of_model == "binary" else "minus the error"
-    ylabel += " [SD]" * (scaled and kind_of_model != "binary")
-    for axis, kind in zip(axes, ("deletion", "insertion"), strict=True):
-        part = curves[curves["kind"] == kind].groupby(["order", "share"])["quality"].mean()
-        for (order, style), colour in zip(
-            (("score", "-"), ("random", "--")), OKABE_ITO, strict=False
-        ):
+    for axis, kind, done in zip(
+        axes, ("deletion", "insertion"), ("removed", "returned"), strict=True
+    ):
+        part = rows[rows["kind"] == kind].groupby(["order", "share"])["quality"].mean()
+        for order, style, colour in (("score", "-", OKABE_ITO[0]), ("random", "--", OKABE_ITO[1])):
             axis.plot(GRID, part[order], style, color=colour, label=f"{order} order")
-        done = "taken away" if kind == "deletion" else "given back"
         axis.set(xlabel=f"share of videos {done}", ylabel=ylabel, title=kind)
         axis.legend()
     save_figure(figure, path)
@@ -149,8 +141,8 @@ def plot_curves(curves, kind_of_model, scaled, path):
 
 
 def read_views(path, listener, store, eids):
-    """(eid, video) -> view, of a table with these columns; of these studies. Raises UserError, also
-    where it is of none of their videos."""
+    """(eid, video) -> view of these studies, from a table with these columns. Raises UserError,
+    also where it names none of their videos."""
     table = read_table(path, listener, "table of views")
     absent = [name for name in ("eid", "video", "view") if name not in table]
     if absent:
@@ -158,23 +150,24 @@ def read_views(path, listener, store, eids):
     rows = table[["eid", "video", "view"]].dropna().apply(lambda x: x.str.strip())
     rows["eid"] = clean_ids(rows["eid"], path, listener)
     rows = rows.drop_duplicates()
-    twice = rows[rows.duplicated(["eid", "video"])]
-    if len(twice):
+    repeated = rows[rows.duplicated(["eid", "video"])]
+    if len(repeated):
         listener.error(
-            f"{path}: {len(twice)} videos have two views: {some(twice['video'])}",
-            "keep one row a video",
+            f"{path}: {len(repeated)} videos have two views: {some(repeated['video'])}",
+            "keep one row for each video",
         )
-    found = rows[rows["eid"].isin(eids)]
-    if n := len(rows) - len(found):
-        listener.note(f"{path}: {n} rows are of other studies than those that are explained")
-    views = found.set_index(["eid", "video"])["view"].to_dict()
-    if not any((eid, name) in views for eid in found["eid"].unique() for name in names(store, eid)):
+    explained = rows[rows["eid"].isin(eids)]
+    if n := len(rows) - len(explained):
+        listener.note(f"{path}: {n} rows are of studies that are not explained")
+    views = explained.set_index(["eid", "video"])["view"].to_dict()
+    videos = ((eid, name) for eid in explained["eid"].unique() for name in video_names(store, eid))
+    if not any(video in views for video in videos):
         raise UserError(f"{path} has no video of these studies: compare its eid and video")
     return views
 
 
-def names(store, eid):
-    """Of a study's videos; none of one that cannot be read."""
+def video_names(store, eid):
+    """The names of a study's videos; none of a study that cannot be read."""
     try:
         return store.read(eid).videos
     except UnreadableStudy:
@@ -185,51 +178,47 @@ def write_views(videos, views, patients, path):
     """How much each view counts, by label: a table and a figure beside `path`.
 
     videos: rows of the long table. A view's `share` is that of its videos in a study's summed
-    absolute scores; `per_video` divides by the share of its videos among the study's, so
-    that 1 is a view that counts as its videos' number would have it. Intervals are over patients.
+    absolute scores; `per_video` divides it by the share of its videos among the study's, so that 1
+    is a view whose videos count as much as others. Intervals are over patients.
     """
     names = zip(videos["eid"], videos["video"], strict=True)
     rows = videos.assign(view=[views.get(name) for name in names])
-    unknown = rows["view"].isna()
-    if unknown.any():
-        n = int(rows.loc[unknown, ["eid", "video"]].drop_duplicates().shape[0])
+    if n := len(rows.loc[rows["view"].isna(), ["eid", "video"]].drop_duplicates()):
         print(f"{n} videos are not in the table of views: they count as 'unknown'")
     if n := int(rows["score"].isna().sum()):
-        print(f"{n} scores are blank (a study of one video): they count for no view")
-    rows = rows.dropna(subset=["score"])
-    rows["view"] = rows["view"].fillna("unknown")
+        print(f"{n} scores are blank (a study of one video): they are ignored")
+    rows = rows.dropna(subset=["score"]).fillna({"view": "unknown"})
     rows["size"] = rows["score"].abs()
-    of_study = rows.groupby(["label", "eid"])["size"]
-    rows["share"] = rows["size"] / of_study.transform("sum").clip(lower=1e-30)
-    rows["part"] = 1 / of_study.transform("size")
-    found = []
+    sizes = rows.groupby(["label", "eid"])["size"]
+    rows["share"] = rows["size"] / sizes.transform("sum").clip(lower=1e-30)
+    rows["part"] = 1 / sizes.transform("size")
+    table = []
     for (label, view), part in rows.groupby(["label", "view"]):
-        sums = part.groupby("eid")[["share", "part", "score"]].sum()
-        each = (sums["share"] / sums["part"]).to_dict()
-        low, high = interval_of(each, patients)
-        found.append({
+        sums = part.groupby("eid")[["share", "part"]].sum()
+        per_video = sums["share"] / sums["part"]
+        low, high = interval_of(per_video, sums.index, patients)
+        table.append({
             "label": label, "view": view, "studies": len(sums), "videos": len(part),
-            "share": sums["share"].mean(), "per_video": np.mean(list(each.values())),
+            "share": sums["share"].mean(), "per_video": per_video.mean(),
             "per_video_low": low, "per_video_high": high, "score": part["score"].mean(),
         })  # fmt: skip
-    found = pd.DataFrame(found)
-    write_table(found, path.with_name(path.name + ".views.csv"))
-    plot_views(found, path.with_name(path.name + ".views"))
-    return found
+    table = pd.DataFrame(table)
+    write_table(table, path.with_name(path.name + ".views.csv"))
+    plot_views(table, path.with_name(path.name + ".views"))
+    return table
 
 
-def plot_views(found, path):
-    """Importance of a video of each view, the mean over labels, with the labels as points."""
-    mean = found.groupby("view")["per_video"].mean().sort_values()
-    figure, axis = new_figure(figsize=(6, 1.2 + 0.35 * len(mean)), layout="constrained")
-    one = found["label"].nunique() == 1
-    for y, view in enumerate(mean.index):
-        part = found[found["view"] == view]
+def plot_views(table, path):
+    """Importance of a video of each view: the labels as points, an interval of a single label."""
+    order = table.groupby("view")["per_video"].mean().sort_values().index
+    figure, axis = new_figure(figsize=(6, 1.2 + 0.35 * len(order)), layout="constrained")
+    for y, view in enumerate(order):
+        part = table[table["view"] == view]
         axis.plot(part["per_video"], [y] * len(part), "o", color=OKABE_ITO[0], alpha=0.6)
-        if one:
+        if table["label"].nunique() == 1:
             ends = part.iloc[0][["per_video_low", "per_video_high"]].to_numpy(float)
             axis.plot(ends, [y, y], color=OKABE_ITO[0])
     axis.axvline(1, color="grey", lw=0.8)
-    axis.set_yticks(range(len(mean)), mean.index)
+    axis.set_yticks(range(len(order)), order)
     axis.set(xlabel="importance of a video, 1: as any other (absolute scores)")
     save_figure(figure, path)

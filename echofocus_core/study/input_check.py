@@ -1,5 +1,5 @@
-"""How far to trust an answer: what a model was trained on, how unlike it a study is, and how much
-its answer moves with other clips."""
+"""Is a study like those that a model was trained on, and how much does its answer change with other
+clips?"""
 
 import zlib
 from collections import Counter
@@ -11,46 +11,48 @@ import numpy as np
 import torch
 
 from echofocus_core import EMBED_DIM as D
+from echofocus_core.base.console import RUN
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validated
 from echofocus_core.study.config import Input
 from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy
 
-# ------------------------------------------------------------------------- what was trained on
+# ----------------------------------------------------------------------------- training data
 
-DESCRIBED = 512  # training studies that are looked at, at most
+MAX_DESCRIBED = 512  # training studies that are read
 
 
 @dataclass
 class TrainingInput:
-    """What a model's training fold looks like, for `InputCheck` and as a baseline."""
+    """A description of a model's training fold, for `InputCheck` and as a baseline."""
 
     input: Input
-    clip_mean: torch.Tensor  # (D,) float32, mean clip embedding, each study counting alike
+    clip_mean: torch.Tensor  # (D,) float32, mean clip embedding; each study has the same weight
     novelty: "Novelty | None"
 
     @classmethod
     def of(cls, store, patients):
         """patients: of the studies of the training fold, dict of study id to patient."""
-        eids = sorted(patients, key=lambda eid: derive_seed("input", eid))[:DESCRIBED]
-        made_with = store.made_with(patients)
-        shared = {k: next(iter(v)) for k, v in made_with.items() if len(v) == 1}
-        norms, videos, groups, more = [], [], [], []
+        eids = sorted(patients, key=lambda eid: derive_seed("input", eid))[:MAX_DESCRIBED]
+        facts = {name: set(values) for name, values in store.made_with(patients).items()}
+        facts |= {"weights": set(), "n_clips": set()}
+        norms, videos, groups = [], [], []
         for eid in eids:
             with suppress(UnreadableStudy):
                 study = store.read(eid)
                 norms.append(mean_norm(study))
                 videos.append(study.embeddings.mean(1, dtype=np.float64))
                 groups.append(patients[eid])
-                weights, n_clips = study.made_with.get("weights", ""), study.embeddings.shape[1]
-                more.append({"weights": weights, "n_clips": n_clips})
+                facts["weights"].add(study.made_with.get("weights", ""))
+                facts["n_clips"].add(study.embeddings.shape[1])
         mean = np.mean([v.mean(0) for v in videos], axis=0) if videos else np.zeros(D)
-        shared |= {k: v for k, v in more[0].items() if all(m[k] == v for m in more)} if more else {}
+        shared = {name: values.pop() for name, values in facts.items() if len(values) == 1}
         shared = {k: v for k, v in shared.items() if v != "" and str(v).isprintable()}
         if norms:
             shared |= {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
-        kind = validated(Input, shared, "the attributes of the embedding files")
-        return cls(kind, torch.from_numpy(mean).float(), Novelty.of(videos, groups))
+        description = validated(Input, shared, "the attributes of the embedding files")
+        novelty = Novelty.of(videos, groups)
+        return cls(description, torch.from_numpy(mean).float(), novelty)
 
 
 def mean_norm(study):
@@ -59,17 +61,17 @@ def mean_norm(study):
 
 # ----------------------------------------------------------------------------------- novelty
 
-COMPONENTS = 32  # directions with a variance of their own, at most
-FEWEST = 20  # training studies that say what is usual, at least
+MAX_COMPONENTS = 32  # directions that have their own variance
+FEWEST = 20  # training studies that a distribution is fitted to
 FOLDS = 5
 QUANTILES = np.linspace(0, 1, 201)
-UNUSUAL = 0.99  # share of training studies that are nearer, from which on a study is warned of
+UNUSUAL = 0.99  # share of training studies that are nearer; above it a study gets a warning
 
 
 @dataclass
 class Distribution:
-    """A normal distribution of embeddings: some directions with their variances, one variance for
-    all others (probabilistic principal components: Tipping and Bishop, J R Stat Soc B 1999)."""
+    """A normal distribution of embeddings: a variance for each of some directions, and one for all
+    others (probabilistic principal components: Tipping and Bishop, J R Stat Soc B 1999)."""
 
     mean: np.ndarray  # (D,)
     components: np.ndarray  # (K, D) orthonormal
@@ -78,58 +80,61 @@ class Distribution:
 
     @classmethod
     def of(cls, videos):
-        """videos: list of (V, D), a study each."""
+        """videos: list of (V, D), one for each study."""
         means = np.stack([v.mean(0) for v in videos])
         mean = means.mean(0)
         each = np.concatenate([(v - mean) / np.sqrt(len(v)) for v in videos])  # a study counts once
-        K = min(COMPONENTS, max(1, len(videos) // 4))
+        K = min(MAX_COMPONENTS, max(1, len(videos) // 4))
         if len(each) < D:
             components = np.linalg.svd(each, full_matrices=False)[2][:K]
         else:
             components = np.linalg.eigh(each.T @ each)[1].T[: -K - 1 : -1]
-        scaled = np.concatenate(
-            [squares(v - mean, components) / len(v) for v in videos]
-        ).sum(0) / len(videos)  # fmt: skip
+        scaled = [squares(v - mean, components) / len(v) for v in videos]
+        scaled = np.concatenate(scaled).sum(0) / len(videos)
         of_study = squares(means - mean, components).mean(0)
-        floor = 1e-12 + 1e-6 * scaled.sum() / D
-        return cls(mean, components, scaled.clip(floor), of_study.clip(floor))
+        least = 1e-12 + 1e-6 * scaled.sum() / D
+        return cls(mean, components, scaled.clip(least), of_study.clip(least))
 
     def distances(self, videos):
-        """Mahalanobis distances, squared, of a study's videos (V, D): of their mean, and their
-        own mean distance: (2,)."""
+        """Squared Mahalanobis distances of a study's videos (V, D): (2,), that of their mean, and
+        the mean of their distances."""
         study = squares(videos.mean(0, keepdims=True) - self.mean, self.components)
         each = squares(videos - self.mean, self.components)
-        return np.array(
-            [weighed(study, self.study_variance)[0], weighed(each, self.video_variance).mean()]
-        )
+        mean = over_variance(study, self.study_variance)[0]
+        return np.array([mean, over_variance(each, self.video_variance).mean()])
 
 
 def squares(x, components):
-    """x (n, D) -> (n, K + 1): squared lengths along each component, and of the rest a dimension."""
+    """x (n, D) -> (n, K + 1): squared lengths along each component, and the mean of the rest."""
     along = (x @ components.T) ** 2
     rest = ((x**2).sum(1) - along.sum(1)).clip(0) / (D - len(components))
     return np.column_stack([along, rest])
 
 
-def weighed(parts, variance):
+def over_variance(parts, variance):
+    """parts (n, K + 1) of `squares` -> (n,): the sum over all D directions of square / variance."""
     sizes = np.append(np.ones(len(variance) - 1), D - len(variance) + 1)
     return parts / variance @ sizes
 
 
 @dataclass
 class Novelty:
-    """How unlike the studies that a model was trained on a study is. No patient is in it: a
-    distribution, and quantiles of the distances of studies from that of other patients."""
+    """How much a study differs from those that a model was trained on.
+
+    It holds no data of a patient: only a distribution, and quantiles of the distances of studies
+    from the distribution of other patients.
+    """
 
     distribution: Distribution
     quantiles: np.ndarray  # (3, 201): of the two distances, then of the larger of their two ranks
 
     @classmethod
     def of(cls, videos, groups):
-        """videos: list of (V, D), a training study each; groups: its patient. None of too few.
+        """videos: list of (V, D), one for each training study; groups: its patient. None for fewer
+        than FEWEST studies.
 
-        Distances are from the distribution of the other patients (in five folds): a study that
-        helped to make it lies too near.
+        Distances are from the distribution of other patients (in five folds): a study is too near
+        to a distribution that was fitted to it.
         """
         if len(videos) < FEWEST:
             return None
@@ -137,9 +142,9 @@ class Novelty:
         distances = np.zeros((len(videos), 2))
         for k in np.unique(fold):
             others = [v for v, f in zip(videos, fold, strict=True) if f != k]
-            there = Distribution.of(others or videos)
+            distribution = Distribution.of(others or videos)
             for i in np.flatnonzero(fold == k):
-                distances[i] = there.distances(videos[i])
+                distances[i] = distribution.distances(videos[i])
         quantiles = np.quantile(distances, QUANTILES, axis=0).T
         larger = [ranks(d, quantiles).max() for d in distances]
         quantiles = np.vstack([quantiles, np.quantile(larger, QUANTILES)])
@@ -160,61 +165,58 @@ class Novelty:
 
     @classmethod
     def load(cls, saved):
-        """Of `to_save`'s dict; ValueError for anything else."""
+        """From the dict of `to_save`; ValueError for anything else."""
         names = ("mean", "components", "video_variance", "study_variance", "quantiles")
         if not isinstance(saved, dict) or set(saved) != set(names):
-            raise ValueError("it has not the parts that it should")
+            raise ValueError("its parts are not those of a novelty record")
         if not all(torch.is_tensor(x) and x.isfinite().all() for x in saved.values()):
-            raise ValueError("it holds what are no finite numbers")
-        mean, components, *variances, quantiles = (
-            saved[name].double().numpy() for name in names
-        )  # fmt: skip
+            raise ValueError("it holds numbers that are not finite")
+        mean, components, *variances, quantiles = (saved[x].double().numpy() for x in names)
         K = len(components)
         shapes = [mean.shape, components.shape, *(v.shape for v in variances), quantiles.shape]
         if shapes != [(D,), (K, D), (K + 1,), (K + 1,), (3, len(QUANTILES))] or not 0 < K < D:
-            raise ValueError("its shapes are not what they should be")
+            raise ValueError("its shapes do not fit together")
         if min(v.min() for v in variances) <= 0 or (np.diff(quantiles) < 0).any():
             raise ValueError("its numbers contradict each other")
         return cls(Distribution(mean, components, *variances), quantiles)
 
 
 def ranks(distances, quantiles):
-    """Where distances (n,) lie among quantiles (n, 201): shares (n,)."""
+    """Ranks of distances (n,) among quantiles (n, 201): shares (n,)."""
     return np.array([np.interp(d, q, QUANTILES) for d, q in zip(distances, quantiles, strict=True)])
 
 
 @dataclass
 class InputFound:
-    """What is found of studies before they are answered, each a dict by study id."""
+    """What is recorded about studies before they are answered, each a dict by study id."""
 
-    warnings: dict[str, str] = field(default_factory=dict)  # unlike the model's input
+    warnings: dict[str, str] = field(default_factory=dict)  # unlike the model's training data
     notes: dict[str, str] = field(default_factory=dict)  # what else the reader should know
     novelty: dict[str, float] = field(default_factory=dict)
-    modulo: dict[str, bool] = field(
-        default_factory=dict
-    )  # clips of one residue class, `clip_starts`
+    modulo: dict[str, bool] = field(default_factory=dict)  # starts of one class, `clip_starts`
 
 
 class InputCheck:
-    """Collects in what a study does not look like the input that a model was trained on."""
+    """Compares each study with the input that a model was trained on."""
 
     def __init__(self, reference, novelty=None):
         """reference: an Input as a dict; novelty: a Novelty or None."""
         self.reference, self.novelty, self.found = reference, novelty, InputFound()
 
     def __call__(self, eid, study):
-        differences, ref, made_with = [], self.reference, study.made_with
+        differences, reference, made_with = [], self.reference, study.made_with
         self.found.modulo[eid] = made_with.get("starts") == "modulo"
         untrained = str(made_with.get("weights", "")).startswith("random")
-        if untrained and ref.get("weights_sha256") != made_with.get("weights_sha256"):
+        if untrained and reference.get("weights_sha256") != made_with.get("weights_sha256"):
             differences.append("the encoder was untrained: the answers mean nothing")
         for name in MADE_WITH:
-            if name in ref and str(made_with.get(name, ref[name])) != str(ref[name]):
-                now, then = (str(x)[:12] for x in (made_with[name], ref[name]))
-                differences.append(f"{name} {now}, trained on {then}")
-        if "norm_mean" in ref:
-            norm, usual = mean_norm(study), ref["norm_mean"]
-            if abs(norm - usual) > max(6 * ref["norm_sd"], 0.1 * usual):
+            then = str(reference.get(name))
+            now = str(made_with.get(name, then))
+            if name in reference and now != then:
+                differences.append(f"{name} {now[:12]}, trained on {then[:12]}")
+        if "norm_mean" in reference:
+            norm, usual = mean_norm(study), reference["norm_mean"]
+            if abs(norm - usual) > max(6 * reference["norm_sd"], 0.1 * usual):
                 differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
         if self.novelty:
             self.found.novelty[eid] = self.novelty(study)
@@ -225,33 +227,36 @@ class InputCheck:
 
 
 def report_warnings(warnings, model_name):
-    """A few lines on screen; the whole is in the table."""
+    """A few lines on screen; all warnings are in the table."""
     for text, n in Counter(warnings.values()).most_common(3):
-        print(f"WARNING: {n} studies do not look like what {model_name} was trained on: {text}")
+        RUN.warning(
+            f"{n} studies are unlike the training data of {model_name}: {text}",
+            "see the column warning",
+        )
 
 
-# ------------------------------------------------------------------------------- sampling spread
+# ---------------------------------------------------------------------------- range of an answer
 
-DRAWS = 16  # resamplings of a study
-# Variance between residue classes of starts (`video.clip_starts`), which the clips of one
-# extraction cannot show, as a share of that within: measured on phantoms, by extracting anew.
+DRAWS = 16  # resamples of a study
+# Variance between classes of starts modulo the clip length (`video.clip_starts`), which the clips
+# of one extraction cannot show, as a share of that within: measured on phantoms.
 BETWEEN_CLASSES = 0.3
 
 
 class Resamples:
-    """A store of resampled studies: (eid, k) is study eid with its clips drawn anew, with
-    replacement, within each video; how 'videos': and its videos too."""
+    """A store of resampled studies: (eid, k) is study eid with its clips drawn with replacement
+    within each video; unit 'videos': and its videos too."""
 
-    def __init__(self, store, how):
-        self.store, self.how = store, how
+    def __init__(self, store, unit):
+        self.store, self.unit = store, unit
         self.bag = lru_cache(maxsize=32)(store.read)
 
     def read(self, key, rng=None):
         bag = self.bag(key[0])
         V, C, _ = bag.embeddings.shape
-        content = zlib.crc32(np.ascontiguousarray(bag.embeddings))  # whatever the study is called
+        content = zlib.crc32(np.ascontiguousarray(bag.embeddings))  # independent of the study's id
         rng = np.random.default_rng(derive_seed("spread", content, key[1]))
-        video = rng.integers(V, size=V) if self.how == "videos" else np.arange(V)
+        video = rng.integers(V, size=V) if self.unit == "videos" else np.arange(V)
         clip = rng.integers(C, size=(V, C))
         return StudyClips(bag.embeddings[video[:, None], clip], bag.videos)
 
@@ -260,24 +265,24 @@ class Resamples:
 
 
 def reach_of(draws, videos, clips, modulo=False, whole=False):
-    """How far from an answer another extraction's lies nine times of ten, at most: (S, T).
+    """(S, T): the half-width of the 90 % range of an answer, in which the answer from another
+    extraction of the study is nine times of ten.
 
     draws: (S, DRAWS, T) outputs of resampled studies; videos: of each study, (S,); clips: of each
-    video, (S,); modulo: whether these are of one residue class, (S,); whole: whether videos were
-    resampled too. A resample of C clips (or V videos) varies (C - 1) / C as much as C drawn anew;
-    of one nothing can be said (NaN). The difference between two extractions varies twice as much
-    as one. Student's t allows for the few draws, and the few clips that they are drawn from, whose
-    relative errors add (Satterthwaite, Biometrics Bulletin 1946).
+    video, (S,); modulo: whether these are of one class of starts, (S,); whole: whether videos were
+    resampled too. A resample of C clips (or V videos) varies (C - 1) / C as much as C new ones;
+    for a single one the variance is undefined (NaN). The difference between two extractions varies
+    twice as much as one. Student's t allows for the few draws and the few clips, whose relative
+    errors add (Satterthwaite, Biometrics Bulletin 1946).
     """
     from scipy.stats import t
 
     V, C = (np.asarray(x, float)[:, None] for x in (videos, clips))
-    parts = [(C, V * (C - 1))] + [(V, V - 1)] * whole
     factor, freedom = np.ones_like(C), np.full_like(C, np.inf)
-    for n, known in parts:
+    for n, degrees in [(C, V * (C - 1))] + [(V, V - 1)] * whole:
         with np.errstate(divide="ignore"):
             factor = np.maximum(factor, np.where(n > 1, n / (n - 1), np.nan))
-        freedom = np.minimum(freedom, known)
+        freedom = np.minimum(freedom, degrees)
     factor = factor * (1 + BETWEEN_CLASSES * C * np.asarray(modulo).reshape(-1, 1))
     with np.errstate(divide="ignore"):
         freedom = 1 / (1 / (DRAWS - 1) + 1 / freedom)
