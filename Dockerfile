@@ -1,12 +1,12 @@
 # CPU:   docker build -t echofocus .
 # CUDA:  docker build -t echofocus --build-arg BASE=pytorch/pytorch:TAG .
-#        with the tag of a CUDA runtime image that holds the torch of requirements.txt
+#        TAG is a CUDA runtime image with the torch version of requirements.txt
 # Run:   docker run --rm --network none -v "$PWD":/data echofocus check
-#        with --gpus all for CUDA, --user "$(id -u)" for files of one's own
+#        add --gpus all for CUDA, --user "$(id -u)" to own the output files
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
-# An index with CPU-only wheels of torch makes a smaller image; pip's own index holds all the rest.
+# Set this to an index with CPU-only wheels of torch for a smaller image.
 ARG PIP_EXTRA_INDEX_URL
 
 WORKDIR /opt/echofocus
@@ -15,7 +15,7 @@ RUN pip install --no-cache-dir -r requirements.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps . && rm -rf build
 
-# Weights are cached below HOME: mount a folder there, or download them to /data/trained_models.
+# Weights are cached in HOME, which is the mounted folder.
 ENV HOME=/data
 WORKDIR /data
 ENTRYPOINT ["echofocus"]
