@@ -2,8 +2,8 @@
 
     files below the source -> their header facts -> groups of files -> a name each -> Study
 
-A Study is a name and its files; everything else follows from that. Headers are believed before
-folders, since a CD, a folder a day or an archive's export hold several patients in one place.
+Headers are believed before folders, since a CD, a folder a day or an archive's export hold several
+patients in one place.
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
 from pathlib import Path, PurePosixPath
 
 from echofocus_core.base.console import Findings, Threads, UserError, nearest, progress, some
@@ -24,7 +23,7 @@ from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts
 LISTED = 20  # names on one line of the screen
 HEADER_READERS = 16  # threads: over a network, reading headers is waiting
 LONGEST_NAME = 200  # bytes of a study's name: file systems take 255, an ending and more included
-NO_STUDY = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that tell no study
+UNNAMED = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that name no study
 ECHONET_PEDIATRIC = re.compile(r"^([^-]+-[^-]+)-[^-]+$")  # <patient>-<accession>-<n>
 
 
@@ -35,7 +34,7 @@ class Study:
     name: str
     folder: Path
     videos: list[str]
-    missing: list[str] = field(default_factory=list)  # named in a manifest, but not there
+    missing: list[str] = field(default_factory=list)  # files that a manifest names in vain
     series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
     # Of the headers, '' where the files have none or several; in memory only, never written.
     uid: str = field(default="", repr=False)  # StudyInstanceUID
@@ -62,12 +61,12 @@ def find_studies(
 ):
     """The studies of a source, sorted by name.
 
-    group: 'dicom' goes by StudyInstanceUID, wherever the files lie, and by folder for files that
-    have none; 'folder' takes each subfolder of `source` with all files below it, or `source`
-    itself if it has no such; 'one' takes `source` as one study. manifests: tables that say it
-    instead, see `read_manifest`. study_id: see `name_groups`. leave_out: a folder not to look
-    into, such as the one for the outputs. What is decided or left out is told to `listener`; an
-    error of a run's listener is a UserError.
+    group: 'dicom' goes by StudyInstanceUID, in whatever folders the files are, and by folder for
+    files that have none; 'folder' takes each subfolder of `source` with all files below it, or
+    `source` itself if it has no subfolders; 'one' takes `source` as one study. manifests: tables
+    that list studies instead, see `read_manifest`. study_id: see `name_groups`. leave_out: a folder
+    not to look into, such as the one for the outputs. The listener is told what is decided or left
+    out; an error of a run's listener is a UserError.
     """
     source, listener = Path(source), listener or Findings()
     if not source.is_dir():
@@ -76,26 +75,23 @@ def find_studies(
     if manifests:
         if study_id != "folder":
             listener.error("--study_id has no effect on a manifest, which names its studies itself")
-        return by_manifests(source, manifests, listener)
-    files, others, closed = find_videos(source, leave_out)
-    notes = [*passed_over(others, closed)]
+        return studies_of_manifests(source, manifests, listener)
+    files, notes = find_videos(source, leave_out)
     if not files:
-        found = "".join(f"; {note}" for note in notes)
-        listener.error(f"no video or DICOM file in {source} or below it{found}")
+        text = "".join(f"; {note}" for note in notes)
+        listener.error(f"no video or DICOM file in {source} or below it{text}")
         return []
     for note in notes:
         listener.note(note)
     facts = read_facts(source, files)
     if group == "dicom":
-        groups = by_headers(source, files, facts, listener)
-    elif group == "one":
-        groups = [Group(files, folder=".")]
+        groups = group_by_header(source, files, facts, listener)
     else:
-        groups = by_folder(source, files, listener)
-    name_empty_folders(source, files, leave_out, listener)
-    if group != "dicom":
+        groups = [Group(files, folder=".")]
+        if group == "folder":
+            groups = group_by_folder(source, files, listener)
         refuse_several(source, groups, facts, listener)
-    groups = [g for g in groups if one_patient(g.files, facts, listener)]
+    groups = [g for g in groups if has_one_patient(g.files, facts, listener)]
     names = name_groups(source, groups, study_id, listener)
     studies = [study_of(n, source, g, facts) for n, g in zip(names, groups, strict=True)]
     if not studies:
@@ -128,37 +124,40 @@ def common_folder(files):
 
 
 def find_videos(folder, leave_out=None):
-    """What lies below `folder`, links to folders followed; hidden files are passed over.
+    """(Candidate files below `folder` as sorted POSIX paths relative to it, notes for a person).
 
-    Returns the candidate files as sorted POSIX paths relative to it, a Counter of the endings of
-    all other files, and a list of 'subfolder: why it cannot be read'.
+    Links to folders are followed, hidden files are ignored.
     """
-    found, others, closed = [], Counter(), []
-    above = {}  # a folder's path -> the real paths of itself and of those it lies in
+    videos, others, unreadable = [], Counter(), []
+    ancestors = {}  # a folder's path -> the real paths of itself and of the folders above it
     left_out = {os.path.realpath(leave_out)} if leave_out else set()
 
-    def relative(path):
-        return Path(path).relative_to(folder).as_posix()
+    def note_error(error):
+        name = Path(error.filename).relative_to(folder).as_posix()
+        unreadable.append(f"{visible(name)}: {error.strerror}")
 
-    def unreadable(error):
-        closed.append(f"{visible(relative(error.filename))}: {error.strerror}")
-
-    for where, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        above[where] = {os.path.realpath(where)} | above.get(os.path.dirname(where), set())
-        folders[:] = sorted(
-            f
-            for f in folders  # a link back to a folder that it lies in would never end
-            if not f.startswith(".")
-            and os.path.realpath(Path(where, f)) not in above[where] | left_out
+    for parent, folders, names in os.walk(folder, onerror=note_error, followlinks=True):
+        ancestors[parent] = {os.path.realpath(parent)} | ancestors.get(
+            os.path.dirname(parent), set()
         )
-        for path in (Path(where, n) for n in sorted(names) if not n.startswith(".")):
-            if not path.is_file():  # a pipe, a socket, a device, a link that leads nowhere
+        closed = ancestors[parent] | left_out  # a link back to a folder above it would never end
+        folders[:] = sorted(
+            f for f in folders if f[0] != "." and os.path.realpath(Path(parent, f)) not in closed
+        )
+        for path in (Path(parent, n) for n in sorted(names) if n[0] != "."):
+            if not path.is_file():
                 others["no regular file"] += 1
             elif path.name.upper() != "DICOMDIR" and is_candidate(path):
-                found.append(relative(path))
+                videos.append(path.relative_to(folder).as_posix())
             else:
                 others[visible(path.suffix.lower()) or "no ending"] += 1
-    return sorted(found), others, closed
+    notes = []
+    if unreadable:
+        notes.append(f"{len(unreadable)} subfolders cannot be read: {listed(unreadable)}")
+    if others:
+        kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
+        notes.append(f"{others.total()} files are no videos: {kinds}")
+    return sorted(videos), notes
 
 
 def is_candidate(path):
@@ -173,15 +172,6 @@ def read_facts(source, files):
         facts = pool.map(lambda f: read_header_facts(source / f), files)
         shown = progress(facts, desc="headers", unit="file", total=len(files), leave=False)
         return dict(zip(files, shown, strict=True))
-
-
-def passed_over(others, closed):
-    """Lines for a person: files that are no videos, and subfolders that cannot be read."""
-    if closed:
-        yield f"{len(closed)} subfolders cannot be read: {listed(closed)}"
-    if others:
-        kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
-        yield f"{others.total()} files are no videos: {kinds}"
 
 
 def listed(names):
@@ -200,29 +190,14 @@ def visible(name):
     return "".join(safe)
 
 
-def name_empty_folders(source, files, leave_out, listener):
-    with_files = {PurePosixPath(f).parts[0] for f in files}
-    out = leave_out and os.path.realpath(leave_out)
-    without = [
-        visible(p.name)
-        for p in sorted(source.iterdir())
-        if p.name not in with_files
-        and p.name[0] != "."
-        and p.is_dir()
-        and os.path.realpath(p) != out
-    ]
-    if without and with_files - set(files):
-        listener.note(f"{len(without)} folders hold no video: {listed(without)}")
-
-
 # -------------------------------------------------------------------------------- whose file it is
 
 
-def by_headers(source, files, facts, listener):
+def group_by_header(source, files, facts, listener):
     """Groups: DICOM by StudyInstanceUID; the rest goes with the DICOM beside it, or by folder.
 
-    A file without a UID belongs to the study of the nearest folder, from its own up to the first
-    below the source, that holds DICOM of one study; where that holds several it is left out.
+    A file without a UID belongs to the study of the nearest folder above it, up to the first below
+    the source, that holds DICOM of one study; where that holds several it is left out.
     """
     studies, uids = {}, {}  # UID -> Group; folder -> UIDs of the DICOM in and below it
     for file in files:
@@ -231,7 +206,7 @@ def by_headers(source, files, facts, listener):
             for folder in places(file):
                 uids.setdefault(folder, set()).add(uid)
     if not studies:
-        return by_folder(source, files, listener)
+        return group_by_folder(source, files, listener)
     folders, astray = {}, []
     for file in files:
         if facts[file].study_uid:
@@ -246,7 +221,7 @@ def by_headers(source, files, facts, listener):
             folders.setdefault(folder, Group([], folder=folder)).files.append(file)
     if astray:
         listener.warning(
-            f"{len(astray)} files have no StudyInstanceUID and lie beside several studies: "
+            f"{len(astray)} files have no StudyInstanceUID and are beside several studies: "
             f"{listed(astray)}; they are left out",
             "put each into a folder of its study, or list all in a --manifest",
         )
@@ -254,18 +229,18 @@ def by_headers(source, files, facts, listener):
 
 
 def places(file):
-    """The folders that a file lies in, from its own up to the first below the source."""
+    """The folders above a file, from its own up to the first below the source."""
     return [str(p) for p in PurePosixPath(file).parents][:-1] or ["."]
 
 
-def by_folder(source, files, listener):
+def group_by_folder(source, files, listener):
     loose = [f for f in files if "/" not in f]
     if len(loose) == len(files):
         return [Group(files, folder=".")]
     if loose:
         listener.error(
             f"{source} holds both study folders and loose videos ({visible(loose[0])}, ...)",
-            "move the loose ones into a folder of their own study, or say --group one if all is "
+            "move the loose ones into a folder of their own study, or give --group one if all is "
             "one study",
         )
     groups = {}
@@ -291,7 +266,7 @@ def refuse_several(source, groups, facts, listener):
         )
 
 
-def one_patient(files, facts, listener):
+def has_one_patient(files, facts, listener):
     """Whether no two files name two patients; a study of which some do is left out."""
     first = {facts[f].patient: f for f in reversed(files) if facts[f].patient}
     if len(first) > 1:
@@ -307,16 +282,16 @@ def one_patient(files, facts, listener):
 
 
 def name_groups(source, groups, study_id, listener):
-    """A name for each group, all different.
+    """A name for each group, all different; sets the groups' folders.
 
     study_id: 'folder' is the name of the folder that holds the study and no other, where there is
-    one (see `place_groups`), else that of the folder that holds it with others, and 8 digits of
+    one (see `choose_folders`), else that of the folder that holds it with others and 8 digits of
     the SHA-256 of the StudyInstanceUID; 'uid' is the StudyInstanceUID; 'digest' is the first 16
     digits of its SHA-256 (of the folder's name where files have none).
     """
-    own = place_groups(groups)
     names = [(source.resolve() / group.folder).name for group in groups]
     keys = [g.uid or f"folder {name}" for g, name in zip(groups, names, strict=True)]
+    alone = choose_folders(groups)
     if study_id == "digest":
         return [hashlib.sha256(os.fsencode(key)).hexdigest()[:16] for key in keys]
     if study_id == "uid":
@@ -325,48 +300,45 @@ def name_groups(source, groups, study_id, listener):
                 f"no StudyInstanceUID in the files of {listed(without)}",
                 "--study_id folder, and --group dicom where the files are DICOM",
             )
-        return [g.uid or n for g, n in zip(groups, map(file_name, names), strict=True)]
-    plain = [file_name(name) for name in names]
-    shared = [not alone or plain.count(n) > 1 for n, alone in zip(plain, own, strict=True)]
-    for i, key in enumerate(keys):
-        if shared[i]:
-            plain[i] = file_name(f"{names[i]}-{short_digest(key)}")
-    if any(shared):
+        return [g.uid or file_name(n) for g, n in zip(groups, names, strict=True)]
+    names = [(source.resolve() / group.folder).name for group in groups]
+    times, shared = Counter(map(file_name, names)), []
+    for i, name in enumerate(names):
+        names[i] = file_name(name)
+        if times[names[i]] > 1 or not alone[i]:
+            names[i] = file_name(f"{name}-{short_digest(keys[i])}")
+            shared.append(names[i])
+    if shared:
         listener.note(
-            f"{sum(shared)} studies have no folder of their own; they are named by folder and a "
-            f"digest of the StudyInstanceUID: {some(compress(plain, shared))}"
+            f"{len(shared)} studies have no folder of their own; they are named by folder and a "
+            f"digest of the StudyInstanceUID: {some(shared)}"
         )
-    return plain
+    return names
 
 
-def place_groups(groups):
-    """Say the folder of each group; returns whether it holds no file of another group.
+def choose_folders(groups):
+    """Set each group's folder; returns whether it holds no file of another group.
 
-    It is the deepest which holds all and only the group's files; but no deeper than is usual
-    among the groups (a study with one series has that in a folder of its own too), no `DICOM` or
-    `images`, and further up while two groups would have the same name.
+    All are taken at one depth below the source, or where a group's files have their common folder
+    if that is less deep: the depth at which most groups have a folder of their own, the least of
+    such but that of the source itself.
     """
     holders = Counter()  # folder -> groups with files below it
     for group in groups:
         holders.update({p for file in group.files for p in PurePosixPath(file).parents})
-    deepest = [PurePosixPath(g.folder or common_folder(g.files)) for g in groups]
-    own = [[p for p in (d, *d.parents) if holders[p] == 1] for d in deepest]
-    depths = Counter(len(o[0].parts) for o, g in zip(own, groups, strict=True) if o and g.uid)
-    usual = min(depths, key=lambda depth: (-depths[depth], depth), default=0)
-    for chain, group in zip(own, groups, strict=True):
-        while group.uid and len(chain) > 1:
-            if len(chain[0].parts) <= usual and chain[0].name.lower() not in NO_STUDY:
-                break
-            del chain[0]
-    while True:
-        times = Counter(chain[0].name for chain in own if chain)
-        twice = [chain for chain in own if len(chain) > 1 and times[chain[0].name] > 1]
-        if not twice:
-            for group, chain, folder in zip(groups, own, deepest, strict=True):
-                group.folder = str((chain or [folder])[0])
-            return [bool(chain) for chain in own]
-        for chain in twice:
-            del chain[0]
+    common = [PurePosixPath(g.folder or common_folder(g.files)) for g in groups]
+    deepest = max((len(folder.parts) for folder in common), default=0)
+
+    def at_depth(depth):
+        return [PurePosixPath(*folder.parts[:depth]) for folder in common]
+
+    def count_named(depth):
+        return sum(holders[f] == 1 and f.name.lower() not in UNNAMED for f in at_depth(depth))
+
+    folders = at_depth(max([*range(1, deepest + 1), 0], key=count_named))
+    for group, folder in zip(groups, folders, strict=True):
+        group.folder = str(folder)
+    return [holders[folder] == 1 for folder in folders]
 
 
 def file_name(name):
@@ -382,36 +354,27 @@ def file_name(name):
 # ----------------------------------------------------------------------------------- from a table
 
 
-def is_there(path):
-    """Whether a path is a file; one that is longer than a name may be is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def by_manifests(source, manifests, listener):
+def studies_of_manifests(source, manifests, listener):
     files = {}  # study -> files relative to the source
     for manifest in manifests:
         for study, file in read_manifest(Path(manifest), source, listener):
             files.setdefault(study, set()).add(file)
-    there = {f: is_there(source / f) for paths in files.values() for f in paths}
     times = Counter(f for paths in files.values() for f in paths)
-    if twice := sorted(visible(f) for f, n in times.items() if n > 1):
-        listener.warning(f"{len(twice)} files are listed in two studies: {listed(twice)}")
-    facts = read_facts(source, sorted(f for f in there if there[f]))
+    present = {f for f in times if os.path.isfile(source / f)}
+    if several := sorted(visible(f) for f, n in times.items() if n > 1):
+        listener.warning(f"{len(several)} files are listed in two studies: {listed(several)}")
+    facts = read_facts(source, sorted(present))
     studies, mixed = [], []
     for name, paths in sorted(files.items()):
-        group = Group(sorted(f for f in paths if there[f]), folder=common_folder(paths))
+        group = Group(sorted(paths & present), folder=common_folder(paths))
         study = study_of(name, source, group, facts)
         below = PurePosixPath(group.folder)
-        study.missing = sorted(
-            str(PurePosixPath(f).relative_to(below)) for f in paths if not there[f]
-        )
+        study.missing = sorted(str(PurePosixPath(f).relative_to(below)) for f in paths - present)
         studies.append(study)
-        uids = {facts[f].study_uid for f in group.files} - {""}
-        patients = {facts[f].patient for f in group.files} - {""}
-        if len(uids) > 1 or len(patients) > 1:
+        if any(
+            len({getattr(facts[f], key) for f in group.files} - {""}) > 1
+            for key in ("study_uid", "patient")
+        ):
             mixed.append(name)
     if mixed:
         listener.warning(
@@ -423,9 +386,9 @@ def by_manifests(source, manifests, listener):
 
 
 def read_manifest(manifest, source, listener):
-    """Yield (study, path below the source) of a table of videos; it may name no other place.
+    """Yield (study, path below the source) of a table of videos; other paths are refused.
 
-    Known by its columns: study, path; MIMIC-IV-ECHO's record list (study_id, dicom_filepath);
+    Its columns tell its kind: study, path; MIMIC-IV-ECHO's record list (study_id, dicom_filepath);
     the FileList of EchoNet-Dynamic (each video a study) and -Pediatric (each accession a study).
     Relative paths start at the source, those of a FileList at its own folder.
     """
@@ -478,8 +441,7 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
     """Studies whose videos lie in `base`/`folder_format`, the published config's
     `video_base_path` and `video_subdir_format`; named by their echo_id.
 
-    ids: the studies wanted (those whose folder is missing are told to the listener); None: all
-    that there are.
+    ids: the studies to take (the listener is told of those without a folder); None: all.
     """
     base, listener = Path(base), listener or Findings()
     start, holder, end = folder_format.partition("{echo_id}")
@@ -490,8 +452,8 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
         listener.error(f"no folder {base}", "see video_base_path in the config")
         return []
     if ids is None:
-        found = [p.relative_to(base).as_posix() for p in base.glob(f"{start}*{end}") if p.is_dir()]
-        ids = sorted(f[len(start) : len(f) - len(end)] for f in found)
+        paths = [p.relative_to(base).as_posix() for p in base.glob(f"{start}*{end}") if p.is_dir()]
+        ids = sorted(path[len(start) : len(path) - len(end)] for path in paths)
     studies, absent = [], []
     for eid in ids:
         folder = f"{start}{eid}{end}"
@@ -502,7 +464,7 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
             absent.append(eid)
             continue
         facts = read_facts(base, files)
-        if one_patient(files, facts, listener):
+        if has_one_patient(files, facts, listener):
             studies.append(study_of(eid, base, Group(files, folder=folder), facts))
     if absent:
         listener.warning(f"{len(absent)} studies have no video below {base}: {some(absent)}")
