@@ -8,15 +8,15 @@
     python echofocus.py predict  --model_name chd --videos F  # DICOM in, probabilities out
     python echofocus.py embed    --dataset outside            # one 768-vector a study
     python echofocus.py explain                               # the videos that drove an answer
-    python echofocus.py check                                 # what a long run would trip over
+    python echofocus.py check                                 # what a long run would fail on
 
 What is left out has a default, and the tool prints which it took. Files: a config (JSON: tasks and
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
 file a study, from embed/extract.py or the published scripts), a model folder below trained_models/.
 
-The file is in the order in which data flows: embedding store and batches -> checkpoints -> the loop
--> training -> evaluate, predict, embed, explain, check -> command line. What comes before (config,
-label table, folds) and the network are in common/, what a person looks at is drawn by report/.
+`main` resolves options, config and checkpoint into one `Job`, which a command takes. The commands
+come first, then the functions of `import echofocus`, then the command line. Modules are imported
+where they are used: --help and a mistyped option need neither torch nor pandas.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
@@ -24,125 +24,231 @@ import json
 import os
 import re
 import sys
-from collections import Counter
-from contextlib import ExitStack
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
 
 from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
-from echofocus_core.base import checkpoints, releases
-from echofocus_core.base.console import PROGRAM, Collected, Parser, UserError, run_main, some
-from echofocus_core.base.files import (
-    atomic_path,
-    begins,
-    lock,
-    open_journal,
-    output_path,
-    packed_path,
-    sha256_file,
-    write_table,
-)
-from echofocus_core.base.options import (
-    Settings,
-    add_options,
-    checked_options,
-    options_of,
-    validated,
-)
-from echofocus_core.base.world import from_environment, join_world, pick_device
-from echofocus_core.encoder.preview import preview_cohort
-from echofocus_core.report.demo import cmd_demo
-from echofocus_core.report.inspect import describe_encoder, model_facts, print_description
-from echofocus_core.report.maps import make_map, map_rows
-from echofocus_core.study.answers import (
-    answer_studies,
-    compared,
-    embed_source,
-    explain,
-    is_embedded,
-    journal_path,
-    predict_page,
-    work_of,
-)
-from echofocus_core.study.attribution import clip_baseline, explain_study
-from echofocus_core.study.check import (
-    check_choice,
-    check_data,
-    check_model,
-    check_room,
-    check_section,
-    end_check,
-)
-from echofocus_core.study.cohort import stored_names
-from echofocus_core.study.config import (
-    MODELS,
-    Config,
-    input_options,
-    pick_dataset,
-    read_config,
-    resolve_settings,
-)
-from echofocus_core.study.evaluation import group_columns
-from echofocus_core.study.explanations import video_rows
-from echofocus_core.study.input_check import report_warnings
-from echofocus_core.study.loading import (
-    as_one,
-    check_download,
-    find_model_file,
-    is_encoder,
-    label_columns,
-    load_named,
-    origin_of,
-)
-from echofocus_core.study.loop import WINDOW, report_unreadable, run_studies
-from echofocus_core.study.predictions import refuse_other_tables, report_left_out
-from echofocus_core.study.sources import (
-    Source,
-    extracted,
-    labelled_ids,
-    refuse_video_options,
-    start_with_model,
-    store_of,
-    warn_of_other_input,
-)
-from echofocus_core.study.splits import some_of
-from echofocus_core.study.train_command import search, train_model
-from echofocus_core.video import panecho
-from echofocus_core.video.preview import preview_extraction
-from echofocus_core.video.store import MADE_WITH, StudyClips, open_folder, open_store, write_pack
+from echofocus_core.base.console import PROGRAM, Parser, UserError, run_main
+from echofocus_core.base.options import Settings, add_options, checked_options, given, validated
 
 
-def cmd_pack(typed):
+def cmd_train(job):
+    """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
+    from echofocus_core.report.evaluation import evaluate_folds
+    from echofocus_core.study.train_command import search, train_model
+
+    if job.settings.grid:
+        search(job)
+    elif folds := train_model(job):
+        evaluate_folds(*folds)
+
+
+def cmd_evaluate(job):
+    """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
+    from echofocus_core.report.evaluation import evaluate_file, evaluate_fold
+    from echofocus_core.study.cohort import stored_names
+    from echofocus_core.study.evaluation import group_columns
+
+    if job.settings.predictions:
+        return evaluate_file(job)
+    job = job.with_source()
+    settings = job.settings
+    timed = job.model.outputs.of_kind("survival")
+    if timed and (settings.per, settings.pool) == ("patient", "mean"):
+        raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
+    columns = {
+        column: (cells.rename(stored_names(cells.index, job.source.store)), edges)
+        for column, (cells, edges) in group_columns(job).items()
+    }
+    for fold in dict.fromkeys(settings.folds or [settings.subset]):
+        evaluate_fold(job.but(subset=fold), columns)
+
+
+def cmd_predict(job):
+    """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
+    from echofocus_core.base.files import write_table
+    from echofocus_core.study import predictions
+    from echofocus_core.study.input_check import report_warnings
+    from echofocus_core.study.sources import labelled_ids, warn_of_other_input
+    from echofocus_core.study.splits import some_of
+    from echofocus_core.video.store import MADE_WITH
+
+    if job.settings.out:
+        predictions.refuse_other_tables(job.settings)
+    job = job.with_source()
+    model, source, settings = job.model, job.source, job.settings
+    labelled = () if source.requested else labelled_ids(job)
+    absent = dict.fromkeys(sorted(set(labelled) - set(source.eids)), "no embeddings")
+    path = Path(settings.out or model.folder / f"predictions_{settings.dataset}.csv")
+    eids = some_of(source.eids, settings.sample_limit)
+    warn_of_other_input(model, source.store, eids, names=MADE_WITH[:1])
+    table, reasons, warnings = predictions.answer_studies(model, source.store, eids, settings)
+    left_out = source.unusable() | absent | reasons
+    predictions.report_left_out(left_out, path)
+    if not len(table):
+        raise UserError("no study could be read")
+    write_table(table, path)
+    if settings.page:
+        predict_page(job, predictions.page_folder(path), table, left_out)
+    shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
+    print(shown.to_string(index=False, float_format="{:.4g}".format, max_cols=12))
+    report_warnings(warnings, model.folder.name)
+    print(f"wrote {len(table)} studies to {path}")
+
+
+def predict_page(job, folder, table, left_out):
+    """The page of predictions, with the contribution of each video to each answer."""
+    from echofocus_core.report.page import make_page
+    from echofocus_core.study.explanations import explain_studies, label_columns
+    from echofocus_core.study.network import Readings
+
+    explanations = []
+    if not isinstance(job.model.net, Readings):  # which have nothing to attribute
+        explanations = explain_studies(job, list(table["eid"]), label_columns(job.model))
+    make_page(job, folder, table, left_out, explanations)
+
+
+def cmd_embed(job):
+    """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
+    from dataclasses import replace
+
+    from echofocus_core.base.console import Collected
+    from echofocus_core.base.files import output_path
+    from echofocus_core.report.maps import make_map, map_rows
+    from echofocus_core.study.cohort import stored_names
+    from echofocus_core.study.embeddings import embed_source, is_embedded
+
+    settings = job.settings
+    if len(settings.datasets) > 1 and settings.embed_file:
+        raise UserError("--embed_file is one file: leave it out with several --datasets")
+    if settings.map and settings.level == "video":
+        raise UserError("--map shows studies: leave out --level video")
+    if settings.embed_file:
+        output_path(settings.embed_file, "--embed_file", "file of study embeddings", is_embedded)
+    kind = getattr(job.model.net, "kind", "")
+    if not settings.pool_queries and (settings.map or kind != "multiquery"):
+        raise UserError("--no_pool_queries is for multiquery models, and for no map")
+    tables = map_rows(job) if settings.map else {}  # first: it may refuse
+    files, rows = {}, {}
+    for dataset_name, dataset in job.datasets.items():
+        one = replace(job.but(dataset=dataset_name), dataset=dataset).with_source()
+        name, table = one.settings.dataset, tables.get(dataset_name)
+        files[name], rows[name] = embed_source(one), table
+        if table is not None:
+            names = stored_names(table.index, one.source.store, Collected())
+            rows[name] = table.rename(index=names)
+    if settings.map:
+        make_map(files, rows, job.model, settings)
+
+
+def cmd_explain(job):
+    """The contribution of every video to every answer, and the published table of the top n."""
+    from echofocus_core.base.console import RUN
+    from echofocus_core.base.files import open_journal
+    from echofocus_core.study.explanation_tables import explanation_names
+    from echofocus_core.study.explanations import (
+        explain_studies,
+        explained_studies,
+        journal_header,
+        label_columns,
+        select_studies,
+    )
+    from echofocus_core.study.faithfulness import read_views
+    from echofocus_core.study.sources import warn_of_other_input
+
+    job = job.with_source()
+    model, settings, store, world = job.model, job.settings, job.source.store, job.world
+    columns = label_columns(model, settings.explain_tasks)
+    eids, truths, patients = explained_studies(job)
+    warnings = warn_of_other_input(model, store, eids)
+    eids = select_studies(job, eids, truths, columns)
+    views = job.dataset.views  # read first: that may refuse
+    views = read_views(views, RUN, store, eids) if views else {}
+    names = explanation_names(model, settings, settings.dataset, columns, eids)
+    path = model.folder / f".{names['videos']}.journal"
+    header = journal_header(job, eids, columns, truths)
+    with nullcontext() if world.rank else open_journal(path, header, "studies") as journal:
+        first = world.gather(journal.n if journal else 0)[0]
+        for explanation in explain_studies(job, eids, columns, truths, first):
+            if journal:
+                journal.add(explanation)
+        if journal:
+            write_explained(job, eids, journal, truths, patients, names, warnings, views)
+            journal.delete()
+
+
+def write_explained(job, eids, explanations, truths, patients, names, warnings, views):
+    """All files of `explain`. names: of `explanation_names`; warnings: text -> studies."""
+    from echofocus_core.report.page import make_page
+    from echofocus_core.study.explanation_tables import write_explanations
+    from echofocus_core.study.explanations import normalised
+    from echofocus_core.study.faithfulness import write_curves, write_views
+    from echofocus_core.study.predictions import answer_studies
+
+    model, settings, store = job.model, job.settings, job.source.store
+    videos = write_explanations(job, explanations, truths, names, warnings)
+    beside = model.folder / names["videos"].removesuffix(".csv")
+    if views:
+        write_views(videos, views, patients, beside)
+        print(f"wrote {beside}.views.csv, .png and .pdf")
+    if settings.curves:
+        targets = dict(zip(truths.index, normalised(model, truths), strict=True))
+        areas = write_curves(model, store, explanations, targets, patients, settings, beside)
+        print(areas.to_string(index=False, float_format="{:.3g}".format))
+        print(f"wrote {beside}.curves.csv, .curve_areas.csv, .png and .pdf")
+    if settings.page:
+        table, reasons, _ = answer_studies(model, store, eids, settings)
+        left_out = job.source.unusable() | reasons
+        make_page(job, beside, table, left_out, explanations, truths)
+
+
+def cmd_check(settings):
+    """What a long run would fail on, each with its remedy, and how long it would take.
+
+    It calls the readers of config, labels, embeddings and models that a run calls, and collects
+    what they report. After an error it continues with what can still be checked. It writes no file.
+    """
+    from echofocus_core.encoder.preview import preview_cohort
+    from echofocus_core.study.check import check_run
+
+    check_run(given(settings), preview_cohort)
+
+
+def cmd_pack(job):
     """One HDF5 file of a dataset's embeddings, <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
-    config = read_config(typed.get("config"), needed=not typed.get("embedding_path"))
-    name, _ = pick_dataset(typed, config)
-    folder = config.datasets[name].embedding_path
+    import numpy as np
+
+    from echofocus_core.base.files import lock, packed_path
+    from echofocus_core.study.loop import report_unreadable
+    from echofocus_core.video.store import open_folder, write_pack
+
+    folder = job.dataset.embedding_path
     source, path = open_folder(folder), packed_path(folder)
     try:
         with lock(path, timeout=0):
-            unreadable = write_pack(source, path, np.dtype(Settings(**typed).dtype))
+            unreadable = write_pack(source, path, np.dtype(job.settings.dtype))
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot write {path}: {error}; an older pack stays as it is, the same command begins "
-            "anew"
-        ) from error
+        raise UserError(f"cannot write {path}: {error}; an older pack is unchanged") from error
     report_unreadable(unreadable)
-    packed = len(source.files) - len(unreadable)
-    print(f"packed {name}: {packed} studies, {path.stat().st_size / 1e9:.2f} GB in {path.name}")
+    n, size = len(source.files) - len(unreadable), path.stat().st_size / 1e9
+    print(f"packed {job.settings.dataset}: {n} studies, {size:.2f} GB in {path.name}")
 
 
-def cmd_download(typed):
+def cmd_download(settings):
     """Put a released model, or one from a URL, zip, folder or .pt file, into ./trained_models.
 
-    It is refused when it cannot be read safely, and its SHA-256 is recorded and checked ever after.
+    It is refused when it cannot be read safely. Its SHA-256 is recorded and checked at each use.
     """
-    settings = Settings(**typed)
+    from echofocus_core.base import releases
+    from echofocus_core.study.config import MODELS
+    from echofocus_core.study.loading import check_download
+
     if settings.list_ or not settings.source:
-        print_released()
+        for name, entry in releases.registry().items():
+            here = "downloaded" if (MODELS / name / entry["file"]).is_file() else "not here"
+            print(f"{name:18} {here:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
+        print(f"get one: {PROGRAM} download NAME (research use only, under its licence)")
         return
     if settings.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", settings.sha256):
         raise UserError(f"--sha256 takes 64 hexadecimal digits, not {settings.sha256}")
@@ -150,40 +256,27 @@ def cmd_download(typed):
         settings.source, MODELS, settings.model_name, settings.sha256, check_download
     )
     if others:
-        print(f"left out, no part of a model: {', '.join(others[:10])}")
+        print(f"ignored, not part of a model: {', '.join(others[:10])}")
     if record["sha256"]:
-        known = "as it should be" if record["sha256_was_known"] else "not known before: recorded"
-        print(f"SHA-256 {record['sha256']} ({known})")
+        origin = "as expected" if record["sha256_was_known"] else "recorded, not known before"
+        print(f"SHA-256 {record['sha256']} ({origin})")
     for key in ("licence", "citation"):
         if key in record:
             print(f"{key}: {record[key]}")
-    print(f"the model is {folder}; {PROGRAM} inspect {folder.name} says what it holds")
+    print(f"the model is {folder}; {PROGRAM} inspect {folder.name} describes it")
 
 
-def print_released():
-    """The registry, one model a line, and what each asks of its users."""
-    for name, entry in releases.registry().items():
-        there = "downloaded" if (MODELS / name / entry["file"]).is_file() else "not here"
-        print(f"{name:18} {there:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
-    print(f"get one: {PROGRAM} download NAME (research use only, under its licence)")
-
-
-def cmd_inspect(typed):
+def cmd_inspect(settings):
     """Print what a model folder or .pt file holds: architecture, labels, history, origin."""
-    settings = Settings(**typed)
+    from echofocus_core.base.files import atomic_path, begins, output_path
+    from echofocus_core.report.inspect import describe_file, print_description
+    from echofocus_core.study.config import read_config
+
     if settings.json_:
         described = begins(r'\{\s+"name": .*\s+"file": ')
         output_path(settings.json_, "--json", "description by inspect", described)
-    path = find_model_file(settings.source or settings.model_name)
-    releases.check_source(path)
-    if is_encoder(checkpoints.load_safely(path)):
-        facts = describe_encoder(panecho.load_panecho(path).model)
-    else:
-        facts = model_facts(path, read_config(settings.config, needed=False))
-    facts = {"name": path.parent.resolve().name, "file": path.name} | facts
-    facts |= {"sha256": sha256_file(path), "source": origin_of(path.parent)}
-    files = sorted(path.parent.iterdir()) if path.name in releases.CHECKPOINTS else [path]
-    facts["files"] = {p.name: p.stat().st_size for p in files if p.is_file()}
+    tasks = read_config(settings.config, needed=False).tasks
+    facts = describe_file(settings.source or settings.model_name, tasks)
     print_description(facts)
     if settings.json_:
         with atomic_path(settings.json_) as temporary:
@@ -191,105 +284,14 @@ def cmd_inspect(typed):
         print(f"wrote {settings.json_}")
 
 
-def cmd_train(typed):
-    """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
-    with join_world(pick_device(typed.get("device", "")), "share each optimiser step") as world:
-        if typed.get("grid"):
-            search(typed, world)
-        else:
-            folds = train_model(typed, world)
-            if folds:
-                from echofocus_core.report.evaluation import evaluate_folds
+def cmd_demo(settings):
+    """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
+    from echofocus_core.report.demo import run_demo
 
-                evaluate_folds(*folds)
+    run_demo(settings.studies)
 
 
-def cmd_evaluate(typed):
-    """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
-    from echofocus_core.report import evaluation
-
-    if typed.get("predictions"):
-        refuse_video_options(typed)
-        return evaluation.evaluate_file(typed, compared)
-    settings, config, model, source = start_with_model("evaluate", typed)
-    timed = model.outputs.of_kind("survival")
-    if timed and (settings.per, settings.pool) == ("patient", "mean"):
-        raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
-    columns = {
-        column: (cells.rename(stored_names(cells.index, source.store)), edges)
-        for column, (cells, edges) in group_columns(settings.by, config, settings).items()
-    }
-    for fold in dict.fromkeys(settings.folds or [settings.subset]):
-        own = settings.model_copy(update={"subset": fold})
-        evaluation.evaluate_fold(own, config, model, source.store, columns)
-
-
-def cmd_predict(typed):
-    """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
-    if typed.get("out"):
-        refuse_other_tables(typed)
-    settings, config, model, source = start_with_model("predict", typed)
-    store = source.store
-    labelled = () if source.wanted else labelled_ids(config, settings, store)
-    absent = source.unusable() | dict.fromkeys(
-        sorted(set(labelled) - set(store.files)), "no embeddings"
-    )
-    path = Path(settings.out or model.folder / f"predictions_{source.name}.csv")
-    eids = some_of(source.eids, settings.sample_limit)
-    warn_of_other_input(model, store, eids, names=MADE_WITH[:1])
-    work = work_of(model, store, eids, settings)
-    with open_journal(journal_path(path), work, f"windows of {WINDOW} studies") as journal:
-        table, reasons, warnings = answer_studies(model, store, eids, settings, journal)
-        left_out = absent | reasons
-        report_left_out(left_out, path)
-        if not len(table):
-            raise UserError("no study could be read")
-        write_table(table, path)
-        journal.delete()
-    if settings.page:
-        predict_page(path, model, source, config, settings, table, left_out)
-    shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
-    print(shown.to_string(index=False, float_format="{:.4g}".format, max_cols=12))
-    report_warnings(warnings, model.folder.name)
-    print(f"wrote {len(table)} studies to {path}")
-
-
-def cmd_embed(typed):
-    """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
-    if len(typed.get("datasets", ())) > 1 and typed.get("embed_file"):
-        raise UserError("--embed_file is one file: leave it out with several --datasets")
-    if typed.get("map") and typed.get("level") == "video":
-        raise UserError("--map shows studies: leave out --level video")
-    if typed.get("datasets"):
-        typed = typed | {"dataset": typed["datasets"][0]}
-    if typed.get("datasets") and typed.get("videos"):
-        raise UserError("--videos and --datasets are two sources: give one")
-    if typed.get("embed_file"):
-        output_path(typed["embed_file"], "--embed_file", "file of study embeddings", is_embedded)
-    settings, config, model, source = start_with_model("embed", typed)
-    if not settings.pool_queries:
-        if settings.map or getattr(model.net, "kind", "") != "multiquery":
-            raise UserError("--no_pool_queries is for multiquery models, and for no map")
-        model.net.pool_queries = False
-    datasets = [config.pick("dataset", name) for name in settings.datasets or [source.name]]
-    rows = map_rows(config, settings, datasets) if settings.map else None  # first: it may refuse
-    files = {}
-    for name in dict.fromkeys(datasets):
-        if name != source.name:
-            source = Source(name, store_of(config, settings, name))
-        files[name] = embed_source(source, model, settings)
-        if rows and rows[name] is not None:
-            own = stored_names(rows[name].index, source.store, Collected())
-            rows[name] = rows[name].rename(index=own)
-    if settings.map:
-        make_map(files, rows, model, settings)
-
-
-def cmd_explain(typed):
-    """The contribution of every video to every answer, and the published table of the top n."""
-    device = pick_device(typed.get("device", ""))
-    with join_world(device, "share the studies") as world, ExitStack() as held:
-        explain(typed, world, held)
+# ------------------------------------------------------------------------------------ the library
 
 
 def load(model_name, task="", device=""):
@@ -298,16 +300,23 @@ def load(model_name, task="", device=""):
     task: of the config, where a published checkpoint does not say which labels it has; device:
     as --device. Raises UserError.
     """
-    config = read_config("", needed=False)
-    return load_named(str(model_name), "", config, task, pick_device(device))
+    from echofocus_core.base.world import pick_device
+    from echofocus_core.study.config import read_config
+    from echofocus_core.study.loading import load_named
+
+    tasks = read_config("", needed=False).tasks
+    return load_named(str(model_name), "", tasks, task, pick_device(device))
 
 
 def predict(model, source, **options):
     """One row a study with the model's answers: DataFrame, see `prediction_table`.
 
-    source: see `studies_of`. options: those of `predict`, e.g. precision="bf16". The studies
+    source: a dict of study id to clip embeddings (V videos, C clips, 768), a folder of embedding
+    files or of videos, or a store. options: those of `predict`, e.g. precision="bf16". The studies
     without an answer are in `.attrs["left_out"]`, a dict of study to reason. Raises UserError.
     """
+    from echofocus_core.study.predictions import answer_studies
+
     settings, store, eids = studies_of(model, source, options)
     table, left_out, _ = answer_studies(model, store, eids, settings)
     table.attrs["left_out"] = left_out
@@ -316,10 +325,14 @@ def predict(model, source, **options):
 
 def study_embeddings(model, source, **options):
     """One 768-vector a study: DataFrame (S, 768) by study id; otherwise as `predict`."""
+    import pandas as pd
+
+    from echofocus_core.study.loop import run_studies
+
     settings, store, eids = studies_of(model, source, options)
     unreadable = {}
-    found = run_studies(model.net, store, eids, settings, unreadable=unreadable)
-    table = pd.DataFrame(found.embeddings, index=pd.Index(found.eids, name="eid"))
+    outcome = run_studies(model.net, store, eids, settings, unreadable=unreadable)
+    table = pd.DataFrame(outcome.embeddings, index=pd.Index(outcome.eids, name="eid"))
     table.attrs["left_out"] = unreadable
     return table
 
@@ -330,19 +343,26 @@ def attribute(model, study, labels=None, **options):
     study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
     options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
     """
-    settings, model = validated(Settings, options), as_one(model)
+    from echofocus_core.study.explanation_tables import video_rows
+    from echofocus_core.study.explanations import explain, label_columns
+    from echofocus_core.video.store import StudyClips
+
+    settings = validated(Settings, options)
     bag = study if isinstance(study, StudyClips) else bag_of("study", study)
-    columns = label_columns(model, labels)
-    unit = explain_study(model, "study", bag, columns, settings, clip_baseline(model, settings))
-    return video_rows(model, unit, settings).drop(columns="eid")
+    explanation = explain(model, "study", bag, label_columns(model, labels), settings)
+    return video_rows(model, explanation, settings).drop(columns="eid")
 
 
 def studies_of(model, source, options):
-    """(Settings, store, study ids) of what a user has: a dict of study id to clip embeddings
-    (V videos, C clips, 768), a folder of embedding files or of videos, or a store.
+    """(Settings, store, study ids) of a source as `predict` takes it.
 
-    Videos are extracted as `--videos` does, into ./clip_embeddings; options may hold its options.
+    Videos are extracted as `--videos` does, into ./clip_embeddings; options may have its options.
     """
+    from echofocus_core.study.job import input_options, videos_job
+    from echofocus_core.study.sources import warn_of_other_input
+    from echofocus_core.study.splits import some_of
+    from echofocus_core.video.store import open_store
+
     settings = validated(Settings, input_options(model.record.input) | options)
     if isinstance(source, dict):
         store = Arrays(source)
@@ -351,9 +371,8 @@ def studies_of(model, source, options):
     elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
         store = open_store(Path(source), most_videos=settings.max_videos_per_study)
     else:
-        settings.videos = str(source)
-        source = extracted(options, settings, Config(), model)
-        return settings, source.store, source.eids
+        job = videos_job(model, source, settings, asked="weights" in options).with_source()
+        return job.settings, job.source.store, job.source.eids
     eids = some_of(store.files, settings.sample_limit)
     if hasattr(store, "made_with"):
         warn_of_other_input(model, store, eids)
@@ -376,6 +395,10 @@ class Arrays:
 
 def bag_of(eid, array):
     """StudyClips of an array (V, C, 768); its videos are numbered. Raises UserError."""
+    import numpy as np
+
+    from echofocus_core.video.store import StudyClips
+
     array = np.asarray(array, np.float32)
     if array.ndim != 3 or array.shape[2] != D or not array.size or not np.isfinite(array).all():
         raise UserError(
@@ -384,62 +407,30 @@ def bag_of(eid, array):
     return StudyClips(array, [f"video {v}" for v in range(len(array))])
 
 
-def cmd_check(typed):
-    """What a long run would trip over, each with its remedy, and how long it would take.
+# ------------------------------------------------------------------------------- the command line
 
-    Has no rule of its own: it calls what reads the config, labels, embeddings and models in a run,
-    and listens. Goes on after an error with whatever can still be checked, and writes no file.
-    """
-    levels, videos = Counter(), typed.get("videos")
-    section = partial(check_section, levels)
-    config = model = settings = None
-    if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
-        with section("cohort", "mend the tables, or name the folder with --data_dir") as listener:
-            size = preview_cohort(typed, listener)
-            check_room("decoded videos", Path(), size, listener.error, listener)
-        return end_check(levels)
-    with section("config", "mend the config; config-example.json shows one") as listener:
-        config = read_config(typed.get("config"), needed=not videos)
-        names = some(config.tasks, 9), some(config.datasets, 9)
-        listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
-    if config:
-        with section("model", "name another --model_name, or train it anew") as listener:
-            model = check_model(typed, config, listener)
-        with section("choice", "mend the option or the config") as listener:
-            settings = check_choice(typed, config, model, listener)
-    if settings:
-        check_data(settings, config, model, section)
-    with section("videos", "see --videos") as listener:
-        if videos:
-            typed = {name: typed[name] for name in typed if name in options_of("extract")}
-            options = resolve_settings("extract", typed, config or Config(), model)
-            trained_on = model.record.encoder_sha256 if model else ""
-            size = preview_extraction(vars(options) | {"videos": videos}, trained_on, listener)
-            check_room("clip embeddings of --videos", MODELS, size, listener.error, listener)
-        else:
-            listener.ok("none looked at; --videos names a folder")
-    end_check(levels)
-
-
-COMMANDS = {
+WITH_JOB = {  # commands that take a Job
     "train": cmd_train,
     "evaluate": cmd_evaluate,
     "predict": cmd_predict,
     "embed": cmd_embed,
     "explain": cmd_explain,
-    "check": cmd_check,
     "pack": cmd_pack,
+}
+WITH_SETTINGS = {  # commands that take the options as they are typed
+    "check": cmd_check,
     "download": cmd_download,
     "inspect": cmd_inspect,
     "demo": cmd_demo,
 }
+SHARED = {"train": "share each optimiser step", "explain": "share the studies"}  # by processes
 
 
 def build_parser():
     parser = Parser(prog="echofocus.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, function in COMMANDS.items():
+    for command, function in (WITH_JOB | WITH_SETTINGS).items():
         summary = " ".join(function.__doc__.split("\n\n")[0].split())
         sub = commands.add_parser(command, help=summary, description=summary)
         add_options(sub, command)
@@ -450,9 +441,18 @@ def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
     typed = checked_options(typed)
-    if command not in ("train", "explain") and from_environment("WORLD_SIZE", 1, least=1) > 1:
+    from echofocus_core.base.world import World, from_environment, join_world, pick_device
+
+    if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
-    COMMANDS[command](typed)
+    if command in WITH_SETTINGS:
+        return WITH_SETTINGS[command](validated(Settings, typed))
+    from echofocus_core.study.job import resolve
+
+    device = pick_device(typed.get("device", ""))
+    shared = command in SHARED
+    with join_world(device, SHARED[command]) if shared else nullcontext(World()) as world:
+        WITH_JOB[command](resolve(command, typed, world))
 
 
 def program():

@@ -326,7 +326,6 @@ def test_the_second_run_in_a_folder_stops(trained, cli):
     for held, line in (
         ("trained_models/defect", ["train", "--task", "defect", "--epoch_lim", "2"]),
         ("emb.packed.h5", ["pack"]),
-        ("trained_models/defect/.predictions_site.csv.journal", ["predict"]),
         ("trained_models/defect/.explanation_test_site.csv.journal", ["explain"]),
     ):
         with lock(held, timeout=0):
@@ -421,12 +420,12 @@ def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
     (folder / "last_checkpoint.pt").unlink()
     before = (folder / "best_checkpoint.pt").read_bytes()
     status, _, err = cli("train", "--task", "defect", "--seed", "5")
-    assert status == 1 and "holds a model and nothing to go on from" in err
+    assert status == 1 and "holds a model and no checkpoint to resume from" in err
     fold = trained / "trained_models" / "cv" / "fold_1"
     fold.mkdir(parents=True)
     shutil.copy(folder / "best_checkpoint.pt", fold)
     settings = Settings(model_name="cv", fold=ALL_FOLDS, n_folds=3)
-    with pytest.raises(UserError, match="fold_1 holds a model and nothing"):
+    with pytest.raises(UserError, match="fold_1 holds a model and no checkpoint"):
         folder_to_train_in(settings)
     (folder / "train_losses.csv").unlink()
     assert folder_to_train_in(Settings(model_name="defect")) == Path("trained_models/defect")
@@ -435,7 +434,7 @@ def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
 
 def test_names_of_no_model(trained, cli):
     for name in (".", "..", "./", "trained_models/"):
-        with pytest.raises(UserError, match="is no name for a model's folder"):
+        with pytest.raises(UserError, match="does not name a folder for a model"):
             folder_to_train_in(Settings(model_name=name))
     for name in ("defect,", ",defect", "defect,,defect"):
         status, _, err = cli("predict", "--model_name", name)

@@ -18,8 +18,10 @@ from echofocus_core.report import curves
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
-from echofocus_core.study.answers import thresholds_for
 from echofocus_core.study.config import Record
+from echofocus_core.study.fold_answers import thresholds_for
+from echofocus_core.study.models import LoadedModel
+from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.splits import some_of
 
 FEW = ("--n_boot", "200")
@@ -370,8 +372,9 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
 
 def test_without_a_target_the_models_own_thresholds_hold():
     record = Record(thresholds={"x": 0.1}, settings=Settings(target="sensitivity=0.9"))
-    model = SimpleNamespace(type="binary", record=record)
-    assert thresholds_for(model, None, Settings(), None) == {"x": 0.1}
+    outputs = Outputs.of(["x"], "binary")
+    model = LoadedModel(Path("m"), None, "t", outputs, None, record, {})
+    assert thresholds_for(SimpleNamespace(model=model, settings=Settings())) == {"x": 0.1}
 
 
 @pytest.mark.figures

@@ -267,7 +267,7 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
             raise KeyboardInterrupt
         return explain(model, eid, *args, **kwargs)
 
-    monkeypatch.setattr("echofocus_core.study.answers.explain_study", stops)
+    monkeypatch.setattr("echofocus_core.study.explanations.explain_study", stops)
     assert cli("explain")[0] == 130
     status, out, err = cli("explain")
     assert status == 0 and "going on after 4 studies done before" in out, err

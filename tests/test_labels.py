@@ -301,7 +301,7 @@ def test_fifty_thousand_rows(cohort, cli, monkeypatch):
     write_embeddings(cohort / "emb", "1000", np.ones((1, 1, 768), np.float32))
     config = read_config("config.json")
     began = time.process_time()
-    task, found = lb.load_labels(config, "defect", "site", Collected())
+    task, found = lb.load_labels(config.tasks["defect"], config.datasets["site"], Collected())
     store = type("Store", (), {"files": dict.fromkeys(found.index), "copies": lambda eids: []})
     found = ch.match_studies(found, store, task, listener=Collected())
     folds = ch.training_folds(found, Settings(), task, listener=Collected())

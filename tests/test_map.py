@@ -35,7 +35,7 @@ def test_video_embeddings(cohort, cli):
             found = {eid: group["embeddings"][:] for eid, group in f.items()}
             videos = {eid: group["videos"].asstr()[:].tolist() for eid, group in f.items()}
         folder = cohort / "trained_models" / "defect"
-        net = load_model(folder, read_config("config.json")).net
+        net = load_model(folder, read_config("config.json").tasks).net
         for eid in ("1000", "1001", "1059"):
             with h5py.File(cohort / "emb" / f"{eid}.hdf5") as f:
                 bag, names = f["embeddings"][:], f["videos"].asstr()[:].tolist()

@@ -1,8 +1,7 @@
-"""`predict`: going on after an interruption, decisions, warnings, what is left out."""
+"""`predict`: decisions, warnings, what is left out, files that are not replaced."""
 
 import json
 import os
-import re
 from pathlib import Path
 
 import h5py
@@ -12,10 +11,9 @@ import pytest
 import torch
 from helpers import copy_example, normal, write_embeddings
 
-import echofocus as ef
-from echofocus_core.base.files import write_table
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import InputFound
+from echofocus_core.study.job import Job
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.loop import Outcome
 from echofocus_core.study.models import LoadedModel
@@ -28,63 +26,6 @@ from echofocus_core.video.store import EmbeddingFolder
 
 def table(path="trained_models/defect/predictions_site.csv"):
     return pd.read_csv(path, dtype={"eid": str}, keep_default_na=False).set_index("eid")
-
-
-def test_goes_on_after_an_interruption(trained, cli, monkeypatch):
-    """The same table to the last bit, and what was predicted is not read again."""
-    for module in ("loop", "answers"):
-        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
-    assert cli("predict", "--out", "whole.csv")[0] == 0
-    read, asked = EmbeddingFolder.read, []
-
-    def stops(self, eid, rng=None):
-        asked.append(eid)
-        if len(asked) == 95:  # each is read for its answer, then for its range
-            raise KeyboardInterrupt
-        return read(self, eid, rng)
-
-    monkeypatch.setattr(EmbeddingFolder, "read", stops)
-    status, _, err = cli("predict", "--out", "parts.csv")
-    assert status == 130 and "goes on from here" in err and not Path("parts.csv").exists()
-    before = len(asked)
-    status, out, err = cli("predict", "--out", "parts.csv")
-    done = re.search("going on after ([1-6]) windows of 8 studies done before", out)
-    assert status == 0 and done, err
-    assert not set(asked[before:]) & {str(1000 + i) for i in range(8 * int(done[1]))}
-    assert Path("whole.csv").read_bytes() == Path("parts.csv").read_bytes()
-    assert not list(Path(".").glob(".*journal"))
-
-
-def test_another_models_journal_is_not_used(trained, cli, monkeypatch):
-    Path(".p.csv.journal").write_text('{"model": "another"}\n{"eids": ["1000"]}\n')
-    status, out, _ = cli("predict", "--out", "p.csv")
-    assert status == 0 and "is of other work" in out and len(table("p.csv")) == 60
-
-
-def test_a_changed_digit_in_the_journal_is_noticed(trained, cli, monkeypatch):
-    """The work is begun anew, with one line said, and the table is right."""
-    for module in ("loop", "answers"):
-        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
-    assert cli("predict", "--out", "whole.csv")[0] == 0
-    write = write_table
-
-    def fails(frame, path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ef, "write_table", fails)
-        assert cli("predict", "--out", "p.csv")[0] == 130
-    assert write is write_table
-    journal = Path(".p.csv.journal")
-    lines = journal.read_text().splitlines(keepends=True)
-    assert len(lines) == 9
-    at = lines[3].index("eids") + 12
-    assert lines[3][at].isdigit()
-    lines[3] = lines[3][:at] + str((int(lines[3][at]) + 1) % 10) + lines[3][at + 1 :]
-    journal.write_text("".join(lines))
-    status, out, _ = cli("predict", "--out", "p.csv")
-    assert status == 0 and out.count("is damaged: the work is begun anew") == 1
-    assert Path("whole.csv").read_bytes() == Path("p.csv").read_bytes() and not journal.exists()
 
 
 def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
@@ -117,7 +58,7 @@ def test_one_answer_that_is_no_number_is_blank_with_a_warning():
 
 def test_out_that_is_a_folder(trained, cli, monkeypatch):
     """Said before anything is computed."""
-    monkeypatch.setattr(ef, "start_with_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(Job, "with_source", lambda *_: pytest.fail("too late"))
     for out in (".", "emb", "new/"):
         status, _, err = cli("predict", "--out", out)
         assert status == 1 and f"--out {out} is a folder; name the file" in err
@@ -139,8 +80,7 @@ def test_outputs_replace_no_input(trained, cli, monkeypatch):
     cases += [(["predict", "--out"], x) for x in ("e.h5", "q.csv")]
     whole = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     with monkeypatch.context() as patched:
-        for name in ("start_with_model", "find_model_file"):
-            patched.setattr(ef, name, lambda *_: pytest.fail("too late"))
+        patched.setattr(Job, "with_source", lambda *_: pytest.fail("too late"))
         for line, out in cases:
             status, _, err = cli(*line, out)
             assert status == 1 and "is there and is no" in err and err.count("\n") == 1, (line, out)
@@ -258,26 +198,6 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     with h5py.File(folder / "embeddings_site_panecho.h5") as f:
         np.testing.assert_allclose(f["a"][:], embeddings[:4].mean(0), rtol=1e-4, atol=1e-6)
     assert status == 0, err
-
-
-def test_a_journal_of_other_embeddings_is_not_used(trained, cli, monkeypatch):
-    """Studies extracted anew, of the same shapes, are predicted anew."""
-    for module in ("loop", "answers"):
-        monkeypatch.setattr(f"echofocus_core.study.{module}.WINDOW", 8)
-    read = EmbeddingFolder.read
-
-    def stops(self, eid, rng=None):
-        if eid == "1050":
-            raise KeyboardInterrupt
-        return read(self, eid, rng)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EmbeddingFolder, "read", stops)
-        assert cli("predict", "--out", "p.csv")[0] == 130
-    with h5py.File("emb/1000.hdf5", "a") as f:
-        f["embeddings"][...] *= -1
-    status, out, _ = cli("predict", "--out", "p.csv")
-    assert status == 0 and "predicted before" not in out
 
 
 def test_grandchildren_are_not_tested_on_what_an_ancestor_learnt(cohort, cli):

@@ -18,7 +18,8 @@ from helpers import ROOT, copy_example, normal, published_model, recorded, write
 from echofocus_core.base import releases
 from echofocus_core.base.download import fetch
 from echofocus_core.base.files import sha256_file
-from echofocus_core.study.config import MODELS, RECIPES
+from echofocus_core.study.config import MODELS
+from echofocus_core.study.job import RECIPES
 from echofocus_core.study.network import StudyModel
 from echofocus_core.video import panecho
 

@@ -17,6 +17,7 @@ import echofocus as ef
 from echofocus_core.base.console import UserError, nearest
 from echofocus_core.base.options import OPTIONS, RECORDED, checked_options, options_of
 from echofocus_core.study import config as schema
+from echofocus_core.study.job import resolve_settings
 from echofocus_core.study.loading import load_model, read_checkpoint
 from echofocus_core.study.network import StudyModel
 from echofocus_core.video import extract, panecho
@@ -187,7 +188,7 @@ def resolved(config, *line, model=None):
     """The settings of a command line, by the real parser."""
     typed = vars(ef.build_parser().parse_args([*line]))
     command = typed.pop("command")
-    return schema.resolve_settings(command, checked_options(typed), config, model)
+    return resolve_settings(command, checked_options(typed), config, model)[0]
 
 
 def test_who_wins(tmp_path):
@@ -369,7 +370,7 @@ def test_a_frozen_checkpoint_keeps_loading(tmp_path, monkeypatch, cli, kind):
     monkeypatch.chdir(tmp_path)
     checkpoint, entry = frozen(kind), recorded("records_format0.json")[kind]["echofocus"]
     folder = saved_model(checkpoint)
-    model = load_model(folder, schema.Config())
+    model = load_model(folder)
     record = model.record
     assert (model.task, model.labels, model.type) == (entry["task"], entry["labels"], kind)
     assert record.format == 1 and record.dataset == "site" and record.units == entry["units"]
@@ -516,7 +517,7 @@ def test_few_videos_of_a_study(cohort, cli):
     """The same ones each time outside training; in training any, anew each epoch."""
     line = ("--max_videos_per_study", "2", "--batch_size", "1")
     assert cli("train", "--task", "defect", "--epoch_lim", "1", *line)[0] == 0
-    record = load_model(Path("trained_models/defect"), schema.Config()).record
+    record = load_model(Path("trained_models/defect")).record
     assert record.settings.max_videos_per_study == 2
     for name in ("a.csv", "b.csv"):
         assert cli("predict", *line, "--out", name)[0] == 0

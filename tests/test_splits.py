@@ -19,9 +19,9 @@ from echofocus_core.base.console import Collected
 from echofocus_core.base.options import FOLDS, Settings
 from echofocus_core.report.evaluation import unseen_notes
 from echofocus_core.study import splits as sp
-from echofocus_core.study.answers import explained_studies
 from echofocus_core.study.cohort import training_folds
 from echofocus_core.study.config import Record
+from echofocus_core.study.explanations import explained_studies
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video.store import keep_encoder_seen
 
@@ -313,14 +313,16 @@ def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
     own, encoder = (
         [sp.Seen.of(table_of("x", eid).assign(fold="train"), "00")] for eid in ("1", "2")
     )
-    named = SimpleNamespace(label_path=None)
-    config = SimpleNamespace(tasks={"t": named}, datasets={"s": named})
+    nothing = SimpleNamespace(label_path=None)
     store = SimpleNamespace(encoder_seen=lambda *_: (encoder, True))
-    source = SimpleNamespace(name="s", eids=["1", "2", "3"], store=store)
+    source = SimpleNamespace(eids=["1", "2", "3"], store=store)
     model = SimpleNamespace(seen=own, labels=["x"])
     for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
         settings = Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
-        assert explained_studies(model, config, settings, source)[0] == tested
+        job = SimpleNamespace(
+            settings=settings, model=model, source=source, task=nothing, dataset=nothing
+        )
+        assert explained_studies(job)[0] == tested
 
 
 def test_an_encoder_that_knows_nobody_here_is_told(capsys):

@@ -10,7 +10,6 @@ from helpers import by_rule, normal, write_embeddings
 
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import Settings
-from echofocus_core.study.answers import reaches
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import DRAWS, FEWEST, InputFound, Novelty, Resamples, reach_of
 from echofocus_core.study.loading import novelty_from
@@ -18,7 +17,7 @@ from echofocus_core.study.loop import Outcome, run_studies
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.study.predictions import prediction_table
+from echofocus_core.study.predictions import half_widths_of, prediction_table
 from echofocus_core.video.store import StudyClips, open_store
 
 
@@ -183,9 +182,9 @@ def test_a_study_that_vanishes_has_no_range_and_takes_no_other_ones(cohort):
     settings, eids = Settings(), ["1000", "1001"]
     outcome = run_studies(net, store, eids, settings)
     told = InputFound(modulo=dict.fromkeys(eids, False))
-    before = reaches(model, store, outcome, settings, told)
+    before = half_widths_of(model, store, outcome, settings, told)
     (cohort / "emb" / "1000.hdf5").unlink()
-    after = reaches(model, store, outcome, settings, told)
+    after = half_widths_of(model, store, outcome, settings, told)
     assert np.isnan(after[0]).all()
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
 

@@ -16,7 +16,6 @@ import torch
 from echofocus_core.base.console import UserError, progress
 from echofocus_core.base.figures import new_figure, save_figure
 from echofocus_core.base.files import begins, refuse_others
-from echofocus_core.base.options import Settings
 from echofocus_core.study.config import MODELS
 from echofocus_core.video import panecho
 
@@ -44,10 +43,10 @@ SIZE = "64"  # pixels: a third of the time that 112 take
 DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
 
 
-def cmd_demo(typed):
+def run_demo(studies):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
-    folder, settings = Path("demo"), Settings(**typed)
-    weights = make_demo(folder, settings.studies)
+    folder = Path("demo")
+    weights = make_demo(folder, studies)
     extraction = ["--weights", weights, "--size", SIZE, "--n_clips", "1"]
     for line in (
         ["embed/extract.py", "videos", "--out", "embeddings", *extraction],

@@ -17,13 +17,10 @@ import pandas as pd
 from echofocus_core import __version__
 from echofocus_core.base.console import UserError, some
 from echofocus_core.base.files import atomic_path, in_file_name, write_table
-from echofocus_core.base.options import Settings, validated
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
 from echofocus_core.report.curves import NAMES, name_with_unit, number, title_of, with_interval
 from echofocus_core.study import statistics as st
-from echofocus_core.study.answers import answered, compared, studies_of_answers, thresholds_for
-from echofocus_core.study.config import read_config, resolve_settings
 from echofocus_core.study.evaluation import (
     COLUMNS,
     NOT_ASKED,
@@ -32,7 +29,6 @@ from echofocus_core.study.evaluation import (
     fold_notes,
     group_columns,
     headlines_of,
-    is_table,
     join_folds,
     metrics_json,
     pair_studies,
@@ -43,8 +39,14 @@ from echofocus_core.study.evaluation import (
     unseen_notes,
     warn_of_truths,
 )
+from echofocus_core.study.fold_answers import (
+    answer_fold,
+    compared_studies,
+    studies_of_answers,
+    thresholds_for,
+)
 from echofocus_core.study.labels import load_labels
-from echofocus_core.study.loading import load_model, target_of
+from echofocus_core.study.loading import load_model
 from echofocus_core.study.loop import report_unreadable, run_studies
 
 FEW = 100  # positive studies below which estimates are uncertain (Collins, Stat Med 2016;35:214)
@@ -267,31 +269,17 @@ def uncertain_labels(report):
 # -------------------------------------------------------------------------------------- evaluations
 
 
-def evaluate_file(typed, compared):
+def evaluate_file(job):
     """`evaluate --predictions`: a table with predictions of any model, with study ids.
 
     The truths are in it (<label>_Correct and PID, as `evaluate` writes), or in the label table.
-    compared: a function of config, settings and Studies that returns those of --compare.
     """
-    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
-        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
-            hint = " (thresholds are its columns <label>_threshold)" * (name == "target")
-            raise UserError(f"--predictions is a table of answers: leave out --{name}{hint}")
-    config, path = read_config(typed.get("config"), needed=False), Path(typed["predictions"])
-    models = [name for name in typed.get("compare", ()) if not is_table(name)]
-    by_config = models or typed.get("task") or typed.get("label_path")
-    studies, table = None if by_config else studies_with_truths(path), None
-    if studies:
-        settings = validated(Settings, typed)
-    else:
-        if not config.tasks:
-            raise UserError(
-                f"{path} is evaluated by a label table, which a config must name (without one, it "
-                "has columns PID and <label>_Correct and is compared with tables alone)"
-            )
-        settings = resolve_settings("evaluate", typed, config)
-        task, table = load_labels(config, settings.task, settings.dataset)
+    settings, path, table = job.settings, Path(job.settings.predictions), None
+    if job.task:
+        task, table = load_labels(job.task, job.dataset)
         studies = studies_of_labels(path, task, table)
+    else:
+        studies = studies_with_truths(path)
     warn_of_truths(path, studies.outcomes)
     reasons = {} if table is None else dict.fromkeys(table.index, "no prediction")
     reasons |= dict.fromkeys(studies.eids, NOT_ASKED)
@@ -301,17 +289,13 @@ def evaluate_file(typed, compared):
     flow = []
     if table is not None:
         flow = study_flow(table, reasons | dict.fromkeys(studies.eids, ""))
-    rules = {"subset": "test", "target": ""}  # of the models to compare with: each its own rule
-    settings = settings.model_copy(update=rules)
-    columns = group_columns(settings.by, config, settings) if settings.task else {}
-    if settings.by and not columns:
-        raise UserError("--by reads the label table: name a --task of the config")
+    columns = group_columns(job)
     if settings.prevalence:
         studies = studies.at_prevalence(settings.prevalence)
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
     facts = {"run_id": "", "model_name": path.stem, "fold": "all"}
-    others = compared(config, settings, studies)
+    others = compared_studies(job, studies)
     report_evaluation(folder, name, studies, flow, facts, settings, columns, others)
 
 
@@ -338,28 +322,29 @@ def report_evaluation(folder, name, studies, flow, facts, settings, columns, oth
     print("\n".join(report.write()))
 
 
-def evaluate_fold(settings, config, model, store, columns):
-    """`evaluate` on the fold `settings.subset`."""
-    settings = settings.model_copy(update={"target": settings.target or target_of(model)})
-    thresholds = thresholds_for(model, config, settings, store)
-    studies, flow, evidence, warnings = answered(model, config, settings, store, thresholds)
+def evaluate_fold(job, columns):
+    """`evaluate` on the fold `settings.subset`. columns: of `group_columns`."""
+    model = job.model
+    job = job.but(target=job.settings.target or model.target)
+    settings = job.settings
+    studies, flow, evidence, warnings = answer_fold(job, thresholds_for(job))
     name = f"{settings.subset}_{settings.dataset}"
     write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
     facts = {"run_id": settings.run_id, "model_name": model.folder.name}
     facts |= {"unseen": evidence if settings.subset == "test" else ""}
     facts |= {"warning": "; ".join(warnings)} if warnings else {}
-    others = compared(config, settings, studies)
+    others = compared_studies(job, studies)
     report_evaluation(model.folder, name, studies, flow, facts, settings, columns, others)
 
 
-def evaluate_folds(folder, settings, config, cohorts, store, evidence=()):
+def evaluate_folds(folder, settings, cohorts, store, evidence=()):
     """The evaluation of a cross-validation: each study by the fold that has not seen it.
 
     evidence: of `known_to_others`, on whether anything else has seen it.
     """
     parts, unreadable = [], {}
     for k, cohort in cohorts.items():
-        model = load_model(folder / f"fold_{k}", config, device=pick_device(settings.device))
+        model = load_model(folder / f"fold_{k}", device=pick_device(settings.device))
         answers = run_studies(
             model.net, store, cohort.eids["test"], settings, unreadable=unreadable,
             label=f"fold {k}",
@@ -374,7 +359,7 @@ def evaluate_folds(folder, settings, config, cohorts, store, evidence=()):
     name = f"cv_{settings.dataset}"
     write_table(studies.saveout(), folder / f"saveout_{name}.csv")
     facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
-    facts |= {"target": target_of(model), "model_name": folder.name}
+    facts |= {"target": model.target, "model_name": folder.name}
     facts["fold"] = f"every fold of {len(parts)} (cross-validation)"
     notes = [*unseen_notes("test", "; ".join(evidence)), *fold_notes(parts)]
     report = Report(

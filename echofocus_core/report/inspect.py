@@ -1,13 +1,24 @@
 """What a model is, for people and programs: architecture, labels, history, settings, origin."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
+from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import UserError, printable
-from echofocus_core.study.config import read_record
-from echofocus_core.study.loading import read_checkpoint
-from echofocus_core.study.models import labels_for, network_from, outputs_from, pooling_of
+from echofocus_core.base.files import sha256_file
+from echofocus_core.study.loading import (
+    encoder_in,
+    find_model,
+    is_encoder,
+    labels_for,
+    outputs_from,
+    read_checkpoint,
+    read_network,
+)
 from echofocus_core.study.outputs import Outputs
+from echofocus_core.video import panecho
 
 ELSEWHERE = (
     "labels",
@@ -101,14 +112,43 @@ def print_description(description):
             print(f"{key}: {printable(value)}")
 
 
-def model_facts(path, config):
+def describe_file(name, tasks):
+    """What the checkpoint or encoder of a model name, folder or .pt path is, as a dict."""
+    path = find_model_file(name)
+    releases.check_source(path)
+    if is_encoder(checkpoints.load_safely(path)):
+        facts = describe_encoder(panecho.load_panecho(path).model)
+    else:
+        facts = model_facts(path, tasks)
+    facts = {"name": path.parent.resolve().name, "file": path.name} | facts
+    facts |= {"sha256": sha256_file(path), "source": origin_of(path.parent)}
+    files = sorted(path.parent.iterdir()) if path.name in releases.CHECKPOINTS else [path]
+    return facts | {"files": {p.name: p.stat().st_size for p in files if p.is_file()}}
+
+
+def find_model_file(name):
+    """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
+    if Path(name).suffix == ".pt" and Path(name).is_file():
+        return Path(name)
+    folder = find_model(name)
+    path = folder / "best_checkpoint.pt"
+    return path if path.is_file() else encoder_in(folder) or path
+
+
+def origin_of(folder):
+    """Where a model is from, its licence and citation: its own record, else the registry's."""
+    entry = releases.released(folder)
+    entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
+    return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
+
+
+def model_facts(path, tasks):
     """What a checkpoint says of itself; labels that nobody names are numbered."""
     saved = read_checkpoint(path)
-    record = read_record(saved, path)
-    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
+    record, net, n_labels = read_network(saved, path)
     facts = {}
     try:
-        task, labels, units, origin = labels_for(path.parent, record, n_labels, config)
+        task, labels, units, origin = labels_for(path.parent, record, n_labels, tasks)
         outputs, scaling = outputs_from(saved, record, labels, path)
     except UserError as error:
         task, units, origin, scaling = "", {}, "nobody", None

@@ -10,20 +10,20 @@ from echofocus_core.base.files import in_file_name, write_table
 from echofocus_core.study.labels import read_labels, read_rows
 
 
-def map_rows(config, settings, datasets):
+def map_rows(job):
     """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
 
     Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
     are numbers, else text. Raises UserError when no table has the column.
     """
-    column, task = settings.color_by.strip(), config.tasks.get(settings.task)
+    column, task, datasets = job.settings.color_by.strip(), job.task, job.datasets
     if column in ("pid", "eid"):
         raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
     columns, rows, reasons = [] if column == "dataset" else [column], {}, []
-    for name in datasets:
-        path = config.datasets[name].label_path or (task.label_path if task else None)
+    for name, dataset in datasets.items():
+        path = dataset.label_path or (task.label_path if task else None)
         try:
-            if columns and column in task.task_labels:
+            if columns and task and column in task.task_labels:
                 rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
             else:
                 level = task.level if task else "study"

@@ -17,11 +17,13 @@ from echofocus_core.base.console import printable, progress
 from echofocus_core.base.files import atomic_path
 from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.input_check import UNUSUAL
+from echofocus_core.study.loading import released_task
+from echofocus_core.study.sources import source_studies
 from echofocus_core.video.decode import first_frames
 from echofocus_core.video.errors import VideoError
 from echofocus_core.video.extract import decoders, in_processes
 from echofocus_core.video.playback import Playback, stored_clip
-from echofocus_core.video.store import StudyDetails
+from echofocus_core.video.store import StudyDetails, open_folder, read_details
 from echofocus_core.video.studies import visible
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -90,6 +92,24 @@ class Page:
     @property
     def explained(self):
         return any(study.explanation for study in self.studies)
+
+
+def make_page(job, folder, table, left_out, explanations=(), truths=None):
+    """Write the page of the studies in a prediction table, with their explanations; print where."""
+    by_study = {x["eid"]: x for x in explanations if x["columns"]}
+    sources = source_studies(job, list(table["eid"]))
+    path, studies = job.dataset.embedding_path, []
+    files = open_folder(path).files if path.is_dir() else {}
+    for row in table.to_dict("records"):
+        eid = row["eid"]
+        explanation = by_study.get(eid)
+        names = explanation["videos"] if explanation else job.source.store.read(eid).videos
+        truth = None if truths is None else truths.loc[eid].to_numpy()
+        details = read_details(files[eid]) if eid in files else StudyDetails()
+        studies.append(PageStudy(eid, row, names, explanation, truth, details, sources.get(eid)))
+    plain = released_task(job.model.task).get("names", {}) | (job.task.names if job.task else {})
+    page = Page(folder, job.model, job.settings, studies, left_out, plain)
+    print(f"wrote {write_page(page)}")
 
 
 def write_page(page):

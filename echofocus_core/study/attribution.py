@@ -37,8 +37,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     method, (V, C, _) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
     if method == "attention":
-        rollouts = [attention_rollout(x, tokens) for x in getattr(net, "nets", [net])]
-        shares = torch.stack([x.expand(net.n_labels, -1) for x in rollouts]).mean(0)
+        shares = attention_rollout(net, tokens).expand(net.n_labels, -1)
         scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
         return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
     if method == "leave_one_out":

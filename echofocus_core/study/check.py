@@ -1,19 +1,20 @@
 """What a long run would fail on, each finding with its remedy."""
 
-import shutil
 import time
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from shutil import disk_usage
 
 import numpy as np
 import torch
 
 from echofocus_core import EMBED_DIM as D
-from echofocus_core.base.console import Collected, UserError, duration, progress
+from echofocus_core.base.console import Collected, UserError, duration, progress, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import options_of
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.answers import folds_to_test
 from echofocus_core.study.cohort import (
     cohort_of,
     fold_table,
@@ -21,7 +22,9 @@ from echofocus_core.study.cohort import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.config import MODELS, resolve_settings
+from echofocus_core.study.config import MODELS, Config, read_config
+from echofocus_core.study.fold_answers import folds_to_test, task_for
+from echofocus_core.study.job import check_job, resolve_settings
 from echofocus_core.study.labels import load_labels, other_unit
 from echofocus_core.study.loading import (
     folds_in_folder,
@@ -33,15 +36,36 @@ from echofocus_core.study.loading import (
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.study.sources import adopt_kinds, refuse_mixed, store_of, warn_of_other_input
+from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
 from echofocus_core.study.splits import known_to_others, some_of
-from echofocus_core.study.train_command import check_settings
+from echofocus_core.video.preview import preview_extraction
 from echofocus_core.video.store import PackedEmbeddings, UnreadableStudy
 from echofocus_core.video.studies import studies_of_dataset
 
 
-def end_check(levels):
-    """The last line of `check`; UserError where a run would fail. levels: see `check_section`."""
+def check_run(typed, preview_cohort):
+    """The command `check`. typed: options by name; preview_cohort: of `encoder.preview`. Raises
+    UserError where a run would fail."""
+    levels, videos = Counter(), typed.get("videos")
+    section = partial(check_section, levels)
+    if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
+        with section("cohort", "correct the tables, or name the folder with --data_dir") as heard:
+            check_room("decoded videos", Path(), preview_cohort(typed, heard), heard)
+    else:
+        config = model = job = None
+        with section("config", "correct the config; config-example.json shows one") as heard:
+            config = read_config(typed.get("config"), needed=not videos)
+            names = some(config.tasks, 9), some(config.datasets, 9)
+            heard.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
+        if config:
+            with section("model", "name another --model_name, or train it again") as heard:
+                model = check_model(typed, config, heard)
+            with section("options", "correct the option or the config") as heard:
+                job = choose_job(typed, config, model, heard)
+        if job:
+            check_data(job, section)
+        with section("videos", "see --videos") as heard:
+            check_videos(typed, config or Config(), model, heard)
     print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")
@@ -49,22 +73,22 @@ def end_check(levels):
 
 @contextmanager
 def check_section(levels, title, remedy):
-    """A listener for one part of `check`; what it heard is printed in the end, UserErrors too.
+    """A listener for one part of `check`; prints what it collected in the end, UserErrors too.
 
     levels: Counter that gets how many findings of each level there were. remedy: of an error that
-    says none.
+    has none.
     """
-    heard = Collected()
+    listener = Collected()
     try:
-        yield heard
+        yield listener
     except UserError as error:
-        text, said = str(error), ""
+        text, own_remedy = str(error), ""
         if "\n" not in text:  # else a list of faults
-            text, _, said = text.partition("; ")
-        heard.error(text, said or remedy)
-    if heard.findings:
+            text, _, own_remedy = text.partition("; ")
+        listener.error(text, own_remedy or remedy)
+    if listener.findings:
         print(title)
-    for finding in heard.findings:
+    for finding in listener.findings:
         levels[finding.level] += 1
         print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
         if finding.remedy:
@@ -72,80 +96,95 @@ def check_section(levels, title, remedy):
 
 
 def check_model(typed, config, listener):
-    """The model of --model_name, or the one that `train` would go on with; None without one."""
+    """The model of --model_name, or the one that `train` would resume; None without one."""
     name, run_id = typed.get("model_name"), typed.get("run_id", "")
     task = config.pick("task", typed["task"]) if typed.get("task") else ""
     if not name and not config.tasks:
-        return listener.ok("none looked at; --model_name names one")
+        return listener.ok("no model checked; --model_name names one")
     if not name:
         name = task or config.pick("task", "")
         folder = model_folder(name, run_id)
         if not (folder / "best_checkpoint.pt").is_file() and not folds_in_folder(folder):
-            return listener.ok(f"no model {name} yet, none looked at; --model_name names one")
-    model = load_named(name, run_id, config, task, pick_device(typed.get("device", "")))
+            return listener.ok(f"no model {name} yet, none checked; --model_name names one")
+    model = load_named(name, run_id, config.tasks, task, pick_device(typed.get("device", "")))
     folder = model.folder
     listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
-    labels = model.outputs.labels
-    if model.task in config.tasks and config.tasks[model.task].task_labels != labels:
-        listener.error(
-            f"task {model.task} of {config.path} has other labels than {folder.name}: predict "
-            "works, evaluate does not",
-            f"give the task the model's labels, in their order: {', '.join(labels)}",
-        )
-    elif model.task in config.tasks:
-        own = config.tasks[model.task]
-        for label in labels:
-            if other_unit(label, own.units, model.units):
-                listener.error(
-                    f"{label} is in {own.units[label]} in task {model.task} of {config.path}, in "
-                    f"{model.units[label]} in {folder.name}",
-                    "convert the labels, and say so in the task's units",
-                )
-        for text in other_times(model, own.survival, own.units):
-            listener.warning(text, "say the unit in both, or give the column of the same times")
+    if model.task in config.tasks:
+        check_task(model, config.tasks[model.task], listener)
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
     return model
 
 
-def check_choice(typed, config, model, listener):
-    """The Settings that a run would take; None where only --videos is looked at."""
-    made = any(d.embedding_path.is_dir() for d in config.datasets.values())
-    if typed.get("videos") and not typed.get("dataset") and not made:
-        return listener.ok("no dataset is extracted yet: only --videos is looked at")
-    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
-    settings = resolve_settings("train", typed, config, model)
-    check_settings(settings)
-    if settings.task in config.tasks:
-        listener.ok(f"task {settings.task} on dataset {settings.dataset}")
+def check_task(model, task, listener):
+    """Whether a task of the config has the labels of a model, in its units."""
+    folder, labels = model.folder, model.outputs.labels
+    if task.task_labels != labels:
+        listener.error(
+            f"task {model.task} of the config has other labels than {folder.name}: predict works, "
+            "evaluate does not",
+            f"give the task the model's labels, in their order: {', '.join(labels)}",
+        )
+        return
+    for label in labels:
+        if other_unit(label, task.units, model.units):
+            listener.error(
+                f"{label} is in {task.units[label]} in task {model.task} of the config, in "
+                f"{model.units[label]} in {folder.name}",
+                "convert the labels and change the task's units",
+            )
+    for text in other_times(model, task.survival, task.units):
+        listener.warning(text, "declare the unit in both, or give the column of the same times")
+
+
+def choose_job(typed, config, model, listener):
+    """The Job that a run would have; None where only --videos can be checked."""
+    extracted = any(d.embedding_path.is_dir() for d in config.datasets.values())
+    if typed.get("videos") and not typed.get("dataset") and not extracted:
+        return listener.ok("no dataset is extracted yet: only --videos is checked")
+    job = check_job(typed, config, model)
+    if job.task:
+        listener.ok(f"task {job.settings.task} on dataset {job.settings.dataset}")
     else:
         listener.warning(
-            f"{config.path} has no task {settings.task}: predict works, evaluate does not",
+            f"{config.path} has no task {job.settings.task}: predict works, evaluate does not",
             "add the task with the model's labels",
         )
-    return settings
+    return job
 
 
-def check_data(settings, config, model, section):
-    """Labels, embeddings, folds, disk and time of a run with these settings."""
-    dataset = config.datasets[settings.dataset]
+def check_videos(typed, config, model, listener):
+    """The folder of --videos: files, encoder, time and disk space."""
+    if not typed.get("videos"):
+        return listener.ok("none checked; --videos names a folder")
+    options = {name: typed[name] for name in typed if name in options_of("extract")}
+    settings, _ = resolve_settings("extract", options, config, model)
+    trained_on = model.record.encoder_sha256 if model else ""
+    settings = vars(settings) | {"videos": typed["videos"]}
+    size = preview_extraction(settings, trained_on, listener)
+    check_room("clip embeddings of --videos", MODELS, size, listener)
+
+
+def check_data(job, section):
+    """Labels, embeddings, folds, disk and time of a run."""
+    settings, dataset, model = job.settings, job.dataset, job.model
     task = table = store = studies = folds = None
     headers = {}
-    if settings.task in config.tasks:
-        with section("labels", "mend the label table") as listener:
-            task, table = check_labels(settings, config, model, listener)
-    if dataset.is_of_videos and not settings.embedding_path:
+    if job.task:
+        with section("labels", "correct the label table") as listener:
+            task, table = check_labels(job, listener)
+    if job.reads_videos:
         with section("videos", "") as listener:
-            where = dataset.video_base_path, dataset.video_subdir_format
-            found = studies_of_dataset(*where, listener=listener)
+            place = dataset.video_base_path, dataset.video_subdir_format
+            found = studies_of_dataset(*place, listener=listener)
             n = sum(len(study.videos) for study in found)
             listener.ok(
-                f"{where[0]}: {len(found)} studies, {n} videos; no clip embeddings yet, which "
+                f"{place[0]}: {len(found)} studies, {n} videos; no clip embeddings yet, which "
                 "predict, evaluate, embed and explain make"
             )
         return
     with section("embeddings", "see embedding_path in the config") as listener:
-        store = store_of(config, settings, listener=listener)
+        store = open_embeddings(dataset, job.task, settings, listener)
         headers = check_embeddings(dataset.embedding_path, store, settings, listener)
     if model and store:
         with section("encoder", "") as listener:
@@ -157,31 +196,34 @@ def check_data(settings, config, model, section):
             studies = match_studies(table, store, task, limit, first_only, listener)
     if studies is not None and len(studies):
         with section("split", "see --split") as listener:
-            folds = check_folds(settings, config, model, (task, table, studies, store), listener)
+            folds = check_folds(job, (task, table, studies, store), listener)
     labels = model.labels if model else task.outputs.names if task else []
-    if not labels:
-        return
-    net = StudyModel(
-        len(labels), settings.transformer_type, settings.encoder_depth, settings.tf_combine
-    )
+    if labels:
+        check_resources(job, len(labels), store, headers, folds, section)
+
+
+def check_resources(job, n_labels, store, headers, folds, section):
+    """Disk space and time of a run."""
+    s = job.settings
+    net = StudyModel(n_labels, s.transformer_type, s.encoder_depth, s.tf_combine)
     with section("disk", "") as listener:  # weights and two moments, best and last
         size = 2 * 3 * 4 * sum(p.numel() for p in net.parameters())
-        check_room("checkpoints", MODELS, size, listener.error, listener)
+        check_room("checkpoints", MODELS, size, listener)
         if headers and not isinstance(store, PackedEmbeddings):
             size = sum(4 * D * h.copies * h.videos * h.clips for h in headers.values())
-            folder = dataset.embedding_path.parent
-            check_room("a packed copy", folder, size, listener.warning, listener)
+            folder = job.dataset.embedding_path.parent
+            check_room("a packed copy", folder, size, listener, needed=False)
     if headers:
         with section("time", "") as listener:
-            check_time(net, store, sorted(headers), folds, settings, listener)
+            check_time(net, store, sorted(headers), folds, s, listener)
 
 
-def check_labels(settings, config, model, listener):
+def check_labels(job, listener):
     """(task, label table) as a run reads them; a model needs none to predict."""
-    task = config.tasks[settings.task]
+    task, model = job.task, job.model
     if model and task.task_labels == model.outputs.labels:
-        adopt_kinds(config, settings.task, model)
-    path = config.datasets[settings.dataset].label_path or task.label_path
+        task = task_for(model, task)
+    path = job.dataset.label_path or task.label_path
     if model and (path is None or not path.is_file()):
         listener.warning(
             f"no label table{f' {path}' if path else ''}: predict and embed need none, train and "
@@ -189,8 +231,7 @@ def check_labels(settings, config, model, listener):
             "set label_path of the task or the dataset in the config",
         )
         return task, None
-    names = settings.task, settings.dataset
-    return load_labels(config, *names, listener, settings.split_column)
+    return load_labels(task, job.dataset, listener, job.settings.split_column)
 
 
 def check_embeddings(path, store, settings, listener):
@@ -220,11 +261,11 @@ def check_embeddings(path, store, settings, listener):
     return headers
 
 
-def check_folds(settings, config, model, data, listener):
+def check_folds(job, data, listener):
     """The folds of a run and what can be learnt; None where nothing of it is for training."""
-    task, table, studies, store = data
+    (task, table, studies, store), settings, model = data, job.settings, job.model
     if model:
-        folds, _ = folds_to_test(model, task, table, settings, store, listener)
+        folds, _ = folds_to_test(job, task, table, store, listener)
         folds = folds.loc[studies.index]
         listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
         if settings.dataset != model.record.dataset:
@@ -237,15 +278,19 @@ def check_folds(settings, config, model, data, listener):
     return folds
 
 
-def check_room(what, folder, size, shortage, listener):
-    """Whether a folder's disk has room for `size` bytes; `shortage` is told where it has not."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(there).free
+def check_room(what, folder, size, listener, needed=True):
+    """Whether a folder's disk has `size` bytes free; an error, or a warning where it is not needed.
+
+    The folder need not exist yet.
+    """
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
+    free = disk_usage(existing).free
     text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
-    if size > free:
-        shortage(text, "free some, or work on another disk")
-    else:
+    if size <= free:
         listener.ok(text)
+    else:
+        report = listener.error if needed else listener.warning
+        report(text, "free some space, or work on another disk")
 
 
 def check_time(net, store, eids, folds, settings, listener):
@@ -270,10 +315,8 @@ def check_time(net, store, eids, folds, settings, listener):
     listener.ok(f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}")
     if folds is not None:
         train, val = ((folds == fold).sum() for fold in ("train", "val"))
-        epoch = train * each["train"] + val * each["predict"]
-        whole, n = "", settings.epoch_lim
-        if n > 0:
-            whole = f", {n} epochs: {duration(epoch * n)}"
+        epoch, limit = train * each["train"] + val * each["predict"], settings.epoch_lim
+        whole = f", {limit} epochs: {duration(epoch * limit)}" if limit > 0 else ""
         listener.ok(
             f"an epoch of training on {train} studies: about {duration(epoch)} on {device}"
             f"{whole} (rough)"

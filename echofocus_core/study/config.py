@@ -13,7 +13,6 @@ from echofocus_core.base.console import UserError, nearest, printable
 from echofocus_core.base.options import (
     IN_CONFIG,
     MOST_LABELS,
-    OPTIONS,
     RECORDED,
     SYNONYMS,
     Entry,
@@ -21,9 +20,7 @@ from echofocus_core.base.options import (
     Name,
     Settings,
     Text,
-    given,
     one_name,
-    options_of,
     readable_text,
     shown,
     validated,
@@ -463,82 +460,3 @@ def read_record(saved, file):
         if name not in raw:
             raise UserError(f"{file}, its record: '{name}' is missing")
     return validated(Record, raw, f"{file}, its record")
-
-
-# ---------------------------------------------------------------------------------------- who wins
-
-RECIPES = {  # how the published models were trained
-    "chd": {"encoder_depth": 1, "learning_rate": 1e-4, "batch_number": 128, "epoch_lim": 30},
-    "measure": {"encoder_depth": 5, "learning_rate": 1e-5, "batch_number": 32, "epoch_lim": 12},
-    "fyler": {"transformer_type": "multiquery", "encoder_depth": 10, "learning_rate": 1e-4}
-    | {"batch_number": 512, "clip_dropout": 0.5, "epoch_lim": 20, "epoch_early_stop": 10},
-}
-
-
-def resolve_settings(command, typed, config, model=None):
-    """Who wins, for every option of a command; prints what was taken that nobody typed.
-
-    What is typed, the config's dataset, the config's task, for videos the input that the model was
-    trained on, the published recipe of the task, the defaults. model: a LoadedModel or None.
-    """
-    task = typed.get("task") or (model.task if model else config.pick("task", ""))
-    dataset, why = pick_dataset(typed, config, model)
-    layers = [("typed", typed)]
-    for kind, entries, name in (
-        ("dataset", config.datasets, dataset),
-        ("task", config.tasks, task),
-    ):
-        if name in entries:
-            layers.append((f"the config's {kind} {name}", given(entries[name].settings)))
-    entry = config.datasets.get(dataset)
-    if model and (typed.get("videos") or command == "extract" or (entry and entry.is_of_videos)):
-        trained = input_options(model.record.input).items()
-        trained = {n: v for n, v in trained if v != OPTIONS[n].default}
-        if model.encoder_file:
-            trained["weights"] = str(model.encoder_file)
-        layers.append((f"as {model.folder.name} was trained", trained))
-    layers += [
-        (f"the published {task} recipe", RECIPES.get(task, {})),
-        ("the model's" if model else "the config's first", {"task": task}),
-        (why, {"dataset": dataset}),
-        ("the task's name", {} if model else {"model_name": task}),
-    ]
-    values, taken = {"config": str(config.path)}, [f"config = {config.path.name}"]
-    for name in options_of(command):
-        for source, layer in layers:
-            if layer.get(name) not in (None, ""):
-                values[name] = layer[name]
-                if source != "typed":
-                    taken.append(f"{name} = {layer[name]} ({source})")
-                break
-    print("using " + "; ".join(taken))
-    return validated(Settings, values)
-
-
-def pick_dataset(typed, config, model=None):
-    """(name, why that) of the dataset to work on; typed paths replace those of the config."""
-    if typed.get("videos"):
-        return Path(typed["videos"]).resolve().name, "the folder of --videos"
-    name, folder = typed.get("dataset", ""), typed.get("embedding_path")
-    trained_on, why = model.record.dataset if model else "", "typed"
-    if folder:
-        name, why = name or Path(folder).resolve().name, "the folder of --embedding_path"
-        entry = config.datasets.get(name) or Dataset(embedding_path=folder)
-        config.datasets[name] = entry.model_copy(update={"embedding_path": Path(folder)})
-    elif name or trained_on not in config.datasets:
-        name, why = config.pick("dataset", name), "the config's first"
-        if trained_on and name != trained_on:
-            why += f"; the model's {trained_on} is not in it"
-    else:
-        name, why = trained_on, "the model's"
-    if name and (table := typed.get("label_path")):
-        config.datasets[name] = config.datasets[name].model_copy(update={"label_path": Path(table)})
-    return name, why
-
-
-def input_options(model_input):
-    """How the videos that a model was trained on were extracted, as options; as far as known."""
-    told = model_input.model_dump(exclude_none=True)
-    found = {n: told[n] for n in ("size", "clip_len", "n_clips", "mask") if n in told}
-    random = str(told.get("weights", "")).startswith("random")
-    return found | ({"weights": "random"} if random else {})

@@ -8,7 +8,6 @@ The pages are written by report/evaluation.py.
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -151,11 +150,6 @@ def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, y
 
 
 # -------------------------------------------------------------------------- predictions of a table
-
-
-def is_table(name):
-    """Whether an entry of --compare is a table of predictions."""
-    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
 
 
 def read_prediction_rows(path, listener=RUN):
@@ -328,10 +322,10 @@ def read_by(text):
     return column, edges
 
 
-def group_columns(texts, config, settings):
+def group_columns(job):
     """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
     edges = {}
-    for column, numbers in map(read_by, texts):
+    for column, numbers in map(read_by, job.settings.by):
         if column == "eid":
             raise UserError("--by eid: each study would be a group; name a column that groups them")
         if column in edges:
@@ -339,9 +333,10 @@ def group_columns(texts, config, settings):
         edges[column] = numbers
     if not edges:
         return {}
-    dataset, task = config.datasets[settings.dataset], config.tasks[settings.task]
-    path = dataset.label_path or task.label_path
-    rows = read_rows(path, list(edges), level=task.level)
+    if not job.task:
+        raise UserError("--by reads the label table: name a --task of the config")
+    path = job.dataset.label_path or job.task.label_path
+    rows = read_rows(path, list(edges), level=job.task.level)
     return {column: (rows[column], edges[column]) for column in edges}
 
 

@@ -1,19 +1,206 @@
-"""Tables and files of what was explained: a unit (`attribution.explain_study`) is a study."""
+"""Which studies `explain` takes, and what each of their videos contributes to each answer."""
 
-import hashlib
-import json
-import re
+from functools import partial
 from itertools import chain
 
-import h5py
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import UserError
-from echofocus_core.base.files import atomic_path, write_table
-from echofocus_core.base.hdf5 import new_hdf5
-from echofocus_core.base.options import Settings
-from echofocus_core.study.attribution import COMPLETE
+from echofocus_core import __version__
+from echofocus_core.base.console import RUN, Collected, UserError, nearest, progress
+from echofocus_core.base.files import sha256_of
+from echofocus_core.study.attribution import clip_baseline, explain_study
+from echofocus_core.study.fold_answers import labelled_folds
+from echofocus_core.study.loop import run_studies
+from echofocus_core.study.models import LoadedEnsemble
+from echofocus_core.study.outputs import scale
+from echofocus_core.study.sources import labelled_ids
+from echofocus_core.study.splits import seen_weights, some_of
+from echofocus_core.video.store import UnreadableStudy
+
+SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
+
+
+def label_columns(model, labels=None):
+    """Label names (default: all that were learnt) -> their numbers. Raises UserError."""
+    unlearnt, name = model.record.unlearnt, model.folder.name
+    for label in labels or ():
+        if label in unlearnt:
+            raise UserError(f"{name} has not learnt {label}: nothing to explain")
+        if label not in model.labels:
+            raise UserError(f"no label {label} in {name}{nearest(label, model.labels)}")
+    labels = labels or [label for label in model.labels if label not in unlearnt]
+    return [model.labels.index(label) for label in labels]
+
+
+# ---------------------------------------------------------------------------------------- studies
+
+
+def explained_studies(job):
+    """(ids of the studies to explain, their labels in physical units, NaN where there is none,
+    the patients of those that a label table names).
+
+    Studies without labels are explained too: those that neither the model nor the encoder has seen
+    are of the test fold.
+    """
+    model, settings, eids = job.model, job.settings, job.source.eids
+    truths = no_truths(model, eids)
+    folds, patients = pd.Series("test", index=truths.index), {}
+    labelled = job.dataset.label_path or labelled_ids(job)
+    encoder, _ = job.source.store.encoder_seen(eids, Collected() if labelled else RUN)
+    if seen := [*(model.seen or ()), *([] if settings.assume_unseen else encoder)]:
+        by_study = truths.assign(pid=[f"study {eid}" for eid in eids])  # no patient is known
+        folds = seen_weights(seen, by_study).map({0: "test", 1: "val", 2: "train"})
+    if labelled:
+        _, table, folds_of_table, _ = labelled_folds(job)
+        names = table.index.intersection(eids)
+        patients = dict(table["pid"])
+        truths.loc[names] = model.outputs.truths(table.loc[names])
+        folds[names] = folds_of_table[names]
+    elif settings.explain_mode == "loss":
+        raise UserError("--explain_mode loss needs labels: set label_path in the config")
+    if settings.eids:
+        for eid in settings.eids:
+            if eid not in truths.index:
+                raise UserError(f"no study {eid} in {settings.dataset}{nearest(eid, eids)}")
+        return list(dict.fromkeys(settings.eids)), truths, patients
+    if settings.subset != "all":
+        eids = [eid for eid in eids if folds[eid] == settings.subset]
+    if not eids:
+        hint = "; --subset all takes those that the models have seen too"
+        hint *= isinstance(model, LoadedEnsemble)
+        raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
+    return sorted(eids), truths, patients
+
+
+def no_truths(model, eids):
+    return pd.DataFrame(np.nan, index=pd.Index(eids, name="eid"), columns=model.labels)
+
+
+def select_studies(job, eids, truths, columns):
+    """The studies that `--select` names, best first (`rank`). Raises UserError."""
+    model, settings, select = job.model, job.settings, job.settings.select
+    if select == "all":
+        return some_of(eids, settings.sample_limit)
+    kinds = {model.kind(model.labels[i]) for i in columns}
+    if len(kinds) > 1:
+        raise UserError(f"--select {select} is for one kind of label: --explain_tasks")
+    if kinds != {"binary"} and (select != "wrong" or kinds != {"regression"}):
+        raise UserError(f"--select {select} is not for labels of type {kinds.pop()}")
+    outcome = run_studies(model.net, job.source.store, eids, settings, label="select")
+    answers = model.readable(outcome.logits)[:, columns]
+    truth = truths.loc[outcome.eids].to_numpy()[:, columns]
+    labels = [model.labels[i] for i in columns]
+    if kinds == {"binary"}:
+        cuts = np.array([model.record.thresholds.get(label, 0.5) for label in labels])
+        order = rank_findings(log_odds(answers), truth, log_odds(cuts), select)
+    else:
+        scaled = (scale(x, labels, model.scaling) for x in (answers, truth))
+        order = rank_errors(*scaled)
+    chosen = [outcome.eids[i] for i in order][: settings.sample_limit or SELECTED]
+    if not chosen:
+        raise UserError(f"--select {select} selects no study")
+    print(f"{len(chosen)} of {len(eids)} studies are explained: {select}")
+    return chosen
+
+
+def log_odds(p):
+    p = np.clip(np.asarray(p, np.float64), 1e-12, 1 - 1e-12)
+    return np.log(p / (1 - p))
+
+
+def rank_errors(values, truth):
+    """Rows with an error, the largest first; values and truth (S, T) in standard deviations."""
+    if np.isnan(truth).all():
+        raise UserError("--select wrong needs labels: set label_path in the config")
+    wrong = np.nan_to_num(np.abs(values - truth)).max(axis=1)
+    return [i for i in np.argsort(-wrong, kind="stable") if wrong[i] > 0]
+
+
+def rank_findings(answers, truth, cuts, select):
+    """Rows of the studies that `select` takes, best first; answers (S, T) and cuts in log-odds.
+
+    confident: farthest from the thresholds; wrong: decided against the label, farthest first;
+    balanced: in turn with and without a finding (by label where there is one, else by decision).
+    """
+    margins = answers - cuts
+    decided = margins >= 0
+    wrong = np.where(np.isnan(truth) | (decided == (truth == 1)), 0, margins)
+    if select == "wrong":
+        return rank_errors(wrong, np.where(np.isnan(truth), np.nan, 0))
+    order = np.argsort(-np.abs(margins).max(axis=1), kind="stable")
+    if select == "balanced":
+        present = np.where(np.isnan(truth), decided, truth == 1).any(axis=1)
+        groups = [[i for i in order if present[i]], [i for i in order if not present[i]]]
+        order = list(chain(*zip(*groups, strict=False)))
+    return order
+
+
+# ----------------------------------------------------------------------------------- explanations
+
+
+def explain_studies(job, eids, columns, truths=None, first=0):
+    """Yield the explanation of each study from number `first` on, see `explain_study`.
+
+    The processes of the job share the studies; each of them yields all.
+    """
+    model, store, settings, world = job.model, job.source.store, job.settings, job.world
+    truths = no_truths(model, eids) if truths is None else truths
+    explain_one = partial(explain, model, columns=columns, settings=settings)
+    rounds = range(first, len(eids), world.size)
+    for start in progress(rounds, desc="explain", unit="study", disable=world.rank > 0):
+        explanation = None
+        if start + world.rank < len(eids):
+            eid = eids[start + world.rank]
+            try:
+                explanation = explain_one(eid, store.read(eid), truths=truths.loc[eid].to_numpy())
+            except UnreadableStudy as error:
+                explanation = {"eid": eid, "columns": [], "unreadable": str(error)}
+        yield from filter(None, world.gather(explanation))
+
+
+def explain(model, eid, bag, columns, settings, truths=None):
+    """The explanation of a study, see `explain_study`; of averaged models the mean of theirs.
+
+    truths: (T,) labels in physical units, NaN where missing.
+    """
+    if isinstance(model, LoadedEnsemble):
+        each = [explain(m, eid, bag, columns, settings, truths) for m in model.members]
+        return mean_explanation(model, each, settings)
+    targets = None if truths is None else normalised(model, truths[None])[0]
+    baseline = clip_baseline(model, settings)
+    return explain_study(model, eid, bag, columns, settings, baseline, targets)
+
+
+def mean_explanation(model, each, settings):
+    """The mean of the members' explanations of a study, for each label over those that learnt it.
+
+    Scores of a measurement are brought to the scale of the first member, whose scaling the average
+    has. Answers stay those of each member, which `model.readable` averages.
+    """
+    columns = [i for i in each[0]["columns"] if all(i in x["columns"] for x in each)]
+    result = {"eid": each[0]["eid"], "columns": columns, "videos": each[0]["videos"]}
+    if not columns:
+        return result
+    weights = np.array([weights_of(model, m, columns, settings) for m in model.members])
+    weights /= (weights > 0).sum(axis=0)
+    for name in ("scores", "absolute", "ends", "error"):
+        parts = [x[name][[x["columns"].index(i) for i in columns]] for x in each]
+        shares = weights if name != "error" else (weights > 0) / (weights > 0).sum(axis=0)
+        result[name] = sum((w * part.T).T for w, part in zip(shares, parts, strict=True))
+    for name in ("answer", "baseline", "without"):
+        result[name] = np.concatenate([x[name] for x in each], axis=1)
+    result["losses"] = np.mean([x["losses"] for x in each], axis=0)
+    return result | {"truths": each[0]["truths"]}
+
+
+def weights_of(model, member, columns, settings):
+    """What a member's scores are multiplied by, in the scale of the average; 0: not learnt."""
+    labels = [model.labels[i] for i in columns]
+    factors = [
+        score_unit(member, x, settings)[0] / score_unit(model, x, settings)[0] for x in labels
+    ]
+    return np.where(np.isin(labels, member.record.unlearnt), 0.0, factors)
 
 
 def score_unit(model, label, settings):
@@ -24,148 +211,24 @@ def score_unit(model, label, settings):
         return 1.0, "loss"
     if model.kind(label) != "regression":
         return 1.0, {"binary": "log-odds", "survival": "log hazard"}[model.kind(label)]
-    if not model.scaling:  # an average, whose answers are in their units
-        return 1.0, model.unit(label) or "label's unit"
     if model.scaling[label]["apply_boxcox"]:
         return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
     return float(model.scaling[label]["stdev"]), model.unit(label) or "label's unit"
 
 
-def video_rows(model, unit, settings):
-    """A row a label and video, best first by absolute score: DataFrame.
-
-    Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
-    rank, without (the answer without the video), baseline (the answer at the baseline),
-    convergence_error.
-    """
-    parts = []
-    answers = {k: model.readable(unit[k]) for k in ("answer", "baseline", "without")}
-    for k, i in enumerate(unit["columns"]):
-        label = model.labels[i]
-        factor, name = score_unit(model, label, settings)
-        order = np.argsort(-unit["absolute"][k], kind="stable")
-        part = {"eid": unit["eid"], "label": label, "prediction": answers["answer"][0, i]}
-        part |= {"video": [unit["videos"][v] for v in order]}
-        part |= {"score": factor * unit["scores"][k].sum(1, dtype=np.float64)[order]}
-        part |= {"score_abs": factor * unit["absolute"][k][order]}
-        part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
-        part |= {"baseline": answers["baseline"][0, i], "convergence_error": unit["error"][k]}
-        parts.append(pd.DataFrame(part | {"score_unit": name}))
-    return pd.concat(parts, ignore_index=True)
+def normalised(model, truths):
+    """Labels (S, T) in physical units -> as the network's outputs are."""
+    return scale(np.asarray(truths), model.labels, model.scaling or {})
 
 
-def top_rows(model, unit, settings, truths, dataset):
-    """Rows of the published table: one a label, with the top videos by absolute score."""
-    values, rows = model.readable(unit["answer"])[0], []
-    for k, i in enumerate(unit["columns"]):
-        order = np.argsort(-unit["absolute"][k], kind="stable")[: settings.explain_n]
-        loss = np.nan if np.isnan(unit["truths"][i]) else unit["losses"][i]
-        row = {"echo_id": unit["eid"], "measure": model.labels[i], "y_true": truths[i]}
-        row |= {"y_pred": values[i], "loss": loss}
-        for n in range(settings.explain_n):  # blank where a study has fewer videos
-            there = n < len(order)
-            row[f"top_video_{n + 1}"] = unit["videos"][order[n]] if there else ""
-            row[f"top_video_{n + 1}_score"] = unit["absolute"][k][order[n]] if there else np.nan
-        rows.append(row | {"dataset": dataset})
-    return rows
-
-
-def write_explanations(model, journal, truths, settings, dataset, names, report_unreadable, told):
-    """The long table, the published one, and the clips' scores, from the units of a journal.
-
-    told: what makes answers doubtful, sentence -> studies: a column of the long table, where there
-    is any. Returns that table.
-    """
-    videos, tops, unreadable, folder = [], [], {}, model.folder
-    labelled = truths.notna().any(axis=None)
-    with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
-        f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
-        for unit in journal:
-            if "unreadable" in unit:
-                unreadable[unit["eid"]] = unit["unreadable"]
-            if not unit["columns"]:
-                continue
-            truth = truths.loc[unit["eid"]].to_numpy()
-            rows = video_rows(model, unit, settings)
-            if labelled:
-                of_label = dict(zip(model.labels, truth, strict=True))
-                rows.insert(2, "y_true", rows["label"].map(of_label))
-            videos.append(rows)
-            tops += top_rows(model, unit, settings, truth, dataset)
-            labels = [model.labels[i] for i in unit["columns"]]
-            f[f"{unit['eid']}/scores"] = unit["scores"]  # (T, V, C), in the network's units
-            for name, texts in (("labels", labels), ("videos", unit["videos"])):
-                f[unit["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
-        report_unreadable(unreadable)
-        if not videos:
-            raise UserError("nothing could be explained")
-    videos = pd.concat(videos, ignore_index=True)
-    if told:
-        of = {eid: "; ".join(x for x in told if eid in told[x]) for eid in set(videos["eid"])}
-        videos["warning"] = videos["eid"].map(of)
-    write_table(videos, folder / names["videos"])
-    write_table(pd.DataFrame(tops), folder / names["tops"])
-    worst = videos["convergence_error"].max()
-    if worst >= COMPLETE:
-        print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
-    for name in names.values():
-        print(f"wrote {folder / name}")
-    return videos
-
-
-def explanation_names(model, settings, dataset, columns, eids):
-    """File names that hold all that was chosen, so that no other choice overwrites them."""
-    chosen = [f"{settings.subset}_{dataset}"]
-    if settings.eids or settings.select != "all":
-        key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
-        chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
-    if len(columns) < len(model.labels):
-        labels = [model.labels[i] for i in columns]
-        text, exact = "_".join(re.sub(r"\W", "-", x) for x in labels), "_".join(labels)
-        if len(text) > 40 or text != exact:
-            digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
-            text = digest if len(text) > 40 else f"{text}-{digest}"
-        chosen.append(f"labels-{text}")
-    if settings.sample_limit and settings.select == "all":
-        chosen.append(f"sample_limit-{settings.sample_limit}")
-    tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
-    if settings.explain_mode != "pred":
-        chosen.append(f"mode-{settings.explain_mode}")
-    other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
-    if settings.explain_steps != Settings().explain_steps:
-        other.append(f"steps-{settings.explain_steps}")
-    other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
-    long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
-    tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
-    return {"videos": f"{long}.csv", "tops": f"{tops}.csv", "clips": f"{long}.clips.h5"}
-
-
-SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
-
-
-def ranked(model, logits, targets, columns, select):
-    """Rows of the studies that `select` takes, best first; logits and targets (S, T), normalised.
-
-    confident: answers farthest from their thresholds; wrong: decisions against the label, or the
-    largest errors of a measurement, worst first; balanced: in turn with and without a finding (by
-    label where there is one, else by decision). Raises UserError.
-    """
-    logits, truth = logits[:, columns], targets[:, columns]
-    if select == "wrong" and np.isnan(truth).all():
-        raise UserError("--select wrong needs labels: set label_path in the config")
-    if model.kind(model.labels[columns[0]]) == "binary":
-        thresholds = model.record.thresholds
-        cuts = np.array([thresholds.get(model.labels[i], 0.5) for i in columns])
-        margins = logits - np.log(cuts / (1 - cuts))  # in log-odds
-        decided = np.where(np.isnan(truth), margins >= 0, truth == 1).any(axis=1)
-        wrong = np.where(np.isnan(truth) | ((margins >= 0) == (truth == 1)), 0, np.abs(margins))
-    else:
-        wrong = np.nan_to_num(np.abs(logits - truth))
-    if select == "wrong":
-        order = np.argsort(-wrong.max(axis=1), kind="stable")
-        return [i for i in order if wrong[i].max() > 0]
-    order = np.argsort(-np.abs(margins).max(axis=1), kind="stable")
-    if select == "balanced":
-        groups = [[i for i in order if decided[i]], [i for i in order if not decided[i]]]
-        order = list(chain(*zip(*groups, strict=False)))
-    return order
+def journal_header(job, eids, columns, truths):
+    """What explanations depend on: a stopped run resumes only where all of it is the same."""
+    settings = job.settings
+    weights = {name: x.cpu().numpy() for name, x in job.model.net.state_dict().items()}
+    names = ("precision", "max_videos_per_study", "explain_mode", "explain_method",
+             "explain_steps", "baseline")  # fmt: skip
+    header = {name: getattr(settings, name) for name in names}
+    return header | {
+        "model": sha256_of(*chain(*weights.items())), "studies": job.source.store.digest(eids),
+        "columns": columns, "truths": sha256_of(truths.loc[eids].to_csv()), "version": __version__,
+    }  # fmt: skip

@@ -14,9 +14,8 @@ from echofocus_core.study.outputs import examples_of, fit_scaling, scaling_fault
 from echofocus_core.study.splits import GIVEN_FOLD, STUDY, given_folds, refuse_split_patients
 
 
-def load_labels(config, task_name, dataset_name, listener=RUN, split_column=""):
+def load_labels(task, dataset, listener=RUN, split_column=""):
     """(task with its kinds decided, label table) of a dataset, or (task, None) without a table."""
-    task, dataset = config.tasks[task_name], config.datasets[dataset_name]
     path = dataset.label_path or task.label_path
     if path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")

@@ -1,33 +1,119 @@
-"""Trained models from folders and files: finding, reading and averaging them."""
+"""Trained models from folders and files: find, read and average them."""
 
-import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from echofocus_core import EMBED_DIM as D
 from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, some
 from echofocus_core.base.files import sha256_file
+from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS
 from echofocus_core.study.config import MODELS, Input, Record, read_record
 from echofocus_core.study.end_to_end import ENCODER_FILE
 from echofocus_core.study.input_check import Novelty
-from echofocus_core.study.models import (
-    Ensemble,
-    LoadedEnsemble,
-    LoadedModel,
-    clip_mean_from,
-    labels_for,
-    network_from,
-    outputs_from,
-    pooling_of,
-)
-from echofocus_core.study.network import Readings
-from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.models import Ensemble, LoadedEnsemble, LoadedModel
+from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.outputs import Outputs, scaling_fault
 from echofocus_core.study.splits import seen_from
 from echofocus_core.video import panecho
 from echofocus_core.video.panecho import published_parts
 from echofocus_core.video.store import MADE_WITH
+
+# ------------------------------------------------------------------------------------------- find
+
+BEST = "best_checkpoint.pt"
+
+
+def model_folder(name, run_id=""):
+    """`--model_name` (and `--run_id`) -> folder: a path as it is, a name in ./trained_models."""
+    if os.sep in run_id:
+        raise UserError(f"--run_id is appended to a name and has no {os.sep}: {run_id}")
+    name += f"_{run_id}" if run_id else ""
+    return Path(name) if os.sep in name else MODELS / name
+
+
+def folds_in_folder(folder):
+    """The model folders of a cross-validation, or []."""
+    if (folder / BEST).is_file():
+        return []
+    return sorted(path.parent for path in folder.glob(f"fold_*/{BEST}"))
+
+
+def find_model(name, run_id="", task="", tasks=()):
+    """The folder of a trained model, or an encoder file. Raises UserError.
+
+    name: as in ./trained_models, or a path of the folder or of a file in it; without one it is the
+    newest in ./trained_models (of a task, where one is named).
+    """
+    if not name:
+        return newest_model(task, tasks)
+    if Path(name).name == BEST and Path(name).is_file():
+        return Path(name).absolute().parent if Path(name) == Path(BEST) else Path(name).parent
+    if Path(name).suffix == ".pt" and Path(name).is_file():
+        if not is_encoder(checkpoints.load_safely(name)):
+            raise UserError(f"make a model folder of {name} first: {PROGRAM} download {name}")
+        return Path(name)
+    folder = model_folder(name, run_id)
+    if (folder / BEST).is_file() or folds_in_folder(folder) or encoder_in(folder):
+        return folder
+    get = f"; get it with: {PROGRAM} download {name}"
+    if name not in releases.registry():
+        names = [*(path.parent.name for path in MODELS.glob(f"*/{BEST}")), *releases.registry()]
+        get = f"{nearest(name, names)}; train it, or get a released one ({PROGRAM} download --list)"
+    raise UserError(f"no trained model {folder}{get}")
+
+
+def newest_model(task, tasks):
+    """The newest folder in ./trained_models, of a task. Raises UserError."""
+    paths = [*MODELS.glob(f"*/{BEST}"), *MODELS.glob(f"*/fold_0/{BEST}")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        if not task or is_of_task(path, task, tasks):
+            folder = MODELS / path.relative_to(MODELS).parts[0]
+            print(f"using model_name = {folder.name} (the newest in ./{MODELS})")
+            return folder
+    get = next((n for n, e in releases.registry().items() if task and e.get("task") == task), "")
+    get = f"{PROGRAM} download {get}, " if get else ""
+    raise UserError(
+        f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
+        "first, or name one with --model_name"
+    )
+
+
+def is_of_task(path, task, tasks):
+    """Whether a checkpoint is of a task: by its record, the registry or the number of labels."""
+    try:
+        record, _, n_labels = read_network(read_checkpoint(path), path)
+    except UserError as error:
+        print(f"skipped {path.parent.name}: {error}")
+        return False
+    name = record.task if record else releases.released(path.parent).get("task")
+    if name or task not in tasks:
+        return name == task
+    return len(tasks[task].task_labels) == n_labels
+
+
+def load_named(name, run_id, tasks, task="", device="cpu"):
+    """The model of `--model_name`, or the average of several: `a,b,c`, or the folds in a folder.
+
+    tasks: of the config, which name the outputs of a published checkpoint.
+    """
+    names = name.split(",")
+    if len(names) > 1 and not all(map(str.strip, names)):
+        raise UserError(f"{name}: a name is missing beside a comma")
+    folders = [find_model(x, run_id, task, tasks) for x in names]
+    folder = folders[0]
+    if len(folders) > 1:
+        folder = folder.with_name("+".join(f.name for f in folders)[:100])
+    else:
+        folders = folds_in_folder(folder) or folders
+    members = [load_model(f, tasks, task, device=device) for f in folders]
+    return members[0] if len(members) == 1 else ensemble_of(members, folder)
+
+
+# ------------------------------------------------------------------------------------------- read
 
 
 def read_checkpoint(path):
@@ -46,136 +132,29 @@ def is_encoder(saved):
     return isinstance(saved, dict) and isinstance(saved.get("weights"), dict)
 
 
-def load_model(folder, config, task="", which="best", device="cpu"):
+def load_model(folder, tasks=(), task="", which="best", device="cpu"):
     """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
     path = folder / f"{which}_checkpoint.pt"
     if not path.is_file() and (file := encoder_in(folder)):
         return load_readings(file, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
-    record = read_record(saved, path)
-    net, n_labels = network_from(saved["model_state_dict"], pooling_of(record), path)
-    task, labels, units, origin = labels_for(folder, record, n_labels, config, task)
+    record, net, n_labels = read_network(saved, path)
+    task, labels, units, origin = labels_for(folder, record, n_labels, tasks, task)
     if not record:
         print(f"labels of {folder.name}: task {task} of {origin} ({n_labels})")
     outputs, scaling = outputs_from(saved, record, labels, path)
-    net.groups = outputs.groups
-    net.to(device).eval().requires_grad_(False)
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
     if not record:
         record = Record(input=Input(size=224, clip_len=16))  # as published models were
         if encoder_file == path:
             record.input.weights_sha256 = record.encoder_sha256 = sha256_file(path)
+    net.to(device).eval().requires_grad_(False)
     return LoadedModel(
-        folder, net, task, outputs, scaling, record, units,
-        seen_from(saved, folder), encoder_file, clip_mean_from(saved, path),
-        novelty_from(saved, path),
+        folder, net, task, outputs, scaling, record, units, seen_from(saved, folder), encoder_file,
+        clip_mean_from(saved, path), novelty_from(saved, path),
     )  # fmt: skip
-
-
-def load_named(name, run_id, config, task="", device="cpu"):
-    """The model of `--model_name`, or the average of several: `a,b,c`, or the folds in a folder."""
-    names = name.split(",")
-    if len(names) > 1 and not all(map(str.strip, names)):
-        raise UserError(f"{name}: a name is missing beside a comma")
-    folders = [find_model_folder(x, run_id, task, config) for x in names]
-    folder = folders[0]
-    if len(folders) == 1:
-        folders = folds_in_folder(folder) or folders
-    if len(folders) == 1:
-        return load_model(folder, config, task, device=device)
-    if "," in name:
-        folder = folder.with_name("+".join(f.name for f in folders)[:100])
-    members = [load_model(f, config, task, device=device) for f in folders]
-    return ensemble_of(members, folder)
-
-
-def folds_in_folder(folder):
-    """The model folders of a cross-validation, or []."""
-    if (folder / "best_checkpoint.pt").is_file():
-        return []
-    return sorted(p.parent for p in folder.glob("fold_*/best_checkpoint.pt"))
-
-
-def other_times(model, survival, units):
-    """Sentences on survival labels whose times come from other columns than the model's, where not
-    both say their unit. survival: label -> columns."""
-    found = []
-    for label, columns in model.record.survival.items():
-        time, said = survival.get(label, columns)[0], model.units.get(label) and units.get(label)
-        if time != columns[0] and not said:
-            found.append(
-                f"times of {label} are in the column {time} and were in {columns[0]} for "
-                f"{model.folder.name}: nothing says that both are in one unit (units of the task)"
-            )
-    return found
-
-
-SEVERAL_RULES = "several rules"  # for `target` of models whose thresholds are not averaged
-
-
-def ensemble_of(members, folder):
-    """A LoadedEnsemble. Raises UserError for models of different labels or encoders."""
-    first = members[0]
-    for m in members[1:]:
-        for what, one, other in (
-            ("labels", first.labels, m.labels),
-            ("type", first.outputs.kinds, m.outputs.kinds),
-            ("level", first.record.level, m.record.level),
-            ("units", first.units, m.units),
-            ("encoder", first.record.encoder_sha256, m.record.encoder_sha256),
-            *((x, getattr(first.record.input, x), getattr(m.record.input, x)) for x in MADE_WITH),
-        ):
-            if one != other and None not in (one, other):
-                raise UserError(
-                    f"{first.folder.name} and {m.folder.name} differ in {what}: not averaged"
-                )
-        if texts := other_times(first, m.record.survival, m.units):
-            raise UserError(f"{m.folder.name}, {texts[0]}: not averaged")
-    if first.type == "readings":
-        raise UserError("PanEcho's readings are one model's: they are not averaged")
-    known = [m.seen is not None for m in members]
-    ours = [bool(m.record.labels) for m in members]
-    if any(ours) and not all(known):
-        who = members[known.index(False)].folder.name
-        raise UserError(
-            f"{who} does not say whom it was trained on: leave it out, or put its split.csv there"
-        )
-    seen = [part for m in members for part in m.seen] if all(known) else None
-    rules = dict.fromkeys(target_of(m) for m in members if m.record.thresholds)
-    settings = first.record.settings
-    if len(rules) > 1:
-        settings = settings.model_copy(update={"target": SEVERAL_RULES})
-        RUN.warning(
-            f"the thresholds of these models were chosen by {SEVERAL_RULES} ({some(rules)}): the "
-            "average decides nothing",
-            "evaluate --target chooses new ones on the validation fold",
-        )
-    thresholds = {
-        label: float(np.mean([m.record.thresholds[label] for m in members]))
-        for label in first.labels
-        if len(rules) < 2 and all(label in m.record.thresholds for m in members)
-    }
-    unlearnt = [x for x in first.labels if all(x in m.record.unlearnt for m in members)]
-    record = first.record.model_copy(
-        update={"thresholds": thresholds, "unlearnt": unlearnt, "settings": settings}
-    )
-    print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
-    net = Ensemble([m.net for m in members]).eval().requires_grad_(False)
-    return LoadedEnsemble(
-        folder, net, first.task, first.outputs, first.scaling, record, first.units,
-        seen, encoder_file=first.encoder_file, clip_mean=first.clip_mean, novelty=first.novelty,
-        members=members,
-    )  # fmt: skip
-
-
-def novelty_from(saved, path):
-    """The Novelty in a checkpoint, or None. Raises UserError."""
-    try:
-        return saved.get("novelty") and Novelty.load(saved["novelty"])
-    except ValueError as error:
-        raise UserError(f"{path}: its novelty is damaged: {error}") from error
 
 
 def encoder_in(place):
@@ -191,145 +170,204 @@ def load_readings(file, device):
     if not encoder.model.tasks:
         raise UserError(f"{file} is an encoder without a head: it gives embeddings, no readings")
     net = Readings(encoder.model).to(device).eval().requires_grad_(False)
-    own, digest = encoder.record, encoder.sha256
-    size = {"size": own.size, "clip_len": own.clip_len} if own else {}
+    trained, digest = encoder.record, encoder.sha256
+    size = {"size": trained.size, "clip_len": trained.clip_len} if trained else {}
     record = Record(encoder_sha256=digest, input=Input(weights_sha256=digest, **size))
     outputs = Outputs.of(net.columns, "readings")
     return LoadedModel(file.parent, net, "panecho", outputs, None, record, {})
 
 
-def model_folder(name, run_id=""):
-    """`--model_name` (and `--run_id`) -> folder: a path as it is, a name in ./trained_models."""
-    if os.sep in run_id:
-        raise UserError(f"--run_id is appended to a name and has no {os.sep}: {run_id}")
-    name += f"_{run_id}" if run_id else ""
-    return Path(name) if os.sep in name else MODELS / name
+def read_network(saved, path):
+    """(Record or None, StudyModel, number of outputs) of a checkpoint's dict.
 
-
-def find_model_folder(name, run_id="", task="", config=None):
-    """The folder of a trained model; without a name the newest in ./trained_models (of a task).
-
-    The name may also be a path of the folder or of the checkpoint in it.
+    The network's shape is read from the names of a published state dict, and judged before memory
+    is taken for it. Raises UserError.
     """
-    if Path(name).name == "best_checkpoint.pt" and Path(name).is_file():
-        folder = Path(name).parent
-        return folder if folder.name else Path(os.pardir, Path.cwd().name)  # one that has a name
-    if name:
-        file = name.endswith(".pt") and encoder_in(name)
-        if file and not is_encoder(checkpoints.load_safely(file)):
-            raise UserError(f"no trained model {file}{how_to_get(name, [])}")
-        folder = file or model_folder(name, run_id)
-        there = (folder / "best_checkpoint.pt").is_file() or folds_in_folder(folder)
-        if not (there or encoder_in(folder)):
-            known = [p.parent.name for p in MODELS.glob("*/best_checkpoint.pt")]
-            raise UserError(f"no trained model {folder}{how_to_get(name, known)}")
-        return folder
-    found = [*MODELS.glob("*/best_checkpoint.pt"), *MODELS.glob("*/fold_0/best_checkpoint.pt")]
-    found.sort(key=lambda p: p.stat().st_mtime)
-    if task:
-        found = [p for p in found if is_of_task(p.parent, task, config)]
-    if not found:
-        get = next((n for n, e in releases.registry().items() if e.get("task") == task), "")
-        get = f"{PROGRAM} download {get}, " if task and get else ""
+    record, state = read_record(saved, path), saved["model_state_dict"]
+    if not all(isinstance(name, str) for name in state) or "ff.weight" not in state:
+        raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
+    layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
+    kind, counted = "standard", ("ff.weight", 0)
+    if "query_token" in state:
+        kind = "query"
+    elif "query_tokens" in state:
+        kind, counted = "multiquery", ("query_tokens", 1)
+    shape = checkpoints.describe(state[counted[0]])
+    n_labels = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
+    if not 0 < n_labels <= MOST_LABELS or len(layers) > MOST_LAYERS:
         raise UserError(
-            f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
-            "first, or name one with --model_name"
+            f"{path} is not an EchoFocus model: {counted[0]} is {shape}, {len(layers)} layers"
         )
-    folder = MODELS / found[-1].relative_to(MODELS).parts[0]
-    print(f"using model_name = {folder.name} (the newest in ./{MODELS})")
-    return folder
+    combine = record.settings.tf_combine if record else "avg"  # as the released models pool
+    groups = record.outputs.groups if record and record.type else ()
+    with torch.device("meta"):
+        net = StudyModel(n_labels, kind, len(layers), combine, groups)
+    checkpoints.load_strictly(net, state, path, "an EchoFocus model")
+    return record, net, n_labels
 
 
-def how_to_get(name, known):
-    """The end of 'no trained model X': what else is there, or how to get a released one."""
-    if name.endswith(".pt") and Path(name).is_file():
-        return f"; make a model folder of the file: {PROGRAM} download {name}"
-    if name in releases.registry():
-        return f"; get it with: {PROGRAM} download {name}"
-    return (
-        f"{nearest(name, [*known, *releases.registry()])}; train it, or get a released one "
-        f"({PROGRAM} download --list)"
-    )
+def outputs_from(saved, record, labels, path):
+    """(Outputs, scaling of its measurements or None) of a checkpoint. Raises UserError."""
+    kind = "regression" if saved.get("input_norm_dict") else "binary"
+    outputs = record.outputs if record and record.type else Outputs.of(labels, kind)
+    measured, scaling = outputs.of_kind("regression"), saved.get("input_norm_dict")
+    if bool(measured) != bool(scaling):
+        without = "without" if measured else "with"
+        raise UserError(f"{path}: a {outputs.type} model {without} label scaling")
+    if not scaling:
+        return outputs, None
+    if not isinstance(scaling, dict) or not all(isinstance(k, str) for k in scaling):
+        raise UserError(f"{path}: its input_norm_dict is not a dict of labels")
+    scaling = {k.strip(): v for k, v in scaling.items()}
+    for label in measured:
+        if not isinstance(entry := scaling.get(label), dict):
+            raise UserError(f"{path} has no scaling for label {label}")
+        if fault := scaling_fault(entry):
+            raise UserError(f"{path}: scaling of {label}: {fault}")
+    return outputs, scaling
 
 
-def is_of_task(folder, task, config):
-    """Whether a folder's model is of a task: by its own word, the registry or the label count."""
-    path = folder / "best_checkpoint.pt"
+def clip_mean_from(saved, path):
+    """The mean clip embedding (D,) of the training fold in a checkpoint, or None."""
+    mean = saved.get("clip_mean")
+    if mean is None:
+        return None
+    fits = torch.is_tensor(mean) and mean.shape == (D,) and mean.dtype == torch.float32
+    if not fits or not mean.isfinite().all():
+        raise UserError(f"{path}: its clip_mean is not a clip embedding")
+    return mean
+
+
+def novelty_from(saved, path):
+    """The Novelty in a checkpoint, or None. Raises UserError."""
     try:
-        saved = read_checkpoint(path)
-        record = read_record(saved, path)
-        _, n_labels = network_from(saved["model_state_dict"], "avg", path)
-    except UserError as error:
-        print(f"passed over {folder.name}: {error}")
-        return False
-    own = record.task if record else releases.released(folder).get("task")
-    if own or not config or task not in config.tasks:
-        return own == task
-    return len(config.tasks[task].task_labels) == n_labels
+        return saved.get("novelty") and Novelty.load(saved["novelty"])
+    except ValueError as error:
+        raise UserError(f"{path}: its novelty is damaged: {error}") from error
+
+
+def released_task(task):
+    """The registry entry of a released model with that task, or {}."""
+    return next((e for e in releases.registry().values() if e.get("task") == task), {})
+
+
+def labels_for(folder, record, n_labels, tasks, task=""):
+    """(task, labels, units, their origin) of a model with so many outputs. Raises UserError.
+
+    By its own record. A published checkpoint has none: a released one (by its folder's record or
+    name) has the registry's labels; any other those of the task that is named, of the task called
+    like the folder, or of the one task of the config with so many labels.
+    """
+    if record:
+        n = len(record.outputs.names) if record.type else len(record.labels)
+        if n != n_labels:
+            raise UserError(f"{folder.name} has {n_labels} outputs and names {n} labels")
+        return record.task, record.labels, record.units, "its own file"
+    entry = releases.released(folder)
+    if not entry and task not in tasks:
+        entry = released_task(task)
+    if (
+        entry.get("task") == (task or entry.get("task"))
+        and len(entry.get("labels", ())) == n_labels
+    ):
+        return entry["task"], entry["labels"], {}, "the registry of released models"
+    candidates = [name for name in tasks if name == task or not task]
+    fits = [name for name in candidates if len(tasks[name].task_labels) == n_labels]
+    if not fits:
+        raise UserError(
+            f"{folder.name} has {n_labels} outputs and the config has no task"
+            f"{' ' + task if task else ''} with so many labels; add it, in output order"
+        )
+    if folder.name in fits:
+        fits = [folder.name]
+    if len(fits) > 1:
+        raise UserError(f"{folder.name} fits {' and '.join(fits)}: name one with --task")
+    return fits[0], tasks[fits[0]].task_labels, tasks[fits[0]].units, "the config"
 
 
 def check_download(folder, entry):
     """UserError for a downloaded model that cannot be used. entry: of the registry, or {}."""
     for path in sorted(folder.glob("*_checkpoint.pt")):
-        saved = read_checkpoint(path)
-        record = read_record(saved, path)
-        _, n_labels = network_from(saved["model_state_dict"], "avg", path)
+        record, _, n_labels = read_network(read_checkpoint(path), path)
         if not record and n_labels != len(entry.get("labels", range(n_labels))):
             raise UserError(f"{path} has {n_labels} outputs, not {len(entry['labels'])}")
     if (folder / "panecho.pt").is_file():
         panecho.load_panecho(folder / "panecho.pt")
 
 
-def find_model_file(name):
-    """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
-    if name.endswith(".pt") and Path(name).is_file():
-        return Path(name)
-    if name and (path := encoder_in(model_folder(name))):
-        return path
-    return find_model_folder(name) / "best_checkpoint.pt"
+# ---------------------------------------------------------------------------------------- average
+
+SEVERAL_RULES = "several rules"  # the target of models whose thresholds are not averaged
 
 
-def origin_of(folder):
-    """Where a model is from, its licence and citation: its own record, else the registry's."""
-    entry = releases.released(folder)
-    entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
-    return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
-
-
-def target_of(model):
-    """The rule by which its thresholds were chosen."""
-    return model.record.settings.target or "youden"
-
-
-def network_digest(net):
-    """SHA-256 of a network's parameters."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def refuse_readings(command, model):
-    """UserError for PanEcho, whose readings stand for no label table."""
-    if isinstance(model.net, Readings):
-        name = model.folder.name
-        raise UserError(f"{command} takes a study-level model; {name} has readings alone")
-
-
-def as_one(model):
-    """The model whose outputs are explained: an average of several as one."""
-    return model.averaged() if isinstance(model, LoadedEnsemble) else model
-
-
-def label_columns(model, labels=None):
-    """Label names (default: all that were learnt) -> their numbers. Raises UserError."""
-    if not labels:
-        labels = [label for label in model.labels if label not in model.record.unlearnt]
-    for label in labels:
-        if label in model.record.unlearnt:
-            raise UserError(f"{model.folder.name} has not learnt {label}: nothing to explain")
-        if label not in model.labels:
-            raise UserError(
-                f"no label {label} in {model.folder.name}{nearest(label, model.labels)}"
+def other_times(model, survival, units):
+    """Warnings for survival labels read from a different time column, unless both units are
+    declared. survival: label -> columns."""
+    texts = []
+    for label, columns in model.record.survival.items():
+        time, declared = (
+            survival.get(label, columns)[0],
+            model.units.get(label) and units.get(label),
+        )
+        if time != columns[0] and not declared:
+            texts.append(
+                f"times of {label} are in the column {time} and were in {columns[0]} for "
+                f"{model.folder.name}: nothing says that both are in one unit (units of the task)"
             )
-    return [model.labels.index(label) for label in labels]
+    return texts
+
+
+def ensemble_of(members, folder):
+    """A LoadedEnsemble. Raises UserError for models of different labels or encoders."""
+    first = members[0]
+    for model in members[1:]:
+        refuse_other_model(first, model)
+    if first.type == "readings":
+        raise UserError("PanEcho's readings are one model's: they are not averaged")
+    unknown = [m.folder.name for m in members if m.seen is None]
+    if unknown and any(m.record.labels for m in members):
+        raise UserError(
+            f"{unknown[0]} has no list of its training patients: leave it out, or put its "
+            "split.csv there"
+        )
+    rules = dict.fromkeys(m.target for m in members if m.record.thresholds)
+    thresholds, settings = {}, first.record.settings
+    if len(rules) > 1:
+        settings = settings.model_copy(update={"target": SEVERAL_RULES})
+        RUN.warning(
+            f"the thresholds of these models were chosen by {SEVERAL_RULES} ({some(rules)}): the "
+            "average decides nothing",
+            "evaluate --target chooses new ones on the validation fold",
+        )
+    else:
+        for label in first.labels:
+            cuts = [m.record.thresholds.get(label) for m in members]
+            if None not in cuts:
+                thresholds[label] = float(np.mean(cuts))
+    unlearnt = [x for x in first.labels if all(x in m.record.unlearnt for m in members)]
+    changes = {"thresholds": thresholds, "unlearnt": unlearnt, "settings": settings}
+    print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
+    return LoadedEnsemble(
+        folder, Ensemble([m.net for m in members]).eval().requires_grad_(False), first.task,
+        first.outputs, first.scaling, first.record.model_copy(update=changes), first.units,
+        None if unknown else [part for m in members for part in m.seen], first.encoder_file,
+        first.clip_mean, first.novelty, members,
+    )  # fmt: skip
+
+
+def refuse_other_model(first, model):
+    """UserError for a model whose answers are not of the first one's labels, units or input."""
+
+    def facts(m):
+        values = {"labels": m.labels, "type": m.outputs.kinds, "level": m.record.level}
+        values |= {"units": m.units, "encoder": m.record.encoder_sha256}
+        return values | {name: getattr(m.record.input, name) for name in MADE_WITH}
+
+    pairs = zip(facts(first).items(), facts(model).values(), strict=True)
+    for (name, value), other in pairs:
+        if value != other and None not in (value, other):
+            raise UserError(
+                f"{first.folder.name} and {model.folder.name} differ in {name}: not averaged"
+            )
+    for text in other_times(first, model.record.survival, model.units):
+        raise UserError(f"{model.folder.name}, {text}: not averaged")

@@ -20,11 +20,11 @@ class StudyModel(nn.Module):
     Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
     """
 
-    def __init__(self, n_labels, kind="standard", depth=1, combine="avg"):
+    def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
+        """groups: slices of outputs that are the classes of one label."""
         super().__init__()
         self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
-        self.pool_queries = True  # multiquery: the study embedding is the mean over labels
-        self.groups = ()  # slices of outputs that are the classes of one label
+        self.groups = groups
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
@@ -43,14 +43,16 @@ class StudyModel(nn.Module):
             return None
         return (self.query_token if self.kind == "query" else self.query_tokens)[0]
 
-    def forward(self, tokens, lengths, rng=None):
+    def forward(self, tokens, lengths, rng=None, pool_queries=True):
         """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
 
-        The latter are (S, T, D) of a multiquery model without `pool_queries`. Outputs of classes
-        are log-odds, see `study.outputs`.
+        A multiquery model's embedding is the mean over its labels; without `pool_queries` there is
+        one a label, (S, T, D). Outputs of classes are log-odds, see `study.outputs`.
         rng: a numpy Generator that dropout draws from in training; torch's own without.
         """
         logits, embeddings = self.read(tokens, lengths, rng)
+        if self.kind == "multiquery" and pool_queries:
+            embeddings = embeddings.mean(1)
         return against_rest(logits, self.groups) if self.groups else logits, embeddings
 
     def read(self, tokens, lengths, rng):
@@ -65,7 +67,7 @@ class StudyModel(nn.Module):
         x = x.view(S, len(queries), D)
         if self.kind == "query":
             return self.ff(x[:, 0]), x[:, 0]
-        return self.ff(x).squeeze(-1), x.mean(1) if self.pool_queries else x
+        return self.ff(x).squeeze(-1), x
 
     def first_norm_input(self, tokens):
         """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
@@ -96,6 +98,17 @@ class StudyModel(nn.Module):
             last = i == self.depth - 1
             x = encoder_layer(layer, x, lengths, n_queries if last else 0, rng)
         return x
+
+
+class EachQuery(nn.Module):
+    """A multiquery StudyModel whose study embeddings are one a label, (S, T, D)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.n_labels = net, net.n_labels
+
+    def forward(self, tokens, lengths, rng=None):
+        return self.net(tokens, lengths, rng, pool_queries=False)
 
 
 class Readings(nn.Module):

@@ -1,73 +1,127 @@
-"""The table of answers, a row a study, and the studies that have none."""
+"""The table of a model's answers, a row a study: probabilities or values, ranges, warnings."""
+
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
+from echofocus_core.base.console import Collected
 from echofocus_core.base.files import begins, output_path, refuse_others, write_table
+from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, reach_of
+from echofocus_core.study.loop import merged, run_steps, run_studies
+from echofocus_core.study.models import LoadedEnsemble
+from echofocus_core.study.network import Readings
 
-PAGE = r"<!doctype html>\s+<html lang=.en.>\s+<head>[\s\S]*\"page\.css\""  # of report/templates
+
+def answer_studies(model, store, eids, settings):
+    """(table, why the others have no answer, warnings) of studies, see `prediction_table`."""
+    check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
+    outcomes, ranges, unreadable = [], {}, {}
+    for outcome, _, _ in run_steps(
+        model.net, store, eids, settings, unreadable=unreadable, label="predict", look=check
+    ):
+        outcomes.append(outcome)
+        half_widths = half_widths_of(model, store, outcome, settings, check.found)
+        if half_widths is not None:
+            ranges |= dict(zip(outcome.eids, half_widths, strict=True))
+    outcome = merged(outcomes, eids, model.net)
+    note_cut_studies(store, outcome, check.found)
+    reach = np.array([ranges[eid] for eid in outcome.eids]) if ranges else None
+    table, no_number = prediction_table(model, outcome, check.found, reach, settings.years)
+    return table, unreadable | no_number, check.found.warnings
 
 
-def prediction_table(model, found, told, reach=None, years=()):
-    """A row a study: ids and counts, a column an output (with its unit) and its range, the most
-    probable class, the probability of survival to some `years`, decisions and the thresholds they
-    were taken at, novelty, warnings. Returns the table, and why studies are not in it.
+def half_widths_of(model, store, outcome, settings, input_found):
+    """Half-widths (S, outputs) of the range of an Outcome's logits, see `reach_of`; or None.
 
-    told: the studies' InputFound; reach: see `trust.reach_of`. A study without one finite
-    answer is not in the table; labels never learnt are blank, and a single answer that
-    is no number is blank with a warning.
+    Of averaged models each has its own columns, as in the logits.
     """
-    values = model.readable(found.logits)
-    values[~np.isfinite(values)] = np.nan
-    blank = np.isnan(values)
+    if settings.spread == "none" or isinstance(model.net, Readings) or not len(outcome):
+        return None
+    keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
+    resampled = run_studies(model.net, Resamples(store, settings.spread), keys, settings)
+    draws = np.full((len(keys), model.net.n_labels), np.nan)  # NaN where a file vanished since
+    place = {key: i for i, key in enumerate(keys)}
+    draws[[place[key] for key in resampled.eids]] = resampled.logits
+    draws = draws.reshape(len(outcome), DRAWS, -1)
+    clips = np.divide(outcome.n_clips, outcome.n_videos)
+    modulo = [input_found.modulo[eid] for eid in outcome.eids]
+    return reach_of(draws, outcome.n_videos, clips, modulo, settings.spread == "videos")
+
+
+def note_cut_studies(store, outcome, input_found):
+    """Note in an InputFound the studies of which `--max_videos_per_study` left videos out."""
+    if getattr(store, "most_videos", 0):
+        for eid, n in zip(outcome.eids, outcome.n_videos, strict=True):
+            if n < (whole := store.header(eid).videos):
+                input_found.notes[eid] = f"from {n} of its {whole} videos (--max_videos_per_study)"
+
+
+def prediction_table(model, outcome, input_found, reach=None, years=()):
+    """(DataFrame with a row a study, why other studies are not in it).
+
+    Columns: ids and counts, one an output (with its unit) and its range, the most probable class,
+    the probability of survival to some `years`, decisions and their thresholds, novelty, warnings.
+    input_found: the studies' InputFound; reach: see `half_widths_of`. A study without one finite
+    answer is not in the table; labels never learnt are blank, and a single answer that is not a
+    number is blank with a warning.
+    """
+    readable = partial(model.readable, listener=Collected())
+    values = model.readable(outcome.logits)
+    values = np.where(np.isfinite(values), values, np.nan)
     learnt = ~np.isin(model.labels, model.record.unlearnt)
-    lost = blank[:, learnt].all(axis=1)
-    left_out = {found.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
-    table = {"eid": found.eids, "n_videos": found.n_videos, "n_clips": found.n_clips}
+    lost = np.isnan(values)[:, learnt].all(axis=1)
+    left_out = {outcome.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
+    table = {"eid": outcome.eids, "n_videos": outcome.n_videos, "n_clips": outcome.n_clips}
     parts = {"": values}
     if reach is not None:
-        outputs = model.for_range(found.logits)
-        parts["_low"], parts["_high"] = map(model.from_range, (outputs - reach, outputs + reach))
+        low, high = (outcome.logits + sign * reach for sign in (-1, 1))
+        parts |= {"_low": readable(low.astype(np.float32)), "_high": readable(high.astype("f4"))}
     for i, label in enumerate(model.labels):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
-    if hasattr(model, "spread"):  # several that are averaged
-        spread = np.where(blank, np.nan, model.spread(found.logits).reshape(values.shape))
+    if isinstance(model, LoadedEnsemble):
+        spread = np.where(np.isnan(values), np.nan, model.spread(outcome.logits))
         table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
-    for label in model.outputs.of_kind("multiclass"):
-        names, own = np.array(model.outputs.classes[label]), values[:, model.outputs.slices[label]]
-        known = ~np.isnan(own).any(axis=1)
-        table[label] = np.where(known, names[np.where(known[:, None], own, 0).argmax(axis=1)], "")
-    table |= model.survival(found.logits, years)
-    shape = len(values), found.logits.shape[1] // len(model.labels), len(model.labels)
-    given = np.isfinite(found.logits).reshape(shape).any(axis=1)
+    table |= most_probable_classes(model, values)
+    table |= model.survival(outcome.logits, years)
     for label, threshold in model.record.thresholds.items():
         column = values[:, model.labels.index(label)]
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
         table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
         table[f"{label}_threshold"] = threshold
-    if told.novelty:
-        table["novelty"] = [told.novelty.get(eid, np.nan) for eid in found.eids]
-    warnings = [[told.warnings.get(eid), told.notes.get(eid)] for eid in found.eids]
-    for i in np.flatnonzero((blank & learnt).any(axis=1) & ~lost):
-        past = blank[i] & learnt & given[i]
-        for which, text in (
-            (past, "past the end of the Box-Cox scale"),
-            (blank[i] & learnt & ~past, "no number"),
-        ):
-            names = [label for label, no in zip(model.labels, which, strict=True) if no]
-            warnings[i].append(names and f"{', '.join(names)}: {text}")
-    table["warning"] = ["; ".join(filter(None, texts)) for texts in warnings]
+    if input_found.novelty:
+        table["novelty"] = [input_found.novelty.get(eid, np.nan) for eid in outcome.eids]
+    table["warning"] = warnings_of(model, outcome, input_found, np.isnan(values) & learnt)
     return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
-def refuse_other_tables(typed):
-    """UserError, before any work, for an --out that would replace what `predict` did not write."""
-    path = output_path(typed["out"], "--out", "table of predictions", begins("eid,n_videos,n_"))
-    beside = f"--out {path}:"
-    refuse_others(left_out_path(path), "list of studies left out", begins("eid,reason\\s"), beside)
-    if typed.get("page"):
-        refuse_others(page_folder(path) / "index.html", "page of predictions", begins(PAGE), beside)
+def most_probable_classes(model, values):
+    """Multiclass label -> the name of the most probable class of each study, '' where unknown."""
+    columns = {}
+    for label in model.outputs.of_kind("multiclass"):
+        names, part = np.array(model.outputs.classes[label]), values[:, model.outputs.slices[label]]
+        answered = ~np.isnan(part).any(axis=1)
+        best = np.where(answered[:, None], part, 0).argmax(axis=1)
+        columns[label] = np.where(answered, names[best], "")
+    return columns
+
+
+def warnings_of(model, outcome, input_found, blank):
+    """The warning of each study, in words. blank (S, T): answers of learnt labels that are NaN."""
+    shape = len(blank), -1, len(model.labels)
+    finite = np.isfinite(outcome.logits).reshape(shape).any(axis=1)  # of some averaged model
+    texts = []
+    for i, eid in enumerate(outcome.eids):
+        parts = [input_found.warnings.get(eid), input_found.notes.get(eid)]
+        for which, text in (
+            (blank[i] & finite[i], "past the end of the Box-Cox scale"),
+            (blank[i] & ~finite[i], "no number"),
+        ):
+            names = [label for label, no in zip(model.labels, which, strict=True) if no]
+            parts.append(f"{', '.join(names)}: {text}" if names else "")
+        texts.append("; ".join(filter(None, parts)))
+    return texts
 
 
 def left_out_path(path):
@@ -87,3 +141,15 @@ def report_left_out(left_out, path):
         for eid, reason in list(left_out.items())[:10]:
             print(f"  {eid}: {reason}")
         write_table(pd.DataFrame(left_out.items(), columns=["eid", "reason"]), table)
+
+
+PAGE = r"<!doctype html>\s+<html lang=.en.>\s+<head>[\s\S]*\"page\.css\""  # of report/templates
+
+
+def refuse_other_tables(settings):
+    """UserError, before any work, for an --out that would replace what `predict` did not write."""
+    path = output_path(settings.out, "--out", "table of predictions", begins("eid,n_videos,n_"))
+    beside = f"--out {path}:"
+    refuse_others(left_out_path(path), "list of studies left out", begins("eid,reason\\s"), beside)
+    if settings.page:
+        refuse_others(page_folder(path) / "index.html", "page of predictions", begins(PAGE), beside)

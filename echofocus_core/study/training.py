@@ -53,9 +53,9 @@ def fresh_network(settings, outputs, begun_from=None, units=()):
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("weights", settings.seed))
         net = StudyModel(
-            len(names), settings.transformer_type, settings.encoder_depth, settings.tf_combine
-        )
-    net.groups = outputs.groups
+            len(names), settings.transformer_type, settings.encoder_depth, settings.tf_combine,
+            outputs.groups,
+        )  # fmt: skip
     if begun_from:
         start_from(net, outputs, begun_from, dict(units))
     if settings.freeze and not settings.end_to_end:  # which freezes by itself

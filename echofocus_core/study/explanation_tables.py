@@ -1,0 +1,130 @@
+"""Tables and files of explanations of studies, see `attribution.explain_study`."""
+
+import hashlib
+import json
+import re
+
+import h5py
+import numpy as np
+import pandas as pd
+
+from echofocus_core.base.console import UserError
+from echofocus_core.base.files import atomic_path, write_table
+from echofocus_core.base.hdf5 import new_hdf5
+from echofocus_core.base.options import Settings
+from echofocus_core.study.attribution import COMPLETE
+from echofocus_core.study.explanations import score_unit
+from echofocus_core.study.loop import report_unreadable
+
+
+def video_rows(model, unit, settings):
+    """A row a label and video, best first by absolute score: DataFrame.
+
+    Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
+    rank, without (the answer without the video), baseline (the answer at the baseline),
+    convergence_error.
+    """
+    parts = []
+    answers = {k: model.readable(unit[k]) for k in ("answer", "baseline", "without")}
+    for k, i in enumerate(unit["columns"]):
+        label = model.labels[i]
+        factor, name = score_unit(model, label, settings)
+        order = np.argsort(-unit["absolute"][k], kind="stable")
+        part = {"eid": unit["eid"], "label": label, "prediction": answers["answer"][0, i]}
+        part |= {"video": [unit["videos"][v] for v in order]}
+        part |= {"score": factor * unit["scores"][k].sum(1, dtype=np.float64)[order]}
+        part |= {"score_abs": factor * unit["absolute"][k][order]}
+        part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
+        part |= {"baseline": answers["baseline"][0, i], "convergence_error": unit["error"][k]}
+        parts.append(pd.DataFrame(part | {"score_unit": name}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def top_rows(model, unit, settings, truths, dataset):
+    """Rows of the published table: one a label, with the top videos by absolute score."""
+    values, rows = model.readable(unit["answer"])[0], []
+    for k, i in enumerate(unit["columns"]):
+        order = np.argsort(-unit["absolute"][k], kind="stable")[: settings.explain_n]
+        loss = np.nan if np.isnan(unit["truths"][i]) else unit["losses"][i]
+        row = {"echo_id": unit["eid"], "measure": model.labels[i], "y_true": truths[i]}
+        row |= {"y_pred": values[i], "loss": loss}
+        for n in range(settings.explain_n):  # blank where a study has fewer videos
+            there = n < len(order)
+            row[f"top_video_{n + 1}"] = unit["videos"][order[n]] if there else ""
+            row[f"top_video_{n + 1}_score"] = unit["absolute"][k][order[n]] if there else np.nan
+        rows.append(row | {"dataset": dataset})
+    return rows
+
+
+def write_explanations(job, explanations, truths, names, warnings):
+    """The long table, the published one, and the clips' scores.
+
+    warnings: what makes answers doubtful, text -> studies: a column of the long table, where there
+    is any. Returns that table.
+    """
+    model, settings, dataset = job.model, job.settings, job.settings.dataset
+    videos, tops, unreadable, folder = [], [], {}, model.folder
+    labelled = truths.notna().any(axis=None)
+    with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
+        f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
+        for unit in explanations:
+            if "unreadable" in unit:
+                unreadable[unit["eid"]] = unit["unreadable"]
+            if not unit["columns"]:
+                continue
+            truth = truths.loc[unit["eid"]].to_numpy()
+            rows = video_rows(model, unit, settings)
+            if labelled:
+                of_label = dict(zip(model.labels, truth, strict=True))
+                rows.insert(2, "y_true", rows["label"].map(of_label))
+            videos.append(rows)
+            tops += top_rows(model, unit, settings, truth, dataset)
+            labels = [model.labels[i] for i in unit["columns"]]
+            f[f"{unit['eid']}/scores"] = unit["scores"]  # (T, V, C), in the network's units
+            for name, texts in (("labels", labels), ("videos", unit["videos"])):
+                f[unit["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
+        report_unreadable(unreadable)
+        if not videos:
+            raise UserError("nothing could be explained")
+    videos = pd.concat(videos, ignore_index=True)
+    if warnings:
+        of_study = {
+            eid: "; ".join(text for text, eids in warnings.items() if eid in eids)
+            for eid in videos["eid"].unique()
+        }
+        videos["warning"] = videos["eid"].map(of_study)
+    write_table(videos, folder / names["videos"])
+    write_table(pd.DataFrame(tops), folder / names["tops"])
+    worst = videos["convergence_error"].max()
+    if worst >= COMPLETE:
+        print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
+    for name in names.values():
+        print(f"wrote {folder / name}")
+    return videos
+
+
+def explanation_names(model, settings, dataset, columns, eids):
+    """File names that hold all that was chosen, so that no other choice overwrites them."""
+    chosen = [f"{settings.subset}_{dataset}"]
+    if settings.eids or settings.select != "all":
+        key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
+        chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
+    if len(columns) < len(model.labels):
+        labels = [model.labels[i] for i in columns]
+        text, exact = "_".join(re.sub(r"\W", "-", x) for x in labels), "_".join(labels)
+        if len(text) > 40 or text != exact:
+            digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
+            text = digest if len(text) > 40 else f"{text}-{digest}"
+        chosen.append(f"labels-{text}")
+    if settings.sample_limit and settings.select == "all":
+        chosen.append(f"sample_limit-{settings.sample_limit}")
+    tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
+    if settings.explain_mode != "pred":
+        chosen.append(f"mode-{settings.explain_mode}")
+    other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
+    if settings.explain_steps != Settings().explain_steps:
+        other.append(f"steps-{settings.explain_steps}")
+    other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
+    long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
+    tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
+    return {"videos": f"{long}.csv", "tops": f"{tops}.csv", "clips": f"{long}.clips.h5"}

@@ -1,0 +1,183 @@
+"""A model's answers to the studies of one fold of a labelled dataset, beside their labels."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from echofocus_core.base.console import RUN, UserError
+from echofocus_core.base.options import FOLDS
+from echofocus_core.study.cohort import digest_at_training, match_studies, stored_names
+from echofocus_core.study.evaluation import (
+    NOT_ASKED,
+    UNREADABLE_EMBEDDINGS,
+    Studies,
+    outcomes_of,
+    studies_to_compare,
+    study_flow,
+    unseen_notes,
+)
+from echofocus_core.study.labels import load_labels, other_unit
+from echofocus_core.study.loading import SEVERAL_RULES, other_times
+from echofocus_core.study.loop import report_unreadable, run_studies
+from echofocus_core.study.metrics import choose_threshold, read_target
+from echofocus_core.study.models import LoadedEnsemble
+from echofocus_core.study.sources import Source, open_embeddings, warn_of_other_input
+from echofocus_core.study.splits import folds_for, known_to_others, some_of, without_seen
+
+
+def task_for(model, task):
+    """A task with its labels read as the model does. Raises UserError where they differ."""
+    outputs, name = model.outputs, model.folder.name
+    for what, one, other in (
+        ("labels", task.task_labels, outputs.labels),
+        ("classes", task.classes, outputs.classes),
+        ("survival", set(task.survival), set(outputs.of_kind("survival"))),
+        ("level", task.level, model.record.level),
+    ):
+        if one != other:
+            raise UserError(f"the task of the config and {name} differ in {what}")
+    for label in outputs.labels:
+        if other_unit(label, task.units, model.units):
+            raise UserError(
+                f"the task of the config has {label} in {task.units[label]}, {name} in "
+                f"{model.units[label]}: convert the labels and change the task's units"
+            )
+    return task.model_copy(update={"type": outputs.kinds})
+
+
+def labelled_folds(job):
+    """(task, label table, fold of each of its studies, evidence that those of test are unseen)."""
+    model, settings, store = job.model, job.settings, job.source.store
+    if job.task is None:
+        raise UserError(f"the config has no task {settings.task} with the model's labels")
+    at_home = settings.dataset == model.record.dataset
+    column = model.record.settings.split_column if at_home else ""
+    task, table = load_labels(task_for(model, job.task), job.dataset, split_column=column)
+    table = table.rename(index=stored_names(table.index, store))
+    return task, table, *folds_to_test(job, task, table, store)
+
+
+def folds_to_test(job, task, whole, store, listener=RUN):
+    """(fold of each study of a whole label table, evidence that those of test are unseen, by the
+    model and by the encoder of the embeddings)."""
+    model, settings = job.model, job.settings
+    digest = partial(digest_at_training, model, whole, store, task)
+    of_model = (listener, settings.assume_unseen, digest)
+    folds, evidence = folds_for(model, whole, settings.dataset, *of_model)
+    encoder = store.encoder_seen(list(whole.index.intersection(list(store.files))), listener)
+    series, more = known_to_others(whole, settings, encoder, listener=listener)
+    return without_seen(folds, series, listener), "; ".join([evidence, *more])
+
+
+def studies_in_fold(job, task, whole, folds):
+    """Label table rows of the chosen fold that have embeddings."""
+    settings = job.settings
+    table = match_studies(whole, job.source.store, task, first_only=settings.first_study_only)
+    table = table[folds.reindex(table.index).isin(chosen_folds(settings))]
+    if not len(table):
+        hint = " (of models that are averaged, a study is test where none has seen its patient, "
+        hint += "val where one validated on him and none trained)"
+        averaged = isinstance(job.model, LoadedEnsemble)
+        raise UserError(
+            f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
+        )
+    return table.loc[some_of(table.index, settings.sample_limit)]
+
+
+def chosen_folds(settings):
+    return FOLDS if settings.subset == "all" else [settings.subset]
+
+
+def answer_fold(job, thresholds):
+    """(Studies of the fold with the model's answers, their flow, evidence that they are unseen,
+    warnings that make the answers doubtful)."""
+    model, settings, store = job.model, job.settings, job.source.store
+    task, whole, folds, evidence = labelled_folds(job)
+    table = studies_in_fold(job, task, whole, folds)
+    warnings = list(warn_of_other_input(model, store, list(table.index)))
+    for text in other_times(model, task.survival, task.units):
+        RUN.warning(text, "declare the unit in both, or give the column of the same times")
+        warnings.append(text)
+    unreadable, eids = {}, list(table.index)
+    outcome = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="evaluate")
+    report_unreadable(unreadable)
+    if not len(outcome):
+        raise UserError("no study could be read: nothing to evaluate")
+    chosen = chosen_folds(settings)
+    reasons = folds.map(lambda fold: "" if fold in chosen else fold_in_words(fold))
+    for reason, lost in (
+        ("no label", whole[task.task_labels].isna().all(axis=1)),
+        ("no clip embeddings", ~whole.index.isin(list(store.files))),
+        (NOT_ASKED, ~whole.index.isin(table.index)),
+        (UNREADABLE_EMBEDDINGS, ~whole.index.isin(outcome.eids)),
+    ):
+        reasons = reasons.mask(lost & (reasons == ""), reason)
+    flow = study_flow(whole, reasons)
+    studies = studies_of_answers(model, table, outcome, thresholds, settings)
+    order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
+    return studies.take(order), flow, evidence, warnings
+
+
+def studies_of_answers(model, table, outcome, thresholds, settings):
+    """Studies of an Outcome and the label table."""
+    table = table.loc[outcome.eids]
+    truth, predicted = table[model.outputs.columns], model.readable(outcome.logits)
+    outcomes = outcomes_of(
+        model.outputs, truth.to_numpy(), predicted, model.units, thresholds,
+        settings.prevalence, settings.years,
+    )  # fmt: skip
+    return Studies(outcome.eids, table["pid"].to_numpy(), outcomes)
+
+
+def fold_in_words(fold):
+    text = "without a fold in the split column" if fold == "left out" else fold
+    return f"in the {fold} fold" if fold in FOLDS else text
+
+
+def thresholds_for(job):
+    """Label -> threshold: the model's, or those that --target chooses on its validation fold."""
+    model, settings = job.model, job.settings
+    rule = settings.target or model.target
+    if rule != SEVERAL_RULES:
+        read_target(rule)
+    findings = model.outputs.of_kind("binary")
+    if rule == model.target or not findings:
+        return model.record.thresholds
+    if settings.dataset != model.record.dataset:
+        raise UserError(
+            f"--target {rule}: thresholds are chosen on the validation fold, and that of "
+            f"{model.folder.name} is in another dataset; train with this --target"
+        )
+    studies, *_ = answer_fold(job.but(subset="val", sample_limit=0), {})
+    cuts = {
+        o.label: choose_threshold(o.truth, o.probability, rule)
+        for o in studies.outcomes
+        if o.label in findings
+    }
+    return {label: cut for label, cut in cuts.items() if cut is not None}
+
+
+def compared_studies(job, studies):
+    """--compare: name -> (Studies of a model or of a table of predictions, notes).
+
+    A model answers its own studies of the fold, at thresholds by the same rule.
+    """
+    others = {}
+    for name, other in job.others.items():
+        if other is None:
+            others[name] = studies_to_compare(Path(name), studies.outcomes, studies), []
+            continue
+        settings, notes = job.settings.model_copy(update={"task": other.settings.task}), []
+        source = Source(settings.dataset, open_embeddings(job.dataset, other.task, settings))
+        other = replace(other, settings=settings, dataset=job.dataset, source=source)
+        try:
+            thresholds = thresholds_for(other)
+        except UserError as error:
+            thresholds, notes = {}, [f"not compared at a threshold: {error}"]
+        answers, _, evidence, warnings = answer_fold(other, thresholds)
+        unseen = evidence if settings.subset == "test" else ""
+        notes += [*warnings, *unseen_notes(settings.subset, unseen)]
+        others[name] = answers, notes
+    return others

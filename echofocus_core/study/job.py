@@ -1,0 +1,375 @@
+"""What a command works on, resolved once from options as typed, the config and a checkpoint."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from echofocus_core.base import checkpoints, releases
+from echofocus_core.base.console import Collected, UserError
+from echofocus_core.base.options import (
+    ALL_FOLDS,
+    OPTIONS,
+    Settings,
+    given,
+    needs_videos,
+    options_of,
+    validated,
+)
+from echofocus_core.base.tables import read_table
+from echofocus_core.base.world import World, pick_device
+from echofocus_core.study.config import Dataset, Task, read_config
+from echofocus_core.study.loading import find_model, load_model, load_named, released_task
+from echofocus_core.study.models import LoadedModel
+from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.sources import CLIP_EMBEDDINGS, Source, open_source
+from echofocus_core.video import panecho
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command works on. Nothing changes it: `but` and `with_source` return another one."""
+
+    settings: Settings
+    task: Task | None = None  # of the labels; None for PanEcho, and for truths beside predictions
+    dataset: Dataset | None = None
+    model: LoadedModel | None = None  # that answers; for `train` that it starts from
+    source: Source | None = None  # the studies, once they are extracted or opened
+    world: World = field(default_factory=World)
+    datasets: dict = field(default_factory=dict)  # embed --datasets: name -> Dataset
+    others: dict = field(default_factory=dict)  # --compare: name -> its Job; None for a table
+
+    def but(self, **options):
+        """The same job with other values of some options."""
+        return replace(self, settings=self.settings.model_copy(update=options))
+
+    def with_model(self, model, task):
+        """The same job for another model."""
+        settings = self.settings.model_copy(update={"task": model.task})
+        return replace(self, settings=settings, model=model, task=task, others={})
+
+    @property
+    def reads_videos(self):
+        """Whether videos must be extracted first: those of --videos, or of the dataset."""
+        s = self.settings
+        return bool(s.videos or (not s.embedding_path and self.dataset.is_of_videos))
+
+    def with_source(self):
+        """The same job with its studies opened, their videos extracted first where it has some."""
+        source, dataset = open_source(self)
+        settings = self.settings.model_copy(update={"dataset": source.name})
+        return replace(self, settings=settings, dataset=dataset, source=source)
+
+
+def resolve(command, typed, world=None):
+    """The Job of a command with a model, or of `pack`. typed: options by name. Raises UserError."""
+    world = world or World()
+    if command == "pack":
+        config = read_config(typed.get("config"), needed=not typed.get("embedding_path"))
+        name, dataset, _ = pick_dataset(command, typed, config)
+        return Job(Settings(**typed).model_copy(update={"dataset": name}), dataset=dataset)
+    if command == "train":
+        return training_job(typed, world)
+    if typed.get("predictions"):
+        return predictions_job(typed)
+    return model_job(command, typed, world)
+
+
+def model_job(command, typed, world):
+    """The Job of `evaluate`, `predict`, `embed` or `explain`."""
+    if typed.get("datasets"):
+        typed = {"dataset": typed["datasets"][0]} | typed
+    if typed.get("videos") and typed.get("dataset"):
+        option = "--datasets" if typed.get("datasets") else "--dataset"
+        raise UserError(f"--videos and {option} are two sources: give one")
+    config = read_config(
+        typed.get("config"), needed=not (typed.get("videos") or typed.get("embedding_path"))
+    )
+    task = typed.get("task", "")
+    if task and not released_task(task):
+        config.pick("task", task)
+    names = typed.get("model_name", ""), typed.get("run_id", "")
+    model = load_named(*names, config.tasks, task, pick_device(typed.get("device", "")))
+    refuse_model(command, typed, model)
+    settings, dataset = resolve_settings(command, typed, config, model)
+    model.net.to(pick_device(settings.device))  # which the config may name
+    task = config.tasks.get(settings.task) or task_of(model)
+    datasets = {name: config.datasets[config.pick("dataset", name)] for name in settings.datasets}
+    datasets[settings.dataset] = dataset
+    job = Job(settings, task, dataset, model, world=world, datasets=datasets)
+    if job.reads_videos:
+        check_encoder(model, settings, asked="weights" in typed)
+    else:
+        reason = "needs --videos, or a dataset that has videos and no embeddings yet"
+        refuse_video_options(typed, f"is for videos: it {reason}")
+    others = compared_models(job, config) if command == "evaluate" else {}
+    return replace(job, others=others)
+
+
+def videos_job(model, folder, settings, asked):
+    """The Job of a folder of videos without a config. asked: see `check_encoder`."""
+    check_encoder(model, settings, asked)
+    dataset = Dataset(embedding_path=settings.keep or CLIP_EMBEDDINGS)
+    return Job(settings, task_of(model), dataset, model).but(videos=str(folder))
+
+
+def predictions_job(typed):
+    """The Job of `evaluate --predictions`, a table of anyone's answers.
+
+    Without task, where the truths are in that table (as `evaluate` writes it).
+    """
+    refuse_video_options(typed, "is for videos, not for --predictions")
+    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
+        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
+            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
+            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
+    models = [name for name in typed.get("compare", ()) if not is_table(name)]
+    config = read_config(typed.get("config"), needed=False)
+    settings, path = validated(Settings, typed), Path(typed["predictions"])
+    asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
+    if not (models or settings.task or settings.label_path) and holds_truths(path):
+        return Job(settings, others=dict.fromkeys(settings.compare)).but(**asked)
+    if not config.tasks:
+        raise UserError(
+            f"{path} is evaluated by a label table, which a config must name (without one, it "
+            "has columns PID and <label>_Correct and is compared with tables alone)"
+        )
+    settings, dataset = resolve_settings("evaluate", typed, config)
+    job = Job(settings, config.tasks[settings.task], dataset).but(**asked)
+    return replace(job, others=compared_models(job, config))
+
+
+def holds_truths(path):
+    """Whether a table of predictions holds its truths and patients."""
+    columns = read_table(path, Collected(), "table of predictions").columns
+    truths = any(name.endswith("_Correct") for name in columns)
+    return truths and not {"PID", "pid"}.isdisjoint(columns)
+
+
+def is_table(name):
+    """Whether an entry of --compare is a table of predictions."""
+    return Path(name).suffix.lower() in (".csv", ".tsv", ".txt", ".xlsx")
+
+
+def compared_models(job, config):
+    """--compare: name -> the Job of that model, None for a table of predictions."""
+    others = {}
+    for name in job.settings.compare:
+        if not name:
+            raise UserError("--compare: a name is empty")
+        others[name] = None
+        if not is_table(name):
+            device = pick_device(job.settings.device)
+            model = load_named(name, "", config.tasks, device=device)
+            refuse_model("evaluate --compare", {}, model)
+            label_path = job.task and job.task.label_path
+            task = config.tasks.get(model.task) or task_of(model, label_path=label_path)
+            others[name] = job.with_model(model, task)
+    return others
+
+
+def training_job(typed, world):
+    """The Job of `train`."""
+    config = read_config(typed.get("config"))
+    config.pick("task", typed.get("task"))
+    settings, dataset = resolve_settings("train", typed, config)
+    if not settings.end_to_end:
+        refuse_video_options(typed, "is for training with --end_to_end", ["videos"])
+    check_settings(settings)
+    model, changes = None, {}
+    if settings.end_to_end and not settings.batch_size:
+        changes["batch_size"] = 1  # a study's images are large
+    if settings.init_from:
+        folder = find_model(settings.init_from)
+        task = "" if releases.released(folder) else settings.task  # a released one has its own
+        model = load_model(folder, config.tasks, task)
+        if not isinstance(model.net, StudyModel):
+            raise UserError(f"{settings.init_from} is not a study-level model to start from")
+        changes |= {n: v for n, v in architecture_of(model.net).items() if n not in typed}
+        if settings.end_to_end and model.encoder_file and "weights" not in typed:
+            changes["weights"] = str(model.encoder_file)
+            print(f"starting from the encoder of {folder.name} too")
+    settings = settings.model_copy(update=changes)
+    refuse_other_architecture(settings, model)
+    return Job(settings, config.tasks[settings.task], dataset, model, world=world)
+
+
+def check_job(typed, config, model):
+    """The Job that `train` would take with these options, for `check`."""
+    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
+    settings, dataset = resolve_settings("train", typed, config, model)
+    check_settings(settings)
+    return Job(settings, config.tasks.get(settings.task), dataset, model)
+
+
+def task_of(model, **more):
+    """The Task that a model answers, as a config would have it; None for PanEcho's readings."""
+    outputs, record = model.outputs, model.record
+    if model.type == "readings":
+        return None
+    return Task(
+        task_labels=outputs.labels, type=outputs.kinds, classes=outputs.classes,
+        survival=record.survival, level=record.level, units=model.units, **more,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- precedence
+
+RECIPES = {  # how the published models were trained
+    "chd": {"encoder_depth": 1, "learning_rate": 1e-4, "batch_number": 128, "epoch_lim": 30},
+    "measure": {"encoder_depth": 5, "learning_rate": 1e-5, "batch_number": 32, "epoch_lim": 12},
+    "fyler": {"transformer_type": "multiquery", "encoder_depth": 10, "learning_rate": 1e-4}
+    | {"batch_number": 512, "clip_dropout": 0.5, "epoch_lim": 20, "epoch_early_stop": 10},
+}
+
+
+def resolve_settings(command, typed, config, model=None):
+    """(Settings, Dataset) of a command; prints each value that was not typed and its origin.
+
+    In order of precedence: what is typed, the config's dataset, the config's task, for videos the
+    input that the model was trained on, the published recipe of the task, the defaults. model: a
+    LoadedModel or None.
+    """
+    task = typed.get("task") or (model.task if model else config.pick("task", ""))
+    name, dataset, origin = pick_dataset(command, typed, config, model)
+    layers = [("typed", typed)]
+    for kind, entries, entry in (
+        ("dataset", config.datasets, name),
+        ("task", config.tasks, task),
+    ):
+        if entry in entries:
+            layers.append((f"the config's {kind} {entry}", given(entries[entry].settings)))
+    if model and (typed.get("videos") or command == "extract" or dataset.is_of_videos):
+        trained = input_options(model.record.input).items()
+        trained = {n: v for n, v in trained if v != OPTIONS[n].default}
+        if model.encoder_file:
+            trained["weights"] = str(model.encoder_file)
+        layers.append((f"as {model.folder.name} was trained", trained))
+    layers += [
+        (f"the published {task} recipe", RECIPES.get(task, {})),
+        ("the model's" if model else "the config's first", {"task": task}),
+        (origin, {"dataset": name}),
+        ("the task's name", {} if model else {"model_name": task}),
+    ]
+    values, taken = {"config": str(config.path)}, [f"config = {config.path.name}"]
+    for option in options_of(command):
+        for source, layer in layers:
+            if layer.get(option) not in (None, ""):
+                values[option] = layer[option]
+                if source != "typed":
+                    taken.append(f"{option} = {layer[option]} ({source})")
+                break
+    print("using " + "; ".join(taken))
+    return validated(Settings, values), dataset
+
+
+def pick_dataset(command, typed, config, model=None):
+    """(name, Dataset, origin of the name): --videos, typed paths, the config's or the model's."""
+    name, folder, more = typed.get("dataset", ""), typed.get("embedding_path"), {}
+    if typed.get("label_path"):
+        more["label_path"] = Path(typed["label_path"])
+    if typed.get("videos") and command != "train":
+        folder = typed.get("keep") or CLIP_EMBEDDINGS  # a folder in it, once they are extracted
+        name = Path(typed["videos"]).resolve().name
+        return name, Dataset(embedding_path=folder, **more), "the folder of --videos"
+    trained_on, origin = model.record.dataset if model else "", "typed"
+    if folder:
+        name, origin = name or Path(folder).resolve().name, "the folder of --embedding_path"
+        more["embedding_path"] = Path(folder)
+    elif name or trained_on not in config.datasets:
+        name, origin = config.pick("dataset", name), "the config's first"
+        if trained_on and name != trained_on:
+            origin += f"; the model's {trained_on} is not in it"
+    else:
+        name, origin = trained_on, "the model's"
+    dataset = config.datasets.get(name) or Dataset(embedding_path=folder or "none")
+    return name, dataset.model_copy(update=more), origin
+
+
+def input_options(model_input):
+    """How the videos that a model was trained on were extracted, as options; as far as known."""
+    values = model_input.model_dump(exclude_none=True)
+    options = {n: values[n] for n in ("size", "clip_len", "n_clips", "mask") if n in values}
+    random = str(values.get("weights", "")).startswith("random")
+    return options | ({"weights": "random"} if random else {})
+
+
+# --------------------------------------------------------------------- what does not go together
+
+
+def refuse_video_options(typed, reason, names=()):
+    """UserError for a typed option of videos, or one of `names`, that would have no effect."""
+    for name in typed:
+        if name in names or needs_videos(name):
+            raise UserError(f"--{name} {reason}")
+
+
+def refuse_model(command, typed, model):
+    """UserError for a model that a command cannot use."""
+    name = model.folder.name
+    if command not in ("predict", "embed") and isinstance(model.net, Readings):
+        raise UserError(f"{command} takes a study-level model; {name} has readings alone")
+    if model.record.level == "video" and (command == "explain" or typed.get("page")):
+        raise UserError(f"{name} answers for single videos: there are none to choose")
+
+
+def check_settings(settings):
+    """UserError for training options that do not go together, before any work is done."""
+    n, fold, column = settings.n_folds, settings.fold, settings.split_column
+    every = fold == ALL_FOLDS
+    for wrong, text in (
+        (n and not (n >= 3 and (0 <= fold < n or every)),
+         f"--n_folds must be 3 or more and --fold below it or all, not {n} and {fold}"),
+        (every and not n, "--fold all is for cross-validation: add --n_folds 5"),
+        (every and settings.grid,
+         "--grid and --fold all are two searches: choose first, then cross-validate"),
+        (every and settings.end_to_end,
+         "--fold all reads clip embeddings: train end to end a fold at a time"),
+        (settings.freeze not in ("", "aggregator") and not settings.end_to_end,
+         f"--freeze {settings.freeze} is for --end_to_end"),
+        (settings.freeze and not settings.end_to_end and not settings.init_from,
+         "--freeze aggregator keeps a model's weights: name the model with --init_from"),
+        (settings.stratify and column,
+         "--stratify and split_column both decide the folds: leave one out"),
+        (n and column,
+         f"--n_folds and split_column ({column}) both decide the folds: leave one out"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(text)
+
+
+def architecture_of(net):
+    """The options that a StudyModel was built by."""
+    return {
+        "transformer_type": net.kind, "encoder_depth": net.depth, "tf_combine": net.combine
+    }  # fmt: skip
+
+
+def refuse_other_architecture(settings, model):
+    """UserError for options that do not fit the model to start from."""
+    for name, value in architecture_of(model.net).items() if model else ():
+        if (other := getattr(settings, name)) != value:
+            raise UserError(f"--init_from has {name} = {value}, not {other}")
+
+
+def check_encoder(model, settings, asked):
+    """Warn, before any video is read, that a model was trained on videos extracted differently.
+
+    Raises UserError for another encoder, unless it was asked for by --weights.
+    """
+    name, trained, digest = model.folder.name, model.record.encoder_sha256, ""
+    if trained:
+        try:
+            digest = panecho.weights_digest(settings.weights)
+        except checkpoints.WeightsError as error:
+            raise UserError(
+                f"{name} was trained on embeddings of the encoder {trained[:12]}; give its file "
+                f"with --weights ({error})"
+            ) from error
+    if digest != trained:
+        text = f"{name} was trained on embeddings of another encoder (weights {trained[:12]}, "
+        text += f"{settings.weights} is {digest[:12]})"
+        if not asked:
+            raise UserError(f"{text}; give its file with --weights")
+        print(f"WARNING: {text}: its answers mean nothing here")
+    for option, was in input_options(model.record.input).items():
+        if (now := getattr(settings, option)) != was and option != "weights":
+            print(f"WARNING: --{option} {now}: {name} was trained with {was}")
