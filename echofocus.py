@@ -125,7 +125,7 @@ def cmd_embed(job):
     if settings.map and settings.level == "video":
         raise UserError("--map shows studies: leave out --level video")
     if settings.embed_file:
-        output_path(settings.embed_file, "--embed_file", "file of study embeddings", is_embedded)
+        output_path(settings.embed_file, "file of study embeddings", is_embedded)
     kind = getattr(job.model.net, "kind", "")
     if not settings.pool_queries and (settings.map or kind != "multiquery"):
         raise UserError("--no_pool_queries is for multiquery models, and for no map")
@@ -274,7 +274,7 @@ def cmd_inspect(settings):
 
     if settings.json_:
         described = begins(r'\{\s+"name": .*\s+"file": ')
-        output_path(settings.json_, "--json", "description by inspect", described)
+        output_path(settings.json_, "description by inspect", described)
     tasks = read_config(settings.config, needed=False).tasks
     facts = describe_file(settings.source or settings.model_name, tasks)
     print_description(facts)

@@ -34,9 +34,9 @@ def test_the_demo_replaces_no_ones_tables(tmp_path):
     phantom.make_cohort(tmp_path, studies=1)
     (tmp_path / "config.json").write_text(json.dumps(demo.DEMO_CONFIG, indent=2))
     for name in ("config.json", "labels.csv", "findings.csv"):
-        files.refuse_others(tmp_path / name, "", files.begins(demo.DEMO_FILES))
+        files.output_path(tmp_path / name, "", files.begins(demo.DEMO_FILES))
     (tmp_path / "labels.csv").write_text("pid,eid,age\n")
-    with pytest.raises(UserError, match=r"labels\.csv is there and is no file of the demo"):
+    with pytest.raises(UserError, match=r"labels\.csv exists and is not a file of the demo"):
         demo.make_demo(tmp_path, 1)
 
 

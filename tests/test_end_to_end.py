@@ -253,7 +253,7 @@ def test_published_form(site, cli):
     Path("trained_models/pub").mkdir()
     end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
     end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
-    with pytest.raises(UserError, match="is there and is no published end-to-end checkpoint"):
+    with pytest.raises(UserError, match="is not a published end-to-end checkpoint"):
         end_to_end.main(["export", "trained_models/t", "trained_models/t/best_checkpoint.pt"])
     saved = torch.load("trained_models/pub/best_checkpoint.pt", weights_only=True)
     names = set(saved["model_state_dict"])

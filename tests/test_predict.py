@@ -83,15 +83,15 @@ def test_outputs_replace_no_input(trained, cli, monkeypatch):
         patched.setattr(Job, "with_source", lambda *_: pytest.fail("too late"))
         for line, out in cases:
             status, _, err = cli(*line, out)
-            assert status == 1 and "is there and is no" in err and err.count("\n") == 1, (line, out)
+            assert status == 1 and "exists and is not" in err and err.count("\n") == 1, (line, out)
     assert whole == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     assert cli("predict", "--out", "p.csv", "--spread", "none")[0] == 0
 
 
-def test_formulas_in_study_names_are_quoted(trained, cli):
-    os.rename("emb/1000.hdf5", "emb/=1+1.hdf5")
+def test_ids_are_written_unchanged(trained, cli):
+    os.rename("emb/1000.hdf5", "emb/-A7.hdf5")
     assert cli("predict", "--out", "p.csv")[0] == 0
-    assert "'=1+1" in table("p.csv").index and "=1+1" not in table("p.csv").index
+    assert "-A7" in table("p.csv").index
 
 
 def test_decisions_at_the_threshold_of_the_validation_fold(trained, cli):

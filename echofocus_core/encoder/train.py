@@ -33,7 +33,6 @@ from echofocus_core.base.checkpoints import load_safely, load_strictly, save
 from echofocus_core.base.console import RUN, Parser, UserError, listed, progress, run_main
 from echofocus_core.base.files import (
     atomic_path,
-    clear_leftovers,
     derive_seed,
     sha256_file,
     write_table,
@@ -490,7 +489,6 @@ class Run:
             raise UserError(f"the processes see different files at {path}: is the folder shared?")
         if not self.world.rank:
             self.folder.mkdir(parents=True, exist_ok=True)
-            clear_leftovers(self.folder)
             if not self.finished:
                 self.write_record()
 

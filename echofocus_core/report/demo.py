@@ -15,7 +15,7 @@ import torch
 
 from echofocus_core.base.console import UserError, progress
 from echofocus_core.base.figures import new_figure, save_figure
-from echofocus_core.base.files import begins, refuse_others
+from echofocus_core.base.files import begins, output_path
 from echofocus_core.study.config import MODELS
 from echofocus_core.video import panecho
 
@@ -85,7 +85,7 @@ def make_demo(folder, studies, frames=16):
     from echofocus_core.video import phantom
 
     for name in ("config.json", "labels.csv", "findings.csv"):
-        refuse_others(folder / name, "file of the demo", begins(DEMO_FILES))
+        output_path(folder / name, "file of the demo", begins(DEMO_FILES))
     print(f"making {studies} phantom studies in ./{folder}")
     bar = partial(progress, desc="phantoms", unit="study")
     phantom.make_cohort(folder, studies, progress=bar, frames=frames)

@@ -321,7 +321,7 @@ def main(argv=None):
     parser.add_argument("folder", help="the model's folder")
     parser.add_argument("file", help="to write")
     typed = parser.parse_args(argv)
-    output_path(typed.file, "export", "published end-to-end checkpoint", is_published)
+    output_path(typed.file, "published end-to-end checkpoint", is_published)
     export(typed.folder, typed.file)
     print(f"wrote {typed.file}")
 

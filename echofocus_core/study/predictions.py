@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import Collected
-from echofocus_core.base.files import begins, output_path, refuse_others, write_table
+from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, reach_of
 from echofocus_core.study.loop import merged, run_steps, run_studies
 from echofocus_core.study.models import LoadedEnsemble
@@ -148,8 +148,7 @@ PAGE = r"<!doctype html>\s+<html lang=.en.>\s+<head>[\s\S]*\"page\.css\""  # of 
 
 def refuse_other_tables(settings):
     """UserError, before any work, for an --out that would replace what `predict` did not write."""
-    path = output_path(settings.out, "--out", "table of predictions", begins("eid,n_videos,n_"))
-    beside = f"--out {path}:"
-    refuse_others(left_out_path(path), "list of studies left out", begins("eid,reason\\s"), beside)
+    path = output_path(settings.out, "table of predictions", begins("eid,n_videos,n_"))
+    output_path(left_out_path(path), "list of studies left out", begins("eid,reason\\s"))
     if settings.page:
-        refuse_others(page_folder(path) / "index.html", "page of predictions", begins(PAGE), beside)
+        output_path(page_folder(path) / "index.html", "page of predictions", begins(PAGE))

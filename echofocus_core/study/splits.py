@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from echofocus_core.base.console import RUN, UserError, printable, some
-from echofocus_core.base.files import derive_seed, unquoted, write_table
+from echofocus_core.base.files import derive_seed, write_table
 from echofocus_core.base.options import FOLDS, parse_split
 from echofocus_core.base.tables import as_seen, look_alike, read_table
 from echofocus_core.study.outputs import EVENT
@@ -139,7 +139,7 @@ def read_split(folder):
     path = folder / "split.csv"
     if not path.is_file():
         return None
-    split = read_table(path, RUN).map(unquoted)
+    split = read_table(path, RUN)
     for column in ("eid", "pid", "fold"):
         if column not in split:
             raise UserError(f"{path} has no column '{column}'; it lists eid, pid and fold")
