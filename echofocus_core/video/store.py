@@ -15,10 +15,12 @@ PackedEmbeddings; `open_store` selects):
 header, read and read_all raise UnreadableStudy with the reason; a damaged file never ends a run.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
@@ -770,7 +772,9 @@ def write_pack(source, path, dtype):
     lists, index = encoders_seen(source.folder), {}
     rows = sum(header.copies * header.videos * header.clips
                for _, header in source.readable(source.files))  # fmt: skip
-    with atomic_path(path) as temporary, new_hdf5(temporary) as f:
+    if rows * D * np.dtype(dtype).itemsize > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
         embeddings, row = f.create_dataset("embeddings", (max(rows, 1), D), dtype), 0
         for eid in progress(source.files, desc="pack", unit="study"):
             study = index[eid] = pack_study(source, eid, embeddings, row)
