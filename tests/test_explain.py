@@ -270,7 +270,7 @@ def test_explain_goes_on_after_an_interruption(trained, cli, monkeypatch):
     monkeypatch.setattr("echofocus_core.study.explanations.explain_study", stops)
     assert cli("explain")[0] == 130
     status, out, err = cli("explain")
-    assert status == 0 and "going on after 4 studies done before" in out, err
+    assert status == 0 and "resuming after 4 studies" in out, err
     assert len(asked) == len(set(asked)) + 1
     assert whole == {name: (FOLDER / name).read_bytes() for name in names}
     assert not list(FOLDER.glob(".*journal"))

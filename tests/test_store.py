@@ -277,7 +277,7 @@ ODD = {
     "too few names": (replaced("videos", data=["a"], dtype=TEXT), "differ in number"),
     "huge": (
         replaced("embeddings", shape=(10**6, 16, 768), dtype="f4", chunks=(1, 16, 768)),
-        "claims 49.2 GB",
+        "has 49.2 GB",
     ),
     "never written": (replaced("embeddings", shape=(2, 4, 768), dtype="f4"), "never written"),
     "whole numbers": (replaced("embeddings", data=np.ones((2, 4, 768), int)), "int64"),
