@@ -291,7 +291,8 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     those of ancestors; never for its own training."""
     table = table_of("abc", "123")
     a, b = (sp.Seen.of(table_of(p, e).assign(fold="train"), "00") for p, e in ("a1", "b2"))
-    model = SimpleNamespace(seen=[a, b], record=Record(labels=["x"], dataset="s"), folder=Path("m"))
+    record = Record(labels=["x"], dataset="s", settings=Settings(split="0,0,100"))
+    model = SimpleNamespace(seen=[a, b], record=record, folder=Path("m"))
     settings = Settings(dataset="s", assume_unseen=True)
     known, how = sp.known_to_others(table, settings, ([b], True), model)
     assert [name for name, _ in known] == ["m"]
@@ -302,7 +303,6 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
         "assumed: 2 studies are known to m", "the encoder's patients are not known"
     ]  # fmt: skip
     for assumed, fold in ((False, "seen by an ancestor"), (True, "test")):
-        model.record.settings.split = "0,0,100"
         folds, how = sp.folds_for(model, table, "s", assume_unseen=assumed)
         assert list(folds) == ["train", fold, "test"]
     assert how == "assumed: 1 studies are known to m"

@@ -221,6 +221,8 @@ class CohortOptions(Entry):
 class Settings(CohortOptions):
     """Every option. An empty text or list is found from the others; what was taken is printed."""
 
+    model_config = ConfigDict(frozen=True)
+
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, values):

@@ -4,13 +4,10 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from shutil import disk_usage
 
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import Collected, UserError, duration, progress, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import options_of
@@ -22,10 +19,10 @@ from echofocus_core.study.cohort import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.config import MODELS, Config, read_config
+from echofocus_core.study.config import Config, read_config
 from echofocus_core.study.fold_answers import folds_to_test, task_for
 from echofocus_core.study.job import check_job, resolve_settings
-from echofocus_core.study.labels import load_labels, other_unit
+from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
     folds_in_folder,
     load_named,
@@ -39,7 +36,7 @@ from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
 from echofocus_core.study.splits import known_to_others, some_of
 from echofocus_core.video.preview import preview_extraction
-from echofocus_core.video.store import PackedEmbeddings, UnreadableStudy
+from echofocus_core.video.store import UnreadableStudy
 from echofocus_core.video.studies import studies_of_dataset
 
 
@@ -50,7 +47,7 @@ def check_run(typed, preview_cohort):
     section = partial(check_section, levels)
     if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
         with section("cohort", "correct the tables, or name the folder with --data_dir") as heard:
-            check_room("decoded videos", Path(), preview_cohort(typed, heard), heard)
+            preview_cohort(typed, heard)
     else:
         config = model = job = None
         with section("config", "correct the config; config-example.json shows one") as heard:
@@ -60,6 +57,10 @@ def check_run(typed, preview_cohort):
         if config:
             with section("model", "name another --model_name, or train it again") as heard:
                 model = check_model(typed, config, heard)
+        if model and model.task in config.tasks:
+            with section("task", "give the task the model's labels, in order and unit") as heard:
+                check_task(model, config.tasks[model.task], heard)
+        if config:
             with section("options", "correct the option or the config") as heard:
                 job = choose_job(typed, config, model, heard)
         if job:
@@ -109,8 +110,6 @@ def check_model(typed, config, listener):
     model = load_named(name, run_id, config.tasks, task, pick_device(typed.get("device", "")))
     folder = model.folder
     listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
-    if model.task in config.tasks:
-        check_task(model, config.tasks[model.task], listener)
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
     return model
@@ -118,23 +117,10 @@ def check_model(typed, config, listener):
 
 def check_task(model, task, listener):
     """Whether a task of the config has the labels of a model, in its units."""
-    folder, labels = model.folder, model.outputs.labels
-    if task.task_labels != labels:
-        listener.error(
-            f"task {model.task} of the config has other labels than {folder.name}: predict works, "
-            "evaluate does not",
-            f"give the task the model's labels, in their order: {', '.join(labels)}",
-        )
-        return
-    for label in labels:
-        if other_unit(label, task.units, model.units):
-            listener.error(
-                f"{label} is in {task.units[label]} in task {model.task} of the config, in "
-                f"{model.units[label]} in {folder.name}",
-                "convert the labels and change the task's units",
-            )
+    task_for(model, task)
     for text in other_times(model, task.survival, task.units):
         listener.warning(text, "declare the unit in both, or give the column of the same times")
+    listener.ok("the config has the model's labels")
 
 
 def choose_job(typed, config, model, listener):
@@ -154,19 +140,17 @@ def choose_job(typed, config, model, listener):
 
 
 def check_videos(typed, config, model, listener):
-    """The folder of --videos: files, encoder, time and disk space."""
+    """The folder of --videos: files, encoder and time."""
     if not typed.get("videos"):
         return listener.ok("none checked; --videos names a folder")
     options = {name: typed[name] for name in typed if name in options_of("extract")}
     settings, _ = resolve_settings("extract", options, config, model)
     trained_on = model.record.encoder_sha256 if model else ""
-    settings = vars(settings) | {"videos": typed["videos"]}
-    size = preview_extraction(settings, trained_on, listener)
-    check_room("clip embeddings of --videos", MODELS, size, listener)
+    preview_extraction(vars(settings) | {"videos": typed["videos"]}, trained_on, listener)
 
 
 def check_data(job, section):
-    """Labels, embeddings, folds, disk and time of a run."""
+    """Labels, embeddings, folds and time of a run."""
     settings, dataset, model = job.settings, job.dataset, job.model
     task = table = store = studies = folds = None
     headers = {}
@@ -197,25 +181,10 @@ def check_data(job, section):
     if studies is not None and len(studies):
         with section("split", "see --split") as listener:
             folds = check_folds(job, (task, table, studies, store), listener)
-    labels = model.labels if model else task.outputs.names if task else []
-    if labels:
-        check_resources(job, len(labels), store, headers, folds, section)
-
-
-def check_resources(job, n_labels, store, headers, folds, section):
-    """Disk space and time of a run."""
-    s = job.settings
-    net = StudyModel(n_labels, s.transformer_type, s.encoder_depth, s.tf_combine)
-    with section("disk", "") as listener:  # weights and two moments, best and last
-        size = 2 * 3 * 4 * sum(p.numel() for p in net.parameters())
-        check_room("checkpoints", MODELS, size, listener)
-        if headers and not isinstance(store, PackedEmbeddings):
-            size = sum(4 * D * h.copies * h.videos * h.clips for h in headers.values())
-            folder = job.dataset.embedding_path.parent
-            check_room("a packed copy", folder, size, listener, needed=False)
-    if headers:
+    if headers and (model or task):
         with section("time", "") as listener:
-            check_time(net, store, sorted(headers), folds, s, listener)
+            n_labels = len(model.labels if model else task.outputs.names)
+            check_time(n_labels, store, sorted(headers), folds, settings, listener)
 
 
 def check_labels(job, listener):
@@ -278,28 +247,14 @@ def check_folds(job, data, listener):
     return folds
 
 
-def check_room(what, folder, size, listener, needed=True):
-    """Whether a folder's disk has `size` bytes free; an error, or a warning where it is not needed.
-
-    The folder need not exist yet.
-    """
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir())
-    free = disk_usage(existing).free
-    text = f"{what} in {folder}: {size / 1e9:.2f} GB, {free / 1e9:.1f} GB are free"
-    if size <= free:
-        listener.ok(text)
-    else:
-        report = listener.error if needed else listener.warning
-        report(text, "free some space, or work on another disk")
-
-
-def check_time(net, store, eids, folds, settings, listener):
+def check_time(n_labels, store, eids, folds, settings, listener):
     """How long an epoch and a prediction take, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
-    net = net.to(device)
-    outputs = Outputs.of(list(map(str, range(net.n_labels))), "binary")
-    targets = dict.fromkeys(eids, np.zeros(net.n_labels))
+    shape = settings.transformer_type, settings.encoder_depth, settings.tf_combine
+    net = StudyModel(n_labels, *shape).to(device)
+    outputs = Outputs.of(list(map(str, range(n_labels))), "binary")
+    targets = dict.fromkeys(eids, np.zeros(n_labels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
     run = partial(run_studies, net, store, eids, settings)
     steps = {

@@ -147,9 +147,12 @@ def load_model(folder, tasks=(), task="", which="best", device="cpu"):
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
     if not record:
-        record = Record(input=Input(size=224, clip_len=16))  # as published models were
+        published = Input(size=224, clip_len=16)  # of the released models' training
+        record = Record(input=published)
         if encoder_file == path:
-            record.input.weights_sha256 = record.encoder_sha256 = sha256_file(path)
+            digest = sha256_file(path)
+            published = published.model_copy(update={"weights_sha256": digest})
+            record = Record(input=published, encoder_sha256=digest)
     net.to(device).eval().requires_grad_(False)
     return LoadedModel(
         folder, net, task, outputs, scaling, record, units, seen_from(saved, folder), encoder_file,
@@ -184,7 +187,7 @@ def read_network(saved, path):
     is taken for it. Raises UserError.
     """
     record, state = read_record(saved, path), saved["model_state_dict"]
-    if not all(isinstance(name, str) for name in state) or "ff.weight" not in state:
+    if "ff.weight" not in state:
         raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
     layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
     kind, counted = "standard", ("ff.weight", 0)
@@ -216,8 +219,6 @@ def outputs_from(saved, record, labels, path):
         raise UserError(f"{path}: a {outputs.type} model {without} label scaling")
     if not scaling:
         return outputs, None
-    if not isinstance(scaling, dict) or not all(isinstance(k, str) for k in scaling):
-        raise UserError(f"{path}: its input_norm_dict is not a dict of labels")
     scaling = {k.strip(): v for k, v in scaling.items()}
     for label in measured:
         if not isinstance(entry := scaling.get(label), dict):
@@ -230,10 +231,7 @@ def outputs_from(saved, record, labels, path):
 def clip_mean_from(saved, path):
     """The mean clip embedding (D,) of the training fold in a checkpoint, or None."""
     mean = saved.get("clip_mean")
-    if mean is None:
-        return None
-    fits = torch.is_tensor(mean) and mean.shape == (D,) and mean.dtype == torch.float32
-    if not fits or not mean.isfinite().all():
+    if mean is not None and not (mean.shape == (D,) and mean.isfinite().all()):
         raise UserError(f"{path}: its clip_mean is not a clip embedding")
     return mean
 
