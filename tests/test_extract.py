@@ -143,7 +143,7 @@ def whole_clips(path, starts, size):
     for start in starts:
         first = max(start - 1, 0)
         clip = [frames[min(first + i, len(frames) - 1)] for i in range(16)]
-        clip = np.stack([video.central(video.resized(f, size), size) for f in clip])
+        clip = np.stack([video.crop_centre(video.resize(f, size), size) for f in clip])
         clip = clip.astype(np.float32) / 255
         x = torch.from_numpy((clip - mean) / std).permute(3, 0, 1, 2)[None]  # (1, 3, 16, H, W)
         with torch.inference_mode():

@@ -224,7 +224,7 @@ def test_what_is_passed_over_is_said(source, tmp_path, cli):
         "B": ["notes.dcm", "real.dcm", "still.dcm"],
     }
     _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
-    assert "4 files are no videos: .txt 2, " in text
+    assert "4 files are no videos: .txt 2, " in text and "1 folders hold no video: C" in text
     status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
     assert status == 1 and "3 files are no videos: .txt 1" in error
 

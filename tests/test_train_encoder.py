@@ -356,7 +356,7 @@ def test_cached_clips_are_the_frames(here, dynamic):
     clips = store.clips(path, 3, sampling, 7, "x")
     starts = video.clip_starts(len(frames), 3, 4, 7, "x", "independent")
     for clip, numbers in zip(clips, video.clip_frames(starts, len(frames), 4), strict=True):
-        expected = [video.central(video.resized(frames[i], 32), 32) for i in numbers]
+        expected = [video.crop_centre(video.resize(frames[i], 32), 32) for i in numbers]
         np.testing.assert_array_equal(clip, expected)
     assert cache.FrameCache("frames", 224).fill([path], 1) == {}
     assert cache.FrameCache("frames", 224).frames(path).shape == frames.shape  # not made larger

@@ -21,12 +21,12 @@ from echofocus_core.base.files import atomic_path, sha256_of, stamp_of
 from echofocus_core.video.decode import (
     NotNow,
     VideoError,
-    central,
     clip_starts,
+    crop_centre,
     first_frames,
+    random_generator,
     random_transform,
-    resized,
-    seeded,
+    resize,
     small_frames,
 )
 from echofocus_core.video.extract import decoders, in_processes
@@ -147,12 +147,12 @@ class FrameCache:
         length = (L - 1) * sampling.rate + 1
         starts = clip_starts(len(frames), n_clips, length, seed, key, "independent")
         numbers = first_frames(starts)[:, None] + sampling.rate * np.arange(L)
-        rng = seeded(seed, f"{key}#transform")
+        rng = random_generator(seed, f"{key}#transform")
         clips = np.empty((n_clips, L, size, size, 3), np.uint8)
         for clip, chosen in zip(clips, np.minimum(numbers, len(frames) - 1), strict=True):
-            images = [resized(np.asarray(frames[i]), size) for i in chosen]
+            images = [resize(np.asarray(frames[i]), size) for i in chosen]
             if sampling.augment:
                 clip[:] = random_transform(images, size, rng)
             else:
-                clip[:] = [central(image, size) for image in images]
+                clip[:] = [crop_centre(image, size) for image in images]
         return clips

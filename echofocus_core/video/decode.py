@@ -1,12 +1,12 @@
-"""Video in: frames from AVI, MP4/MOV and DICOM cines, and the published clip sampling.
+"""Video in: one opened file a video, and the published clip sampling.
 
-    file -> clip_starts, clip_frames: which frames make the clips
-         -> iter_frames: uint8 (H, W, 3) BGR, one after the other -> resized_centre: (S, S, 3)
-    with a mask or transformed copies: resized: (R, R, 3) -> sector_mask -> central: (S, S, 3), or
-         random_transform
+    file -> VideoFile.frames: uint8 (H, W, 3) BGR, one after the other -> resize_centre: (S, S, 3)
+         -> clip_starts, clip_frames: which frames make the clips -> Clips
+    with a mask or transformed copies: resize: (R, R, 3) -> sector_mask
+         -> crop_centre or random_transform: (S, S, 3)
 
-No torch in here: the file is also the program that the decoder processes run
-(`python embed/video.py`), so that a file which crashes or hangs a decoder stops nothing else.
+No torch in here: the file is also the program that the decoder processes run, so that a file which
+crashes or hangs a decoder stops nothing else.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +27,12 @@ if __name__ == "__main__":  # run as a script: the repository is the import root
 from echofocus_core.video.containers import container_rate, iter_container
 from echofocus_core.video.dicom import (
     DicomFile,
-    dicom_rates,
+    frame_rates,
     is_dicom,
     iter_dicom,
     iter_series,
-    number,
     open_frames,
-    regions,
+    region_boxes,
 )
 from echofocus_core.video.errors import NotNow, SourceGone, VideoError, machine_fault, open_file
 
@@ -61,7 +61,7 @@ class VideoFile:
         several = isinstance(source, (list, tuple))
         self.source, self.is_series = source, several
         self.path = Path(source[0] if several else source)
-        self.dicom = DicomFile(self.path) if readable_dicom(self.path) else None
+        self.dicom = DicomFile(self.path) if is_readable_dicom(self.path) else None
 
     def __enter__(self):
         return self
@@ -78,7 +78,7 @@ class VideoFile:
     def frames(self, notes=None, needed=None):
         """Decode front to back: yields uint8 (H, W, 3) **BGR**.
 
-        notes: a list that gets a line for everything that was read otherwise than the file says.
+        notes: a list that gets a line for everything that contradicts the header.
         needed: function of the number of frames that gives the numbers of those to make. Where
         frames can be counted beforehand (DICOM), the others are only checked, and come as None.
         BGR is OpenCV's order and the one the released models were trained on. Raises VideoError
@@ -106,11 +106,7 @@ class VideoFile:
 
     @cached_property
     def boxes(self):
-        """The 2-D ultrasound regions of a DICOM as (x0, y0, x1, y1), shares of the image's sides.
-
-        Empty when the file has none, or when one does not lie within the image (some exports
-        shrink the image and leave the tags).
-        """
+        """The 2-D ultrasound regions of a DICOM, see `region_boxes`; [] of another file."""
         return region_boxes(self.dicom.header) if self.dicom else []
 
     @cached_property
@@ -118,7 +114,7 @@ class VideoFile:
         """Frames a second as the file says: DICOM's FrameTime, else FrameTimeVector, CineRate or
         RecommendedDisplayFrameRate; a container's own. None where it says none that is plausible.
         """
-        rates = dicom_rates(self.dicom.header) if self.dicom else [container_rate(self.path)]
+        rates = frame_rates(self.dicom.header) if self.dicom else [container_rate(self.path)]
         return next((rate for rate in rates if rate and RATES[0] <= rate <= RATES[1]), None)
 
 
@@ -133,16 +129,22 @@ def read_frames(source):
     return np.stack(list(iter_frames(source)))
 
 
-def readable_dicom(path):
-    """Whether a video is to be read as DICOM. VideoError when it cannot be opened or is empty."""
+@contextmanager
+def reachable():
+    """Errors of the system in the block become NotNow."""
     try:
-        with open_file(path) as f:
-            if not f.read(1):
-                raise VideoError("empty file")
+        yield
     except PermissionError as error:
         raise NotNow("no permission to read it") from error
     except OSError as error:
         raise SourceGone(f"cannot be read: {error.strerror}") from error
+
+
+def is_readable_dicom(path):
+    """Whether a video is to be read as DICOM. VideoError when it cannot be opened or is empty."""
+    with reachable(), open_file(path) as f:
+        if not f.read(1):
+            raise VideoError("empty file")
     if is_dicom(path):
         return True
     if path.suffix.lower() in DICOM_SUFFIXES:
@@ -166,7 +168,7 @@ def why_skipped(source):
 # --------------------------------------------------------------------- the published clip sampling
 
 
-def resized(frame, size=224):
+def resize(frame, size=224):
     """Frame (H, W, 3) -> (R, R, 3) uint8, R = 256 for size 224: area resize, aspect not kept."""
     import cv2
 
@@ -174,14 +176,14 @@ def resized(frame, size=224):
     return cv2.resize(frame, (full, full), interpolation=cv2.INTER_AREA)
 
 
-def central(image, size=224):
+def crop_centre(image, size=224):
     """The central (size, size) of an image (R, R, ...)."""
     edge = round((len(image) - size) / 2)
     return image[edge : edge + size, edge : edge + size]
 
 
-def resized_centre(frame, size=224):
-    """The same numbers as central(resized(frame)), (size, size, 3), in less time.
+def resize_centre(frame, size=224):
+    """The same numbers as crop_centre(resize(frame)), (size, size, 3), in less time.
 
     Where the centre begins and ends between two pixels of the frame, the rest is not resized: each
     pixel of an area resize is a mean over its own area alone (of a frame that shrinks).
@@ -200,23 +202,23 @@ def resized_centre(frame, size=224):
     return small[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
 
 
-def clip_starts(n_frames, n_clips, clip_len, seed, key, how="modulo"):
+def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
     """Random clip starts, int64 (n_clips,), each alike over 0..n_frames - clip_len.
 
-    how: 'independent' draws, or 'modulo': all from the starts of one residue class, those whose
+    method: 'independent' draws, or 'modulo': all from the starts of one residue class, those whose
     first frames (see `clip_frames`) agree modulo 3, since such clips share most of their images
     (see `panecho.clip_planes`). The class is that of a start drawn from all, so that each start
     stays as likely; only the draws of one video are no longer independent of each other.
     Seeded by `seed` and the text `key` alone: neither order nor worker matters.
     """
-    rng, starts = seeded(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
-    if how == "modulo":
+    rng, starts = random_generator(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
+    if method == "modulo":
         residues = first_frames(starts) % 3
         starts = starts[residues == rng.choice(residues)]
     return rng.choice(starts, size=n_clips)
 
 
-def seeded(seed, key):
+def random_generator(seed, key):
     """A numpy Generator that is a function of a number and a text."""
     words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
     return np.random.default_rng([seed, *words.tolist()])
@@ -257,33 +259,29 @@ class Clips:
     index: np.ndarray  # int64 (n_clips, clip_len) into frames
     starts: np.ndarray  # int64 (n_clips,), as drawn
     n_frames: int  # frames in the file
-    note: str = ""  # what was read otherwise than the file says
+    note: str = ""  # what contradicts the header
     content: str = ""  # SHA-256 of the file's bytes, which the draws are seeded by
 
 
 def content_digest(source):
     """Hex SHA-256 of a video's bytes; `source` may be a list of files, taken in order."""
     digest = hashlib.sha256()
-    try:
-        for part in source if isinstance(source, list) else [source]:
+    with reachable():
+        for part in source if isinstance(source, (list, tuple)) else [source]:
             with open_file(part) as f:
                 while block := f.read(1 << 20):
                     digest.update(block)
-    except PermissionError as error:
-        raise NotNow("no permission to read it") from error
-    except OSError as error:
-        raise SourceGone(f"cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 
 def read_clips(source, sampling):
     """Decode a video and sample its clips: [plain, transformed copies...]. Raises VideoError.
 
-    The draws are seeded by the video's bytes, so that an exam gives the same clips under whatever
-    name it lies. A copy's starts are drawn independently: each of its clips is transformed by
-    itself, so that none share an image. Decoding is front to back and once; each frame is resized
-    as it comes, so that memory is that of the small frames. A frame that no clip uses is decoded
-    no further than shows whether it is damaged.
+    The draws are seeded by the video's bytes, so that an exam gives the same clips under any name.
+    A copy's starts are drawn independently: each of its clips is transformed by itself, so that
+    none share an image. Decoding is front to back and once; each frame is resized as it comes, so
+    that memory is that of the small frames. A frame that no clip uses is decoded only as far as
+    shows whether it is damaged.
     """
     with VideoFile(source) as video:
         return sample_clips(video, sampling)
@@ -293,32 +291,35 @@ def sample_clips(video, sampling):
     """The clips of a VideoFile, see `read_clips`."""
     notes, content = [], video.digest
 
-    def sample(n_frames, key, how):
-        drawn = (sampling.n_clips, sampling.clip_len, sampling.seed, key, how)
-        starts = clip_starts(n_frames, *drawn)
+    def sample(n_frames, key, method):
+        starts = clip_starts(
+            n_frames, sampling.n_clips, sampling.clip_len, sampling.seed, key, method
+        )
         return starts, clip_frames(starts, n_frames, sampling.clip_len)
 
     def needed(n_frames):
         return np.unique(sample(n_frames, content, sampling.starts)[1])
 
     if sampling.mask == "sector" or sampling.augment:
-        frames = [resized(frame, sampling.size) for frame in video.frames(notes)]
+        frames = [resize(frame, sampling.size) for frame in video.frames(notes)]
     else:
-        made = video.frames(notes, needed)
-        frames = [None if f is None else resized_centre(f, sampling.size) for f in made]
+        frames = [
+            None if frame is None else resize_centre(frame, sampling.size)
+            for frame in video.frames(notes, needed)
+        ]
     n_frames, note = len(frames), "; ".join(notes)
     if sampling.mask == "sector":
         inside = sector_mask(frames, video.boxes)
         frames = [frame * inside for frame in frames]
     starts, numbers = sample(n_frames, content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
-    plain = np.stack([central(frames[i], sampling.size) for i in used])
+    plain = np.stack([crop_centre(frames[i], sampling.size) for i in used])
     if plain.max() < LIT:
-        note = "; ".join(filter(None, [note, "nothing but black is seen"]))
+        note = "; ".join(filter(None, [note, "all frames are black"]))
     copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note, content)]
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")
-        rng = seeded(sampling.seed, f"{content}#{copy}#transform")
+        rng = random_generator(sampling.seed, f"{content}#{copy}#transform")
         changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
         copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note, content))
@@ -326,11 +327,11 @@ def sample_clips(video, sampling):
 
 
 def small_frames(source, size):
-    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR: of its own size, or `resized` if
+    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR: of its own size, or `resize` if
     that is smaller, which gives the same when it is resized again. Raises VideoError."""
     full = round(size * RESIZE_OVER_CROP)
     frames = iter_frames(source)
-    return np.stack([x if x.size < 3 * full**2 else resized(x, size) for x in frames])
+    return np.stack([x if x.size < 3 * full**2 else resize(x, size) for x in frames])
 
 
 def random_transform(frames, size, rng):
@@ -364,22 +365,6 @@ def random_transform(frames, size, rng):
 
 MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
 LIT = 4  # grey levels of a pixel that is no black background, at least
-
-
-def region_boxes(header):
-    """See `VideoFile.boxes`."""
-    width, height = number(header, "Columns"), number(header, "Rows")
-    names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
-    boxes = []
-    for region in regions(header):
-        corners = [number(region, name) for name in names]
-        if number(region, "RegionSpatialFormat") != 1 or None in corners:
-            continue
-        x0, y0, x1, y1 = corners
-        if not (0 <= x0 < x1 < width and 0 <= y0 < y1 < height):
-            return []
-        boxes.append((x0 / width, y0 / height, (x1 + 1) / width, (y1 + 1) / height))
-    return boxes
 
 
 def sector_mask(frames, boxes):

@@ -11,7 +11,6 @@ this file: pydicom's messages quote tags, so they are neither shown nor passed o
 import hashlib
 import io
 import logging
-import math
 import os
 import re
 import tempfile
@@ -49,7 +48,7 @@ BARE_DICOM = re.compile(
 def is_dicom(path):
     """Whether the file starts as DICOM Part 10 does (128 bytes, then 'DICM'), or is one without.
 
-    Old exports leave that start out and begin with their first element, of group 0002 or 0008.
+    Old exports omit that start and begin with their first element, of group 0002 or 0008.
     """
     try:
         with open_file(path) as f:
@@ -190,7 +189,7 @@ class HeaderFacts:
 
 
 def read_header_facts(path):
-    """The HeaderFacts of any file; all empty when it is no DICOM, or none that can be read."""
+    """The HeaderFacts of any file; all empty when it is not a readable DICOM file."""
     if not is_dicom(path):
         return HeaderFacts()
     try:
@@ -226,11 +225,11 @@ def short_digest(text):
 def group_stills(facts):
     """Cines that were stored as single-frame series: dict of name to the list of their files.
 
-    facts: dict of POSIX path (relative to whatever the names shall be) to HeaderFacts. A cine is
-    all files of one study and one SeriesInstanceUID, if there are two or more, each a single frame
-    of the same size with an InstanceNumber of its own; the files come in the order of those. Its
-    name is `<their folder>/series-<digest of the UID>`. `iter_frames` reads such a list as one
-    video, and refuses one whose images do not follow one another: stills have series too.
+    facts: dict of POSIX path (relative to the study's folder) to HeaderFacts. A cine is all files
+    of one study and one SeriesInstanceUID, if there are two or more, each a single frame of the
+    same size with a different InstanceNumber, in the order of which the files come. Its name is
+    `<their folder>/series-<digest of the UID>`. `VideoFile` reads such a list as one video, and
+    refuses images that do not follow one another: stills have series too.
     """
     series = {}
     for path, file in facts.items():
@@ -264,10 +263,10 @@ OTHER_MODALITIES = {
 
 
 def check_kind(header, notes):
-    """VideoError when the header is of something else than a 2-D echo; notes when it does not say.
+    """VideoError when the header is not of a 2-D echo; a note when it does not say.
 
-    SOP class and modality must both be ultrasound, or a secondary capture of it, where they are
-    values that are known.
+    SOP class and modality must both be ultrasound, or a secondary capture of it; values that the
+    standard does not define are ignored.
     """
     from pydicom.uid import UID_dictionary
 
@@ -292,19 +291,38 @@ def check_kind(header, notes):
         raise VideoError("spectral Doppler, not a cine")
 
 
-def dicom_rates(header):
+def frame_rates(header):
     """Frames a second as each of the four tags has it, 0 or None where it has none."""
-    try:
-        times = np.atleast_1d(np.asarray(header["FrameTime"].value, float))
-    except Exception:  # absent, or text that is no number
-        times = np.zeros(1)
-    try:
-        vector = np.asarray(header["FrameTimeVector"].value, float)
-    except Exception:
-        vector = np.zeros(1)
-    milliseconds = [float(times[0]), float(vector[1:].mean()) if vector.size > 1 else 0.0]
-    rates = [1000 / t if math.isfinite(t) and t > 0 else 0 for t in milliseconds]
+    vector = decimals(header, "FrameTimeVector")[1:]
+    times = [*decimals(header, "FrameTime")[:1], *([vector.mean()] if vector.size else [])]
+    rates = [1000 / t for t in times if t > 0]
     return [*rates, number(header, "CineRate"), number(header, "RecommendedDisplayFrameRate")]
+
+
+def decimals(header, name):
+    """An element's values, float64 (n,), empty when it is absent or holds no numbers."""
+    try:
+        return np.atleast_1d(np.asarray(header[name].value, float))
+    except Exception:
+        return np.zeros(0)
+
+
+def region_boxes(header):
+    """The 2-D ultrasound regions as (x0, y0, x1, y1), shares of the image's sides.
+
+    Empty when the header has none, or when one is not within the image (some exports shrink the
+    image and leave the tags).
+    """
+    width, height, boxes = number(header, "Columns"), number(header, "Rows"), []
+    names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
+    for region in regions(header):
+        x0, y0, x1, y1 = corners = [number(region, name) for name in names]
+        if number(region, "RegionSpatialFormat") != 1 or None in corners:
+            continue
+        if not (0 <= x0 < x1 < width and 0 <= y0 < y1 < height):
+            return []
+        boxes.append((x0 / width, y0 / height, (x1 + 1) / width, (y1 + 1) / height))
+    return boxes
 
 
 def regions(header):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from echofocus_core import __version__
 from echofocus_core.base.files import atomic_path
-from echofocus_core.video.decode import VideoFile, resized, sector_mask
+from echofocus_core.video.decode import VideoFile, resize, sector_mask
 from echofocus_core.video.errors import VideoError
 
 LONGEST_SIDE = 384  # pixels of a clip for the screen
@@ -67,7 +67,7 @@ def write_clip(video, path, mask):
         height, width = (max(2, round(scale * side / 2) * 2) for side in frame.shape[:2])
         shown.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
         if mask == "sector":
-            small.append(resized(frame))
+            small.append(resize(frame))
     height, width = shown[0].shape[:2]
     if mask == "sector":
         inside = sector_mask(small, video.boxes)

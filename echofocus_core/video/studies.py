@@ -128,7 +128,7 @@ def find_videos(folder, leave_out=None):
 
     Links to folders are followed, hidden files are ignored.
     """
-    videos, others, unreadable = [], Counter(), []
+    videos, others, unreadable, top = [], Counter(), [], []
     ancestors = {}  # a folder's path -> the real paths of itself and of the folders above it
     left_out = {os.path.realpath(leave_out)} if leave_out else set()
 
@@ -144,6 +144,8 @@ def find_videos(folder, leave_out=None):
         folders[:] = sorted(
             f for f in folders if f[0] != "." and os.path.realpath(Path(parent, f)) not in closed
         )
+        if Path(parent) == folder:
+            top = list(folders)
         for path in (Path(parent, n) for n in sorted(names) if n[0] != "."):
             if not path.is_file():
                 others["no regular file"] += 1
@@ -157,6 +159,9 @@ def find_videos(folder, leave_out=None):
     if others:
         kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
         notes.append(f"{others.total()} files are no videos: {kinds}")
+    empty = sorted(set(top) - {video.split("/")[0] for video in videos})
+    if 0 < len(empty) < len(top):
+        notes.append(f"{len(empty)} folders hold no video: {listed(list(map(visible, empty)))}")
     return sorted(videos), notes
 
 
