@@ -1,9 +1,9 @@
 """Training the encoder: does its loader keep up? python benchmarks/encoder.py
 
-Phantom cines in the layout of EchoNet-Dynamic. Three rates in images a second, of one run of
-embed/train.py's own parts: the loader alone (clips from the cache of decoded videos, augmented),
-training steps alone (one batch again and again) and an epoch, which is both side by side. An image
-costs 8.91 GFLOP forward and twice that back; the floor is that at the machine's matrix rate.
+Phantom cines in the layout of EchoNet-Dynamic. Three rates in images per second, from one run: only
+the loader (clips from the cache of decoded videos, augmented), only training steps (the same batch
+repeatedly), and an epoch, in which both run concurrently. An image costs 8.91 GFLOP forward and
+twice that backward; the bound is the rate that the machine's matrix products allow for this.
 """
 
 import argparse
@@ -43,20 +43,20 @@ def draw(i, frames, side):
 
 
 def make_cohort(args):
-    """args.videos cines to train on, and eight to validate on; a cine is drawn from few."""
-    n, few = args.videos + 8, min(args.videos + 8, 64)
+    """args.videos cines for training and eight for validation; at most 64 of them are distinct."""
+    n, distinct = args.videos + 8, min(args.videos + 8, 64)
     with ProcessPoolExecutor(args.workers or None) as pool:
-        work = pool.map(partial(draw, frames=args.frames, side=112), range(few))
-        list(progress(work, desc="phantoms", total=few, unit="video"))
-    for i in range(few, n):
-        Path(f"data/Videos/{i}.avi").hardlink_to(f"data/Videos/{i % few}.avi")
+        work = pool.map(partial(draw, frames=args.frames, side=112), range(distinct))
+        list(progress(work, desc="phantoms", total=distinct, unit="video"))
+    for i in range(distinct, n):
+        Path(f"data/Videos/{i}.avi").hardlink_to(f"data/Videos/{i % distinct}.avi")
     table = pd.DataFrame({"FileName": [str(i) for i in range(n)], "EF": 20 + np.arange(n) % 50})
     table["Split"] = ["TRAIN"] * args.videos + ["VAL"] * 8
     table.to_csv("data/FileList.csv", index=False)
 
 
 def measure(args, precision, device):
-    """dict of images a second: loader, steps, epoch and floor."""
+    """dict of images per second: loader, steps, epoch and bound."""
     parser = Parser()
     train.add_options(parser, train.THIS, train.EncoderSettings)
     more = f"--precision {precision} --device {device} --batch_size {args.batch_size} "
@@ -73,24 +73,24 @@ def measure(args, precision, device):
     images = each * settings.clip_len
     sampling = ClipSampling(settings.clip_len, settings.size, settings.sampling_rate, augment=True)
     began = time.perf_counter()
-    for own, clips in run.batches(steps, 1, sampling, 0):  # noqa: B007
+    for videos, clips in run.batches(steps, 1, sampling, 0):  # noqa: B007
         pass
-    found = {"loader": images * len(steps) / (time.perf_counter() - began)}
+    rates = {"loader": images * len(steps) / (time.perf_counter() - began)}
     run.net.train()
-    run.step(own, own, clips, 0)  # warms up
+    run.step(videos, videos, clips, 0)  # warms up
     synchronise(device)
     began = time.perf_counter()
     for k in range(args.steps):
-        run.step(own, own, clips, k)
+        run.step(videos, videos, clips, k)
     synchronise(device)
-    found["steps"] = images * args.steps / (time.perf_counter() - began)
+    rates["steps"] = images * args.steps / (time.perf_counter() - began)
     with contextlib.redirect_stdout(sys.stderr):
         run.one_epoch()
     seconds = run.history[0]["seconds"]
-    found["epoch"] = len(names) * settings.clip_len / seconds
+    rates["epoch"] = len(names) * settings.clip_len / seconds
     rate = matmul_rate(device, DTYPES[precision])
-    found["floor"] = rate / (3 * FLOP * (args.size / 224) ** 2)
-    return found
+    rates["bound"] = rate / (3 * FLOP * (args.size / 224) ** 2)
+    return rates
 
 
 def main():
@@ -99,20 +99,20 @@ def main():
     parser.add_argument("--frames", type=int, default=48, help="of a cine, 112x112")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2, help="timed by themselves")
+    parser.add_argument("--steps", type=int, default=2, help="timed without the loader")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", nargs="+", default=["fp32"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="file to write the same to, for programs")
+    parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     print(f"{describe(args.device)}; {args.videos} cines of {args.frames} frames", flush=True)
     results = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         make_cohort(args)
         for precision in args.precision:
-            found = results[precision] = measure(args, precision, torch.device(args.device))
+            rates = results[precision] = measure(args, precision, torch.device(args.device))
             print(
-                f"{precision}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()), flush=True
+                f"{precision}: " + ", ".join(f"{k} {v:.3g}" for k, v in rates.items()), flush=True
             )
     if args.json:
         report = {

@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py --json evaluate.json
 
-Both compute the same metrics of the same studies; the loop runs over `--loops` resamples of all
-labels, its seconds are scaled to `--n_boot`.
+Both compute the same metrics of the same studies. The loop runs over `--loops` resamples of all
+labels; its seconds are scaled to `--n_boot`.
 """
 
 import argparse
@@ -23,11 +23,18 @@ from benchmarks.machine import describe, peak_memory
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
-CUT = 0.2  # the threshold of all findings
+THRESHOLD = 0.2  # of all findings
+
+
+class Ranking(st.Binary):
+    """A finding with AUROC and average precision only."""
+
+    def metrics(self, weights):
+        return mt.ranking(self.truth, self.probability, weights)
 
 
 def cohort(args):
-    """(patients, findings, measurements): labels of S studies of half as many patients."""
+    """(patients, findings, measurements) of S studies of half as many patients."""
     rng = np.random.default_rng(0)
     patients = rng.integers(0, max(1, args.studies // 2), args.studies)
     findings, measurements = [], []
@@ -35,7 +42,7 @@ def cohort(args):
         x = rng.normal(size=args.studies)
         y = (rng.random(args.studies) < special.expit(x - 2)).astype(float)  # one in six
         p = special.expit(1.2 * x - 2 + 0.5 * rng.normal(size=args.studies))
-        findings.append(st.Binary(f"finding {k}", y, p, threshold=CUT))
+        findings.append(st.Binary(f"finding {k}", y, p, threshold=THRESHOLD))
         f = 60 + 8 * x + 5 * rng.normal(size=args.studies)
         measurements.append(st.Regression(f"measurement {k}", 60 + 10 * x, f))
     return patients, findings, measurements
@@ -50,7 +57,7 @@ def loop_findings(y, p):
     loop_ranking(y, p)
     sk.brier_score_loss(y, p)
     LogisticRegression(C=np.inf).fit(special.logit(p)[:, None], y)
-    called = p >= CUT
+    called = p >= THRESHOLD
     sk.confusion_matrix(y, called)
     sk.recall_score(y, called)
     sk.precision_score(y, called)
@@ -86,7 +93,7 @@ def seconds_of_loop(function, outcomes, patients, args):
 
 
 def timed(function):
-    """(seconds, seconds of processor time): on a shared machine they differ."""
+    """(seconds, CPU seconds); they differ on a shared machine."""
     began, used = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - began, time.process_time() - used
@@ -102,14 +109,10 @@ def main():
     args = parser.parse_args()
     patients, findings, measurements = cohort(args)
 
-    def ranking(weights):
-        with np.errstate(all="ignore"):
-            each = [mt.ranking(o.truth, o.probability, weights) for o in findings]
-        return {(i, k): v for i, found in enumerate(each) for k, v in found.items()}
-
+    rankings = [Ranking(o.label, o.truth, o.predicted) for o in findings]
     ways = {
         "ranking": (
-            lambda: st.bootstrap(ranking, patients, args.n_boot),
+            lambda: st.bootstrap(rankings, patients, args.n_boot),
             (loop_ranking, findings),
         ),
         "findings": (
@@ -130,7 +133,7 @@ def main():
         seconds[f"{name}_loop"] = seconds_of_loop(*slow, patients, args)
         ratios[name] = seconds[f"{name}_loop"] / seconds[name]
         loop, cpu = seconds[f"{name}_loop"], seconds[f"{name}_cpu"]
-        print(f"{name}: {seconds[name]:.1f} s ({cpu:.1f} of processor time)", end="")
+        print(f"{name}: {seconds[name]:.1f} s ({cpu:.1f} CPU)", end="")
         print(f", a loop over scikit-learn {loop:.0f} s, {ratios[name]:.0f} times")
     print(f"peak memory {peak_memory('cpu') / 1e9:.2f} GB")
     if args.json:

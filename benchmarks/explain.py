@@ -1,10 +1,10 @@
 """Integrated gradients against the published way: python benchmarks/explain.py
 
-Seconds a study and convergence error, for one label and for all, on one study of clip embeddings.
+Seconds per study and convergence error, for one label and for all, on one study of clip embeddings.
 The published way is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
-and one step at a time. Ours is `study.attribution.integrated_gradients`. Both take turns, so that
-a noisy machine hits them alike. The trained model learns planted patterns here, in a minute; the
-random one is as torch begins it, without training.
+and one step at a time. Ours is `study.attribution.integrated_gradients`. Both alternate, so that
+other load affects them equally. The trained model learns planted patterns here, in a minute; the
+random model is untrained.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def make_model(depth, device, trained):
 
 
 def compare(net, bag, columns, repeats):
-    """dict: seconds and largest error of both ways, for some labels, and their ratio."""
+    """dict: seconds and largest error of both ways, for the columns, and the ratio of seconds."""
     V = len(bag)
     tokens = bag.flatten(0, 1).to(attribution.device_of(net))
     start, objectives = torch.zeros_like(tokens), attribution.Objectives(columns)
@@ -74,12 +74,13 @@ def compare(net, bag, columns, repeats):
         way, settings = ways[name]
         errors[name] = float(way(net, tokens, start, settings, objectives, V)[1].max())
 
-    run("ours")  # the first one warms up
+    run("ours")  # warm-up
     for _ in range(repeats):
         for name in ways:
             seconds[name].append(timed(lambda name=name: run(name), tokens.device))
-    found = {name: float(np.median(times)) for name, times in seconds.items()}
-    return {"seconds": found, "error": errors, "ratio": found["published"] / found["ours"]}
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    ratio = medians["published"] / medians["ours"]
+    return {"seconds": medians, "error": errors, "ratio": ratio}
 
 
 def main():
@@ -88,7 +89,7 @@ def main():
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="file to write the same to, for programs")
+    parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     print(f"{describe(device)}; a study of {args.videos} videos of 16 clips, depth {args.depth}")
@@ -97,13 +98,13 @@ def main():
     for kind in ("trained", "random"):
         net = make_model(args.depth, device, kind == "trained")
         for name, columns in (("one_label", [0]), ("all_labels", list(range(LABELS)))):
-            found = compare(net, bag, columns, args.repeats if name == "one_label" else 1)
-            results[f"{kind}/{name}"] = found
+            result = compare(net, bag, columns, args.repeats if name == "one_label" else 1)
+            results[f"{kind}/{name}"] = result
             ways = "; ".join(
-                f"{way} {found['seconds'][way]:.2f} s, error {found['error'][way]:.2%}"
+                f"{way} {result['seconds'][way]:.2f} s, error {result['error'][way]:.2%}"
                 for way in ("published", "ours")
             )
-            print(f"{kind:8} {name:10} {ways}; {found['ratio']:.1f}x", flush=True)
+            print(f"{kind:8} {name:10} {ways}; {result['ratio']:.1f}x", flush=True)
     if args.json:
         names = ("one_label", "all_labels")
         report = {

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the floors that a benchmark's figures stand beside."""
+"""Upper bounds of this machine's speed, to compare results with."""
 
 import os
 import platform

@@ -1,9 +1,9 @@
-"""How often the 90 % range of an answer holds another extraction's: python benchmarks/spread.py
+"""How often the 90 % range of an answer contains another extraction's: python benchmarks/spread.py
 
-Phantom cines longer than a clip, an untrained encoder whose embeddings are standardised (as the
-demo's), models of the two labels trained on one extraction. Then the studies are extracted anew
-with other seeds and answered: the share of pairs of extractions in which the one's answer lies in
-the other's range, for each label and way of drawing starts.
+Phantom cines longer than a clip, an untrained encoder with standardised embeddings (as in the
+demo), and models of both labels trained on one extraction. Other studies are then extracted with
+several seeds. The result is the share of pairs of extractions in which the answer of one is in
+the range of the other, for each label and way of drawing starts.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def run(main, line):
 
 def coverage(tables, label, unit=""):
     """dict: the share of pairs of extractions within the range, its median width, and the median
-    of what that should be, were the difference of two extractions normal.
+    width expected if the difference of two extractions is normal.
 
-    tables: of `predict`, an extraction each, of the same studies.
+    tables: results of `predict` on the same studies, one per extraction.
     """
     value, low, high = (
         np.stack([t[f"{label}{end}{unit}"].to_numpy() for t in tables])
@@ -58,15 +58,15 @@ def coverage(tables, label, unit=""):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--train", type=int, default=80, help="studies the models learn from")
-    parser.add_argument("--studies", type=int, default=40, help="studies answered")
-    parser.add_argument("--seeds", type=int, default=8, help="extractions of each")
+    parser.add_argument("--train", type=int, default=80, help="studies to train on")
+    parser.add_argument("--studies", type=int, default=40, help="studies to predict")
+    parser.add_argument("--seeds", type=int, default=8, help="extractions of each study")
     parser.add_argument("--frames", type=int, default=48, help="of a cine")
     parser.add_argument("--n_clips", type=int, nargs="+", default=[16, 4])
     parser.add_argument("--starts", nargs="+", default=["modulo", "independent"])
     parser.add_argument("--size", default=demo.SIZE)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="file to write the same to, for programs")
+    parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -82,26 +82,26 @@ def main():
 
 
 def measure(args, weights, n_clips, starts):
-    """Rows of results of one way of drawing clips; printed as they are found."""
-    how = ["--weights", weights, "--size", args.size, "--n_clips", n_clips, "--starts", starts]
-    how += ["--device", args.device]
+    """Rows of results of one way of drawing clips; each is printed when it is complete."""
+    options = ["--weights", weights, "--size", args.size, "--n_clips", n_clips, "--starts", starts]
+    options += ["--device", args.device]
     name, rows = f"{n_clips}_{starts}", []
-    run(extract.main, ["videos", "--out", f"emb_{name}", *how])
+    run(extract.main, ["videos", "--out", f"emb_{name}", *options])
     for task in LABELS:
         run(ef.main, ["train", "--task", task, "--embedding_path", f"emb_{name}", "--run_id", name,
                       "--device", args.device])  # fmt: skip
     tables = {task: [] for task in LABELS}
     for seed in range(1, args.seeds + 1):
         run(extract.main, [Path("new", "videos"), "--out", f"new_{name}_{seed}", "--sampling_seed",
-                           seed, *how])  # fmt: skip
+                           seed, *options])  # fmt: skip
         line = ["predict", "--embedding_path", f"new_{name}_{seed}", "--device", args.device]
-        for task, found in tables.items():
+        for task, results in tables.items():
             run(ef.main, [*line, "--model_name", f"{task}_{name}", "--out", "p.csv"])
-            found.append(pd.read_csv("p.csv").set_index("eid").sort_index())
+            results.append(pd.read_csv("p.csv").set_index("eid").sort_index())
             os.unlink("p.csv")
-    for task, found in tables.items():
+    for task, results in tables.items():
         row = dict(n_clips=n_clips, starts=starts, label=LABELS[task])
-        row |= coverage(found, LABELS[task], " [%]" if task == "ef" else "")
+        row |= coverage(results, LABELS[task], " [%]" if task == "ef" else "")
         print(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
                         for k, v in row.items()), flush=True)  # fmt: skip
         rows.append(row)

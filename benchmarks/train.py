@@ -1,10 +1,10 @@
 """Study-level training and prediction against the published way: python benchmarks/train.py
 
 A seeded cohort of random clip embeddings, written three times: as the published scripts do (one
-HDF5 group a video), as ours do (one array a study), and packed. The published way is one study at a
-time through torch's own TransformerEncoder in fp32, read from its groups. Ours runs the program's
-own loop from the pack. The ways take turns over parts of the cohort, so that a noisy machine hits
-them alike. Floors: FLOPs over the machine's own matmul rate, bytes over a plain sequential read.
+HDF5 group per video), as EchoFocus does (one array per study), and packed. The published way is one
+study at a time through torch's TransformerEncoder in fp32, read from the groups. Ours is the
+program's loop, read from the pack. The ways alternate over parts of the cohort, so that other load
+affects them equally. Bounds: FLOPs at the matrix product rate, bytes of a plain sequential read.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def make_cohort(folder, studies):
 
 
 class Published(nn.Module):
-    """torch's own layers under the published names; one study at a time."""
+    """torch's layers under the published names; one study at a time."""
 
     def __init__(self, depth, kind):
         super().__init__()
@@ -85,10 +85,10 @@ class Published(nn.Module):
 
 
 def published_read(folder, eid):
-    found = []
+    videos = []
     with h5py.File(folder / "published" / f"{eid}_trim_embed.hdf5") as f:
-        f.visititems(lambda name, node: found.append(node[:]) if name.endswith("/emb") else None)
-    return torch.from_numpy(np.stack(found))
+        f.visititems(lambda name, node: videos.append(node[:]) if name.endswith("/emb") else None)
+    return torch.from_numpy(np.stack(videos))
 
 
 def published_train(net, optimizer, folder, eids, targets, device):
@@ -125,7 +125,7 @@ class Ways:
         """ways: name -> function of a list of study ids; returns name -> seconds."""
         seconds = dict.fromkeys(ways, 0.0)
         for way in ways.values():
-            way(list(self.parts[0][:4]))  # what is done once: kernels, page cache
+            way(list(self.parts[0][:4]))  # warm-up: kernels, page cache
         for part in self.parts:
             for name, way in ways.items():
                 synchronise(self.device)
@@ -170,9 +170,9 @@ def measure_compute(folder, store, eids, targets, args, ways):
         settings = settings_for(precision, args.tokens)
         return lambda part: run_studies(ours, store, part, settings)
 
-    found = predict("fp32")(eids[:8]).logits
+    logits = predict("fp32")(eids[:8]).logits
     expected = torch.cat(published_predict(published, folder, eids[:8], args.device)).numpy()
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
+    error = float(np.abs(logits - expected).max() / np.abs(expected).max())
     predicted = ways.time(
         {
             "published": lambda part: published_predict(published, folder, part, args.device),
@@ -202,7 +202,7 @@ def measure_loading(folder, stores, ways, device):
         return load
 
     def plain(part):
-        """The same bytes, front to back."""
+        """Read the same bytes sequentially."""
         first, last = (packed.index["row"][packed.files[e]] for e in (part[0], part[-1]))
         left = (last - first + packed.size(part[-1])) * 768 * 4
         buffer = memoryview(bytearray(1 << 22))
@@ -212,7 +212,7 @@ def measure_loading(folder, stores, ways, device):
                 left -= n
 
     def checksums(part):
-        """Of as many numbers: their cost does not depend on the values."""
+        """Compute checksums of as many numbers; the cost does not depend on the values."""
         numbers = np.zeros((max(map(packed.size, part)), 768), np.float32)
         for eid in part:
             checksum(numbers[: packed.size(eid)], [])
@@ -224,13 +224,13 @@ def measure_loading(folder, stores, ways, device):
 
 
 def flops_of(depth, tokens, d=768):
-    """Forward FLOPs of a study of so many clips, all tokens in every layer: the linear layers
+    """Forward FLOPs of a study with this many clips, all tokens in every layer: the linear layers
     (queries, keys, values, output, two of feed-forward: 12 d^2 a token) and attention (4 N d)."""
     return depth * tokens * (12 * d**2 + 4 * tokens * d)
 
 
 def peak_of_training(folder, dataset, args):
-    """Peak memory in GB of `echofocus.py train`, one epoch, in a process of its own."""
+    """Peak memory in GB of `echofocus.py train`, one epoch, in a separate process."""
     line = ["train", "--dataset", dataset, "--epoch_lim", "1", "--run_id", f"{time.time_ns()}"]
     line += ["--encoder_depth", str(args.depth), "--transformer_type", args.kind]
     process = subprocess.Popen(
@@ -279,7 +279,7 @@ def main():
 
 
 def measure(folder, eids, args):
-    """Measure and print everything but memory; returns it."""
+    """Measure and print everything except memory; returns the results."""
     stores = {
         "unpacked": open_folder(folder / "ours"),
         "packed": open_store(folder / "ours"),
