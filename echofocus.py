@@ -47,8 +47,8 @@ def cmd_train(job):
 def cmd_evaluate(job):
     """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
     from echofocus_core.report.evaluation import evaluate_file, evaluate_fold
-    from echofocus_core.study.cohort import stored_names
     from echofocus_core.study.evaluation import group_columns
+    from echofocus_core.study.folds import stored_names
 
     if job.settings.predictions:
         return evaluate_file(job)
@@ -69,9 +69,9 @@ def cmd_predict(job):
     """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
     from echofocus_core.base.files import write_table
     from echofocus_core.study import predictions
+    from echofocus_core.study.folds import sample_ids
     from echofocus_core.study.input_check import report_warnings
     from echofocus_core.study.sources import labelled_ids, warn_of_other_input
-    from echofocus_core.study.splits import some_of
     from echofocus_core.video.store import MADE_WITH
 
     if job.settings.out:
@@ -81,7 +81,7 @@ def cmd_predict(job):
     labelled = () if source.requested else labelled_ids(job)
     absent = dict.fromkeys(sorted(set(labelled) - set(source.eids)), "no embeddings")
     path = Path(settings.out or model.folder / f"predictions_{settings.dataset}.csv")
-    eids = some_of(source.eids, settings.sample_limit)
+    eids = sample_ids(source.eids, settings.sample_limit)
     warn_of_other_input(model, source.store, eids, names=MADE_WITH[:1])
     table, reasons, warnings = predictions.answer_studies(model, source.store, eids, settings)
     left_out = source.unusable() | absent | reasons
@@ -116,8 +116,8 @@ def cmd_embed(job):
     from echofocus_core.base.console import Collected
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
-    from echofocus_core.study.cohort import stored_names
     from echofocus_core.study.embeddings import embed_source, is_embedded
+    from echofocus_core.study.folds import stored_names
 
     settings = job.settings
     if len(settings.datasets) > 1 and settings.embed_file:
@@ -358,9 +358,9 @@ def studies_of(model, source, options):
 
     Videos are extracted as `--videos` does, into ./clip_embeddings; options may have its options.
     """
+    from echofocus_core.study.folds import sample_ids
     from echofocus_core.study.job import input_options, videos_job
     from echofocus_core.study.sources import warn_of_other_input
-    from echofocus_core.study.splits import some_of
     from echofocus_core.video.store import open_store
 
     settings = validated(Settings, input_options(model.record.input) | options)
@@ -373,7 +373,7 @@ def studies_of(model, source, options):
     else:
         job = videos_job(model, source, settings, asked="weights" in options).with_source()
         return job.settings, job.source.store, job.source.eids
-    eids = some_of(store.files, settings.sample_limit)
+    eids = sample_ids(store.files, settings.sample_limit)
     if hasattr(store, "made_with"):
         warn_of_other_input(model, store, eids)
     return settings, store, eids

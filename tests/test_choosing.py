@@ -8,16 +8,21 @@ import pytest
 import torch
 
 from echofocus_core.base.console import Collected
+from echofocus_core.base.options import Settings
 from echofocus_core.base.world import World
-from echofocus_core.study.cohort import warn_of_one_class
 from echofocus_core.study.config import Task
+from echofocus_core.study.folds import split_patients, warn_of_one_class
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.loop import update
 from echofocus_core.study.network import StudyModel
-from echofocus_core.study.splits import split_patients
+from echofocus_core.study.outputs import Outputs
 
 MODELS = Path("trained_models")
-MADE = {"seed": 0, "split": "64,16,20", "n_folds": 5, "fold": 0, "stratify": "rare"}
+RARE = Outputs.of(["rare"], "binary")
+
+
+def fold_settings(fold=0):
+    return Settings(n_folds=5, fold=fold, stratify="rare")
 
 
 @pytest.fixture
@@ -29,17 +34,19 @@ def rare():
 
 def test_every_fold_has_its_share_of_a_rare_label(rare):
     for k in range(5):
-        folds = split_patients(rare, MADE | {"fold": k})
+        folds = split_patients(rare, fold_settings(k), RARE)
         assert folds.groupby(rare["pid"]).nunique().eq(1).all()
         positives = rare.groupby(folds)["rare"].sum()
         assert positives.to_dict() == {"test": 2, "train": 6, "val": 2}
         assert folds.value_counts()["test"] == 200
     tested = [
-        set(rare["pid"][split_patients(rare, MADE | {"fold": k}) == "test"]) for k in range(5)
+        set(rare["pid"][split_patients(rare, fold_settings(k), RARE) == "test"]) for k in range(5)
     ]
     assert sum(map(len, tested)) == len(set.union(*tested)) == 500
     size = rare.assign(rare=np.arange(1000.0) % 500)
-    means = size.groupby(split_patients(size, MADE))["rare"].mean()
+    means = size.groupby(split_patients(size, fold_settings(), Outputs.of(["rare"], "regression")))[
+        "rare"
+    ].mean()
     assert (means - 249.5).abs().max() < 30
 
 

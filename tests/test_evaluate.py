@@ -20,9 +20,9 @@ from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.config import Record
 from echofocus_core.study.fold_answers import thresholds_for
+from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.study.splits import some_of
 
 FEW = ("--n_boot", "200")
 
@@ -187,9 +187,9 @@ def test_the_studies_asked_for_and_no_others(site, table, cli):
     assert metrics_of("theirs_evaluation/metrics_all_site.csv")["n"].eq(50).all()
     page = Path("theirs_evaluation/report_all_site.html").read_text()
     assert "given with the predictions" in page and "validation fold" not in page
-    kept = some_of(table["eid"], 50)
+    kept = sample_ids(table["eid"], 50)
     assert len(kept) == 50 and kept == sorted(kept) != list(table["eid"][:50])
-    assert set(some_of(table["eid"], 20)) < set(kept)
+    assert set(sample_ids(table["eid"], 20)) < set(kept)
 
     own = pd.DataFrame({"PID": table["pid"], "Echo_ID": table["eid"], "x_Predict": table["p"]})
     own.assign(x_Correct=table["finding"]).to_csv("saveout.csv", index=False)

@@ -18,6 +18,7 @@ import echofocus as ef
 from echofocus_core.base.console import Collected
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Record, read_config
+from echofocus_core.study.folds import split_patients
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
 from echofocus_core.study.loop import run_steps
@@ -403,20 +404,17 @@ def test_an_early_step_of_survival():
 
 
 def test_rare_events_are_dealt_to_every_fold(outlook):
-    from echofocus_core.study.splits import split_patients
-
     config = read_config()
     _, table = load_labels(config.tasks["outlook"], config.datasets["site"])
     table.loc[table.index[20:], "death" + EVENT] = 0
     table.loc[table.index[:20], "death" + EVENT] = 1
-    made = {"seed": 0, "split": "60,20,20", "n_folds": 0, "fold": 0, "stratify": "death"}
     for seed in range(20):
-        folds = split_patients(table, made | {"seed": seed}, MIXED_SITE)
+        settings = Settings(seed=seed, split="60,20,20", stratify="death")
+        folds = split_patients(table, settings, MIXED_SITE)
         events = table["death" + EVENT].groupby(folds).sum()
         assert events["val"] >= 2 and events["test"] >= 2
-    made["stratify"] = "grade"
     table["grade"] = np.where(np.arange(220) < 10, 2, 0)
-    folds = split_patients(table, made, MIXED_SITE)
+    folds = split_patients(table, Settings(split="60,20,20", stratify="grade"), MIXED_SITE)
     assert (table["grade"] == 2).groupby(folds).sum()[["val", "test"]].min() >= 2
 
 

@@ -16,12 +16,12 @@ import torch
 from echofocus_core.base import hdf5
 from echofocus_core.base.console import RUN, Collected, UserError
 from echofocus_core.base.options import Settings
+from echofocus_core.base.seen import Seen
 from echofocus_core.study import attention as packed
-from echofocus_core.study.cohort import tell_copies
+from echofocus_core.study.folds import report_copies
 from echofocus_core.study.loop import plan_batches, read_batches
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.sources import refuse_mixed
-from echofocus_core.study.splits import Seen
 from echofocus_core.video import panecho
 from echofocus_core.video import store as st
 from echofocus_core.video.record import EncoderRecord
@@ -118,7 +118,7 @@ def test_the_same_videos_in_two_studies(folder, packed):
     for pids, levels in (("abxaa", ["ERROR"]), ("abaac", ["WARNING"]), ("ab", [])):
         listener = Collected()
         ids = ["s0", "s1", "t", "u", "s2"][: len(pids)]
-        tell_copies(pd.Series(list(pids), ids), store, listener)
+        report_copies(pd.Series(list(pids), ids), store, listener)
         assert [x.level for x in listener.findings] == levels
         assert all("s0 and t and u" in x.text for x in listener.findings)
 

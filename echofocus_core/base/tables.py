@@ -9,7 +9,6 @@ import codecs
 import csv
 import io
 import re
-import unicodedata
 import zipfile
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -331,25 +330,6 @@ def clean_ids(column, path, listener):
             "format the column as text and fill it in again",
         )
     return column
-
-
-def as_seen(text):
-    """An id as a person sees it: Unicode normal forms, full width, forms of a dash or a space and
-    what is invisible make no difference."""
-    if not (text.isascii() and text.isprintable()):
-        text = "".join(
-            "-" if unicodedata.category(c) == "Pd" or c == "\N{MINUS SIGN}" else c
-            for c in unicodedata.normalize("NFKC", text)
-            if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc")
-        )
-    return " ".join(text.split())
-
-
-def look_alike(text):
-    """What an id has in common with other spellings of it: any case, zeros in front of a number
-    (which spreadsheets drop), an apostrophe before it, 10,0 for 10."""
-    text = re.sub(r"^(\d+)[.,]0{1,2}$", r"\1", as_seen(text).casefold().lstrip("'`\u2018\u2019"))
-    return re.sub(r"(?<![\d.,])0+(?=\d)", "", text)
 
 
 DECIMAL_COMMA = r"[-+]?(\d+|\d{1,3}(\.\d{3})+),\d+"

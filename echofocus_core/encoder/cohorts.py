@@ -22,7 +22,7 @@ from echofocus_core.base.console import RUN, UserError, nearest, printable, some
 from echofocus_core.base.hdf5 import shortest_distinct
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import MISSING, clean_ids, read_table, to_numbers
-from echofocus_core.study.labels import one_form, warn_of_look_alikes, warn_of_suspicious_values
+from echofocus_core.study.labels import one_form, warn_of_suspicious_values
 from echofocus_core.video.panecho import TASKS
 from echofocus_core.video.record import read_tasks
 
@@ -104,7 +104,6 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
     )
     refuse_twice(cells, file)
     cells["patient"] = one_form(cells["patient"], file, listener)
-    warn_of_look_alikes(cells["patient"], file, listener)
     tell_shared_studies(cells, file, listener)
     videos = cells[["path", "study", "patient", "split"]]
     cohort = VideoCohort(

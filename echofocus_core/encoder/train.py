@@ -58,6 +58,7 @@ from echofocus_core.base.options import (
     validated,
 )
 from echofocus_core.base.parallel import map_ahead
+from echofocus_core.base.seen import STUDY, Seen
 from echofocus_core.base.world import World, exact_convolutions, join_world, pick_device
 from echofocus_core.encoder.backbones import (
     NAMES,
@@ -72,15 +73,8 @@ from echofocus_core.encoder.losses import MultiTaskLoss, class_weights, fill_mea
 
 # This program stands above the rooms, as echofocus.py does: results are the report's business.
 from echofocus_core.encoder.report import score_of, validation_row, write_pooled, write_results
+from echofocus_core.study.folds import levels_by, sample_ids, without_seen
 from echofocus_core.study.labels import other_unit
-from echofocus_core.study.splits import (
-    STUDY,
-    Seen,
-    seen_weights,
-    some_of,
-    warn_of_other_spellings,
-    without_seen,
-)
 from echofocus_core.video.cache import ClipSampling, FrameCache
 from echofocus_core.video.panecho import (
     DOWNLOADED,
@@ -314,8 +308,7 @@ def unknown_to(start, folds, cohort):
         notes.append(f"{name} was trained elsewhere, on patients it does not name")
         print(f"{notes[0]}: all count as unseen")
     table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
-    notes += warn_of_other_spellings(name, seen, table, RUN)
-    left = without_seen(folds, [(name, seen_weights(seen, table))], what="videos")
+    left = without_seen(folds, [(name, levels_by(name, seen, table, RUN))], what="videos")
     said = {}
     for fold in ("val", "test"):
         n, lost = int((folds == fold).sum()), int(((folds == fold) & (left != fold)).sum())
@@ -863,7 +856,7 @@ def steps_of(order, each, least=1):
 def names_of(folds, settings):
     """Fold -> so many of its videos as --sample_limit says, by a hash of their names."""
     each = {fold: folds.index[folds == fold] for fold in FOLDS}
-    return {k: some_of(sorted(v), settings.sample_limit) for k, v in each.items() if len(v)}
+    return {k: sample_ids(sorted(v), settings.sample_limit) for k, v in each.items() if len(v)}
 
 
 # ------------------------------------------------------------------------------------- command line

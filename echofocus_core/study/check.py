@@ -12,15 +12,17 @@ from echofocus_core.base.console import Collected, UserError, duration, progress
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import options_of
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.cohort import (
+from echofocus_core.study.config import Config, read_config
+from echofocus_core.study.fold_answers import folds_to_test, task_for
+from echofocus_core.study.folds import (
     cohort_of,
     fold_table,
     match_studies,
+    sample_ids,
+    seen_elsewhere,
     stored_names,
     training_folds,
 )
-from echofocus_core.study.config import Config, read_config
-from echofocus_core.study.fold_answers import folds_to_test, task_for
 from echofocus_core.study.job import check_job, resolve_settings
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
@@ -34,7 +36,6 @@ from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
-from echofocus_core.study.splits import known_to_others, some_of
 from echofocus_core.video.preview import preview_extraction
 from echofocus_core.video.store import UnreadableStudy
 from echofocus_core.video.studies import studies_of_dataset
@@ -212,7 +213,7 @@ def check_embeddings(path, store, settings, listener):
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
     refuse_mixed(store, list(headers), settings.allow_mixed, listener)
-    eids = some_of(headers, settings.sample_limit)
+    eids = sample_ids(headers, settings.sample_limit)
     for eid in progress(eids, desc="read", unit="study"):
         try:
             store.read(eid)
@@ -241,7 +242,7 @@ def check_folds(job, data, listener):
             return None
     else:
         encoder = store.encoder_seen(list(studies.index), listener)
-        known, _ = known_to_others(table, settings, encoder, listener=listener)
+        known, _ = seen_elsewhere(table, settings, encoder, listener=listener)
         folds = training_folds(studies, settings, task, known, listener)
     cohort_of(task, studies, folds, listener=listener)
     return folds

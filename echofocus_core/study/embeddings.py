@@ -7,10 +7,10 @@ import h5py
 from echofocus_core.base.console import UserError, progress
 from echofocus_core.base.files import atomic_path
 from echofocus_core.base.hdf5 import UNREADABLE, new_hdf5, open_hdf5
+from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.network import EachQuery
 from echofocus_core.study.sources import warn_of_other_input
-from echofocus_core.study.splits import some_of
 from echofocus_core.video.store import UnreadableStudy, VideosAsStudies
 
 
@@ -26,7 +26,7 @@ def is_embedded(path):
 def embed_source(job):
     """Write the embeddings of a job's studies; returns the file's path."""
     model, settings, store = job.model, job.settings, job.source.store
-    eids = some_of(job.source.eids, settings.sample_limit)
+    eids = sample_ids(job.source.eids, settings.sample_limit)
     warnings = warn_of_other_input(model, store, eids)
     write = embed_studies if settings.level == "study" else embed_videos
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{settings.dataset}"

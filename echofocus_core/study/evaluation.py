@@ -16,9 +16,9 @@ from echofocus_core.base.console import RUN, UserError, printable, some
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import clean_ids, read_table, to_numbers
 from echofocus_core.study import statistics as st
+from echofocus_core.study.folds import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, sample_ids
 from echofocus_core.study.labels import read_rows
 from echofocus_core.study.outputs import examples_of
-from echofocus_core.study.splits import ALIKE, ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, some_of
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
 PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of the later branch
@@ -66,7 +66,7 @@ class Studies:
         rows = np.flatnonzero(self.usable)
         if first_only:
             rows = rows[~pd.Series(self.patients[rows]).duplicated()]
-        eids = set(some_of([self.eids[i] for i in rows], limit))
+        eids = set(sample_ids([self.eids[i] for i in rows], limit))
         return self.take([i for i in rows if self.eids[i] in eids])
 
     def at_prevalence(self, prevalence):
@@ -434,7 +434,7 @@ def headlines_of(studies, estimates):
 
 
 def unseen_notes(fold, unseen):
-    """Sentences on whether the model has seen these studies. unseen: of `study.splits`, or None."""
+    """Sentences on whether the model has seen these studies. unseen: of `study.folds`, or None."""
     if fold != "test" and unseen is not None:
         return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
     notes = []
@@ -449,8 +449,6 @@ def unseen_notes(fold, unseen):
             notes.append(
                 f"The user states that the model has not seen these patients; not compared{ids}."
             )
-        elif evidence == ALIKE:
-            notes.append(f"{detail[0].upper()}{detail[1:]}; they count as unseen here.")
         elif evidence == ENCODER_UNKNOWN:
             notes.append(
                 "It is not recorded which patients the encoder of the embeddings was trained on; "

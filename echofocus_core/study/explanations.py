@@ -9,13 +9,14 @@ import pandas as pd
 from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Collected, UserError, nearest, progress
 from echofocus_core.base.files import sha256_of
+from echofocus_core.base.seen import seen_levels
 from echofocus_core.study.attribution import clip_baseline, explain_study
 from echofocus_core.study.fold_answers import labelled_folds
+from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.loop import run_studies
 from echofocus_core.study.models import LoadedEnsemble
 from echofocus_core.study.outputs import scale
 from echofocus_core.study.sources import labelled_ids
-from echofocus_core.study.splits import seen_weights, some_of
 from echofocus_core.video.store import UnreadableStudy
 
 SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
@@ -50,7 +51,7 @@ def explained_studies(job):
     encoder, _ = job.source.store.encoder_seen(eids, Collected() if labelled else RUN)
     if seen := [*(model.seen or ()), *([] if settings.assume_unseen else encoder)]:
         by_study = truths.assign(pid=[f"study {eid}" for eid in eids])  # no patient is known
-        folds = seen_weights(seen, by_study).map({0: "test", 1: "val", 2: "train"})
+        folds = seen_levels(seen, by_study).map({0: "test", 1: "val", 2: "train"})
     if labelled:
         _, table, folds_of_table, _ = labelled_folds(job)
         names = table.index.intersection(eids)
@@ -81,7 +82,7 @@ def select_studies(job, eids, truths, columns):
     """The studies that `--select` names, best first (`rank`). Raises UserError."""
     model, settings, select = job.model, job.settings, job.settings.select
     if select == "all":
-        return some_of(eids, settings.sample_limit)
+        return sample_ids(eids, settings.sample_limit)
     kinds = {model.kind(model.labels[i]) for i in columns}
     if len(kinds) > 1:
         raise UserError(f"--select {select} is for one kind of label: --explain_tasks")

@@ -1,14 +1,12 @@
 """A model's answers to the studies of one fold of a labelled dataset, beside their labels."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.options import FOLDS
-from echofocus_core.study.cohort import digest_at_training, match_studies, stored_names
 from echofocus_core.study.evaluation import (
     NOT_ASKED,
     UNREADABLE_EMBEDDINGS,
@@ -18,13 +16,20 @@ from echofocus_core.study.evaluation import (
     study_flow,
     unseen_notes,
 )
+from echofocus_core.study.folds import (
+    folds_for,
+    match_studies,
+    sample_ids,
+    seen_elsewhere,
+    stored_names,
+    without_seen,
+)
 from echofocus_core.study.labels import load_labels, other_unit
 from echofocus_core.study.loading import SEVERAL_RULES, other_times
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.metrics import choose_threshold, read_target
 from echofocus_core.study.models import LoadedEnsemble
 from echofocus_core.study.sources import Source, open_embeddings, warn_of_other_input
-from echofocus_core.study.splits import folds_for, known_to_others, some_of, without_seen
 
 
 def task_for(model, task):
@@ -63,11 +68,9 @@ def folds_to_test(job, task, whole, store, listener=RUN):
     """(fold of each study of a whole label table, evidence that those of test are unseen, by the
     model and by the encoder of the embeddings)."""
     model, settings = job.model, job.settings
-    digest = partial(digest_at_training, model, whole, store, task)
-    of_model = (listener, settings.assume_unseen, digest)
-    folds, evidence = folds_for(model, whole, settings.dataset, *of_model)
+    folds, evidence = folds_for(model, whole, settings.dataset, listener, settings.assume_unseen)
     encoder = store.encoder_seen(list(whole.index.intersection(list(store.files))), listener)
-    series, more = known_to_others(whole, settings, encoder, listener=listener)
+    series, more = seen_elsewhere(whole, settings, encoder, listener=listener)
     return without_seen(folds, series, listener), "; ".join([evidence, *more])
 
 
@@ -83,7 +86,7 @@ def studies_in_fold(job, task, whole, folds):
         raise UserError(
             f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
         )
-    return table.loc[some_of(table.index, settings.sample_limit)]
+    return table.loc[sample_ids(table.index, settings.sample_limit)]
 
 
 def chosen_folds(settings):

@@ -8,10 +8,14 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, nearest, printable, some
-from echofocus_core.base.tables import as_seen, clean_ids, look_alike, read_table, to_numbers
+from echofocus_core.base.seen import STUDY, id_key
+from echofocus_core.base.tables import clean_ids, read_table, to_numbers
 from echofocus_core.study.config import PUBLISHED_BOXCOX
 from echofocus_core.study.outputs import examples_of, fit_scaling, scaling_fault
-from echofocus_core.study.splits import GIVEN_FOLD, STUDY, given_folds, refuse_split_patients
+
+GIVEN_FOLD = "fold given"  # the column of a label table (as read) with the folds of `split_column`
+FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
 def load_labels(task, dataset, listener=RUN, split_column=""):
@@ -51,7 +55,6 @@ def read_labels(path, task, listener=RUN, split_column=""):
     if split_column in cells:
         rows[GIVEN_FOLD] = given_folds(cells[split_column], path, listener)
     table = one_row_a_study(rows, path, listener)
-    warn_of_look_alikes(table["pid"], path, listener)
     if GIVEN_FOLD in table:
         refuse_split_patients(table, split_column, path, listener)
     return task, table
@@ -100,34 +103,45 @@ def read_cells(path, columns, listener, level="study", words=None):
 
 
 def one_form(pids, path, listener):
-    """Patient ids of which some look the same (`as_seen`), those in one form."""
-    plain = pids.map(as_seen)
-    several = plain.isin(written_in_several_ways(pids, plain).index)
-    if several.any():
-        names = some(map(printable, plain[several].unique()))
-        listener.note(
-            f"{path}: patients written in several ways that look the same are one: {names}"
-        )
-    return pids.mask(several, plain)
-
-
-def warn_of_look_alikes(pids, path, listener):
-    """Warn of patients who may be one: their ids differ in case or in zeros alone, say."""
-    pids = pids.drop_duplicates()
-    several = written_in_several_ways(pids, pids.map(look_alike))
-    if len(several):
-        pairs = some(" and ".join(map(printable, ids)) for ids in several)
+    """Patient ids, those with the same `id_key` in the form of the first: else the studies of one
+    patient could be in two folds."""
+    keys = pids.map(id_key)
+    first = keys.map(pids.groupby(keys).first())
+    if len(odd := pids[pids != first].unique()):
+        pairs = some(f"{printable(pid)} and {printable(first[pids == pid].iloc[0])}" for pid in odd)
         listener.warning(
-            f"{path}: {len(several)} patients may be written in several ways: {pairs}; these count "
-            "as different ones, and may be in training and in the test",
-            "write a patient's id in one way",
+            f"{path}: {len(odd)} patient ids differ from others only in case, spaces or leading "
+            f"zeros: {pairs}; they count as one patient each",
+            "write a patient's id in one way, and different patients' ids differently",
         )
+    return first
 
 
-def written_in_several_ways(pids, keys):
-    """Key -> the different ids that have it, of keys with more than one."""
-    found = pids.groupby(keys).unique()
-    return found[found.map(len) > 1]
+def given_folds(cells, path, listener):
+    """The cells of a split column (text) -> train, val, test or None; other words are an error."""
+    folds = cells.str.lower().map(FOLD_WORDS)
+    odd = cells[folds.isna() & cells.notna()]
+    if len(odd):
+        listener.error(
+            f"{path}, {cells.name}: not folds: {some(map(printable, odd.unique()))} "
+            f"(line {some(odd.index)})",
+            f"use train, val and test ({', '.join(FOLD_WORDS)} are understood)",
+        )
+    return folds.astype(object)
+
+
+def refuse_split_patients(table, column, path, listener):
+    """A patient whose studies a given split puts into two folds is an error."""
+    folds = table.dropna(subset=[GIVEN_FOLD]).groupby("pid")[GIVEN_FOLD].nunique()
+    both = folds.index[folds > 1]
+    if len(both):
+        listener.error(
+            f"{path}, {column}: {len(both)} patients are in two folds (studies "
+            f"{some(table.index[table['pid'].isin(both)])})",
+            "give all studies of a patient one fold",
+        )
+    if blank := int(table[GIVEN_FOLD].isna().sum()):
+        listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
 
 
 def one_row_a_study(rows, path, listener):

@@ -11,13 +11,13 @@ from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, some
 from echofocus_core.base.files import sha256_file
 from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS
+from echofocus_core.base.seen import seen_from
 from echofocus_core.study.config import MODELS, Input, Record, read_record
 from echofocus_core.study.end_to_end import ENCODER_FILE
 from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.models import Ensemble, LoadedEnsemble, LoadedModel
 from echofocus_core.study.network import Readings, StudyModel
 from echofocus_core.study.outputs import Outputs, scaling_fault
-from echofocus_core.study.splits import seen_from
 from echofocus_core.video import panecho
 from echofocus_core.video.panecho import published_parts
 from echofocus_core.video.store import MADE_WITH

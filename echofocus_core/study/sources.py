@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echofocus_core.base.console import EXTRACT, RUN, some
-from echofocus_core.study.cohort import stored_names
+from echofocus_core.study.folds import sample_ids, stored_names
 from echofocus_core.study.labels import read_rows
-from echofocus_core.study.splits import some_of
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.store import MADE_WITH, VideosOf, open_store
 from echofocus_core.video.studies import studies_of_dataset
@@ -65,7 +64,7 @@ def extract_videos(job):
         grouping = [settings.group, settings.manifest, settings.study_id]
         studies = extract.find_studies(videos, *grouping)
         limit = 0 if settings.select != "all" else settings.sample_limit  # of what is explained
-        names = some_of([s.name for s in studies], limit)
+        names = sample_ids([s.name for s in studies], limit)
         studies = [s for s in studies if s.name in names]
     else:
         videos, grouping = dataset.video_base_path, [dataset.video_subdir_format]

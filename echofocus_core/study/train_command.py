@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +12,21 @@ from echofocus_core.base.console import RUN, UserError, nearest
 from echofocus_core.base.files import lock, write_table
 from echofocus_core.base.options import ALL_FOLDS, grid_of
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.cohort import (
+from echofocus_core.study.config import MODELS, read_record
+from echofocus_core.study.end_to_end import open_videos
+from echofocus_core.study.folds import (
     cohort_of,
-    digest_at_training,
     match_studies,
+    seen_elsewhere,
     stored_names,
     training_folds,
 )
-from echofocus_core.study.config import MODELS, read_record
-from echofocus_core.study.end_to_end import open_videos
 from echofocus_core.study.job import refuse_other_architecture
 from echofocus_core.study.labels import load_labels, other_unit
 from echofocus_core.study.loading import folds_in_folder, load_model, model_folder, read_checkpoint
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.outputs import EVENT
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
-from echofocus_core.study.splits import known_to_others
 from echofocus_core.study.training import Training, is_finished
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.store import open_store
@@ -110,8 +108,7 @@ def train_model(job):
         encoder = store.encoder_seen(ids, RUN)
         if start:
             warn_of_other_input(start, store, ids)
-    digest = partial(digest_at_training, start, whole, store, task)
-    known, evidence = known_to_others(whole, settings, encoder, start, digest=digest)
+    known, evidence = seen_elsewhere(whole, settings, encoder, start)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained, so that faults are reported now

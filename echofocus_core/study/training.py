@@ -23,6 +23,7 @@ from echofocus_core.base.options import (
     Settings,
     is_fixed,
 )
+from echofocus_core.base.seen import all_seen
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import (
     Hazard,
@@ -31,6 +32,7 @@ from echofocus_core.study.config import (
     read_record,
 )
 from echofocus_core.study.end_to_end import EndToEnd
+from echofocus_core.study.folds import refuse_other_folds, write_split
 from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
 from echofocus_core.study.loading import (
@@ -38,7 +40,6 @@ from echofocus_core.study.loading import (
 )
 from echofocus_core.study.loop import report_unreadable, run_steps, run_studies
 from echofocus_core.study.network import StudyModel
-from echofocus_core.study.splits import all_seen, refuse_other_folds, write_split
 
 
 def is_finished(losses, settings):

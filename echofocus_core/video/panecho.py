@@ -489,7 +489,7 @@ def read_seen(saved, path):
     """The lists of Seen in a weights file's dict, of the encoder and of what it started from."""
     if "seen" not in saved:
         return ()
-    from echofocus_core.study.splits import seen_from
+    from echofocus_core.base.seen import seen_from
 
     return tuple(seen_from(saved, path))
 

@@ -62,7 +62,7 @@ from echofocus_core.base.hdf5 import (
     read_texts,
     shortest_distinct,
 )
-from echofocus_core.study.splits import Seen, all_seen
+from echofocus_core.base.seen import Seen, all_seen
 
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
