@@ -277,4 +277,4 @@ def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
     model = LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
     found = model.readable(np.array([[0.0], [9.0]], np.float32))
     assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
-    assert "1 answers of L lie past the end of the Box-Cox scale" in capsys.readouterr().out
+    assert "1 answers of L are past the end" in capsys.readouterr().out
