@@ -340,7 +340,7 @@ def evaluate_fold(job, columns):
 def evaluate_folds(folder, settings, cohorts, store, evidence=()):
     """The evaluation of a cross-validation: each study by the fold that has not seen it.
 
-    evidence: of `known_to_others`, on whether anything else has seen it.
+    evidence: of `seen_elsewhere`, on whether anything else has seen it.
     """
     parts, unreadable = [], {}
     for k, cohort in cohorts.items():
