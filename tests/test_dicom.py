@@ -25,6 +25,7 @@ CASES, VIDEOS = FIXTURES / "dicom", FIXTURES / "videos"
 TRUTH = np.load(CASES / "truth.npz")["frames"]  # uint8 (6, 120, 160, 3) RGB
 GREY = np.ascontiguousarray(TRUTH[..., 0])
 ADOBE, JFIF = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0", b"\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0"
+COLOURS = ("Red", "Green", "Blue")
 JPEG, JPEG_2000 = pydicom.uid.JPEGBaseline8Bit, pydicom.uid.JPEG2000Lossless
 
 
@@ -323,7 +324,7 @@ def compress(dataset, path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_one_wrong_number_is_refused_or_harmless(tmp_path, kind):
-    """Never other pixels without a word: the frames are the true ones, or there are none."""
+    """The frames are the true ones, or the file is refused."""
     path, truth = tmp_path / "a", TRUTH[..., :1] if kind.startswith("deep") else TRUTH
     KINDS[kind](path)
     assert error_of(path, truth)[0] < 1.5
@@ -347,29 +348,21 @@ def test_any_one_wrong_number_is_refused_or_harmless(tmp_path, kind):
     assert refused > 10
 
 
-@pytest.mark.parametrize("frames", [TRUTH, GREY], ids=["colour", "grey"])
-@pytest.mark.parametrize("rle", [False, True])
-def test_exchanged_rows_and_columns_are_refused(tmp_path, frames, rle):
-    label = "RGB" if frames.ndim == 4 else "MONOCHROME2"
-    dataset = write_dicom(tmp_path / "a", frames, label)
-    if rle:
-        dataset.compress(pydicom.uid.RLELossless)
+@pytest.mark.parametrize("kind", ["RGB", "deep", "RLE", "deep RLE"])
+def test_exchanged_rows_and_columns_are_refused(tmp_path, kind):
+    KINDS[kind](tmp_path / "a")
+    dataset = pydicom.dcmread(tmp_path / "a")
     dataset.Rows, dataset.Columns = 160, 120
     dataset.save_as(tmp_path / "a", enforce_file_format=True)
     assert "Rows and Columns" in refusal(tmp_path / "a")
 
 
-@pytest.mark.parametrize("scene", ["echo", "phantom"])
 @pytest.mark.parametrize("planar", [0, 1])
-def test_wrong_planar_configuration_is_refused(tmp_path, planar, scene):
+def test_wrong_planar_configuration_of_a_real_echo_is_refused(tmp_path, planar):
     frames = np.stack([pydicom.examples.rgb_color.pixel_array] * 2)
-    if scene == "phantom":
-        frames = phantom.phantom_cine("A4C", 3, True, seed=5)[..., ::-1].copy()
-    dataset = write_dicom(tmp_path / "a", frames, "RGB")
-    if planar:
-        dataset.PixelData = np.moveaxis(frames, 3, 1).tobytes()
-    dataset.PlanarConfiguration = planar
-    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    data = (np.moveaxis(frames, 3, 1) if planar else frames).tobytes()
+    tags = {"PixelData": data, "PlanarConfiguration": planar}
+    dataset = write_dicom(tmp_path / "a", frames, "RGB", **tags)
     assert error_of(tmp_path / "a", frames) == (0, "")
     dataset.PlanarConfiguration = 1 - planar
     dataset.save_as(tmp_path / "a", enforce_file_format=True)
@@ -377,7 +370,7 @@ def test_wrong_planar_configuration_is_refused(tmp_path, planar, scene):
 
 
 @pytest.mark.parametrize("big_endian", [False, True])
-@pytest.mark.parametrize("shift, stored", [(4, 12), (8, 16), (0, 8), (0, 12), (4, 16), (4, 10)])
+@pytest.mark.parametrize("shift, stored", [(4, 12), (8, 16), (0, 8), (0, 12), (4, 10)])
 def test_grey_of_any_depth(tmp_path, shift, stored, big_endian):
     """8, 12 and 16 bits in either byte order; refused where the values are of another depth."""
     dataset = write_dicom(tmp_path / "a", GREY.astype(np.uint16) << shift, "MONOCHROME2")
@@ -400,8 +393,10 @@ def test_exchanged_bytes_and_high_bits_are_refused(tmp_path):
     assert "12 bits" in refusal(tmp_path / "b")
 
 
-@pytest.mark.parametrize("declared", [None, 2, 12])
-@pytest.mark.parametrize("kind", ["JPEG", "fragments", "RLE"])
+@pytest.mark.parametrize(
+    "kind, declared",
+    [("JPEG", None), ("JPEG", 12), ("fragments", 2), ("fragments", 12), ("RLE", 2), ("RLE", 12)],
+)
 def test_compressed_frames_are_counted(tmp_path, kind, declared):
     path = tmp_path / "a"
     if kind == "fragments":
@@ -410,9 +405,7 @@ def test_compressed_frames_are_counted(tmp_path, kind, declared):
     else:
         KINDS[kind](path)
     dataset = pydicom.dcmread(path)
-    del dataset.NumberOfFrames
-    if declared is not None:
-        dataset.NumberOfFrames = declared
+    dataset.NumberOfFrames = declared
     dataset.save_as(path, enforce_file_format=True)
     if declared == 12:
         assert "truncated: 6 of 12 frames" in refusal(path)
@@ -478,13 +471,16 @@ def test_what_is_no_echo_is_skipped_by_name(tmp_path, sop_class, modality, reaso
     assert reason in video.why_skipped(tmp_path / "a")
 
 
-def test_secondary_capture_is_taken_with_a_note(tmp_path):
-    for sop_class in ("7", "7.4"):
-        sop_class = f"1.2.840.10008.5.1.4.1.1.{sop_class}"
-        write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality="OT")
-        assert read(tmp_path / "a")[1] == "secondary capture"
-    write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID="1.2.3.4", Modality="SMITH")
-    assert read(tmp_path / "a")[1] == "the header does not say that it is ultrasound"
+@pytest.mark.parametrize(
+    "sop_class, modality, note",
+    [
+        ("1.2.840.10008.5.1.4.1.1.7.4", "OT", "secondary capture"),
+        ("1.2.3.4", "SMITH", "the header does not say that it is ultrasound"),
+    ],
+)
+def test_what_may_be_an_echo_is_read_with_a_note(tmp_path, sop_class, modality, note):
+    write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality=modality)
+    assert read(tmp_path / "a")[1] == note
 
 
 @pytest.mark.parametrize(
@@ -507,7 +503,7 @@ def test_video_streams_in_dicom(tmp_path, syntax, name):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files without a name: Linux")
 def test_no_copy_of_a_stream_outlives_its_reader(tmp_path, monkeypatch):
-    """A reader that is killed in the middle leaves no pixels behind: there is no name to leave."""
+    """A reader that is killed in the middle leaves no pixels: the copy has no name."""
     data = (VIDEOS / "h264.mp4").read_bytes()
     path = write_coded(
         tmp_path / "a", [data], "1.2.840.10008.1.2.4.102", "YBR_PARTIAL_420",
@@ -547,22 +543,16 @@ def group(folder):
 
 
 def test_single_frames_of_a_series_are_one_cine(tmp_path):
-    frames = moving_square()
+    frames = np.random.default_rng(0).integers(0, 60, (60, 80, 1), dtype=np.uint8)
+    frames = np.maximum(moving_square(), frames)
     paths = write_series(tmp_path / "cine", frames, SeriesInstanceUID="1.2.34567")
     ((name, files),) = group(tmp_path).items()
     assert name.startswith("cine/series-") and "34567" not in name
     assert files == [p.relative_to(tmp_path).as_posix() for p in paths]
-
-
-def test_a_series_is_read_in_its_order(tmp_path):
-    frames = np.random.default_rng(0).integers(0, 60, (60, 80, 1), dtype=np.uint8)
-    frames = np.maximum(moving_square(), frames)
-    paths = write_series(tmp_path / "cine", frames)
     (clips,) = video.read_clips(paths, video.Sampling(size=56))
     assert clips.n_frames == 20 and clips.note == "single frames of one series: 20"
     np.testing.assert_array_equal(video.read_frames(paths), frames)
-    with pytest.raises(video.VideoError, match="still image"):
-        read(paths[0])
+    assert "still image" in refusal(paths[0])
     masked = video.read_clips(paths, video.Sampling(size=56, mask="sector"))
     assert masked[0].frames.shape == clips.frames.shape
 
@@ -581,38 +571,31 @@ def test_stills_are_no_cine(tmp_path):
     assert group(tmp_path / "mixed") == {}
     paths = write_series(tmp_path / "one", np.concatenate(stills))
     assert len(group(tmp_path / "one")) == 1  # as far as headers say
-    with pytest.raises(video.VideoError, match="still images of one series: 12"):
-        read(paths)
+    assert "still images of one series: 12" in refusal(paths)
 
 
-@pytest.mark.parametrize("differ", ["depth", "allocated", "palette", "nothing"])
-def test_a_series_of_images_that_need_different_readings_is_refused(tmp_path, differ):
-    paths = []
-    for i, frame in enumerate(np.concatenate([TRUTH[:, :, :, 0]] * 2)):
-        odd, tags = i % 2, {}
-        stored = frame[None].astype(np.uint16)
-        if differ == "depth":
-            stored, tags = stored << 4 * odd, {"BitsStored": 8 + 4 * odd, "HighBit": 7 + 4 * odd}
-        elif differ == "allocated":
-            stored = stored.astype(np.uint8) if odd else stored << 8
+@pytest.mark.parametrize("differ", [False, True])
+@pytest.mark.parametrize("kind", ["depth", "palette"])
+def test_a_series_of_unlike_images_is_refused(tmp_path, kind, differ):
+    paths = [tmp_path / str(i) for i in range(12)]
+    for i, frame in enumerate(np.concatenate([GREY, GREY])):
+        odd = i % 2 if differ else 0
+        if kind == "depth":
+            stored, tags = frame[None].astype(np.uint16) << 4 * odd, {"BitsStored": 8 + 4 * odd}
         else:
-            table = np.arange(256) * (200 - 10 * i if differ == "palette" else 200) // 200
-            for colour in ("Red", "Green", "Blue"):
-                tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
-                tags[f"{colour}PaletteColorLookupTableData"] = table.astype(np.uint8).tobytes()
-            stored = frame[None]
-        label = "PALETTE COLOR" if "RedPaletteColorLookupTableData" in tags else "MONOCHROME2"
-        paths.append(tmp_path / str(i))
-        write_dicom(paths[-1], stored, label, InstanceNumber=i + 1, **tags)
-    if differ == "nothing":
+            stored, table = frame[None], (np.arange(256) * (1 - odd / 2)).astype(np.uint8)
+            tags = {f"{c}PaletteColorLookupTableData": table.tobytes() for c in COLOURS}
+            tags |= {f"{c}PaletteColorLookupTableDescriptor": [256, 0, 8] for c in COLOURS}
+        label = "PALETTE COLOR" if kind == "palette" else "MONOCHROME2"
+        write_dicom(paths[i], stored, label, InstanceNumber=i + 1, **tags)
+    if differ:
+        assert "a series of unlike images" in refusal(paths)
+    else:
         assert len(read(paths)[0]) == 12
-        return
-    with pytest.raises(video.VideoError, match="a series of unlike images"):
-        read(paths)
 
 
 def test_header_facts_of_odd_files(tmp_path):
-    """Never an exception, nor a text that could harm what it is written to, nor a wait."""
+    """No exception, no waiting, and no text with control characters."""
     (tmp_path / "text").write_text("hello")
     os.mkfifo(tmp_path / "pipe.dcm")
     for name in ("text", "pipe.dcm", "gone"):
@@ -637,8 +620,7 @@ def test_pipes_and_devices_are_no_source(tmp_path):
         os.mkfifo(tmp_path / name)
     (tmp_path / "zero.mp4").symlink_to("/dev/zero")
     for name in ("pipe.avi", "pipe.dcm", "zero.mp4"):
-        with pytest.raises(video.VideoError, match="not a regular file"):
-            read(tmp_path / name)
+        assert refusal(tmp_path / name) == "not a regular file"
     assert studies.find_videos(tmp_path)[0] == []
 
 
@@ -648,42 +630,22 @@ def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
     vast = bytearray(j2k_of(TRUTH[0]))
     vast[8:16] = struct.pack(">II", 12_000, 12_000)
     write_coded(tmp_path / "j2k", [bytes(vast)] * 6, JPEG_2000, "RGB")
-    jpeg = bytearray(jpeg_of(TRUTH[0], "YCbCr"))
-    at = jpeg.index(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = struct.pack(">HH", 60_000, 60_000)
-    write_coded(tmp_path / "jpeg", [bytes(jpeg)] * 6, JPEG, "YBR_FULL")
     many = np.zeros((FRAMES + 1, 1, 1), np.uint8)
     write_dicom(tmp_path / "many", many, "MONOCHROME2")
-    for name in ("size", "j2k", "jpeg", "many"):
-        with pytest.raises(video.VideoError, match="more than"):
-            read(tmp_path / name)
+    for name in ("size", "j2k", "many"):
+        assert "more than" in refusal(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["ybr_color", "rgb", "rle"])
-def test_damaged_files_end_in_a_reason(tmp_path, name):
-    """Bits flipped, parts cut out, put in twice or blanked: a reason, or images; nothing else."""
-    if name == "ybr_color":
-        data = pydicom.examples.get_path(name).read_bytes()
-    else:
-        dataset = write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
-        if name == "rle":
-            dataset.compress(pydicom.uid.RLELossless)
-            dataset.save_as(tmp_path / "a", enforce_file_format=True)
-        data = (tmp_path / "a").read_bytes()
-    rng = np.random.default_rng(0)
-    for case in range(40):
-        odd, within = bytearray(data), 2000 if case % 2 else len(data)  # in the header, anywhere
-        for _ in range(rng.integers(1, 8)):
-            at, length = rng.integers(132, within), int(rng.integers(1, 300))
-            match rng.integers(4):
-                case 0:
-                    odd[at % len(odd)] ^= 1 << rng.integers(8)
-                case 1:
-                    del odd[at : at + length]
-                case 2:
-                    odd[at:at] = odd[at : at + length]
-                case 3:
-                    odd[at : at + length] = bytes(len(odd[at : at + length]))
+def test_damaged_files_end_in_a_reason(tmp_path):
+    """Bits flipped, parts cut out or blanked: a reason, or images; nothing else."""
+    write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
+    data, rng = (tmp_path / "a").read_bytes(), np.random.default_rng(0)
+    for case in range(60):
+        odd = bytearray(data)
+        for at in rng.integers(132, 900 if case % 2 else len(data), 4):
+            length = int(rng.integers(1, 300))
+            odd[at % len(odd)] ^= 1 << rng.integers(8)
+            odd[at : at + length] = bytes(length) if case % 3 else b""
         (tmp_path / "odd.dcm").write_bytes(odd)
         try:
             for frame in video.iter_frames(tmp_path / "odd.dcm"):
@@ -694,7 +656,7 @@ def test_damaged_files_end_in_a_reason(tmp_path, name):
 
 
 def test_nothing_of_a_header_is_shown(tmp_path):
-    """No tag's value on the screen, whatever stands in it: pydicom quotes values in warnings."""
+    """No tag's value on the screen, whatever it is: pydicom quotes values in warnings."""
     mark = "SMITH^J"
     square = moving_square(6)
     with pydicom.config.disable_value_validation():

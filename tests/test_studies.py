@@ -150,7 +150,7 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
         found(tmp_path)
 
 
-def test_what_belongs_to_nobody_is_left_out(tmp_path, capsys):
+def test_files_of_no_study_are_left_out(tmp_path, capsys):
     lay_out(tmp_path, {"A/x": "1", "A/y": "2", "A/z.avi": "", "B/w": "3", "loose.mp4": ""})
     assert sorted(v for _, vs in found(tmp_path).values() for v in vs) == ["w", "x", "y"]
     assert "2 files have no StudyInstanceUID" in (out := capsys.readouterr().out)
@@ -159,22 +159,6 @@ def test_what_belongs_to_nobody_is_left_out(tmp_path, capsys):
         (tmp_path / "V").mkdir()
         (tmp_path / "V/v.avi").write_text("x")
         found(tmp_path, study_id="uid")
-
-
-def test_a_series_of_single_frames_is_one_video(tmp_path):
-    for i in range(4):
-        tags = {"SeriesInstanceUID": "1.9", "InstanceNumber": 4 - i, "StudyInstanceUID": "1"}
-        (tmp_path / "A").mkdir(exist_ok=True)
-        write_dicom(tmp_path / "A" / f"IM{i}", PIXELS[i : i + 1], "RGB", **tags)
-        ds = pydicom.dcmread(tmp_path / "A" / f"IM{i}")
-        del ds.NumberOfFrames
-        ds.save_as(tmp_path / "A" / f"IM{i}")
-    put(tmp_path, "A/cine", "1")
-    (study,) = studies.find_studies(tmp_path)
-    series = f"series-{d('1.9')}"
-    assert study.videos == ["cine", series]
-    assert [p.name for p in study.source(series)] == ["IM3", "IM2", "IM1", "IM0"]
-    assert study.source("cine") == tmp_path / "A" / "cine"
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
@@ -211,7 +195,7 @@ def test_the_output_folder_is_no_source(source, cli):
         assert "1 files are no videos: .txt 1" in text
 
 
-def test_what_is_passed_over_is_said(source, tmp_path, cli):
+def test_ignored_files_are_counted(source, tmp_path, cli):
     """Links are followed, but not in circles; other files and empty folders are counted."""
     shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
     (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
@@ -230,7 +214,7 @@ def test_what_is_passed_over_is_said(source, tmp_path, cli):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
-def test_folders_that_cannot_be_read_are_said(source, capsys):
+def test_unreadable_folders_are_named(source, capsys):
     (source / "A_1" / "series").chmod(0)
     try:
         studies.find_studies(source)
