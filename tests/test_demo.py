@@ -1,6 +1,5 @@
-"""The demo on a tiny budget, and what the phantoms promise."""
+"""The demo on a few studies, and the properties of the phantoms."""
 
-import json
 import subprocess
 import sys
 
@@ -9,10 +8,8 @@ import pandas as pd
 import pytest
 from helpers import ROOT
 
-from echofocus_core.base import files
 from echofocus_core.base.console import UserError
 from echofocus_core.report import demo
-from echofocus_core.video import decode as video
 from echofocus_core.video import phantom
 
 
@@ -30,14 +27,11 @@ def test_demo(tmp_path):
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
 
 
-def test_the_demo_replaces_no_ones_tables(tmp_path):
-    phantom.make_cohort(tmp_path, studies=1)
-    (tmp_path / "config.json").write_text(json.dumps(demo.DEMO_CONFIG, indent=2))
-    for name in ("config.json", "labels.csv", "findings.csv"):
-        files.output_path(tmp_path / name, "", files.begins(demo.DEMO_FILES))
+def test_the_demo_does_not_overwrite_other_tables(tmp_path):
     (tmp_path / "labels.csv").write_text("pid,eid,age\n")
-    with pytest.raises(UserError, match=r"labels\.csv exists and is not a file of the demo"):
+    with pytest.raises(UserError, match=r"labels\.csv"):
         demo.make_demo(tmp_path, 1)
+    assert (tmp_path / "labels.csv").read_text() == "pid,eid,age\n"
 
 
 @pytest.mark.parametrize("ef", [25.0, 62.0])
@@ -48,8 +42,7 @@ def test_phantom_volumes_have_the_stated_ejection_fraction(ef):
     assert 100 * (1 - volumes.min() / volumes.max()) == pytest.approx(ef, rel=1e-6)
 
 
-def test_phantom_beats_in_the_picture():
-    """The dark cavity of a beating heart changes more from frame to frame in a healthy one."""
+def test_a_larger_ejection_fraction_moves_more():
     areas = {}
     for ef in (20.0, 65.0):
         heart = phantom.draw_heart(ef, np.random.default_rng(1))
@@ -67,14 +60,6 @@ def test_cohort_is_a_function_of_its_seed(tmp_path):
         twin = tmp_path / "b" / path.relative_to(tmp_path / "a")
         assert path.read_bytes() == twin.read_bytes()
     findings = pd.read_csv(tmp_path / "b" / "findings.csv")
-    shown = findings[findings["shows_defect"] == 1]["video"]
-    assert set(shown) <= {f"{view}.avi" for view in phantom.DEFECT_VIEWS}
-
-
-def test_phantom_dicom_is_a_valid_cine(tmp_path):
-    frames = phantom.phantom_cine("A4C", frames=3)
-    for jpeg in (False, True):
-        phantom.write_dicom(tmp_path / "x.dcm", frames, jpeg=jpeg)
-        found = video.read_frames(tmp_path / "x.dcm")
-        assert found.shape == frames.shape
-        assert np.abs(found.astype(int) - frames).mean() < (3 if jpeg else 1e-9)
+    assert set(findings[findings["shows_defect"] == 1]["video"]) <= {
+        f"{view}.avi" for view in phantom.DEFECT_VIEWS
+    }
