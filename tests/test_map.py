@@ -100,7 +100,7 @@ def test_map_shows_a_shift_between_sites(two_sites, cli, method):
     assert list(points) == ["eid", "dataset", "value", "x", "y"] and len(points) == 50
     assert (points["value"] == points["dataset"]).all() and "P0" not in path.read_text()
     assert purity(points) > 0.97
-    assert "telling the datasets apart: AUROC 1.00" in out
+    assert "shift between the datasets: AUROC 1.00" in out
     for colour in figures.OKABE_ITO[:2]:
         assert drawn(path.with_suffix(".png"), colour) > 300
     assert path.with_suffix(".pdf").stat().st_size > 5000

@@ -1,7 +1,5 @@
 """Figures, as PDF and PNG."""
 
-import io
-
 import numpy as np
 import pandas as pd
 
@@ -12,7 +10,7 @@ def new_figure(*args, **kwargs):
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # $ in the names of labels and groups is a $
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a label's name is a $
     import matplotlib.pyplot as plt
 
     return plt.subplots(*args, **kwargs)
@@ -23,38 +21,34 @@ def save_figure(figure, path):
     import matplotlib.pyplot as plt
 
     for suffix in (".pdf", ".png"):
-        picture = io.BytesIO()  # a full disk would leave matplotlib in the middle of a page
-        figure.savefig(picture, dpi=120, format=suffix[1:])
         with atomic_path(path.with_name(path.name + suffix)) as temporary:
-            temporary.write_bytes(picture.getbuffer())
+            figure.savefig(temporary, dpi=120, format=suffix[1:])
         figure.set_layout_engine("none")  # laid out by the first one
     plt.close(figure)
 
 
 def plot_history(history, folder):
     """Losses over epochs: training_progress.pdf and .png."""
-    figure, axis = new_figure(figsize=(6, 4))  # a fixed layout: drawn in every epoch
+    figure, axis = new_figure(figsize=(6, 4))  # a fixed layout is fast: it is drawn in every epoch
     axis.plot(history["epochs_trained"], history["train_loss"], label="training")
     axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
     best = history.loc[history["val_loss"].idxmin()]
-    chosen = f"chosen: epoch {best['epochs_trained']:.0f}"
-    axis.plot(best["epochs_trained"], best["val_loss"], "o", color="black", ms=5, label=chosen)
+    label = f"best: epoch {best['epochs_trained']:.0f}"
+    axis.plot(best["epochs_trained"], best["val_loss"], "o", color="black", ms=5, label=label)
     axis.set(xlabel="epoch", ylabel="loss")
     axis.legend()
     save_figure(figure, folder / "training_progress")
 
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
-
-MARKERS = "os^DvP*X"  # shapes as well as colours, for the colour-blind and for print
-
+MARKERS = "os^DvP*X"  # shapes as well as colours, for colour-blind readers and for print
 MISSING_GREY = "#BBBBBB"
 
 
 def plot_map(points, axes, title, note, path):
-    """Studies in a plane, coloured by `value`; more than one dataset: the shape says which.
+    """Studies in a plane, coloured by `value`; with several datasets each has its own shape.
 
-    points: DataFrame (dataset, value, x, y). Numbers of more than eight values get a colour bar
+    points: DataFrame (dataset, value, x, y). More than eight different numbers get a colour bar
     from their 1st to their 99th percentile, everything else a legend.
     """
     figure, axis = new_figure(figsize=(7, 4.8), layout="constrained")
@@ -63,23 +57,24 @@ def plot_map(points, axes, title, note, path):
     continuous = pd.api.types.is_numeric_dtype(value) and value.nunique() > len(OKABE_ITO)
     if continuous:
         low, high = value.quantile([0.01, 0.99])
-        scale_of = dict(cmap="viridis", vmin=low, vmax=high)
-        legend = {}
+        colours, scale, legend = value, dict(cmap="viridis", vmin=low, vmax=high), {}
     else:
         value, legend = categories_of(value)
+        colours, scale = value.map(legend), {}
     size = float(np.clip(6000 / len(points), 4, 30))
-    drawn = None
+    cloud = None
     for name, shape in shapes.items():
-        here = points["dataset"] == name
-        none, some = points[here & value.isna()], points[here & value.notna()]
-        axis.scatter(none["x"], none["y"], s=size, marker=shape, color=MISSING_GREY, lw=0)
-        how = dict(c=value[some.index], **scale_of) if continuous else {}
-        how = how or dict(color=[legend[v] for v in value[some.index]])
-        drawn = axis.scatter(some["x"], some["y"], s=size, marker=shape, alpha=0.75, lw=0, **how)
+        rows = points["dataset"] == name
+        empty, filled = points[rows & value.isna()], points[rows & value.notna()]
+        axis.scatter(empty["x"], empty["y"], s=size, marker=shape, color=MISSING_GREY, lw=0)
+        cloud = axis.scatter(
+            filled["x"], filled["y"], s=size, marker=shape, alpha=0.75, lw=0,
+            c=colours[filled.index], **scale,
+        )  # fmt: skip
     axis.set(xlabel=axes[0], ylabel=axes[1])
     axis.set_title(note, fontsize=9)
     if continuous:
-        figure.colorbar(drawn, label=title, extend="both")
+        figure.colorbar(cloud, label=title, extend="both")
     counts = value.value_counts()
     entries = [(f"{v} ({counts[v]})", shapes.get(v, "o"), legend[v]) for v in legend]
     if value.isna().any():
@@ -99,11 +94,11 @@ def plot_map(points, axes, title, note, path):
 
 
 def categories_of(value):
-    """Values as text, all but the commonest as 'other', and the colour of each."""
+    """Values as text, all but the most frequent as 'other', and the colour of each."""
     text = value.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
-    common = list(text.value_counts().index)
-    if len(common) > len(OKABE_ITO):
-        common = common[: len(OKABE_ITO) - 1]
-        text = text.where(text.isin(common) | text.isna(), "other")
-        return text, dict(zip([*sorted(common), "other"], OKABE_ITO, strict=True))
-    return text, dict(zip(sorted(common), OKABE_ITO, strict=False))
+    names = list(text.value_counts().index)
+    if len(names) > len(OKABE_ITO):
+        names = names[: len(OKABE_ITO) - 1]
+        text = text.where(text.isin(names) | text.isna(), "other")
+        return text, dict(zip([*sorted(names), "other"], OKABE_ITO, strict=True))
+    return text, dict(zip(sorted(names), OKABE_ITO, strict=False))

@@ -11,7 +11,7 @@ from echofocus_core.study.labels import read_labels, read_rows
 
 
 def map_rows(job):
-    """What the label tables say of each dataset's studies: dict of name to DataFrame or None.
+    """The rows of the label tables for each dataset: dict of name to DataFrame or None.
 
     Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
     are numbers, else text. Raises UserError when no table has the column.
@@ -58,13 +58,13 @@ def make_map(files, rows, model, settings):
         (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
         for name, part in points.groupby("dataset", sort=False)
     ]
-    said = pd.concat(of_study, ignore_index=True)
-    points["value"] = points["dataset"] if column == "dataset" else as_numbers(said[column])
+    labels = pd.concat(of_study, ignore_index=True)
+    points["value"] = points["dataset"] if column == "dataset" else as_numbers(labels[column])
     places, axes = map_positions(x, settings.map)
     points["x"], points["y"] = places.T
     shift = ""
     if len(files) > 1:
-        patients = said["pid"] if "pid" in said else pd.Series(np.nan, index=points.index)
+        patients = labels["pid"] if "pid" in labels else pd.Series(np.nan, index=points.index)
         patients = patients.where(patients.notna(), points["eid"])
         shift = shift_between(x, points["dataset"], patients)
         print(shift)
@@ -77,10 +77,10 @@ def make_map(files, rows, model, settings):
 
 
 def map_positions(x, method):
-    """Places (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
+    """Positions (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
 
     PCA of the centred numbers, not standardised, since all have one unit; or t-SNE (van der Maaten
-    and Hinton, JMLR 2008) of its first 50 components. The same numbers give the same map.
+    and Hinton, JMLR 2008) of its first 50 components. The result is reproducible.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -90,16 +90,16 @@ def map_positions(x, method):
     if method == "pca":
         shares = enumerate(pca.explained_variance_ratio_[:2], start=1)
         return z[:, :2], [f"component {k} ({share:.0%} of the variance)" for k, share in shares]
-    perplexity = min(30, (len(x) - 1) / 3)  # neighbours looked at; there must be so many
+    perplexity = min(30, (len(x) - 1) / 3)  # the number of neighbours, at most
     z = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(z)
     return z, ["t-SNE 1", "t-SNE 2"]
 
 
 def shift_between(x, datasets, patients):
-    """How well the datasets can be told apart by study embeddings x (S, D), as a sentence.
+    """How well study embeddings x (S, D) tell the datasets apart, as a sentence.
 
-    AUROC of a logistic regression on 50 principal components, cross-validated with a patient's
-    studies kept together; of more than two datasets the mean of each against the rest.
+    AUROC of a logistic regression on 50 principal components, cross-validated with all studies of
+    a patient in one fold; with more than two datasets the mean of each against the others.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
@@ -109,7 +109,7 @@ def shift_between(x, datasets, patients):
     from sklearn.preprocessing import StandardScaler
 
     if patients.groupby(datasets).nunique().min() < 20:
-        return "too few patients to say how well the datasets can be told apart (20 of each)"
+        return "too few patients to measure the shift between the datasets (20 of each)"
     classifier = make_pipeline(
         PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
     )
@@ -121,10 +121,10 @@ def shift_between(x, datasets, patients):
         auroc = roc_auc_score(datasets == datasets.max(), p[:, 1])
     else:
         auroc = roc_auc_score(datasets, p, multi_class="ovr")
-    return f"telling the datasets apart: AUROC {auroc:.2f} (0.5: no shift between them)"
+    return f"shift between the datasets: AUROC {auroc:.2f} (0.5: none)"
 
 
 def as_numbers(values):
-    """A column as numbers when all of them are, else as text."""
+    """A column as numbers where all are numbers, else as text."""
     numbers = pd.to_numeric(values, errors="coerce")
     return numbers if (numbers.notna() == values.notna()).all() else values.str.strip()

@@ -213,24 +213,20 @@ def numeric_columns(rows, columns, path, listener):
     return values
 
 
-def thresholds_of(table, predicted, path, listener=RUN):
+def thresholds_of(table, predicted, path):
     """label -> its threshold in a table: a number, or (S,) one for each study where they differ.
 
-    Blank cells of studies with a prediction are reported: a single number is used for these too,
-    different numbers are not used.
+    UserError for a study with a prediction and without the threshold of its column.
     """
     thresholds = {}
     for label, values in table.loc[predicted.index].items():
         needed, numbers = predicted[label].notna(), values.dropna().unique()
-        blank = int(values[needed].isna().sum())
-        if len(numbers) == 1:
-            thresholds[label] = float(numbers[0])
-        elif len(numbers) and not blank:
-            thresholds[label] = values.to_numpy()
-        if len(numbers) and blank:
-            used = f"{numbers[0]:g} is used for all" if label in thresholds else "not used"
-            text = f"{path}, {label}_threshold: {blank} of {needed.sum()} blank, {used}"
-            listener.warning(text, "fill them in")
+        if len(numbers) and (blank := int(values[needed].isna().sum())):
+            raise UserError(
+                f"{path}, {label}_threshold: {blank} of {needed.sum()} are blank; fill them in"
+            )
+        if len(numbers):
+            thresholds[label] = float(numbers[0]) if len(numbers) == 1 else values.to_numpy()
     return thresholds
 
 

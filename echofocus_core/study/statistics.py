@@ -189,7 +189,6 @@ class Binary(Outcome):
     probability: np.ndarray
     threshold: float | np.ndarray | None = None
     prevalence: float | None = None
-    net_benefit_at: tuple[float, ...] = ()
 
     kind, headline = "binary", "auroc"
     tables = (
@@ -253,10 +252,7 @@ class Binary(Outcome):
         counts = mt.sums(cells, weights)
         if self.threshold is None:
             counts = np.full_like(counts, np.nan)
-        metrics |= mt.operating(*counts, self.prevalence)
-        for cut in self.net_benefit_at:
-            metrics[f"net_benefit_at_{cut:g}"] = mt.net_benefit(y, p, [cut], weights)[0]
-        return metrics
+        return metrics | mt.operating(*counts, self.prevalence)
 
 
 @dataclass(eq=False)

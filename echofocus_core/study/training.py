@@ -427,7 +427,7 @@ class Training:
     def validated(self, val, best=True):
         """The metric of a validation as text; where it is the best epoch's, what it decides is
         kept: thresholds and baseline hazards."""
-        from echofocus_core.study.validation import chosen, metric_line
+        from echofocus_core.study.validation import metric_line, thresholds_and_hazards
 
         cohort, outputs = self.cohort, self.cohort.outputs
         truth = cohort.table.loc[val.eids, outputs.columns].to_numpy()
@@ -435,7 +435,7 @@ class Training:
         learnt = [label for label in outputs.labels if label not in cohort.unlearnt]
         if best:
             rule = self.settings.target or "youden"
-            self.thresholds, hazards = chosen(*about, learnt, rule)
+            self.thresholds, hazards = thresholds_and_hazards(*about, learnt, rule)
             self.hazards = {name: Hazard(**found) for name, found in hazards.items()}
         return metric_line(*about, learnt, cohort.scaling)
 

@@ -1,4 +1,4 @@
-"""What a validation fold decides: thresholds, baseline hazards, and the line of an epoch."""
+"""What is computed on a validation fold: thresholds, baseline hazards, and the line of an epoch."""
 
 import numpy as np
 
@@ -6,30 +6,24 @@ from echofocus_core.study.metrics import breslow, choose_threshold
 from echofocus_core.study.outputs import scale
 
 
-def chosen(truth, values, outputs, learnt, rule):
-    """(finding -> threshold by `rule`, survival output -> `breslow`'s dict), where there are some.
+def thresholds_and_hazards(truth, values, outputs, learnt, rule):
+    """(finding -> threshold by `rule`, survival output -> `breslow`'s dict), where they exist.
 
     truth: target columns (S, C), values: readable answers (S, O), of `outputs`; learnt: labels.
     """
-    thresholds = {
-        label: choose_threshold(truth[:, outputs.places[label].start], p, rule)
-        for label in outputs.of_kind("binary")
-        if label in learnt
-        for p in [values[:, outputs.slices[label].start]]
-    }
-    hazards = {
-        outputs.names[outputs.slices[label].start]: breslow(
-            *truth[:, outputs.places[label]].T, values[:, outputs.slices[label].start]
-        )
-        for label in outputs.of_kind("survival")
-        if label in learnt
-    }
+    thresholds, hazards = {}, {}
+    for label in outputs.each:
+        y, p = truth[:, outputs.places[label.name]], values[:, outputs.slices[label.name]]
+        if label.name in learnt and label.kind == "binary":
+            thresholds[label.name] = choose_threshold(y[:, 0], p[:, 0], rule)
+        elif label.name in learnt and label.kind == "survival":
+            hazards[label.outputs[0]] = breslow(*y.T, p[:, 0])
     return [{k: x for k, x in each.items() if x is not None} for each in (thresholds, hazards)]
 
 
 def metric_line(truth, values, outputs, learnt, scaling):
     """A metric of each kind of label as text, the median over its labels: errors of one measurement
-    in its unit, of several in standard deviations. Arguments as of `chosen`."""
+    in its unit, of several in standard deviations. Arguments as above."""
     in_sd, metrics = len(outputs.of_kind("regression")) > 1, {}
     for label in outputs.each:
         if label.name not in learnt:
