@@ -146,6 +146,24 @@ def write_dicom(path, pixels, photometric, **tags):
     return ds
 
 
+def write_cine(path, frames, fps=30, regions=None):
+    """BGR frames (n, H, W, 3) as an uncompressed ultrasound cine with its frame rate.
+
+    regions: 2-D regions as (x0, y0, x1, y1), inclusive pixels; None is the whole image.
+    """
+    boxes, (height, width) = [], frames.shape[1:3]
+    for x0, y0, x1, y1 in regions or [(0, 0, width - 1, height - 1)]:
+        box = pydicom.Dataset()
+        box.RegionLocationMinX0, box.RegionLocationMinY0 = x0, y0
+        box.RegionLocationMaxX1, box.RegionLocationMaxY1 = x1, y1
+        box.RegionSpatialFormat = box.RegionDataType = 1  # 2-D tissue
+        boxes.append(box)
+    rates = {"FrameTime": f"{1000 / fps:.6g}", "CineRate": round(fps)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.ascontiguousarray(frames[..., ::-1])
+    return write_dicom(path, pixels, "RGB", SequenceOfUltrasoundRegions=boxes, **rates)
+
+
 def copy_example(path, name="ybr_color", study="1.2.9"):
     """One of pydicom's own files: ybr_color is a real cine, rgb_color a still; as of this study."""
     ds = pydicom.dcmread(pydicom.examples.get_path(name))
