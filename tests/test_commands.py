@@ -349,7 +349,7 @@ def test_full_memory_is_one_line(cli, error):
         raise error
 
     status, _, err = cli(main=fails)
-    assert status == 1 and "the memory is full" in err and err.count("\n") == 1
+    assert status == 1 and "out of memory" in err and err.count("\n") == 1
     with pytest.raises(RuntimeError, match="a fault of ours"):
         cli(main=lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
 

@@ -1,21 +1,19 @@
-"""The person at the keyboard: errors with their remedy, progress, command lines."""
+"""Command lines and messages: errors with their remedy, progress, argument parsing."""
 
 import argparse
 import difflib
 import errno
-import mmap
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a person types for a program of ours: in a clone, or as `pip install` put it on the path.
+# What a person types to run this program: in a clone, or after `pip install`.
 INSTALLED = not (Path(__file__).resolve().parents[2] / "embed" / "extract.py").is_file()
 PROGRAM = "echofocus" if INSTALLED else "python echofocus.py"
 EXTRACT = "echofocus-extract" if INSTALLED else "python embed/extract.py"
-THREAD_BYTES = 16 << 20  # a stack, and what it begins with
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LONGEST_LINE = 2000  # characters of an error message
 
 
 class UserError(Exception):
@@ -72,84 +70,14 @@ class Collected(Findings):
         self.findings.append(Finding("ERROR", text, remedy))
 
 
-# A name of ours -> what people type for it. A word that means two things stands twice, and both
-# are offered.
-MEANINGS = {
-    "batch_number": "batchsize",
-    "batch_size": "batchsize",
-    "clip_dropout": "dropout",
-    "clip_len": "clips frames",
-    "config": "config_path",
-    "dataset": "data datasets cohort",
-    "device": "cuda gpu gpus",
-    "dtype": "fp16 half",
-    "embed_file": "output output_dir output_path",
-    "embedding_path": "data data_path embeddings files folder input path",
-    "encoder_depth": "depth layers num_layers",
-    "epoch_early_stop": "patience early_stopping",
-    "explain_method": "method",
-    "explain_mode": "mode",
-    "explain_n": "topk top_k",
-    "explain_steps": "steps",
-    "fold": "fold folds",
-    "folds": "fold",
-    "init_from": "pretrained finetune",
-    "label_path": "data_path csv label labels path",
-    "learning_rate": "rate",
-    "model_name": "checkpoint checkpoint_path model model_path model_dir name resume",
-    "n_clips": "clips num_clips",
-    "n_folds": "folds cv",
-    "out": "folder output output_dir output_path save",
-    "pool_queries": "pooling",
-    "precision": "amp bf16 fp16 half mixed_precision",
-    "run_id": "name resume",
-    "sample_limit": "limit n_samples",
-    "settings": "options",
-    "split": "splits",
-    "subset": "fold folds",
-    "task": "outcome recipe target tasks",
-    "task_labels": "label labels outcome target targets",
-    "tf_combine": "pooling",
-    "transformer_type": "arch architecture kind",
-    "type": "kind",
-    "units": "unit",
-    "valid_range": "ranges",
-    "video_base_path": "video_path videos",
-    "videos": "dicom files folder input video video_path visits",
-    "weights": "pretrained encoder",
-    "workers": "num_workers threads",
-}
-
-
-def nearest(name, valid):
-    """'; did you mean X?' when some valid name means or looks like `name`, else ''.
-
-    By meaning first, then by a part of the name (`rate`: learning_rate), then by letters.
-    """
-    word, names = plain_word(name), {plain_word(v): str(v) for v in valid}
-    meant = [n for n in names if word in MEANINGS.get(n, "").split()]
-    meant = meant or [n for n in names if len(word) > 2 and word in n.split("_")][:4]
-    meant = meant or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {' or '.join(names[m] for m in meant)}?" if meant else ""
-
-
-def plain_word(name):
-    return str(name).strip().lstrip("-").lower().replace("-", "_")
-
-
 def progress(iterable=None, **options):
-    """A tqdm bar on standard error; into a log file it writes only now and then."""
+    """A tqdm bar on standard error, updated rarely when that is a log file."""
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
 
 
-def close_bars():
-    """End the lines of bars that an error has left standing, so that its own line begins one."""
-    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.leave = True
-        bar.close()
+# ---------------------------------------------------------------------------------- command lines
 
 
 class Switch(argparse.Action):
@@ -178,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        args = [from_home(underscores(a)) for a in (sys.argv[1:] if args is None else args)]
+        args = [underscores(a) for a in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0], parsed)}")
@@ -186,34 +114,35 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         switches = {o for o, a in self._option_string_actions.items() if isinstance(a, Switch)}
-        args = without_truth(sys.argv[1:] if args is None else args, switches)
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(as_switches(args, switches), namespace)
 
     def hint(self, argument, parsed):
-        """What a misspelt option of the command in use may mean, or which command has it."""
+        """The option that a misspelt one may mean, or the commands that have it."""
         if not argument.startswith("--"):
             return ""
-        argument = argument.split("=")[0]
+        name, options = argument.split("=")[0], list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                takers = [
-                    k for k, p in action.choices.items() if argument in p._option_string_actions
-                ]
+                commands = action.choices.items()
+                takers = [k for k, p in commands if name in p._option_string_actions]
                 if takers:
                     return f"; it is an option of {', '.join(takers)}"
-        return nearest(argument, [o for o in self.options_of(parsed) if not o.startswith("--no_")])
-
-    def options_of(self, parsed):
-        """All option strings of this parser and of the subcommand in use."""
-        options = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                chosen = action.choices.get(getattr(parsed, action.dest, None))
-                options += list(chosen._option_string_actions) if chosen else []
-        return options
+                options += action.choices[getattr(parsed, action.dest)]._option_string_actions
+        return nearest(name, [x for x in options if not x.startswith("--no_")])
 
 
-def without_truth(args, switches):
+def nearest(name, valid):
+    """'; did you mean X?' when some valid name is spelled nearly like `name`, else ''."""
+    names = {plain_word(v): str(v) for v in valid}
+    close = difflib.get_close_matches(plain_word(name), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[close[0]]}?" if close else ""
+
+
+def plain_word(name):
+    return str(name).strip().lstrip("-").lower().replace("-", "_")
+
+
+def as_switches(args, switches):
     """`--redo True` -> `--redo`; `--redo False`, `--redo=False` -> `--no_redo`."""
     out = []
     for argument in args:
@@ -223,122 +152,76 @@ def without_truth(args, switches):
         if name in switches and value.lower() in ("true", "false"):
             if not equals:
                 out.pop()
-            out.append(name if value.lower() == "true" else f"--no_{name[2:]}")
-        else:
-            out.append(argument)
+            argument = name if value.lower() == "true" else f"--no_{name[2:]}"
+        out.append(argument)
     return out
 
 
 def underscores(argument):
-    """`--model-name=x` -> `--model_name=x`; anything but a long option is left alone."""
+    """`--model-name=x` -> `--model_name=x`; anything but a long option stays the same."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
 
 
-def from_home(argument):
-    """`--out=~/x`, `~/x` in quotes: what a shell leaves -> the path in the home folder."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--") and value.startswith("~/"):
-        return name + equals + os.path.expanduser(value)
-    return os.path.expanduser(argument) if argument.startswith("~/") else argument
-
-
-# What would steer a terminal, or turn letters round: an id of a label table may hold it.
-STEERING = [*range(9), 11, 12, *range(14, 32), *range(127, 160), *range(0x2028, 0x202F)]
-STEERING = dict.fromkeys([*STEERING, *range(0x2066, 0x206A), *range(0xD800, 0xE000)], "?")
-
-
-class Shown:
-    """A text stream that shows what is printed and does nothing of what it says."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        return self.stream.write(text.translate(STEERING))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # of a disk, a quota or a limit on files
-LONGEST_LINE = 2000  # characters of a line that says what is wrong
-
-
 def run_main(main, program):
     """Call `main()` as a program: a UserError is one line and exit status 1, no traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or log that has not every letter
+        if hasattr(stream, "reconfigure"):  # for terminals without some letters
             stream.reconfigure(errors="backslashreplace")
     try:
-        with redirect_stdout(Shown(sys.stdout)):
-            main()
+        main()
     except UserError as error:
-        close_bars()
-        text = "\n".join(clean_text(line, LONGEST_LINE) for line in str(error).split("\n"))
-        print(f"{program}: error: {text}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:  # `| head` has read enough
+        stop(program, str(error))
+    except BrokenPipeError:  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # a path that cannot be read or written: it names itself
-        close_bars()
-        text = clean_text(error, LONGEST_LINE)
-        if error.errno in NO_ROOM:
-            text += "; make room there, the same command goes on from here"
-        print(f"{program}: error: {text}", file=sys.stderr)
-        sys.exit(1)
+    except OSError as error:  # it names its path
+        remedy = "; free disk space, then run the same command again to resume"
+        stop(program, f"{error}{remedy if error.errno in DISK_FULL else ''}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        close_bars()
-        print(
-            f"{program}: error: the memory is full; take a smaller --batch_tokens or --batch_size, "
-            "or a machine with more; the same command goes on from here",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        remedy = "lower --batch_tokens or --batch_size, or use a machine with more memory"
+        stop(program, f"out of memory; {remedy}; then run the same command again to resume")
     except KeyboardInterrupt:
-        close_bars()
-        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
-class Threads(ThreadPoolExecutor):
-    """A pool of threads, if there is memory for them: Python waits for ever for a thread that finds
-    none to begin in. Raises MemoryError."""
-
-    def __init__(self, n, *more):
-        try:
-            mmap.mmap(-1, n * THREAD_BYTES).close()
-        except OSError as error:
-            raise MemoryError(f"none for {n} threads") from error
-        super().__init__(n, *more)
+def stop(program, text):
+    print(f"{program}: error: {text[:LONGEST_LINE]}", file=sys.stderr)
+    sys.exit(1)
 
 
 def is_out_of_memory(error):
-    """Whether Python, numpy or torch found no memory; torch and oneDNN say it in words alone."""
+    """Whether Python, numpy or torch found no memory; torch says it only in words."""
     words = ("allocate memory", "out of memory", "can't start new thread")
     text = str(error)
-    found = any(word in text for word in words) or text.endswith("could not create a primitive")
-    return isinstance(error, MemoryError) or found
+    return (
+        isinstance(error, MemoryError)
+        or any(word in text for word in words)
+        or text.endswith("could not create a primitive")  # oneDNN
+    )
+
+
+# ------------------------------------------------------------------------------------------- text
 
 
 def some(names, n=3):
-    """The first few of some names, as text; they may be of others' files."""
+    """The first few of some names, as text."""
     names = [clean_text(name) for name in names]
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
 def listed(reasons, n=9):
-    """A dict of name to reason as text, a line each, the first few."""
+    """The first few entries of a dict {name: reason} as text, a line each."""
     lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
     return "".join(lines) + "\n..." * (len(reasons) > n)
 
 
 def duration(seconds):
-    """Seconds in a unit that a person reads."""
+    """Seconds as text, in a suitable unit."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -346,16 +229,16 @@ def duration(seconds):
 
 
 def printable(value):
-    """Text of a file from elsewhere, without what would steer the terminal."""
+    """Text without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def escaped(text):
-    """Text without what would steer the terminal, told apart still: \\u202e for the character."""
+    """Text with control characters as \\u202e and the like, so that different texts differ."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def clean_text(value, longest=200):
-    """What is taken over from others' files: printable, and no longer than that."""
+    """Text of another program's file: printable and not longer than that."""
     text = printable(str(value)[: longest + 1])
     return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from echofocus_core import EMBED_DIM as D
-from echofocus_core.base.console import RUN, Threads, listed, progress
+from echofocus_core.base.console import RUN, listed, progress
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.world import World
 from echofocus_core.study.outputs import study_losses
@@ -109,7 +110,7 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, 
         return collate(read, planned.ends_step, pin)
 
     ahead = deque()
-    with Threads(READERS) as readers, Threads(1) as joiner:
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
         for planned in plan:
             futures = [readers.submit(read, eid) for eid in planned.eids]
             ahead.append(joiner.submit(collect, planned, futures))
@@ -218,7 +219,7 @@ def side_by_side(batches, compute, device):
         return
     ahead = deque()
     try:
-        with Threads(threads, "batch", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(threads, "batch", torch.set_num_threads, (1,)) as pool:
             for batch in batches:
                 ahead.append((batch, pool.submit(compute, batch)))
                 while ahead and (batch.ends_step or len(ahead) > threads):

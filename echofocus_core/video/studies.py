@@ -10,11 +10,12 @@ import hashlib
 import os
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from echofocus_core.base.console import Findings, Threads, UserError, nearest, progress, some
+from echofocus_core.base.console import Findings, UserError, nearest, progress, some
 from echofocus_core.base.tables import read_table
 from echofocus_core.base.world import from_environment, place
 from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES
@@ -173,7 +174,7 @@ def is_candidate(path):
 
 def read_facts(source, files):
     """The HeaderFacts of all files, a dict; headers are read once, up to the pixels."""
-    with Threads(HEADER_READERS) as pool:
+    with ThreadPoolExecutor(HEADER_READERS) as pool:
         facts = pool.map(lambda f: read_header_facts(source / f), files)
         shown = progress(facts, desc="headers", unit="file", total=len(files), leave=False)
         return dict(zip(files, shown, strict=True))
