@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import h5py
@@ -30,7 +31,7 @@ from echofocus_core.base.options import Settings
 from echofocus_core.study.loop import plan_batches, read_batches, run_steps, run_studies
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.video.store import checksum, open_folder, open_store
+from echofocus_core.video.store import FileRecord, open_folder, open_store, write_study
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = [f"label{i}" for i in range(22)]
@@ -50,10 +51,11 @@ def make_cohort(folder, studies):
         with h5py.File(folder / "published" / f"{eid}_trim_embed.hdf5", "w") as f:
             for name, video in zip(names, bag, strict=True):
                 f[f"lab-share/site/{eid}_trim/{name}/emb"] = video
-        with h5py.File(folder / "ours" / f"{eid}.hdf5", "w") as f:
-            f["embeddings"] = bag
-            f.create_dataset("videos", data=names, dtype=h5py.string_dtype())
-            f.attrs["crc32"] = np.array([checksum(bag, names)], np.uint32)
+        videos = {
+            name: (np.arange(16), video[None]) for name, video in zip(names, bag, strict=True)
+        }
+        files = dict.fromkeys(names, FileRecord())
+        write_study(folder / "ours" / f"{eid}.hdf5", videos, {"clip_len": 16}, files)
         rows.append([f"P{i}", eid, *(rng.random(len(LABELS)) < 0.3).astype(int)])
     pd.DataFrame(rows, columns=["pid", "eid", *LABELS]).to_csv(folder / "labels.csv", index=False)
     task = {"task_labels": LABELS, "label_path": "labels.csv", "type": "binary"}
@@ -201,21 +203,20 @@ def measure_loading(folder, stores, ways, device):
 
         return load
 
+    pack = folder / "ours.packed.h5"
+
     def plain(part):
-        """Read the same bytes sequentially."""
-        first, last = (packed.index["row"][packed.files[e]] for e in (part[0], part[-1]))
-        left = (last - first + packed.size(part[-1])) * 768 * 4
-        buffer = memoryview(bytearray(1 << 22))
-        with open(packed.path, "rb", buffering=0) as f:
-            f.seek(packed.embeddings.at + first * 768 * 4)
+        """Read as many bytes sequentially."""
+        left, buffer = sum(map(packed.size, part)) * 768 * 4, memoryview(bytearray(1 << 22))
+        with open(pack, "rb", buffering=0) as f:
             while left > 0 and (n := f.readinto(buffer)):
                 left -= n
 
     def checksums(part):
-        """Compute checksums of as many numbers; the cost does not depend on the values."""
+        """Compute the checksums of as many numbers; the cost does not depend on the values."""
         numbers = np.zeros((max(map(packed.size, part)), 768), np.float32)
         for eid in part:
-            checksum(numbers[: packed.size(eid)], [])
+            zlib.crc32(numbers[: packed.size(eid)])
 
     published = lambda part: [published_read(folder, e).to(device) for e in part]  # noqa: E731
     stores = {name: ours(store) for name, store in stores.items()}
