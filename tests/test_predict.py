@@ -12,7 +12,7 @@ import torch
 from helpers import copy_example, normal, write_embeddings
 
 from echofocus_core.study.config import Record
-from echofocus_core.study.input_check import InputFound
+from echofocus_core.study.input_check import InputReport
 from echofocus_core.study.job import Job
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.loop import Outcome
@@ -50,7 +50,7 @@ def test_one_answer_that_is_no_number_is_blank_with_a_warning():
     record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
     model = LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
     found = Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
-    rows, left_out = prediction_table(model, found, InputFound({"x": "odd"}))
+    rows, left_out = prediction_table(model, found, InputReport({"x": "odd"}))
     assert left_out == {} and rows["warning"].tolist() == ["odd; b: no number", ""]
     assert rows["b_decision"].isna().tolist() == [True, False] and rows["b_decision"][1] == 1
     assert rows["a_decision"].tolist() == [1, 0] and (rows["b_threshold"] == 0.4).all()

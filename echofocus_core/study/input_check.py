@@ -187,7 +187,7 @@ def ranks(distances, quantiles):
 
 
 @dataclass
-class InputFound:
+class InputReport:
     """What is recorded about studies before they are answered, each a dict by study id."""
 
     warnings: dict[str, str] = field(default_factory=dict)  # unlike the model's training data
@@ -201,11 +201,11 @@ class InputCheck:
 
     def __init__(self, reference, novelty=None):
         """reference: an Input as a dict; novelty: a Novelty or None."""
-        self.reference, self.novelty, self.found = reference, novelty, InputFound()
+        self.reference, self.novelty, self.report = reference, novelty, InputReport()
 
     def __call__(self, eid, study):
         differences, reference, made_with = [], self.reference, study.made_with
-        self.found.modulo[eid] = made_with.get("starts") == "modulo"
+        self.report.modulo[eid] = made_with.get("starts") == "modulo"
         untrained = str(made_with.get("weights", "")).startswith("random")
         if untrained and reference.get("weights_sha256") != made_with.get("weights_sha256"):
             differences.append("the encoder was untrained: the answers mean nothing")
@@ -219,11 +219,11 @@ class InputCheck:
             if abs(norm - usual) > max(6 * reference["norm_sd"], 0.1 * usual):
                 differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
         if self.novelty:
-            self.found.novelty[eid] = self.novelty(study)
-            if self.found.novelty[eid] > UNUSUAL:
+            self.report.novelty[eid] = self.novelty(study)
+            if self.report.novelty[eid] > UNUSUAL:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
         if differences:
-            self.found.warnings[eid] = "; ".join(differences)
+            self.report.warnings[eid] = "; ".join(differences)
 
 
 def report_warnings(warnings, model_name):
@@ -264,7 +264,7 @@ class Resamples:
         return self.store.size(key[0])
 
 
-def reach_of(draws, videos, clips, modulo=False, whole=False):
+def interval_half_width(draws, videos, clips, modulo=False, whole=False):
     """(S, T): the half-width of the 90 % range of an answer, in which the answer from another
     extraction of the study is nine times of ten.
 

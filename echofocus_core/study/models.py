@@ -147,7 +147,7 @@ class LoadedEnsemble(LoadedModel):
                     columns[name] = np.mean([values[name] for values in each], axis=0)
         return columns
 
-    def spread(self, logits):
+    def members_sd(self, logits):
         """(S, T): the standard deviation of the members' answers."""
         answers = np.ma.masked_invalid(self.answers(logits, Collected()))
         return answers.std(axis=0, ddof=1).filled(np.nan)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from echofocus_core.base.console import Collected
 from echofocus_core.base.files import begins, output_path, write_table
-from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, reach_of
+from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
 from echofocus_core.study.loop import merged, run_steps, run_studies
 from echofocus_core.study.models import LoadedEnsemble
 from echofocus_core.study.network import Readings
@@ -21,18 +21,18 @@ def answer_studies(model, store, eids, settings):
         model.net, store, eids, settings, unreadable=unreadable, label="predict", look=check
     ):
         outcomes.append(outcome)
-        half_widths = half_widths_of(model, store, outcome, settings, check.found)
+        half_widths = half_widths_of(model, store, outcome, settings, check.report)
         if half_widths is not None:
             ranges |= dict(zip(outcome.eids, half_widths, strict=True))
     outcome = merged(outcomes, eids, model.net)
-    note_cut_studies(store, outcome, check.found)
-    reach = np.array([ranges[eid] for eid in outcome.eids]) if ranges else None
-    table, no_number = prediction_table(model, outcome, check.found, reach, settings.years)
-    return table, unreadable | no_number, check.found.warnings
+    note_cut_studies(store, outcome, check.report)
+    half_widths = np.array([ranges[eid] for eid in outcome.eids]) if ranges else None
+    table, no_number = prediction_table(model, outcome, check.report, half_widths, settings.years)
+    return table, unreadable | no_number, check.report.warnings
 
 
-def half_widths_of(model, store, outcome, settings, input_found):
-    """Half-widths (S, outputs) of the range of an Outcome's logits, see `reach_of`; or None.
+def half_widths_of(model, store, outcome, settings, input_report):
+    """`interval_half_width` (S, outputs) of the logits of an Outcome; or None.
 
     Of averaged models each has its own columns, as in the logits.
     """
@@ -45,26 +45,26 @@ def half_widths_of(model, store, outcome, settings, input_found):
     draws[[place[key] for key in resampled.eids]] = resampled.logits
     draws = draws.reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
-    modulo = [input_found.modulo[eid] for eid in outcome.eids]
-    return reach_of(draws, outcome.n_videos, clips, modulo, settings.spread == "videos")
+    modulo = [input_report.modulo[eid] for eid in outcome.eids]
+    return interval_half_width(draws, outcome.n_videos, clips, modulo, settings.spread == "videos")
 
 
-def note_cut_studies(store, outcome, input_found):
-    """Note in an InputFound the studies of which `--max_videos_per_study` left videos out."""
+def note_cut_studies(store, outcome, input_report):
+    """Note in an InputReport the studies of which `--max_videos_per_study` left videos out."""
     if getattr(store, "most_videos", 0):
         for eid, n in zip(outcome.eids, outcome.n_videos, strict=True):
             if n < (whole := store.header(eid).videos):
-                input_found.notes[eid] = f"from {n} of its {whole} videos (--max_videos_per_study)"
+                input_report.notes[eid] = f"from {n} of its {whole} videos (--max_videos_per_study)"
 
 
-def prediction_table(model, outcome, input_found, reach=None, years=()):
+def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     """(DataFrame with a row a study, why other studies are not in it).
 
     Columns: ids and counts, one an output (with its unit) and its range, the most probable class,
     the probability of survival to some `years`, decisions and their thresholds, novelty, warnings.
-    input_found: the studies' InputFound; reach: see `half_widths_of`. A study without one finite
-    answer is not in the table; labels never learnt are blank, and a single answer that is not a
-    number is blank with a warning.
+    input_report: the studies' InputReport; half_widths: see `half_widths_of`. A study without one
+    finite answer is not in the table; labels never learnt are blank, and a single answer that is
+    not a number is blank with a warning.
     """
     readable = partial(model.readable, listener=Collected())
     values = model.readable(outcome.logits)
@@ -74,15 +74,15 @@ def prediction_table(model, outcome, input_found, reach=None, years=()):
     left_out = {outcome.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
     table = {"eid": outcome.eids, "n_videos": outcome.n_videos, "n_clips": outcome.n_clips}
     parts = {"": values}
-    if reach is not None:
-        low, high = (outcome.logits + sign * reach for sign in (-1, 1))
+    if half_widths is not None:
+        low, high = (outcome.logits + sign * half_widths for sign in (-1, 1))
         parts |= {"_low": readable(low.astype(np.float32)), "_high": readable(high.astype("f4"))}
     for i, label in enumerate(model.labels):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
     if isinstance(model, LoadedEnsemble):
-        spread = np.where(np.isnan(values), np.nan, model.spread(outcome.logits))
-        table |= {f"{label}_sd": x for label, x in zip(model.labels, spread.T, strict=True)}
+        sd = np.where(np.isnan(values), np.nan, model.members_sd(outcome.logits))
+        table |= {f"{label}_sd": x for label, x in zip(model.labels, sd.T, strict=True)}
     table |= most_probable_classes(model, values)
     table |= model.survival(outcome.logits, years)
     for label, threshold in model.record.thresholds.items():
@@ -90,9 +90,9 @@ def prediction_table(model, outcome, input_found, reach=None, years=()):
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
         table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
         table[f"{label}_threshold"] = threshold
-    if input_found.novelty:
-        table["novelty"] = [input_found.novelty.get(eid, np.nan) for eid in outcome.eids]
-    table["warning"] = warnings_of(model, outcome, input_found, np.isnan(values) & learnt)
+    if input_report.novelty:
+        table["novelty"] = [input_report.novelty.get(eid, np.nan) for eid in outcome.eids]
+    table["warning"] = warnings_of(model, outcome, input_report, np.isnan(values) & learnt)
     return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
@@ -107,13 +107,13 @@ def most_probable_classes(model, values):
     return columns
 
 
-def warnings_of(model, outcome, input_found, blank):
+def warnings_of(model, outcome, input_report, blank):
     """The warning of each study, in words. blank (S, T): answers of learnt labels that are NaN."""
     shape = len(blank), -1, len(model.labels)
     finite = np.isfinite(outcome.logits).reshape(shape).any(axis=1)  # of some averaged model
     texts = []
     for i, eid in enumerate(outcome.eids):
-        parts = [input_found.warnings.get(eid), input_found.notes.get(eid)]
+        parts = [input_report.warnings.get(eid), input_report.notes.get(eid)]
         for which, text in (
             (blank[i] & finite[i], "past the end of the Box-Cox scale"),
             (blank[i] & ~finite[i], "no number"),
