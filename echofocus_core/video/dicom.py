@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -414,16 +414,15 @@ class Frames:
                 if not form.opencv:
                     codecs.find_decoder(form)
 
-    def check_layout(self, numbers):
-        """VideoError when frames `numbers` show that they are not in the declared layout."""
-        layout, frames = self.layout, [self.stored(i) for i in numbers]
+    def check_layout(self, samples):
+        """VideoError when frames are not in the declared layout. samples: number -> components."""
+        h, layout, frames = self.header, self.layout, [self.stored(i) for i in samples]
         if layout is None:
             if not codecs.is_rle(frames[0]):
                 return  # other kinds have their own marks
-            frames = [self.components(i) for i in numbers]
-            h, dtype = self.header, "u1" if frames[0].itemsize == 1 else "<u2"
+            frames = [frame.tobytes() for frame in samples.values()]
+            dtype = "u1" if samples[0].itemsize == 1 else "<u2"
             layout = colour.Layout(h.rows, h.columns, h.samples, dtype)
-            frames = [frame.tobytes() for frame in frames]
         layout.check(frames)
 
     @contextmanager
@@ -542,25 +541,27 @@ def choose_rule(frames, dicom_header, notes):
     """The ColourRule of all frames, from a few of them. VideoError."""
     photometric = frames.header.photometric
     palette = colour.read_palette(dicom_header) if photometric == "PALETTE COLOR" else None
-    numbers = representative_frames(frames)
-    frames.check_layout(numbers)
-    samples = [frames.components(i, small=True) for i in numbers]
+    few = representative_frames(frames)
+    frames.check_layout(few)
+    samples = list(few.values())
     rule = colour.choose_rule(photometric, samples, frames.header.stored, palette, notes)
     if frames.layout and frames.layout.halved and rule.colour != "YBR":
         raise VideoError("the header is wrong: RGB, but of the size of 4:2:2 pixels")
-    every = (rule.bgr(frames.components(i, small=True)) for i in [*numbers, *range(len(frames))])
-    if all(picture.max() < colour.BLACK for picture in every):
+    later = (frames.components(i, small=True) for i in range(len(frames)))
+    if all(rule.bgr(sample).max() < colour.BLACK for sample in chain(samples, later)):
         raise VideoError("no image: all is black")
     return rule
 
 
 def representative_frames(frames):
-    """Numbers of a few frames to judge the file by: the first, middle and last one, and where
-    these are blank the first that is not."""
+    """{number: components} of a few frames to judge the file by: the first, middle and last one,
+    and where these are blank the first that is not."""
     n = len(frames)
-    few = sorted({0, n // 2, n - 1})
-    order = (i for i in [*few, *range(n)] if has_contrast(frames.components(i, small=True)))
-    return sorted({*few, next(order, 0)})
+    few = {i: frames.components(i, small=True) for i in sorted({0, n // 2, n - 1})}
+    if not any(map(has_contrast, few.values())):
+        later = ((i, frames.components(i, small=True)) for i in range(n))
+        few |= dict([next(((i, x) for i, x in later if has_contrast(x)), (0, few[0]))])
+    return few
 
 
 def has_contrast(components):
