@@ -148,7 +148,7 @@ def drawn_weights(draw=panecho.random_weights):
 
 @pytest.fixture
 def source(tmp_path):
-    """Two studies: three cines (one nested, one without ending), and the real one among junk."""
+    """Two studies: three cines (one nested, one without suffix); a real cine and unusable files."""
     a, b = tmp_path / "videos" / "A_1", tmp_path / "videos" / "B"
     (a / "series").mkdir(parents=True)
     b.mkdir()
@@ -157,5 +157,5 @@ def source(tmp_path):
     copy_example(b / "real.dcm")
     copy_example(b / "still.dcm", "rgb_color")
     (b / "notes.dcm").write_text("not a DICOM file")
-    (b / "report.txt").write_text("no video at all")
+    (b / "report.txt").write_text("not a video")
     return tmp_path / "videos"

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -23,7 +24,7 @@ BLANK = base64.b64decode(  # a picture of one pixel
 
 
 def blank(monkeypatch):
-    """From here on figures are blank."""
+    """Make figures blank until the end of the test."""
     from matplotlib.figure import Figure
 
     def save(self, file, **options):
@@ -36,12 +37,12 @@ def blank(monkeypatch):
 
 
 def normal(seed, *shape):
-    """The rule for inputs: standard normal numbers, float32."""
+    """Inputs of the recorded outputs: standard normal numbers, float32."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def rule_weights(shapes):
-    """The rule for study-level weights: state-dict name to shape -> name to tensor."""
+    """Weights of the recorded outputs: {name: shape} of a state dict -> {name: tensor}."""
     state = {}
     for name, shape in shapes.items():
         r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
@@ -73,15 +74,12 @@ def by_rule(**kwargs):
 
 
 def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standard"):
-    """A model folder as released: the published keys, numpy objects in its pickle."""
+    """A model folder as released: published keys, with numpy objects in the checkpoint."""
     net = StudyModel(n_labels, kind)
     if scaling:
-        scaling = {
-            k: {n: np.float64(x) if isinstance(x, float) else x for n, x in v.items()}
-            if isinstance(v, dict)
-            else v
-            for k, v in scaling.items()
-        }
+        scaling = {k: dict(v) if isinstance(v, dict) else v for k, v in scaling.items()}
+        for entry in (x for x in scaling.values() if isinstance(x, dict)):
+            entry |= {k: np.float64(x) for k, x in entry.items() if isinstance(x, float)}
     saved = {
         "model_state_dict": rule_weights({k: v.shape for k, v in net.state_dict().items()}),
         "perf_log": [[1, np.float64(0.5), np.float64(0.6), 1e-4, 12.5]],
@@ -94,20 +92,12 @@ def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standar
     }
     folder.mkdir(parents=True)
     torch.save(saved, folder / "best_checkpoint.pt")
-    if numpy_1:  # files saved under numpy 1 spell the module so
-        import zipfile
-
-        old = folder / "old.pt"
-        with (
-            zipfile.ZipFile(folder / "best_checkpoint.pt") as a,
-            zipfile.ZipFile(old, "w") as b,
-        ):
+    if numpy_1:  # where the module has another name
+        path, old = folder / "best_checkpoint.pt", folder / "old.pt"
+        with zipfile.ZipFile(path) as a, zipfile.ZipFile(old, "w") as b:
             for item in a.infolist():
-                data = a.read(item)
-                if item.filename.endswith("data.pkl"):
-                    data = data.replace(b"cnumpy._core", b"cnumpy.core")
-                b.writestr(item, data)
-        old.replace(folder / "best_checkpoint.pt")
+                b.writestr(item, a.read(item).replace(b"cnumpy._core", b"cnumpy.core"))
+        old.replace(path)
 
 
 def edit_config(**changes):
@@ -165,14 +155,14 @@ def write_cine(path, frames, fps=30, regions=None):
 
 
 def copy_example(path, name="ybr_color", study="1.2.9"):
-    """One of pydicom's own files: ybr_color is a real cine, rgb_color a still; as of this study."""
+    """Copy a sample file of pydicom to `path`: ybr_color is a real cine, rgb_color a still."""
     ds = pydicom.dcmread(pydicom.examples.get_path(name))
     ds.StudyInstanceUID, ds.PatientID = study, "P"
     ds.save_as(path)
 
 
 def write_embeddings(folder, eid, embeddings, layout="ours"):
-    """One study's HDF5 file in our layout or the published one (groups spell a path)."""
+    """Write a study's HDF5 file in our layout, or the published one, where groups form a path."""
     folder.mkdir(parents=True, exist_ok=True)
     videos = [f"v{i:02}.avi" for i in range(len(embeddings))]
     if layout == "ours":
