@@ -1,4 +1,4 @@
-"""The whole path on phantoms and a real cine."""
+"""All steps on phantoms and a real cine, by the public commands."""
 
 import json
 import os
@@ -19,61 +19,45 @@ from echofocus_core.base.files import begins, output_path
 from echofocus_core.study.config import MODELS
 from echofocus_core.video import panecho
 
-DEMO_SETTINGS = {"label_path": "labels.csv", "settings": {"batch_number": 8, "epoch_lim": 20}}
-
-DEMO_CONFIG = {
+SETTINGS = {"batch_number": 8, "epoch_lim": 20}
+EF = {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression", "label_path": "labels.csv"}
+DEFECT = {"task_labels": ["VSD"], "type": "binary", "label_path": "labels.csv"}
+PHANTOMS = {"embedding_path": "embeddings", "video_base_path": "videos"}
+CONFIG = {
     "task": {
-        "ef": {"task_labels": ["EF"], "units": {"EF": "%"}, "type": "regression"},
-        "defect": {"task_labels": ["VSD"], "type": "binary"},
+        "ef": EF | {"settings": SETTINGS | {"learning_rate": 3e-4}},
+        "defect": DEFECT | {"settings": SETTINGS | {"learning_rate": 1e-4}},
     },
-    "dataset": {
-        "phantoms": {
-            "embedding_path": "embeddings",
-            "video_base_path": "videos",
-            "video_subdir_format": "{echo_id}",
-        }
-    },
+    "dataset": {"phantoms": PHANTOMS | {"video_subdir_format": "{echo_id}"}},
 }
-
 # How the demo's config and tables begin.
 DEMO_FILES = r'\{\s+"task": \{\s+"ef": |pid,eid,EF,VSD\s|eid,video,shows_defect\s'
-
-SIZE = "64"  # pixels: a third of the time that 112 take
-
-DEMO_RATES = {"ef": 3e-4, "defect": 1e-4}
+SIZE = 64  # pixels: takes a third of the time of 112
+COMMANDS = (
+    "embed/extract.py videos --out embeddings {extraction}",
+    "echofocus.py train --task ef",
+    "echofocus.py train --task defect",
+    "echofocus.py evaluate --task ef",
+    "echofocus.py evaluate --task defect",
+    "echofocus.py predict --task ef --videos real {extraction} --out real.csv",
+    "echofocus.py embed --task ef --dataset phantoms",
+    "echofocus.py explain --task defect --page",
+)
 
 
 def run_demo(studies):
     """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
     folder = Path("demo")
-    weights = make_demo(folder, studies)
-    extraction = ["--weights", weights, "--size", SIZE, "--n_clips", "1"]
-    for line in (
-        ["embed/extract.py", "videos", "--out", "embeddings", *extraction],
-        ["echofocus.py", "train", "--task", "ef"],
-        ["echofocus.py", "train", "--task", "defect"],
-        ["echofocus.py", "evaluate", "--task", "ef"],
-        ["echofocus.py", "evaluate", "--task", "defect"],
-        [
-            "echofocus.py",
-            "predict",
-            "--task",
-            "ef",
-            "--videos",
-            "real",
-            *extraction,
-            "--out",
-            "real.csv",
-        ],
-        ["echofocus.py", "embed", "--task", "ef", "--dataset", "phantoms"],
-        ["echofocus.py", "explain", "--task", "defect", "--page"],
-    ):
-        print(f"\n$ python ../{shlex.join(line)}", flush=True)
-        program = Path(__file__).resolve().parents[2] / line[0]
+    weights = shlex.quote(make_demo(folder, studies))
+    for command in COMMANDS:
+        line = command.format(extraction=f"--weights {weights} --size {SIZE} --n_clips 1")
+        print(f"\n$ python ../{line}", flush=True)
+        script, *options = shlex.split(line)
+        program = Path(__file__).resolve().parents[2] / script
         if not program.is_file():  # installed by pip
             program = Path(sys.executable).with_name("echofocus-extract")
-        if subprocess.run([sys.executable, program, *line[1:]], cwd=folder).returncode:
-            raise UserError(f"the demo stopped: {shlex.join(line)} failed (see above)")
+        if subprocess.run([sys.executable, program, *options], cwd=folder).returncode:
+            raise UserError(f"the demo stopped: {line} failed (see above)")
     summarise_demo(folder)
 
 
@@ -92,10 +76,7 @@ def make_demo(folder, studies, frames=16):
     real = folder / "real" / "sonosite"  # an echocardiogram that comes with pydicom
     real.mkdir(parents=True, exist_ok=True)
     shutil.copy(pydicom.examples.get_path("ybr_color"), real / "cine.dcm")
-    for name, task in DEMO_CONFIG["task"].items():
-        task.update(DEMO_SETTINGS)
-        task["settings"] = task["settings"] | {"learning_rate": DEMO_RATES[name]}
-    (folder / "config.json").write_text(json.dumps(DEMO_CONFIG, indent=2))
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))
     if panecho.DOWNLOADED.is_file():
         print(f"encoder weights: the released ones, from {panecho.DOWNLOADED}")
         return os.path.relpath(panecho.DOWNLOADED, folder)
@@ -105,7 +86,7 @@ def make_demo(folder, studies, frames=16):
     print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
     clips = []
     for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
-        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=int(SIZE)))
+        sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=SIZE))
         frames = torch.from_numpy(sampled.frames[sampled.index[0]])
         clips.append(panecho.normalise(frames.permute(3, 0, 1, 2), torch.arange(3)[:, None]))
     panecho.save_untrained(folder / "untrained.pt", clips)
@@ -113,7 +94,7 @@ def make_demo(folder, studies, frames=16):
 
 
 def summarise_demo(folder):
-    """What the demo measured, beside what guessing would give, and the files to look at."""
+    """The results of the demo beside those of guessing, and the files to look at."""
     models, ids = folder / MODELS, {"eid": str, "Echo_ID": str}
     split = pd.read_csv(models / "ef" / "split.csv", dtype=str).set_index("eid")["fold"]
     labels = pd.read_csv(folder / "labels.csv", dtype=ids).set_index("eid")
@@ -127,22 +108,22 @@ def summarise_demo(folder):
     videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
     top = videos[videos["rank"] == 1]["shows_defect"]
     plot_demo(ef, defect, videos, folder / "demo")
+    error, guessed = ((x - ef["EF_Correct"]).abs().median() for x in (ef["EF_Predict"], guess))
     print(
-        f"\nEjection fraction, {len(ef)} test studies: median error "
-        f"{(ef['EF_Predict'] - ef['EF_Correct']).abs().median():.1f} % (guessing the training "
-        f"median: {(guess - ef['EF_Correct']).abs().median():.1f} %)"
-        f"\nSeptal defect, {len(defect)} test studies: AUROC {auroc['value']:.2f} "
-        f"({auroc['ci_low']:.2f} to {auroc['ci_high']:.2f}; guessing: 0.5)"
-        f"\nThe top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
-        f"(a video taken blindly: {videos['shows_defect'].mean():.0%})"
-        f"\n\nLook at, in {folder}:"
-        "\n  trained_models/defect/explanation_test_phantoms/index.html   what drove each answer"
-        "\n  demo.png                                                these results"
-        "\n  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true"
-        "\n  trained_models/defect/explanation_test_phantoms.csv     every video in every answer"
-        "\n  real.csv                                                the real echocardiogram"
-        "\n  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector a study"
+        f"\nEjection fraction, {len(ef)} test studies: median error {error:.1f} % (guessing the "
+        f"training median: {guessed:.1f} %)\nSeptal defect, {len(defect)} test studies: AUROC "
+        f"{auroc['value']:.2f} ({auroc['ci_low']:.2f} to {auroc['ci_high']:.2f}; guessing: 0.5)\n"
+        f"The top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
+        f"(a random video: {videos['shows_defect'].mean():.0%})"
     )
+    print(f"""
+Look at, in {folder}:
+  trained_models/defect/explanation_test_phantoms/index.html   the videos behind each answer
+  demo.png                                                these results
+  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true
+  trained_models/defect/explanation_test_phantoms.csv     every video in every answer
+  real.csv                                                the real echocardiogram
+  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector per study""")
 
 
 def plot_demo(ef, defect, videos, path):

@@ -20,16 +20,7 @@ from echofocus_core.study.loading import (
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video import panecho
 
-ELSEWHERE = (
-    "labels",
-    "units",
-    "unlearnt",
-    "thresholds",
-    "task",
-    "type",
-    "settings",
-    "input",
-)
+SHOWN_ELSEWHERE = ("labels", "units", "unlearnt", "thresholds", "task", "type", "settings", "input")
 
 
 def describe_encoder(model):
@@ -45,7 +36,7 @@ def describe_encoder(model):
 
 
 def describe_model(net, saved, record, outputs, units, scaling):
-    """A study-level model, as a dict. record: what its checkpoint `saved` says of its training.
+    """A study-level model, as a dict. record: of the training, in its checkpoint `saved`.
 
     outputs: see `study.outputs`; scaling: measurement to shift, mean, stdev (and lmbda).
     """
@@ -56,7 +47,7 @@ def describe_model(net, saved, record, outputs, units, scaling):
         "parameters": count(net),
     }
     facts = record | record.get("settings", {})
-    told = (*ELSEWHERE, *architecture)
+    shown = (*SHOWN_ELSEWHERE, *architecture)
     return {
         "kind": "study-level model",
         "architecture": architecture,
@@ -68,7 +59,7 @@ def describe_model(net, saved, record, outputs, units, scaling):
         ],
         "history": describe_history(saved.get("perf_log")),
         "input": record.get("input", {}),
-        "settings": {k: v for k, v in facts.items() if k not in told and v not in ("", [], {})},
+        "settings": {k: v for k, v in facts.items() if k not in shown and v not in ("", [], {})},
     }
 
 
@@ -98,7 +89,7 @@ def describe_history(rows):
 
 
 def print_description(description):
-    """A line a fact, tables for labels."""
+    """Print a line for each fact, and labels as a table."""
     for key, value in description.items():
         if key == "labels":
             print(f"labels: {len(value) or 'none'}")
@@ -113,7 +104,7 @@ def print_description(description):
 
 
 def describe_file(name, tasks):
-    """What the checkpoint or encoder of a model name, folder or .pt path is, as a dict."""
+    """The checkpoint or encoder of a model name, folder or .pt path, as a dict."""
     path = find_model_file(name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
@@ -136,14 +127,14 @@ def find_model_file(name):
 
 
 def origin_of(folder):
-    """Where a model is from, its licence and citation: its own record, else the registry's."""
+    """The source of a model, its licence and citation: from its record, else the registry."""
     entry = releases.released(folder)
     entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
     return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
 
 
 def model_facts(path, tasks):
-    """What a checkpoint says of itself; labels that nobody names are numbered."""
+    """The facts in a checkpoint; labels without a name are numbered."""
     saved = read_checkpoint(path)
     record, net, n_labels = read_network(saved, path)
     facts = {}
