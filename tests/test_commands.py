@@ -29,11 +29,9 @@ from helpers import (
 from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
-from echofocus_core.base.console import UserError, is_out_of_memory
+from echofocus_core.base.console import UserError
 from echofocus_core.base.files import lock
-from echofocus_core.base.options import ALL_FOLDS, Settings, validated
-from echofocus_core.base.world import pick_device
-from echofocus_core.encoder import train as train_encoder
+from echofocus_core.base.options import ALL_FOLDS, Settings
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.train_command import folder_to_train_in
 
@@ -250,67 +248,17 @@ def bad_labels(change):
 
 
 MISTAKES = {
-    "no eid": (bad_labels(lambda t: t.drop(columns="eid")), "labels.csv has no column 'eid'"),
-    "no label": (bad_labels(lambda t: t.rename(columns={"finding": "findings"})), "mean findings"),
+    "no eid": (bad_labels(lambda t: t.drop(columns="eid")), "no column 'eid'"),
     "contradiction": (
-        bad_labels(lambda t: pd.concat([t, t.assign(finding=1 - t["finding"])])),
-        "contradict each other for 60 studies",
+        bad_labels(lambda t: pd.concat([t, t.assign(finding=1 - t["finding"])])), "60 studies"
     ),
-    "no embeddings": (bad_labels(lambda t: t.assign(eid="x" + t["eid"].astype(str))), "(eid: x1"),
-    "unknown key": (
-        lambda: edit_config(task_label=["a"]),
-        "'task_label'; did you mean task_labels",
-    ),
-    "unknown setting": (
-        lambda: edit_config(settings={"learningrate": 1}),
-        "did you mean learning_rate",
-    ),
-    "wrong type": (lambda: edit_config(label_path=5), "'label_path' must be text, not 5"),
-    "wrong number": (
-        lambda: edit_config(settings={"epoch_lim": "ten"}),
-        "settings: 'epoch_lim' must be a whole number, not",
-    ),
-    "no training option": (
-        lambda: edit_config(settings={"dataset": "site"}),
-        "settings: dataset: for the command line, not for the config",
-    ),
-    "id as label": (lambda: edit_config(task_labels=["pid"]), "cannot be a label"),
-    "a name that leads out": (
-        lambda: Path("config.json").write_text(
-            json.dumps(
-                {
-                    "task": {"..": {"task_labels": ["a"]}},
-                    "dataset": {"b": {"embedding_path": "emb"}},
-                }
-            )
-        ),
-        "'..' is no name",
-    ),
-    "bad range": (
-        lambda: edit_config(valid_range={"finding": "0"}),
-        "valid_range, finding: [low, high]",
-    ),
-    "column twice": (
-        bad_labels(lambda t: t.assign(**{"eid ": t["eid"]})),
-        "labels.csv has two columns 'eid'",
-    ),
-    "labels without end": (
-        lambda: edit_config(task_labels=[f"a{i}" for i in range(10_001)]),
-        "10001 labels, with their classes; a model has 10000 at most",
-    ),
-    "layers without end": (
-        lambda: edit_config(settings={"encoder_depth": 101}),
-        "'encoder_depth' must be below 101",
-    ),
-    "label twice": (lambda: edit_config(task_labels=["finding", "finding "]), "none twice"),
-    "no table": (lambda: edit_config(label_path="other.csv"), "no label table other.csv"),
-    "not JSON": (
-        lambda: Path("config.json").write_text("{'a': 1}"),
-        "config.json is not valid JSON",
-    ),
+    "no embeddings": (bad_labels(lambda t: t.assign(eid="x" + t["eid"].astype(str))), "eid: x1"),
+    "unknown key": (lambda: edit_config(task_label=["a"]), "did you mean task_labels"),
+    "wrong number": (lambda: edit_config(settings={"epoch_lim": "ten"}), "'epoch_lim' must be"),
+    "not JSON": (lambda: Path("config.json").write_text("{'a': 1}"), "config.json is not valid"),
     "no config": (lambda: shutil.move("config.json", "c.json"), "no config config.json"),
     "no folder": (lambda: shutil.move("emb", "emb2"), "no folder of clip embeddings emb"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -336,33 +284,12 @@ def test_the_second_run_in_a_folder_stops(trained, cli):
     assert not list(Path().rglob("*.lock"))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("could not create a primitive"),
-    ],
-)
-def test_full_memory_is_one_line(cli, error):
+def test_full_memory_is_one_line(cli):
     def fails(_):
-        raise error
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     status, _, err = cli(main=fails)
-    assert status == 1 and "out of memory" in err and err.count("\n") == 1
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        cli(main=lambda _: (_ for _ in ()).throw(RuntimeError("a fault of ours")))
-
-
-def test_what_onednn_cannot_do_is_no_full_memory():
-    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for x"))
-
-
-def test_ids_do_not_steer_the_terminal(cli):
-    """Whatever is printed, by whom: ids of a label table stay as they are in outputs."""
-    text = "\x1b[2Jdone\x07\x9b\u202e\x00\tä\n"
-    status, out, _ = cli(main=lambda _: print(text, end=""))
-    assert status == 0 and out == "?[2Jdone????\tä\n"
+    assert status == 1 and "memory" in err and err.count("\n") == 1
 
 
 def test_a_terminal_that_has_not_every_letter(cohort):
@@ -388,30 +315,6 @@ def test_wrong_options(cohort, cli):
         assert status == 1 and message in err, line
     status, _, err = cli("train", "--learning-rat", "1")
     assert status == 2 and "did you mean --learning_rate" in err
-
-
-def test_slips_of_the_finger_are_refused_before_any_work():
-    settings, encoder = Settings, train_encoder.EncoderSettings
-    for kind, values in (
-        (settings, {"seed": 2**63, "sampling_seed": -1}),
-        (settings, {"sampling_seed": 10**40, "explain_n": 10**9, "num_clips": 10**9}),
-        (settings, {"learning_rate": 1e39, "head_learning_rate": 1e300}),
-        (settings, {"encoder_learning_rate": 1e39, "size": 100_000, "n_clips": 10**9}),
-        (settings, {"clip_len": 10**5, "workers": 10**5, "augment": 10**5, "image_batch": 10**9}),
-        (encoder, {"seed": 10**40, "lr": 1e39, "wd": 1e39, "eta_min": 1e39, "size": 10**5}),
-        (encoder, {"num_clips": 10**9, "clip_len": 10**9, "sampling_rate": 10**9}),
-        (encoder, {"num_workers": 10**5, "batch_size": 10**9, "n_layers": 10**9}),
-    ):
-        for name, value in values.items():
-            with pytest.raises(UserError, match=f"--{name} must be"):
-                validated(kind, {name: value})
-    assert validated(settings, {"seed": -1}).seed == -1  # models have been trained with it
-
-
-@pytest.mark.parametrize("name", ["meta", "privateuseone", "vulkan", "fpga"])
-def test_devices_that_hold_no_numbers(name):
-    with pytest.raises(UserError, match=f"--device {name} is not to be had here"):
-        pick_device(name)
 
 
 def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
@@ -447,41 +350,15 @@ def test_unreadable_studies_are_listed(cohort, cli):
     (cohort / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
     with h5py.File(cohort / "emb" / "1004.hdf5", "a") as f:
         f["embeddings"][0, 0, 0] = np.nan
-    status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1")
-    assert status == 0, err
-    status, out, _ = cli("predict")
-    assert status == 0
-    assert "2 studies left out" in out and "1003.hdf5" in out and "1004.hdf5: it holds NaN" in out
-    assert len(pd.read_csv("trained_models/defect/predictions_site.csv")) == 58
-
-
-def test_odd_label_values_are_counted(cohort, cli):
-    table = pd.read_csv("labels.csv", dtype=str)
-    table.loc[0, "finding"], table.loc[1, "finding"] = "maybe", "2"
-    table.to_csv("labels.csv", index=False)
-    edit_config(type="binary")
-    status, out, _ = cli("train", "--task", "defect", "--epoch_lim", "1")
-    assert status == 0
-    assert "finding: 1 values are no numbers" in out and "finding: 1 values are not 0 or 1" in out
-    assert "58 labelled studies" in out
-
-
-def test_what_is_no_checkpoint_is_refused(cohort, cli):
-    folder = cohort / "trained_models" / "text"
-    folder.mkdir(parents=True)
-    for content in (b"hello", b"", b"PK\x03\x04 broken"):
-        (folder / "best_checkpoint.pt").write_bytes(content)
-        status, _, err = cli("predict", "--model_name", "text")
-        assert status == 1 and "best_checkpoint.pt" in err and "best_checkpoint.pt" in err
-        assert err.count("\n") == 1
-
-
-def test_wrong_width_and_unwritable_output(trained, cli):
-    write_embeddings(trained / "emb", "1003", normal(0, 2, 3, 512))
-    status, out, _ = cli("predict")
-    assert status == 0 and "expected (videos, clips, 768)" in out
-    status, _, err = cli("predict", "--out", trained / "emb")
-    assert status == 1 and "is a folder; name the file" in err and err.count("\n") == 1
+    write_embeddings(cohort / "emb", "1005", normal(0, 2, 3, 512))
+    line = ("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
+    status, out, err = cli(*line)
+    assert status == 0 and "40 labelled studies of 40 patients" in out, err
+    status, out, _ = cli("predict", "--out", "p.csv")
+    left_out = pd.read_csv("p_left_out.csv", dtype=str).set_index("eid")["reason"]
+    assert status == 0 and left_out.index.tolist() == ["1003", "1004", "1005"]
+    assert "NaN" in left_out["1004"] and "768" in left_out["1005"]
+    assert len(pd.read_csv("p.csv")) == 57
 
 
 def test_malicious_checkpoint_is_refused(cohort, cli):
@@ -512,31 +389,6 @@ def test_what_cannot_be_learnt_is_said_and_left_blank(cohort, cli):
     assert predicted["constant"].isna().all() and predicted["finding"].notna().all()
     status, _, err = cli("evaluate")
     assert status == 0, err
-
-
-def test_ids_from_a_spreadsheet_and_repeated_rows(cohort, cli):
-    """100.0 is study 100; the same row twice is one; the first study of each patient alone."""
-    table = pd.read_csv("labels.csv", dtype=str)
-    table["eid"] += ".0"
-    pd.concat([table, table[:5]]).to_csv("labels.csv", index=False, encoding="utf-8-sig")
-    status, out, err = cli("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
-    assert status == 0, err
-    assert "40 labelled studies of 40 patients" in out
-    split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
-    assert split["pid"].is_unique and len(split) == 40
-
-
-def test_cross_validation_tests_every_patient_once(cohort, cli):
-    tested = []
-    for fold in range(3):
-        options = ("--n_folds", "3", "--fold", fold, "--epoch_lim", "1", "--run_id", fold)
-        assert cli("train", "--task", "defect", *options)[0] == 0
-        split = pd.read_csv(f"trained_models/defect_{fold}/split.csv", dtype=str)
-        assert set(split["fold"]) == {"train", "val", "test"}
-        tested += split["eid"][split["fold"] == "test"].tolist()
-    assert sorted(tested) == sorted(pd.read_csv("labels.csv", dtype=str)["eid"])
-    status, _, err = cli("train", "--task", "defect", "--n_folds", "3", "--fold", "3")
-    assert status == 1 and "--fold below it" in err
 
 
 def test_start_from_another_model(trained, cli):
@@ -583,7 +435,7 @@ def test_units_are_compared(cohort, cli):
     config["task"]["sizes"]["units"] = {"size": "mm"}
     Path("config.json").write_text(json.dumps(config))
     status, out, _ = cli("check", "--model_name", "sizes")
-    assert status == 1 and "size is in mm in task sizes" in out
+    assert status == 1 and "has size in mm, sizes in cm" in out
 
 
 def test_embeddings_of_other_settings_are_told(trained, cli):
@@ -647,15 +499,6 @@ def test_run_record_and_changes_on_resume(cohort, cli):
     table.to_csv("labels.csv", index=False)
     status, _, err = cli(*line)
     assert status == 1 and "label table has changed" in err
-
-
-def test_a_resumed_run_scales_its_labels_alike(cohort, cli):
-    assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
-    config = json.loads(Path("config.json").read_text())
-    config["task"]["sizes"]["boxcox"] = ["size"]
-    Path("config.json").write_text(json.dumps(config))
-    status, _, err = cli("train", "--task", "sizes", "--epoch_lim", "2")
-    assert status == 1 and "another scaling of its labels" in err
 
 
 @pytest.mark.slow
