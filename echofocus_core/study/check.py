@@ -23,7 +23,9 @@ from echofocus_core.study.folds import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.job import check_job, resolve_settings
+from echofocus_core.study.config import Config, read_config
+from echofocus_core.study.fold_answers import folds_to_test, task_for
+from echofocus_core.study.job import Job, check_settings, resolve_settings
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
     folds_in_folder,
@@ -129,15 +131,18 @@ def choose_job(typed, config, model, listener):
     extracted = any(d.embedding_path.is_dir() for d in config.datasets.values())
     if typed.get("videos") and not typed.get("dataset") and not extracted:
         return listener.ok("no dataset is extracted yet: only --videos is checked")
-    job = check_job(typed, config, model)
-    if job.task:
-        listener.ok(f"task {job.settings.task} on dataset {job.settings.dataset}")
+    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
+    settings, dataset = resolve_settings("train", typed, config, model)
+    check_settings(settings)
+    task = config.tasks.get(settings.task)
+    if task:
+        listener.ok(f"task {settings.task} on dataset {settings.dataset}")
     else:
         listener.warning(
-            f"{config.path} has no task {job.settings.task}: predict works, evaluate does not",
+            f"{config.path} has no task {settings.task}: predict works, evaluate does not",
             "add the task with the model's labels",
         )
-    return job
+    return Job(settings, task, dataset, model)
 
 
 def check_videos(typed, config, model, listener):
@@ -161,10 +166,10 @@ def check_data(job, section):
     if job.reads_videos:
         with section("videos", "") as listener:
             place = dataset.video_base_path, dataset.video_subdir_format
-            found = studies_of_dataset(*place, listener=listener)
-            n = sum(len(study.videos) for study in found)
+            studies = studies_of_dataset(*place, listener=listener)
+            n = sum(len(study.videos) for study in studies)
             listener.ok(
-                f"{place[0]}: {len(found)} studies, {n} videos; no clip embeddings yet, which "
+                f"{place[0]}: {len(studies)} studies, {n} videos; no clip embeddings yet, which "
                 "predict, evaluate, embed and explain make"
             )
         return
@@ -242,8 +247,8 @@ def check_folds(job, data, listener):
             return None
     else:
         encoder = store.encoder_seen(list(studies.index), listener)
-        known, _ = seen_elsewhere(table, settings, encoder, listener=listener)
-        folds = training_folds(studies, settings, task, known, listener)
+        series, _ = seen_elsewhere(table, settings, encoder, listener=listener)
+        folds = training_folds(studies, settings, task, series, listener)
     cohort_of(task, studies, folds, listener=listener)
     return folds
 

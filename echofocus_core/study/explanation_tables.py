@@ -17,7 +17,7 @@ from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.loop import report_unreadable
 
 
-def video_rows(model, unit, settings):
+def video_rows(model, explanation, settings):
     """A row a label and video, best first by absolute score: DataFrame.
 
     Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
@@ -25,33 +25,38 @@ def video_rows(model, unit, settings):
     convergence_error.
     """
     parts = []
-    answers = {k: model.readable(unit[k]) for k in ("answer", "baseline", "without")}
-    for k, i in enumerate(unit["columns"]):
+    answers = {k: model.readable(explanation[k]) for k in ("answer", "baseline", "without")}
+    for k, i in enumerate(explanation["columns"]):
         label = model.labels[i]
         factor, name = score_unit(model, label, settings)
-        order = np.argsort(-unit["absolute"][k], kind="stable")
-        part = {"eid": unit["eid"], "label": label, "prediction": answers["answer"][0, i]}
-        part |= {"video": [unit["videos"][v] for v in order]}
-        part |= {"score": factor * unit["scores"][k].sum(1, dtype=np.float64)[order]}
-        part |= {"score_abs": factor * unit["absolute"][k][order]}
+        order = np.argsort(-explanation["absolute"][k], kind="stable")
+        part = {"eid": explanation["eid"], "label": label, "prediction": answers["answer"][0, i]}
+        part |= {"video": [explanation["videos"][v] for v in order]}
+        part |= {"score": factor * explanation["scores"][k].sum(1, dtype=np.float64)[order]}
+        part |= {"score_abs": factor * explanation["absolute"][k][order]}
         part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
-        part |= {"baseline": answers["baseline"][0, i], "convergence_error": unit["error"][k]}
+        part |= {
+            "baseline": answers["baseline"][0, i],
+            "convergence_error": explanation["error"][k],
+        }
         parts.append(pd.DataFrame(part | {"score_unit": name}))
     return pd.concat(parts, ignore_index=True)
 
 
-def top_rows(model, unit, settings, truths, dataset):
+def top_rows(model, explanation, settings, truths, dataset):
     """Rows of the published table: one a label, with the top videos by absolute score."""
-    values, rows = model.readable(unit["answer"])[0], []
-    for k, i in enumerate(unit["columns"]):
-        order = np.argsort(-unit["absolute"][k], kind="stable")[: settings.explain_n]
-        loss = np.nan if np.isnan(unit["truths"][i]) else unit["losses"][i]
-        row = {"echo_id": unit["eid"], "measure": model.labels[i], "y_true": truths[i]}
+    values, rows = model.readable(explanation["answer"])[0], []
+    for k, i in enumerate(explanation["columns"]):
+        order = np.argsort(-explanation["absolute"][k], kind="stable")[: settings.explain_n]
+        loss = np.nan if np.isnan(explanation["truths"][i]) else explanation["losses"][i]
+        row = {"echo_id": explanation["eid"], "measure": model.labels[i], "y_true": truths[i]}
         row |= {"y_pred": values[i], "loss": loss}
         for n in range(settings.explain_n):  # blank where a study has fewer videos
-            there = n < len(order)
-            row[f"top_video_{n + 1}"] = unit["videos"][order[n]] if there else ""
-            row[f"top_video_{n + 1}_score"] = unit["absolute"][k][order[n]] if there else np.nan
+            filled = n < len(order)
+            row[f"top_video_{n + 1}"] = explanation["videos"][order[n]] if filled else ""
+            row[f"top_video_{n + 1}_score"] = (
+                explanation["absolute"][k][order[n]] if filled else np.nan
+            )
         rows.append(row | {"dataset": dataset})
     return rows
 
@@ -67,22 +72,24 @@ def write_explanations(job, explanations, truths, names, warnings):
     labelled = truths.notna().any(axis=None)
     with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
         f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
-        for unit in explanations:
-            if "unreadable" in unit:
-                unreadable[unit["eid"]] = unit["unreadable"]
-            if not unit["columns"]:
+        for explanation in explanations:
+            if "unreadable" in explanation:
+                unreadable[explanation["eid"]] = explanation["unreadable"]
+            if not explanation["columns"]:
                 continue
-            truth = truths.loc[unit["eid"]].to_numpy()
-            rows = video_rows(model, unit, settings)
+            truth = truths.loc[explanation["eid"]].to_numpy()
+            rows = video_rows(model, explanation, settings)
             if labelled:
                 of_label = dict(zip(model.labels, truth, strict=True))
                 rows.insert(2, "y_true", rows["label"].map(of_label))
             videos.append(rows)
-            tops += top_rows(model, unit, settings, truth, dataset)
-            labels = [model.labels[i] for i in unit["columns"]]
-            f[f"{unit['eid']}/scores"] = unit["scores"]  # (T, V, C), in the network's units
-            for name, texts in (("labels", labels), ("videos", unit["videos"])):
-                f[unit["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
+            tops += top_rows(model, explanation, settings, truth, dataset)
+            labels = [model.labels[i] for i in explanation["columns"]]
+            f[f"{explanation['eid']}/scores"] = explanation[
+                "scores"
+            ]  # (T, V, C), in the network's units
+            for name, texts in (("labels", labels), ("videos", explanation["videos"])):
+                f[explanation["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
         report_unreadable(unreadable)
         if not videos:
             raise UserError("nothing could be explained")

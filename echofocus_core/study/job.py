@@ -192,14 +192,6 @@ def training_job(typed, world):
     return Job(settings, config.tasks[settings.task], dataset, model, world=world)
 
 
-def check_job(typed, config, model):
-    """The Job that `train` would take with these options, for `check`."""
-    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
-    settings, dataset = resolve_settings("train", typed, config, model)
-    check_settings(settings)
-    return Job(settings, config.tasks.get(settings.task), dataset, model)
-
-
 def task_of(model, **more):
     """The Task that a model answers, as a config would have it; None for PanEcho's readings."""
     outputs, record = model.outputs, model.record

@@ -132,9 +132,9 @@ def is_encoder(saved):
     return isinstance(saved, dict) and isinstance(saved.get("weights"), dict)
 
 
-def load_model(folder, tasks=(), task="", which="best", device="cpu"):
+def load_model(folder, tasks=(), task="", device="cpu"):
     """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
-    path = folder / f"{which}_checkpoint.pt"
+    path = folder / BEST
     if not path.is_file() and (file := encoder_in(folder)):
         return load_readings(file, device)
     releases.check_source(path)

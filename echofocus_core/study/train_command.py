@@ -108,14 +108,14 @@ def train_model(job):
         encoder = store.encoder_seen(ids, RUN)
         if start:
             warn_of_other_input(start, store, ids)
-    known, evidence = seen_elsewhere(whole, settings, encoder, start)
+    series, evidence = seen_elsewhere(whole, settings, encoder, start)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before any is trained, so that faults are reported now
         of_fold = settings.model_copy(update={"fold": k})
         if len(parts) > 1:
             print(f"fold {k} of {len(parts)}")
-        folds = training_folds(table, of_fold, task, known)
+        folds = training_folds(table, of_fold, task, series)
         refuse_small_steps(settings, task, table[folds == "train"])
         cohorts[k] = of_fold, cohort_of(task, table, folds, inherited_scaling(start, task))
     for k, (of_fold, cohort) in cohorts.items():
