@@ -23,8 +23,6 @@ from echofocus_core.study.folds import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.config import Config, read_config
-from echofocus_core.study.fold_answers import folds_to_test, task_for
 from echofocus_core.study.job import Job, check_settings, resolve_settings
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
