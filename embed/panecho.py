@@ -1,4 +1,4 @@
-"""PanEcho's 40 readings of a folder of exams, a row a study: `panecho.py predict FOLDER`.
+"""PanEcho's 40 readings of a folder of exams, one row per study: `panecho.py predict FOLDER`.
 
 The table is what `echofocus.py predict` writes with the same encoder; other options are passed on.
 """
@@ -15,9 +15,9 @@ from echofocus_core.video.panecho import find_weights  # noqa: E402
 
 def main(argv=None):
     parser = Parser(prog="embed/panecho.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["predict"], help="the readings, a row a study")
+    parser.add_argument("command", choices=["predict"], help="the readings, one row per study")
     parser.add_argument("folder", help="a folder of study folders, or of one study's files")
-    parser.add_argument("--weights", default="panecho", help="as of embed/extract.py")
+    parser.add_argument("--weights", default="panecho", help="as for embed/extract.py")
     parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
     typed, more = parser.parse_known_args(argv)
     file = find_weights(typed.weights).resolve()

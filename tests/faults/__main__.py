@@ -20,7 +20,7 @@ AREAS = {
                  files.checkpoints, files.archives, files.tables, processes.kill,
                  processes.machine, values.numbers, values.privacy)
 }  # fmt: skip
-SECONDS = 900  # for a case with all its commands
+SECONDS = 1800  # for a case with all its commands
 MEMORY = 3 << 20  # kB that a process may take
 
 

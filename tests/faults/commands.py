@@ -110,7 +110,7 @@ class Command:
         line = self.line if self.name in MAINS else [self.name, *self.line]
         run_main(lambda: main(line), "echofocus.py")
 
-    def result(self, seconds=90):
+    def result(self, seconds=300):
         status = wait(self.pid, seconds)
         texts = []
         for file in self.files:

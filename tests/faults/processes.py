@@ -92,7 +92,7 @@ def prepare(command, base):
 
 def run_whole(command, base):
     prepare(command, base)
-    result = Command(*LINES[command]).result(300)
+    result = Command(*LINES[command]).result()
     assert result.status == 0, result
 
 
@@ -152,7 +152,7 @@ def difference(expected):
 
 def repeated(command, base):
     """Complaint about the command when it is run again to its end."""
-    result = Command(*LINES[command]).result(200)
+    result = Command(*LINES[command]).result()
     return complaint_of(result, failed=False) or difference(whole(command, base)[0])
 
 
@@ -212,7 +212,7 @@ def two_at_once(rng, base):
     first = Command(*LINES[command])
     time.sleep(float(rng.uniform(0, 0.5 * seconds)))
     second = Command(*LINES[command])
-    results = first.result(200), second.result(200)
+    results = first.result(), second.result()
     complaint = next(filter(None, map(complaint_of, results)), "")
     if not complaint and all(r.status for r in results):
         complaint = f"both stopped: {results[0].err[-200:]} {results[1].err[-200:]}"
