@@ -58,13 +58,13 @@ def make_cohort(args):
 def measure(args, precision, device):
     """dict of images per second: loader, steps, epoch and bound."""
     parser = Parser()
-    train.add_options(parser, train.THIS, train.EncoderSettings)
+    train.add_options(parser, train.COMMAND, train.EncoderSettings)
     more = f"--precision {precision} --device {device} --batch_size {args.batch_size} "
     more += f"--size {args.size} --num_workers {args.workers} --output_dir {precision}"
-    settings = train.resolved(vars(parser.parse_args(f"{LINE} {more}".split())))
+    settings = train.resolve_settings(vars(parser.parse_args(f"{LINE} {more}".split())))
     cache = FrameCache(settings.cache_dir, settings.size)
-    cohort = train.decoded(read_cohort(settings.cohort, settings.data_dir, ""), cache, settings,
-                           World())  # fmt: skip
+    cohort = read_cohort(settings.cohort, settings.data_dir, "")
+    cohort = train.decode_cohort(cohort, cache, settings, World())
     with contextlib.redirect_stdout(sys.stderr):
         run = train.Run(settings.output_dir, settings, cohort, cohort.folds(0), cache, World())
         run.begin()

@@ -28,7 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.machine import describe, matmul_rate, synchronise
 from echofocus_core.base.console import progress
 from echofocus_core.base.options import Settings
-from echofocus_core.study.loop import plan_batches, read_batches, run_steps, run_studies
+from echofocus_core.study.loop import (
+    LoopContext,
+    plan_batches,
+    read_batches,
+    run_steps,
+    run_studies,
+)
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video.store import FileRecord, open_folder, open_store, write_study
@@ -164,9 +170,8 @@ def measure_compute(folder, store, eids, targets, args, ways):
 
     def train(precision):
         settings, optimizer = settings_for(precision, args.tokens), optimizers[precision]
-        return lambda part: list(
-            run_steps(ours, store, part, settings, optimizer=optimizer, **common)
-        )
+        context = LoopContext(ours, store, settings, **common)
+        return lambda part: list(run_steps(context, part, optimizer))
 
     def predict(precision):
         settings = settings_for(precision, args.tokens)

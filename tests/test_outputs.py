@@ -21,7 +21,7 @@ from echofocus_core.study.config import Record, read_config
 from echofocus_core.study.folds import split_patients
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
-from echofocus_core.study.loop import run_steps
+from echofocus_core.study.loop import LoopContext, run_steps
 from echofocus_core.study.metrics import breslow, c_index
 from echofocus_core.study.models import LoadedModel, survival_at
 from echofocus_core.study.network import StudyModel
@@ -287,8 +287,8 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
         before = [p.detach().clone() for p in net.parameters()]
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
         settings = Settings(batch_number=40, batch_tokens=tokens)
-        how = dict(targets=targets, outputs=outputs, optimizer=optimizer)
-        ((_, n, loss),) = run_steps(net, store, eids, settings, **how)
+        context = LoopContext(net, store, settings, targets, outputs)
+        ((_, n, loss),) = run_steps(context, eids, optimizer)
         assert n == 40
         after = [p.detach() for p in net.parameters()]
         return loss, torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])

@@ -450,7 +450,7 @@ def test_a_record_keeps_no_path_and_only_what_training_used(cohort, cli):
     texts = [Path("runs/next", x).read_text() for x in ("run.json", "train_args.csv")]
     assert not any(str(cohort) in text for text in (json.dumps(saved), *texts))
     damaged = read_checkpoint(folder / "last_checkpoint.pt")
-    for key, value in (("position", {"x": 1}), ("perf_log", 5), ("optimizer_state_dict", [])):
+    for key, value in (("progress", {"items": "x"}), ("perf_log", 5), ("optimizer_state_dict", [])):
         torch.save(damaged | {key: value}, folder / "last_checkpoint.pt")
         status, _, err = cli(*line)
         assert status == 1 and "is damaged" in err and err.count("\n") == 1

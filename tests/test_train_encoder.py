@@ -17,12 +17,14 @@ from helpers import ROOT
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from echofocus_core.base.console import Collected, UserError
-from echofocus_core.encoder import backbones, cohorts, train
+from echofocus_core.base.console import RUN, Collected, UserError
+from echofocus_core.base.resume import differences
+from echofocus_core.encoder import backbones, cohorts, start, train
 from echofocus_core.encoder import report as encoder
 from echofocus_core.encoder.losses import MultiTaskLoss, class_weights, fill_means
 from echofocus_core.video import cache, extract, panecho, store
 from echofocus_core.video import decode as video
+from echofocus_core.video.clip_tensors import draw_factors
 from echofocus_core.video.phantom import phantom_cine, write_video
 from echofocus_core.video.record import EncoderTask
 
@@ -99,8 +101,8 @@ def numbers(text):
 def test_documented_lines(line):
     """Every line of the table in embed/README.md."""
     parser = train.Parser()
-    train.add_options(parser, train.THIS, train.EncoderSettings)
-    settings = train.resolved(vars(parser.parse_args(line.split())))
+    train.add_options(parser, train.COMMAND, train.EncoderSettings)
+    settings = train.resolve_settings(vars(parser.parse_args(line.split())))
     assert settings.reduce_lr == 3 and settings.augment and settings.precision == "bf16"
     assert (settings.max_epochs, settings.patience, settings.batch_size) == (30, 10, 16)
     assert (settings.lr, settings.wd, settings.num_clips, settings.clip_len) == (1e-4, 0, 4, 16)
@@ -120,8 +122,8 @@ def test_the_readme_has_the_documented_lines():
     [
         ("", "--cohort"),
         ("--cohort echonetdynamic --data_dir nowhere", "no folder nowhere"),
-        ("--cohort hospital --rand_init --model_dir_path x", "two starts"),
-        ("--cohort hospital --cos_anneal --reduce_lr", "two schedules"),
+        ("--cohort hospital --rand_init --model_dir_path x", "--model_dir_path"),
+        ("--cohort hospital --cos_anneal --reduce_lr", "--cos_anneal"),
         ("--cohort hospital --model_name frame_transformer", "--arch"),
         ("--cohort hospital --normalization imagnet", "--normalization"),
         ("--cohort hospital --fc_dropout 1", "--fc_dropout"),
@@ -169,8 +171,8 @@ def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
     assert not any(k.endswith("num_batches_tracked") for k in saved["weights"])
     saved["weights"]["encoder.model.1.num_batches_tracked"] = torch.tensor(7)  # as published
     torch.save(saved, "theirs.pt")
-    for start in ("a", "theirs.pt"):
-        to = f"--output_dir from_{start} --model_dir_path {start} --lr 1e-12"
+    for weights in ("a", "theirs.pt"):
+        to = f"--output_dir from_{weights} --model_dir_path {weights} --lr 1e-12"
         status, out, err = run(cli, line, "1", to)
         assert status == 0 and "1 heads kept" in out, out + err
 
@@ -211,7 +213,7 @@ def write_list(folder, rows):
     [
         ({"Split": "train2"}, "Split train2"),
         ({"FileName": "../0X01"}, "not a file's name"),
-        ({"FileName": "0X02"}, "stand twice"),
+        ({"FileName": "0X02"}, "0X02.avi"),
     ],
 )
 def test_odd_lists(here, dynamic, change, wrong):
@@ -229,7 +231,7 @@ def test_odd_lists(here, dynamic, change, wrong):
 def test_own_tasks(here, dynamic):
     """A task list of one's own; classes by name; values that are none of them."""
     table = pd.read_csv(dynamic / "FileList.csv").head(6)
-    table["grade"] = ["mild", "2", "none", "severe", "awful", ""]
+    table["grade"] = ["mild", "severe", "none", "severe", "awful", ""]
     write_list(here / "dyn", table)
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
     task = {"name": "grade", "type": "multi-class", "classes": ["none", "mild", "severe"]}
@@ -251,14 +253,14 @@ def test_own_tasks(here, dynamic):
     ("classes", "cells", "expected"),
     [
         ("123", "1233", [0, 1, 2, 2]),
-        ("123", "0122", [0, 1, 2, 2]),
-        ("123", "1221", "can be names"),
-        ("123", "0123", "can be names"),
-        ("210", "2100", "can be names"),
+        ("123", "0122", [np.nan, 0, 1, 1]),
+        ("210", "2100", [0, 1, 2, 2]),
         ("012", "0129", [0, 1, 2, np.nan]),
         (["0.0", "1.0"], "011-", [0, 1, 1, np.nan]),
         (["0.0", "1.0"], ["No", "Yes", None, "-1"], [0, 1, np.nan, np.nan]),
-        (["Dilated", "Normal"], ["Yes", "No", "normal", "0"], [np.nan, np.nan, 1, 0]),
+        (["Dilated", "Normal"], ["Yes", "No", "normal", "-1"], [np.nan, np.nan, 1, np.nan]),
+        (["Dilated", "Normal"], ["0", "normal"], "mixed with names"),
+        (["Dilated", "Normal"], ["1", "1"], "count from 1"),
     ],
 )
 def test_classes_by_name_or_number(classes, cells, expected):
@@ -266,17 +268,13 @@ def test_classes_by_name_or_number(classes, cells, expected):
     column = pd.Series(list(cells), dtype=object)
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            cohorts.values_of(column, task, "hospital", "train.csv", Collected())
+            cohorts.values_of(column, task, "hospital", "train.csv", RUN)
         return
     heard = Collected()
     found = cohorts.values_of(column, task, "hospital", "train.csv", heard)
     np.testing.assert_array_equal(found, expected)
     odd = [c for c, v in zip(cells, found, strict=True) if np.isnan(v) and c not in (None, "-1")]
-    assert (
-        f"{len(odd)} values are not" in str(heard.findings)
-        if odd
-        else "not" not in str(heard.findings)
-    )
+    assert (f"{len(odd)} values are not" in str(heard.findings)) == bool(odd)
 
 
 def test_a_class_called_none(here, dynamic):
@@ -295,7 +293,7 @@ def test_check(cli, here, dynamic):
     status, out, err = cli("check", "--cohort", "echonetdynamic", "--data_dir", dynamic)
     assert status == 0, err
     assert "43 videos" in out or "44 videos" in out
-    assert "1 videos are not there: 0XGONE.avi" in out and "0X00.avi: " in out
+    assert "0XGONE.avi" in out and "0X00.avi: " in out
     assert "EF 28 known" in out and "decoded videos in" in out
     status, out, _ = cli("check", "--cohort", "hospital", "--data_dir", dynamic)
     assert status == 1 and "no label table" not in out and "train.csv" in out
@@ -385,7 +383,7 @@ def test_copies_are_known_by_their_frames(tmp_path, dynamic, capsys):
     labels = pd.DataFrame({"EF": 50.0}, table.index)
     for name, patient, split, wrong in (
         ("hospital", "P", "train", ""),
-        ("hospital", "T", "train", "3 videos of different patients or folds are the same pixels"),
+        ("hospital", "T", "train", "3 videos of different patients or folds"),
         ("hospital", "P", "test", "a and c and d; keep one of each"),
         ("echonetdynamic", "T", "test", ""),
     ):
@@ -393,9 +391,9 @@ def test_copies_are_known_by_their_frames(tmp_path, dynamic, capsys):
         cohort = cohorts.VideoCohort(name, [], table, labels)
         if wrong:
             with pytest.raises(UserError, match=wrong):
-                cohorts.tell_copies(cohort, store.copies(table))
+                cohorts.report_copies(cohort, store.copies(table))
         else:
-            cohorts.tell_copies(cohort, store.copies(table))
+            cohorts.report_copies(cohort, store.copies(table))
             assert "WARNING: " + name in capsys.readouterr().out
     before, digest = cohort.content_digest(), cohort.digest()
     cohort.videos = table.assign(path="elsewhere").iloc[::-1]
@@ -453,7 +451,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
     assert status == 0 and "is finished" in out
     status, _, err = run(cli, line, "--max_epochs 9")
-    assert status == 1 and "begun with" in err and "--output_dir" in err
+    assert status == 1 and "clip_len was 8 and is now 4" in err and "--output_dir" in err
 
 
 def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
@@ -547,14 +545,14 @@ def test_killed_and_restarted(cli, here, dynamic, monkeypatch):
 
 
 def test_an_encoder_that_was_shared_alone_is_not_trained_over(here):
-    """A published run's folder, say; one that was killed early begins anew."""
-    run_of = train.Run.__new__(train.Run)
-    run_of.folder, run_of.settings = here, SimpleNamespace(resume=False)
+    """A published run's folder, say; a run that was killed early starts again."""
+    run = train.Run.__new__(train.Run)
+    run.folder, run.settings = here, SimpleNamespace(resume=False)
     (here / "chkpt_epoch-7.pt").write_bytes(b"theirs")
-    with pytest.raises(UserError, match="holds an encoder and nothing to go on from"):
-        run_of.begin()
+    with pytest.raises(UserError, match="holds a trained model"):
+        run.refuse_finished_model()
     (here / "encoder.json").write_text("{}")
-    assert run_of.was_killed_early
+    run.refuse_finished_model()
 
 
 LAUNCH = """
@@ -661,7 +659,7 @@ def test_hospital_multitask(cli, here, hospital):
     val.loc[0, "acc_num"] = "train0"
     val.to_csv(hospital / "val.csv", index=False)
     status, _, err = run(cli, line)
-    assert status == 1 and "stand in several folds: train0" in err
+    assert status == 1 and "in several folds: train0" in err
 
 
 def test_hospital_tables(here, hospital):
@@ -674,7 +672,7 @@ def test_hospital_tables(here, hospital):
     names = cohorts.read_cohort("hospital", "site").videos.index
     assert {"val0/vids/val0_0.avi", "val0/more/val0_0.avi", "val1/val1_0.avi"} <= set(names)
     val.assign(patient="P").to_csv("site/val.csv", index=False)
-    with pytest.raises(UserError, match="in the tables of val alone"):
+    with pytest.raises(UserError, match="tables of val have the column patient"):
         cohorts.read_cohort("hospital", "site")
     for split in ("train", "val", "test"):
         table = pd.read_csv(f"site/{split}.csv").assign(patient=split)
@@ -687,7 +685,7 @@ def test_hospital_tables(here, hospital):
     val.to_csv("site/val.csv", index=False)
     heard = Collected()
     cohorts.read_cohort("hospital", "site", (), heard)
-    assert "LVSize: the videos of 1 studies differ: val0" in str(heard.findings)
+    assert "1 studies have videos with different LVSize: val0" in str(heard.findings)
 
 
 def test_slips_in_hospital_tables(here, hospital):
@@ -702,7 +700,7 @@ def test_slips_in_hospital_tables(here, hospital):
         return str(listener.findings)
 
     plain = heard()
-    assert "medians" not in plain and "look like" not in plain and "two patients" not in plain
+    assert "medians" not in plain and "look like" not in plain and "several patients" not in plain
     train_, val = whole["train"], whole["val"]
     said = heard(val=val.assign(EF=val["EF"].where(val["EF"] < 0, val["EF"] / 100)))
     assert "EF: the medians of the folds are far apart: test" in said
@@ -710,104 +708,90 @@ def test_slips_in_hospital_tables(here, hospital):
     assert "EF: 1 values look like a code for 'missing': 999 (study train1)" in heard(train=odd)
     patients = {k: t.assign(patient=t["acc_num"]) for k, t in whole.items()}
     patients["test"].loc[0, "patient"] = "other"
-    assert "1 studies are of two patients: test0" in heard(**patients)
+    assert "1 studies are of several patients: test0" in heard(**patients)
     patients["test"].loc[0, "patient"] = None  # known by the other row
-    assert "two patients" not in heard(**patients)
+    assert "several patients" not in heard(**patients)
     Path("site/links").symlink_to("vids")
     for folder in ("links", str(here / "site" / "vids")):
         twice = whole["test"].copy()
         twice.loc[0, ["fname", "video_dir"]] = "train0_0.avi", folder
-        with pytest.raises(UserError, match="stand twice"):
+        with pytest.raises(UserError, match=r"train0_0\.avi"):
             heard(test=twice)
 
 
-def test_going_on(cli, here, dynamic):
-    """What would change the meaning of a run's weights, or the pace they were learnt at."""
-    task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
-    in_mm, in_cm, unsaid = (
-        train.EncoderRecord(tasks=[{"name": "EF", "type": "regression", "unit": unit}])
-        for unit in ("mm", "cm", "")
-    )
-    assert train.difference(in_mm, in_cm) == "the unit of EF = mm, not cm"
-    pixels = [in_mm.model_copy(update={"videos_sha256": x}) for x in "ab"]
-    assert train.difference(*pixels) == "other pixels in some video"
-    assert train.difference(in_mm, pixels[0]) == ""  # of an older version
-    assert train.difference(in_mm, unsaid) == train.difference(unsaid, in_mm) == ""
+def test_changes_on_resume(cli, here, dynamic):
+    """Refused: what changes the meaning of a run's weights, or how they were learnt."""
+
+    def facts(unit="", **changes):
+        task = {"name": "EF", "type": "regression", "unit": unit}
+        record = train.EncoderRecord(tasks=[task], **changes)
+        return train.Run.facts(None, record, {"scheduler": {}})
+
+    names = [x.name for x in differences(facts("mm", videos_sha256="a"), facts("cm"))]
+    assert names == ["pixels of some video", "unit of EF"]
+    assert not differences(facts("mm"), facts()) and not differences(facts(), facts("mm"))
     table = pd.read_csv(dynamic / "FileList.csv")
     write_list(here / "dyn", table.assign(EF=np.arange(len(table)) % 3))
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
     line = f"--cohort echonetdynamic --data_dir dyn --tasks t.json --output_dir run {SMALL}"
     line += " --sample_limit 3 --cos_anneal --max_epochs"
+    task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
     for classes, epochs, wrong in (
         (["low", "mid", "high"], 1, ""),
-        (["low", "mid", "high"], 2, "max_epochs = 1, over which --cos_anneal"),
-        (["low", "high", "mid"], 1, "tasks' classes"),
+        (["low", "mid", "high"], 2, "max_epochs was 1 and is now 2"),
+        (["low", "high", "mid"], 1, "classes of the tasks was [['low', 'mid', 'high']]"),
     ):
         Path("t.json").write_text(json.dumps([task | {"classes": classes}]))
         status, _, err = run(cli, line, epochs)
         assert (status == 1 and wrong in err) if wrong else status == 0, err
     Path("t.json").write_text(json.dumps([task]))
-    Path("run/encoder.json").write_text("as it was")  # a finished run says what it said
+    Path("run/encoder.json").write_text("as it was")  # a finished run is not described again
     status, _, err = run(cli, line, 1)
     assert status == 0 and Path("run/encoder.json").read_text() == "as it was", err
     Path("run/chkpt_epoch-1.pt").unlink()
     status, _, err = run(cli, line, 1)
-    assert status == 1 and "is gone" in err
+    assert status == 1 and "best checkpoint of run is missing" in err
 
 
 def test_results_are_of_the_best_epoch(tmp_path):
     """An epoch without a metric is not the best; results of an earlier best are made again."""
     run = train.Run.__new__(train.Run)
     run.folder, run.names, run.scores = tmp_path, {"val": ["a"], "test": ["b"]}, [np.nan, 0.3]
-    assert run.best_epoch == 2 and not run.reported
+    assert run.best_epoch == 2 and not run.results_written
     for fold in run.names:
         (tmp_path / f"{fold}_summary.txt").write_text(f"{fold}: 1 studies, best epoch 2\nEF: 1\n")
-    assert run.reported
+    assert run.results_written
     run.scores.append(0.9)
-    assert not run.reported
+    assert not run.results_written
 
 
 def test_weights_of_another_run_are_not_reported_as_this_ones(tmp_path):
-    """Gone, exchanged, renamed, or a later epoch beside a finished run's best; not so where a run
-    died before its last epoch was noted."""
-    run, base = train.Run.__new__(train.Run), {"tasks": [], "labels_sha256": "a"}
-    run.folder, run.scores = tmp_path, [0.3, 0.2]
+    """Missing, exchanged, or a later epoch beside a finished run's best; not so where a run was
+    killed before it recorded its last epoch."""
+    run, mine = train.Run.__new__(train.Run), [0.5, 0.3, 0.4, 0.4]
+    run.folder, run.scores, run.settings = tmp_path, [0.3, 0.2], None
     run.settings = SimpleNamespace(max_epochs=2, patience=9)
-    run.record = lambda: train.EncoderRecord(**base, epoch=1)
-    best, more = tmp_path / "chkpt_epoch-1.pt", tmp_path / "chkpt_epoch-3.pt"
+    run.history = [{"loss": loss} for loss in mine]
 
-    def put(path, epoch, **other):
-        record = train.EncoderRecord(**base | other, epoch=epoch)
-        torch.save({"weights": {}, "encoder": record.to_save()}, path)
+    def check(epochs, losses):
+        """Of chkpt_epoch-N.pt with these losses, N the number of epochs."""
+        for old in tmp_path.iterdir():
+            old.unlink()
+        if epochs:
+            saved = {"weights": {}, "history": [{"loss": loss} for loss in losses]}
+            torch.save(saved, tmp_path / f"chkpt_epoch-{epochs}.pt")
+        run.check_best()
 
-    with pytest.raises(UserError, match="of the best epoch, is gone"):
-        run.refuse_other_best()
-    for epoch, other, wrong in (
-        (1, {"started_sha256": "b"}, "is of another run, with start = b, not"),
-        (1, {"labels_sha256": "b"}, "with other tables"),
-        (2, {}, "with epoch 2"),
-    ):
-        put(best, epoch, **other)
-        with pytest.raises(UserError, match=wrong):
-            run.refuse_other_best()
-    torch.save({"weights": {}}, best)
-    with pytest.raises(UserError, match="with no record"):
-        run.refuse_other_best()
-    put(best, 1)
-    run.refuse_other_best()
-    put(more, 3)
-    with pytest.raises(UserError, match=r"3\.pt is not of the best epoch, 1"):
-        run.refuse_other_best()
+    check(1, mine[:2])
+    for epochs, losses in ((0, []), (1, [0.5, 0.31]), (2, mine), (3, [*mine, 0.1, 0.1])):
+        with pytest.raises(UserError, match="missing or from another run"):
+            check(epochs, losses)
     run.settings.max_epochs = 4
-    run.refuse_other_best()
-    best.unlink()  # earlier versions deleted it first
-    run.refuse_other_best()
-    put(more, 3, started_sha256="b")
-    with pytest.raises(UserError, match=r"3\.pt is of another run"):
-        run.refuse_other_best()
-    more.unlink()
-    run.scores = []
-    run.refuse_other_best()
+    check(3, [*mine, 0.1, 0.1])
+    with pytest.raises(UserError, match="missing or from another run"):
+        check(3, [*mine[:3], 0.1, 0.1, 0.1])
+    run.scores, run.history = [], []
+    check(0, [])
 
 
 def test_steps_for_all_processes():
@@ -854,7 +838,7 @@ def test_start_from_imagenet(cli, here, dynamic, monkeypatch):
     line += f" --sample_limit 2 {SMALL.replace('--rand_init', '')}"
     monkeypatch.setattr(backbones, "IMAGENET_URL", "http://127.0.0.1:9/convnext_tiny-983f1562.pth")
     status, _, err = run(cli, line)
-    assert status == 1 and "--rand_init" in err and err.count("error") == 1
+    assert status == 1 and "--rand_init" in err
     state = panecho.ConvNeXt().state_dict()
     state["classifier.2.weight"], state["classifier.2.bias"] = torch.ones(9, 32), torch.ones(9)
     path = here / "hub" / "checkpoints" / "convnext_tiny-983f1562.pth"
@@ -882,20 +866,20 @@ def test_start_from_a_published_run(here, capsys):
                    f"panecho/chkpt_epoch-{n}.pt")  # fmt: skip
     net = panecho.PanEcho([*tasks, {**tasks[0], "name": "ESV"}], False, 4)
     settings = train.EncoderSettings(arch="convnext_tiny")
-    start = train.start_from(net, "panecho", settings)
-    assert start.name == "chkpt_epoch-10.pt" and start.licence == "not known"
+    theirs_start = start.load_start(net, "panecho", settings)
+    assert theirs_start.name == "chkpt_epoch-10.pt" and theirs_start.licence == "not known"
     assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight)
     for other, kept in (({"unit": "cm"}, 0), ({"unit": ""}, 1), ({"type": "binary"}, 0)):
         net = panecho.PanEcho([tasks[0] | other], False, 4)
-        train.start_from(net, "panecho", settings)
+        start.load_start(net, "panecho", settings)
         assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight) == bool(kept)
-        assert ("EF is another task in chkpt_epoch-10.pt" in capsys.readouterr().out) == (not kept)
+        assert ("EF differs in chkpt_epoch-10.pt" in capsys.readouterr().out) == (not kept)
     with pytest.raises(UserError, match="does not fit"):
         other = panecho.FrameTransformer(4, None, 2)
-        train.start_from(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
+        start.load_start(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
     Path("empty").mkdir()
     with pytest.raises(UserError, match="chkpt_epoch-N"):
-        train.start_from(net, "empty", settings)
+        start.load_start(net, "empty", settings)
     record = train.EncoderRecord(tasks=[], clip_len=32)
     saved = {"weights": theirs.state_dict(), "encoder": record.to_save()}
     torch.save(saved, "ours.pt")
@@ -905,10 +889,10 @@ def test_start_from_a_published_run(here, capsys):
             options = {"arch": "convnext_tiny", "normalization": "imagenet", name: value}
             options["model_name"] = "frame_transformer"
             with pytest.raises(UserError, match=f"with {name} = {was}, not"):
-                train.start_from(net, file, train.EncoderSettings(**options))
+                start.load_start(net, file, train.EncoderSettings(**options))
     settings = train.EncoderSettings(**options | {"n_heads": 8})
     capsys.readouterr()
-    train.start_from(net, "ours.pt", settings)
+    start.load_start(net, "ours.pt", settings)
     assert "was trained with clip_len = 32 and gets 16 here" in capsys.readouterr().out
 
 
@@ -925,29 +909,31 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
     folds = pd.Series(["train", "train", "val", "val", "test", "test"], videos.index)
 
     def left(seen, folds=folds):
-        return train.unknown_to(backbones.Start("s.pt", "0", "", seen, True), folds, cohort)
+        weights = backbones.Start("s.pt", "0", "", seen, True)
+        return start.without_seen_videos(weights, folds, cohort)
 
     found, notes = left(seen_of(videos.loc[["w"]], "train") + seen_of(videos.loc[["x"]], "val"))
     assert found.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
     assert notes["val"] == ["left out: 1 of 2 videos, whose patients or studies s.pt has seen"]
     assert notes["test"] == []
     assert "left out 1 videos of val and test: s.pt knows" in capsys.readouterr().out
-    with pytest.raises(UserError, match="all 2 test videos, by the ids: start elsewhere"):
+    with pytest.raises(UserError, match="all 2 test videos"):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
     found, notes = left(())
     assert found.equals(folds) and "was trained elsewhere" in notes["val"][0]
-    assert train.unknown_to(backbones.Start("imagenet", "0"), folds, cohort)[1]["test"] == []
+    imagenet = backbones.Start("imagenet", "0")
+    assert start.without_seen_videos(imagenet, folds, cohort)[1]["test"] == []
 
 
 def test_stochastic_depth_is_torchvisions():
     """In expectation nothing changes; a clip's draws do not depend on its company."""
     net = panecho.PanEcho("EF", False, 4)
     assert np.allclose(net.encoder.drop_rates, np.linspace(0, 0.1, 4))
-    alone, _ = backbones.draw_factors(net, ["a"], 0, 4, 0)
-    company, heads = backbones.draw_factors(net, ["b", "a"], 0, 4, 0.25)
+    alone, _ = draw_factors(net.encoder, ["a"], 0, 4)
+    company, heads = draw_factors(net.encoder, ["b", "a"], 0, 4, 0.25, 1)
     assert torch.equal(alone, company[:, 4:]) and heads.shape == (1, 2, 32)
-    many, heads = backbones.draw_factors(net, map(str, range(500)), 0, 4, 0.25)
+    many, heads = draw_factors(net.encoder, map(str, range(500)), 0, 4, 0.25, 1)
     assert np.allclose(many.mean(1), 1, atol=0.03) and float(heads.mean()) == pytest.approx(1, 0.01)
     x = torch.randn(2, 3, 4, 32, 32)
     ones = torch.ones(4, 8)

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import echofocus as ef
 from echofocus_core.base.options import Settings
 from echofocus_core.study.loading import read_checkpoint
-from echofocus_core.study.loop import run_steps
+from echofocus_core.study.loop import LoopContext, run_steps
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video.store import open_store
@@ -109,7 +109,7 @@ def test_kill_9_at_random_moments(whole, start):
             time.sleep(draw.uniform(0, 0.3))  # within a step, a write, the validation
         process.kill()
         process.join()
-        assert torch.load(path, weights_only=True)["position"] is not None
+        assert torch.load(path, weights_only=True)["progress"] is not None
     OUT.unlink()
     process = start(command, *LINE, "--run_id", "killed")
     process.join(120)
@@ -167,9 +167,9 @@ def test_batches_side_by_side_train_as_one_after_the_other(cohort):
                 torch.manual_seed(0)
                 net = StudyModel(1)
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-            how = dict(targets=targets, outputs=Outputs.of("x", "binary"), optimizer=optimizer)
+            context = LoopContext(net, store, settings, targets, Outputs.of("x", "binary"))
             before = torch.get_rng_state()
-            losses = [loss for *_, loss in run_steps(net, store, eids, settings, **how)]
+            losses = [loss for *_, loss in run_steps(context, eids, optimizer)]
             assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == n
             return losses, torch.cat([p.detach().flatten() for p in net.parameters()])
         finally:

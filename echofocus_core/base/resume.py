@@ -1,6 +1,6 @@
 """Resume a run: compare its recorded settings with the present ones, restore its state.
 
-    check_resume(folder, recorded, present, fixed=FIXED, remedy="use another --model_name")
+    check_resume(folder, recorded, present, remedy="use another --model_name")
     with restoring(path, "use another --model_name"):
         net.load_state_dict(saved["weights"])
 
@@ -28,7 +28,7 @@ class Difference:
         values = [str(x) if str(x) else "none" for x in (self.recorded, self.present)]
         if max(map(len, values)) > LONGEST:
             return f"different {self.name}"
-        return f"{self.name} = {values[0]}, not {values[1]}"
+        return f"{self.name} was {values[0]} and is now {values[1]}"
 
 
 def differences(recorded, present):
@@ -43,19 +43,19 @@ def differences(recorded, present):
     ]
 
 
-def check_resume(run, recorded, present, *, remedy, fixed=None, listener=RUN):
+def check_resume(run, recorded, present, *, remedy, is_fixed=lambda name: True, listener=RUN):
     """Refuse to resume a run whose fixed settings have changed; report the other changes.
 
-    run: what is resumed, for the message. recorded, present: name -> value. fixed: names that must
-    not change, by default all. remedy: what to do instead. Raises UserError, which names the first
+    run: what is resumed, for the message. recorded, present: name -> value. is_fixed: name ->
+    whether it must not change. remedy: what to do instead. Raises UserError, which names the first
     fixed setting that differs, both values and the remedy.
     """
     changes = differences(recorded, present)
     for change in changes:
-        if fixed is None or change.name in fixed:
-            raise UserError(f"{run} was started with {change}; {remedy}")
+        if is_fixed(change.name):
+            raise UserError(f"{run} cannot be resumed: {change}; {remedy}")
     for change in changes:
-        listener.note(f"changed on resume: {change.name} = {change.present}, was {change.recorded}")
+        listener.note(f"changed on resume: {change}")
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def exact_convolutions():
         torch.backends.cudnn.allow_tf32 = before
 
 
-@dataclass
+@dataclass(frozen=True)
 class World:
     """The processes that train together, started by torchrun; this one alone by default."""
 

@@ -9,25 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from echofocus_core.base.checkpoints import WeightsError, load_safely, load_strictly
 from echofocus_core.base.console import UserError, nearest
 from echofocus_core.base.download import fetch
-from echofocus_core.base.files import derive_seed, sha256_file
-from echofocus_core.video.panecho import MEAN, STD, ConvNeXt, FrameTransformer, ImageEncoder
+from echofocus_core.base.files import sha256_file
+from echofocus_core.video.panecho import ConvNeXt, FrameTransformer, ImageEncoder
 
-NORMALIZATIONS = {  # name -> (mean, std) of the three channels as stored, of 0..1
-    "": ((0.0,) * 3, (1.0,) * 3),
-    "imagenet": (MEAN, STD),
-    "kinetics": ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),
-    "echo-clip": (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
-}
 # torchvision's ConvNeXt-Tiny, IMAGENET1K_V1; the name holds the first digits of its SHA-256.
 IMAGENET_URL = "https://download.pytorch.org/models/convnext_tiny-983f1562.pth"
 IMAGENET_LICENCE = "BSD 3-Clause (torchvision), trained on ImageNet-1K"
@@ -206,34 +196,3 @@ def imagenet_weights():
             "it, it is fetched anew"
         )
     return path
-
-
-# ------------------------------------------------------------------------------- clips in, draws
-
-
-def as_input(clips, normalization):
-    """uint8 clips (B, L, S, S, 3) -> float32 (B, 3, L, S, S), normalised by channel as stored."""
-    mean, std = (
-        torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in NORMALIZATIONS[normalization]
-    )
-    return clips.permute(0, 4, 1, 2, 3).float().div_(255).sub_(mean).div_(std)
-
-
-def draw_factors(net, keys, seed, clip_len, dropout):
-    """(stochastic depth's factors (blocks, B L), dropout's (T, B, width)) in training; or None.
-
-    Each clip has its own draws, by its key, whatever else is in its batch.
-    """
-    rates = np.array(net.encoder.drop_rates)
-    depth, heads = [], []
-    for key in keys:
-        rng = np.random.default_rng(derive_seed("factors", seed, key))
-        if len(rates):
-            kept = rng.random((len(rates), clip_len)) >= rates[:, None]
-            depth.append(kept / (1 - rates[:, None]))
-        if dropout:
-            kept = rng.random((len(net.tasks), net.encoder.width), np.float32) >= dropout
-            heads.append(kept.astype(np.float32) / np.float32(1 - dropout))
-    device = next(net.parameters()).device
-    depth = torch.from_numpy(np.concatenate(depth, 1)).float().to(device) if depth else None
-    return depth, torch.from_numpy(np.stack(heads, 1)).to(device) if heads else None

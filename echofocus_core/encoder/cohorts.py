@@ -6,12 +6,10 @@
     hospital           train.csv, val.csv, test.csv: fname, video_dir, acc_num and a column a task;
                        a column `patient` where several accessions are one patient's
 
-A run and `check` read them here; what is found is told to a listener (common/console.py).
+Training and `check` read them here; findings go to a listener (base/console.py).
 """
 
-import hashlib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +17,21 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, nearest, printable, some
+from echofocus_core.base.files import sha256_of
 from echofocus_core.base.hdf5 import shortest_distinct
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import MISSING, clean_ids, read_table, to_numbers
 from echofocus_core.study.labels import one_form, warn_of_suspicious_values
+from echofocus_core.study.outputs import class_numbers
 from echofocus_core.video.panecho import TASKS
 from echofocus_core.video.record import read_tasks
 
 VIEWS = ("A4C", "PSAX")  # of EchoNet-Pediatric
 PEDIATRIC_FOLDS = 10
-ECHONET = {  # volumes and EF are the columns that FileList.csv has
-    "ESV": {"name": "ESV", "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"},
-    "EDV": {"name": "EDV", "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"},
+UNNAMED = ["0.0", "1.0"]  # classes of a binary task whose table has 0 and 1, or no and yes
+ECHONET = {  # volumes, which FileList.csv has beside EF
+    name: {"name": name, "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"}
+    for name in ("ESV", "EDV")
 }
 
 
@@ -65,11 +66,13 @@ class VideoCohort:
 
     def digest(self):
         """SHA-256 of names, patients, folds and labels."""
-        return sha256_of(self.videos[["study", "patient", "split"]].join(self.labels))
+        return sha256_of(self.videos[["study", "patient", "split"]].join(self.labels).to_csv())
 
     def content_digest(self):
-        """SHA-256 of names and decoded frames; '' before these are known."""
-        return sha256_of(self.videos[["content"]].sort_index()) if "content" in self.videos else ""
+        """SHA-256 of names and decoded frames; '' before they are decoded."""
+        if "content" not in self.videos:
+            return ""
+        return sha256_of(self.videos[["content"]].sort_index().to_csv())
 
     def without(self, names):
         """The cohort less some videos."""
@@ -77,53 +80,38 @@ class VideoCohort:
         return VideoCohort(self.name, self.tasks, self.videos[kept], self.labels[kept])
 
 
-def sha256_of(table):
-    return hashlib.sha256(table.to_csv().encode(errors="surrogatepass")).hexdigest()
-
-
 def read_cohort(name, folder, tasks=(), listener=RUN):
     """The VideoCohort in a folder. Raises UserError.
 
-    tasks: names of PanEcho's (EchoNet's volumes too), or one JSON file of one's own, see
+    tasks: names of PanEcho's (EchoNet's volumes too), or a JSON file with other ones, see
     `record.read_tasks`; none: EF for EchoNet, else every task that the tables have.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data_dir names the folder of the cohort")
-    read = {
-        "hospital": read_hospital,
-        "echonetdynamic": read_dynamic,
-        "echonetpediatric": read_pediatric,
-    }[name]
-    known = known_tasks(name, list(tasks))
-    words = {task: MISSING.intersection(t["class_names"]) for task, t in known.items()}
-    cells, file = read(folder, listener, words)
-    chosen = choose_tasks(name, list(tasks), known, cells, file)
-    labels = pd.DataFrame(
-        {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
-    )
-    refuse_twice(cells, file)
+    available = available_tasks(name, list(tasks))
+    words = {task: MISSING.intersection(t["class_names"]) for task, t in available.items()}
+    cells, file = LAYOUTS[name](folder, listener, words)
+    chosen = choose_tasks(name, list(tasks), available, cells, file)
+    labels = {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
+    refuse_duplicates(cells, file)
     cells["patient"] = one_form(cells["patient"], file, listener)
-    tell_shared_studies(cells, file, listener)
-    videos = cells[["path", "study", "patient", "split"]]
-    cohort = VideoCohort(
-        name, chosen, videos.set_axis(cells["name"]), labels.set_axis(cells["name"])
-    )
-    tell_overlaps(cohort, file, listener)
-    tell_disagreements(cohort, file, listener)
-    tell_suspicious(cohort, file, listener)
-    return with_labels_and_files(cohort, folder, listener)
+    videos = cells[["path", "study", "patient", "split"]].set_axis(cells["name"])
+    cohort = VideoCohort(name, chosen, videos, pd.DataFrame(labels).set_axis(cells["name"]))
+    report_conflicts(cohort, file, listener)
+    report_suspicious_values(cohort, file, listener)
+    return usable_cohort(cohort, folder, listener)
 
 
 # ------------------------------------------------------------------------------------- the layouts
 
 
-def read_list(path, columns, listener, words, what="list of videos"):
-    """A table as text with at least these columns. UserError names those that are missing.
+def read_list(path, columns, listener, words):
+    """A list of videos as text with at least these columns. UserError names a missing one.
 
     words: see read_table.
     """
-    cells = read_table(path, listener, what, words)
+    cells = read_table(path, listener, "list of videos", words)
     for column in columns:
         if column not in cells:
             raise UserError(
@@ -146,7 +134,7 @@ def with_suffix(name):
 
 
 def read_dynamic(folder, listener, words):
-    """EchoNet-Dynamic: each video is a study and a patient of its own, as nothing else is told."""
+    """EchoNet-Dynamic: each video counts as a study and a patient."""
     path = folder / "FileList.csv"
     cells = read_list(path, ("FileName", "Split"), listener, words)
     cells["name"] = cells["FileName"].map(with_suffix)
@@ -161,11 +149,9 @@ def read_pediatric(folder, listener, words):
     """EchoNet-Pediatric: both views of an accession are a study."""
     views = [view for view in VIEWS if (folder / view).is_dir()]
     if not views:
-        raise UserError(
-            f"{folder} has neither A4C nor PSAX; it is not laid out as EchoNet-Pediatric"
-        )
+        raise UserError(f"{folder} has neither A4C nor PSAX, as EchoNet-Pediatric has")
     if len(views) == 1:
-        listener.warning(f"{folder} has {views[0]} alone", "the other view is left out")
+        listener.warning(f"{folder} has only {views[0]}", "the other view is left out")
     parts = []
     for view in views:
         path = folder / view / "FileList.csv"
@@ -194,42 +180,50 @@ def read_hospital(folder, listener, words):
     for split in FOLDS:
         path = folder / f"{split}.csv"
         if split == "test" and not path.is_file():
-            listener.warning(f"no {path}", "without it there are no results of a test")
+            listener.warning(f"no {path}", "without it there are no test results")
             continue
         cells = read_list(path, ("fname", "video_dir", "acc_num"), listener, words)
         cells["study"] = clean_ids(cells["acc_num"], path, listener)
         if "patient" in cells:
             cells["patient"] = clean_ids(cells["patient"], path, listener)
             if blank := int(cells["patient"].isna().sum()):
-                text = f"{path}: {blank} rows have no patient"
-                listener.warning(text, "fill in; an accession without any is a patient of its own")
+                listener.warning(
+                    f"{path}: {blank} rows have no patient",
+                    "fill in; an accession without any counts as a patient",
+                )
         files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")
         cells["path"] = [
             os.path.normpath(folder / d / f) for d, f in zip(cells["video_dir"], files, strict=True)
         ]
         cells["split"] = split
         parts.append(cells)
-    told = [cells["split"].iloc[0] for cells in parts if "patient" in cells and len(cells)]
+    with_patients = [cells["split"].iloc[0] for cells in parts if "patient" in cells and len(cells)]
     cells = pd.concat(parts, ignore_index=True)
-    if 0 < len(told) < cells["split"].nunique():
+    if 0 < len(with_patients) < cells["split"].nunique():
         listener.error(
-            f"{folder}: the column patient is in the tables of {' and '.join(told)} alone: "
-            "a patient could be in two folds unseen",
-            "add it to all tables, or to none where each accession is a patient of its own",
+            f"{folder}: only the tables of {' and '.join(with_patients)} have the column patient: "
+            "a patient could be in two folds",
+            "add it to all tables, or to none where each accession is another patient",
         )
-    if told:
-        of_study = cells.groupby("study")["patient"].transform("first")
-        cells["patient"] = cells["patient"].fillna(of_study).fillna(cells["study"])
-    else:
-        cells["patient"] = cells["study"]
+    if not with_patients:
+        cells["patient"] = None
+    of_study = cells.groupby("study")["patient"].transform("first")
+    cells["patient"] = cells["patient"].fillna(of_study).fillna(cells["study"])
     for study, paths in cells.groupby("study")["path"]:  # one name may be in two folders
         names = shortest_distinct([os.fsencode(path) for path in paths])
         cells.loc[paths.index, "name"] = [f"{study}/{name}" for name in names]
     return cells, folder / "train.csv"
 
 
+LAYOUTS = {
+    "hospital": read_hospital,
+    "echonetdynamic": read_dynamic,
+    "echonetpediatric": read_pediatric,
+}
+
+
 def below(folder, name, table):
-    """The path of a file in a folder. UserError for a name that leads elsewhere."""
+    """The path of a file in a folder. UserError for a name that leads out of it."""
     if Path(name).name != name or "\0" in name:
         raise UserError(f"{table}: {printable(name)[:60]} is not a file's name")
     return str(folder / name)
@@ -239,157 +233,118 @@ def refuse_odd_splits(cells, allowed, path):
     odd = cells[~cells["split"].isin(list(allowed))]
     if len(odd):
         raise UserError(
-            f"{path}, line {odd.index[0]}: the Split {printable(odd['split'].iloc[0])[:30]} is "
-            f"none of {', '.join(allowed)}"
+            f"{path}, line {odd.index[0]}: the Split {printable(odd['split'].iloc[0])[:30]} is not "
+            f"one of {', '.join(allowed)}"
         )
 
 
-def refuse_twice(cells, file):
-    """UserError for a video, however its path is spelled, or a name that stands twice: its labels
-    or folds might differ."""
+def refuse_duplicates(cells, file):
+    """UserError for a file, by any path, or a name in two rows: labels or folds might differ."""
     files = cells["path"].map(os.path.realpath)
-    twice = cells[files.duplicated() | cells["name"].duplicated()]
-    if len(twice):
+    again = cells[files.duplicated() | cells["name"].duplicated()]
+    if len(again):
         raise UserError(
-            f"{file}: {len(twice)} videos stand twice, such as "
-            f"{printable(Path(twice['path'].iloc[0]).name)}; keep one row a video"
+            f"{file}: {len(again)} videos are in two rows, such as "
+            f"{printable(Path(again['path'].iloc[0]).name)}; keep one row a video"
         )
 
 
 # ------------------------------------------------------------------------------------------ labels
 
 
-def is_own_list(wanted):
-    return len(wanted) == 1 and wanted[0].endswith(".json")
-
-
-def known_tasks(name, wanted):
+def available_tasks(name, names):
     """Name -> entry, like those of TASKS, of the tasks that a cohort's tables may have."""
-    if is_own_list(wanted):
-        return {t["name"]: t for t in read_tasks(wanted[0])}
+    if is_task_file(names):
+        return {t["name"]: t for t in read_tasks(names[0])}
     return {t["name"]: t for t in TASKS} | (ECHONET if name != "hospital" else {})
 
 
-def choose_tasks(name, wanted, known, cells, file):
-    """The entries of the tasks to learn; known: see `known_tasks`."""
-    if is_own_list(wanted):
-        wanted = list(known)
-    if not wanted:
-        wanted = [t for t in known if t in cells] if name == "hospital" else ["EF"]
-    for task in wanted:
-        if task not in known:
+def is_task_file(names):
+    return len(names) == 1 and names[0].endswith(".json")
+
+
+def choose_tasks(name, names, available, cells, file):
+    """The entries of the tasks to learn; available: see `available_tasks`."""
+    if is_task_file(names):
+        names = list(available)
+    if not names:
+        names = [t for t in available if t in cells] if name == "hospital" else ["EF"]
+    for task in names:
+        if task not in available:
             raise UserError(
-                f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, known)}; a "
-                "task of your own comes from a JSON file: name, type, classes, unit"
+                f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, available)}; "
+                "other tasks come from a JSON file: name, type, classes, unit"
             )
         if task not in cells:
             raise UserError(
                 f"{file} has no column '{task}'{nearest(task, cells.columns)}; add it, or leave "
                 "the task out"
             )
-    if not wanted:
+    if not names:
         raise UserError(
             f"{file} has no column of a task of PanEcho's; name those to learn with --tasks, or "
             "your own in a JSON file"
         )
-    return [dict(known[task]) for task in wanted]
+    return [dict(available[task]) for task in names]
 
 
 def values_of(column, task, cohort, file, listener):
     """A task's cells (text) as float64, NaN where missing; in hospital tables -1 is missing too.
 
-    Classes are written by name or by number, from 0.
+    Classes: see `outputs.class_numbers`.
     """
     name, classes = task["name"], task["class_names"]
-    names = {c.lower(): i for i, c in enumerate(classes) if not is_number(c)}
-    named = column.str.lower().map(names).astype(float)
-    others = column.mask(named.notna())
-    if names:  # Yes and No are none of the names, and which of them they mean is not known
-        others = others.where(others.str.contains(r"\d", na=False))
     missing = column.isna()
     if cohort == "hospital":
-        missing |= pd.to_numeric(others, errors="coerce") == -1
-    others = others.mask(missing)
-    values = to_numbers(others.to_frame(name), file, listener)[name]
-    if classes:
-        values = class_numbers(values, task, file)
-        values = values.where(values.isin(range(len(classes)))).fillna(named)
+        missing |= pd.to_numeric(column, errors="coerce") == -1
+    cells = column.mask(missing)
+    if classes and classes != UNNAMED:
+        values = class_numbers(name, cells, classes, file, listener)
+    else:
+        values = to_numbers(cells.to_frame(name), file, listener)[name]
+        values = values.where(values.isin([0, 1])) if classes else values
     odd = values.isna() & ~missing
     if odd.any():
-        wanted = f"0 to {len(classes) - 1} or a class's name" if classes else "a number"
+        expected = f"a class ({', '.join(classes)})" if classes else "a number"
         listener.warning(
-            f"{file}, {name}: {odd.sum()} values are not {wanted}: "
+            f"{file}, {name}: {odd.sum()} values are not {expected}: "
             f"{some(printable(c)[:30] for c in column[odd])}",
             "correct them; they count as missing",
         )
     return values
 
 
-def is_number(text):
-    return re.fullmatch(r"[-+]?\d+(\.\d*)?", text) is not None
+# ---------------------------------------------------------------------------------------- findings
 
 
-def class_numbers(values, task, file):
-    """Numbers in a task's column -> those of its classes, from 0.
+def report_conflicts(cohort, file, listener):
+    """Report patients in several folds, studies of several patients and labels that differ within
+    a study. They are errors in tables of one's own, warnings in published ones."""
+    videos, studies = cohort.videos, cohort.videos["study"]
+    serious = listener.error if cohort.by_metric else listener.warning
 
-    Where classes are called by numbers these are names, or numbers from 0: whichever all values
-    are. UserError where they can be both, and mean different classes.
-    """
-    classes = task["class_names"]
-    names = {float(c): i for i, c in enumerate(classes) if is_number(c)}
-    found = set(values.dropna()) & {*names, *range(len(classes))}
-    if all(names.get(value, value) == value for value in found):
-        return values
-    by_name, by_number = found <= set(names), found <= set(range(len(classes)))
-    if by_name == by_number:
-        raise UserError(
-            f"{file}, {task['name']}: {some(f'{v:g}' for v in sorted(found))} can be names of its "
-            f"classes ({', '.join(classes)}) or their numbers from 0; write the classes in words"
-        )
-    return values.map(names) if by_name else values
+    def report(report_as, counts, text, remedy):
+        several = counts.index[counts > 1]
+        if len(several):
+            report_as(f"{file}: {len(several)} {text}: {some(map(printable, several))}", remedy)
 
-
-def tell_overlaps(cohort, file, listener):
-    """Patients, or studies, that stand in several folds; an error in tables of one's own."""
-    for what in ("study", "patient"):
-        split = cohort.videos.groupby(what)["split"].nunique()
-        both = split.index[split > 1]
-        if len(both):
-            tell = listener.error if cohort.by_metric else listener.warning
-            word = "studies" if what == "study" else "patients"
-            tell(
-                f"{file}: {len(both)} {word} stand in several folds: {some(map(printable, both))}",
-                "results on them would look better than they are: give each patient one fold",
-            )
-            return
-
-
-def tell_shared_studies(cells, file, listener):
-    """An error for studies that several patients have: the folds are by patient."""
-    patients = cells.groupby("study")["patient"].nunique()
-    both = patients.index[patients > 1]
-    if len(both):
-        listener.error(
-            f"{file}: {len(both)} studies are of two patients: {some(map(printable, both))}",
-            "give the videos of a study one patient",
-        )
-
-
-def tell_disagreements(cohort, file, listener):
-    """Labels in which the videos of a study differ; an error in tables of one's own."""
-    n = cohort.labels.groupby(cohort.videos["study"]).nunique()
-    for label in n.columns[(n > 1).any()]:
-        both = n.index[n[label] > 1]
-        tell = listener.error if cohort.by_metric else listener.warning
-        names = some(map(printable, both))
-        tell(
-            f"{file}, {label}: the videos of {len(both)} studies differ: {names}",
+    report(
+        serious, videos.groupby("patient")["split"].nunique(), "patients are in several folds",
+        "results would look better than they are: give each patient one fold",
+    )  # fmt: skip
+    report(
+        listener.error, videos.groupby("study")["patient"].nunique(),
+        "studies are of several patients", "give the videos of a study one patient",
+    )  # fmt: skip
+    for label, counts in cohort.labels.groupby(studies).nunique().items():
+        report(
+            serious, counts, f"studies have videos with different {label}",
             "give a study one label; its results are compared with that of its first video",
-        )
+        )  # fmt: skip
 
 
-def tell_suspicious(cohort, file, listener):
-    """Measurements that may mean something else than they say, in all folds or in one."""
+def report_suspicious_values(cohort, file, listener):
+    """Report codes for 'missing', percentages above 100, and folds that differ in their unit."""
     studies = cohort.videos["study"]
     for task in cohort.tasks:
         if task["type"] != "regression":
@@ -398,43 +353,42 @@ def tell_suspicious(cohort, file, listener):
         by_study = y.groupby(studies[y.index]).first()
         warn_of_suspicious_values(name, by_study, task.get("unit", ""), file, listener)
         medians = y.groupby(cohort.videos["split"][y.index]).median()
-        sizes = medians.abs()
-        if len(sizes) and sizes.max() >= 10 * sizes.min() > 0:
+        if len(medians) and medians.abs().max() >= 10 * medians.abs().min() > 0:
             listener.warning(
                 f"{file}, {name}: the medians of the folds are far apart: "
                 + ", ".join(f"{fold} {median:.3g}" for fold, median in medians.items()),
-                "give all folds in one unit; the values are taken as they are",
+                "give all folds in one unit; the values are used as they are",
             )
 
 
-def tell_copies(cohort, copies, listener=RUN):
-    """Videos that are the same pixels; an error in tables of one's own if they are of different
+def report_copies(cohort, copies, listener=RUN):
+    """Report videos with the same pixels; an error in tables of one's own if they are of different
     patients or folds. copies: lists of names."""
-    apart = []
-    for same in copies:
-        alike = cohort.videos.loc[same]
-        apart.append(alike["patient"].nunique() > 1 or alike["split"].nunique() > 1)
-    for tell, wanted, whose, remedy in (
-        (listener.error if cohort.by_metric else listener.warning, True,
-         "of different patients or folds are", "it may be in training and in the test"),
-        (listener.warning, False, "of one patient are", "it counts twice"),
+    sets = {True: [], False: []}
+    for names in copies:
+        alike = cohort.videos.loc[names]
+        sets[alike["patient"].nunique() > 1 or alike["split"].nunique() > 1].append(names)
+    for apart, report_as, whose, remedy in (
+        (True, listener.error if cohort.by_metric else listener.warning,
+         "of different patients or folds", "it may be in training and in the test"),
+        (False, listener.warning, "of one patient", "it counts twice"),
     ):  # fmt: skip
-        sets = [same for same, is_apart in zip(copies, apart, strict=True) if is_apart == wanted]
-        if sets:
-            pairs = some(" and ".join(map(printable, same[:3])) for same in sets)
-            tell(
-                f"{cohort.name}: {sum(map(len, sets))} videos {whose} the same pixels: {pairs}",
+        if sets[apart]:
+            pairs = some(" and ".join(map(printable, names[:3])) for names in sets[apart])
+            report_as(
+                f"{cohort.name}: {sum(map(len, sets[apart]))} videos {whose} have the same "
+                f"pixels: {pairs}",
                 f"keep one of each in the tables: {remedy}",
             )
 
 
-def with_labels_and_files(cohort, folder, listener):
-    """The cohort less videos without a label or a file, which are told."""
+def usable_cohort(cohort, folder, listener):
+    """The cohort without the videos that have no label or no file, which are reported."""
     unlabelled = cohort.labels.isna().all(axis=1)
     absent = pd.Series([not Path(p).is_file() for p in cohort.videos["path"]], unlabelled.index)
     for where, text, remedy in (
         (unlabelled, "have no label", "fill them in"),
-        (absent, "are not there", "put the files where the tables say"),
+        (absent, "do not exist", "put the files where the tables say"),
     ):
         names = some(printable(n) for n in where.index[where])
         if where.all() and len(where):

@@ -32,7 +32,7 @@ from echofocus_core.study.loading import (
     other_times,
     read_checkpoint,
 )
-from echofocus_core.study.loop import report_unreadable, run_studies
+from echofocus_core.study.loop import LoopContext, report_unreadable, run_steps, run_studies
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
@@ -260,10 +260,10 @@ def check_time(n_labels, store, eids, folds, settings, listener):
     outputs = Outputs.of(list(map(str, range(n_labels))), "binary")
     targets = dict.fromkeys(eids, np.zeros(n_labels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
-    run = partial(run_studies, net, store, eids, settings)
+    context = LoopContext(net, store, settings, targets, outputs)
     steps = {
-        "train": partial(run, targets=targets, outputs=outputs, optimizer=optimizer),
-        "predict": run,
+        "train": lambda: list(run_steps(context, eids, optimizer)),
+        "predict": lambda: run_studies(net, store, eids, settings),
     }
     each = {}
     for name, step in steps.items():

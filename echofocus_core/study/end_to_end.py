@@ -3,15 +3,15 @@
     videos of a study -> VideoStore.read: images (V, C, L, S, S, 3) -> EndToEnd: groups of clips
     through the encoder -> clip embeddings (N, 768) -> the study-level model -> logits
 
-Memory is bounded by the clips of a group, not by the study: a group's activations are thrown away
-and computed again when its gradient is due (Chen et al., "Training Deep Nets with Sublinear Memory
-Cost", 2016), with the same draws, so that gradients are exact. What stays of a study is its uint8
-images, on the host, and its embeddings.
+Memory is bounded by the clips of a group, not by the study: a group's activations are dropped and
+computed again for its gradient (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+2016), with the same draws, so that gradients are exact. Only the uint8 images of a study, on the
+host, and its embeddings stay in memory.
 
     python embed/end_to_end.py export MODEL_FOLDER FILE.pt    # in the published form
 """
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,17 @@ from torch.utils.checkpoint import checkpoint
 
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
-from echofocus_core.base.console import Parser, UserError, listed, run_main, some
+from echofocus_core.base.console import RUN, Parser, UserError, listed, run_main, some
 from echofocus_core.base.files import derive_seed, output_path, sha256_file
-from echofocus_core.encoder.backbones import as_input, draw_factors
+from echofocus_core.base.options import Settings
+from echofocus_core.study.config import Input
 from echofocus_core.video.cache import ClipSampling, FrameCache
+from echofocus_core.video.clip_tensors import as_input, draw_factors
 from echofocus_core.video.extract import PUBLISHED_SAMPLING
 from echofocus_core.video.panecho import (
     CONVNEXT_TINY,
     PUBLISHED,
+    LoadedEncoder,
     find_weights,
     licence_of,
     load_panecho,
@@ -46,17 +49,7 @@ ENCODER_FILE = "encoder.pt"  # in the model's folder
 # ------------------------------------------------------------------------------------ the network
 
 
-HEAD_RATE = 1e-4  # of the study-level model, where no other is said
-
-
-def frozen_parts(freeze):
-    """`--freeze` -> ('', 'encoder' or 'aggregator', or 'stages'; number of stages). ValueError."""
-    if freeze in ("", "encoder", "aggregator"):
-        return freeze, 0
-    match = re.fullmatch(r"stages:([1-4])", freeze)
-    if not match:
-        raise ValueError(f"encoder, aggregator or stages:1 to stages:4, not {freeze[:40]}")
-    return "stages", int(match[1])
+HEAD_RATE = 1e-4  # of the study-level model, unless --head_learning_rate
 
 
 class EndToEnd(nn.Module):
@@ -65,13 +58,12 @@ class EndToEnd(nn.Module):
     images: uint8 (N, L, S, S, 3) BGR on any device, the clips of studies of `lengths`.
     """
 
-    def __init__(self, full, study, clips_at_once=8, freeze="", ping_pong=False):
-        """full: a PanEcho, whose heads are kept for its file; study: a StudyModel."""
+    def __init__(self, encoder, study, clips_at_once=8, freeze="", ping_pong=False):
+        """encoder: a PanEcho's FrameTransformer; study: a StudyModel; freeze: as `--freeze`."""
         super().__init__()
-        self.encoder, self.study = full.encoder, study
-        self.heads = [full]  # in a list: no part of this module, and never trained
-        self.clips_at_once, self.ping_pong = clips_at_once, ping_pong
-        self.part, self.stages = frozen_parts(freeze)
+        self.encoder, self.study = encoder, study
+        self.clips_at_once, self.freeze, self.ping_pong = clips_at_once, freeze, ping_pong
+        self.stages = int(freeze.removeprefix("stages:")) if freeze.startswith("stages:") else 0
         self.begin_epoch(1)
 
     n_labels = property(lambda self: self.study.n_labels)
@@ -81,11 +73,12 @@ class EndToEnd(nn.Module):
         return not any(p.requires_grad for p in self.encoder.parameters())
 
     def begin_epoch(self, number):
-        """Say what is trained in an epoch, from 1 on; ping-pong: the study-level model first."""
-        turn = "encoder" if number % 2 else "aggregator"  # which rests
-        resting = {self.part, turn} if self.ping_pong else {self.part}
-        self.encoder.requires_grad_("encoder" not in resting)
-        self.study.requires_grad_("aggregator" not in resting)
+        """Freeze what is not trained in an epoch, from 1; ping-pong: the encoder in odd ones."""
+        frozen = {self.freeze}
+        if self.ping_pong:
+            frozen.add("encoder" if number % 2 else "aggregator")
+        self.encoder.requires_grad_("encoder" not in frozen)
+        self.study.requires_grad_("aggregator" not in frozen)
         self.encoder.encoder.model.features[: 2 * self.stages].requires_grad_(False)
 
     def train(self, mode=True):
@@ -97,56 +90,14 @@ class EndToEnd(nn.Module):
             self.study.eval()
         return self
 
-    @classmethod
-    def of(cls, settings, study):
-        """By a run's settings; the encoder's heads are those of --weights."""
-        full = load_panecho(settings.weights, settings.clip_len)
-        net = cls(full.model, study, settings.clips_at_once, settings.freeze, settings.ping_pong)
-        net.settings, net.digest, net.licence = settings, full.sha256, ""
-        if settings.weights != "random":
-            net.licence = licence_of(find_weights(settings.weights), full.record)
-        warn_of_other_clips(full.record, settings.weights, settings.size, settings.clip_len)
-        return net
-
-    def groups(self, settings):
-        """Parameter groups of an optimiser: the encoder's and the study-level model's."""
-        return [
-            {
-                "params": list(self.study.parameters()),
-                "lr": settings.head_learning_rate or HEAD_RATE,
-            },
-            {"params": list(self.encoder.parameters()), "lr": settings.encoder_learning_rate},
-        ]
-
-    def input(self, digest=None):
-        """What an extraction makes with the encoder of this digest: see schema.Input."""
-        s = self.settings
-        return {
-            "weights_sha256": digest or self.digest, "weights": ENCODER_FILE, "size": s.size,
-            "clip_len": s.clip_len, "sampling": PUBLISHED_SAMPLING, "mask": "none",
-        }  # fmt: skip
-
-    def write(self, folder, seen):
-        """Write encoder.pt, with heads only where the encoder is the one they go with; its `input`.
-
-        Heads that did not learn with it would give readings that mean nothing.
-        seen: list of Seen, of the training and of what it began with.
-        """
-        full, s, path = self.heads[0], self.settings, Path(folder, ENCODER_FILE)
-        state, tasks = full.state_dict(), full.tasks
-        if self.part != "encoder":
-            state, tasks = {k: v for k, v in state.items() if k.startswith("encoder.")}, []
-        record = EncoderRecord(
-            tasks=[EncoderTask(**task) for task in tasks], version=__version__,
-            cohort=s.dataset, size=s.size, clip_len=s.clip_len, licence=self.licence,
-            started_from=Path(s.weights).name, started_sha256=self.digest,
-        )  # fmt: skip
-        saved = {"weights": state, "encoder": record.to_save()}
-        save(saved | {"seen": [part.saved() for part in seen]}, path)
-        return self.input(sha256_file(path))
+    def rate_groups(self, settings):
+        """Parameter groups of an optimiser: the study-level model's and the encoder's."""
+        rates = settings.head_learning_rate or HEAD_RATE, settings.encoder_learning_rate
+        parts = zip((self.study, self.encoder), rates, strict=True)
+        return [{"params": list(part.parameters()), "lr": rate} for part, rate in parts]
 
     def forward(self, images, lengths, rng=None):
-        """Logits (S, T) and study embeddings (S, D). rng: see StudyModel; the encoder's as well."""
+        """Logits (S, T) and study embeddings (S, D). rng: see StudyModel; the encoder draws too."""
         return self.study(self.encode(images, rng), lengths, rng)
 
     def encode(self, images, rng=None):
@@ -154,17 +105,19 @@ class EndToEnd(nn.Module):
         seed = None
         if self.encoder.training and self.training:
             seed = int(torch.randint(2**62, ()) if rng is None else rng.integers(2**62))
-        again = torch.is_grad_enabled() and not self.encoder_frozen
-        first = 0
-        embeddings = []
+        with_graph = torch.is_grad_enabled() and not self.encoder_frozen
+        first, embeddings = 0, []
         for group in images.split(self.clips_at_once):
-            with torch.set_grad_enabled(again):
-                call = (self.encode_group, group, first, seed)
-                embeddings.append(
-                    checkpoint(*call, use_reentrant=False, preserve_rng_state=False)
-                    if again
-                    else self.encode_group(*call[1:])
-                )
+            with torch.set_grad_enabled(with_graph):
+                if with_graph:
+                    embeddings.append(
+                        checkpoint(
+                            self.encode_group, group, first, seed, use_reentrant=False,
+                            preserve_rng_state=False,
+                        )
+                    )  # fmt: skip
+                else:
+                    embeddings.append(self.encode_group(group, first, seed))
             first += len(group)
         return torch.cat(embeddings)
 
@@ -175,10 +128,55 @@ class EndToEnd(nn.Module):
         if seed is None:
             return self.encoder(x).to(dtype)
         keys = range(first, first + len(images))
-        depth, _ = draw_factors(self.heads[0], keys, seed, images.shape[1], 0)
+        depth, _ = draw_factors(self.encoder, keys, seed, images.shape[1])
         frozen = sum(n for _, n in CONVNEXT_TINY[: self.stages])
-        depth[:frozen] = 1  # no stochastic depth where nothing is learnt
+        depth[:frozen] = 1  # no stochastic depth in frozen stages
         return self.encoder(x, depth).to(dtype)
+
+
+@dataclass(frozen=True)
+class EncoderStart:
+    """The encoder that a training through it starts from, and what its file will record."""
+
+    start: LoadedEncoder  # its encoder is trained; its heads are kept only where that is frozen
+    settings: Settings
+    licence: str
+
+    @classmethod
+    def of(cls, settings):
+        """The encoder of --weights. Raises WeightsError."""
+        start, licence = load_panecho(settings.weights, settings.clip_len), ""
+        if settings.weights != "random":
+            licence = licence_of(find_weights(settings.weights), start.record)
+        warn_of_other_clips(start.record, settings.weights, settings.size, settings.clip_len)
+        return cls(start, settings, licence)
+
+    def input(self, sha256=""):
+        """The Input of a model on embeddings of the encoder with this digest."""
+        s = self.settings
+        return Input(
+            weights_sha256=sha256 or self.start.sha256, weights=ENCODER_FILE, size=s.size,
+            clip_len=s.clip_len, sampling=PUBLISHED_SAMPLING, mask="none",
+        )  # fmt: skip
+
+    def write(self, folder, seen):
+        """Write encoder.pt, with heads only where the encoder is the one they go with.
+
+        Heads that did not learn with it would give wrong readings. seen: list of Seen, of the
+        training and of what it started from. Returns its Input.
+        """
+        s, path = self.settings, Path(folder, ENCODER_FILE)
+        state, tasks = self.start.model.state_dict(), self.start.model.tasks
+        if s.freeze != "encoder":
+            state, tasks = {k: v for k, v in state.items() if k.startswith("encoder.")}, []
+        record = EncoderRecord(
+            tasks=[EncoderTask(**task) for task in tasks], version=__version__,
+            cohort=s.dataset, size=s.size, clip_len=s.clip_len, licence=self.licence,
+            started_from=Path(s.weights).name, started_sha256=self.start.sha256,
+        )  # fmt: skip
+        saved = {"weights": state, "encoder": record.to_save()}
+        save(saved | {"seen": [part.saved() for part in seen]}, path)
+        return self.input(sha256_file(path))
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -187,8 +185,8 @@ class EndToEnd(nn.Module):
 class VideoStore:
     """A store (see store.Store) whose studies are read as images, from a cache of decoded videos.
 
-    num_clips random clips of each of up to most_videos videos, drawn anew for each `rng`; without
-    one they are always the same.
+    A study is num_clips random clips of each of up to most_videos videos, drawn by the `rng` of a
+    reading; without one they are always the same.
     """
 
     def __init__(self, studies, cache, num_clips, clip_len, seed=0, most_videos=0):
@@ -203,7 +201,7 @@ class VideoStore:
         return tuple(source) if isinstance(source, list) else source
 
     def fill(self, workers=0, world=None):
-        """Decode every video that is not yet in the cache; processes share the work."""
+        """Decode every video that is not in the cache yet; processes share the work."""
         every = [self.source(e, v) for e, study in self.files.items() for v in study.videos]
         rank, size = (world.rank, world.size) if world else (0, 1)
         reasons = self.cache.fill(every[rank::size], workers, quiet=rank > 0)
@@ -251,11 +249,11 @@ class VideoStore:
         return StudyClips(np.stack(images), names)
 
     def copies(self, eids):
-        """Not known: the files are not compared."""
+        """Empty: the files are not compared."""
         return []
 
     def made_with(self, eids):
-        """Nothing differs between studies: all are read here, in one way."""
+        """The same for all studies: they are read here, in one way."""
         return {name: {"": list(eids)} for name in MADE_WITH}
 
     def digest(self, eids):
@@ -267,8 +265,9 @@ def open_videos(settings, dataset, ids, world=None):
     """The VideoStore of --videos, else of the studies `ids` of a dataset's video_base_path; every
     video is decoded. Raises UserError."""
     if settings.videos:
-        how = settings.group, settings.manifest, settings.study_id
-        studies = find_studies(settings.videos, *how)
+        studies = find_studies(
+            settings.videos, settings.group, settings.manifest, settings.study_id
+        )
     elif dataset.video_base_path:
         studies = studies_of_dataset(dataset.video_base_path, dataset.video_subdir_format, ids)
     else:
@@ -276,15 +275,14 @@ def open_videos(settings, dataset, ids, world=None):
             "--end_to_end needs videos: --videos FOLDER, or video_base_path of the dataset in the "
             "config"
         )
-    cache = FrameCache(settings.cache_dir, settings.size)
-    most = settings.max_videos_per_study
-    studies = [study for study in studies if study.name in set(ids)]
     store = VideoStore(
-        studies, cache, settings.num_clips, settings.clip_len, settings.sampling_seed, most
-    )
+        [study for study in studies if study.name in set(ids)],
+        FrameCache(settings.cache_dir, settings.size), settings.num_clips, settings.clip_len,
+        settings.sampling_seed, settings.max_videos_per_study,
+    )  # fmt: skip
     store.fill(settings.workers, world)
     if lost := store.lost():
-        print(f"WARNING: {len(lost)} videos cannot be used and are left out:{listed(lost)}")
+        RUN.warning(f"{len(lost)} videos cannot be used and are left out:{listed(lost)}")
     return store
 
 
@@ -302,12 +300,13 @@ def export(folder, file):
         if k.startswith("encoder.")
     }
     joined |= {PUBLISHED["study"] + k: v for k, v in study["model_state_dict"].items()}
-    whom = {"seen": [part.saved() for part in encoder.seen]} if encoder.seen else {}
-    save(study | whom | {"model_state_dict": joined}, Path(file))
+    if encoder.seen:
+        study["seen"] = [part.saved() for part in encoder.seen]
+    save(study | {"model_state_dict": joined}, Path(file))
 
 
 def is_published(path):
-    """Whether a file is one as `export` writes."""
+    """Whether a file was written by `export`."""
     try:
         saved = load_safely(path)
     except UserError:

@@ -1,12 +1,13 @@
 """The one loop: studies read ahead, batched, run through the network, trained or not."""
 
 import os
-from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,38 @@ import torch
 from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import RUN, listed, progress
 from echofocus_core.base.files import derive_seed
+from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.world import World
-from echofocus_core.study.outputs import study_losses
+from echofocus_core.study.outputs import Outputs, study_losses
+from echofocus_core.study.step_losses import with_output_grads
 from echofocus_core.video.store import UnreadableStudy
+
+READERS = min(16, os.cpu_count() or 1)  # threads that read studies
+READ_AHEAD = 3  # batches read while another is computed
+WINDOW = 256  # studies of a step outside training, after which results are yielded
+LOWEST_RATE = 1e-7  # a non-finite loss does not halve a learning rate below it
+
+
+@dataclass(frozen=True)
+class LoopContext:
+    """What a pass over studies needs beside the studies."""
+
+    net: torch.nn.Module
+    store: Any
+    settings: Any
+    targets: dict | None = None  # study id -> what to learn (C,), NaN where missing
+    outputs: Outputs | None = None  # of the targets, see `study.outputs`
+    unreadable: dict = field(default_factory=dict)  # gets study id -> reason; these are skipped
+    world: World = World()  # the processes that share each step
+    look: Callable | None = None  # called with the id and StudyClips of every study
+
+    @property
+    def device(self):
+        return next(self.net.parameters()).device
+
+    def targets_of(self, eids):
+        """The targets of some studies, (S, C) float32."""
+        return torch.from_numpy(np.stack([self.targets[eid] for eid in eids]).astype(np.float32))
 
 
 @dataclass
@@ -36,16 +66,36 @@ class Batch:
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
     ends_step: bool
-    pull: tuple | None = None  # see `with_pulls`
+    losses: torch.Tensor | None = None  # (S,) and their gradient in the outputs (S, O), where
+    output_grad: torch.Tensor | None = None  # they depend on the whole step: see `step_losses`
 
 
-READERS = min(16, os.cpu_count() or 1)  # threads that read studies
+@dataclass
+class Outcome:
+    """Results of the loop, a row a study."""
+
+    eids: list[str]
+    logits: np.ndarray  # (S, T) float32
+    embeddings: np.ndarray  # (S, D) float32; (S, 0) in training and validation
+    losses: np.ndarray  # (S,) float32; empty without targets
+    n_videos: list[int]
+    n_clips: list[int]
+
+    def __len__(self):
+        return len(self.eids)
+
+    def take(self, rows):
+        """The rows of these numbers, in their order."""
+        columns = []
+        for column in (getattr(self, f.name) for f in fields(self)):
+            if isinstance(column, np.ndarray):
+                columns.append(column[rows] if len(column) else column)
+            else:
+                columns.append([column[i] for i in rows])
+        return Outcome(*columns)
 
 
-READ_AHEAD = 3  # batches read while another is computed
-
-
-WINDOW = 256  # studies between two points where results are handed on, outside training
+# ----------------------------------------------------------------------------------------- batches
 
 
 def plan_batches(store, eids, settings, training, world=None):
@@ -77,9 +127,9 @@ def plan_batches(store, eids, settings, training, world=None):
 def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, pin=False):
     """Yield the Batch of every Planned, in order; threads read ahead, one more joins what is read.
 
-    unreadable: dict that gets study id -> reason for what cannot be read; those are passed over.
-    train_seed: for training, what draws (by study) a transformed copy of the videos, if there are
-    any, and the clips that `settings.clip_dropout` leaves out; at least one clip stays.
+    unreadable: dict that gets study id -> reason for what cannot be read; those are skipped.
+    train_seed: for training: draws by study a transformed copy of the videos, if there are any, and
+    the clips that `settings.clip_dropout` leaves out; at least one clip stays.
     look: called with the id and the StudyClips of every study that is read.
     pin: join in page-locked memory, which a GPU copies from while it computes.
     """
@@ -109,19 +159,13 @@ def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, 
         read = {eid: x for eid, x in studies.items() if eid not in failed}
         return collate(read, planned.ends_step, pin)
 
-    ahead = deque()
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
-        for planned in plan:
-            futures = [readers.submit(read, eid) for eid in planned.eids]
-            ahead.append(joiner.submit(collect, planned, futures))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        jobs = ((batch, [readers.submit(read, eid) for eid in batch.eids]) for batch in plan)
+        yield from map_ahead(joiner, lambda job: collect(*job), jobs, READ_AHEAD + 1)
 
 
 def collate(studies, ends_step, pin=False):
-    """A Batch of studies, a dict of id to (tokens, number of videos)."""
+    """A Batch of studies; studies: id -> (tokens, number of videos)."""
     tokens = [tokens for tokens, _ in studies.values()]
     each = tokens[0].shape[1:] if tokens else (D,)
     kind = torch.uint8 if len(each) > 1 else torch.float32  # images, or embeddings
@@ -132,70 +176,41 @@ def collate(studies, ends_step, pin=False):
     return Batch(list(studies), joined, [len(t) for t in tokens], n_videos, ends_step)
 
 
-@dataclass
-class Outcome:
-    """What the loop found, a row a study."""
-
-    eids: list[str]
-    logits: np.ndarray  # (S, T) float32
-    embeddings: np.ndarray  # (S, D) float32; (S, 0) in training and validation
-    losses: np.ndarray  # (S,) float32; empty without targets
-    n_videos: list[int]
-    n_clips: list[int]
-
-    def __len__(self):
-        return len(self.eids)
-
-    def take(self, rows):
-        """The rows of these numbers, in their order."""
-        losses = self.losses[rows] if len(self.losses) else self.losses
-        lists = ([x[i] for i in rows] for x in (self.eids, self.n_videos, self.n_clips))
-        eids, n_videos, n_clips = lists
-        return Outcome(eids, self.logits[rows], self.embeddings[rows], losses, n_videos, n_clips)
+# ---------------------------------------------------------------------------------------- the loop
 
 
-def run_steps(
-    net, store, eids, settings, *, targets=None, outputs=None, optimizer=None, epoch=0,
-    unreadable=None, label="", world=None, look=None,
-):  # fmt: skip
+def run_steps(context, eids, optimizer=None, epoch=0, label=""):
     """The one loop: every study through the net once, in steps (`plan_batches`).
 
-    Yields (Outcome, number of studies, mean loss) of each step.
+    Yields (Outcome, number of studies, mean loss) of each step. With an optimiser the net is
+    trained: each step ends with an update on the mean of its studies' losses. The batches of a step
+    are dealt to the processes of `context.world`, which add up their gradients, so that all update
+    alike; an Outcome has the process's own studies, number and mean loss are over all processes.
 
-    targets: dict of study id to what to learn (C,), NaN where missing, of these `outputs` (see
-    `study.outputs`). With an optimiser the net is trained: each step ends with an update on the
-    mean of its studies' losses. The batches of a step are dealt to the processes of `world`, which
-    add up their gradients and so update alike; an Outcome has the process's own studies, number and
-    mean loss are over all processes.
     All randomness comes from (settings.seed, epoch, study), none is kept: the rest of the studies
     alone gives what the whole epoch gives from there on.
     """
-    training, world = optimizer is not None, world or World()
-    device = next(net.parameters()).device
-    unreadable = {} if unreadable is None else unreadable
-    train_seed = derive_seed(settings.seed, epoch) if training else None
-    plan = plan_batches(store, eids, settings, training, world)
-    compute = partial(
-        run_batch, net, settings=settings, targets=targets, outputs=outputs,
-        seed=derive_seed("dropout", settings.seed, epoch) if training else None,
-    )  # fmt: skip
-    rows, total, average = [], None, None
+    net, world, settings = context.net, context.world, context.settings
+    training = optimizer is not None
+    seed = derive_seed("dropout", settings.seed, epoch) if training else None
     net.train(training)
-    quiet = not label or world.rank > 0
-    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=quiet) as bar:
-        pin = device.type == "cuda"
-        batches = read_batches(store, plan, settings, unreadable, train_seed, look, pin)
-        if training and outputs.by_step:
-            batches = with_pulls(batches, compute, net, world)
-        for batch, found in side_by_side(batches, compute, device):
+    rows, total, average = [], None, None
+    hidden = not label or world.rank > 0
+    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=hidden) as bar:
+        batches = context_batches(context, eids, training, epoch)
+        if training and context.outputs.by_step:
+            logits = partial(compute_logits, context, seed=seed)
+            batches = with_output_grads(batches, logits, context)
+        compute = partial(run_batch, context, seed=seed)
+        for batch, result in compute_parallel(batches, compute, context.device):
             if batch.eids:
-                logits, embeddings, losses, gradients = found
-                total = add(total, gradients)
-                rows.append((batch.eids, logits, embeddings, losses, batch.n_videos, batch.lengths))
+                *arrays, gradients = result
+                total = add_gradients(total, gradients)
+                rows.append((batch.eids, *arrays, batch.n_videos, batch.lengths))
                 bar.update(len(batch.eids) if world.size == 1 else 0)
             if not batch.ends_step:
                 continue
-            outcome, rows = gather(rows, net), []
+            outcome, rows = outcome_of_rows(rows, net), []
             n, loss = len(outcome), np.nan
             if training:
                 n, loss = update(net, optimizer, total, outcome.losses, world)
@@ -207,195 +222,191 @@ def run_steps(
             yield outcome, n, loss
 
 
-def side_by_side(batches, compute, device):
-    """Yield (batch, what `compute` makes of it) in order, a step's batches several at a time.
+def context_batches(context, eids, training, epoch):
+    """The batches of some studies, read ahead: see `read_batches`."""
+    store, settings = context.store, context.settings
+    plan = plan_batches(store, eids, settings, training, context.world)
+    seed = derive_seed(settings.seed, epoch) if training else None
+    pin = context.device.type == "cuda"
+    return read_batches(store, plan, settings, context.unreadable, seed, context.look, pin)
 
-    On a CPU each core has a batch of its own: products that are split over the cores wait for the
-    slowest of them, so that another job on one core would halve the speed.
+
+def compute_parallel(batches, compute, device):
+    """Yield (batch, compute(batch)) in order; on a CPU several batches of a step at a time.
+
+    Each core has a batch of its own: products that are split over the cores wait for the slowest
+    of them, so that another job on one core would halve the speed.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
         yield from ((batch, compute(batch)) for batch in batches)
         return
-    ahead = deque()
+
+    def rest_of_step(batch):
+        yield batch
+        if not batch.ends_step:
+            for batch in batches:
+                yield batch
+                if batch.ends_step:
+                    return
+
     try:
         with ThreadPoolExecutor(threads, "batch", torch.set_num_threads, (1,)) as pool:
-            for batch in batches:
-                ahead.append((batch, pool.submit(compute, batch)))
-                while ahead and (batch.ends_step or len(ahead) > threads):
-                    first, future = ahead.popleft()
-                    yield first, future.result()
+            for first in batches:
+                step = rest_of_step(first)
+                yield from map_ahead(pool, lambda batch: (batch, compute(batch)), step, threads + 1)
     finally:
-        torch.set_num_threads(threads)  # of threads to come, which torch gives the last number set
+        torch.set_num_threads(threads)  # new threads take the last number that was set
 
 
-def with_pulls(batches, compute, net, world):
-    """Batches with `pull`, (losses (S,), their gradient in the outputs (S, O)), for labels of which
-    a study's loss depends on all studies of the step.
-
-    Each step is run twice: once for its outputs, those of all processes, and then, by `run_batch`,
-    for the gradients, which are exact. A step's clips (through the encoder: its images) are in
-    memory together, its activations are not.
-    """
-    step, (targets, outputs) = [], (compute.keywords[x] for x in ("targets", "outputs"))
-    for batch in batches:
-        step.append(batch)
-        if not batch.ends_step:
-            continue
-        found = [compute(b, first=True) for b in step if b.eids]
-        own = torch.cat([x.cpu() for x in found]) if found else torch.zeros(0, net.n_labels)
-        eids = [eid for b in step for eid in b.eids]
-        everyone = world.gather((eids, own.numpy()))
-        first = sum(len(x) for x, _ in everyone[: world.rank])
-        logits = torch.tensor(np.concatenate([x for _, x in everyone]), requires_grad=True)
-        wanted = np.array([targets[eid] for x, _ in everyone for eid in x], np.float32)
-        if len(logits):
-            with torch.enable_grad():
-                losses = study_losses(logits, torch.from_numpy(wanted), outputs)
-            (pulls,) = torch.autograd.grad(losses.sum(), logits)
-        for b in step:
-            rows, first = slice(first, first + len(b.eids)), first + len(b.eids)
-            yield replace(b, pull=(losses[rows].detach(), pulls[rows]) if b.eids else None)
-        step = []
+def compute_logits(context, batch, seed):
+    """Logits (S, O) of a Batch, without a graph."""
+    return forward(context, batch, seed, graph=False)[0]
 
 
-def run_batch(net, batch, settings, targets, outputs, seed, first=False):
-    """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
-
-    seed: of the dropout, in training, which alone has gradients: a list as trained(net).
-    Embeddings are (S, 0) where there are targets; first: the logits alone, see `with_pulls`.
-    """
-    if not batch.eids:
-        return None
-    device, training = next(net.parameters()).device, seed is not None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
-    graph = training and not first
-    with torch.set_grad_enabled(graph), autocast, seeded(seed, batch.eids[0], device) as rng:
+def forward(context, batch, seed, graph):
+    """(logits (S, O), embeddings) of a Batch on the net's device; seed: of the dropout."""
+    device = context.device
+    half = context.settings.precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    with torch.set_grad_enabled(graph), autocast, dropout_rng(seed, batch.eids, device) as rng:
         tokens = batch.tokens
         if tokens.is_floating_point():  # images go to the device a group of clips at a time
             tokens = tokens.to(device, non_blocking=True).float()
-        logits, embeddings = net(tokens, batch.lengths, rng)
-        logits, losses = logits.float(), torch.zeros(0)
-        if first:
-            return logits
-        if targets is not None:
-            embeddings = embeddings[:, :0]
-        if batch.pull:
-            losses, pull = (x.to(device) for x in batch.pull)
-        elif training:
-            wanted = torch.tensor(np.stack([targets[eid] for eid in batch.eids]))
-            losses = study_losses(logits, wanted.float().to(device), outputs)
-    gradients = None
+        logits, embeddings = context.net(tokens, batch.lengths, rng)
+        return logits.float(), embeddings
+
+
+def run_batch(context, batch, seed=None):
+    """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
+
+    seed: of the dropout, in training. Only then are there losses (S,) and gradients, of
+    `trainable_parameters`. Embeddings are (S, 0) where there are targets.
+    """
+    if not batch.eids:
+        return None
+    training = seed is not None
+    logits, embeddings = forward(context, batch, seed, graph=training)
+    losses, gradients = torch.zeros(0), None
     if training:
-        along = (logits, pull) if batch.pull else (losses.sum(), None)
-        gradients = torch.autograd.grad(along[0], trained(net), along[1])
+        parameters = trainable_parameters(context.net)
+        if batch.output_grad is not None:
+            losses, output_grad = (x.to(context.device) for x in (batch.losses, batch.output_grad))
+            gradients = torch.autograd.grad(logits, parameters, output_grad)
+        else:
+            targets = context.targets_of(batch.eids).to(context.device)
+            with torch.enable_grad():
+                losses = study_losses(logits, targets, context.outputs)
+            gradients = torch.autograd.grad(losses.sum(), parameters)
+    if context.targets is not None:
+        embeddings = embeddings[:, :0]
     return logits.detach(), embeddings.detach().float(), losses.detach(), gradients
 
 
 @contextmanager
-def seeded(seed, eid, device):
-    """What dropout draws from in a block: a numpy Generator, or on a GPU torch's own, None.
+def dropout_rng(seed, eids, device):
+    """What dropout draws from in a block: a numpy Generator; on a GPU torch's own, and None.
 
-    torch's generators are afterwards as they were.
+    torch's generators have their state again after the block.
     """
     if seed is None:
         yield None
     elif device.type == "cpu":
-        yield np.random.default_rng(derive_seed(seed, eid))
+        yield np.random.default_rng(derive_seed(seed, eids[0]))
     else:
         with torch.random.fork_rng([device]):
-            torch.manual_seed(derive_seed(seed, eid))
+            torch.manual_seed(derive_seed(seed, eids[0]))
             yield None
 
 
-def trained(net):
+def trainable_parameters(net):
     """The parameters that are not frozen."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
-def add(total, gradients):
-    """Sum of two lists of tensors, either of which may be None; in place of the first."""
+def add_gradients(total, gradients):
+    """Add two lists of tensors in place of the first; either may be None."""
     if total is None or gradients is None:
         return gradients if total is None else total
     torch._foreach_add_(total, gradients)
     return total
 
 
-LEAST_RATE = 1e-7  # below which a loss that is no number halves the learning rate no further
-
-
 def update(net, optimizer, gradients, losses, world):
     """One optimiser step on the mean gradient over the studies of all processes.
 
-    gradients: their sum over this process's studies, None if it had none. Returns the number of
-    all studies and their mean loss. Where that or a gradient is no finite number the step is
-    dropped, the rates are halved, and the loss returned is NaN.
+    gradients: their sum over this process's studies, None if it had none. Returns the number of all
+    studies and their mean loss. Where that or a gradient is not finite the step is skipped, the
+    learning rates are halved, and the loss returned is NaN.
     """
-    gradients = gradients or [torch.zeros_like(p) for p in trained(net)]
-    about = torch.tensor([len(losses), losses.sum(dtype=np.float64)], device=gradients[0].device)
-    about = about.to(gradients[0].dtype)
+    parameters = trainable_parameters(net)
+    gradients = gradients or [torch.zeros_like(p) for p in parameters]
+    n_and_loss = torch.tensor([len(losses), losses.sum(dtype=np.float64)]).to(gradients[0])
     if world.size > 1:
-        flat = world.sum(torch.cat([g.flatten() for g in (*gradients, about)]))
-        *parts, about = flat.split([g.numel() for g in (*gradients, about)])
+        parts = [*gradients, n_and_loss]
+        flat = world.sum(torch.cat([part.flatten() for part in parts]))
+        *parts, n_and_loss = flat.split([part.numel() for part in parts])
         gradients = [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
-    n, loss = about.tolist()
+    n, loss = n_and_loss.tolist()
     finite = np.isfinite(loss) and torch.stack(torch._foreach_norm(gradients)).isfinite().all()
     if n and not finite:
         for group in optimizer.param_groups:
-            group["lr"] = max(group["lr"] / 2, min(group["lr"], LEAST_RATE))
+            group["lr"] = max(group["lr"] / 2, min(group["lr"], LOWEST_RATE))
         return int(n), np.nan
     if n:
-        for p, gradient in zip(trained(net), gradients, strict=True):
+        for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient.div_(n)
         optimizer.step()
     optimizer.zero_grad()
     return int(n), loss / max(n, 1)
 
 
-def run_studies(net, store, eids, settings, world=None, **options):
+# ----------------------------------------------------------------------------------------- results
+
+
+def run_studies(net, store, eids, settings, label="", **options):
+    """See `run_all_steps`; options: of LoopContext."""
+    return run_all_steps(LoopContext(net, store, settings, **options), eids, label)
+
+
+def run_all_steps(context, eids, label=""):
     """All of `run_steps`: one Outcome with a row for every readable study, in the order given.
 
-    With targets it has the studies' losses, of which those of survival depend on all of them.
+    With targets it has the studies' losses, of which those of survival depend on all studies.
     """
-    steps = run_steps(net, store, eids, settings, world=world, **options)
-    found = merged([outcome for outcome, _, _ in steps], eids, net, world)
-    if (targets := options.get("targets")) is not None and len(found):
-        wanted = torch.tensor(np.stack([targets[eid] for eid in found.eids])).float()
-        losses = study_losses(torch.from_numpy(found.logits), wanted, options["outputs"])
-        found = replace(found, losses=losses.numpy())
-    return found
+    steps = [outcome for outcome, _, _ in run_steps(context, eids, label=label)]
+    outcome = merge_outcomes(steps, eids, context.net, context.world)
+    if context.targets is not None and len(outcome):
+        targets = context.targets_of(outcome.eids)
+        losses = study_losses(torch.from_numpy(outcome.logits), targets, context.outputs)
+        outcome = replace(outcome, losses=losses.numpy())
+    return outcome
 
 
-def merged(outcomes, eids, net, world=None):
+def merge_outcomes(outcomes, eids, net, world=None):
     """Outcomes of several steps and processes as one, in the order of `eids`."""
     outcomes = chain(*(world or World()).gather(outcomes))
-    found = gather([[getattr(x, f.name) for f in fields(x)] for x in outcomes], net)
+    outcome = outcome_of_rows([[getattr(x, f.name) for f in fields(x)] for x in outcomes], net)
     place = {eid: i for i, eid in enumerate(eids)}
-    return found.take(sorted(range(len(found)), key=lambda i: place[found.eids[i]]))
+    return outcome.take(sorted(range(len(outcome)), key=lambda i: place[outcome.eids[i]]))
 
 
-def gather(rows, net):
+def outcome_of_rows(rows, net):
     """Rows as `Outcome` has them, of tensors or arrays -> one Outcome."""
     rows = [row for row in rows if row[0]]  # steps of which nothing could be read
     if not rows:
         return Outcome([], np.zeros((0, net.n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
-    eids, *arrays, n_videos, n_clips = zip(*rows, strict=True)
-    logits, embeddings, losses = (
-        np.concatenate([x.cpu().numpy() if torch.is_tensor(x) else x for x in column])
-        for column in arrays
-    )
-    return Outcome(
-        list(chain(*eids)),
-        logits,
-        embeddings,
-        losses,
-        list(chain(*n_videos)),
-        list(chain(*n_clips)),
-    )
+    columns = []
+    for column in zip(*rows, strict=True):
+        if isinstance(column[0], list):
+            columns.append(list(chain(*column)))
+        else:
+            columns.append(np.concatenate([torch.as_tensor(x).cpu().numpy() for x in column]))
+    return Outcome(*columns)
 
 
 def report_unreadable(unreadable, listener=RUN):
-    """Tell which studies could not be read, and why."""
+    """Report which studies could not be read, and why."""
     if unreadable:
         listener.warning(
             f"{len(unreadable)} studies cannot be read:{listed(unreadable, 50)}",

@@ -8,7 +8,7 @@ import pandas as pd
 from echofocus_core.base.console import Collected
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
-from echofocus_core.study.loop import merged, run_steps, run_studies
+from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
 from echofocus_core.study.models import LoadedEnsemble
 from echofocus_core.study.network import Readings
 
@@ -17,14 +17,13 @@ def answer_studies(model, store, eids, settings):
     """(table, why the others have no answer, warnings) of studies, see `prediction_table`."""
     check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
     outcomes, ranges, unreadable = [], {}, {}
-    for outcome, _, _ in run_steps(
-        model.net, store, eids, settings, unreadable=unreadable, label="predict", look=check
-    ):
+    context = LoopContext(model.net, store, settings, unreadable=unreadable, look=check)
+    for outcome, _, _ in run_steps(context, eids, label="predict"):
         outcomes.append(outcome)
         half_widths = half_widths_of(model, store, outcome, settings, check.report)
         if half_widths is not None:
             ranges |= dict(zip(outcome.eids, half_widths, strict=True))
-    outcome = merged(outcomes, eids, model.net)
+    outcome = merge_outcomes(outcomes, eids, model.net)
     note_cut_studies(store, outcome, check.report)
     half_widths = np.array([ranges[eid] for eid in outcome.eids]) if ranges else None
     table, no_number = prediction_table(model, outcome, check.report, half_widths, settings.years)

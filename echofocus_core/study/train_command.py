@@ -27,7 +27,7 @@ from echofocus_core.study.loading import folds_in_folder, load_model, model_fold
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.outputs import EVENT
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
-from echofocus_core.study.training import Training, is_finished
+from echofocus_core.study.training import Training, is_finished, refuse_model_without_checkpoint
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.store import open_store
 
@@ -144,34 +144,20 @@ def folder_to_train_in(settings):
         (best.is_file() and every_fold,
          f"{folder} is one model: take another --model_name for --fold all"),
         (releases.read_source(folder), f"{folder} was downloaded and is not changed: {other}"),
-        *((is_finished_elsewhere(place),
-           f"{place} holds a model and no checkpoint to resume from: {other}")
-          for place in [folder, *folds_in_folder(folder)]),
     ):  # fmt: skip
         if wrong:
             raise UserError(text)
+    for place in [folder, *folds_in_folder(folder)]:
+        refuse_model_without_checkpoint(place)
     return folder
-
-
-def is_finished_elsewhere(folder):
-    """Whether a folder has a model and no checkpoint to resume from, as a model is shared.
-
-    A run that was killed between its first two checkpoints has run.json and no history yet: it
-    starts again.
-    """
-    best, last = folder / "best_checkpoint.pt", folder / "last_checkpoint.pt"
-    killed = (folder / "run.json").is_file() and not (folder / "train_losses.csv").is_file()
-    return best.is_file() and not last.is_file() and not killed
 
 
 def train_cohort(run):
     """One training to its end, from where it stopped."""
-    run.begin()
-    while not run.finished:
-        run.one_epoch()
+    run.run()
     print(
-        f"best validation loss {run.best:.4f} after epoch {run.best_epoch} of {run.epoch}; the "
-        f"model is {run.folder}"
+        f"best validation loss {-max(run.scores):.4f} after epoch {run.best_epoch} of {run.epoch}; "
+        f"the model is {run.folder}"
     )
     for unreadable in run.world.gather(run.unreadable):
         run.unreadable |= unreadable
@@ -195,13 +181,13 @@ def validate_extracted(run):
     eids = [eid for eid in run.cohort.eids["val"] if eid in store.files]
     data = {"targets": run.cohort.targets, "outputs": run.cohort.outputs}
     val = run_studies(best.net, store, eids, run.settings, **data)
-    metric = run.validated(val)
+    run.decide(val, best.record.settings.target)
     if not run.world.rank:
         path, changes = run.folder / "best_checkpoint.pt", {"thresholds": run.thresholds}
         record = best.record.model_copy(update=changes | {"hazards": run.hazards})
         checkpoints.save(read_checkpoint(path) | {"echofocus": record.to_save()}, path)
     print(f"validation on {len(val)} studies of {run.settings.n_clips} clips a video, extracted: "
-          f"loss {val.losses.mean():.4f}, {metric}")  # fmt: skip
+          f"loss {val.losses.mean():.4f}, {run.metrics(val)}")  # fmt: skip
 
 
 def refuse_small_steps(settings, task, training):

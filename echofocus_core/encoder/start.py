@@ -1,0 +1,139 @@
+"""The network that the encoder's training starts with, and the videos its start has seen."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from echofocus_core.base.checkpoints import load_strictly
+from echofocus_core.base.console import RUN, UserError
+from echofocus_core.base.files import derive_seed, sha256_file
+from echofocus_core.base.seen import STUDY
+from echofocus_core.encoder.backbones import Start, build_backbone
+from echofocus_core.study.folds import levels_by, without_seen
+from echofocus_core.study.labels import other_unit
+from echofocus_core.video.panecho import (
+    DOWNLOADED,
+    TASKS,
+    PanEcho,
+    find_weights,
+    licence_of,
+    read_encoder,
+    warn_of_other_clips,
+    weights_path,
+)
+from echofocus_core.video.record import EncoderRecord
+
+
+def build_net(settings, tasks, labels):
+    """(PanEcho with these heads and raw outputs, Start) by the options. Raises UserError.
+
+    tasks: entries with `mean`; labels: of the training videos. An untrained head gives the training
+    mean, a binary one its log-odds.
+    """
+    pretrained = not settings.rand_init and not settings.model_dir_path
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive_seed("weights", settings.seed))
+        backbone, start = build_backbone(
+            settings.model_name, settings.arch, pretrained, settings.clip_len, settings.n_layers,
+            settings.n_heads, settings.transformer_dropout,
+        )  # fmt: skip
+        net = PanEcho(tasks, False, backbone=backbone, dropout=settings.fc_dropout)
+    for task in tasks:
+        if task["type"].startswith("binary"):
+            n = labels[task["name"]].count()
+            share = min(max(task["mean"], 0.5 / (n + 1)), 1 - 0.5 / (n + 1))
+            bias = net.get_submodule(f"{task['name']}_head")[1].bias
+            torch.nn.init.constant_(bias, math.log(share / (1 - share)))
+    if settings.model_dir_path:
+        start = load_start(net, settings.model_dir_path, settings)
+    return net, start
+
+
+def load_start(net, source, settings):
+    """Load a weights file's backbone and its heads of the same tasks; returns the Start."""
+    if Path(source).is_dir():  # even one called panecho, which otherwise names the release
+        source = Path(source)
+        if not weights_path(source).is_file():
+            raise UserError(f"{source} holds no chkpt_epoch-N.pt; name a run's folder or a file")
+    path = find_weights(source)
+    file = read_encoder(path)
+    state, record = without_counters(file.state), file.record
+    if record or path.name == DOWNLOADED.name:
+        refuse_other_network(record or EncoderRecord(tasks=[]), path, settings)
+    given = {t["name"]: t for t in ([x.entry() for x in record.tasks] if record else TASKS)}
+    fresh = net.state_dict()
+    kept = []
+    for task in net.tasks:
+        names = [k for k in fresh if k.startswith(f"{task['name']}_head.")]
+        fits = all(k in state and state[k].shape == fresh[k].shape for k in names)
+        change = fits and task["name"] in given and task_difference(task, given[task["name"]])
+        if change:
+            RUN.warning(f"{task['name']} differs in {path.name}: {change}; its head starts fresh")
+        if fits and not change:
+            kept.append(task["name"])
+        else:
+            state |= {k: fresh[k] for k in names}
+    heads = tuple(f"{t['name']}_head." for t in net.tasks)
+    state = {k: v for k, v in state.items() if k.startswith(("encoder.", *heads))}
+    load_strictly(net, state, path, "this --model_name and --arch")
+    print(
+        f"starting from {path.name}: the backbone and {len(kept)} heads kept, "
+        f"{len(net.tasks) - len(kept)} fresh"
+    )
+    return Start(path.name, sha256_file(path), licence_of(path, record), file.seen, echo=True)
+
+
+def task_difference(task, before):
+    """How two entries of a name differ in the meaning of their head, as text; or ''."""
+    for key in ("type", "class_names"):
+        if before[key] != task[key]:
+            return f"{key} {before[key]}, not {task[key]}"
+    units = before.get("unit", ""), task.get("unit", "")
+    differs = other_unit("", *({"": unit} for unit in units))
+    return f"in {units[0]}, not {units[1]}" if differs else ""
+
+
+def without_seen_videos(start, folds, cohort):
+    """Remove the val and test videos whose patient or study the start was trained on.
+
+    Returns (folds, {fold: notes for its results}). UserError where a fold has no video left.
+    """
+    seen, name = start.seen, start.name
+    notes = []
+    if start.echo and not seen:
+        notes.append(f"{name} was trained elsewhere, on patients it does not name")
+        print(f"{notes[0]}: all count as unseen")
+    table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
+    unseen = without_seen(folds, [(name, levels_by(name, seen, table, RUN))], what="videos")
+    fold_notes = {}
+    for fold in ("val", "test"):
+        n, lost = int((folds == fold).sum()), int(((folds == fold) & (unseen != fold)).sum())
+        if lost == n > 0:
+            raise UserError(
+                f"--model_dir_path: {name} has seen the patients or studies of all {n} {fold} "
+                "videos, by their ids: start from other weights, or use other videos (if only the "
+                "ids coincide, put the site's name before them)"
+            )
+        left_out = f"left out: {lost} of {n} videos, whose patients or studies {name} has seen"
+        fold_notes[fold] = [left_out] * (lost > 0) + notes
+    return unseen, fold_notes
+
+
+def without_counters(state):
+    """A state dict without batch normalisation's counters, which nothing reads."""
+    return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+
+
+def refuse_other_network(record, path, settings):
+    """UserError for weights that fit this network's shapes but were trained in another one."""
+    names = {"model_name": "model_name", "arch": "arch", "n_layers": "layers", "n_heads": "heads",
+             "normalization": "normalization"}  # fmt: skip
+    for option_name, name in names.items():
+        trained, value = getattr(record, name), getattr(settings, option_name)
+        if trained != value and (settings.arch or not option_name.startswith("n_")):
+            raise UserError(
+                f"{path} was trained with {option_name} = {trained or 'none'}, not "
+                f"{value or 'none'}; give --{option_name} {trained}, or start from other weights"
+            )
+    warn_of_other_clips(record, path, settings.size, settings.clip_len, settings.sampling_rate)
