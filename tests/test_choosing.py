@@ -108,7 +108,7 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
     for args, text in {
         ("--freeze", "aggregator"): "--init_from",
         ("--grid", "lrr=1,2"): "lrr=1,2",
-        ("--grid", "learning_rate=fast"): "learning_rate must be a number",
+        ("--grid", "learning_rate=fast"): "--learning_rate should be",
         ("--stratify", "findings"): "no label",
         ("--grid", "seed=0,1"): "moves the folds",
     }.items():

@@ -15,9 +15,9 @@ from helpers import by_rule, write_embeddings
 from torch.nn import functional as F
 
 import echofocus as ef
-from echofocus_core.base.console import Collected
-from echofocus_core.base.options import Settings
-from echofocus_core.study.config import Record, read_config
+from echofocus_core.base.console import Collected, UserError
+from echofocus_core.base.options import Settings, validated
+from echofocus_core.study.config import Record, Task, read_config
 from echofocus_core.study.folds import split_patients
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
@@ -245,7 +245,7 @@ def test_a_mixed_task_is_learnt(learnt, trained_there, cli):
     assert by_grade[0] > 0.5 > by_grade[1] > by_grade[2]
 
     status, out, err = cli("predict", "--years", "40", "--out", "q.csv")
-    assert status == 0 and "nobody whom death was learnt from was followed for 40" in err + out
+    assert status == 0 and "followed for 40" in err + out
     assert pd.read_csv("q.csv")["death_survival_40"].isna().all()
 
 
@@ -301,25 +301,22 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"classes": {}}, "grade"),
+        ({"classes": {}, "type": "multiclass"}, "multiclass of grade: one is missing"),
         ({"classes": {"grade": ["none"]}}, "two classes or more"),
+        ({"classes": {"grade": ["Mild", "mild", "none"]}}, "none twice"),
         ({"survival": {"death": ["years"]}}, "two columns, [time, event]"),
         ({"type": {"grade": "multclass"}}, "mean multiclass?"),
-        ({"type": {"grad": "multiclass"}}, "no label"),
-        ({"task_labels": ["grade", "death", "finding", "size", "grade_mild"]}, "share a column"),
-        ({"task_labels": ["grade", "death", "finding", "size", "death_event"]}, "share a column"),
-        ({"task_labels": ["death_survival_1", "death", "finding", "size", "grade"]}, "share a col"),
-        ({"classes": {"grade": ["Mild", "mild", "none"]}}, "none twice"),
-        ({"boxcox": ["death"]}, "boxcox does nothing for death"),
+        ({"task_labels": ["grade", "death", "grade_mild"]}, "share the column grade_mild"),
+        ({"task_labels": ["grade", "death_event", "death"]}, "share the column death_event"),
+        ({"task_labels": ["death_survival_1", "death", "grade"]}, "share the column death_surv"),
+        ({"boxcox": ["death"]}, "boxcox has no effect on death"),
     ],
 )
-def test_faults_of_kinds(change, text, tmp_path, monkeypatch, cli):
-    monkeypatch.chdir(tmp_path)
-    config = json.loads(json.dumps(SITE))
-    config["task"]["outlook"] |= change
-    Path("config.json").write_text(json.dumps(config))
-    status, _, err = cli("train", "--task", "outlook")
-    assert status == 1 and text in err and "Traceback" not in err, err
+def test_faults_of_kinds(change, text):
+    entry = SITE["task"]["outlook"] | {"type": "", "units": {}, "names": {}}
+    with pytest.raises(UserError) as error:
+        validated(Task, entry | change, "config.json")
+    assert text in str(error.value)
 
 
 def test_faults_of_their_values(outlook):

@@ -304,7 +304,7 @@ CHECKPOINTS = {
     ),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
     "too few labels": (lambda: own(labels=["a"]), "3 outputs and names 1 labels"),
-    "odd pooling": (lambda: own(tf_combine="median"), "'tf_combine' must be 'avg' or 'max'"),
+    "odd pooling": (lambda: own(tf_combine="median"), "tf_combine should be 'avg' or 'max'"),
     "regression without scaling": (lambda: own(type="regression"), "without label scaling"),
     "scaling lacks a label": (
         lambda: own(type="regression") | {"input_norm_dict": {"a": {}}},

@@ -1,4 +1,4 @@
-"""What may be said and who wins: options, the config, a checkpoint's record."""
+"""Options, the config, a checkpoint's record: what is refused, and which value is used."""
 
 import json
 import subprocess
@@ -11,15 +11,21 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
-from helpers import ROOT, normal, recorded, rule_weights, write_embeddings
+from helpers import ROOT
+from pydantic import ValidationError
 
 import echofocus as ef
 from echofocus_core.base.console import UserError, nearest
-from echofocus_core.base.options import OPTIONS, RECORDED, checked_options, options_of
+from echofocus_core.base.options import (
+    OPTIONS,
+    RECORDED,
+    Settings,
+    checked_options,
+    options_of,
+)
 from echofocus_core.study import config as schema
 from echofocus_core.study.job import resolve_settings
 from echofocus_core.study.loading import load_model, read_checkpoint
-from echofocus_core.study.network import StudyModel
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.store import open_store
 
@@ -38,70 +44,36 @@ def written(tmp_path, task=None, dataset=None, **more):
 
 # ------------------------------------------------------------------------------------------- config
 
-FAULTS = {
+FAULTS = {  # changes of the config, and parts of the line about it
     "unknown key": (dict(task={"task_label": ["a"]}), "task t: unknown key 'task_label'; did you"),
-    "of a dataset": (
-        dict(dataset={"csv": "x"}),
-        "dataset site: unknown key 'csv'",
-    ),
+    "of a dataset": (dict(dataset={"csv": "x"}), "dataset site: unknown key 'csv'"),
     "of the file": (dict(tasks={}), "unknown key 'tasks'; did you mean task?"),
-    "a section": (dict(dataset={"settings": []}), "dataset site: 'settings' must be an object"),
-    "kind": (dict(task={"label_path": 5}), "task t: 'label_path' must be text, not 5"),
-    "null": (dict(task={"task_labels": None}), "'task_labels' must be a list, not null"),
-    "labels are objects": (
-        dict(task={"task_labels": [{"name": "a"}, "b"]}),
-        "task t, task_labels: 'item 1' must be text, not",
-    ),
-    "labels nested": (dict(task={"task_labels": [["a"], "b"]}), "'item 1' must be text"),
-    "labels null": (dict(task={"task_labels": ["a", None]}), "'item 2' must be text, not null"),
-    "labels empty": (dict(task={"task_labels": ["a", " "]}), "item 2: '' is empty"),
+    "kind": (dict(task={"label_path": 5}), "task t, label_path is not a valid path"),
+    "null": (dict(task={"task_labels": None}), "task t, task_labels should be a valid list"),
+    "labels are objects": (dict(task={"task_labels": [{"name": "a"}, "b"]}), "item 1 should"),
     "label twice": (dict(task={"task_labels": ["a", "a "]}), "none twice"),
     "no label": (dict(task={"task_labels": []}), "at least one label"),
-    "steers the terminal": (dict(task={"task_labels": ["a", "\x1b[2J"]}), "cannot be printed"),
-    "unit steers": (dict(task={"units": {"a": "\x07"}}), "cannot be printed"),
-    "unit of no label": (
-        dict(task={"units": {"bb": "cm"}}),
-        "units has bb, which is no label",
-    ),
-    "our column": (dict(task={"task_labels": ["a", "n_clips"]}), "n_clips is a column of our tabl"),
-    "our ending": (dict(task={"task_labels": ["a", "a_low"]}), "a_low is a column of our tables"),
+    "unprintable": (dict(task={"task_labels": ["a", "\x1b[2J"]}), "cannot be printed"),
+    "unit of no label": (dict(task={"units": {"bb": "cm"}}), "units has bb, which is not a label"),
+    "our column": (dict(task={"task_labels": ["a", "n_clips"]}), "share the column n_clips"),
+    "our ending": (dict(task={"task_labels": ["a_low", "a"]}), "share the column a_low"),
     "one column": (
-        dict(task={"task_labels": ["a", "a [%]"], "units": {"a": "%"}}),
-        "labels a and a [%] would share a column a [%]",
+        dict(task={"task_labels": ["a", "a [%]"], "units": {"a": "%"}}), "the column a [%]",
     ),
     "upside down": (dict(task={"valid_range": {"a": [9, 1]}}), "valid_range, a: [low, high] is up"),
     "range is text": (dict(task={"valid_range": {"a": "0"}}), "valid_range, a: [low, high], null"),
-    "range nested": (dict(task={"valid_range": {"a": [[1], 2]}}), "valid_range, a: [low, high]"),
     "type": (dict(task={"type": "binry"}), "one of binary, regression, multiclass, survival"),
+    "type of an unknown label": (dict(task={"type": {"bb": "binary"}}), "type has bb"),
     "setting unknown": (dict(task={"settings": {"learningrate": 1}}), "did you mean learning_rate"),
-    "setting's kind": (
-        dict(task={"settings": {"epoch_lim": "ten"}}),
-        "task t, settings: 'epoch_lim' must be a whole number",
-    ),
-    "setting's bound": (
-        dict(task={"settings": {"clip_dropout": 1}}),
-        "'clip_dropout' must be",
-    ),
-    "setting's choice": (
-        dict(dataset={"settings": {"precision": "fp8"}}),
-        "be 'fp32' or 'bf16'",
-    ),
-    "setting is true": (dict(task={"settings": {"epoch_lim": True}}), "must be a whole number"),
-    "not for the config": (
-        dict(task={"settings": {"run_id": "x"}}),
-        "run_id: for the",
-    ),
-    "said twice": (
-        dict(task={"lr": 1, "settings": {"learning_rate": 2}}),
-        "is said twice",
-    ),
-    "settings null": (dict(task={"settings": None}), "'settings' must be an object, not null"),
+    "setting's bound": (dict(task={"clip_dropout": 1}), "settings, clip_dropout should be less"),
+    "setting's choice": (dict(dataset={"precision": "fp8"}), "be 'fp32' or 'bf16'"),
+    "setting is true": (dict(task={"settings": {"epoch_lim": True}}), "should be a valid integer"),
+    "not for the config": (dict(task={"settings": {"run_id": "x"}}), "run_id: for the"),
+    "twice": (dict(task={"lr": 1, "settings": {"learning_rate": 2}}), "is given twice"),
     "path empty": (dict(dataset={"embedding_path": ""}), "a path is text that is not empty"),
-    "a long path": (dict(task={"label_path": "[" * 300}), "names of 255 bytes at most"),
-    "a long folder": (dict(dataset={"video_subdir_format": "{echo_id}" + "x" * 300}), "a folder's"),
     "leads out": (dict(dataset={"video_subdir_format": "../{echo_id}"}), "a folder's name with"),
     "runs code": (dict(dataset={"video_subdir_format": "{echo_id.__class__}"}), "a folder's name"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -114,13 +86,12 @@ def test_a_fault_of_the_config_is_one_line_with_its_place(tmp_path, fault):
     assert text.startswith(str(tmp_path / "config.json"))
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "", ".hidden", "a\x1bb", "a\n", "x" * 200])
-@pytest.mark.parametrize("kind", ["task", "dataset"])
-def test_names_stay_in_their_folder(tmp_path, kind, name):
-    entry = TASK if kind == "task" else {"embedding_path": "emb"}
-    with pytest.raises(UserError, match="is no name") as error:
-        schema.read_config(named(tmp_path, kind, name, entry))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", ["..", "a/b", "", ".hidden", "a\n"])
+def test_names_stay_in_their_folder(tmp_path, name):
+    for kind, entry in (("task", TASK), ("dataset", {"embedding_path": "emb"})):
+        with pytest.raises(UserError, match="is not a name") as error:
+            schema.read_config(named(tmp_path, kind, name, entry))
+        assert "\n" not in str(error.value)
 
 
 def named(tmp_path, kind, name, entry):
@@ -138,30 +109,26 @@ def test_all_faults_at_once(cohort, cli):
         status, out, err = cli(command, "--task", "defect")
         text = out + err
         assert status == 1 and "config.json: 4 faults" in text and "Traceback" not in text
-        assert "config.json, task defect, type: one of binary" in text and "mean binary?" in text
-        assert "config.json, task defect, units: 'finding' must be text, not 3" in text
-        assert "config.json, task defect: unknown key 'boxcoks'; did you mean boxcox?" in text
-        assert "config.json, dataset site: 'embedding_path' must be text, not null" in text
+        for place in ("defect, type", "defect, units, finding", "'boxcoks'", "embedding_path"):
+            assert place in text
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"task": {"t": {}, "t": {}}}', "the key 't' stands twice"),
-        ("[" * 100_000, "nested too deep"),
-        ('{"task":' * 100_000, "nested too deep"),
-        ("[1, 2]", "must be an object"),
-        ("null", "must be an object"),
+        ('{"task": {"t": {}, "t": {}}}', "the key 't' is repeated"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1, 2]", "should be a valid dict"),
         ("{'a': 1}", "is not valid JSON"),
-        ("{" + '"a": 1' * 2, "is not valid JSON"),
-        ("9" * 5000, "is not valid JSON"),
         (b"\xff\xfe\x00", "is not valid JSON"),
     ],
 )
-def test_what_is_no_config(cohort, cli, text, message):
-    Path("config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    status, _, err = cli("train")
-    assert status == 1 and message in err and err.count("\n") == 1, err
+def test_files_that_are_not_a_config(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message) as error:
+        schema.read_config(path)
+    assert "\n" not in str(error.value)
 
 
 def test_paths_are_relative_to_the_config_and_labels_lose_blanks(tmp_path):
@@ -210,16 +177,6 @@ def test_who_wins(tmp_path):
     config.datasets["site"] = schema.Dataset(embedding_path="emb", seed=8, batch_number=4)
     settings = resolved(config, "train", "--batch_number", "2", "--precision", "fp32")
     assert (settings.precision, settings.seed, settings.batch_number) == ("fp32", 8, 2)
-
-
-def test_a_tasks_precision_holds_for_every_command(cohort, cli):
-    config = json.loads(Path("config.json").read_text())
-    config["task"]["defect"]["settings"] |= {"precision": "bf16"}
-    Path("config.json").write_text(json.dumps(config))
-    for line, n in (("train", 20), ("predict", 2), ("embed", 2)):
-        more = ("--epoch_lim", "1") if line == "train" else ()
-        status, out, err = cli(line, "--task", "defect", "--sample_limit", n, *more)
-        assert status == 0 and "precision = bf16 (the config's task defect)" in out, err
 
 
 def test_a_model_of_another_dataset_falls_back_to_the_first(trained, cli):
@@ -282,14 +239,11 @@ def test_published_spellings():
 @pytest.mark.parametrize(
     "line, status, message",
     [
-        (["train", "--split", "50,50"], 1, "--split: three percentages"),
         (["train", "--split", "(64,16,x)"], 1, "--split: three percentages"),
-        (["train", "--split", "nan,1,1"], 1, "--split: three percentages"),
-        (["train", "--epoch_lim", "0"], 1, "--epoch_lim: 1 or more, or -1 for no limit, not 0"),
-        (["train", "--epoch_lim", "-2"], 1, "not -2"),
-        (["evaluate", "--folds", "tests"], 1, "--folds must be"),
-        (["train", "--learning_rate", "inf"], 1, "--learning_rate must be a finite number"),
-        (["predict", "--size", "5"], 1, "--size must be 32 or more, not 5"),
+        (["train", "--epoch_lim", "-2"], 1, "--epoch_lim: 1 or more, or -1 for no limit, not -2"),
+        (["evaluate", "--folds", "tests"], 1, "--folds should be"),
+        (["train", "--learning_rate", "inf"], 1, "--learning_rate should be a finite number"),
+        (["predict", "--size", "5"], 1, "--size should be greater than or equal to 32, not 5"),
         (["train", "--epoch_lim", "ten"], 2, "invalid int value: 'ten'"),
         (["train", "--learning_rat", "3"], 2, "did you mean --learning_rate?"),
         (["train", "--subset", "val"], 2, "it is an option of evaluate, explain"),
@@ -305,8 +259,7 @@ def test_options_that_are_wrong(cli, line, status, message):
 def test_all_wrong_options_at_once(cli):
     status, _, err = cli("train", "--batch_number", "0", "--clip_dropout", "1")
     assert status == 1 and "options: 2 faults" in err
-    assert "--batch_number must be 1 or more, not 0" in err
-    assert "--clip_dropout must be below 1, not 1" in err
+    assert "--batch_number should" in err and "--clip_dropout should" in err
 
 
 def test_help_is_in_groups(cli):
@@ -316,8 +269,8 @@ def test_help_is_in_groups(cli):
     assert "--learning_rate" not in out
 
 
-def test_every_option_is_some_commands(cli):
-    commands = {*ef.COMMANDS, "extract", "train_encoder"}
+def test_every_option_is_some_commands():
+    commands = {*ef.WITH_JOB, *ef.WITH_SETTINGS, "extract", "train_encoder"}
     for name, f in OPTIONS.items():
         assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
     defaults = extract.Settings()
@@ -337,102 +290,79 @@ def test_the_nearest_is_by_meaning_then_by_letters():
 # ---------------------------------------------------------------------------- a checkpoint's record
 
 
-def frozen(kind):
-    """A checkpoint as the program made it before its record had a format; weights by rule."""
-    entry = recorded("records_format0.json")[kind]
-    settings, n = entry["echofocus"], len(entry["echofocus"]["labels"])
-    shapes = StudyModel(n, settings["transformer_type"], settings["encoder_depth"]).state_dict()
-    return {
-        "model_state_dict": rule_weights({k: v.shape for k, v in shapes.items()}),
-        "perf_log": [[1, 0.5, 0.6, 1e-4, 1.0]],
-        **entry,
-    }
+RECORD = schema.Record(
+    task="t", dataset="site", labels=["a", "g", "s"],
+    type={"a": "binary", "g": "multiclass", "s": "survival"}, classes={"g": ["none", "mild"]},
+    survival={"s": ["years", "died"]}, units={"s": "years"}, thresholds={"a": 0.4},
+    hazards={"s_risk": {"mean": 0.1, "times": [0.0, 4.0], "cumulative": [0.0, 0.4]}},
+    unlearnt=["g_mild"], input={"size": 224, "weights": "panecho.pt"},
+    settings=Settings(seed=3, learning_rate=1e-3),
+)  # fmt: skip
 
 
-def saved_model(checkpoint, name="old"):
-    folder = Path("trained_models") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, folder / "best_checkpoint.pt")
-    return folder
+def test_a_record_is_read_as_it_was_saved():
+    again = schema.read_record({"echofocus": RECORD.to_save()}, "x")
+    assert again == RECORD and set(RECORD.to_save()["settings"]) == set(RECORDED)
+    assert again.outputs.names == ["a", "g_none", "g_mild", "s_risk"]
+    with pytest.raises(ValidationError, match="frozen"):
+        again.type = "binary"
 
 
-@pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_a_frozen_checkpoint_keeps_loading(tmp_path, monkeypatch, cli, kind):
-    monkeypatch.chdir(tmp_path)
-    checkpoint, entry = frozen(kind), recorded("records_format0.json")[kind]["echofocus"]
-    folder = saved_model(checkpoint)
-    model = load_model(folder)
-    record = model.record
-    assert (model.task, model.labels, model.type) == (entry["task"], entry["labels"], kind)
-    assert record.format == 1 and record.dataset == "site" and record.units == entry["units"]
-    assert record.thresholds == entry["thresholds"]
-    assert record.encoder_sha256 == record.input.weights_sha256 == "ab" * 32
-    assert record.input.model_dump(exclude_none=True) == entry["input"]
-    for name in set(RECORDED) & set(entry):
-        assert getattr(record.settings, name) == entry[name], name
-    assert model.net.kind == entry["transformer_type"]
-    write_embeddings(Path("emb"), "s", normal(1, 2, 3, 768))
-    config = {"task": {"x": {"task_labels": ["q"]}}, "dataset": {"d": {"embedding_path": "emb"}}}
-    Path("config.json").write_text(json.dumps(config))
-    assert cli("predict", "--model_name", "old", "--out", "p.csv")[0] == 0
-    values = pd.read_csv("p.csv").iloc[0][entry["labels"][0] + (" [cm]" if entry["units"] else "")]
-    tokens = torch.from_numpy(normal(1, 2, 3, 768)).flatten(0, 1)
-    logits, _ = model.net(tokens, [len(tokens)])
-    assert values == pytest.approx(model.readable(logits.numpy())[0, 0], rel=1e-5)
-    # What is saved now is read the same.
-    again = schema.read_record({"echofocus": record.to_save()}, "x")
-    assert again == record and set(record.to_save()["settings"]) == set(RECORDED)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"classes": {}}, "classes and type multiclass of g"),
+        ({"type": {"g": "multiclass", "s": "survival"}}, "type of label a is missing"),
+        ({"thresholds": {"x": 0.5}}, "thresholds has x"),
+        ({"unlearnt": ["g_severe"]}, "unlearnt has g_severe"),
+        ({"hazards": {"s_risk": {"mean": 0.0, "times": [0.0, 1.0], "cumulative": [1.0, 0.0]}}},
+         "never falls"),
+        ({"labels": []}, "at least one label"),
+    ],
+)  # fmt: skip
+def test_records_that_contradict_themselves(change, message):
+    with pytest.raises(UserError, match=message):
+        schema.read_record({"echofocus": RECORD.to_save() | change}, "best.pt")
 
 
-ODD = [None, 5, -1, 2.5, float("nan"), True, "", "x", "\x1b[2J", "../x", b"x", [], [1], [[]], ["a"]]
-ODD += [{}, {"a": 1}, {1: 2}, {"a": {"b": []}}, ["a", "a"], torch.zeros(2), np.float64(1), (1,)]
+ODD = [None, 5, -1, 2.5, float("nan"), True, "", "\x1b[2J", "../x", b"x", [], [1], ["a", "a"], {}]
+ODD += [{"a": 1}, {1: 2}, torch.zeros(2), np.float64(1)]
 
 
-def fuzzed():
-    """Records of today with one key, at any depth, replaced by an odd value or left out."""
-    good = schema.read_record(frozen("binary"), "x").to_save()
+def odd_records():
+    """Records with one key, at any depth, replaced by an odd value or left out."""
+    good = RECORD.to_save()
     for key in good:
-        yield key, None, {k: v for k, v in good.items() if k != key}
+        yield {k: v for k, v in good.items() if k != key}
         for odd in ODD:
-            yield key, odd, good | {key: odd}
+            yield good | {key: odd}
     for part in ("settings", "input", "thresholds", "units"):
         for key in [*good[part], "unknown"]:
             for odd in ODD:
-                yield f"{part}.{key}", odd, good | {part: good[part] | {key: odd}}
-    yield "unknown", 1, good | {"unknown": 1}
+                yield good | {part: good[part] | {key: odd}}
 
 
 def test_no_record_is_a_traceback():
     """One clear line that names the file, or a record whose values are of the right kinds."""
     refused = read = 0
-    for key, odd, raw in fuzzed():
+    for raw in [*odd_records(), None, 5, [1], torch.zeros(1)]:
         try:
             record = schema.read_record({"echofocus": raw}, "best.pt")
             read += 1
         except UserError as error:
             lines = str(error).split("\n")
-            assert lines[0].startswith("best.pt"), (key, odd)
-            assert all(line.isprintable() and len(line) < 300 for line in lines), (key, odd)
+            assert lines[0].startswith("best.pt"), raw
+            assert all(line.isprintable() and len(line) < 300 for line in lines), raw
             refused += 1
             continue
-        assert all(isinstance(x, str) for x in (record.task, *record.labels)), (key, odd)
-        assert all(isinstance(x, float) for x in record.thresholds.values()), (key, odd)
+        assert all(isinstance(x, str) for x in (record.task, *record.labels)), raw
+        assert all(isinstance(x, float) for x in record.thresholds.values()), raw
         json.dumps(record.to_save())
     assert refused > 400 and read > 50
-    for raw in (None, 5, [1], "x", torch.zeros(1)):
-        with pytest.raises(UserError, match="entry is a"):
-            schema.read_record({"echofocus": raw}, "best.pt")
-    old = frozen("binary")["echofocus"]
-    for key in old:
-        for odd in ODD:
-            try:
-                schema.read_record({"echofocus": old | {key: odd}}, "best.pt")
-            except UserError as error:
-                assert str(error).startswith("best.pt"), (key, odd)
 
 
 def test_a_record_of_a_later_program_is_refused():
-    with pytest.raises(UserError, match="format 2, this program reads 0 to 1; update it"):
+    with pytest.raises(UserError, match="format 2, this program reads 1; update it"):
         schema.read_record({"echofocus": {"format": 2}}, "best.pt")
     assert schema.read_record({}, "best.pt") is None  # as published
 
@@ -551,7 +481,7 @@ def test_videos_are_extracted_as_the_model_was_trained(trained_on_small_images, 
         assert f"{said} (as defect was trained)" in out
     (path,) = Path("clip_embeddings").glob("*/v1.hdf5")
     with h5py.File(path) as f:
-        assert (f.attrs["size"], f.attrs["mask"], f["embeddings"].shape[1]) == (56, "sector", 4)
+        assert f.attrs["size"] == 56 and f["embeddings"].shape[1] == 4
     assert "WARNING" not in out.split("studies extracted")[0]
     status, out, err = cli("predict", "--videos", "visits", "--size", "64", "--redo")
     before = out.split("studies extracted")[0]

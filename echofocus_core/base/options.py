@@ -1,12 +1,11 @@
-"""Options: each declared once, with its default, bounds, group in --help and commands.
+"""Options: each declared once, with its default, bounds, group in --help, commands and properties.
 
-`validated` turns what pydantic finds wrong with options, config or a checkpoint's record into lines
-for the person at the keyboard: all faults at once, each with its place.
+`validated` turns what pydantic finds wrong in options, the config or a checkpoint's record into one
+line for each fault, with its place.
 """
 
 import json
 import math
-import os
 import re
 from argparse import SUPPRESS
 from ast import literal_eval
@@ -29,10 +28,10 @@ from pydantic import (
 from echofocus_core.base.console import Joined, Switch, UserError, nearest, printable
 
 FOLDS = ("train", "val", "test")
-SEEDS = 2**63  # what fits into a file's attribute lies below
-# More than anyone needs: what a slip of the finger asks for is refused before any work.
+SEEDS = 2**63  # what fits into a file's attribute is below
+# More than anyone needs, so that a typing error is refused before any work.
 MOST_RATE, MOST_SIDE, MOST_CLIPS, MOST_WORKERS, MOST_BATCH = 1e6, 4096, 10_000, 1_024, 1_000_000
-MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged, or made to do harm
+MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged
 
 
 class Entry(BaseModel):
@@ -48,14 +47,14 @@ class Entry(BaseModel):
 
 def names_in(value):
     """['train,val'], ["('train', 'val')"] or ['train', 'val'] -> ['train', 'val']."""
-    words = []
+    names = []
     for word in value if isinstance(value, list) else [value]:
         try:
-            listed = literal_eval(word) if str(word)[:1] in "([" else word
+            parsed = literal_eval(word) if str(word)[:1] in "([" else word
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            listed = word
-        words += listed if isinstance(listed, list | tuple) else [listed]
-    return words
+            parsed = word
+        names += parsed if isinstance(parsed, list | tuple) else [parsed]
+    return names
 
 
 def times_in(value):
@@ -109,9 +108,9 @@ def parse_split(text):
 
 
 def file_name(name):
-    """Refuse a name that would lead out of its folder or hide in it."""
+    """Refuse a name that would lead out of its folder or be hidden in it."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
-        raise ValueError(f"{ascii(name)[:60]} is no name; use letters, digits, . - + and _")
+        raise ValueError(f"{ascii(name)[:60]} is not a name; use letters, digits, . - + and _")
     return name
 
 
@@ -124,8 +123,6 @@ def readable_text(text):
 def usable_path(path):
     if not str(path).isprintable() or path == Path():
         raise ValueError("a path is text that is not empty and can be printed")
-    if len(os.fsencode(path)) > 4000 or any(len(os.fsencode(x)) > 255 for x in path.parts):
-        raise ValueError("a path has names of 255 bytes at most, 4,000 in all")
     return path
 
 
@@ -604,38 +601,36 @@ def add_options(parser, command, settings=Settings):
     """Give a parser a command's options, in groups; one that is not typed is not in the result."""
     groups = {}
     for name, f in options_of(command, settings).items():
-        told, kind, choices = f.json_schema_extra, f.annotation, None
-        if (title := told["group"].title) not in groups:
+        meta, kind = f.json_schema_extra, f.annotation
+        if (title := meta["group"].title) not in groups:
             groups[title] = parser.add_argument_group(title)
-        many = get_origin(kind) is list
-        if many:
-            kind = str
-        if get_origin(kind) is Literal:
-            kind, choices = str, [x for x in get_args(kind) if x]
-        given = "" if f.default in ("", [], False, None) else f" [{f.default}]"
-        how = {"help": (f.description + given).replace("%", "%%"), "default": SUPPRESS}
+        default = "" if f.default in ("", [], False, None) else f" [{f.default}]"
+        how = {"help": (f.description + default).replace("%", "%%"), "default": SUPPRESS}
         if kind is bool:
             how["action"] = Switch
+        elif get_origin(kind) is list:
+            how |= {"type": str, "nargs": "+", "metavar": name.upper()}
+        elif get_origin(kind) is Literal:
+            how |= {"type": str, "choices": [x for x in get_args(kind) if x]}
         else:
-            kind = float if kind == float | None else kind
-            how |= {"type": kind} | ({"choices": choices} if choices else {"metavar": name.upper()})
-        how |= ({"nargs": "+"} if many else {}) | told["argparse"]
+            how |= {"type": float if kind == float | None else kind, "metavar": name.upper()}
+        how |= meta["argparse"]
         if name == "source":  # a word without --
             groups[title].add_argument(name, **how)
         else:
-            words = [f"--{word}" for word in (name.rstrip("_"), *told["also"])]
+            words = [f"--{word}" for word in (name.rstrip("_"), *meta["also"])]
             groups[title].add_argument(*words, dest=name, **how)
 
 
 def one_name(values, others=None):
-    """Options under their own names, beside others; ValueError where one is said twice."""
-    found = dict(others or {})
+    """Options under their own names, beside others; ValueError where one is given twice."""
+    named = dict(others or {})
     for key, value in values.items():
         name = SYNONYMS.get(key, key)
-        if name in found:
-            raise ValueError(f"{name} is said twice")
-        found[name] = value
-    return found
+        if name in named:
+            raise ValueError(f"{name} is given twice")
+        named[name] = value
+    return named
 
 
 def given(settings):
@@ -644,30 +639,12 @@ def given(settings):
 
 
 def checked_options(typed):
-    """Options as typed -> the same, in their one form. Raises UserError for all that is wrong."""
+    """Options as typed -> the same, in their one form. Raises UserError with all faults."""
     settings = validated(Settings, typed)
     return {name: getattr(settings, name) for name in typed}
 
 
 # ------------------------------------------------------------------------------------------- faults
-
-WANTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
-    "path_type": "text",
-    "int_from_float": "a whole number",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than": "below {lt:g}",
-    "literal_error": "{expected}",
-    "too_short": "an object with at least one entry",
-}
 
 
 def validated(kind, values, file=""):
@@ -679,8 +656,6 @@ def validated(kind, values, file=""):
         return kind.model_validate(values)
     except ValidationError as error:
         faults = [x for e in error.errors(include_url=False) for x in fault_lines(e, kind, file)]
-    except RecursionError:
-        faults = [f"{file} is nested too deep"]
     faults = list(dict.fromkeys(faults))
     if len(faults) > 1:
         faults = [f"{file or 'options'}: {len(faults)} faults", *(f"  {text}" for text in faults)]
@@ -688,31 +663,20 @@ def validated(kind, values, file=""):
 
 
 def fault_lines(error, kind, file):
-    """A fault that pydantic found, in lines for the person at the keyboard."""
-    place = tuple(key for key in error["loc"] if key != "[key]")
-    *above, last = where(place, file) or [file]
-    above, whole = ", ".join(above), ", ".join([*above, last])
-    name = f"{above}: '{last}'" if above else last
-    told = error.get("ctx", {})
-    if error["type"] == "value_error":
-        return [f"{whole}: {line}" for line in str(told["error"]).splitlines()]
-    if error["type"] == "extra_forbidden":
-        hint = nearest(place[-1], keys_at(kind, place[:-1]))
-        return [f"{above}: unknown key '{last}'{hint}"]
-    if error["type"] == "missing":
-        return [f"{name} is missing"]
-    wanted = WANTED.get(error["type"], error["msg"]).format(**told)
-    return [f"{name} must be {wanted}, not {shown(error['input'])}"]
-
-
-def where(place, file):
-    """A place in words: ('task', 'chd', 'boxcox', 0) -> [file, 'task chd', 'boxcox', 'item 1']."""
-    if not file:
-        return [f"--{place[0].rstrip('_')}"]
+    """A fault that pydantic found, in lines with its place: 'config.json, task chd, item 1'."""
+    place = [key for key in error["loc"] if key != "[key]"]
     words = [f"item {x + 1}" if isinstance(x, int) else printable(x)[:60] for x in place]
-    if len(words) > 1 and words[0] in ("task", "dataset"):
+    if file and len(words) > 1 and words[0] in ("task", "dataset"):
         words[:2] = [" ".join(words[:2])]
-    return [file, *words]
+    *above, last = [file, *words] if file else [f"--{place[0].rstrip('_')}"]
+    above, where = ", ".join(above), ", ".join([*above, last])
+    if error["type"] == "value_error":
+        return [f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
+    if error["type"] == "extra_forbidden":
+        return [f"{above}: unknown key '{last}'{nearest(place[-1], keys_at(kind, place[:-1]))}"]
+    if error["type"] == "missing":
+        return [f"{where} is missing"]
+    return [f"{where} {error['msg'].removeprefix('Input ')}, not {shown(error['input'])}"]
 
 
 def shown(value):
