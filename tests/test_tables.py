@@ -2,8 +2,8 @@
 
 import csv
 import io
+import sys
 import time
-import zipfile
 
 import numpy as np
 import pandas as pd
@@ -31,27 +31,21 @@ READ_AS_PLAIN = {  # content; what is said
     "CR alone": (TEXT.replace("\n", "\r"), ""),
     "no newline at the end": (TEXT[:-1], ""),
     "UTF-8 with its mark": (TEXT.encode("utf-8-sig"), ""),
-    "UTF-16": (TEXT.encode("utf-16"), "UTF-16"),
-    "UTF-16 big endian with mark": (b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16"),
-    "UTF-16 without mark": (TEXT.encode("utf-16-le"), "UTF-16"),
-    "UTF-16 big endian without mark": (TEXT.encode("utf-16-be"), "UTF-16"),
+    "UTF-16": (TEXT.encode("utf-16"), "utf-16"),
     "semicolons": (TEXT.replace(",", ";"), "semicolons"),
     "tabs": (WIDE, "tabs"),
     "bars": (TEXT.replace(",", "|"), "bars"),
-    "sep line": ("sep=;\n" + TEXT.replace(",", ";"), "semicolons"),
-    "quoted sep line": ('"sep=\t"\n' + WIDE, "tabs"),
     "quoted": ("".join(f'"{r[0]}","{r[1]}","{r[2]}"\n' for r in PLAIN), ""),
     "blanks": (TEXT.replace(",", " , "), ""),
     "blank lines": ("\n" + TEXT.replace("\n", "\n\n"), ""),
     "rows of nothing": (TEXT + ",,\n,,\n,,,,\n", ""),
-    "comments": ("# made by\n" + TEXT + "# the end, of it\n", "2 lines of comment (line 1, 5)"),
     "a comma more in each line": (TEXT.replace("\n", ",\n"), ""),
-    "a comma more in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", "empty cell at the end"),
+    "a comma more in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", ""),
     "names with what is not seen": (
         "\u200bp\ufeffid,e\u00adid,VSD\u200e\n" + TEXT[TEXT.index("\n") + 1 :],
         "",
     ),
-    "an index without a name": (",pid,eid,VSD\n0,P0,001,1\n1,P1,002,0.5\n", "column 1 without"),
+    "an index without a name": (",pid,eid,VSD\n0,P0,001,1\n1,P1,002,0.5\n", "without a name (1)"),
 }
 
 
@@ -64,34 +58,21 @@ def test_read_as_meant(tmp_path, case):
     assert [said in text for text in findings] == [True] * bool(said), findings
 
 
-def zipped(name, n):
-    """A zip of one member of n zeros."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, bytes(n))
-    return buffer.getvalue()
-
-
 REFUSED = {  # content; each part of what is said
     "a comma more in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
     "a comma more in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields and the header"),
     "a field less": ("pid,eid,VSD\nP0,E0,1\nP1,E1\n", "line 3 has 2 fields"),
     "a field more in each row": ("eid,VSD\n0,E0,1\n1,E1,0\n", "line 2 has 3 fields"),
     "decimal commas between commas": ("pid,eid,EF\nP0,E0,40,5\nP1,E1,41\n", "line 2 has 4 fields"),
-    "after blank lines": ("eid,VSD\n\n\nE0,1,1\nE1,0\n", "line 4 has 3 fields"),
     "after a cell of two lines": ('eid,V\n"E\n0",1\nE1,0,1\n', "line 4 has 3 fields"),
     "two columns of a name": ("eid,VSD, VSD\nE0,1,0\n", "two columns 'VSD'"),
-    "a NUL": ("eid,VSD\nE0,1\nE\0001,0\n", "line 3, holds a NUL"),
     "an open quote": ('eid,VSD\nE0,1\n"E1,0\nE2,1\n', 'line 3: a quote (") does not close'),
     "a quote within": ('eid,VSD\n"E0"x,1\n', "line 2: a quote"),
     "two open quotes": ('eid,VSD\n"E0,1\nE1,0\nE2",1\n', "line 2: a quote"),
     "nothing": ("", "is empty"),
     "blank lines alone": ("\n\n", "is empty"),
     "a header alone": ("pid,eid,VSD\n", "no rows"),
-    "an old Excel file": (b"\xd0\xcf\x11\xe0" + bytes(100), "save it as CSV or .xlsx"),
-    "a zip that is no sheet": (b"PK\x03\x04" + bytes(100), "damaged Excel file"),
-    "a sheet that unpacks without end": (zipped("xl/worksheets/sheet1.xml", 8 << 20), "no Excel"),
-    "UTF-8 with a damaged byte": ("pid,ä,ö,ü,ß\n".encode() + b"1,2,3,\xff,5\n", "line 2: bytes"),
+    "an old Excel file": (b"\xd0\xcf\x11\xe0" + bytes(100), "save it as CSV"),
 }
 
 
@@ -116,7 +97,7 @@ def test_cells_that_hold_delimiters_quotes_and_lines(tmp_path):
 
 def test_latin_1(tmp_path):
     table, said = read(tmp_path / "t.csv", "eid,Größe €\nE0,1\n".encode("cp1252"))
-    assert list(table) == ["eid", "Größe €"] and "Latin-1" in said[0]
+    assert list(table) == ["eid", "Größe €"] and "cp1252" in said[0]
 
 
 def test_a_list_of_one_column_and_odd_paths(tmp_path):
@@ -124,7 +105,7 @@ def test_a_list_of_one_column_and_odd_paths(tmp_path):
     assert table["eid"].tolist() == ["001", None, "002"] and list(table.index) == [2, 3, 4]
     with pytest.raises(UserError, match=r"no label table .*gone"):
         tables.read_table(tmp_path / "gone.csv", Findings(), "label table")
-    with pytest.raises(UserError, match="is not a file"):
+    with pytest.raises(UserError, match="no table"):
         tables.read_table(tmp_path, Findings())
 
 
@@ -140,51 +121,24 @@ def workbook(path, *sheets):
 
 
 def test_excel(tmp_path):
-    """Numbers as a person sees them, ids with zeros in front by format, an empty first sheet."""
+    """Ids as text, the first sheet with cells, lines as in the sheet."""
     path = tmp_path / "t.xlsx"
-    rows = [["pid", "eid", "EF", "VSD"], ["P0", 7, 55.0, True], ["P1", "008", 40.5, None]]
-    book = workbook(path, [], rows)
-    book.worksheets[1]["B2"].number_format = "000"
-    book.save(path)
-    table, said = read(path, path.read_bytes())
-    assert table.to_numpy().tolist() == [["P0", "007", "55", "True"], ["P1", "008", "40.5", None]]
-    assert "Excel" in said[0]
-    workbook(path, [["pid", "EF"], ["P0", "=1+1"]])
-    with pytest.raises(UserError, match="line 2: =1\\+1 was never computed"):
-        read(path, path.read_bytes())
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("word/document.xml", "<a/>")
-    with pytest.raises(UserError, match="no Excel sheet"):
-        read(path, path.read_bytes())
-
-
-def test_excel_of_several_sheets_and_percentages(tmp_path):
-    """The other sheets are not passed over in silence; 0.55 shown as 55 % is 55 %."""
-    path = tmp_path / "t.xlsx"
-    rows = [["pid", "eid", "EF"], ["P0", 7, 0.55], ["P1", 8, 0.605], ["P2", 9, 0.4]]
-    book = workbook(path, rows, [], [["pid", "eid", "EF"], ["P3", 10, 0.7]])
-    for i, form in enumerate(("0%", "0.0%", "General")):
-        book.worksheets[0].cell(2 + i, 3).number_format = form
-    book.save(path)
-    table, (said,) = read(path, path.read_bytes())
-    assert table["EF"].tolist() == ["55", "60.5", "0.4"]
-    assert "the first of 2 with cells" in said and "percentages as they are shown" in said
-
-
-def test_excel_with_formats_far_away(tmp_path):
-    """Cells without a value, which programs leave behind, are no cells of the table."""
-    path = tmp_path / "t.xlsx"
-    book = workbook(path, [["pid", "eid"], ["P0", 7]])
-    for place in ("Z2", "XFD3", "A9000"):
-        book.active[place].number_format = "00"
-    book.save(path)
-    assert read(path, path.read_bytes())[0].to_numpy().tolist() == [["P0", "7"]]
+    rows = [["pid", "eid", "EF"], ["P0", 7, 55.0], [], ["P1", "008", 40.5], ["P2", "-A7", None]]
+    workbook(path, [], rows, [["other"]])
+    table, (note,) = read(path, path.read_bytes())
+    assert table.to_numpy().tolist() == [["P0", "7", "55"], ["P1", "008", "40.5"],
+                                         ["P2", "-A7", None]]  # fmt: skip
+    assert list(table.index) == [2, 4, 5] and "the first of 2" in note
+    for content in (b"PK\x03\x04" + bytes(100), path.read_bytes()[:-100]):
+        with pytest.raises(UserError, match=r"t\.xlsx"):
+            read(path, content)
 
 
 def test_excel_without_openpyxl(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
+    workbook(tmp_path / "t.xlsx", [["eid"]])
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(UserError, match="the extra 'xlsx'"):
-        read(tmp_path / "t.xlsx", b"PK\x03\x04")
+        read(tmp_path / "t.xlsx", (tmp_path / "t.xlsx").read_bytes())
 
 
 def numbers(**columns):
