@@ -240,9 +240,9 @@ def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
     expected = next(pydicom.pixels.iter_pixels(tmp_path / "a"))
     if name == "palette_color":
         expected = pydicom.pixels.apply_color_lut(expected, dataset) >> 8
-    found, notes = read(tmp_path / "a")
-    assert len(found) == max(3, frames) and notes == ""
-    assert np.abs(found[0] - expected).max() <= 2
+    frames_read, notes = read(tmp_path / "a")
+    assert len(frames_read) == max(3, frames) and notes == ""
+    assert np.abs(frames_read[0] - expected).max() <= 2
 
 
 def test_what_another_decoder_may_read_is_tried_again(tmp_path):

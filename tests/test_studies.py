@@ -27,11 +27,11 @@ def put(root, path, study="", **tags):
     write_dicom(root / path, PIXELS, "RGB", **tags)
 
 
-def found(root, *args, **kwargs):
+def layout_of(root, *args, **kwargs):
     """name -> (folder, videos)"""
     listener = kwargs.pop("listener", None)
-    all_found = studies.find_studies(root, *args, listener=listener, **kwargs)
-    return {s.name: (s.folder.relative_to(root).as_posix(), s.videos) for s in all_found}
+    all_studies = studies.find_studies(root, *args, listener=listener, **kwargs)
+    return {s.name: (s.folder.relative_to(root).as_posix(), s.videos) for s in all_studies}
 
 
 def lay_out(root, files):
@@ -115,7 +115,7 @@ def test_layouts(tmp_path, layout):
     """By header wherever the files lie; named by a folder of their own, or with a digest."""
     files, expected = LAYOUTS[layout]
     lay_out(tmp_path / "SOURCE", files)
-    assert found(tmp_path / "SOURCE") == expected
+    assert layout_of(tmp_path / "SOURCE") == expected
 
 
 def test_a_cd_of_two_patients(tmp_path):
@@ -125,15 +125,15 @@ def test_a_cd_of_two_patients(tmp_path):
     (cd / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
     uids = [pydicom.dcmread(p).StudyInstanceUID for p in sorted((cd / "DICOM").iterdir())]
     expected = {f"DICOM-{d(u)}": ("DICOM", [f"IM00000{i}"]) for i, u in enumerate(uids)}
-    assert found(cd) == expected
+    assert layout_of(cd) == expected
     for group in ("folder", "one"):
         with pytest.raises(UserError, match=r"several studies .*--group dicom"):
-            found(cd, group)
+            layout_of(cd, group)
         listener = Collected()  # check goes on, and says the same
-        found(cd, group, listener=listener)
+        layout_of(cd, group, listener=listener)
         assert any(f.level == "ERROR" and "--group dicom" in f.remedy for f in listener.findings)
-    assert set(found(cd, study_id="uid")) == set(uids)
-    names = found(cd, study_id="digest")
+    assert set(layout_of(cd, study_id="uid")) == set(uids)
+    names = layout_of(cd, study_id="digest")
     assert all(len(n) == 16 and set(n) <= set("0123456789abcdef") for n in names)
 
 
@@ -142,23 +142,23 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
     put(tmp_path, "A/y", "1", PatientID="MRN-4712")
     put(tmp_path, "B/z", "2", PatientID="MRN-4711")
     put(tmp_path, "B/w", "2")  # one that does not say
-    assert set(found(tmp_path)) == {"B"}
+    assert set(layout_of(tmp_path)) == {"B"}
     out = capsys.readouterr().out
     assert "2 patients: A/x, A/y" in out and "left out" in out and "MRN" not in out
     shutil.rmtree(tmp_path / "B")
     with pytest.raises(UserError, match="no study"):
-        found(tmp_path)
+        layout_of(tmp_path)
 
 
 def test_files_of_no_study_are_left_out(tmp_path, capsys):
     lay_out(tmp_path, {"A/x": "1", "A/y": "2", "A/z.avi": "", "B/w": "3", "loose.mp4": ""})
-    assert sorted(v for _, vs in found(tmp_path).values() for v in vs) == ["w", "x", "y"]
+    assert sorted(v for _, vs in layout_of(tmp_path).values() for v in vs) == ["w", "x", "y"]
     assert "2 files have no StudyInstanceUID" in (out := capsys.readouterr().out)
     assert "A/z.avi, loose.mp4" in out
     with pytest.raises(UserError, match="no StudyInstanceUID in the files of V"):
         (tmp_path / "V").mkdir()
         (tmp_path / "V/v.avi").write_text("x")
-        found(tmp_path, study_id="uid")
+        layout_of(tmp_path, study_id="uid")
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
@@ -203,7 +203,7 @@ def test_ignored_files_are_counted(source, tmp_path, cli):
     (source / "C").mkdir()
     for name in ("a.TXT", "b.xml", "noending", ".hidden"):
         (source / "C" / name).write_text("no video")
-    assert {n: v for n, (_, v) in found(source).items()} == {
+    assert {n: v for n, (_, v) in layout_of(source).items()} == {
         "A_1": ["IM0001", "series/y.dcm", "x.dcm"],
         "B": ["notes.dcm", "real.dcm", "still.dcm"],
     }
@@ -252,7 +252,7 @@ def test_wrong_sources(tmp_path, cli):
 # ------------------------------------------------------------------------------------------ tables
 
 
-def listed(root, text, listener=None):
+def from_manifest(root, text, listener=None):
     table = root / "list.csv"
     table.write_text(text)
     return studies.find_studies(root, manifests=[table], listener=listener)
@@ -261,13 +261,13 @@ def listed(root, text, listener=None):
 def test_manifests(tmp_path):
     """Our list, MIMIC's and EchoNet's."""
     lay_out(tmp_path, {"A/x.dcm": "1", "A/s/y.dcm": "1", "B/z.dcm": "2"})
-    s1, s2 = listed(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
+    s1, s2 = from_manifest(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
     assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
     assert (s2.name, s2.videos) == ("s2", ["z.dcm"])
-    (one,) = listed(tmp_path, f"study,path\ns1,A/x.dcm\ns1,A/{'x' * 5000}\n")
+    (one,) = from_manifest(tmp_path, f"study,path\ns1,A/x.dcm\ns1,A/{'x' * 5000}\n")
     assert one.videos == ["x.dcm"] and len(one.missing) == 1  # no file system has such a name
 
-    (study,) = listed(
+    (study,) = from_manifest(
         tmp_path,
         "subject_id,study_id,acquisition_datetime,dicom_filepath\n"
         "10002221,94106955,2020-01-01,A/x.dcm\n10002221,94106955,2020-01-01,A/s/y.dcm\n",
@@ -283,8 +283,11 @@ def test_manifests(tmp_path):
     assert study.name == "CR1-CR2"
     assert study.videos == ["A4C/Videos/CR1-CR2-000.avi", "PSAX/Videos/CR1-CR2-000.avi"]
     lists[0].write_text("FileName,EF\n0X1,60\n0X2,50\n")
-    all_found = studies.find_studies(tmp_path, manifests=lists[:1])
-    assert [(s.name, s.missing) for s in all_found] == [("0X1", ["0X1.avi"]), ("0X2", ["0X2.avi"])]
+    all_studies = studies.find_studies(tmp_path, manifests=lists[:1])
+    assert [(s.name, s.missing) for s in all_studies] == [
+        ("0X1", ["0X1.avi"]),
+        ("0X2", ["0X2.avi"]),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +305,7 @@ def test_manifests(tmp_path):
 def test_wrong_manifests(tmp_path, text, message):
     put(tmp_path, "A/x.dcm", "1")
     with pytest.raises(UserError, match=message):
-        listed(tmp_path, text)
+        from_manifest(tmp_path, text)
     with pytest.raises(UserError, match="--study_id has no effect"):
         studies.find_studies(tmp_path, manifests=["m.csv"], study_id="digest")
 
@@ -311,14 +314,14 @@ def test_manifests_may_name_paths_below_the_source_in_full(tmp_path):
     put(tmp_path / "real", "A/x.dcm", "1")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for path in (tmp_path / "link" / "A/x.dcm", tmp_path / "real" / "A/x.dcm"):
-        (study,) = listed(tmp_path / "link", f"study,path\ns,{path}\n")
+        (study,) = from_manifest(tmp_path / "link", f"study,path\ns,{path}\n")
         assert study.source("x.dcm").is_file()
 
 
 def test_a_manifest_that_mixes_is_followed_with_a_warning(tmp_path):
     lay_out(tmp_path, {"A/x.dcm": "1", "B/z.dcm": "2"})
     listener = Collected()
-    listed(tmp_path, "study,path\ns,A/x.dcm\ns,B/z.dcm\nt,B/z.dcm\n", listener)
+    from_manifest(tmp_path, "study,path\ns,A/x.dcm\ns,B/z.dcm\nt,B/z.dcm\n", listener)
     texts = [f.text for f in listener.findings if f.level == "WARNING"]
     assert "1 files are listed in two studies: B/z.dcm" in texts[0]
     assert "1 studies of the manifest hold files of several studies" in texts[1]
@@ -327,8 +330,8 @@ def test_a_manifest_that_mixes_is_followed_with_a_warning(tmp_path):
 def test_videos_of_a_published_config(tmp_path):
     """`video_base_path` and `video_subdir_format`: the folder's name without what is around it."""
     lay_out(tmp_path, {"101_trim/a.avi": "", "102_trim/s/b.avi": "", "other/c.avi": ""})
-    all_found = studies.studies_of_dataset(tmp_path)
-    assert [(s.name, s.videos) for s in all_found] == [("101", ["a.avi"]), ("102", ["s/b.avi"])]
+    all_studies = studies.studies_of_dataset(tmp_path)
+    assert [(s.name, s.videos) for s in all_studies] == [("101", ["a.avi"]), ("102", ["s/b.avi"])]
     listener = Collected()
     form = "{echo_id}_trim"
     (study,) = studies.studies_of_dataset(tmp_path, form, ["102", "7", "../x"], listener)

@@ -28,9 +28,9 @@ def test_containers(tmp_path, name, fourcc):
     for frame in frames:
         writer.write(frame)
     writer.release()
-    found = video.read_frames(tmp_path / name)
-    assert found.shape == frames.shape and found.dtype == np.uint8
-    inside, outside = found[5, 25:35, 14:26], found[5, 45:, 40:]
+    result = video.read_frames(tmp_path / name)
+    assert result.shape == frames.shape and result.dtype == np.uint8
+    inside, outside = result[5, 25:35, 14:26], result[5, 45:, 40:]
     assert np.abs(inside.mean((0, 1)) - (200, 120, 60)).max() < 12  # BGR, lossy codec
     assert np.abs(outside.mean((0, 1)) - 40).max() < 5
 
@@ -51,12 +51,12 @@ def test_real_echocardiogram_is_not_tinted():
     """JPEG YBR_FULL_422: the same pixels as OpenCV's own JPEG decoder; grey tissue stays grey."""
     from pydicom.encaps import generate_frames
 
-    found = video.read_frames(REAL)
+    result = video.read_frames(REAL)
     ds = pydicom.dcmread(REAL)
     jpegs = generate_frames(ds.PixelData, number_of_frames=30)
     expected = [cv2.imdecode(np.frombuffer(j, np.uint8), cv2.IMREAD_COLOR) for j in jpegs]
-    assert found.shape == (30, 240, 320, 3)
-    assert np.abs(found.astype(int) - np.stack(expected)).max() <= 1
+    assert result.shape == (30, 240, 320, 3)
+    assert np.abs(result.astype(int) - np.stack(expected)).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
 
 
 @pytest.mark.parametrize("fourcc", ["MJPG", "MPNG"])
-def test_a_damaged_frame_amid_an_avi(tmp_path, fourcc):
+def test_a_damaged_frame_in_an_avi(tmp_path, fourcc):
     """Decoding stops there: refused before half of the frames, else noted."""
     path = tmp_path / "a.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 30, (80, 60))
@@ -150,12 +150,12 @@ def test_a_damaged_frame_amid_an_avi(tmp_path, fourcc):
         odd = bytearray(data)
         odd[starts[i] : starts[i + 1] - 8] = bytes(starts[i + 1] - 8 - starts[i])
         path.write_bytes(odd)
-        notes, said = [], f"{i} frames decode, the container says 20"
+        notes, message = [], f"{i} frames decode, the container says 20"
         if refused:
-            with pytest.raises(video.VideoError, match=said):
+            with pytest.raises(video.VideoError, match=message):
                 video.read_frames(path)
         else:
-            assert len(list(video.iter_frames(path, notes))) == i and notes == [said]
+            assert len(list(video.iter_frames(path, notes))) == i and notes == [message]
 
 
 def test_names_that_are_no_text_nor_a_pattern(tmp_path):
@@ -198,13 +198,13 @@ def test_resize_and_crop():
     """Area resize without keeping the aspect, then the centre: each output pixel a block mean."""
     frame = np.random.default_rng(0).integers(0, 256, (512, 768, 3), dtype=np.uint8)
     blocks = frame.reshape(256, 2, 256, 3, 3).mean((1, 3))[16:240, 16:240]
-    found = video.crop_centre(video.resize(frame))
-    assert found.shape == (224, 224, 3)
-    assert np.abs(found - blocks).max() <= 0.51
+    result = video.crop_centre(video.resize(frame))
+    assert result.shape == (224, 224, 3)
+    assert np.abs(result - blocks).max() <= 0.51
 
 
 def test_the_centre_alone_is_resized_to_the_same_numbers():
-    """Frames of which the centre ends between pixels, amid one, both, or that are enlarged."""
+    """Frames of which the centre ends between pixels, within one, both, or that are enlarged."""
     rng = np.random.default_rng(0)
     sides = [(600, 800), (768, 1024), (480, 640), (708, 1016), (240, 320), (512, 100)]
     for height, width in [
@@ -219,7 +219,7 @@ def test_the_centre_alone_is_resized_to_the_same_numbers():
 
 
 def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
-    """They are not made, which a mask would need; but damage in them is damage of the file."""
+    """They are not decoded, which a mask would need; but damage in them is damage of the file."""
     sampling = video.Sampling(n_clips=1, clip_len=4)
     (clips,) = video.read_clips(REAL, sampling)
     every = video.read_frames(REAL)
@@ -228,8 +228,8 @@ def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
         for i in np.unique(clips.starts - 1 + np.arange(4))
     ]
     np.testing.assert_array_equal(clips.frames, expected)
-    made = list(video.iter_frames(REAL, needed=lambda n: [3, n - 1]))
-    assert [i for i, frame in enumerate(made) if frame is not None] == [3, 29]
+    decoded = list(video.iter_frames(REAL, needed=lambda n: [3, n - 1]))
+    assert [i for i, frame in enumerate(decoded) if frame is not None] == [3, 29]
     corrupt_frame(tmp_path / "a.dcm")
     with pytest.raises(video.VideoError, match="of 30 does not decode"):
         list(video.iter_frames(tmp_path / "a.dcm", needed=lambda n: []))

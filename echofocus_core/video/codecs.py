@@ -1,8 +1,8 @@
-"""Compressed DICOM frames: what the bytes of a frame say of it, and its components.
+"""Compressed DICOM frames: their format and their components.
 
     frame's bytes -> read_format: FrameFormat -> decode_jpeg or decode_other: (H, W) or (H, W, 3)
 
-A frame's own marks are believed before the header: they decide how it is decoded.
+The marks in a frame's bytes decide how it is decoded, whatever the header declares.
 """
 
 import os
@@ -36,7 +36,7 @@ class Broken(ValueError):
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """What a compressed frame says of itself; RLE says nothing but that it is RLE."""
+    """What the bytes of a compressed frame declare; those of RLE declare nothing else."""
 
     kind: str  # 'JPEG' (8 bits) or a key of SYNTAXES
     rows: int = 0
@@ -179,7 +179,7 @@ def find_decoder(frame_format):
 def decode_other(data, frame_format):
     """A compressed frame -> its components, (H, W) or (H, W, 3), as they are stored.
 
-    frame_format: the frame's own, filled in from the header for RLE.
+    frame_format: of the frame, completed from the header for RLE.
     """
     from pydicom.encaps import encapsulate
 

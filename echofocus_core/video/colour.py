@@ -4,7 +4,7 @@
                                -> choose_rule: how components become colours -> ColourRule.bgr
 
 An echo is mostly black and grey. Read in the wrong colour space its black is green or teal, so
-that the share of pixels without colour tells which reading is right. Read in the wrong layout it is
+that the share of pixels without colour shows which reading is right. Read in the wrong layout it is
 rough, since neighbours in the picture are not neighbours any more.
 """
 
@@ -22,7 +22,7 @@ BLACK, DARK, BRIGHT = 8, 40, 215  # grey levels of the brightest channel
 # Of two layouts of the same bytes the right one is smoother: measured on real and simulated
 # ultrasound, 0.65 of the wrong one's roughness or less.
 SMOOTHER = 0.8
-TELLING_SIDE = 32  # pixels; smaller pictures cannot tell layouts apart
+JUDGED_SIDE = 32  # pixels; smaller pictures do not show which layout is right
 
 
 # ------------------------------------------------------------------------------------------- layout
@@ -78,12 +78,12 @@ class Layout:
 
     def check(self, frames):
         """VideoError where frames (a list of their bytes) are smoother in another layout."""
-        if min(self.rows, self.columns) < TELLING_SIDE:
+        if min(self.rows, self.columns) < JUDGED_SIDE:
             return
         declared = self.roughness(frames)
         for name, layout in self.alternatives():
             if layout.roughness(frames) < SMOOTHER * declared:
-                raise VideoError(f"the header is wrong about {name}: the picture is no picture")
+                raise VideoError(f"the header is wrong about {name}: another layout is smoother")
 
     def roughness(self, frames):
         """Mean square change from a pixel to its neighbours, as a share of the contrast."""

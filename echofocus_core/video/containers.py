@@ -2,7 +2,7 @@
 
     file -> iter_container: uint8 (H, W, 3) BGR, one after the other
 
-How many frames there are is what decodes: a container's own count is often a guess.
+The frames that decode are counted: the count in a container is often an estimate.
 """
 
 import os

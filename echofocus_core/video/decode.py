@@ -111,8 +111,8 @@ class VideoFile:
 
     @cached_property
     def rate(self):
-        """Frames a second as the file says: DICOM's FrameTime, else FrameTimeVector, CineRate or
-        RecommendedDisplayFrameRate; a container's own. None where it says none that is plausible.
+        """Frames a second: of DICOM by FrameTime, else FrameTimeVector, CineRate or
+        RecommendedDisplayFrameRate. None where the file has none that is plausible.
         """
         rates = frame_rates(self.dicom.header) if self.dicom else [container_rate(self.path)]
         return next((rate for rate in rates if rate and RATES[0] <= rate <= RATES[1]), None)
@@ -186,7 +186,7 @@ def resize_centre(frame, size=224):
     """The same numbers as crop_centre(resize(frame)), (size, size, 3), in less time.
 
     Where the centre begins and ends between two pixels of the frame, the rest is not resized: each
-    pixel of an area resize is a mean over its own area alone (of a frame that shrinks).
+    pixel of an area resize is a mean over one area of the frame (if the frame shrinks).
     """
     import cv2
 
@@ -247,7 +247,7 @@ class Sampling:
     size: int = 224  # pixels, square
     seed: int = 0
     starts: str = "modulo"  # or 'independent', see clip_starts
-    mask: str = "none"  # 'sector' blacks out what lies outside the ultrasound sector
+    mask: str = "none"  # 'sector' blacks out all but the ultrasound sector
     augment: int = 0  # randomly transformed copies beside the plain one
 
 
@@ -364,14 +364,14 @@ def random_transform(frames, size, rng):
 # ------------------------------------------------------------------------------- the sector alone
 
 MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
-LIT = 4  # grey levels of a pixel that is no black background, at least
+LIT = 4  # grey levels of a pixel that is not black background, at least
 
 
 def sector_mask(frames, boxes):
     """uint8 (R, R, 1): 1 inside the ultrasound sector of small frames (n, R, R, 3), 0 outside.
 
     The sector is the convex hull of the largest thick area of which parts move, within the DICOM's
-    regions (`boxes`, see `region_boxes`) if it has any: burned-in text stands still, and an ECG is
+    regions (`boxes`, see `region_boxes`) if it has any: burned-in text does not move, and an ECG is
     thin, or dark at any one place most of the time. Pixels whose area may reach across the edge
     count as outside. Raises VideoError when nothing moves.
     """
@@ -394,7 +394,7 @@ def sector_mask(frames, boxes):
         if moves.any():
             break
     else:
-        raise VideoError("no ultrasound sector found to mask: nothing moves")
+        raise VideoError("no ultrasound sector to mask: nothing moves")
     points = np.argwhere(labels == moves.argmax())[:, ::-1].astype(np.int32)
     hull = cv2.fillConvexPoly(np.zeros_like(moving), cv2.convexHull(points), 1)
     hull = cv2.erode(hull, np.ones((3, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""DICOM in: what a header says, what is in the file, and which files are one cine.
+"""DICOM in: headers, frames, and which files are one cine.
 
     file -> DicomFile: header and pixel data -> open_frames: an echo? where are its frames?
          -> choose_rule -> uint8 (H, W, 3) BGR, one after the other
@@ -164,7 +164,7 @@ def number(header, name):
 
 
 def text(header, name):
-    """A text element's value for comparison with known ones, '' when it is absent."""
+    """A text element's value, to be compared and never shown; '' when it is absent."""
     try:
         return str(header[name].value or "").strip(" \0")
     except Exception:
@@ -338,7 +338,7 @@ def regions(header):
 
 @dataclass(frozen=True)
 class PixelHeader:
-    """What a header says of its pixels, all of it possible."""
+    """What a header declares of its pixels, checked to be possible."""
 
     frames: int
     rows: int
@@ -380,8 +380,8 @@ class Frames:
     """The frames of a cine, each read and decoded when it is asked for.
 
     header: the PixelHeader; layout: the Layout of uncompressed ones, None for compressed ones, each
-    of which is decoded in the way that its own marks say; stored: function of a frame's number that
-    gives its bytes.
+    of which is decoded by the marks in its bytes; stored: function of a frame's number that gives
+    these bytes.
     """
 
     def __init__(self, header, layout, n, stored):
@@ -419,7 +419,7 @@ class Frames:
         h, layout, frames = self.header, self.layout, [self.stored(i) for i in samples]
         if layout is None:
             if not codecs.is_rle(frames[0]):
-                return  # other kinds have their own marks
+                return  # other kinds carry their layout
             frames = [frame.tobytes() for frame in samples.values()]
             dtype = "u1" if samples[0].itemsize == 1 else "<u2"
             layout = colour.Layout(h.rows, h.columns, h.samples, dtype)
@@ -606,7 +606,7 @@ def iter_stream(dicom, notes):
 
 
 class Series:
-    """The single frames of a series, each in a file of its own: their Frames, and the header."""
+    """A cine whose frames are single files: its Frames, and the header of the first file."""
 
     def __init__(self, paths, notes):
         self.paths, self.format = paths, None

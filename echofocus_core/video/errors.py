@@ -4,12 +4,10 @@ import errno
 import os
 from pathlib import Path
 
-# The budget of one video: what claims more is refused before memory is taken for it.
+# The budget of one video: larger ones are refused before memory is allocated.
 FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
 FRAME_PIXELS = 1 << 24  # of one frame as stored, 4096 x 4096
-
-
-OPENCV_NO_MEMORY = -4  # the code of such an error of its
+OPENCV_NO_MEMORY = -4  # an error code of OpenCV
 
 
 class VideoError(ValueError):
@@ -21,11 +19,11 @@ class NotNow(VideoError):
 
 
 class SourceGone(NotNow):
-    """A file that was there cannot be reached any more, as when a mount vanishes: not its fault."""
+    """A file cannot be reached any more, as when a mount vanishes: not its fault."""
 
 
 def machine_fault(error):
-    """What the machine lacked, where an error or one that it came of says so; '' for a file's."""
+    """What the machine lacked, by an error or its causes; '' where the file is at fault."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "code", 0) == OPENCV_NO_MEMORY:
             return "too little memory to decode it"

@@ -1,5 +1,5 @@
-"""A video as a clip that browsers play: WebM (VP8), at its frame rate, less what lies outside the
-ultrasound sector."""
+"""A video as a clip that browsers play: WebM (VP8), at its frame rate, masked to the ultrasound
+sector."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from echofocus_core.video.decode import VideoFile, resize, sector_mask
 from echofocus_core.video.errors import VideoError
 
 LONGEST_SIDE = 384  # pixels of a clip for the screen
-USUAL_RATE = 30.0  # frames a second of a video that does not say
+USUAL_RATE = 30.0  # frames a second of a video without a rate
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def write_clip(video, path, mask):
         shown = [frame * inside for frame in shown]
     rate = video.rate
     with atomic_path(path) as temporary:
-        how = cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"VP80"), rate or USUAL_RATE, (width, height)
-        writer = cv2.VideoWriter(str(temporary), *how)
+        codec = cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"VP80")
+        writer = cv2.VideoWriter(str(temporary), *codec, rate or USUAL_RATE, (width, height))
         if not writer.isOpened():
             raise VideoError("no clip: this OpenCV cannot write VP8, opencv-python-headless can")
         for frame in shown:

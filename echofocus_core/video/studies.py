@@ -121,7 +121,7 @@ def common_folder(files):
     return os.path.commonpath([f"/{PurePosixPath(f).parent}" for f in files])[1:] or "."
 
 
-# ----------------------------------------------------------------------------------- what is there
+# ----------------------------------------------------------------------------------- find the files
 
 
 def find_videos(folder, leave_out=None):
@@ -213,29 +213,26 @@ def group_by_header(source, files, facts, listener):
                 uids.setdefault(folder, set()).add(uid)
     if not studies:
         return group_by_folder(source, files, listener)
-    folders, astray = {}, []
-    for file in files:
-        if facts[file].study_uid:
-            continue
+    others, ambiguous = [], []
+    for file in (f for f in files if not facts[f].study_uid):
         beside = next((uids[folder] for folder in places(file) if folder in uids), set())
         if len(beside) == 1:
             studies[min(beside)].files.append(file)
         elif beside or "/" not in file:
-            astray.append(visible(file))
+            ambiguous.append(visible(file))
         else:
-            folder = PurePosixPath(file).parts[0]
-            folders.setdefault(folder, Group([], folder=folder)).files.append(file)
-    if astray:
+            others.append(file)
+    if ambiguous:
         listener.warning(
-            f"{len(astray)} files have no StudyInstanceUID and are beside several studies: "
-            f"{listed(astray)}; they are left out",
+            f"{len(ambiguous)} files have no StudyInstanceUID and are beside several studies: "
+            f"{listed(ambiguous)}; they are left out",
             "put each into a folder of its study, or list all in a --manifest",
         )
-    return [*studies.values(), *folders.values()]
+    return [*studies.values(), *first_folders(others)]
 
 
 def places(file):
-    """The folders above a file, from its own up to the first below the source."""
+    """The folders above a file, from the nearest up to the first below the source."""
     return [str(p) for p in PurePosixPath(file).parents][:-1] or ["."]
 
 
@@ -246,18 +243,23 @@ def group_by_folder(source, files, listener):
     if loose:
         listener.error(
             f"{source} holds both study folders and loose videos ({visible(loose[0])}, ...)",
-            "move the loose ones into a folder of their own study, or give --group one if all is "
+            "move the loose ones into a folder for their study, or give --group one if all is "
             "one study",
         )
+    return first_folders([f for f in files if "/" in f])
+
+
+def first_folders(files):
+    """A Group for each folder in the source that files are in or below."""
     groups = {}
-    for file in (f for f in files if "/" in f):
+    for file in files:
         folder = PurePosixPath(file).parts[0]
         groups.setdefault(folder, Group([], folder=folder)).files.append(file)
     return list(groups.values())
 
 
 def refuse_several(source, groups, facts, listener):
-    """An error for a folder that holds several studies, though it was to be taken for one."""
+    """An error for a folder that holds several studies where --group takes it as one."""
     several = {}
     for group in groups:
         first = {facts[f].study_uid: f for f in reversed(group.files) if facts[f].study_uid}
@@ -268,12 +270,12 @@ def refuse_several(source, groups, facts, listener):
         listener.error(
             f"{len(several)} folders hold several studies by their DICOM headers: {some(several)} "
             f"(in {name} for one: {some(map(visible, files))})",
-            "--group dicom splits them; a --manifest may say otherwise",
+            "--group dicom splits them; a --manifest may list them in another way",
         )
 
 
 def has_one_patient(files, facts, listener):
-    """Whether no two files name two patients; a study of which some do is left out."""
+    """Whether the files name at most one patient; a study of several is left out."""
     first = {facts[f].patient: f for f in reversed(files) if facts[f].patient}
     if len(first) > 1:
         listener.warning(
@@ -316,7 +318,7 @@ def name_groups(source, groups, study_id, listener):
             shared.append(names[i])
     if shared:
         listener.note(
-            f"{len(shared)} studies have no folder of their own; they are named by folder and a "
+            f"{len(shared)} studies share their folder or its name; they are named by folder and a "
             f"digest of the StudyInstanceUID: {some(shared)}"
         )
     return names
@@ -325,9 +327,9 @@ def name_groups(source, groups, study_id, listener):
 def choose_folders(groups):
     """Set each group's folder; returns whether it holds no file of another group.
 
-    All are taken at one depth below the source, or where a group's files have their common folder
-    if that is less deep: the depth at which most groups have a folder of their own, the least of
-    such but that of the source itself.
+    All folders are at the same depth below the source, except where a group's files are in folders
+    less deep: the depth at which most groups have a folder without files of others. Of several such
+    depths it is the least, but the source itself comes last.
     """
     holders = Counter()  # folder -> groups with files below it
     for group in groups:
@@ -396,7 +398,7 @@ def read_manifest(manifest, source, listener):
 
     Its columns tell its kind: study, path; MIMIC-IV-ECHO's record list (study_id, dicom_filepath);
     the FileList of EchoNet-Dynamic (each video a study) and -Pediatric (each accession a study).
-    Relative paths start at the source, those of a FileList at its own folder.
+    Relative paths start at the source, those of a FileList at the folder of the list.
     """
     table = read_table(manifest, listener, "manifest")
     columns = set(table.columns)
@@ -444,7 +446,7 @@ def path_below(source, path):
 
 
 def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=None):
-    """Studies whose videos lie in `base`/`folder_format`, the published config's
+    """Studies whose videos are in `base`/`folder_format`, the published config's
     `video_base_path` and `video_subdir_format`; named by their echo_id.
 
     ids: the studies to take (the listener is told of those without a folder); None: all.
