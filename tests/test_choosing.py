@@ -50,12 +50,12 @@ def test_every_fold_has_its_share_of_a_rare_label(rare):
     assert (means - 249.5).abs().max() < 30
 
 
-def test_a_fold_without_a_positive_is_said(rare):
-    heard = Collected()
+def test_a_fold_without_a_positive_is_reported(rare):
+    listener = Collected()
     folds = pd.Series(["train"] * 20 + ["val"] * 480 + ["test"] * 500, rare.index)
     folds[9] = "val"
-    warn_of_one_class(rare, folds, Task(task_labels=["rare"], type="binary"), heard)
-    assert [f.text for f in heard.findings] == [
+    warn_of_one_class(rare, folds, Task(task_labels=["rare"], type="binary"), listener)
+    assert [f.text for f in listener.findings] == [
         "label rare has no positive in the test fold: it cannot be judged there"
     ]
 

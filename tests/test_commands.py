@@ -271,7 +271,7 @@ def test_full_memory_is_one_line(cli):
     assert status == 1 and "memory" in err and err.count("\n") == 1
 
 
-def test_a_terminal_that_has_not_every_letter(cohort):
+def test_a_terminal_without_unicode(cohort):
     line = [sys.executable, ROOT / "echofocus.py", "check", "--config", "Ω.json"]
     found = subprocess.run(
         line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
@@ -296,8 +296,8 @@ def test_wrong_options(cohort, cli):
     assert status == 2 and "did you mean --learning_rate" in err
 
 
-def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
-    """Nor folds of that kind; a run that was killed between its first checkpoints starts again."""
+def test_a_shared_model_is_not_overwritten_by_training(trained, cli):
+    """Nor such folds; a run that was killed between its first checkpoints starts again."""
     folder = trained / "trained_models" / "defect"
     (folder / "last_checkpoint.pt").unlink()
     before = (folder / "best_checkpoint.pt").read_bytes()
@@ -314,7 +314,7 @@ def test_a_model_that_was_shared_alone_is_not_trained_over(trained, cli):
     assert (folder / "best_checkpoint.pt").read_bytes() == before
 
 
-def test_names_of_no_model(trained, cli):
+def test_invalid_model_names(trained, cli):
     for name in (".", "..", "./", "trained_models/"):
         with pytest.raises(UserError, match="does not name a folder for a model"):
             folder_to_train_in(Settings(model_name=name))
@@ -354,7 +354,7 @@ def test_malicious_checkpoint_is_refused(cohort, cli):
     assert not (cohort / "ran").exists()
 
 
-def test_what_cannot_be_learnt_is_said_and_left_blank(cohort, cli):
+def test_labels_that_cannot_be_learnt_are_reported_and_blank(cohort, cli):
     table = pd.read_csv("labels.csv")
     table["constant"], table["rare"] = 0, (table.index % 15 == 0).astype(int)
     table.to_csv("labels.csv", index=False)
@@ -417,7 +417,7 @@ def test_units_are_compared(cohort, cli):
     assert status == 1 and "has size in mm, sizes in cm" in out
 
 
-def test_embeddings_of_other_settings_are_told(trained, cli):
+def test_embeddings_of_other_settings_are_reported(trained, cli):
     """By evaluate, in its table and its page too, and by embed, explain and a start from them."""
     for path in Path("emb").glob("*.hdf5"):
         with h5py.File(path, "a") as f:
@@ -425,7 +425,7 @@ def test_embeddings_of_other_settings_are_told(trained, cli):
     saved = torch.load("trained_models/defect/best_checkpoint.pt", weights_only=True)
     saved["echofocus"]["input"]["clip_len"] = 16
     torch.save(saved, "trained_models/defect/best_checkpoint.pt")
-    told = "defect was trained on embeddings of clip_len 16"
+    text = "defect was trained on embeddings of clip_len 16"
     for line in (
         ["evaluate", "--model_name", "defect", "--n_boot", "5"],
         ["embed", "--model_name", "defect"],
@@ -433,14 +433,14 @@ def test_embeddings_of_other_settings_are_told(trained, cli):
         ["train", "--init_from", "defect", "--model_name", "next", "--epoch_lim", "1"],
     ):
         status, out, err = cli(*line)
-        assert status == 0 and told in out and "are of 8" in out, out + err
+        assert status == 0 and text in out and "are of 8" in out, out + err
     folder = Path("trained_models/defect")
-    assert pd.read_csv(folder / "metrics_test_site.csv")["warning"].str.contains(told).all()
-    assert told in (folder / "report_test_site.html").read_text()
+    assert pd.read_csv(folder / "metrics_test_site.csv")["warning"].str.contains(text).all()
+    assert text in (folder / "report_test_site.html").read_text()
     (table,) = folder.glob("explanation_*.sample_limit-1.csv")
-    assert pd.read_csv(table)["warning"].str.contains(told).all()
+    assert pd.read_csv(table)["warning"].str.contains(text).all()
     with h5py.File(folder / "embeddings_site_defect.h5") as f:
-        assert told in f.attrs["warning"]
+        assert text in f.attrs["warning"]
 
 
 def test_the_best_checkpoint_is_of_the_run(trained, cli):

@@ -56,7 +56,7 @@ def test_folds_pooled_and_averaged(cohort, cli):
     before = (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime
     (folder / "fold_2" / "best_checkpoint.pt").unlink()
     (folder / "fold_2" / "last_checkpoint.pt").unlink()
-    status, out, err = cli(*LINE)  # goes on with what is missing
+    status, out, err = cli(*LINE)  # trains what is missing
     assert status == 0 and "fold_1 has finished" in out, err
     assert (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime == before
     again = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
@@ -143,7 +143,7 @@ def test_thresholds_by_two_rules_are_not_averaged(capsys):
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "chosen by several rules (youden, sensitivity=0.9)" in out
     assert thresholds_for(Job(Settings(), model=both)) == {}
-    with pytest.raises(UserError, match="in another dataset"):  # it would choose anew
+    with pytest.raises(UserError, match="in another dataset"):  # it would choose new ones
         thresholds_for(Job(Settings(target="youden", dataset="s"), model=both))
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from echofocus_core.base import checkpoints, releases
-from echofocus_core.base.console import Collected, UserError
+from echofocus_core.base.console import RUN, Collected, UserError
 from echofocus_core.base.options import (
     ALL_FOLDS,
     OPTIONS,
@@ -76,14 +76,12 @@ def resolve(command, typed, world=None):
 def model_job(command, typed, world):
     """The Job of `evaluate`, `predict`, `embed` or `explain`."""
     if typed.get("datasets"):
-        typed = {"dataset": typed["datasets"][0]} | typed
-    if typed.get("videos") and typed.get("dataset"):
+        typed = typed | {"dataset": typed["datasets"][0]}
+    videos, task = typed.get("videos"), typed.get("task", "")
+    if videos and typed.get("dataset"):
         option = "--datasets" if typed.get("datasets") else "--dataset"
         raise UserError(f"--videos and {option} are two sources: give one")
-    config = read_config(
-        typed.get("config"), needed=not (typed.get("videos") or typed.get("embedding_path"))
-    )
-    task = typed.get("task", "")
+    config = read_config(typed.get("config"), needed=not (videos or typed.get("embedding_path")))
     if task and not released_task(task):
         config.pick("task", task)
     names = typed.get("model_name", ""), typed.get("run_id", "")
@@ -361,7 +359,7 @@ def check_encoder(model, settings, asked):
         text += f"{settings.weights} is {digest[:12]})"
         if not asked:
             raise UserError(f"{text}; give its file with --weights")
-        print(f"WARNING: {text}: its answers mean nothing here")
+        RUN.warning(f"{text}: its answers mean nothing here")
     for option, was in input_options(model.record.input).items():
         if (now := getattr(settings, option)) != was and option != "weights":
-            print(f"WARNING: --{option} {now}: {name} was trained with {was}")
+            RUN.warning(f"--{option} {now}: {name} was trained with {was}")
