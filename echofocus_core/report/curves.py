@@ -44,17 +44,17 @@ def with_interval(estimate):
     return text
 
 
-def name_with_unit(metric, unit):
-    return NAMES[metric] + (f" [{unit}]" if unit else "")
+def metric_name(metric, unit=""):
+    return NAMES.get(metric, metric.replace("_", " ")) + (f" [{unit}]" if unit else "")
 
 
 def title_of(estimate):
     """'VSD (n = 120, 34 +)' and 'AUROC 0.912 (0.853 to 0.951)' in two lines."""
-    name = NAMES.get(estimate.metric, estimate.metric.replace("_", " "))
     unit = f" {estimate.unit}" if estimate.unit else ""
     positive = "" if estimate.n_positive < 0 else f", {estimate.n_positive} +"
     label = estimate.label if len(estimate.label) < 33 else estimate.label[:30] + "..."
-    return f"{label} (n = {estimate.n}{positive})\n{name} {with_interval(estimate)}{unit}"
+    value = f"{metric_name(estimate.metric)} {with_interval(estimate)}{unit}"
+    return f"{label} (n = {estimate.n}{positive})\n{value}"
 
 
 # --------------------------------------------------------------------------- curves over resamples

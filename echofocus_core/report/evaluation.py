@@ -19,7 +19,7 @@ from echofocus_core.base.console import UserError, some
 from echofocus_core.base.files import atomic_path, in_file_name, write_table
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
-from echofocus_core.report.curves import NAMES, name_with_unit, number, title_of, with_interval
+from echofocus_core.report.curves import metric_name, number, title_of, with_interval
 from echofocus_core.study import statistics as st
 from echofocus_core.study.evaluation import (
     COLUMNS,
@@ -147,10 +147,10 @@ class Report:
 
     def draw_forests(self):
         """A forest plot of the labels of each kind, where they have one unit."""
-        for kind in st.OUTCOMES.values():
+        for kind in st.OUTCOMES:
             rows = [self.headlines[o.label] for o in self.studies.outcomes if type(o) is kind]
             if len(rows) > 1 and len({x.unit for x in rows}) == 1:
-                name = name_with_unit(kind.headline, rows[0].unit)
+                name = metric_name(kind.headline, rows[0].unit)
                 more = f" of the first {curves.MAX_ROWS} labels" * (len(rows) > curves.MAX_ROWS)
                 draw = partial(curves.forest, [(x.label, x) for x in rows], name)
                 self.figure(f"forest_{kind.headline}", f"{name}{more}", draw)
@@ -173,7 +173,7 @@ class Report:
                     lines.append((whole.label, whole))
                     lines += [(f"{column} {g}", x) for g, x in groups if x.label == whole.label]
             reference = lines[0][1].value if len(shown) == 1 else None
-            name, labels = name_with_unit(metric, unit), [x.label for x in shown]
+            name, labels = metric_name(metric, unit), [x.label for x in shown]
             draw = partial(curves.forest, lines, name, reference=reference, headings=labels)
             file = f"forest_{by}" + (f"_{metric}" if len(axes) > 1 else "")
             self.figure(file, f"{name} by {column}", draw)
@@ -195,7 +195,7 @@ class Report:
         templates = FileSystemLoader(Path(__file__).parent / "templates")
         env = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
         env.filters |= {"number": number_or_na, "some": lambda labels: some(labels, 8)}
-        env.globals |= {"names": NAMES}
+        env.globals |= {"metric_name": metric_name}
         page = env.get_template("evaluation.html").render(
             report=self, version=__version__, tables=page_tables(self), few=FEW,
             kinds={o.kind for o in self.studies.outcomes}, **uncertain_labels(self),
@@ -214,7 +214,7 @@ def on_screen(headlines, means=()):
     metrics = {x.metric for x in headlines.values()}
     for x in means:
         if x.metric in metrics:
-            lines.append(f"{x.note}: {NAMES[x.metric]} {with_interval(x)} {x.unit}".rstrip())
+            lines.append(f"{x.note}: {metric_name(x.metric)} {with_interval(x)} {x.unit}".rstrip())
     return lines
 
 
@@ -235,7 +235,7 @@ def page_tables(report):
     """[(title, metrics, [(outcome, {metric: Estimate})])] for the page; the rest is in the CSV."""
     by_key = {(x.label, x.metric): x for x in report.estimates}
     tables = []
-    for kind in st.OUTCOMES.values():
+    for kind in st.OUTCOMES:
         for title, metrics in kind.tables:
             outcomes = [o for o in report.studies.outcomes if type(o) is kind]
             if title == "At the threshold":

@@ -118,7 +118,11 @@ class Outcome:
     def metrics(self, weights):
         """Metric -> (B,): its value in each resample. weights (S, B), see above."""
         with np.errstate(all="ignore"):  # an undefined value is NaN, and estimate() reports it
-            return self._metrics(weights if self.usable.all() else weights[self.usable])
+            return self.compute(weights if self.usable.all() else weights[self.usable])
+
+    def compute(self, weights):
+        """`metrics` of the usable studies, with their weights (n, B)."""
+        raise NotImplementedError
 
     def denominator_mask(self, metric):
         """(S,) bool: the studies that the metric is a proportion of; None for other metrics."""
@@ -245,7 +249,7 @@ class Binary(Outcome):
             return "no finite fit: the probabilities are all alike or separate the classes"
         return "divides by zero: all or none of the studies are positive at the threshold"
 
-    def _metrics(self, weights):
+    def compute(self, weights):
         y, p, positive = (x[self.usable] for x in (self.truth, self.probability, self.positive))
         metrics = mt.ranking(y, p, weights) | mt.calibration(y, p, weights)
         cells = [positive * y, positive * (1 - y), ~positive * (1 - y), ~positive * y]
@@ -296,7 +300,7 @@ class Regression(Outcome):
         truth = self.truth[self.usable]
         return np.quantile(truth, np.linspace(0, 1, QUARTERS + 1)) if len(truth) else np.array([])
 
-    def _metrics(self, weights):
+    def compute(self, weights):
         y, f = self.pairs()
         metrics = mt.errors(y, f, weights) | {"spearman": mt.spearman(y, f, weights)}
         metrics["median_absolute_error"] = mt.weighted_median(abs(f - y), weights)
@@ -355,7 +359,7 @@ class MultiClass(Outcome):
         names = ", ".join(self.classes[k] for k in sorted(absent))
         return f"no study of class {names}" if absent else "all studies are of one class"
 
-    def _metrics(self, weights):
+    def compute(self, weights):
         y, p = self.pairs()
         areas = [mt.auroc(y == k, p[:, k], weights) for k in range(len(self.classes))]
         metrics = {"auroc": np.mean(areas, axis=0)}
@@ -425,7 +429,7 @@ class Survival(Outcome):
             return "no two studies whose order of events is certain"
         return "no event before, or no study followed beyond, this time"
 
-    def _metrics(self, weights):
+    def compute(self, weights):
         time, risk = self.truth[self.usable], self.risk[self.usable]
         event = self.event[self.usable] == 1
         metrics = {"c_index": mt.c_index(time, event, risk, weights)}
@@ -434,7 +438,7 @@ class Survival(Outcome):
         return metrics
 
 
-OUTCOMES = {cls.kind: cls for cls in (Binary, Regression, MultiClass, Survival)}
+OUTCOMES = (Binary, Regression, MultiClass, Survival)
 
 
 # ------------------------------------------------------------------------ resamples and intervals

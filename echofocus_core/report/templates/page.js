@@ -16,7 +16,7 @@ class Player {
     this.output = figure.querySelector("output");
     this.playButton = figure.querySelector(".play");
     this.speed = figure.querySelector("select");
-    this.wanted = null;
+    this.target = null;
     const on = (selector, act) => figure.querySelector(selector).addEventListener("click", act);
     on(".play", () => this.toggle());
     on(".back", () => this.step(-1));
@@ -48,15 +48,15 @@ class Player {
   }
 
   get frame() {
-    const shown = this.wanted ?? Math.floor(this.video.currentTime * this.rate + 1e-3);
+    const shown = this.target ?? Math.floor(this.video.currentTime * this.rate + 1e-3);
     return Math.min(this.frames - 1, Math.max(0, shown));
   }
 
   seek(frame) {
     this.load();
     this.video.pause();
-    this.wanted = (frame + this.frames) % this.frames;  // a loop: before the first comes the last
-    this.video.currentTime = (this.wanted + 0.5) / this.rate;
+    this.target = (frame + this.frames) % this.frames;  // a loop: before the first comes the last
+    this.video.currentTime = (this.target + 0.5) / this.rate;
     this.show();
   }
 
@@ -79,7 +79,7 @@ class Player {
   }
 
   show() {
-    if (!this.video.paused) this.wanted = null;
+    if (!this.video.paused) this.target = null;
     const frame = this.frame;
     this.now.style.left = `${(100 * (frame + 0.5)) / this.frames}%`;
     this.output.textContent = `frame ${frame + 1} of ${this.frames}`;
@@ -158,12 +158,12 @@ if (list) {
   };
 
   const offer = (name, key) => {  // a filter of what the chosen label has none of has no effect
-    const there = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
-    field(name).disabled = !there;
-    if (!there) field(name).value = "";
+    const exists = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
+    field(name).disabled = !exists;
+    if (!exists) field(name).value = "";
   };
 
-  const kept = (i) => {
+  const matches = (i) => {
     const words = field("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const label = answer(i);
     const decision = field("decision").value;
@@ -203,7 +203,7 @@ if (list) {
         thumb.dataset.src = label.thumb;
         if (thumb.src) thumb.src = label.thumb;
       }
-      rows[i].hidden = !kept(i);
+      rows[i].hidden = !matches(i);
       shown += !rows[i].hidden;
       list.tBodies[0].append(rows[i]);
     }
