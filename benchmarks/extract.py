@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.machine import describe, matmul_rate, peak_memory, timed
+from echofocus_core.base.options import Settings
 from echofocus_core.video import decode as video
 from echofocus_core.video import extract, panecho, phantom
 from echofocus_core.video.studies import find_studies
@@ -170,7 +171,7 @@ def measure_run(folder, n, args, rows, ratios):
         (source / f"{i}.avi").write_bytes((source / f"{i % 4}.avi").read_bytes())
     studies = find_studies(source.parent)
     for precision in extract.PRECISIONS:
-        settings = extract.Settings(
+        settings = Settings(
             weights="random", device=args.device, precision=precision, workers=args.workers
         )
         out = folder / f"out_{n}_{precision}"

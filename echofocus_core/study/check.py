@@ -150,7 +150,8 @@ def check_videos(typed, config, model, listener):
     options = {name: typed[name] for name in typed if name in options_of("extract")}
     settings, _ = resolve_settings("extract", options, config, model)
     trained_on = model.record.encoder_sha256 if model else ""
-    preview_extraction(vars(settings) | {"videos": typed["videos"]}, trained_on, listener)
+    settings = settings.model_copy(update={"videos": typed["videos"]})
+    preview_extraction(settings, trained_on, listener)
 
 
 def check_data(job, section):

@@ -71,8 +71,8 @@ def extract_videos(job):
         print(f"{settings.dataset} has no clip embeddings yet; reading its videos in {videos}")
         studies = studies_of_dataset(videos, *grouping)
     folder = folder_of(videos, grouping, settings)
-    how = extract.settings_from(vars(settings))
-    summary = extract.merge_summaries(job.world.gather(extract.extract(studies, folder, how)))
+    summaries = job.world.gather(extract.extract(studies, folder, settings))
+    summary = extract.merge_summaries(summaries)
     summary.print()
     summary.refuse_nothing(videos)
     size = sum(file.stat().st_size for file in folder.glob("*.hdf5")) / 1e6
@@ -93,8 +93,7 @@ def extract_videos(job):
 
 def folder_of(videos, grouping, settings):
     """The folder of clip embeddings for some videos: <name>_<digest of source and sampling>."""
-    how = extract.settings_from(vars(settings))
-    attributes = extract.attributes_of(how, panecho.weights_digest(how.weights))
+    attributes = extract.attributes_of(settings, panecho.weights_digest(settings.weights))
     attributes = {k: v for k, v in attributes.items() if k not in ("version", "weights")}
     key = json.dumps([str(videos.resolve()), grouping, attributes], sort_keys=True)
     key = hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -172,10 +172,10 @@ def validate_extracted(run):
     What an earlier best epoch's encoder extracted there is replaced.
     """
     best = load_model(run.folder, device=pick_device(run.settings.device))
-    options = vars(run.settings) | {"weights": str(best.encoder_file), "redo": True}
+    options = {"weights": str(best.encoder_file), "redo": True}
     studies = [run.store.files[eid] for eid in run.cohort.eids["val"]]
     folder = run.folder / "clip_embeddings"
-    extract.extract(studies, folder, extract.settings_from(options))
+    extract.extract(studies, folder, run.settings.model_copy(update=options))
     run.world.gather(None)
     store = open_store(folder)
     eids = [eid for eid in run.cohort.eids["val"] if eid in store.files]

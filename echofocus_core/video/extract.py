@@ -41,8 +41,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Parser, UserError, clean_text, progress, run_main
 from echofocus_core.base.files import atomic_path, lock, stamp_of
 from echofocus_core.base.hdf5 import UNREADABLE
-from echofocus_core.base.options import Settings as Options
-from echofocus_core.base.options import add_options, validated
+from echofocus_core.base.options import Settings, add_options, validated
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
@@ -79,20 +78,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
 LISTED = 20  # skipped files named on screen; all of them are in the log
 LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
-
-
-@dataclass
-class Settings:
-    """How to extract; the command line's options carry the same names."""
-
-    weights: str = "panecho"
-    sampling: Sampling = field(default_factory=Sampling)
-    device: str = ""  # '' is CUDA when there is one
-    precision: str = "fp32"
-    image_batch: int = 0  # images; 0: see default_batch
-    workers: int = 0  # see decoders
-    shard: str = "auto"
-    redo: bool = False
 
 
 # ---------------------------------------------------------------------------------------- decode
@@ -492,22 +477,23 @@ def default_batch(device, size):
     return 256 if torch.device(device).type == "cuda" else min(32, max(1, 8 * 224**2 // size**2))
 
 
+def sampling_of(settings):
+    """The Sampling of the options (`options.Settings`)."""
+    names = ("n_clips", "clip_len", "size", "starts", "mask", "augment")
+    chosen = {name: getattr(settings, name) for name in names}
+    return Sampling(seed=settings.sampling_seed, **chosen)
+
+
 def attributes_of(settings, digest):
-    """The HDF5 attributes that say how the embeddings were made."""
-    sampling, weights = settings.sampling, Path(settings.weights).name
+    """HDF5 attributes that say how embeddings were made. digest: SHA-256 of the weights."""
+    weights = Path(settings.weights).name
     return {
         "encoder": "PanEcho",
         "weights": "random: untrained, not for results" if weights == "random" else weights,
         "weights_sha256": digest,
         "precision": settings.precision,
-        "clip_len": sampling.clip_len,
-        "n_clips": sampling.n_clips,
-        "size": sampling.size,
-        "seed": sampling.seed,
-        "starts": sampling.starts,
+        **vars(sampling_of(settings)),
         "sampling": PUBLISHED_SAMPLING,
-        "mask": sampling.mask,
-        "augment": sampling.augment,
         "version": __version__,
     }
 
@@ -515,6 +501,7 @@ def attributes_of(settings, digest):
 def extract(studies, out, settings):
     """Extract this shard's part of `studies` into the folder `out`; returns a Summary.
 
+    settings: the options (`options.Settings`).
     Studies that are complete are kept, so that a stopped run resumes. Raises UserError, also when
     another process extracts the same shard into the folder.
     """
@@ -530,7 +517,7 @@ def extract(studies, out, settings):
             bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
             with exact_convolutions(), bar:
                 jobs = run.jobs(studies, bar)
-                decoded = decode(jobs, settings.sampling, decoders(settings.workers))
+                decoded = decode(jobs, sampling_of(settings), decoders(settings.workers))
                 with contextlib.closing(decoded):
                     for (study, video), (reply, seconds), embeddings in encoder(decoded):
                         bar.update()
@@ -540,7 +527,7 @@ def extract(studies, out, settings):
 
 def prepare_encoder(out, settings):
     """(Encoder, attributes of the HDF5 files) of a run; writes who trained it into the folder."""
-    device, sampling = pick_device(settings.device), settings.sampling
+    device, sampling = pick_device(settings.device), sampling_of(settings)
     loaded = load_panecho(settings.weights, sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; for trials only, not for results")
@@ -562,21 +549,6 @@ def write_log(path):
         yield writer.writerow
 
 
-def settings_from(typed):
-    """Options (a dict, all of them) -> Settings."""
-    sampling = Sampling(
-        n_clips=typed["n_clips"],
-        clip_len=typed["clip_len"],
-        size=typed["size"],
-        seed=typed["sampling_seed"],
-        starts=typed["starts"],
-        mask=typed["mask"],
-        augment=typed["augment"],
-    )
-    names = ("weights", "device", "precision", "image_batch", "workers", "shard", "redo")
-    return Settings(sampling=sampling, **{name: typed[name] for name in names})
-
-
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="a folder of study folders, or of one study's files")
@@ -584,10 +556,10 @@ def main(argv=None):
     add_options(parser, "extract")
     typed = vars(parser.parse_args(argv))
     source, out = typed.pop("source"), typed.pop("out")
-    options = validated(Options, typed)
+    options = validated(Settings, typed)
     grouping = options.group, options.manifest, options.study_id
     studies = find_studies(source, *grouping, leave_out=out)
-    summary = extract(studies, out, settings_from(vars(options)))
+    summary = extract(studies, out, options)
     summary.print()
     print(f"embeddings in {out}")
     if shard_from(options.shard)[1] == 1:

@@ -151,26 +151,21 @@ class ConvNeXt(nn.Module):
         H, W = x.shape[2:]
         x = x.to(self.features[0][0].weight.dtype, memory_format=torch.channels_last)
         whole = torch.is_grad_enabled() or x.device.type != "cpu"
+        factors = None if keep is None else iter(keep)
         for stage in range(len(CONVNEXT_TINY)):
             layers = self.features[2 * stage : 2 * stage + 2]
-            if keep is not None:
-                x, keep = self.run_stage(layers, x, keep)
+            if factors is not None:
+                x = layers[0](x)
+                for block in layers[1]:
+                    x = block(x, next(factors))
                 continue
             parts = x.split(len(x) if whole else images_at_once(stage, H, W))
             x = torch.cat([layers(part) for part in parts])
         return self.classifier(x.float().mean((2, 3), keepdim=True))
 
-    @staticmethod
-    def run_stage(layers, x, keep):
-        """A stage with stochastic depth: (x, what of `keep` is for the stages after it)."""
-        x = layers[0](x)
-        for block, factor in zip(layers[1], keep, strict=False):
-            x = block(x, factor)
-        return x, keep[len(layers[1]) :]
-
     @torch.no_grad()
     def pack(self, dtype, size):
-        """Make this model one for inference on a CPU alone, at images of (size, size) for best."""
+        """Prepare this model for inference on a CPU, fastest for images of (size, size)."""
         for stage in range(len(CONVNEXT_TINY)):
             self.features[2 * stage].to(dtype)
             rows = images_at_once(stage, size, size) * (size >> (2 + stage)) ** 2
@@ -180,16 +175,15 @@ class ConvNeXt(nn.Module):
 
 
 def images_at_once(stage, H, W):
-    """Of images (H, W): so many that a block's hidden layer stays in a CPU's cache.
+    """How many images (H, W) keep a block's hidden layer in a CPU's cache: twice as fast.
 
-    All at once would be memory traffic, at half the speed in the first stage. Each stage halves
-    the hidden layer, 4 * 96 numbers for 4 x 4 pixels in the first.
+    Each stage halves the hidden layer, which has 4 * 96 numbers for 4 x 4 pixels in the first.
     """
     return max(1, (CACHED_NUMBERS << stage) // (24 * H * W))
 
 
 def can_pack(dtype):
-    """Whether this torch and this CPU have what PackedBlock takes."""
+    """Whether this torch and this CPU can run a PackedBlock."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
         return False
@@ -330,18 +324,17 @@ class PanEcho(nn.Module):
 def select_tasks(tasks):
     """`'all'`, a task name or a list of names -> the entries of TASKS, in TASKS' order.
 
-    A list of entries (dicts like those of TASKS) is what it is.
+    A list of entries (dicts like those of TASKS) is returned as it is.
     """
     if tasks == "all":
         return TASKS
     if not isinstance(tasks, str) and tasks and all(isinstance(t, dict) for t in tasks):
         return list(tasks)
-    wanted = [tasks] if isinstance(tasks, str) else list(tasks)
-    unknown = sorted(set(wanted) - {t["name"] for t in TASKS})
-    if unknown:
-        names = ", ".join(t["name"] for t in TASKS)
-        raise ValueError(f"unknown PanEcho task {', '.join(unknown)}; the tasks are: {names}")
-    return [t for t in TASKS if t["name"] in wanted]
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    if unknown := sorted(set(names) - {t["name"] for t in TASKS}):
+        valid = ", ".join(t["name"] for t in TASKS)
+        raise ValueError(f"unknown PanEcho task {', '.join(unknown)}; the tasks are: {valid}")
+    return [t for t in TASKS if t["name"] in names]
 
 
 def activate(logits, task):
@@ -357,13 +350,13 @@ def activate(logits, task):
 
 
 def without_weights(**kwargs):
-    """A PanEcho whose parameters are still to be assigned: no time goes into drawing them."""
+    """A PanEcho without parameters, to be loaded: they are not drawn first."""
     with torch.device("meta"):
         return PanEcho(**kwargs)
 
 
 def random_weights():
-    """An untrained full model's state dict, the same on every machine: for tries without weights.
+    """An untrained full model's state dict, the same on every machine: for trials.
 
     Each tensor is drawn by numpy from a seed made of its name; weights are scaled by fan-in and
     the layer scale is near 0.1, so that features vary with the image (torchvision's own

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from echofocus_core import EMBED_DIM
 from echofocus_core.base.console import duration, listed, progress, some
 from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
@@ -16,13 +15,10 @@ from echofocus_core.video.decode import why_skipped
 USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image")
 
 
-def preview_extraction(typed, trained_on, listener):
-    """Report on the videos of --videos; returns the size of their embeddings in bytes.
-
-    typed: the options of extraction. trained_on: SHA-256 of the encoder that a model needs, or ''.
-    """
-    source, sampling = Path(typed["videos"]), extract.settings_from(typed).sampling
-    grouping = (typed[name] for name in ("group", "manifest", "study_id"))
+def preview_extraction(settings, trained_on, listener):
+    """Report on the videos of --videos. trained_on: SHA-256 of a model's encoder, or ''."""
+    source, sampling = Path(settings.videos), extract.sampling_of(settings)
+    grouping = settings.group, settings.manifest, settings.study_id
     studies = extract.find_studies(source, *grouping, listener=listener)
     usable, reasons = [], {}
     for study in progress(studies, desc="videos", unit="study"):
@@ -47,10 +43,9 @@ def preview_extraction(typed, trained_on, listener):
             f"{len(empty)} studies have no usable video: {some(empty)}",
             "see the reasons above; these studies get no prediction",
         )
-    encoder = preview_encoder(typed["weights"], sampling, trained_on, listener)
+    encoder = preview_encoder(settings.weights, sampling, trained_on, listener)
     if usable:
-        estimate_time(typed, sampling, encoder, usable, listener)
-    return len(usable) * sampling.n_clips * EMBED_DIM * 4
+        estimate_time(settings, sampling, encoder, usable, listener)
 
 
 def preview_encoder(weights, sampling, trained_on, listener):
@@ -73,9 +68,9 @@ def preview_encoder(weights, sampling, trained_on, listener):
     return encoder.model
 
 
-def estimate_time(typed, sampling, encoder, usable, listener):
+def estimate_time(settings, sampling, encoder, usable, listener):
     """Report how long the (study, video) pairs take, from one decoded and a few images encoded."""
-    device, workers = pick_device(typed.get("device", "")), extract.decoders(typed["workers"])
+    device, workers = pick_device(settings.device), extract.decoders(settings.workers)
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
         listener.warning(f"{study.name}/{name}: {reply}", "it will be skipped")
