@@ -10,10 +10,7 @@ from echofocus_core.video.extract import decoders, in_processes
 
 
 def preview_cohort(typed, listener):
-    """Report on a cohort; returns the bytes that its decoded videos take.
-
-    typed: the options cohort, data_dir and tasks.
-    """
+    """Report on a cohort. typed: the options cohort, data_dir and tasks."""
     name = typed["cohort"]
     folder = typed.get("data_dir") or f"data/{name}"
     cohort = read_cohort(name, folder, typed.get("tasks", ()), listener)
@@ -31,21 +28,19 @@ def preview_cohort(typed, listener):
         listener.ok(f"{fold}: {len(labels)} videos: {counts[:400]}")
     sample = paths.drop(list(reasons)).drop_duplicates()
     sample = sample.iloc[sample.map(derive_seed).argsort()[:200]]
-    size, began = 0, time.perf_counter()
+    n, began = 0, time.perf_counter()
     calls = ((video, (small_frames, path, 224)) for video, path in sample.items())
     for video, (reply, _) in in_processes(calls, decoders(0)):
         if isinstance(reply, Exception):
             reasons[video] = str(reply)
         else:
-            size += reply.nbytes
+            n += 1
     if reasons:
         listener.warning(
             f"{len(reasons)} videos cannot be used:{listed(reasons)}",
             "export them again; training leaves them out",
         )
-    if not size:
-        listener.error("no video of the cohort can be decoded", "see the reasons above")
-        return 0
+    if not n:
+        return listener.error("no video of the cohort can be decoded", "see the reasons above")
     each = (time.perf_counter() - began) / len(sample)
     listener.ok(f"decoding {len(paths)} videos once: about {duration(each * len(paths))} (rough)")
-    return size * len(paths) // len(sample)
