@@ -399,6 +399,9 @@ class Store:
         self.folder, self.files, self.headers = folder, files, {}
         self.place = folder  # of the dataset; of a pack, the folder that it was made of
 
+    def source_name(self, eid):
+        return f"study {eid} of {self.files[eid].name}"
+
     @contextmanager
     def opened(self, eid):
         """The study's OpenStudy; errors until the block ends are an UnreadableStudy."""
@@ -666,9 +669,6 @@ class EmbeddingShards(Store):
                 lambda: [f"{number:03}" for number in range(V)],
             )
 
-    def source_name(self, eid):
-        return f"study {eid} of {self.files[eid].name}"
-
 
 def read_cache_index(path):
     """The index of a cache of shards; clip_len is a whole number or None. Raises UserError."""
@@ -751,9 +751,6 @@ class PackedEmbeddings(Store):
 
         header = Header(copies, V, C, study.made_with, tuple(study.crc32))
         yield OpenStudy(header, read_copy, lambda: study.videos)
-
-    def source_name(self, eid):
-        return f"study {eid} of {self.path.name}"
 
     def stamp(self, eid):
         return self.index[eid].stamp
