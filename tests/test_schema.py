@@ -27,6 +27,7 @@ from echofocus_core.study import config as schema
 from echofocus_core.study.job import resolve_settings
 from echofocus_core.study.loading import load_model, read_checkpoint
 from echofocus_core.video import extract, panecho
+from echofocus_core.video.decode import Sampling
 from echofocus_core.video.store import open_store
 
 TASK = {"task_labels": ["a", "b"], "label_path": "labels.csv"}
@@ -273,12 +274,7 @@ def test_every_option_is_some_commands():
     commands = {*ef.WITH_JOB, *ef.WITH_SETTINGS, "extract", "train_encoder"}
     for name, f in OPTIONS.items():
         assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
-    defaults = extract.Settings()
-    for name in ("weights", "precision", "image_batch", "workers", "shard", "redo"):
-        assert OPTIONS[name].default == getattr(defaults, name)
-    for name in ("n_clips", "clip_len", "size", "mask", "augment"):
-        assert OPTIONS[name].default == getattr(defaults.sampling, name)
-    assert OPTIONS["sampling_seed"].default == defaults.sampling.seed
+    assert extract.sampling_of(Settings()) == Sampling()
     assert "weights" in options_of("extract") and "learning_rate" not in options_of("extract")
 
 
