@@ -103,7 +103,7 @@ def percentages(value):
 
 
 def parse_split(text):
-    """'64,16,20' -> (64.0, 16.0, 20.0); for a text that `percentages` made."""
+    """'64,16,20' -> (64.0, 16.0, 20.0); for a text of `percentages`."""
     return tuple(map(float, text.split(",")))
 
 
@@ -145,6 +145,8 @@ Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
 
 # ------------------------------------------------------------------------------------------ options
 
+OnResume = Literal["fixed", "reported", "unrecorded"]
+
 
 @dataclass(frozen=True)
 class Group:
@@ -153,19 +155,20 @@ class Group:
     title: str
     in_config: bool = True  # whether a task or dataset of the config may set its options
     needs_videos: bool = False  # whether its options have an effect on videos only
+    on_resume: OnResume = "reported"  # of its options, where they do not say it
 
 
-WHAT, FILES = Group("what to work on", in_config=False), Group("files", in_config=False)
-DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model")
+WHAT = Group("what to work on", in_config=False, on_resume="unrecorded")
+FILES = Group("files", in_config=False, on_resume="unrecorded")
+DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
 TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
-EXTRACTION = Group("extraction", needs_videos=True)
-END_TO_END = Group("training through the encoder", needs_videos=True)
+EXTRACTION = Group("extraction", needs_videos=True, on_resume="unrecorded")
+END_TO_END = Group("training through the encoder", needs_videos=True, on_resume="fixed")
 
 WITH_MODEL = "evaluate predict embed explain"
 ALL = f"train check {WITH_MODEL}"
 EXTRACTS = f"extract {WITH_MODEL} check"
 READS_VIDEOS = f"{EXTRACTS} train"
-OnResume = Literal["fixed", "reported", "unrecorded"]
 
 
 def option(
@@ -176,21 +179,22 @@ def option(
     least=None,
     below=None,
     also="",
-    on_resume: OnResume = "reported",
+    on_resume: OnResume | None = None,
     moves_folds=False,
     **argparse_options,
 ):
     """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
 
     on_resume: what a resumed training does with another value: refuse it ("fixed"), or use it and
-    report it ("reported"); "unrecorded" options do not decide the weights, no checkpoint has them.
+    report it ("reported"); "unrecorded" options do not decide the weights and are in no checkpoint.
+    None: as its group says.
     moves_folds: whether another value puts other patients into the validation fold.
     """
     meta = {
         "group": group,
         "commands": commands.split(),
         "also": also.split(),
-        "on_resume": on_resume,
+        "on_resume": on_resume or group.on_resume,
         "moves_folds": moves_folds,
         "argparse": argparse_options,
     }
@@ -202,21 +206,17 @@ class CohortOptions(Entry):
     """Which videos with labels the encoder is trained on; `check` reads them too."""
 
     cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
-        "", "how the encoder's training data are laid out", WHAT, "train_encoder check",
-        on_resume="unrecorded"
+        "", "layout of the encoder's training data", WHAT, "train_encoder check"
     )
-    data_dir: str = option(
-        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check",
-        on_resume="unrecorded"
-    )
+    data_dir: str = option("", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check")
     tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "tasks of PanEcho's to learn, or a JSON file of your own [EF; hospital: every task "
-        "that the tables have]", WHAT, "train_encoder check", on_resume="unrecorded"
+        [], "tasks of PanEcho to learn, or your own JSON file [EF; hospital: every task in the "
+        "tables]", WHAT, "train_encoder check"
     )
 
 
 class Settings(CohortOptions):
-    """Every option. An empty text or list is found from the others; what was taken is printed."""
+    """Every option. Empty texts and lists are filled from the config and the model, and printed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -262,8 +262,8 @@ class Settings(CohortOptions):
         "", "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
         WHAT, "download inspect", nargs="?"
     )
-    list_: bool = option(False, "name the released models", WHAT, "download")
-    sha256: str = option("", "the file's SHA-256, where you know it", WHAT, "download")
+    list_: bool = option(False, "list the released models", WHAT, "download")
+    sha256: str = option("", "the file's SHA-256, if you know it", WHAT, "download")
     studies: int = option(80, "phantom studies to make", WHAT, "demo", least=1)
 
     subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
@@ -271,12 +271,12 @@ class Settings(CohortOptions):
         [], "several folds, instead of --subset", DATA, "evaluate"
     )
     sample_limit: int = option(
-        0, "use so many studies at most, by a hash of their ids: always the same of the same "
-        "studies; 0 is all", DATA, ALL, least=0, moves_folds=True
+        0, "use at most this many studies, chosen by a hash of their ids; 0: all", DATA, ALL,
+        least=0, moves_folds=True
     )
     max_videos_per_study: int = option(
-        0, "of a study with more videos take so many, at random (in training anew each epoch, else "
-        "always the same); 0 is all", DATA, ALL, least=0
+        0, "at most this many videos of a study, chosen at random (in training each epoch); 0: all",
+        DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
         "64,16,20", "percent of patients to train,val,test", DATA, "train", on_resume="fixed",
@@ -291,12 +291,12 @@ class Settings(CohortOptions):
         moves_folds=True
     )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
-        0, "of --n_folds: the test fold, the next one validates; 'all': one after the other, into "
+        0, "test fold of --n_folds, the next one validates; 'all': each in turn, into "
         "<model>/fold_<k>", DATA, "train", type=str, on_resume="fixed", moves_folds=True
     )
     stratify: str = option(
-        "", "a label of which every fold gets its share of patients, for rare ones; all patients "
-        "who come later are test", DATA, "train", on_resume="fixed", moves_folds=True
+        "", "deal patients by this label, so that each fold has its share of a rare one; patients "
+        "added later are test", DATA, "train", on_resume="fixed", moves_folds=True
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train",
@@ -307,9 +307,9 @@ class Settings(CohortOptions):
         moves_folds=True
     )
     assume_unseen: bool = option(
-        False, "take a dataset as unseen by a model and an encoder: where these do not say whom "
-        "they were trained on, or by chance know the same ids", DATA, "train evaluate explain",
-        on_resume="unrecorded"
+        False, "count a dataset as unseen by the model and the encoder, where their training "
+        "patients are not listed or other patients have the same ids", DATA,
+        "train evaluate explain", on_resume="unrecorded"
     )
 
     n_boot: int = option(
@@ -325,24 +325,22 @@ class Settings(CohortOptions):
         None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
     )
     years: Annotated[list[float], BeforeValidator(times_in)] = option(
-        [], "survival labels: the times at which survival and AUROC are given, in the unit of "
-        "their times, as in 1,5 [1,5, as far as the model's studies were followed]", DATA,
-        "predict evaluate"
+        [], "survival: times of survival and AUROC, in the unit of the labels, as in 1,5 [1,5, "
+        "within the follow-up]", DATA, "predict evaluate"
     )
     per: Literal["study", "patient"] = option(
         "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
     )
     pool: Literal["mean", "first", "last"] = option(
-        "mean", "of --per patient: the mean of the predictions, or one study by the order of the "
-        "label table", DATA, "evaluate"
+        "mean", "of --per patient: mean of the predictions, or one study by the order of the label "
+        "table", DATA, "evaluate"
     )
     by: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "also evaluate groups: columns of the label table, numbers with their edges as in "
-        "age:40,65", DATA, "evaluate"
+        [], "also evaluate groups: columns of the label table, numbers with edges as in age:40,65",
+        DATA, "evaluate"
     )
     compare: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "models, or tables of predictions, to compare with on the same studies", WHAT,
-        "evaluate"
+        [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
     )
     predictions: str = option(
         "", "a table of anyone's predictions to evaluate instead of a model", WHAT, "evaluate"
@@ -361,41 +359,39 @@ class Settings(CohortOptions):
         "fp32", "of the computation", COMPUTING, f"{ALL} extract"
     )
     batch_tokens: int = option(
-        4096, "clips computed together, but a whole study at least", COMPUTING, ALL, least=1
+        4096, "clips computed together, at least one study", COMPUTING, ALL, least=1
     )
     batch_size: int = option(
-        0, "studies computed together at most (those of an optimiser step: --batch_number); 0: as "
-        "batch_tokens says", COMPUTING, ALL, least=0
+        0, "at most this many studies computed together (see also --batch_number); 0: by "
+        "batch_tokens", COMPUTING, ALL, least=0
     )
 
     transformer_type: Literal["standard", "query", "multiquery"] = option(
-        "standard", "aggregator", MODEL, "train", on_resume="fixed"
+        "standard", "aggregator", MODEL, "train"
     )
     encoder_depth: int = option(
         1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0,
-        below=MOST_LAYERS + 1, on_resume="fixed"
+        below=MOST_LAYERS + 1
     )
-    tf_combine: Literal["avg", "max"] = option(
-        "avg", "pooling over clips", MODEL, "train", on_resume="fixed"
-    )
+    tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
     init_from: str = option(
         "", "model to start from; heads matched by label name", MODEL, "train",
-        also="load_transformer_path", on_resume="fixed", moves_folds=True
+        also="load_transformer_path", moves_folds=True
     )
 
     learning_rate: float = option(
         1e-4, "of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
     )
     head_learning_rate: float = option(
-        0.0, "of the labels' own parameters, or end to end of the study-level model; 0: as the "
-        "others, end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
+        0.0, "of the labels' parameters, end to end of the study-level model; 0: as the others, "
+        "end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
     )
     layer_decay: float = option(
-        1.0, "layer-wise rates: each layer's is so many times that of the layer above it, as 0.8",
-        TRAINING, "train", least=1e-3, below=1.0000001, on_resume="fixed"
+        1.0, "rate of each layer relative to the layer above it, as in 0.8", TRAINING, "train",
+        least=1e-3, below=1.0000001, on_resume="fixed"
     )
     freeze: Annotated[str, AfterValidator(frozen)] = option(
-        "", "what is not trained: aggregator (a linear probe on --init_from); end to end also "
+        "", "parts not trained: aggregator (a linear probe on --init_from); end to end also "
         "encoder, or stages:N of the image encoder", TRAINING, "train", on_resume="fixed"
     )
     grid: Annotated[list[str], BeforeValidator(names_in)] = option(
@@ -404,15 +400,16 @@ class Settings(CohortOptions):
     tensorboard: bool = option(
         False, "also write the history for TensorBoard", COMPUTING, "train", on_resume="unrecorded"
     )
-    batch_number: int = option(128, "studies an optimiser step", TRAINING, "train", least=1)
+    batch_number: int = option(128, "studies per optimiser step", TRAINING, "train", least=1)
     clip_dropout: float = option(
         0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1
     )
     epoch_lim: Annotated[int, AfterValidator(limit_or_none)] = option(
-        30, "epochs at most; -1: no limit", TRAINING, "train", also="total_epochs epochs max_epochs"
+        30, "maximum of epochs; -1: no limit", TRAINING, "train",
+        also="total_epochs epochs max_epochs"
     )
     epoch_early_stop: int = option(
-        10, "stop after so many epochs without improvement", TRAINING, "train", least=1
+        10, "stop after this many epochs without improvement", TRAINING, "train", least=1
     )
     checkpoint_minutes: float = option(
         10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0,
@@ -420,26 +417,26 @@ class Settings(CohortOptions):
     )
 
     spread: Literal["clips", "videos", "none"] = option(
-        "clips", "a range beside each answer: how much it moves with other clips of the videos, or "
-        "with other videos too", OUTPUT, "predict explain"
+        "clips", "range beside each answer: how much it changes with other clips, or also with "
+        "other videos", OUTPUT, "predict explain"
     )
     page: bool = option(
-        False, "also a page to look at, with the videos playing: a folder with index.html", OUTPUT,
+        False, "also write a web page with the videos: a folder with index.html", OUTPUT,
         "predict explain"
     )
     page_mask: Literal["sector", "none"] = option(
-        "sector", "the page's clips: black outside the ultrasound sector, or whole frames", OUTPUT,
+        "sector", "clips of the page: black outside the ultrasound sector, or whole frames", OUTPUT,
         "predict explain"
     )
     level: Literal["study", "video"] = option(
-        "study", "one vector a study, or one a video", OUTPUT, "embed"
+        "study", "one vector per study, or one per video", OUTPUT, "embed"
     )
     pool_queries: bool = option(
-        True, "multiquery models: the mean over labels, or one vector a label", OUTPUT, "embed"
+        True, "multiquery models: the mean over labels, or one vector per label", OUTPUT, "embed"
     )
     map: Literal["", "pca", "tsne"] = option(
-        "", "also draw the studies in a plane: pca (if not said) or tsne", OUTPUT, "embed",
-        nargs="?", const="pca"
+        "", "also draw the studies in a plane: pca (default) or tsne", OUTPUT, "embed", nargs="?",
+        const="pca"
     )
     color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
     dtype: Literal["float32", "float16"] = option(
@@ -451,7 +448,7 @@ class Settings(CohortOptions):
     embed_file: str = option(
         "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", FILES, "embed"
     )
-    json_: str = option("", "file to write the same to, for programs", FILES, "inspect")
+    json_: str = option("", "file for the same as JSON", FILES, "inspect")
 
     explain_n: int = option(
         5, "top videos in the published table", EXPLAINING, "explain", least=1, below=MOST_CLIPS + 1
@@ -466,43 +463,43 @@ class Settings(CohortOptions):
         "adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid", "leave_one_out",
         "attention",
     ] = option(
-        "adaptive", "adaptive: integrated gradients, refined until complete to 1 %; the next "
-        "three: a fixed quadrature of them; leave_one_out: the change without the video; "
-        "attention: rollout", EXPLAINING, "explain",
+        "adaptive", "adaptive: integrated gradients, refined to an error of 1 %; the next three: "
+        "fixed quadratures; leave_one_out: change without the video; attention: rollout",
+        EXPLAINING, "explain"
     )
     explain_steps: int = option(
         64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1, below=MOST_BATCH + 1
     )
     baseline: Literal["zero", "mean"] = option(
-        "zero", "where integrated gradients start: zero, or the mean clip embedding in training",
+        "zero", "start of integrated gradients: zero, or the mean clip embedding in training",
         EXPLAINING, "explain"
     )
     curves: bool = option(
-        False, "also take videos away and give them back, by score and at random: what the answers "
-        "to labelled studies become", EXPLAINING, "explain"
+        False, "also remove and add videos by score and at random, and report the answers to "
+        "labelled studies", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
         "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING, "explain"
     )
 
     end_to_end: bool = option(
-        False, "train through the encoder, on the videos of --videos or of the dataset's "
-        "video_base_path", END_TO_END, "train", on_resume="fixed"
+        False, "train the encoder too, on the videos of --videos or of the dataset's "
+        "video_base_path", END_TO_END, "train"
     )
     num_clips: int = option(
-        1, "clips of a video in a step, drawn anew each epoch", END_TO_END, "train", least=1,
-        below=MOST_CLIPS + 1, on_resume="fixed"
+        1, "clips of a video in a step, drawn each epoch", END_TO_END, "train", least=1,
+        below=MOST_CLIPS + 1
     )
     clips_at_once: int = option(
-        8, "clips in the encoder at a time: what bounds the memory", END_TO_END, "train", least=1,
+        8, "clips in the encoder at a time, which limits the memory", END_TO_END, "train", least=1,
         on_resume="unrecorded"
     )
     encoder_learning_rate: float = option(
-        1e-6, "of AdamW", END_TO_END, "train", least=1e-12, below=MOST_RATE, on_resume="fixed"
+        1e-6, "of AdamW", END_TO_END, "train", least=1e-12, below=MOST_RATE
     )
     ping_pong: bool = option(
         False, "train the study-level model and the encoder in turn, an epoch each", END_TO_END,
-        "train", on_resume="fixed"
+        "train"
     )
     cache_dir: str = option(
         "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
@@ -510,34 +507,34 @@ class Settings(CohortOptions):
 
     weights: str = option(
         "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
-        "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS,
-        on_resume="unrecorded"
+        "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS
     )
     group: Literal["dicom", "folder", "one"] = option(
-        "dicom", "what makes a study: the DICOM StudyInstanceUID (files without: the subfolder), a "
-        "subfolder, or the whole source", EXTRACTION, READS_VIDEOS, on_resume="unrecorded"
+        "dicom", "what makes a study: the DICOM StudyInstanceUID (other files: the subfolder), a "
+        "subfolder, or the whole source", EXTRACTION, READS_VIDEOS
     )
     study_id: Literal["folder", "uid", "digest"] = option(
-        "folder", "what names a study: its folder, the StudyInstanceUID, or a digest of that",
-        EXTRACTION, READS_VIDEOS, on_resume="unrecorded"
+        "folder", "name of a study: its folder, the StudyInstanceUID, or a digest of that",
+        EXTRACTION, READS_VIDEOS
     )
     manifest: list[str] = option(
         [], "lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
-        "EchoNet's FileList; paths start at the source", EXTRACTION, READS_VIDEOS,
-        on_resume="unrecorded"
+        "EchoNet's FileList; paths are relative to the source", EXTRACTION, READS_VIDEOS
     )
     mask: Literal["none", "sector"] = option(
-        "none", "'sector' blacks out what lies outside the ultrasound sector, such as names",
+        "none", "'sector' blackens everything outside the ultrasound sector, such as names",
         EXTRACTION, EXTRACTS
     )
-    n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1)
+    n_clips: int = option(
+        16, "clips per video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
+    )
     clip_len: int = option(
-        16, "frames a clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
+        16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
         on_resume="fixed"
     )
     size: int = option(
-        224, "pixels a side that the encoder sees", EXTRACTION, READS_VIDEOS, least=32,
-        below=MOST_SIDE + 1, on_resume="fixed"
+        224, "width and height of the encoder's images, in pixels", EXTRACTION, READS_VIDEOS,
+        least=32, below=MOST_SIDE + 1, on_resume="fixed"
     )
     sampling_seed: int = option(
         0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS,
@@ -548,22 +545,22 @@ class Settings(CohortOptions):
         below=MOST_CLIPS + 1
     )
     starts: Literal["modulo", "independent"] = option(
-        "modulo", "how a video's clip starts are drawn: from one residue class modulo 3, which "
-        "halves the encoder's work, or each by itself as published", EXTRACTION, EXTRACTS
+        "modulo", "clip starts of a video: from one residue class modulo 3, which halves the "
+        "encoder's work, or independent as published", EXTRACTION, EXTRACTS
     )
     image_batch: int = option(
-        0, "images a batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
+        0, "images per batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
     )
     workers: int = option(
         0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0,
-        below=MOST_WORKERS + 1, on_resume="unrecorded"
+        below=MOST_WORKERS + 1
     )
     shard: str = option(
-        "auto", "which share to begin with, I/N; 'auto' asks torchrun's or SLURM's environment",
+        "auto", "share to start with, I/N; 'auto' uses the environment of torchrun or SLURM",
         EXTRACTION, EXTRACTS
     )
     redo: bool = option(
-        False, "make damaged files and those of other settings anew", EXTRACTION, EXTRACTS
+        False, "recreate damaged files and those of other settings", EXTRACTION, EXTRACTS
     )
 # fmt: on
 
@@ -583,7 +580,7 @@ def options_of(command, settings=Settings):
 RECORDED = [
     name
     for name, f in options_of("train").items()
-    if name in IN_CONFIG and f.json_schema_extra["on_resume"] != "unrecorded"
+    if f.json_schema_extra["on_resume"] != "unrecorded"
 ]
 
 
@@ -605,21 +602,21 @@ def add_options(parser, command, settings=Settings):
         if (title := meta["group"].title) not in groups:
             groups[title] = parser.add_argument_group(title)
         default = "" if f.default in ("", [], False, None) else f" [{f.default}]"
-        how = {"help": (f.description + default).replace("%", "%%"), "default": SUPPRESS}
+        keywords = {"help": (f.description + default).replace("%", "%%"), "default": SUPPRESS}
         if kind is bool:
-            how["action"] = Switch
+            keywords["action"] = Switch
         elif get_origin(kind) is list:
-            how |= {"type": str, "nargs": "+", "metavar": name.upper()}
+            keywords |= {"type": str, "nargs": "+", "metavar": name.upper()}
         elif get_origin(kind) is Literal:
-            how |= {"type": str, "choices": [x for x in get_args(kind) if x]}
+            keywords |= {"type": str, "choices": [x for x in get_args(kind) if x]}
         else:
-            how |= {"type": float if kind == float | None else kind, "metavar": name.upper()}
-        how |= meta["argparse"]
+            keywords |= {"type": float if kind == float | None else kind, "metavar": name.upper()}
+        keywords |= meta["argparse"]
         if name == "source":  # a word without --
-            groups[title].add_argument(name, **how)
+            groups[title].add_argument(name, **keywords)
         else:
             words = [f"--{word}" for word in (name.rstrip("_"), *meta["also"])]
-            groups[title].add_argument(*words, dest=name, **how)
+            groups[title].add_argument(*words, dest=name, **keywords)
 
 
 def one_name(values, others=None):

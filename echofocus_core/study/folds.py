@@ -172,12 +172,13 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     if at_home and seen:
         refuse_moved(seen[0], table, listener)
     n_own = len(seen) if is_average else 1
-    own, ancestors = seen_levels(seen[:n_own], table), seen_levels(seen[n_own:], table)
-    ancestors = ancestors.where(own == 0, 0)
-    avoidable = (ancestors > 0) | (own > 0 if not at_home else False)
+    by_training, by_ancestors = (seen_levels(x, table) for x in (seen[:n_own], seen[n_own:]))
+    by_ancestors = by_ancestors.where(by_training == 0, 0)
+    avoidable = (by_ancestors > 0) | (by_training > 0 if not at_home else False)
     if assume_unseen and avoidable.any():
         evidence = count_as_unseen(avoidable, model.folder.name, listener)
-        own, ancestors = own.mask(avoidable, 0), ancestors.mask(avoidable, 0)
+        by_training = by_training.mask(avoidable, 0)
+        by_ancestors = by_ancestors.mask(avoidable, 0)
     elif avoidable.any() and not at_home:
         listener.note(
             f"left out {avoidable.sum()} labelled studies: {model.folder.name} was trained on "
@@ -186,8 +187,8 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     folds = pd.Series("test", table.index, name="fold")
     if at_home and not model.record.settings.stratify:
         folds = split_patients(table, model.record.settings)
-    folds = folds.mask(ancestors > 0, "seen by an ancestor")
-    return folds.mask(own == 1, "val").mask(own == 2, "train"), evidence
+    folds = folds.mask(by_ancestors > 0, "seen by an ancestor")
+    return folds.mask(by_training == 1, "val").mask(by_training == 2, "train"), evidence
 
 
 def count_as_unseen(seen, name, listener):
@@ -218,10 +219,12 @@ def seen_elsewhere(whole, settings, encoder, begun_from=None, listener=RUN):
     (seen, is_complete), caveats = encoder, []
     sources = [("the encoder", seen, settings.assume_unseen)]
     if begun_from:
-        own, evidence = seen_by_model(begun_from, settings.dataset, settings.assume_unseen)
+        by_start, evidence = seen_by_model(begun_from, settings.dataset, settings.assume_unseen)
         caveats += [evidence] if evidence == ASSUMED else []
         is_home = settings.dataset == begun_from.record.dataset
-        sources.insert(0, (begun_from.folder.name, own, settings.assume_unseen and not is_home))
+        sources.insert(
+            0, (begun_from.folder.name, by_start, settings.assume_unseen and not is_home)
+        )
     kept = []
     for name, seen, is_overruled in sources:
         levels = levels_by(name, seen, whole, listener)
@@ -386,8 +389,8 @@ def warn_of_one_class(table, folds, task, listener):
         if y[folds == "train"].nunique() < 2:
             continue  # it cannot be learned, which is reported
         for fold in ("val", "test"):
-            known = y[folds == fold].dropna()
-            if len(known) and (lacks := label.why_unjudgeable(known)):
+            values = y[folds == fold].dropna()
+            if len(values) and (lacks := label.why_unjudgeable(values)):
                 chooses = label.by_step and len(outputs.labels) == 1 and fold == "val"
                 report = listener.error if chooses else listener.warning  # no epoch is the best
                 report(
@@ -449,9 +452,9 @@ def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
     """(study id -> what to learn (C,), NaN where missing; fold -> the studies that have some)."""
     columns, places = task.outputs.columns, task.outputs.places
     values = table[columns].mask(~folds.isin(FOLDS)).to_numpy(copy=True)
-    known = ~np.isnan(values)
+    had_value = ~np.isnan(values)
     values = scale(values, columns, scaling or {})
-    for label, lost in zip(columns, (known & np.isnan(values)).sum(0), strict=True):
+    for label, lost in zip(columns, (had_value & np.isnan(values)).sum(0), strict=True):
         if lost:
             listener.warning(
                 f"label {label}: {lost} values are below what its Box-Cox can take",

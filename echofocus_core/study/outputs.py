@@ -404,7 +404,7 @@ def study_losses(logits, targets, outputs):
     """
     import torch
 
-    known = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
+    has_value = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
     filled, kinds = targets.nan_to_num(), {type(label) for label in outputs.each}
     if kinds in ({Binary}, {Regression}):  # all at once
         losses = kinds.pop().losses(logits, filled)
@@ -414,7 +414,7 @@ def study_losses(logits, targets, outputs):
             y = (targets if label.by_step else filled)[:, outputs.places[label.name]]
             parts.append(label.losses(logits[:, outputs.slices[label.name]], y))
         losses = torch.cat(parts, dim=1)
-    return (losses * known).sum(1) / len(outputs.labels)
+    return (losses * has_value).sum(1) / len(outputs.labels)
 
 
 def losses_of_outputs(logits, targets, kinds):
@@ -438,16 +438,16 @@ def cox_losses(risk, time, event):
     """
     import torch
 
-    known = ~(time.isnan() | event.isnan())
-    out, n_events = torch.zeros_like(risk), (event[known] == 1).sum()
+    has_value = ~(time.isnan() | event.isnan())
+    out, n_events = torch.zeros_like(risk), (event[has_value] == 1).sum()
     if not n_events:
         return out + 0 * risk.sum()
-    order = torch.argsort(time[known], descending=True)
-    r, t, e = (x[known][order] for x in (risk.double(), time, event))
+    order = torch.argsort(time[has_value], descending=True)
+    r, t, e = (x[has_value][order] for x in (risk.double(), time, event))
     at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
     last = torch.searchsorted(-t, -t, right=True) - 1
     losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
-    rows = known.nonzero()[:, 0][order]
+    rows = has_value.nonzero()[:, 0][order]
     return out.index_put((rows,), losses.to(out.dtype))
 
 
