@@ -87,27 +87,10 @@ def train_model(job):
     """
     settings, start, world = job.settings, job.model, job.world
     refuse_other_architecture(settings, start)
-    task, table = load_labels(job.task, job.dataset, split_column=settings.split_column)
-    if settings.stratify and settings.stratify not in task.task_labels:
-        hint = nearest(settings.stratify, task.task_labels)
-        raise UserError(f"--stratify {settings.stratify} is not a label of {settings.task}{hint}")
-    if settings.end_to_end and task.level == "video":
-        raise UserError("--end_to_end learns labels of studies, not of single videos")
-    if settings.end_to_end:
-        store = open_videos(settings, job.dataset, list(table.index), world)
-    else:
-        store = open_embeddings(job.dataset, task, settings)
+    task, whole, store = read_labels_and_store(job)
     folder = folder_to_train_in(settings)
-    whole = table.rename(index=stored_names(table.index, store))
     table = match_studies(whole, store, task, settings.sample_limit, settings.first_study_only)
-    ids = list(table.index)
-    refuse_mixed(store, ids, settings.allow_mixed, RUN)
-    if settings.end_to_end:
-        encoder = list(panecho.seen_by(settings.weights)), True
-    else:
-        encoder = store.encoder_seen(ids, RUN)
-        if start:
-            warn_of_other_input(start, store, ids)
+    encoder = seen_by_encoder(job, store, list(table.index))
     series, evidence = seen_elsewhere(whole, settings, encoder, start)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
@@ -128,6 +111,33 @@ def train_model(job):
     if len(parts) > 1 and not world.rank:
         return folder, settings, {k: cohort for k, (_, cohort) in cohorts.items()}, store, evidence
     return None
+
+
+def read_labels_and_store(job):
+    """(task with its kinds decided, label table, store of what is trained on)."""
+    settings = job.settings
+    task, table = load_labels(job.task, job.dataset, split_column=settings.split_column)
+    if settings.stratify and settings.stratify not in task.task_labels:
+        hint = nearest(settings.stratify, task.task_labels)
+        raise UserError(f"--stratify {settings.stratify} is not a label of {settings.task}{hint}")
+    if settings.end_to_end and task.level == "video":
+        raise UserError("--end_to_end learns labels of studies, not of single videos")
+    if settings.end_to_end:
+        store = open_videos(settings, job.dataset, list(table.index), job.world)
+    else:
+        store = open_embeddings(job.dataset, task, settings)
+    return task, table.rename(index=stored_names(table.index, store)), store
+
+
+def seen_by_encoder(job, store, eids):
+    """(lists of Seen of the encoder, whether they are recorded), see `seen_elsewhere`; warns of
+    embeddings that do not go together."""
+    if job.settings.end_to_end:
+        return list(panecho.seen_by(job.settings.weights)), True
+    refuse_mixed(store, eids, job.settings.allow_mixed, RUN)
+    if job.model:
+        warn_of_other_input(job.model, store, eids)
+    return store.encoder_seen(eids, RUN)
 
 
 def folder_to_train_in(settings):
