@@ -391,7 +391,7 @@ def test_task_finds_published_models_by_label_count(cohort, cli):
     (cohort / "trained_models" / "broken").mkdir()
     (cohort / "trained_models" / "broken" / "best_checkpoint.pt").write_bytes(b"x")
     status, out, err = cli("predict", "--task", "defect", "--out", "p.csv")
-    assert status == 0 and "model_name = old" in out and "passed over broken" in out, err
+    assert status == 0 and "model_name = old" in out and "skipped broken" in out, err
     assert list(pd.read_csv("p.csv"))[3] == "finding"
     path = "trained_models/old/best_checkpoint.pt"
     assert cli("predict", "--task", "defect", "--model_name", path, "--out", "q.csv")[0] == 0

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import UserError
+from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import atomic_path, write_table
 from echofocus_core.base.hdf5 import new_hdf5
 from echofocus_core.base.options import Settings
@@ -104,7 +104,7 @@ def write_explanations(job, explanations, truths, names, warnings):
     write_table(pd.DataFrame(tops), folder / names["tops"])
     worst = videos["convergence_error"].max()
     if worst >= COMPLETE:
-        print(f"WARNING: scores miss their sum by up to {worst:.1%}; see convergence_error")
+        RUN.warning(f"scores miss their sum by up to {worst:.1%}", "see convergence_error")
     for name in names.values():
         print(f"wrote {folder / name}")
     return videos
