@@ -89,6 +89,7 @@ LAYOUTS = {
         {"a": "1", "b": "2"},
         {f"SOURCE-{d('1')}": (".", ["a"]), f"SOURCE-{d('2')}": (".", ["b"])},
     ),
+    "one study of a CD": ({"DICOM/a": "1"}, {"SOURCE": (".", ["DICOM/a"])}),
     "no DICOM at all": (
         {"A/x.avi": "", "A/deep/y.AVI": "", "B/z.Mp4": ""},
         {"A": ("A", ["deep/y.AVI", "x.avi"]), "B": ("B", ["z.Mp4"])},
@@ -145,6 +146,8 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
     assert set(layout_of(tmp_path)) == {"B"}
     out = capsys.readouterr().out
     assert "2 patients: A/x, A/y" in out and "left out" in out and "MRN" not in out
+    (study,) = studies.find_studies(tmp_path)
+    assert (study.uid, study.patient_id) == ("2", "MRN-4711") and "MRN" not in repr(study)
     shutil.rmtree(tmp_path / "B")
     with pytest.raises(UserError, match="no study"):
         layout_of(tmp_path)

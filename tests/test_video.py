@@ -1,5 +1,6 @@
 """Decoding against known pixels, the published sampling against its description, odd files."""
 
+import hashlib
 import os
 import shutil
 import struct
@@ -45,6 +46,19 @@ def test_dicom_is_read_exactly(tmp_path):
     write_dicom(tmp_path / "inverse", 255 - grey, "MONOCHROME1")
     for name, frames in expected.items():
         np.testing.assert_array_equal(video.read_frames(tmp_path / name), frames)
+
+
+def test_a_header_is_read_once(monkeypatch):
+    """One opened file gives frames, digest, regions and rate."""
+    calls, dcmread = [], pydicom.dcmread
+    monkeypatch.setattr(pydicom, "dcmread", lambda *a, **k: calls.append(a) or dcmread(*a, **k))
+    with video.VideoFile(REAL) as file:
+        file.check()
+        assert len(list(file.frames())) == len(list(file.frames())) == 30
+        assert file.digest == hashlib.sha256(REAL.read_bytes()).hexdigest()
+        assert file.boxes == []  # they are outside the image, which was shrunk
+        assert file.rate == pytest.approx(1000 / dcmread(REAL).FrameTime)
+    assert len(calls) == 1
 
 
 def test_real_echocardiogram_is_not_tinted():
@@ -420,8 +434,7 @@ def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_reg
 
 
 def test_masking_the_real_cine():
-    """Its regions lie outside the image (it was shrunk), so the motion decides."""
-    assert video.VideoFile(REAL).boxes == []
+    """Its regions are outside the image (it was shrunk), so the motion decides."""
     plain = video.read_clips(REAL, video.Sampling())[0].frames
     masked = video.read_clips(REAL, video.Sampling(mask="sector"))[0].frames
     inside = (masked > 0).any((0, 3))

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -369,23 +370,20 @@ class PixelHeader:
             raise VideoError(f"pixels of {samples} components of {allocated} bits")
         if allocated > 8 and (not 8 <= stored <= allocated or high not in (None, stored - 1)):
             raise VideoError(f"BitsStored {stored} and HighBit {high} of {allocated} bits")
-        planar, frames = (
-            number(header, "PlanarConfiguration") == 1,
-            number(header, "NumberOfFrames"),
-        )
-        return cls(frames or 1, rows, columns, samples, allocated, stored, planar, photometric)
+        planar = number(header, "PlanarConfiguration") == 1
+        frames = number(header, "NumberOfFrames") or 1
+        return cls(frames, rows, columns, samples, allocated, stored, planar, photometric)
 
 
+@dataclass(frozen=True)
 class Frames:
-    """The frames of a cine, each read and decoded when it is asked for.
+    """The frames of a cine, each read and decoded when it is asked for."""
 
-    header: the PixelHeader; layout: the Layout of uncompressed ones, None for compressed ones, each
-    of which is decoded by the marks in its bytes; stored: function of a frame's number that gives
-    these bytes.
-    """
-
-    def __init__(self, header, layout, n, stored):
-        self.header, self.layout, self.n, self.stored = header, layout, n, stored
+    header: PixelHeader
+    layout: colour.Layout | None  # of uncompressed frames; others are decoded by their own marks
+    n: int
+    stored: Callable  # a frame's number -> its bytes
+    palette: tuple | None = None  # see `colour.read_palette`
 
     def __len__(self):
         return self.n
@@ -534,17 +532,17 @@ def open_frames(dicom, notes, single=False):
         more = header.frames > 1
         raise VideoError("still image, though the header says more" if more else "still image")
     frames.check_decoder()
+    if header.photometric == "PALETTE COLOR":
+        frames = replace(frames, palette=colour.read_palette(dicom.header))
     return frames
 
 
-def choose_rule(frames, dicom_header, notes):
+def choose_rule(frames, notes):
     """The ColourRule of all frames, from a few of them. VideoError."""
-    photometric = frames.header.photometric
-    palette = colour.read_palette(dicom_header) if photometric == "PALETTE COLOR" else None
-    few = representative_frames(frames)
+    header, few = frames.header, representative_frames(frames)
     frames.check_layout(few)
     samples = list(few.values())
-    rule = colour.choose_rule(photometric, samples, frames.header.stored, palette, notes)
+    rule = colour.choose_rule(header.photometric, samples, header.stored, frames.palette, notes)
     if frames.layout and frames.layout.halved and rule.colour != "YBR":
         raise VideoError("the header is wrong: RGB, but of the size of 4:2:2 pixels")
     later = (frames.components(i, small=True) for i in range(len(frames)))
@@ -583,7 +581,7 @@ def iter_dicom(dicom, notes, needed=None):
     if frames is None:
         yield from iter_stream(dicom, notes)
         return
-    rule, n = choose_rule(frames, dicom.header, notes), len(frames)
+    rule, n = choose_rule(frames, notes), len(frames)
     used = set(needed(n) if needed else range(n))
     for i in range(n):
         yield frames.bgr(i, rule) if i in used else frames.check(i)
@@ -605,34 +603,32 @@ def iter_stream(dicom, notes):
         notes.append(f"NumberOfFrames is wrong: {n} frames decode")
 
 
-class Series:
-    """A cine whose frames are single files: its Frames, and the header of the first file."""
+class SeriesReader:
+    """Reads single-frame files whose frames are one cine. VideoError for images of two kinds."""
 
-    def __init__(self, paths, notes):
-        self.paths, self.format = paths, None
-        with DicomFile(paths[0]) as dicom:
-            self.header, first = dicom.header, self.open_one(dicom, notes)
-            self.frames = Frames(first.header, first.layout, len(paths), self.stored)
+    def __init__(self, paths):
+        self.paths, self.kind = paths, None
 
     def open_one(self, dicom, notes):
+        """The Frames of one file."""
         frames = open_frames(dicom, notes, single=True)
-        pixel_format = frames and (frames.header, frames.layout, palette_digest(dicom.header))
-        self.format = self.format or pixel_format
-        if not frames or len(frames) > 1 or pixel_format != self.format:
+        palette = frames and frames.palette and (frames.palette[0], frames.palette[1].tobytes())
+        kind = frames and (frames.header, frames.layout, palette)
+        self.kind = self.kind or kind
+        if not frames or len(frames) > 1 or kind != self.kind:
             raise VideoError("a series of unlike images")
         return frames
 
     def stored(self, i):
+        """The bytes of frame i."""
         with DicomFile(self.paths[i]) as dicom:
             return self.open_one(dicom, []).stored(0)
 
-
-def palette_digest(header):
-    """A digest of the palette, which images must share to be read in one way; '' without one."""
-    if text(header, "PhotometricInterpretation").upper() != "PALETTE COLOR":
-        return ""
-    first, table = colour.read_palette(header)
-    return f"{first} {hashlib.sha256(table.tobytes()).hexdigest()}"
+    def frames(self, notes):
+        """The Frames of all files."""
+        with DicomFile(self.paths[0]) as dicom:
+            first = self.open_one(dicom, notes)
+        return replace(first, n=len(self.paths), stored=self.stored)
 
 
 def iter_series(paths, notes):
@@ -640,9 +636,8 @@ def iter_series(paths, notes):
 
     VideoError when they do not follow one another, as stills of one series do not.
     """
-    series, small = Series(paths, notes), []
-    frames = series.frames
-    rule = choose_rule(frames, series.header, notes)
+    frames, small = SeriesReader(paths).frames(notes), []
+    rule = choose_rule(frames, notes)
     for i in range(len(frames)):
         frame = frames.bgr(i, rule)
         small.append(block_means(frame))
