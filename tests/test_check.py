@@ -230,9 +230,9 @@ def test_check_names_a_planted_fault(cohort, cli, capfd, monkeypatch, fault):
     videos = VIDEOS if Path("videos").is_dir() else ()
     status, out, err = cli("check", "--task", "defect", *videos)
     assert status == expected_status and "Traceback" not in err, out + err
-    found = findings(out)
-    assert len(found) == len(expected), out
-    for part, (level, text) in zip(found, expected, strict=True):
+    listed = findings(out)
+    assert len(listed) == len(expected), out
+    for part, (level, text) in zip(listed, expected, strict=True):
         assert part.startswith(level) and text in part and "->" in part, out
     assert tree(cohort) == before
 

@@ -64,8 +64,8 @@ def trained(cohort, add_model):
 
 def test_a_copy_alone_tests_on_nobody_it_has_seen(trained, cli):
     """On its own dataset the test fold is that of the training, without split.csv."""
-    found, _ = studies_tested(cli, copy_alone("defect", "copy"))
-    assert found == trained["test"]
+    tested, _ = studies_tested(cli, copy_alone("defect", "copy"))
+    assert tested == trained["test"]
 
 
 def test_a_copy_alone_as_ancestor(cohort, cli):
@@ -102,9 +102,9 @@ def test_the_same_studies_under_another_name(trained, cli):
     seen = set(everybody[sorted(trained["train"] | trained["val"])])
     expected = {e for e, p in zip(new["eid"], new["pid"], strict=True) if p not in seen}
     for model in ("defect", copy_alone("defect", "copy")):
-        found, out = studies_tested(cli, model, dataset="other")
-        assert found == trained["test"] | expected
-        assert f"left out {100 - len(found)} labelled studies" in out
+        tested, out = studies_tested(cli, model, dataset="other")
+        assert tested == trained["test"] | expected
+        assert f"left out {100 - len(tested)} labelled studies" in out
 
 
 def test_patients_are_known_where_studies_are_new(trained, cli):
@@ -114,10 +114,10 @@ def test_patients_are_known_where_studies_are_new(trained, cli):
     for eid in table["eid"]:
         shutil.copy(f"emb/{eid}.hdf5", f"emb/n{eid}.hdf5")
     add_dataset("later", label_path="later.csv")
-    found, _ = studies_tested(cli, copy_alone("defect", "copy"), dataset="later")
-    assert found == {f"n{eid}" for eid in trained["test"]}
-    found, out = studies_tested(cli, "copy", "--assume_unseen", dataset="later")
-    assert len(found) == 60 and "WARNING" in out and "as --assume_unseen says" in out
+    tested, _ = studies_tested(cli, copy_alone("defect", "copy"), dataset="later")
+    assert tested == {f"n{eid}" for eid in trained["test"]}
+    tested, out = studies_tested(cli, "copy", "--assume_unseen", dataset="later")
+    assert len(tested) == 60 and "WARNING" in out and "as --assume_unseen says" in out
 
 
 def test_a_published_model_was_trained_elsewhere(trained, cli):
@@ -126,8 +126,8 @@ def test_a_published_model_was_trained_elsewhere(trained, cli):
     path = MODELS / "published" / "best_checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     torch.save({k: v for k, v in saved.items() if k not in ("echofocus", "seen")}, path)
-    found, out = studies_tested(cli, "published", "--task", "defect")
-    assert len(found) == 60 and "was trained elsewhere" in out
+    tested, out = studies_tested(cli, "published", "--task", "defect")
+    assert len(tested) == 60 and "was trained elsewhere" in out
     metrics = pd.read_csv(MODELS / "published" / "metrics_test_site.csv")
     assert set(metrics["unseen"]) == {"trained elsewhere, not compared"}
     studies_tested(cli, "defect")
@@ -196,20 +196,20 @@ def test_patients_whom_the_encoder_saw(trained, cli):
     keep_encoder_seen("emb", "ab", [Seen.of(whom, "00")])
     keep_encoder_seen("emb", "other", [Seen.of(patients.to_frame().assign(fold="train"), "00")])
     gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
-    told = f"left out {len(gone)} studies of val and test: the encoder has seen them"
+    warning = f"left out {len(gone)} studies of val and test: the encoder has seen them"
     for line in (("check", "--task", "defect", "--run_id", "b"), (*DEFECT, "--run_id", "b")):
         status, out, err = cli(*line)
-        assert status == 0 and told in out, out + err
+        assert status == 0 and warning in out, out + err
     split = split_of("defect_b")["fold"]
     assert set(split.index[split == "known to the encoder"]) == set(gone)
-    found, out = studies_tested(cli, "defect")  # whose training did not know
-    assert found == trained["test"] - set(gone) and "the encoder has seen them" in out
+    unseen, out = studies_tested(cli, "defect")  # trained without the encoder's list
+    assert unseen == trained["test"] - set(gone) and "the encoder has seen them" in out
     assert "known to the encoder" in (MODELS / "defect/report_test_site.html").read_text()
-    found_all, out = studies_tested(cli, "defect", "--assume_unseen")
-    assert found_all == trained["test"] and "studies are known to the encoder, by the ids" in out
-    how = set(pd.read_csv(MODELS / "defect/metrics_test_site.csv")["unseen"])
+    all_tested, out = studies_tested(cli, "defect", "--assume_unseen")
+    assert all_tested == trained["test"] and "studies are known to the encoder, by the ids" in out
+    evidence = set(pd.read_csv(MODELS / "defect/metrics_test_site.csv")["unseen"])
     more = f"{len(gone)} studies are known to the encoder"
-    assert how == {f"by patient and study id; assumed: {more}"}
+    assert evidence == {f"by patient and study id; assumed: {more}"}
     assert f"not compared ({more} by the ids)" in out
     again = (*DEFECT, "--run_id", "b", "--epoch_lim", "2")
     status, _, err = cli(*again, "--assume_unseen")
@@ -222,10 +222,10 @@ def test_patients_whom_the_encoder_saw(trained, cli):
         with h5py.File(path, "a") as f:
             f.attrs.update(weights="chkpt_epoch-3.pt", weights_seen="listed")
     tested, out = studies_tested(cli, copy_alone("defect_b", "c"), dataset="other")
-    assert tested == found
+    assert tested == unseen
     assert "the encoder of 60 studies (chkpt_epoch-3.pt) are not listed" in out
-    how = set(pd.read_csv(MODELS / "c" / "metrics_test_other.csv")["unseen"])
-    assert how == {"by patient and study id; the encoder's patients are not known"}
+    evidence = set(pd.read_csv(MODELS / "c" / "metrics_test_other.csv")["unseen"])
+    assert evidence == {"by patient and study id; the encoder's patients are not known"}
 
 
 def table_of(pids, eids):
@@ -240,9 +240,9 @@ def test_a_patient_is_known_by_a_study_that_is_cut_off():
         seen=[Seen.of(table_of("y", "3").assign(fold="val"), "00")],
         record=Record(labels=["x"], dataset="other"), folder=Path("m"),
     )  # fmt: skip
-    known, _ = fd.seen_elsewhere(whole, Settings(), encoder, begun_from)
+    seen_lists, _ = fd.seen_elsewhere(whole, Settings(), encoder, begun_from)
     folds = pd.Series(["test", "test"], index=["4", "2"])
-    assert list(fd.without_seen(folds, known)) == ["known to m", "known to the encoder"]
+    assert list(fd.without_seen(folds, seen_lists)) == ["known to m", "known to the encoder"]
 
 
 def test_assume_unseen_overrules_ids_that_collide(capsys):
@@ -253,27 +253,27 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     record = Record(labels=["x"], dataset="s", settings=Settings(split="0,0,100"))
     model = SimpleNamespace(seen=[a, b], record=record, folder=Path("m"))
     settings = Settings(dataset="s", assume_unseen=True)
-    known, how = fd.seen_elsewhere(table, settings, ([b], True), model)
-    assert [name for name, _ in known] == ["m"]
-    assert how == ["assumed: 1 studies are known to the encoder"]
+    seen_lists, evidence = fd.seen_elsewhere(table, settings, ([b], True), model)
+    assert [name for name, _ in seen_lists] == ["m"]
+    assert evidence == ["assumed: 1 studies are known to the encoder"]
     elsewhere = settings.model_copy(update={"dataset": "t"})
-    known, how = fd.seen_elsewhere(table, elsewhere, ([], False), model)
-    assert not known and how == [
+    seen_lists, evidence = fd.seen_elsewhere(table, elsewhere, ([], False), model)
+    assert not seen_lists and evidence == [
         "assumed: 2 studies are known to m", "the encoder's patients are not known"
     ]  # fmt: skip
     for assumed, fold in ((False, "seen by an ancestor"), (True, "test")):
-        folds, how = fd.folds_for(model, table, "s", assume_unseen=assumed)
+        folds, evidence = fd.folds_for(model, table, "s", assume_unseen=assumed)
         assert list(folds) == ["train", fold, "test"]
-    assert how == "assumed: 1 studies are known to m"
+    assert evidence == "assumed: 1 studies are known to m"
     assert "WARNING: 1 studies are known to m, by the ids" in capsys.readouterr().out
 
 
 def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
-    own, encoder = ([Seen.of(table_of("x", eid).assign(fold="train"), "00")] for eid in ("1", "2"))
+    seen, encoder = ([Seen.of(table_of("x", eid).assign(fold="train"), "00")] for eid in ("1", "2"))
     nothing = SimpleNamespace(label_path=None)
     store = SimpleNamespace(encoder_seen=lambda *_: (encoder, True))
     source = SimpleNamespace(eids=["1", "2", "3"], store=store)
-    model = SimpleNamespace(seen=own, labels=["x"])
+    model = SimpleNamespace(seen=seen, labels=["x"])
     for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
         settings = Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
         job = SimpleNamespace(
@@ -311,9 +311,9 @@ def test_a_fold_that_the_encoder_knows_has_its_own_remedy():
     task = SimpleNamespace(outputs=Outputs.of(["x"], "binary"))
     whole = table_of("abc", "123").assign(x=[0.0, 1, 1])
     settings = Settings(split="0,100,0")
-    known = [("the encoder", pd.Series(2, whole.index))]
+    seen_lists = [("the encoder", pd.Series(2, whole.index))]
     heard = Collected()
-    training_folds(whole, settings, task, known, heard)
+    training_folds(whole, settings, task, seen_lists, heard)
     (text,) = [f"{x.text}; {x.remedy}" for x in heard.findings if "into the val" in x.text]
     assert "those that would are known to the encoder" in text and "--split_column" in text
 
@@ -396,9 +396,9 @@ def test_the_first_usable_study_of_each_patient(cohort, cli):
     status, out, _ = cli("check", "--task", "defect", "--run_id", "none")
     assert status == 0 and "40 labelled studies of 40 patients" in out, out
     edit_config(settings={})
-    found, _ = studies_tested(cli, "defect", "--first_study_only")
-    assert found == set(split.index[split["fold"] == "test"])
-    assert len(studies_tested(cli, "defect")[0]) > len(found)
+    tested, _ = studies_tested(cli, "defect", "--first_study_only")
+    assert tested == set(split.index[split["fold"] == "test"])
+    assert len(studies_tested(cli, "defect")[0]) > len(tested)
 
 
 def test_split_is_by_patient_and_stable():

@@ -47,13 +47,13 @@ def test_training_on_a_gpu_learns_as_on_a_cpu(cohort, cli):
 def test_extraction_on_a_gpu(tmp_path, cli, precision, tolerance):
     (tmp_path / "videos" / "s").mkdir(parents=True)
     copy_example(tmp_path / "videos" / "s" / "a.dcm")
-    found = []
+    results = []
     for device in DEVICES:
         line = (tmp_path / "videos", "--out", tmp_path / device, "--weights", "random")
-        how = ("--device", device, "--precision", precision if device == "cuda" else "fp32")
-        status, out, err = cli(*line, *how, "--n_clips", "2", main=extract.main)
+        options = ("--device", device, "--precision", precision if device == "cuda" else "fp32")
+        status, out, err = cli(*line, *options, "--n_clips", "2", main=extract.main)
         assert status == 0, out + err
         (path,) = (tmp_path / device).glob("*.hdf5")
         with h5py.File(path) as f:
-            found.append(f["embeddings"][:])
-    close(*found, tolerance)
+            results.append(f["embeddings"][:])
+    close(*results, tolerance)

@@ -32,17 +32,17 @@ def test_video_embeddings(cohort, cli):
         assert "1 studies cannot be read" in out and "1003.hdf5" in out
         with h5py.File("trained_models/defect/video_embeddings_site_defect.h5") as f:
             assert len(f) == 59 and f.attrs["level"] == "video" and f.attrs["dataset"] == "site"
-            found = {eid: group["embeddings"][:] for eid, group in f.items()}
+            actual = {eid: group["embeddings"][:] for eid, group in f.items()}
             videos = {eid: group["videos"].asstr()[:].tolist() for eid, group in f.items()}
         folder = cohort / "trained_models" / "defect"
         net = load_model(folder, read_config("config.json").tasks).net
         for eid in ("1000", "1001", "1059"):
             with h5py.File(cohort / "emb" / f"{eid}.hdf5") as f:
                 bag, names = f["embeddings"][:], f["videos"].asstr()[:].tolist()
-            assert videos[eid] == names and found[eid].shape == (len(bag), 768)
+            assert videos[eid] == names and actual[eid].shape == (len(bag), 768)
             for v, clips in enumerate(bag):
-                np.testing.assert_allclose(found[eid][v], by_hand(net, clips), atol=1e-5)
-    assert sum(map(len, found.values())) > 59  # several videos a study, then
+                np.testing.assert_allclose(actual[eid][v], by_hand(net, clips), atol=1e-5)
+    assert sum(map(len, actual.values())) > 59  # several videos a study, then
 
 
 def test_embedding_nothing_leaves_no_file(cohort, cli):
@@ -123,23 +123,23 @@ def test_map_by_a_column(two_sites, cli):
     table["machine"] = np.where(table.index % 2, "A", "B")
     table.loc[:9, "size"] = None
     table.to_csv("labels.csv", index=False)
-    found = {}
+    actual = {}
     for column in ("finding", "machine", "size"):
         status, out, err = cli("embed", "--datasets", "site", "far", "--map", "--color_by", column)
         assert status == 0, err
         assert "no colours: no label table none.csv" in out
-        found[column] = pd.read_csv(two_sites / f"map_pca_site_far_by_{column}.csv")
-        site = found[column][found[column]["dataset"] == "site"].set_index("eid")["value"]
-        wanted = table.set_index("eid")[column]
+        actual[column] = pd.read_csv(two_sites / f"map_pca_site_far_by_{column}.csv")
+        site = actual[column][actual[column]["dataset"] == "site"].set_index("eid")["value"]
+        expected = table.set_index("eid")[column]
         if column == "machine":
-            assert (site == wanted[site.index]).all()
+            assert (site == expected[site.index]).all()
         else:
-            np.testing.assert_allclose(site, wanted[site.index].astype(float), rtol=1e-5)
+            np.testing.assert_allclose(site, expected[site.index].astype(float), rtol=1e-5)
         png = two_sites / f"map_pca_site_far_by_{column}.png"
         assert drawn(png, figures.MISSING_GREY, 1) > 300
     for column in ("machine", "size"):
-        np.testing.assert_array_equal(found[column][["x", "y"]], found["finding"][["x", "y"]])
-    assert found["size"]["value"].isna().sum() == 35
+        np.testing.assert_array_equal(actual[column][["x", "y"]], actual["finding"][["x", "y"]])
+    assert actual["size"]["value"].isna().sum() == 35
 
 
 def test_maps_that_cannot_be(two_sites, cli):

@@ -57,11 +57,11 @@ def test_cox_partial_likelihood():
     risk, time = rng.normal(size=40), rng.integers(1, 12, 40).astype(float)  # with ties
     event = (rng.random(40) < 0.5).astype(float)
     time[3], event[5] = np.nan, np.nan
-    known = np.isfinite(time) & np.isfinite(event)
+    present = np.isfinite(time) & np.isfinite(event)
     expected = np.zeros(40)
-    expected[known] = slow_cox(risk[known], time[known], event[known])
-    found = cox_losses(*(torch.tensor(x) for x in (risk, time, event))).numpy()
-    np.testing.assert_allclose(found * event[known].sum() / known.sum(), expected, atol=1e-9)
+    expected[present] = slow_cox(risk[present], time[present], event[present])
+    actual = cox_losses(*(torch.tensor(x) for x in (risk, time, event))).numpy()
+    np.testing.assert_allclose(actual * event[present].sum() / present.sum(), expected, atol=1e-9)
     none = cox_losses(torch.tensor(risk), torch.tensor(time), torch.zeros(40))
     assert not none.any()
 
@@ -86,21 +86,21 @@ def test_losses_of_mixed_labels():
         ],
         dim=1,
     )
-    known = torch.ones(5, 4)
-    known[2, 2] = known[4, 0] = 0
-    expected = (parts * known).sum(1) / 4
+    present = torch.ones(5, 4)
+    present[2, 2] = present[4, 0] = 0
+    expected = (parts * present).sum(1) / 4
     torch.testing.assert_close(study_losses(logits, y, MIXED), expected)
 
 
 def test_the_baseline_hazard():
     """Without risk it is Nelson and Aalen's; survival of a study of twice the hazard is squared."""
     time, event = np.array([1.0, 2, 2, 3, 4]), np.array([1, 1, 0, 1, 0])
-    found = breslow(time, event, np.zeros(5))
-    assert found["times"] == [0, 1, 2, 3, 4]
-    assert found["cumulative"] == pytest.approx([0, 1 / 5, 1 / 5 + 1 / 4, 0.45 + 1 / 2, 0.95])
-    at = survival_at(2, np.array([0, np.log(2)]), **found)
+    actual = breslow(time, event, np.zeros(5))
+    assert actual["times"] == [0, 1, 2, 3, 4]
+    assert actual["cumulative"] == pytest.approx([0, 1 / 5, 1 / 5 + 1 / 4, 0.45 + 1 / 2, 0.95])
+    at = survival_at(2, np.array([0, np.log(2)]), **actual)
     assert at == pytest.approx([np.exp(-0.45), np.exp(-0.9)])
-    assert np.isnan(survival_at(5, np.zeros(1), **found)).all()  # nobody was followed so long
+    assert np.isnan(survival_at(5, np.zeros(1), **actual)).all()  # nobody was followed so long
     nothing = breslow(time, np.zeros(5), np.zeros(5))
     assert np.isnan(survival_at(1, np.zeros(1), **nothing)).all()
 
@@ -115,8 +115,8 @@ def test_the_baseline_hazard():
     ],
 )
 def test_cells_of_classes(names, cells, numbers):
-    found = class_numbers("g", pd.Series(cells), names, "t.csv", Collected())
-    np.testing.assert_equal(found.to_numpy(), numbers)
+    actual = class_numbers("g", pd.Series(cells), names, "t.csv", Collected())
+    np.testing.assert_equal(actual.to_numpy(), numbers)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_a_mixed_task_is_learnt(learnt, trained_there, cli):
     assert metrics["finding", "auroc"] > 0.85 and metrics["death", "auroc_at_2"] > 0.7
     saved = pd.read_csv(folder / "saveout_test_site.csv", keep_default_na=False)
     saved = saved.set_index("Echo_ID")
-    own = outlook.loc[saved.index]
-    assert (saved["grade_Correct"] == own["grade"]).all()
-    np.testing.assert_allclose(saved["death_Correct"], own["years"], rtol=1e-5)
-    found = c_index(own["years"], own["died"] == "yes", saved["death_risk_Predict"])
-    assert found == pytest.approx(metrics["death", "c_index"], rel=1e-5)
+    truths = outlook.loc[saved.index]
+    assert (saved["grade_Correct"] == truths["grade"]).all()
+    np.testing.assert_allclose(saved["death_Correct"], truths["years"], rtol=1e-5)
+    actual = c_index(truths["years"], truths["died"] == "yes", saved["death_risk_Predict"])
+    assert actual == pytest.approx(metrics["death", "c_index"], rel=1e-5)
 
     status, out, err = cli("predict", "--years", "1,3", "--out", "p.csv")
     assert status == 0, err
@@ -324,11 +324,11 @@ def test_faults_of_their_values(outlook):
     table.loc[0, "years"], table.loc[1, "died"], table.loc[2, "grade"] = -1, None, "terrible"
     table.to_csv("labels.csv", index=False)
     listener, config = Collected(), read_config()
-    _, found = load_labels(config.tasks["outlook"], config.datasets["site"], listener)
-    said = "\n".join(x.text for x in listener.findings)
-    assert "death: 1 values are below zero" in said and "terrible" in said
-    assert found["death"].isna().sum() == 2 and found["grade"].isna().sum() == 1
-    assert found["death" + EVENT].isna().sum() == 2
+    _, table = load_labels(config.tasks["outlook"], config.datasets["site"], listener)
+    text = "\n".join(x.text for x in listener.findings)
+    assert "death: 1 values are below zero" in text and "terrible" in text
+    assert table["death"].isna().sum() == 2 and table["grade"].isna().sum() == 1
+    assert table["death" + EVENT].isna().sum() == 2
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ def views(cohort):
         write_embeddings(cohort / "emb", path.stem, x.astype(np.float32))
         rows += [
             {"pid": patients[path.stem], "eid": path.stem, "video": f"v{n:02}.avi",
-             "view": ["other", "apical"][int(there)]} for n, there in enumerate(is_view)
+             "view": ["other", "apical"][int(apical)]} for n, apical in enumerate(is_view)
         ]  # fmt: skip
     pd.DataFrame(rows).to_csv("views.csv", index=False)
     config = json.loads(Path("config.json").read_text())
@@ -396,8 +396,8 @@ def test_faults_of_tables_of_videos(views, cli):
 def test_an_early_step_of_survival():
     """One in ten die at once: no curve is drawn from birth to the first year."""
     time = np.r_[np.full(200, 0.01), np.linspace(0.1, 20, 1800)]
-    found = breslow(time, time == 0.01, np.zeros(2000))
-    assert survival_at(0.082, np.zeros(1), **found)[0] == pytest.approx(np.exp(-0.1), abs=1e-3)
+    actual = breslow(time, time == 0.01, np.zeros(2000))
+    assert survival_at(0.082, np.zeros(1), **actual)[0] == pytest.approx(np.exp(-0.1), abs=1e-3)
 
 
 def test_rare_events_are_dealt_to_every_fold(outlook):
@@ -417,8 +417,8 @@ def test_rare_events_are_dealt_to_every_fold(outlook):
 
 def test_layer_wise_rates():
     net = StudyModel(2, depth=3)
-    how = dict(learning_rate=1e-3, layer_decay=0.5)
-    rates = {g["lr"]: g["params"] for g in rate_groups(net, Settings(**how))}
+    options = dict(learning_rate=1e-3, layer_decay=0.5)
+    rates = {g["lr"]: g["params"] for g in rate_groups(net, Settings(**options))}
     assert sorted(rates) == pytest.approx([1.25e-4, 2.5e-4, 5e-4, 1e-3])
     lowest = rates[min(rates)]
     assert any(p is net.encoder.layers[0].linear1.weight for p in lowest)
@@ -468,8 +468,8 @@ def test_an_average_is_explained_by_its_members(outlook):
         for column in ("score", "prediction", "without", "baseline"):
             parts = [t[t["label"] == label].set_index("video")[column] for t in learnt]
             mean = pd.concat(parts, axis=1).mean(axis=1)
-            found = rows.loc[label, column]
-            np.testing.assert_allclose(found, mean[found.index], rtol=1e-3, atol=1e-5)
+            actual = rows.loc[label, column]
+            np.testing.assert_allclose(actual, mean[actual.index], rtol=1e-3, atol=1e-5)
     x = torch.randn(12, 768)
     logits = model.net(x, [5, 7])[0].numpy()
     assert model.survival(logits, [4])["death_survival_4"].shape == (2,)

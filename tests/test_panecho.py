@@ -57,24 +57,24 @@ def test_random_weights_follow_the_rule(model):
 )
 @torch.inference_mode()
 def test_published_clip_embeddings(model, name, seed, shape):
-    found = model.encoder(torch.from_numpy(normal(seed, *shape)))
-    assert relative_error(found, recorded("panecho_parity.npz")[name]) < 1e-4
+    actual = model.encoder(torch.from_numpy(normal(seed, *shape)))
+    assert relative_error(actual, recorded("panecho_parity.npz")[name]) < 1e-4
 
 
 @torch.inference_mode()
 def test_published_image_features_and_heads(model):
     numbers = recorded("panecho_parity.npz")
-    found = model.encoder.encoder(torch.from_numpy(normal(10, 2, 3, 112, 112)))
-    assert relative_error(found, numbers["image_encoder_rng10_112"]) < 1e-4
+    actual = model.encoder.encoder(torch.from_numpy(normal(10, 2, 3, 112, 112)))
+    assert relative_error(actual, numbers["image_encoder_rng10_112"]) < 1e-4
     embeddings = model.encoder(torch.from_numpy(normal(11, 1, 3, 16, 112, 112)))
     try:
         for activations in (True, False):
             model.activations = activations
             outputs = model.read(embeddings)
             assert len(outputs) == 40
-            for task, found in outputs.items():
+            for task, actual in outputs.items():
                 expected = numbers[f"multitask_act{activations}/{task}"]
-                assert relative_error(found, expected) < 1e-4, task
+                assert relative_error(actual, expected) < 1e-4, task
     finally:
         model.activations = True
 
@@ -192,8 +192,8 @@ def test_hub(weights_file, tmp_path, monkeypatch, model):
         everything = load()(x)
         some = load(tasks=["EF", "AVStenosis"], clip_len=16)(x)
         assert list(some) == ["EF", "AVStenosis"]
-        for task, found in some.items():
-            assert torch.allclose(found, everything[task])
+        for task, actual in some.items():
+            assert torch.allclose(actual, everything[task])
         assert everything["AVStenosis"].sum() == pytest.approx(1, abs=1e-5)
         raw = load(activations=False, tasks="RASize")(x)["RASize"]
         assert everything["RASize"].item() == pytest.approx(1 - raw.sigmoid().item(), abs=1e-6)
@@ -212,13 +212,13 @@ def test_the_snippet_of_the_readme(weights_file, tmp_path, monkeypatch):
     text = (ROOT / "embed" / "README.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "torch.hub" in c]
     assert code.count('source="local"') == 6
-    found = {}
+    actual = {}
     with torch.no_grad():
-        exec(code.replace("224, 224", "64, 64"), found)
-        assert found["longer"](torch.rand(1, 3, 32, 64, 64))["EF"].shape == (1, 1)
-    assert len(found["readings"]) == len(found["raw"]) == 40
-    assert list(found["few"]) == ["EF", "AVStenosis"]
-    assert found["embedding"].shape == found["features"].shape == (1, 768)
+        exec(code.replace("224, 224", "64, 64"), actual)
+        assert actual["longer"](torch.rand(1, 3, 32, 64, 64))["EF"].shape == (1, 1)
+    assert len(actual["readings"]) == len(actual["raw"]) == 40
+    assert list(actual["few"]) == ["EF", "AVStenosis"]
+    assert actual["embedding"].shape == actual["features"].shape == (1, 768)
 
 
 def test_clip_planes_are_the_reshape():

@@ -194,8 +194,8 @@ def test_local_sources(here, cli, asset, form):
     status, _, err = cli("download", source, "--model_name", "m")
     assert status == 0, err
     assert [p.name for p in MODELS.iterdir()] == ["m"]
-    found = sha256_file("trained_models/m/best_checkpoint.pt")
-    assert found == sha256_file(folder / "best_checkpoint.pt")
+    digest = sha256_file("trained_models/m/best_checkpoint.pt")
+    assert digest == sha256_file(folder / "best_checkpoint.pt")
     text = Path("trained_models/m/source.json").read_text()
     assert str(here) not in text and json.loads(text)["released"] is None
 
@@ -209,9 +209,9 @@ def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch):
     assert panecho.find_weights() == panecho.DOWNLOADED
     status, out, err = cli("inspect", "PanEcho", "--json", "a.json")
     assert status == 0 and "PanEcho video encoder" in out and "LVWallThickness" in out, err
-    about = json.loads(Path("a.json").read_text())
-    assert len(about["labels"]) == 40 and "JAMA" in about["source"]["citation"]
-    assert about["architecture"]["parameters"] == sum(t.numel() for t in state.values())
+    description = json.loads(Path("a.json").read_text())
+    assert len(description["labels"]) == 40 and "JAMA" in description["source"]["citation"]
+    assert description["architecture"]["parameters"] == sum(t.numel() for t in state.values())
     torch.save({"weights": state, "more": 1}, panecho.DOWNLOADED)
     with pytest.raises(panecho.WeightsError, match="has changed since it was downloaded"):
         panecho.find_weights()
@@ -282,7 +282,7 @@ def huge(*shape):
     return torch.zeros(1).as_strided(shape, (0,) * len(shape))
 
 
-def own(**changes):
+def checkpoint(**changes):
     """A checkpoint in our own format."""
     entry = {"task": "t", "labels": ["a", "b", "c"], "units": {}, "type": "binary"}
     return good_state() | {"echofocus": entry | changes}
@@ -303,11 +303,11 @@ CHECKPOINTS = {
         "200 layers",
     ),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
-    "too few labels": (lambda: own(labels=["a"]), "3 outputs and names 1 labels"),
-    "odd pooling": (lambda: own(tf_combine="median"), "tf_combine should be 'avg' or 'max'"),
-    "regression without scaling": (lambda: own(type="regression"), "without label scaling"),
+    "too few labels": (lambda: checkpoint(labels=["a"]), "3 outputs and names 1 labels"),
+    "odd pooling": (lambda: checkpoint(tf_combine="median"), "tf_combine should be 'avg' or 'max'"),
+    "regression without scaling": (lambda: checkpoint(type="regression"), "without label scaling"),
     "scaling lacks a label": (
-        lambda: own(type="regression") | {"input_norm_dict": {"a": {}}},
+        lambda: checkpoint(type="regression") | {"input_norm_dict": {"a": {}}},
         "no finite number 'shift'",
     ),
 }
@@ -424,22 +424,25 @@ def test_start_from_a_released_model(cohort, cli):
 def test_inspect_a_published_model(here, cli):
     scaling = recorded("measure_norm.json")
     published_model(here / "trained_models" / "EchoFocus_Measure", 18, scaling)
-    status, out, err = cli("inspect", "EchoFocus_Measure", "--json", "about.json")
+    status, out, err = cli("inspect", "EchoFocus_Measure", "--json", "description.json")
     assert status == 0, err
-    about = json.loads(Path("about.json").read_text())
+    description = json.loads(Path("description.json").read_text())
     net = StudyModel(18)
-    assert about["architecture"]["encoder_depth"] == 1
-    assert about["architecture"]["parameters"] == sum(p.numel() for p in net.parameters())
-    assert [row["label"] for row in about["labels"]] == releases.registry()["EchoFocus_Measure"][
-        "labels"
-    ]
-    for row in about["labels"]:
+    assert description["architecture"]["encoder_depth"] == 1
+    assert description["architecture"]["parameters"] == sum(p.numel() for p in net.parameters())
+    assert [row["label"] for row in description["labels"]] == releases.registry()[
+        "EchoFocus_Measure"
+    ]["labels"]
+    for row in description["labels"]:
         assert row["stdev"] == pytest.approx(scaling[row["label"]]["stdev"])
-    assert about["history"] == {"epochs": 1, "best_validation_loss": 0.6, "best_epoch": 1}
-    assert about["type"] == "regression" and "medRxiv" in about["source"]["citation"]
+    assert description["history"] == {"epochs": 1, "best_validation_loss": 0.6, "best_epoch": 1}
+    assert description["type"] == "regression" and "medRxiv" in description["source"]["citation"]
     path = Path("trained_models/EchoFocus_Measure/best_checkpoint.pt")
-    assert about["sha256"] == sha256_file(path) and about["files"][path.name] == path.stat().st_size
-    for text in ("EF05", "CC BY-NC-SA 4.0", about["sha256"], "best_validation_loss 0.6"):
+    assert (
+        description["sha256"] == sha256_file(path)
+        and description["files"][path.name] == path.stat().st_size
+    )
+    for text in ("EF05", "CC BY-NC-SA 4.0", description["sha256"], "best_validation_loss 0.6"):
         assert text in out
 
     shutil.copy(path, "bare.pt")
@@ -449,22 +452,27 @@ def test_inspect_a_published_model(here, cli):
 
 def test_inspect_and_share_an_own_model(cohort, cli):
     assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
-    status, _, err = cli("inspect", "--json", "about.json")
+    status, _, err = cli("inspect", "--json", "description.json")
     assert status == 0, err
-    about = json.loads(Path("about.json").read_text())
+    description = json.loads(Path("description.json").read_text())
     losses = pd.read_csv("trained_models/sizes/train_losses.csv")
     best = losses.loc[losses["val_loss"].idxmin()]
-    assert about["history"]["best_epoch"] == best["epochs_trained"]
-    assert about["history"]["best_validation_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
-    assert about["labels"][0]["label"] == "size" and about["labels"][0]["unit"] == "cm"
-    assert about["settings"]["learning_rate"] == 1e-3 and about["labels_from"] == "its own file"
+    assert description["history"]["best_epoch"] == best["epochs_trained"]
+    assert description["history"]["best_validation_loss"] == pytest.approx(
+        best["val_loss"], rel=1e-4
+    )
+    assert description["labels"][0]["label"] == "size" and description["labels"][0]["unit"] == "cm"
+    assert (
+        description["settings"]["learning_rate"] == 1e-3
+        and description["labels_from"] == "its own file"
+    )
     record = torch.load("trained_models/sizes/best_checkpoint.pt", weights_only=True)["echofocus"]
     facts = record | record.get("settings", {})
-    told = {*about, *about["settings"], *about["architecture"]}
+    listed = {*description, *description["settings"], *description["architecture"]}
     empty = {key for key, value in facts.items() if value in ("", [], {}, None)}
     elsewhere = {"units", "unlearnt", "thresholds", "seen", "settings"}  # in rows, or counted
-    assert {*facts} - empty - elsewhere <= told
-    assert about["input"]["norm_mean"] == pytest.approx(facts["input"]["norm_mean"])
+    assert {*facts} - empty - elsewhere <= listed
+    assert description["input"]["norm_mean"] == pytest.approx(facts["input"]["norm_mean"])
 
     status, _, err = cli("download", "trained_models/sizes", "--model_name", "colleague")
     assert status == 0, err

@@ -24,10 +24,10 @@ def studies(seed, n, ties=False):
     latent = rng.normal(size=n) + 0.5 * rng.normal(size=n)[patients % n]
     truth = (latent + rng.normal(size=n) > 0.8).astype(float)
     probability = special.expit(1.5 * latent - 1)
-    ef, found = 60 + 8 * latent, 58 + 7 * latent + 3 * rng.normal(size=n)
+    ef, actual = 60 + 8 * latent, 58 + 7 * latent + 3 * rng.normal(size=n)
     if ties:
-        probability, ef, found = probability.round(1), ef.round(-1), found.round(-1)
-    return patients, truth, probability, ef, found
+        probability, ef, actual = probability.round(1), ef.round(-1), actual.round(-1)
+    return patients, truth, probability, ef, actual
 
 
 def repeated(weights, *arrays):
@@ -248,18 +248,18 @@ def test_few_studies_give_no_wrong_number_and_no_warning(kind, n, recwarn):
         "multiclass": lambda: st.MultiClass("a", one, np.tile([0.2, 0.8], (n, 1)), ("x", "y")),
         "survival": lambda: st.Survival("a", one, one * 0, one, years=(1,)),
     }[kind]()
-    found = by_metric(outcome, n_boot=200)
+    actual = by_metric(outcome, n_boot=200)
     assert not recwarn.list
-    for e in found.values():
+    for e in actual.values():
         assert e.n == n and e.label == "a"
         assert np.isfinite(e.value) or e.note, e
         assert np.isfinite([e.ci_low, e.ci_high]).all() or e.note, e
         assert e.ci_low != e.ci_high, e  # no certainty from few studies
         json.dumps(e.row(), allow_nan=False)
     never = {"auroc", "average_precision", "r2", "pearson", "spearman", "c_index", "auroc_at_1"}
-    assert np.isnan([found[m].value for m in never & set(found)]).all()
+    assert np.isnan([actual[m].value for m in never & set(actual)]).all()
     if n == 0:
-        notes = {e.note for e in found.values()}
+        notes = {e.note for e in actual.values()}
         assert notes <= {"no study has both a truth and a prediction", "a count"}
 
 
@@ -274,38 +274,38 @@ def test_net_benefit_and_a_single_class():
     both = by_metric(st.Binary("a", np.array([0, 1, 1.0]), p), n_boot=200)
     assert both["sensitivity"].note == "no threshold is stored with the model"
     y = np.array([3.0, 4, 5])
-    found = by_metric(st.Regression("a", y, y * 0 + 4, "mm"), n_boot=200)
-    assert found["pearson"].note == "the prediction is the same in all studies"
-    assert found["r2"].value == pytest.approx(0) and found["rmse"].unit == "mm"
-    assert found["r2"].unit == "" and found["r2"].n_positive == -1
+    actual = by_metric(st.Regression("a", y, y * 0 + 4, "mm"), n_boot=200)
+    assert actual["pearson"].note == "the prediction is the same in all studies"
+    assert actual["r2"].value == pytest.approx(0) and actual["rmse"].unit == "mm"
+    assert actual["r2"].unit == "" and actual["r2"].n_positive == -1
 
 
 def test_missing_truths_and_predictions_count_nowhere():
     _, y, p, ef, f = studies(6, 200)
     rng = np.random.default_rng(6)
     y_, f_ = np.where(rng.random(200) < 0.3, NAN, y), np.where(rng.random(200) < 0.3, NAN, f)
-    known = ~np.isnan(y_)
-    gaps, full = st.Binary("a", y_, p), st.Binary("a", y[known], p[known])
-    assert gaps.n == known.sum()
+    present = ~np.isnan(y_)
+    gaps, full = st.Binary("a", y_, p), st.Binary("a", y[present], p[present])
+    assert gaps.n == present.sum()
     ones = np.ones((200, 1))
-    assert gaps.metrics(ones)["auroc"] == full.metrics(ones[known])["auroc"]
+    assert gaps.metrics(ones)["auroc"] == full.metrics(ones[present])["auroc"]
     assert st.Regression("a", ef, f_).n == (~np.isnan(f_)).sum()
 
 
 def test_perfect_separation_has_no_slope_and_an_interval_that_is_not_certain():
     y, p = np.repeat([0.0, 1], [8, 7]), np.linspace(0.1, 0.9, 15)
-    found = by_metric(st.Binary("a", y, p, threshold=0.51))
-    assert found["auroc"].value == 1 and found["auroc"].ci_high == 1
-    assert 0.4 < found["auroc"].ci_low < 0.7  # by seven patients, not certain
-    assert np.isnan(found["calibration_slope"].value) and found["calibration_slope"].note
-    assert found["sensitivity"].value == 1 and 0.4 < found["sensitivity"].ci_low < 0.7
-    assert np.isinf(found["lr_positive"].value) and "infinite" in found["lr_positive"].note
-    assert found["lr_positive"].row()["value"] is None
+    actual = by_metric(st.Binary("a", y, p, threshold=0.51))
+    assert actual["auroc"].value == 1 and actual["auroc"].ci_high == 1
+    assert 0.4 < actual["auroc"].ci_low < 0.7  # by seven patients, not certain
+    assert np.isnan(actual["calibration_slope"].value) and actual["calibration_slope"].note
+    assert actual["sensitivity"].value == 1 and 0.4 < actual["sensitivity"].ci_low < 0.7
+    assert np.isinf(actual["lr_positive"].value) and "infinite" in actual["lr_positive"].note
+    assert actual["lr_positive"].row()["value"] is None
 
 
 def test_one_patient_has_no_interval():
-    found = by_metric(st.Regression("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9))
-    assert found["rmse"].note == "one patient: no interval" and np.isnan(found["rmse"].ci_low)
+    actual = by_metric(st.Regression("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9))
+    assert actual["rmse"].note == "one patient: no interval" and np.isnan(actual["rmse"].ci_low)
 
 
 @pytest.mark.parametrize(
@@ -346,8 +346,8 @@ def test_a_study_twice_adds_nothing_when_its_patient_is_given():
     """Three copies of each study leave the interval as it is; as patients they narrow it."""
     _, y, p, *_ = studies(8, 150)
     width = {}
-    for name, copies, own in (("once", 1, False), ("copies", 3, False), ("patients", 3, True)):
-        patients = np.arange(150 * copies) if own else np.tile(np.arange(150), copies)
+    for name, copies, distinct in (("once", 1, False), ("copies", 3, False), ("patients", 3, True)):
+        patients = np.arange(150 * copies) if distinct else np.tile(np.arange(150), copies)
         e = by_metric(st.Binary("a", np.tile(y, copies), np.tile(p, copies)), patients)["auroc"]
         width[name] = e.ci_high - e.ci_low
     assert width["copies"] == pytest.approx(width["once"], rel=1e-3)
@@ -357,9 +357,11 @@ def test_a_study_twice_adds_nothing_when_its_patient_is_given():
 def test_macro_means_are_of_the_same_resamples_and_never_of_two_units():
     patients, y, p, ef, f = studies(9, 300)
     of = [st.Binary("a", y, p), st.Binary("b", y[::-1], p), st.Binary("c", y * 0, p)]
-    found = {(e.label, e.metric): e for e in st.estimates(of, patients, n_boot=200)}
-    mean = found["mean", "auroc"]
-    assert mean.value == pytest.approx((found["a", "auroc"].value + found["b", "auroc"].value) / 2)
+    actual = {(e.label, e.metric): e for e in st.estimates(of, patients, n_boot=200)}
+    mean = actual["mean", "auroc"]
+    assert mean.value == pytest.approx(
+        (actual["a", "auroc"].value + actual["b", "auroc"].value) / 2
+    )
     assert mean.note == "mean of 2 of 3 labels" and mean.ci_low < mean.value < mean.ci_high
     of = [st.Regression("a", ef, f, "%"), st.Regression("b", ef, f, "mm")]
     named = {e.metric for e in st.estimates(of, patients, n_boot=200) if e.label == "mean"}
@@ -377,9 +379,9 @@ def cohort(rng, n_patients):
     latent = 0.8 * of_patient + 0.6 * of_study
     score = 1.2 * latent + 0.6 * scanner + 0.5 * noise
     p = special.expit(2 * score - 2.6)
-    ef, found = 60 + 10 * latent, 60 + 8 * latent + 4 * scanner + 3 * noise
+    ef, actual = 60 + 10 * latent, 60 + 8 * latent + 4 * scanner + 3 * noise
     finding = (latent > 1).astype(float)
-    return patients, [st.Binary("a", finding, p, threshold=0.2), st.Regression("b", ef, found)]
+    return patients, [st.Binary("a", finding, p, threshold=0.2), st.Regression("b", ef, actual)]
 
 
 def coverage(n_cohorts, n_patients, n_boot):
@@ -455,12 +457,12 @@ def test_delong_against_the_bootstrap_with_several_studies_a_patient():
 def test_two_models_are_compared_on_the_studies_of_both():
     patients, _, _, ef, f = studies(12, 200)
     a, b = st.Regression("EF", ef, np.where(np.arange(200) < 50, NAN, f), "%"), f + 2
-    found = {e.metric: e for e in st.compare([a], [st.Regression("EF", ef, b, "%")], patients)}
-    assert found["bias"].value == pytest.approx(-2) and found["bias"].n == 150
-    assert found["bias"].unit == "%" and found["pearson"].value == pytest.approx(0, abs=1e-12)
+    actual = {e.metric: e for e in st.compare([a], [st.Regression("EF", ef, b, "%")], patients)}
+    assert actual["bias"].value == pytest.approx(-2) and actual["bias"].n == 150
+    assert actual["bias"].unit == "%" and actual["pearson"].value == pytest.approx(0, abs=1e-12)
     rmse = [np.sqrt(np.mean((x - ef)[50:] ** 2)) for x in (f, b)]
-    assert found["rmse"].value == pytest.approx(rmse[0] - rmse[1])
-    assert found["rmse"].ci_low < found["rmse"].value < found["rmse"].ci_high
+    assert actual["rmse"].value == pytest.approx(rmse[0] - rmse[1])
+    assert actual["rmse"].ci_low < actual["rmse"].value < actual["rmse"].ci_high
     with pytest.raises(UserError, match="same truths"):
         st.compare([a], [st.Regression("EF", ef + 1, b)], patients)
     with pytest.raises(UserError, match="same labels"):
@@ -474,19 +476,19 @@ def test_two_models_are_compared_on_the_studies_of_both():
 def test_thresholds_against_every_threshold(ties):
     _, y, p, *_ = studies(13, 300, ties)
     p = np.where(np.arange(300) == 5, NAN, p)
-    known = ~np.isnan(p)
-    cuts = np.unique(p[known])
-    sens = np.array([(p[known][y[known] == 1] >= c).mean() for c in cuts])
-    spec = np.array([(p[known][y[known] == 0] < c).mean() for c in cuts])
+    present = ~np.isnan(p)
+    cuts = np.unique(p[present])
+    sens = np.array([(p[present][y[present] == 1] >= c).mean() for c in cuts])
+    spec = np.array([(p[present][y[present] == 0] < c).mean() for c in cuts])
     expected = {
         "youden": cuts[np.argmax((sens + spec).round(12))],
         "sensitivity=0.95": cuts[sens >= 0.95].max(),
         "specificity=0.9": cuts[spec >= 0.9].min(),
     }
     for rule, cut in expected.items():
-        found = mt.choose_threshold(y, p, rule)
-        assert found < cut, rule
-        assert found == pytest.approx((cut + cuts[cuts < cut].max(initial=0)) / 2), rule
+        actual = mt.choose_threshold(y, p, rule)
+        assert actual < cut, rule
+        assert actual == pytest.approx((cut + cuts[cuts < cut].max(initial=0)) / 2), rule
 
 
 def test_thresholds_that_cannot_be():
@@ -498,8 +500,8 @@ def test_thresholds_that_cannot_be():
     assert mt.choose_threshold(y, 1 - p, "specificity=1") is None
     assert mt.choose_threshold(y, p * 0 + 0.5, "sensitivity=0.9") == 0.25  # all are positive
     hundred = np.arange(100) / 100
-    found = mt.choose_threshold(np.repeat([0.0, 1, 1], [80, 1, 19]), hundred, "sensitivity=0.95")
-    assert found == pytest.approx(0.805)  # 19 of 20, however 0.95 is rounded
+    actual = mt.choose_threshold(np.repeat([0.0, 1, 1], [80, 1, 19]), hundred, "sensitivity=0.95")
+    assert actual == pytest.approx(0.805)  # 19 of 20, however 0.95 is rounded
 
 
 def test_studies_of_a_patient_are_pooled():

@@ -42,7 +42,7 @@ def test_equals_torch_modules(kind, depth):
     net = by_rule(n_labels=4, kind=kind, depth=depth)
     bags = [torch.from_numpy(normal(n, n, 768)) for n in (3, 17, 5)]
     logits, _ = net(torch.cat(bags), [3, 17, 5])
-    for bag, found in zip(bags, logits, strict=True):
+    for bag, actual in zip(bags, logits, strict=True):
         x = bag if net.queries is None else torch.cat([net.queries, bag])
         x = x[None]
         y = net.encoder(x, x, x)[0] if depth == 0 else net.encoder(x)
@@ -51,7 +51,7 @@ def test_equals_torch_modules(kind, depth):
             "query": lambda y: net.ff(y[:, 0])[0],
             "multiquery": lambda y: net.ff(y[:, :4])[0, :, 0],
         }[kind](y)
-        assert relative_error(found, expected) < 1e-5
+        assert relative_error(actual, expected) < 1e-5
 
 
 def test_training_mode_drops_out():
@@ -88,11 +88,11 @@ def test_published_scaling_of_labels():
     numbers, published = recorded("measure_parity.npz"), recorded("measure_norm.json")
     labels = [str(name) for name in numbers["measure/labels"]]
     table = pd.DataFrame(numbers["measure/df"], columns=labels)
-    found = lb.scaling_of(table, Task(task_labels=labels, type="regression"))
+    actual = lb.scaling_of(table, Task(task_labels=labels, type="regression"))
     for label in labels:
-        assert set(found[label]) == set(published[label])
+        assert set(actual[label]) == set(published[label])
         for key, value in published[label].items():
-            assert found[label][key] == pytest.approx(value, rel=1e-6)
+            assert actual[label][key] == pytest.approx(value, rel=1e-6)
     scaled = scale(table.to_numpy(), labels, published)
     np.testing.assert_allclose(scaled, numbers["measure/df_normalized_fixed"], atol=1e-9)
     back = unscale(numbers["measure/out_norm"], labels, published)

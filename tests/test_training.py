@@ -115,14 +115,14 @@ def test_kill_9_at_random_moments(whole, start):
     process.join(120)
     out = OUT.read_text()
     assert process.exitcode == 0 and "resuming" in out, out
-    found = read_checkpoint(path)
+    resumed = read_checkpoint(path)
     for name, tensor in whole["model_state_dict"].items():
-        assert torch.equal(tensor, found["model_state_dict"][name]), name
+        assert torch.equal(tensor, resumed["model_state_dict"][name]), name
     for i, state in whole["optimizer_state_dict"]["state"].items():
         for name, tensor in state.items():
-            assert torch.equal(tensor, found["optimizer_state_dict"]["state"][i][name]), (i, name)
-    assert whole["scheduler_state_dict"] == found["scheduler_state_dict"]
-    assert [r[:4] for r in whole["perf_log"]] == [r[:4] for r in found["perf_log"]]
+            assert torch.equal(tensor, resumed["optimizer_state_dict"]["state"][i][name]), (i, name)
+    assert whole["scheduler_state_dict"] == resumed["scheduler_state_dict"]
+    assert [r[:4] for r in whole["perf_log"]] == [r[:4] for r in resumed["perf_log"]]
     left = {p.name for p in path.parent.iterdir() if not p.name.endswith((".pdf", ".png"))}
     names = {"best_checkpoint.pt", "last_checkpoint.pt", "split.csv", "train_losses.csv"}
     assert left == names | {"run.json", "train_args.csv"}  # nothing half-written
@@ -146,8 +146,8 @@ def test_several_processes_and_a_dead_worker(whole, start):
     out = OUT.read_text()
     assert process.exitcode == 0, out
     assert "2 processes share each optimiser step" in out and "resuming" in out
-    found = read_checkpoint(path)
-    history = [np.array([row[:4] for row in x["perf_log"]]) for x in (whole, found)]
+    resumed = read_checkpoint(path)
+    history = [np.array([row[:4] for row in x["perf_log"]]) for x in (whole, resumed)]
     np.testing.assert_allclose(*history, rtol=1e-4)
     assert len(pd.read_csv(path.with_name("train_losses.csv"))) == 3
     assert out.count("best validation loss") == 1  # one process speaks
