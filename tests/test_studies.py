@@ -195,7 +195,7 @@ def test_the_output_folder_is_no_source(source, cli):
     for expected in ("2 studies extracted", "0 studies extracted, 2 already there"):
         status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
         assert status == 0 and expected in text and "no videos" in text
-        assert "1 files are no videos: .txt 1" in text
+        assert "1 files are not videos: .txt 1" in text
 
 
 def test_ignored_files_are_counted(source, tmp_path, cli):
@@ -211,9 +211,9 @@ def test_ignored_files_are_counted(source, tmp_path, cli):
         "B": ["notes.dcm", "real.dcm", "still.dcm"],
     }
     _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
-    assert "4 files are no videos: .txt 2, " in text and "1 folders hold no video: C" in text
+    assert "4 files are not videos: .txt 2, " in text and "1 folders hold no video: C" in text
     status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
-    assert status == 1 and "3 files are no videos: .txt 1" in error
+    assert status == 1 and "3 files are not videos: .txt 1" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")

@@ -76,7 +76,7 @@ def in_file_name(text):
 def write_table(frame, path, digits=6):
     """Write a DataFrame (with its index, if that has a name) as CSV in UTF-8, whole or not at all.
 
-    Numbers have so many significant digits; text is written unchanged.
+    Numbers have `digits` significant digits; text is written unchanged.
     """
     frame = frame if frame.index.name is None else frame.reset_index()
     with atomic_path(path) as temporary:

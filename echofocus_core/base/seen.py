@@ -35,7 +35,7 @@ def hash_ids(ids, kind, key):
 class Seen:
     """The patients and studies that a run trained and validated on, as hashes under its own key.
 
-    So a checkpoint knows them without a file beside it and names nobody: 8 bytes for an id (keyed
+    The checkpoint needs no other file for this and contains no ids: 8 bytes for an id (keyed
     BLAKE2b); a patient or a study matches by itself.
     """
 

@@ -26,8 +26,8 @@ def pool(x, lengths, combine="avg"):
 def encoder_layer(layer, x, lengths, n_queries=0, rng=None):
     """torch's post-norm TransformerEncoderLayer over packed studies, x (N, D).
 
-    With n_queries only the first so many tokens of each study are computed: the others serve as
-    keys and values alone. Same numbers, a fraction of the work.
+    With n_queries only the first n_queries tokens of each study are computed; the others serve as
+    keys and values only. Same numbers, a fraction of the work.
     """
     attended = attend(layer.self_attn, x, lengths, n_queries, rng)
     if n_queries:
@@ -49,7 +49,7 @@ def drop(x, dropout, rng):
 def attend(mha, x, lengths, n_queries=0, rng=None):
     """Self-attention within each study of x (N, D); the weights are a MultiheadAttention's.
 
-    Returns (N, D), or with n_queries only the first so many tokens of each study.
+    Returns (N, D), or with n_queries only the first n_queries tokens of each study.
     """
     if n_queries:
         D = mha.embed_dim
@@ -87,7 +87,7 @@ def packed_attention(q, k, v, heads, q_lengths, lengths, dropout, rng):
 
     torch's public variable-length attention has neither fp32 nor dropout; this is the kernel that
     its nested tensors call. A kernel a study would leave a GPU idle between launches, and in bf16
-    torch would plan one anew for every length.
+    torch would plan a new one for every length.
     """
     q_ends, ends = (
         torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(q.device, non_blocking=True)

@@ -190,7 +190,7 @@ def outputs_without(net, bag, settings):
 
 @torch.no_grad()
 def attention_rollout(net, tokens):
-    """The share of each token (N, D) in the pooled output, by attention alone: (1, N) or, where
+    """The share of each token (N, D) in the pooled output, by attention only: (1, N) or, where
     each label has its query, (T, N).
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged

@@ -60,10 +60,10 @@ def embed_studies(f, model, store, eids, settings, unreadable):
 
 
 def embed_videos(f, model, store, eids, settings, unreadable):
-    """A group a study with `embeddings` (V, 768) and `videos` (V,); returns how many videos.
+    """Write `embeddings` (V, 768) and `videos` (V,) per study; returns the number of videos.
 
-    A video's embedding is the study embedding of that video alone. One study is in memory at a
-    time: a cohort's videos would not fit.
+    A video's embedding is the study embedding of a study with only this video. One study at a
+    time is in memory, since those of a cohort might not fit.
     """
     f.attrs["level"], n = "video", 0
     for eid in progress(eids, desc="embed", unit="study"):

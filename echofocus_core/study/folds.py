@@ -35,9 +35,9 @@ def sample_ids(ids, limit):
 
 
 def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
-    """The fold of a patient by a seeded hash of the id, so that new patients move nobody.
+    """The fold of a patient by a seeded hash of the id, independent of the other patients.
 
-    With n_folds the patients are dealt to as many equal parts: part `test_fold` is the test fold,
+    With n_folds the patients are divided into equal parts: part `test_fold` is the test fold,
     the next one validates, the others train.
     """
     return fold_at(derive_seed("split", seed, pid) / 2**63, percent, n_folds, test_fold)

@@ -296,7 +296,7 @@ def refuse_model(command, typed, model):
     """UserError for a model that a command cannot use."""
     name = model.folder.name
     if command not in ("predict", "embed") and isinstance(model.net, Readings):
-        raise UserError(f"{command} takes a study-level model; {name} has readings alone")
+        raise UserError(f"{command} needs a study-level model; {name} has only readings")
     if model.record.level == "video" and (command == "explain" or typed.get("page")):
         raise UserError(f"{name} answers for single videos: there are none to choose")
 

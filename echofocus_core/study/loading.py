@@ -250,11 +250,11 @@ def released_task(task):
 
 
 def labels_for(folder, record, n_labels, tasks, task=""):
-    """(task, labels, units, their origin) of a model with so many outputs. Raises UserError.
+    """(task, labels, units, their origin) of a model with n_labels outputs. Raises UserError.
 
     By its own record. A published checkpoint has none: a released one (by its folder's record or
     name) has the registry's labels; any other those of the task that is named, of the task called
-    like the folder, or of the one task of the config with so many labels.
+    like the folder, or of the only task of the config with n_labels labels.
     """
     if record:
         n = len(record.outputs.names) if record.type else len(record.labels)
@@ -274,7 +274,7 @@ def labels_for(folder, record, n_labels, tasks, task=""):
     if not fits:
         raise UserError(
             f"{folder.name} has {n_labels} outputs and the config has no task"
-            f"{' ' + task if task else ''} with so many labels; add it, in output order"
+            f"{' ' + task if task else ''} with this number of labels; add it, in output order"
         )
     if folder.name in fits:
         fits = [folder.name]

@@ -62,7 +62,7 @@ class Label:
         if set(y.dropna().unique()) == {1, 2}:
             listener.warning(
                 f"{path}, {self.name}: every value is 1 or 2",
-                "write 0 and 1, if these are no and yes",
+                "write 0 and 1 if these mean no and yes",
             )
         faults = {"not numbers": y.isna() & cells[self.name].notna()}
         faults |= self.faults(y, *task.limits(self.name))

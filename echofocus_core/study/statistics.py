@@ -448,7 +448,7 @@ def resamples(patients, n_boot, seed=0, chunk_bytes=CHUNK_BYTES):
     """Yield weights (S, b), float32, in chunks of at most `chunk_bytes`: `n_boot` resamples in all.
 
     A resample draws as many patients as there are, with replacement; a study counts as often as its
-    patient was drawn. patients (S,): any identifiers. The draws depend on patients and seed alone.
+    patient was drawn. patients (S,): any identifiers. The draws depend only on patients and seed.
     """
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed

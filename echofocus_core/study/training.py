@@ -110,7 +110,7 @@ def is_finished(losses, settings):
 
 
 def refuse_model_without_checkpoint(folder):
-    """UserError for a folder with a model that was shared alone: training would overwrite it."""
+    """UserError for a folder with a model that training would overwrite, not resume."""
     refuse_finished_model(
         folder, folder / "best_checkpoint.pt", folder / "run.json", folder / "train_losses.csv",
         f"train under another --model_name, with --init_from {folder.name} to start from it",

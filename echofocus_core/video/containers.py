@@ -14,7 +14,7 @@ import numpy as np
 
 from echofocus_core.video.errors import VideoError, check_budget, open_file
 
-# FFmpeg might follow what a file refers to; a video is one file. So it may open files alone, and
+# FFmpeg might follow what a file refers to; a video is one file. So it may only open files, and
 # none as a playlist, a list of images or a script: these demuxers read what they are given.
 DEMUXERS = "avi,mov,matroska,asf,mpeg,mpegts,mpegvideo,m4v,h264,hevc"
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"protocol_whitelist;file|format_whitelist;{DEMUXERS}"

@@ -209,7 +209,7 @@ def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
     first frames (see `clip_frames`) agree modulo 3, since such clips share most of their images
     (see `panecho.clip_planes`). The class is that of a start drawn from all, so that each start
     stays as likely; only the draws of one video are no longer independent of each other.
-    Seeded by `seed` and the text `key` alone: neither order nor worker matters.
+    Seeded only by `seed` and the text `key`, not by order or worker.
     """
     rng, starts = random_generator(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
     if method == "modulo":
@@ -361,7 +361,7 @@ def random_transform(frames, size, rng):
     return out
 
 
-# ------------------------------------------------------------------------------- the sector alone
+# ------------------------------------------------------------------------------------- the sector
 
 MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
 LIT = 4  # grey levels of a pixel that is not black background, at least

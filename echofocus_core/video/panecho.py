@@ -112,7 +112,7 @@ class PackedBlock(nn.Module):
         scale = block.layer_scale.detach().view(-1)
         self.conv, self.norm = conv.to(dtype), norm.to(dtype)
 
-        def packed(weight, bias):  # for products with so many rows
+        def packed(weight, bias):  # for products with this number of rows
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
             return weight, bias.to(dtype)
 
@@ -457,7 +457,7 @@ def published_parts(state):
 class EncoderFile:
     """A weights file's content."""
 
-    state: dict  # of the full model, or of the backbone alone where it has no heads
+    state: dict  # of the full model, or of the backbone if it has no heads
     record: EncoderRecord | None  # None in a published file
     seen: tuple  # of Seen: its training patients; () where it was trained elsewhere
 
@@ -520,7 +520,7 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
 
 
 def tasks_in(state, record):
-    """The tasks of a file's heads, by its record or the names of TASKS; [] of a backbone alone."""
+    """The tasks of a file's heads, by its record or the names of TASKS; [] for a backbone."""
     if record:
         return [task.entry() for task in record.tasks]
     return [t for t in TASKS if any(k.startswith(f"{t['name']}_head.") for k in state)]
@@ -563,7 +563,7 @@ def load_panecho(weights="panecho", clip_len=16):
     if file.record and not file.record.is_panecho:
         raise WeightsError(
             f"{path} is a {file.record.model_name} of {file.record.arch} with inputs normalised by "
-            f"'{file.record.normalization}': extraction takes PanEcho's architecture alone "
+            f"'{file.record.normalization}': extraction supports only PanEcho's architecture "
             "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
         )
     model = without_weights(tasks=tasks_in(file.state, file.record), clip_len=clip_len)

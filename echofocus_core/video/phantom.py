@@ -23,7 +23,7 @@ EMPTYING = (0.0, 0.0, 1.0, 1.0, 0.25, 0.20, 0.0, 0.0)  # part of the stroke volu
 
 @dataclass(frozen=True)
 class View:
-    """Where a view's left ventricle lies, and whether colour Doppler is on."""
+    """The position of a view's left ventricle, and whether colour Doppler is on."""
 
     centre: tuple  # (x, z) of its cavity, cm right of and below the probe
     angle: float  # degrees from 'apex up' (0), clockwise; the septum is on its left then
@@ -192,7 +192,7 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
         map_y = (cz + side * v0 * sin + u0 * cos) * px
         now = cv2.remap(scene, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         noise = rng.standard_normal((H, W), dtype=np.float32) * 0.01
-        # A dark-room gain: speckle stays dimmer than turbulent flow.
+        # A low gain: speckle stays dimmer than turbulent flow.
         image = 0.4 * ((now[..., 0] * fade).clip(0) ** 0.6 + noise * fan)
         if view.colour:
             flow = now[..., 1] * max(filling[i], 0) + now[..., 2] * max(-filling[i], 0)
@@ -239,7 +239,7 @@ def make_cohort(folder, studies=100, seed=0, progress=iter, frames=16):
     """Write `videos/<eid>/<view>.avi`, `labels.csv` and `findings.csv` under `folder`.
 
     labels.csv: pid, eid, EF (percent), VSD (0 or 1). findings.csv: eid, video, shows_defect.
-    A study depends on (seed, its number) alone. `progress` wraps the iterable of studies.
+    A study depends only on (seed, its number). `progress` wraps the iterable of studies.
     """
     folder = Path(folder)
     labels, findings = [("pid", "eid", "EF", "VSD")], [("eid", "video", "shows_defect")]

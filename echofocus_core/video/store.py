@@ -393,7 +393,7 @@ def draw_copy(rng, copies):
 class Store:
     """What all stores have in common; each defines `open`. See the top of the file."""
 
-    most_videos = 0  # at most so many videos of a study are read; 0: all
+    most_videos = 0  # at most this many videos of a study are read; 0: all
 
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
@@ -616,7 +616,7 @@ class EmbeddingFolder(Store):
 
 
 def study_id(stem):
-    """The study id that the name of an embedding file stands for, without its suffix."""
+    """The study id of an embedding file's name without its suffix."""
     return escaped(re.sub(r"(?<=.)(_trim)?_embed$", "", stem))
 
 

@@ -66,7 +66,7 @@ def find_studies(
     files that have none; 'folder' takes each subfolder of `source` with all files below it, or
     `source` itself if it has no subfolders; 'one' takes `source` as one study. manifests: tables
     that list studies instead, see `read_manifest`. study_id: see `name_groups`. leave_out: a folder
-    not to look into, such as the one for the outputs. The listener is told what is decided or left
+    not to look into, such as the one for the outputs. The listener gets what is decided or left
     out; an error of a run's listener is a UserError.
     """
     source, listener = Path(source), listener or Findings()
@@ -159,7 +159,7 @@ def find_videos(folder, leave_out=None):
         notes.append(f"{len(unreadable)} subfolders cannot be read: {listed(unreadable)}")
     if others:
         kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
-        notes.append(f"{others.total()} files are no videos: {kinds}")
+        notes.append(f"{others.total()} files are not videos: {kinds}")
     empty = sorted(set(top) - {video.split("/")[0] for video in videos})
     if 0 < len(empty) < len(top):
         notes.append(f"{len(empty)} folders hold no video: {listed(list(map(visible, empty)))}")
@@ -449,7 +449,7 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
     """Studies whose videos are in `base`/`folder_format`, the published config's
     `video_base_path` and `video_subdir_format`; named by their echo_id.
 
-    ids: the studies to take (the listener is told of those without a folder); None: all.
+    ids: the studies to take (the listener gets those without a folder); None: all.
     """
     base, listener = Path(base), listener or Findings()
     start, holder, end = folder_format.partition("{echo_id}")
