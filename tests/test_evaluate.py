@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,16 +12,11 @@ from sklearn import metrics as sk
 
 import echofocus as ef
 from echofocus_core.base.console import UserError
-from echofocus_core.base.options import Settings
 from echofocus_core.report import curves
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
-from echofocus_core.study.config import Record
-from echofocus_core.study.fold_answers import thresholds_for
 from echofocus_core.study.folds import sample_ids
-from echofocus_core.study.models import LoadedModel
-from echofocus_core.study.outputs import Outputs
 
 FEW = ("--n_boot", "200")
 
@@ -352,41 +346,29 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
 
 
-def test_without_a_target_the_models_own_thresholds_hold():
-    record = Record(thresholds={"x": 0.1}, settings=Settings(target="sensitivity=0.9"))
-    outputs = Outputs.of(["x"], "binary")
-    model = LoadedModel(Path("m"), None, "t", outputs, None, record, {})
-    assert thresholds_for(SimpleNamespace(model=model, settings=Settings())) == {"x": 0.1}
-
-
 @pytest.mark.figures
-def test_a_models_fold_thresholds_and_another_model(cohort, cli, monkeypatch):
-    fast = ("--epoch_lim", "2")
-    assert cli("train", "--task", "defect", *fast, "--target", "sensitivity=0.9")[0] == 0
-    assert cli("train", "--task", "defect", "--model_name", "other", "--seed", "3", *fast)[0] == 0
-    status, _, err = cli(
-        "evaluate", "--model_name", "defect", "--compare", "other", "--target",
-        "specificity=0.8", *FEW,
-    )  # fmt: skip
+def test_a_models_fold_thresholds_and_another_model(cohort, add_model, cli, monkeypatch):
+    folder = add_model("defect", "--epoch_lim", "2", "--target", "sensitivity=0.9")
+    add_model("defect", "--epoch_lim", "2", "--model_name", "other", "--seed", "3")
+    args = ("--compare", "other", "--target", "specificity=0.8")
+    status, _, err = cli("evaluate", "--model_name", "defect", *args, *FEW)
     assert status == 0, err
-    folder = cohort / "trained_models" / "defect"
     for name in ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion"):
         assert (folder / f"{name}_test_site.png").stat().st_size > 1000
     blank(monkeypatch)
     assert cli("evaluate", "--model_name", "defect", "--subset", "val", *FEW)[0] == 0
-    chosen = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
-    assert chosen["sensitivity"] >= 0.9  # stored with the model, on this very fold
+    metrics = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
+    assert metrics["sensitivity"] >= 0.9  # stored with the model, on this very fold
     page = (folder / "report_val_site.html").read_text()
     assert "was trained on them or chosen by them" in page and "reach a sensitivity of 0.9" in page
     args = ("--subset", "val", "--target", "specificity=0.8")
     assert cli("evaluate", "--model_name", "defect", *args, *FEW)[0] == 0
-    chosen = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
-    assert chosen["specificity"] >= 0.8
+    metrics = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
+    assert metrics["specificity"] >= 0.8
 
-    split = {
-        m: pd.read_csv(folder.parent / m / "split.csv", dtype=str) for m in ("defect", "other")
-    }
-    tested = [set(x["eid"][x["fold"] == "test"]) for x in split.values()]
+    paths = [folder.parent / name / "split.csv" for name in ("defect", "other")]
+    splits = [pd.read_csv(path, dtype=str) for path in paths]
+    tested = [set(split["eid"][split["fold"] == "test"]) for split in splits]
     against = pd.read_csv(folder / "comparison_test_site.csv")
     assert against["n"].eq(len(tested[0] & tested[1])).all()  # unseen by both
 
