@@ -111,8 +111,8 @@ class DicomFile:
         if len(head) < 12 or tag != [0x7FE0, 0x0010]:
             raise VideoError("truncated: the pixel data are missing")
         vr, start, length = head[4:6], self.pixels_at + 12, head[8:12]
-        if vr not in (b"OB", b"OW", b"UN"):  # without VR
-            start, length = start - 4, head[4:8]
+        if self.header.original_encoding[0]:  # without VR
+            vr, start, length = b"", start - 4, head[4:8]
         length = int.from_bytes(length, order)
         if length == 0xFFFFFFFF:
             return self.file, start, None, False
