@@ -24,22 +24,21 @@ def video_rows(model, explanation, settings):
     rank, without (the answer without the video), baseline (the answer at the baseline),
     convergence_error.
     """
-    parts = []
+    parts, videos = [], np.array(explanation["videos"], object)
     answers = {k: model.readable(explanation[k]) for k in ("answer", "baseline", "without")}
     for k, i in enumerate(explanation["columns"]):
-        label = model.labels[i]
-        factor, name = score_unit(model, label, settings)
-        order = np.argsort(-explanation["absolute"][k], kind="stable")
-        part = {"eid": explanation["eid"], "label": label, "prediction": answers["answer"][0, i]}
-        part |= {"video": [explanation["videos"][v] for v in order]}
-        part |= {"score": factor * explanation["scores"][k].sum(1, dtype=np.float64)[order]}
-        part |= {"score_abs": factor * explanation["absolute"][k][order]}
-        part |= {"rank": np.arange(1, len(order) + 1), "without": answers["without"][order, i]}
-        part |= {
-            "baseline": answers["baseline"][0, i],
-            "convergence_error": explanation["error"][k],
-        }
-        parts.append(pd.DataFrame(part | {"score_unit": name}))
+        label, absolute = model.labels[i], explanation["absolute"][k]
+        factor, unit = score_unit(model, label, settings)
+        order = np.argsort(-absolute, kind="stable")
+        columns = {
+            "eid": explanation["eid"], "label": label, "prediction": answers["answer"][0, i],
+            "video": videos[order],
+            "score": factor * explanation["scores"][k].sum(1, dtype=np.float64)[order],
+            "score_abs": factor * absolute[order], "rank": np.arange(1, len(order) + 1),
+            "without": answers["without"][order, i], "baseline": answers["baseline"][0, i],
+            "convergence_error": explanation["error"][k], "score_unit": unit,
+        }  # fmt: skip
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -47,16 +46,14 @@ def top_rows(model, explanation, settings, truths, dataset):
     """Rows of the published table: one a label, with the top videos by absolute score."""
     values, rows = model.readable(explanation["answer"])[0], []
     for k, i in enumerate(explanation["columns"]):
-        order = np.argsort(-explanation["absolute"][k], kind="stable")[: settings.explain_n]
+        absolute, videos = explanation["absolute"][k], explanation["videos"]
         loss = np.nan if np.isnan(explanation["truths"][i]) else explanation["losses"][i]
         row = {"echo_id": explanation["eid"], "measure": model.labels[i], "y_true": truths[i]}
         row |= {"y_pred": values[i], "loss": loss}
-        for n in range(settings.explain_n):  # blank where a study has fewer videos
-            filled = n < len(order)
-            row[f"top_video_{n + 1}"] = explanation["videos"][order[n]] if filled else ""
-            row[f"top_video_{n + 1}_score"] = (
-                explanation["absolute"][k][order[n]] if filled else np.nan
-            )
+        best = [(videos[v], absolute[v]) for v in np.argsort(-absolute, kind="stable")]
+        best += [("", np.nan)] * settings.explain_n  # blank where a study has fewer videos
+        for n, (video, score) in enumerate(best[: settings.explain_n], start=1):
+            row |= {f"top_video_{n}": video, f"top_video_{n}_score": score}
         rows.append(row | {"dataset": dataset})
     return rows
 
@@ -85,9 +82,7 @@ def write_explanations(job, explanations, truths, names, warnings):
             videos.append(rows)
             tops += top_rows(model, explanation, settings, truth, dataset)
             labels = [model.labels[i] for i in explanation["columns"]]
-            f[f"{explanation['eid']}/scores"] = explanation[
-                "scores"
-            ]  # (T, V, C), in the network's units
+            f[f"{explanation['eid']}/scores"] = explanation["scores"]  # (T, V, C), network's units
             for name, texts in (("labels", labels), ("videos", explanation["videos"])):
                 f[explanation["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
         report_unreadable(unreadable)
