@@ -387,12 +387,6 @@ def test_labels_of_videos(views, cli):
     assert metrics["n"]["auroc"] <= (split["fold"] == "test").sum()
 
 
-def test_faults_of_tables_of_videos(views, cli):
-    pd.read_csv("views.csv").drop(columns="video").to_csv("views.csv", index=False)
-    status, _, err = cli("train", "--task", "view")
-    assert status == 1 and "no column 'video'" in err and "pid, eid, video" in err
-
-
 def test_an_early_step_of_survival():
     """One in ten die at once: no curve is drawn from birth to the first year."""
     time = np.r_[np.full(200, 0.01), np.linspace(0.1, 20, 1800)]
