@@ -26,7 +26,7 @@ from echofocus_core.study import statistics as st
 THRESHOLD = 0.2  # of all findings
 
 
-class Ranking(st.Binary):
+class Ranking(st.BinaryOutcome):
     """A finding with AUROC and average precision only."""
 
     def metrics(self, weights):
@@ -42,9 +42,9 @@ def cohort(args):
         x = rng.normal(size=args.studies)
         y = (rng.random(args.studies) < special.expit(x - 2)).astype(float)  # one in six
         p = special.expit(1.2 * x - 2 + 0.5 * rng.normal(size=args.studies))
-        findings.append(st.Binary(f"finding {k}", y, p, threshold=THRESHOLD))
+        findings.append(st.BinaryOutcome(f"finding {k}", y, p, threshold=THRESHOLD))
         f = 60 + 8 * x + 5 * rng.normal(size=args.studies)
-        measurements.append(st.Regression(f"measurement {k}", 60 + 10 * x, f))
+        measurements.append(st.RegressionOutcome(f"measurement {k}", 60 + 10 * x, f))
     return patients, findings, measurements
 
 

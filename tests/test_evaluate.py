@@ -186,7 +186,7 @@ def test_the_studies_asked_for_and_no_others(site, table, cli):
 
 def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     path = tmp_path / "theirs.csv"
-    x = st.Binary("x", [0, 1], [0.4, 0.5], threshold=0.2)
+    x = st.BinaryOutcome("x", [0, 1], [0.4, 0.5], threshold=0.2)
     studies = evaluation.Studies(["a", "b"], np.array(["p", "q"]), [x])
     assert list(studies.saveout()["x_threshold"]) == [0.2, 0.2]
 
@@ -233,7 +233,7 @@ def test_tables_of_truths_without_patients_or_with_copies_are_reported(tmp_path,
 
 def test_a_patient_is_named_by_the_study_that_is_taken():
     cuts = np.array([0.1, 0.1, 0.1, 0.9])
-    x = st.Binary("x", [np.nan, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], threshold=cuts)
+    x = st.BinaryOutcome("x", [np.nan, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], threshold=cuts)
     studies = evaluation.Studies(list("abcd"), np.array(["p", "p", "p", "q"]), [x])
     for rule, eids, p in (("first", ["b", "d"], [0.2, 0.4]), ("last", ["c", "d"], [0.3, 0.4])):
         pooled, _ = studies.per_patient(rule)
@@ -244,9 +244,11 @@ def test_a_patient_is_named_by_the_study_that_is_taken():
 def test_patients_are_compared_on_the_studies_that_both_have():
     ones, p = np.ones(3), np.array([0.2, 0.6, 0.4])
     one = evaluation.Studies(list("abc"), np.array(["p", "p", "q"]), [
-        st.Binary("x", ones, p, threshold=0.5)
+        st.BinaryOutcome("x", ones, p, threshold=0.5)
     ])  # fmt: skip
-    other = evaluation.Studies(list("cb"), np.array(["q", "p"]), [st.Binary("x", [1, 1], [0, 0])])
+    other = evaluation.Studies(
+        list("cb"), np.array(["q", "p"]), [st.BinaryOutcome("x", [1, 1], [0, 0])]
+    )
     *both, notes = evaluation.pair_studies(one, other, "theirs")
     assert notes == ["theirs: not compared at a threshold; theirs has none of x"]
     pooled = [studies.per_patient()[0] for studies in both]
@@ -260,7 +262,7 @@ def test_patients_are_compared_on_the_studies_that_both_have():
 def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
     rng = np.random.default_rng(0)
     y, p = (rng.random((200, 60)) < 0.3).astype(float), rng.random((200, 60))
-    outcomes = [st.Binary(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
+    outcomes = [st.BinaryOutcome(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
     shown = curves.select_panels(outcomes)
     size = [min(o.n_positive, o.n - o.n_positive) for o in outcomes]
     assert len(shown) == curves.MAX_PANELS
@@ -305,7 +307,9 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
     assert [x["studies"] for x in flow] == [4, 1, 1, 2]
     assert [x["text"] for x in flow[1:3]] == [evaluation.UNREADABLE_EMBEDDINGS, "known to m"]
     parts = [
-        evaluation.Studies(list("12"), np.arange(2), [st.Binary("x", [0, 1], p, threshold=cut)])
+        evaluation.Studies(
+            list("12"), np.arange(2), [st.BinaryOutcome("x", [0, 1], p, threshold=cut)]
+        )
         for p, cut in (([0.2, 0.6], 0.5), ([np.nan, np.nan], None))
     ]
     assert len(list(evaluation.fold_notes(parts))) == 2
@@ -339,7 +343,7 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     label = '<img src="x" onerror="alert(1)">'
     y, p = np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40)
     studies = evaluation.Studies(
-        [str(i) for i in range(40)], np.arange(40), [st.Binary(label, y, p)]
+        [str(i) for i in range(40)], np.arange(40), [st.BinaryOutcome(label, y, p)]
     )
     Report(tmp_path, "test_x", studies, {"model_name": "<b>"}, n_boot=100).write()
     page = (tmp_path / "report_test_x.html").read_text()

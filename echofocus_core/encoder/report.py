@@ -18,7 +18,12 @@ from echofocus_core.report.curves import (
     panel_figure,
     select_panels,
 )
-from echofocus_core.study.statistics import Binary, MultiClass, Regression, estimates
+from echofocus_core.study.statistics import (
+    BinaryOutcome,
+    MulticlassOutcome,
+    RegressionOutcome,
+    estimates,
+)
 
 MEANS = {  # published column -> (kind of task, metric)
     "mean_classification_auroc": ("classification", "auroc"),
@@ -28,9 +33,9 @@ MEANS = {  # published column -> (kind of task, metric)
     "mean_regression_mae": ("regression", "mean_absolute_error"),
 }
 PANELS = (
-    (Binary, draw_roc, "roc_curves"),
-    (Regression, draw_scatter, "scatter_plots"),
-    (MultiClass, draw_classes, "classes"),
+    (BinaryOutcome, draw_roc, "roc_curves"),
+    (RegressionOutcome, draw_scatter, "scatter_plots"),
+    (MulticlassOutcome, draw_classes, "classes"),
 )
 SHOWN = ("auroc", "average_precision", "r2", "mean_absolute_error", "median_absolute_error", "rmse")
 
@@ -42,11 +47,11 @@ def outcomes_of(tasks, predicted, truths):
         name, y = task["name"], truths[task["name"]].to_numpy()
         values = predicted[name].to_numpy()
         if task["type"] == "regression":
-            found.append(Regression(name, y, values[:, 0], task.get("unit", "")))
+            found.append(RegressionOutcome(name, y, values[:, 0], task.get("unit", "")))
         elif task["type"].startswith("multi"):
-            found.append(MultiClass(name, y, values, task["class_names"]))
+            found.append(MulticlassOutcome(name, y, values, task["class_names"]))
         else:
-            found.append(Binary(name, y, values[:, 0]))
+            found.append(BinaryOutcome(name, y, values[:, 0]))
     return found
 
 

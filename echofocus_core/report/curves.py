@@ -181,7 +181,7 @@ def draw_decision(axis, outcome, **_):
 def draw_confusion(axis, outcome, **_):
     """Counts by truth (rows) and prediction; shaded by the share of a row."""
     y, p = outcome.pairs()
-    if isinstance(outcome, st.MultiClass):
+    if isinstance(outcome, st.MulticlassOutcome):
         names, predicted = outcome.classes, p.argmax(axis=1)
     else:
         names, predicted = ("absent", "present"), outcome.positive[outcome.usable]
@@ -331,7 +331,7 @@ def select_panels(outcomes):
     """The MAX_PANELS outcomes with the most examples of the rarer class, in their order."""
 
     def size(o):
-        return min(o.n_positive, o.n - o.n_positive) if isinstance(o, st.Binary) else o.n
+        return min(o.n_positive, o.n - o.n_positive) if isinstance(o, st.BinaryOutcome) else o.n
 
     rows = sorted(range(len(outcomes)), key=lambda i: (-size(outcomes[i]), i))[:MAX_PANELS]
     return [outcomes[i] for i in sorted(rows)]

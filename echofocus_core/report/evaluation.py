@@ -1,6 +1,6 @@
 """The pages of an evaluation: figures, headings, sentences and one HTML file.
 
-studies = Studies(eids, patients, [Binary("VSD", truth, probability, 0.31)])
+studies = Studies(eids, patients, [BinaryOutcome("VSD", truth, probability, 0.31)])
 Report(folder, "test_site", studies, facts={"model_name": "chd"}).write()
 """
 
@@ -254,7 +254,7 @@ def uncertain_labels(report):
     small = [
         f"{o.label} ({o.n_positive} of {o.n})"
         for o in report.studies.outcomes
-        if isinstance(o, st.Binary) and 0 < min(o.n_positive, o.n - o.n_positive) < FEW
+        if isinstance(o, st.BinaryOutcome) and 0 < min(o.n_positive, o.n - o.n_positive) < FEW
     ]
     rows = report.headlines.values()
     undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)

@@ -1,6 +1,6 @@
 """The numbers of an evaluation: truths and predictions of studies, their tables, groups and flow.
 
-    studies = Studies(eids, patients, [Binary("VSD", truth, probability, 0.31)])
+    studies = Studies(eids, patients, [BinaryOutcome("VSD", truth, probability, 0.31)])
 
 Nothing here knows models or embedding files: a table with the predictions of any model will do.
 The pages are written by report/evaluation.py.
@@ -72,7 +72,7 @@ class Studies:
     def at_prevalence(self, prevalence):
         """The same, with PPV and NPV of findings at this prevalence too."""
         outcomes = [
-            replace(o, prevalence=prevalence) if isinstance(o, st.Binary) else o
+            replace(o, prevalence=prevalence) if isinstance(o, st.BinaryOutcome) else o
             for o in self.outcomes
         ]
         return replace(self, outcomes=outcomes)
@@ -129,7 +129,9 @@ def pair_studies(studies, other, name):
     ))  # fmt: skip
     notes = []
     for model, outcomes in zip(("this model", name), pair, strict=True):
-        missing = [o.label for o in outcomes if isinstance(o, st.Binary) and o.threshold is None]
+        missing = [
+            o.label for o in outcomes if isinstance(o, st.BinaryOutcome) and o.threshold is None
+        ]
         if missing:
             notes.append(
                 f"{name}: not compared at a threshold; {model} has none of {some(missing)}"
@@ -251,7 +253,9 @@ def studies_of_labels(path, task, table):
 
 def warn_of_truths(path, outcomes):
     """Report labels whose predictions equal the truths: another column may be the right one."""
-    numeric = [o for o in outcomes if isinstance(o, st.Binary | st.Regression) and o.n]
+    numeric = [
+        o for o in outcomes if isinstance(o, st.BinaryOutcome | st.RegressionOutcome) and o.n
+    ]
     equal = [o for o in numeric if np.array_equal(o.truth[o.usable], o.predicted[o.usable])]
     if equal:
         names = some(o.label for o in equal)
@@ -279,13 +283,17 @@ def studies_with_truths(path):
         y, p = truth[f"{label}_Correct"].to_numpy(), predicted[label].to_numpy()
         binary = np.isin(y[np.isfinite(y)], (0, 1)).all()
         threshold = thresholds.get(label)
-        outcomes.append(st.Binary(label, y, p, threshold) if binary else st.Regression(label, y, p))
+        outcomes.append(
+            st.BinaryOutcome(label, y, p, threshold)
+            if binary
+            else st.RegressionOutcome(label, y, p)
+        )
     return Studies(list(rows.index), clean_ids(rows[pid], path, RUN).to_numpy(), outcomes)
 
 
 def studies_to_compare(path, outcomes, studies):
     """Studies of another table of predictions and its thresholds, with the truths of `studies`."""
-    if not all(isinstance(o, st.Binary | st.Regression) for o in outcomes):
+    if not all(isinstance(o, st.BinaryOutcome | st.RegressionOutcome) for o in outcomes):
         raise UserError(f"{path}: a table is compared for findings and measurements only")
     units = {o.label: o.unit("bias") for o in outcomes}
     predicted, thresholds = read_predictions(read_prediction_rows(path), path, list(units), units)
@@ -295,7 +303,7 @@ def studies_to_compare(path, outcomes, studies):
     others = []
     for o in part.outcomes:
         values = predicted[o.label].to_numpy()
-        if isinstance(o, st.Binary):
+        if isinstance(o, st.BinaryOutcome):
             o = replace(o, probability=values, threshold=thresholds.get(o.label))
         else:
             o = replace(o, values=values)

@@ -148,9 +148,11 @@ class Binary(Label):
         return sigmoid(z)
 
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
-        from echofocus_core.study.statistics import Binary
+        from echofocus_core.study.statistics import BinaryOutcome
 
-        return Binary(self.name, y[:, 0], p[:, 0], threshold=threshold, prevalence=prevalence)
+        return BinaryOutcome(
+            self.name, y[:, 0], p[:, 0], threshold=threshold, prevalence=prevalence
+        )
 
 
 class Regression(Label):
@@ -167,9 +169,9 @@ class Regression(Label):
         return np.median(abs(y - p)) if len(y) else np.nan
 
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
-        from echofocus_core.study.statistics import Regression
+        from echofocus_core.study.statistics import RegressionOutcome
 
-        return Regression(self.name, y[:, 0], p[:, 0], unit)
+        return RegressionOutcome(self.name, y[:, 0], p[:, 0], unit)
 
 
 class Multiclass(Label):
@@ -219,9 +221,9 @@ class Multiclass(Label):
         )
 
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
-        from echofocus_core.study.statistics import MultiClass
+        from echofocus_core.study.statistics import MulticlassOutcome
 
-        return MultiClass(self.name, y[:, 0], p, self.classes)
+        return MulticlassOutcome(self.name, y[:, 0], p, self.classes)
 
 
 class Survival(Label):
@@ -288,9 +290,9 @@ class Survival(Label):
         return c_index(y[:, 0], y[:, 1] == 1, p[:, 0]) if len(y) else np.nan
 
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
-        from echofocus_core.study.statistics import Survival
+        from echofocus_core.study.statistics import SurvivalOutcome
 
-        return Survival(self.name, *y.T, p[:, 0], tuple(years or USUAL_YEARS), unit)
+        return SurvivalOutcome(self.name, *y.T, p[:, 0], tuple(years or USUAL_YEARS), unit)
 
 
 KINDS = {kind.kind: kind for kind in (Binary, Regression, Multiclass, Survival)}

@@ -1,6 +1,6 @@
 """From truths and predictions to metrics with 95 % intervals: pure functions of arrays.
 
-    outcomes = [Binary("VSD", truth, probability, threshold=0.31), Regression("EF", ef, f, "%")]
+    outcomes = [BinaryOutcome("VSD", truth, p, threshold=0.31), RegressionOutcome("EF", ef, f, "%")]
     for estimate in estimates(outcomes, patients): print(estimate.row())
 
 An outcome is a label with its truths and predictions. Its `metrics(weights)` are computed from
@@ -155,7 +155,7 @@ class Outcome:
             for name, values in self.arrays().items()
         }
         mixed = np.zeros(len(names), bool)
-        if rule == "mean" and not isinstance(self, Regression):
+        if rule == "mean" and not isinstance(self, RegressionOutcome):
             truths = pd.Series(self.truth[usable]).groupby(patients[usable]).nunique()
             mixed = truths.reindex(names).to_numpy() > 1
         pooled["truth"] = np.where(mixed, np.nan, pooled["truth"])
@@ -183,7 +183,7 @@ def smaller(a, b):
 
 
 @dataclass(eq=False)
-class Binary(Outcome):
+class BinaryOutcome(Outcome):
     """A finding: truth 0 or 1, probability (S,). A study is positive from `threshold` on.
 
     threshold: one number, or (S,) one for each study: the folds of a cross-validation have their
@@ -260,7 +260,7 @@ class Binary(Outcome):
 
 
 @dataclass(eq=False)
-class Regression(Outcome):
+class RegressionOutcome(Outcome):
     """A measurement in `units`: truth and values (S,)."""
 
     values: np.ndarray
@@ -312,7 +312,7 @@ class Regression(Outcome):
 
 
 @dataclass(eq=False)
-class MultiClass(Outcome):
+class MulticlassOutcome(Outcome):
     """Grades: truth 0 .. K-1, probabilities (S, K), `classes` their K names in order."""
 
     probabilities: np.ndarray
@@ -369,7 +369,7 @@ class MultiClass(Outcome):
 
 
 @dataclass(eq=False)
-class Survival(Outcome):
+class SurvivalOutcome(Outcome):
     """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher dies sooner.
 
     `years`: the times at which the cumulative/dynamic AUROC is given, in the unit of `time`.
@@ -438,7 +438,7 @@ class Survival(Outcome):
         return metrics
 
 
-OUTCOMES = (Binary, Regression, MultiClass, Survival)
+OUTCOMES = (BinaryOutcome, RegressionOutcome, MulticlassOutcome, SurvivalOutcome)
 
 
 # ------------------------------------------------------------------------ resamples and intervals
@@ -605,7 +605,7 @@ def difference(a, b, metric, values, others, patients):
     low, high, n_boot = interval(less, count_patients(patients, a.usable))
     row = Estimate(a.label, metric, float(less[0]), low, high, a.n, a.n_positive, a.unit(metric))
     row = replace(row, n_boot=n_boot)
-    if metric == "auroc" and isinstance(a, Binary):
+    if metric == "auroc" and isinstance(a, BinaryOutcome):
         low, high, p_value = delong_difference(a, b, patients)
         row = replace(row, ci_low=low, ci_high=high, p_value=p_value, n_boot=0)
     if np.isnan(row.value):
@@ -626,7 +626,7 @@ def on_both(first, second):
     pairs = []
     for a, b in zip(first, second, strict=True):
         truths = type(a) is type(b) and [(a.truth, b.truth)]
-        if truths and isinstance(a, Survival):
+        if truths and isinstance(a, SurvivalOutcome):
             truths.append((a.event, b.event))
         if not truths or not all(np.array_equal(*pair, equal_nan=True) for pair in truths):
             raise UserError(f"{a.label}: the two models' studies do not have the same truths")
