@@ -267,14 +267,14 @@ class Summary:
     empty: list[str] = field(default_factory=list)  # no video gave clips
     undone: list[str] = field(default_factory=list)  # their files could not be reached
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
-    notes: list[str] = field(default_factory=list)  # what was decided about files that were read
+    notes: Counter = field(default_factory=Counter)  # kinds of notes on files that were read
     copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same bytes
 
     def print(self):
         """Print counts, then the skipped files with their reasons."""
         print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
         if self.notes:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(self.notes).most_common())
+            kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
             print(f"notes in extract_log.csv: {kinds}")
         if self.copies:
             pairs = listed([" and ".join(pair) for pair in self.copies])
@@ -303,8 +303,11 @@ class Summary:
 
 def merge_summaries(summaries):
     """The Summary of all shards."""
-    return Summary(**{f.name: [x for s in summaries for x in getattr(s, f.name)]
-                      for f in fields(Summary)})  # fmt: skip
+    total = Summary()
+    for summary in summaries:
+        for f in fields(Summary):
+            setattr(total, f.name, getattr(total, f.name) + getattr(summary, f.name))
+    return total
 
 
 @dataclass
@@ -323,10 +326,10 @@ class StudyProgress:
 class Run:
     """One pass over studies: which videos to read, and what is written of them."""
 
-    def __init__(self, out, attributes, redo=False, log=None):
+    def __init__(self, out, attributes, redo, log):
         """attributes: of the HDF5 files. log: takes a row of LOG_COLUMNS for each video."""
         self.out, self.attributes, self.redo = Path(out), attributes, redo
-        self.log, self.summary = log or (lambda row: None), Summary()
+        self.log, self.summary = log, Summary()
         self.in_work = {}  # study name -> StudyProgress
         self.first_of = {}  # start of a SHA-256 of a file -> the first study/video that has it
 
@@ -433,7 +436,7 @@ class Run:
             if record.result != "ok":
                 self.summary.skipped.append((study.name, name, record.reason))
             else:
-                self.summary.notes += [note.split(":")[0] for note in notes]
+                self.summary.notes.update(note.split(":")[0] for note in notes)
                 file = f"{study.name}/{name}"
                 first = self.first_of.setdefault(record.content[:16], file)
                 if first != file:

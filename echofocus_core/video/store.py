@@ -129,7 +129,7 @@ def write_study(path, videos, attributes, files):
         rows = fixed_texts(rows, (len(rows), 6))
         f.create_dataset("files", data=rows, fletcher32=rows.size > 0 or None)
         for name, value in attributes.items():
-            f.attrs[name] = fixed_texts([value], ())[()] if isinstance(value, str) else value
+            f.attrs[name] = fixed_texts([value], ()) if isinstance(value, str) else value
 
 
 def fixed_texts(texts, shape):
@@ -360,8 +360,8 @@ def describe_own(f):
 
 
 def describe_published(f):
-    """The groups above each `emb` spell an absolute path of the site that made the file; only its
-    last part is kept, or more of it where that is not enough to tell videos apart."""
+    """An OpenStudy of a published file, whose groups above each `emb` spell an absolute path of the
+    site: a video's name is the last part of it, or as many parts as distinguish the videos."""
     paths = find_datasets(f, "emb")
     arrays = [checked(f[path], "emb") for path in paths]
     shapes = sorted({array.shape for array in arrays})
@@ -383,7 +383,7 @@ def check_shape(shape):
 
 
 def draw_copy(rng, copies):
-    """The number of a copy, each alike; always 0, the plain embeddings, without rng."""
+    """A random copy's number, all equally likely; 0 (the plain embeddings) without rng."""
     return int(rng.integers(copies)) if rng is not None and copies > 1 else 0
 
 
@@ -441,9 +441,9 @@ class Store:
     def read(self, eid, rng=None):
         """A study's StudyClips. Raises UnreadableStudy.
 
-        rng: a numpy Generator that draws, each alike, the plain embeddings or one of the randomly
-        transformed copies, if there are any; then which videos, where there are more than
-        `most_videos`. Without it these are always the same ones.
+        rng: a numpy Generator that draws the plain embeddings or one of the transformed copies, all
+        equally likely; then the videos, if there are more than `most_videos`. Without rng the
+        result is always the same.
         """
         with self.opened(eid) as study:
             clips = study.clips(draw_copy(rng, study.header.copies))
