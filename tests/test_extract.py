@@ -192,7 +192,7 @@ def test_a_second_run_does_what_is_left(source, tmp_path, run):
         ("n_clips", "3", "16"), ("starts", "modulo", "independent"), ("mask", "none", "sector"),
     ):  # fmt: skip
         status, _, error = run(f"--{name}", present)
-        assert status == 1 and f"{name} = {recorded}, not {present}" in error
+        assert status == 1 and all(x in error for x in (name, recorded, present, "--redo"))
     status, text, _ = run("--mask", "sector", "--redo")
     assert status == 0 and "2 studies extracted" in text
     assert store.load_details(out / "A_1.hdf5").attributes["mask"] == "sector"

@@ -108,7 +108,8 @@ def most_probable_classes(model, values):
 
 def warnings_of(model, outcome, input_report, blank):
     """The warning of each study, in words. blank (S, T): answers of learnt labels that are NaN."""
-    shape = len(blank), -1, len(model.labels)
+    n_labels = len(model.labels)
+    shape = len(blank), outcome.logits.shape[1] // n_labels, n_labels
     finite = np.isfinite(outcome.logits).reshape(shape).any(axis=1)  # of some averaged model
     texts = []
     for i, eid in enumerate(outcome.eids):
