@@ -167,44 +167,15 @@ def test_other_files_are_not_checkpoints(small):
     refused(Path(small.parent, "gone.pt"), "no checkpoint")
 
 
-def set_at(path, value):
-    """A change of a checkpoint's dict: the entry at a path of keys becomes `value`, or goes."""
-
-    def change(saved):
-        *above, last = path
-        for key in above:
-            saved = saved[key]
-        if value is None:
-            del saved[last]
-        else:
-            saved[last] = value(saved[last]) if callable(value) else value
-
-    return change
-
-
-MOMENTS = ("optimizer_state_dict", "state", 0, "exp_avg")
-STATES = {
-    "no row": set_at(("perf_log",), [[]]),
-    "no optimiser": set_at(("optimizer_state_dict",), None),
-    "a moment that is none": set_at(MOMENTS, lambda x: x * float("nan")),
-    "a plan in words": set_at(("scheduler_state_dict", "num_bad_epochs"), "many"),
-    "a position beyond": set_at(("position", "studies"), 10**9),
-}  # fmt: skip
-
-
-def test_a_damaged_training_state_is_refused(cohort, cli):
+def test_a_checkpoint_without_its_training_state_is_refused(cohort, cli):
     line = ["train", "--task", "defect", "--encoder_depth", "0", "--epoch_lim"]
     assert cli(*line, "1")[0] == 0
     path = cohort / "trained_models" / "defect" / "last_checkpoint.pt"
-    whole = path.read_bytes()
-    for name, change in STATES.items():
-        path.write_bytes(whole)
-        saved = torch.load(path, weights_only=True)
-        change(saved)
-        save(saved, path)
-        status, _, err = cli(*line, "2")
-        assert status == 1 and err.count("\n") == 1 and "last_checkpoint.pt is damaged" in err, name
-    path.write_bytes(whole)
+    saved = torch.load(path, weights_only=True)
+    save({k: v for k, v in saved.items() if k != "optimizer_state_dict"}, path)
+    status, _, err = cli(*line, "2")
+    assert status == 1 and err.count("\n") == 1 and "last_checkpoint.pt" in err
+    save(saved, path)
     assert cli(*line, "2")[0] == 0
 
 

@@ -30,28 +30,6 @@ def save(saved, path):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def check_like(given, expected):
-    """Raise ValueError unless `given` has the types, keys, lengths and shapes of `expected`, and
-    finite numbers. Dicts and lists are compared recursively; int and float may replace each other.
-    """
-    if isinstance(expected, torch.Tensor):
-        good = describe(given) == tuple(expected.shape) and bool(given.isfinite().all())
-    elif isinstance(expected, dict):
-        good = isinstance(given, dict) and given.keys() == expected.keys()
-        for key in expected if good else ():
-            check_like(given[key], expected[key])
-    elif isinstance(expected, list):
-        good = isinstance(given, list) and len(given) == len(expected)
-        for pair in zip(given, expected, strict=True) if good else ():
-            check_like(*pair)
-    elif type(expected) in (int, float):
-        good = type(given) in (int, float) and given == given
-    else:
-        good = type(given) is type(expected)
-    if not good:
-        raise ValueError("its content is not what this program saves")
-
-
 # ------------------------------------------------------------------------------------------- read
 
 
