@@ -233,11 +233,6 @@ def printable(value):
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def escaped(text):
-    """Text with control characters as \\u202e and the like, so that different texts differ."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def clean_text(value, longest=200):
     """Text of another program's file: printable and not longer than that."""
     text = printable(str(value)[: longest + 1])

@@ -17,7 +17,6 @@ from echofocus_core.base.console import clean_text
 UNREADABLE = (OSError, KeyError, RuntimeError, TypeError, AttributeError, ValueError, MemoryError)
 
 MOST_BYTES = 1 << 30  # numbers read at once: a study of 21,000 videos of 16 clips
-MOST_TEXT = 64 << 20  # bytes of a dataset of text
 MOST_CHUNKS = 100_000  # of a dataset
 MOST_ATTRIBUTE = 1 << 16  # bytes
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -43,7 +42,7 @@ def new_hdf5(path):
         Path(path).write_bytes(buffer.getbuffer())
 
 
-def own_dataset(group, name, kind="f", most=MOST_BYTES):
+def open_dataset(group, name, kind="f", most=MOST_BYTES):
     """The dataset `name` of an open file or group.
 
     kind: 'f' floating-point numbers, 'u' or 'i' integers, 'text'. Raises ValueError where it is
@@ -51,11 +50,11 @@ def own_dataset(group, name, kind="f", most=MOST_BYTES):
     """
     key = name.encode()
     inside = key in group.id and group.id.links.get_info(key).type == h5py.h5l.TYPE_HARD
-    return checked(group[name] if inside else None, name, kind, most)
+    return check_dataset(group[name] if inside else None, name, kind, most)
 
 
-def checked(dataset, name, kind="f", most=MOST_BYTES):
-    """The dataset of `own_dataset`, after its checks."""
+def check_dataset(dataset, name, kind="f", most=MOST_BYTES):
+    """The dataset of `open_dataset`, after its checks."""
     created = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
     layout = created.get_layout() if created else h5py.h5d.VIRTUAL
     if layout == h5py.h5d.VIRTUAL or created.get_external_count():
@@ -89,16 +88,12 @@ def expected_chunks(dataset, created, name, most):
     return n
 
 
-def own_texts(group, name, shape, longest=200):
+def read_texts(group, name, shape, longest=200):
     """A dataset of text, of the given shape (None: any length), as an object array of str.
 
     Each is cut to `longest` printable characters. Raises ValueError.
     """
-    return read_texts(own_dataset(group, name, "text", MOST_TEXT), name, shape, longest)
-
-
-def read_texts(dataset, name, shape, longest=200):
-    """`own_texts` of a dataset that `own_dataset` has opened."""
+    dataset = open_dataset(group, name, "text")
     fits = [s in (None, n) for s, n in zip(shape, dataset.shape, strict=False)]
     if len(shape) != dataset.ndim or not all(fits):
         raise ValueError(f"{name} is of shape {dataset.shape}, expected {shape}")
@@ -109,7 +104,7 @@ def read_texts(dataset, name, shape, longest=200):
     return texts.reshape(dataset.shape)
 
 
-def own_attributes(node, names, ndim=0):
+def read_attributes(node, names, ndim=0):
     """The existing attributes of these names: dict of name to text or number; with ndim=1 to a
     list of integers. Raises ValueError for an attribute of another type, or too large.
     """

@@ -41,7 +41,6 @@ from echofocus_core.base.console import (
     RUN,
     UserError,
     clean_text,
-    escaped,
     listed,
     printable,
     progress,
@@ -50,15 +49,13 @@ from echofocus_core.base.console import (
 from echofocus_core.base.files import atomic_path, derive_seed, packed_path, stamp_of
 from echofocus_core.base.hdf5 import (
     MOST_BYTES,
-    MOST_TEXT,
     UNREADABLE,
-    checked,
+    check_dataset,
     find_datasets,
     new_hdf5,
+    open_dataset,
     open_hdf5,
-    own_attributes,
-    own_dataset,
-    own_texts,
+    read_attributes,
     read_texts,
     shortest_distinct,
 )
@@ -180,12 +177,12 @@ class StudyDetails:
 def load_details(path):
     """The StudyDetails of a file that extraction wrote. Raises one of UNREADABLE."""
     with open_hdf5(path) as f:
-        rows = own_texts(f, "files", (None, 6), LONGEST_NAME).tolist()
-        videos = own_texts(f, "videos", (None,), LONGEST_NAME).tolist()
-        starts = own_dataset(f, "clip_starts", "i")[()] if videos else []
+        rows = read_texts(f, "files", (None, 6), LONGEST_NAME).tolist()
+        videos = read_texts(f, "videos", (None,), LONGEST_NAME).tolist()
+        starts = open_dataset(f, "clip_starts", "i")[()] if videos else []
         files = {name: FileRecord(*row) for name, *row in rows}
         return StudyDetails(
-            own_attributes(f, ATTRIBUTES), files, dict(zip(videos, starts, strict=True))
+            read_attributes(f, ATTRIBUTES), files, dict(zip(videos, starts, strict=True))
         )
 
 
@@ -337,25 +334,25 @@ def describe(f):
 
 
 def describe_own(f):
-    embeddings = own_dataset(f, "embeddings")
-    copies = own_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
+    embeddings = open_dataset(f, "embeddings")
+    copies = open_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
     check_shape(embeddings.shape)
     if copies is not None and copies.shape[1:] != embeddings.shape:
         raise ValueError(
             f"augmented copies are of shape {copies.shape}, embeddings of {embeddings.shape}"
         )
     V, C, _ = embeddings.shape
-    crc32 = tuple(own_attributes(f, ["crc32"], ndim=1).get("crc32", ()))
+    crc32 = tuple(read_attributes(f, ["crc32"], ndim=1).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
     if crc32 and len(crc32) != n_copies:
         raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")
-    names = own_dataset(f, "videos", "text", MOST_TEXT)
+    names = open_dataset(f, "videos", "text")
     if names.shape != (V,):
         raise ValueError(f"{V} videos and {names.shape} names differ in number")
     return OpenStudy(
-        Header(n_copies, V, C, own_attributes(f, (*MADE_WITH, *REPORTED)), crc32),
+        Header(n_copies, V, C, read_attributes(f, (*MADE_WITH, *REPORTED)), crc32),
         lambda number: copies[number - 1] if number else embeddings[()],
-        lambda: read_texts(names, "videos", (V,)).tolist(),
+        lambda: read_texts(f, "videos", (V,)).tolist(),
     )
 
 
@@ -363,7 +360,7 @@ def describe_published(f):
     """An OpenStudy of a published file, whose groups above each `emb` spell an absolute path of the
     site: a video's name is the last part of it, or as many parts as distinguish the videos."""
     paths = find_datasets(f, "emb")
-    arrays = [checked(f[path], "emb") for path in paths]
+    arrays = [check_dataset(f[path], "emb") for path in paths]
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise ValueError(f"its videos differ in shape: {some(shapes)}")
@@ -371,7 +368,7 @@ def describe_published(f):
         raise ValueError(f"it claims {sum(a.nbytes for a in arrays) / 1e9:.3g} GB")
     check_shape((len(arrays), *(shapes[0] if shapes else (0, D))))
     return OpenStudy(
-        Header(1, len(arrays), shapes[0][0] if shapes else 0, own_attributes(f, MADE_WITH)),
+        Header(1, len(arrays), shapes[0][0] if shapes else 0, read_attributes(f, MADE_WITH)),
         lambda number: np.stack([array[()] for array in arrays]),
         lambda: shortest_distinct([path.removesuffix(b"/emb") for path in paths]),
     )
@@ -587,7 +584,7 @@ class EmbeddingFolder(Store):
     """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
 
     A study's id is its file's name; the published endings _embed and _trim_embed do not belong to
-    it. Characters that cannot be printed are escaped.
+    it.
     """
 
     def __init__(self, path):
@@ -617,7 +614,7 @@ class EmbeddingFolder(Store):
 
 def study_id(stem):
     """The study id of an embedding file's name without its suffix."""
-    return escaped(re.sub(r"(?<=.)(_trim)?_embed$", "", stem))
+    return re.sub(r"(?<=.)(_trim)?_embed$", "", stem)
 
 
 class EmbeddingShards(Store):
@@ -654,7 +651,7 @@ class EmbeddingShards(Store):
         with open_hdf5(self.files[eid]) as f:
             if not isinstance(f.get(eid, getlink=True), h5py.HardLink):
                 raise ValueError("it is a link, which is not followed")
-            embeddings = own_dataset(f[eid], "emb")
+            embeddings = open_dataset(f[eid], "emb")
             check_shape(embeddings.shape)
             V, C, _ = embeddings.shape
             dtype, clips = self.index.get("dtype"), self.index.get("num_clips")
@@ -721,10 +718,10 @@ class PackedEmbeddings(Store):
         self.path = path
         try:
             with open_hdf5(path) as f:
-                if own_attributes(f, ["format"]).get("format") != PACK_FORMAT:
+                if read_attributes(f, ["format"]).get("format") != PACK_FORMAT:
                     raise ValueError(f"its format is not {PACK_FORMAT}")
-                embeddings = own_dataset(f, "embeddings", "f", np.inf)
-                index = json.loads(own_dataset(f, "index", "u", np.inf)[()].tobytes())
+                embeddings = open_dataset(f, "embeddings", "f", np.inf)
+                index = json.loads(open_dataset(f, "index", "u", np.inf)[()].tobytes())
                 self.offset, self.dtype = embeddings.id.get_offset(), embeddings.dtype
             self.index = {eid: PackedStudy(**entry) for eid, entry in index.items()}
             self.file = open(path, "rb")  # noqa: SIM115
