@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import edit_config, write_embeddings
 
-from echofocus_core.base.console import Collected
+from echofocus_core.base.console import Collected, UserError
 from echofocus_core.base.options import FOLDS, Settings
 from echofocus_core.base.seen import Seen, seen_levels
 from echofocus_core.study import folds as fd
@@ -266,6 +266,35 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
         assert list(folds) == ["train", fold, "test"]
     assert evidence == "assumed: 1 studies are known to m"
     assert "WARNING: 1 studies are known to m, by the ids" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "dataset, stratify, new", [("s", "", "train"), ("s", "x", "test"), ("other", "", "test")]
+)
+def test_folds_of_a_labelled_dataset(dataset, stratify, new):
+    """The table of `folds_for`: trained on, validated on, seen by an ancestor, new."""
+    table = table_of("abcd", "1234")
+    own = Seen.of(table[:2].assign(fold=["train", "val"]), "00")
+    ancestor = Seen.of(table[1:3].assign(fold="train"), "01")
+    record = Record(labels=["x"], dataset="s", settings=Settings(split="9,0,0", stratify=stratify))
+    model = SimpleNamespace(seen=[own, ancestor], record=record, folder=Path("m"))
+    folds, evidence = fd.folds_for(model, table, dataset, Collected())
+    assert list(folds) == ["train", "val", "seen by an ancestor", new]
+    assert evidence == "by patient and study id"
+    folds, evidence = fd.folds_for(model, table, dataset, Collected(), assume_unseen=True)
+    at_home = dataset == "s"
+    assert list(folds) == (["train", "val", new, new] if at_home else ["test"] * 4)
+    assert evidence == f"assumed: {1 if at_home else 3} studies are known to m"
+
+
+def test_a_model_of_ours_without_its_list_is_refused():
+    table = table_of("ab", "12")
+    model = SimpleNamespace(
+        seen=None, record=Record(labels=["x"], dataset="s"), folder=Path("m"), members=()
+    )
+    with pytest.raises(UserError, match="does not list"):
+        fd.folds_for(model, table, "s", Collected())
+    assert fd.folds_for(model, table, "other", Collected(), assume_unseen=True)[1] == "assumed"
 
 
 def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
