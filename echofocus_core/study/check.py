@@ -47,27 +47,29 @@ def check_run(typed, preview_cohort):
     levels, videos = Counter(), typed.get("videos")
     section = partial(check_section, levels)
     if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
-        with section("cohort", "correct the tables, or name the folder with --data_dir") as heard:
-            preview_cohort(typed, heard)
+        with section(
+            "cohort", "correct the tables, or name the folder with --data_dir"
+        ) as listener:
+            preview_cohort(typed, listener)
     else:
         config = model = job = None
-        with section("config", "correct the config; config-example.json shows one") as heard:
+        with section("config", "correct the config; config-example.json shows one") as listener:
             config = read_config(typed.get("config"), needed=not videos)
             names = some(config.tasks, 9), some(config.datasets, 9)
-            heard.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
+            listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
         if config:
-            with section("model", "name another --model_name, or train it again") as heard:
-                model = check_model(typed, config, heard)
+            with section("model", "name another --model_name, or train it again") as listener:
+                model = check_model(typed, config, listener)
         if model and model.task in config.tasks:
-            with section("task", "give the task the model's labels, in order and unit") as heard:
-                check_task(model, config.tasks[model.task], heard)
+            with section("task", "give the task the model's labels, in order and unit") as listener:
+                check_task(model, config.tasks[model.task], listener)
         if config:
-            with section("options", "correct the option or the config") as heard:
-                job = choose_job(typed, config, model, heard)
+            with section("options", "correct the option or the config") as listener:
+                job = choose_job(typed, config, model, listener)
         if job:
             check_data(job, section)
-        with section("videos", "see --videos") as heard:
-            check_videos(typed, config or Config(), model, heard)
+        with section("videos", "see --videos") as listener:
+            check_videos(typed, config or Config(), model, listener)
     print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")

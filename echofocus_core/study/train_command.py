@@ -21,7 +21,7 @@ from echofocus_core.study.folds import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.job import refuse_other_architecture
+from echofocus_core.study.job import check_settings, refuse_other_architecture
 from echofocus_core.study.labels import load_labels, other_unit
 from echofocus_core.study.loading import folds_in_folder, load_model, model_folder, read_checkpoint
 from echofocus_core.study.loop import report_unreadable, run_studies
@@ -48,8 +48,10 @@ def search(job):
         if index is None or int(index) == i:
             text = ", ".join(f"{k} = {v}" for k, v in combination.items())
             print(f"grid {i} of {len(combinations)}: {text}")
-            best_of(place, combination)
-            train_model(job.but(**combination, model_name=os.path.relpath(place), run_id=""))
+            best_of(place, combination)  # which refuses another combination's folder
+            one = job.but(**combination, model_name=os.path.relpath(place), run_id="")
+            check_settings(one.settings)
+            train_model(one)
         if best := best_of(place, combination):
             rows.append({"model": f"{folder.name}/grid_{i}", **combination} | best)
     if rows and not job.world.rank:
