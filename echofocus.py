@@ -25,11 +25,12 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
-from echofocus_core.base.console import PROGRAM, Parser, UserError, run_main
+from echofocus_core.base.console import PROGRAM, RUN, Collected, Parser, UserError, run_main
 from echofocus_core.base.options import Settings, add_options, checked_options, given, validated
 
 
@@ -111,9 +112,6 @@ def predict_page(job, folder, table, left_out):
 
 def cmd_embed(job):
     """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
-    from dataclasses import replace
-
-    from echofocus_core.base.console import Collected
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
     from echofocus_core.study.embeddings import embed_source, is_embedded
@@ -144,33 +142,26 @@ def cmd_embed(job):
 
 def cmd_explain(job):
     """The contribution of every video to every answer, and the published table of the top n."""
-    from echofocus_core.base.console import RUN
     from echofocus_core.base.files import open_journal
+    from echofocus_core.study import explanations as ex
     from echofocus_core.study.explanation_tables import explanation_names
-    from echofocus_core.study.explanations import (
-        explain_studies,
-        explained_studies,
-        journal_header,
-        label_columns,
-        select_studies,
-    )
     from echofocus_core.study.faithfulness import read_views
     from echofocus_core.study.sources import warn_of_other_input
 
     job = job.with_source()
     model, settings, store, world = job.model, job.settings, job.source.store, job.world
-    columns = label_columns(model, settings.explain_tasks)
-    eids, truths, patients = explained_studies(job)
+    columns = ex.label_columns(model, settings.explain_tasks)
+    eids, truths, patients = ex.explained_studies(job)
     warnings = warn_of_other_input(model, store, eids)
-    eids = select_studies(job, eids, truths, columns)
+    eids = ex.select_studies(job, eids, truths, columns)
     views = job.dataset.views  # read first: that may refuse
     views = read_views(views, RUN, store, eids) if views else {}
     names = explanation_names(model, settings, settings.dataset, columns, eids)
     path = model.folder / f".{names['videos']}.journal"
-    header = journal_header(job, eids, columns, truths)
+    header = ex.journal_header(job, eids, columns, truths)
     with nullcontext() if world.rank else open_journal(path, header, "studies") as journal:
         first = world.gather(journal.n if journal else 0)[0]
-        for explanation in explain_studies(job, eids, columns, truths, first):
+        for explanation in ex.explain_studies(job, eids, columns, truths, first):
             if journal:
                 journal.add(explanation)
         if journal:
