@@ -180,7 +180,7 @@ class Report:
         return groups
 
     def compare(self, name):
-        """Rows of this model less another, on the studies that both predict."""
+        """Rows of this model minus another, on the studies that both predict."""
         first, second = self.others[name]
         differences = st.compare(
             first.outcomes, second.outcomes, first.patients, self.n_boot, self.seed
@@ -222,7 +222,7 @@ def compared_line(row):
     value, low, high = (number_or_na(row[k]) for k in ("difference", "ci_low", "ci_high"))
     p = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
     label, metric, other = row["label"], row["metric"], row["other"]
-    return f"{label}: {metric} less that of {other} {value} ({low} to {high}{p})"
+    return f"{label}: {metric} minus that of {other}: {value} ({low} to {high}{p})"
 
 
 def number_or_na(value):

@@ -40,7 +40,7 @@ class Player {
     if (this.figure.dataset.autoplay && !still) this.play();
   }
 
-  play() { this.video.play().catch(() => {}); }  // left before it began: nothing to say
+  play() { this.video.play().catch(() => {}); }  // interrupted before it began: no error
 
   toggle() {
     this.load();
@@ -157,7 +157,7 @@ if (list) {
     return (sorting.down ? -order : order) || a - b;
   };
 
-  const offer = (name, key) => {  // a filter of what the chosen label has none of has no effect
+  const offer = (name, key) => {  // a filter has no effect on labels without its values
     const exists = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
     field(name).disabled = !exists;
     if (!exists) field(name).value = "";
