@@ -109,7 +109,7 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
         ("--freeze", "aggregator"): "--init_from",
         ("--grid", "lrr=1,2"): "lrr=1,2",
         ("--grid", "learning_rate=fast"): "--learning_rate should be",
-        ("--stratify", "findings"): "no label",
+        ("--stratify", "findings"): "not a label",
         ("--grid", "seed=0,1"): "moves the folds",
     }.items():
         status, _, err = cli("train", "--task", "defect", "--model_name", "new", *args, *one)

@@ -24,7 +24,8 @@ def map_rows(job):
         path = dataset.label_path or (task.label_path if task else None)
         try:
             if columns and task and column in task.task_labels:
-                rows[name] = read_labels(path, task.model_copy(update={"task_labels": columns}))
+                of_column = task.model_copy(update={"task_labels": columns})
+                _, rows[name] = read_labels(path, of_column)
             else:
                 level = task.level if task else "study"
                 rows[name] = read_rows(path, columns, level=level)
