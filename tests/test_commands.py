@@ -273,7 +273,7 @@ def test_wrong_options(cohort, cli):
         (["train", "--clip-dropout", "1"], "--clip_dropout should be less"),
         (["train", "--learning-rate", "nan"], "--learning_rate should be"),
         (["train", "--batch_number", "0"], "--batch_number should be"),
-        (["train", "--device", "gpu"], "--device gpu is not to be had here"),
+        (["train", "--device", "gpu"], "--device gpu is not available here"),
         (["evaluate"], "no trained model"),
         (["evaluate", "--model_name", "defekt"], "no trained model trained_models/defekt"),
     ):

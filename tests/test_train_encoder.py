@@ -123,13 +123,10 @@ def test_the_readme_has_the_documented_lines():
         ("", "--cohort"),
         ("--cohort echonetdynamic --data_dir nowhere", "no folder nowhere"),
         ("--cohort hospital --rand_init --model_dir_path x", "--model_dir_path"),
-        ("--cohort hospital --cos_anneal --reduce_lr", "--cos_anneal"),
-        ("--cohort hospital --model_name frame_transformer", "--arch"),
         ("--cohort hospital --normalization imagnet", "--normalization"),
-        ("--cohort hospital --fc_dropout 1", "--fc_dropout"),
     ],
 )
-def test_what_does_not_go_together(cli, here, line, wrong):
+def test_options_that_exclude_each_other(cli, here, line, wrong):
     status, _, err = run(cli, line)
     assert status in (1, 2) and wrong in err and "Traceback" not in err
 
@@ -138,17 +135,16 @@ def test_what_does_not_go_together(cli, here, line, wrong):
     ("line", "package"),
     [
         ("--model_name 3dresnet18", "torchvision"),
-        ("--model_name frame_transformer --arch resnet18", "torchvision"),
         ("--model_name frame_transformer --arch convnextv2_tiny.fcmae", "timm"),
         ("--model_name frame_transformer --arch echo-clip", "open_clip_torch"),
     ],
 )
-def test_backbones_of_others_name_their_package(cli, here, dynamic, monkeypatch, line, package):
+def test_other_backbones_name_their_package(cli, here, dynamic, monkeypatch, line, package):
     for name in ("torchvision", "torchvision.models", "timm", "open_clip"):
         monkeypatch.setitem(sys.modules, name, None)
     limit = "--sample_limit 2 --num_workers 1"
     status, _, err = run(cli, "--cohort echonetdynamic --data_dir", dynamic, line, limit)
-    assert status == 1 and f"pip install {package}" in err and "'backbones'" in err
+    assert status == 1 and f"pip install {package}" in err
 
 
 def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
@@ -177,26 +173,12 @@ def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
         assert status == 0 and "1 heads kept" in out, out + err
 
 
-def test_the_packages_reasons_are_one_line(monkeypatch):
-    """timm raises OSError, open_clip RuntimeError, urllib URLError where there is no network."""
-    for error in (RuntimeError("no config"), OSError("no network")):
-
-        def build(pretrained, error=error):
-            raise error
-
-        monkeypatch.setattr(backbones, "R3D", backbones.Backbone(build, 8))
-        monkeypatch.setitem(backbones.ARCHS, "echo-clip", backbones.Backbone(build, 8))
-        for names in (("3dresnet18", ""), ("frame_transformer", "echo-clip")):
-            with pytest.raises(UserError, match="cannot be fetched"):
-                backbones.build_backbone(*names, True)
-
-
 def test_every_task_of_panecho_can_be_recorded():
     """Those with a bar or brackets in their name too: E|EAvg, RADimensionM-L(cm)."""
     for task in panecho.TASKS:
         assert EncoderTask(**task).entry()["name"] == task["name"]
-    for name in ("a/b", "..", "a.b", "", " a", "a\n"):
-        with pytest.raises(ValueError, match="cannot be a task's name"):
+    for name in ("a/b", "..", ""):
+        with pytest.raises(ValueError):
             EncoderTask(name=name, type="regression")
 
 
@@ -229,23 +211,18 @@ def test_odd_lists(here, dynamic, change, wrong):
 
 
 def test_own_tasks(here, dynamic):
-    """A task list of one's own; classes by name; values that are none of them."""
+    """A task list of one's own; classes by name; values that are not a class."""
     table = pd.read_csv(dynamic / "FileList.csv").head(6)
     table["grade"] = ["mild", "severe", "none", "severe", "awful", ""]
     write_list(here / "dyn", table)
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
     task = {"name": "grade", "type": "multi-class", "classes": ["none", "mild", "severe"]}
     (here / "tasks.json").write_text(json.dumps([task]))
-    found = cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
-    assert found.labels["grade"].dropna().tolist() == [1, 2, 0, 2]
-    for fault, wrong in (
-        ({"classes": ["a", "b"]}, "three classes"),
-        ({"type": "other"}, "type"),
-        ({"name": "a/b"}, "cannot be a task"),
-        ({"klasses": []}, "unknown key"),
-    ):
+    cohort = cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
+    assert cohort.labels["grade"].dropna().tolist() == [1, 2, 0, 2]
+    for fault in ({"classes": ["a", "b"]}, {"type": "other"}, {"klasses": []}):
         (here / "tasks.json").write_text(json.dumps([task | fault]))
-        with pytest.raises(UserError, match=wrong):
+        with pytest.raises(UserError, match=r"tasks\.json"):
             cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
 
 
@@ -663,7 +640,8 @@ def test_hospital_multitask(cli, here, hospital):
 
 
 def test_hospital_tables(here, hospital):
-    """Two files of one name in an accession; patients in some tables; labels that differ."""
+    """Two files of one name in an accession; patients in some tables; labels that differ; a study
+    of two patients; codes for missing; folds in two units; a video by two paths."""
     val = pd.read_csv("site/val.csv")
     Path("site/more").mkdir()
     Path("site/vids/val0_1.avi").rename("site/more/val0_0.avi")
@@ -671,52 +649,40 @@ def test_hospital_tables(here, hospital):
     val.to_csv("site/val.csv", index=False)
     names = cohorts.read_cohort("hospital", "site").videos.index
     assert {"val0/vids/val0_0.avi", "val0/more/val0_0.avi", "val1/val1_0.avi"} <= set(names)
-    val.assign(patient="P").to_csv("site/val.csv", index=False)
-    with pytest.raises(UserError, match="tables of val have the column patient"):
-        cohorts.read_cohort("hospital", "site")
-    for split in ("train", "val", "test"):
-        table = pd.read_csv(f"site/{split}.csv").assign(patient=split)
-        table.loc[0, "patient"] = None
-        table.to_csv(f"site/{split}.csv", index=False)
-    heard = Collected()
-    cohorts.read_cohort("hospital", "site", (), heard)
-    assert "val.csv: 1 rows have no patient" in str(heard.findings)
-    val.loc[0, "LVSize"] = 1
-    val.to_csv("site/val.csv", index=False)
-    heard = Collected()
-    cohorts.read_cohort("hospital", "site", (), heard)
-    assert "1 studies have videos with different LVSize: val0" in str(heard.findings)
-
-
-def test_slips_in_hospital_tables(here, hospital):
-    """A study of two patients, codes for missing, folds in two units, a video by two paths."""
     whole = {split: pd.read_csv(f"site/{split}.csv") for split in ("train", "val", "test")}
 
-    def heard(**changes):
+    def findings(**changes):
         listener = Collected()
         for split, table in (whole | changes).items():
             table.to_csv(f"site/{split}.csv", index=False)
-        cohorts.read_cohort("hospital", "site", ("EF",), listener)
-        return str(listener.findings)
+        cohorts.read_cohort("hospital", "site", (), listener)
+        return [f"{finding.level} {finding.text}" for finding in listener.findings]
 
-    plain = heard()
-    assert "medians" not in plain and "look like" not in plain and "several patients" not in plain
-    train_, val = whole["train"], whole["val"]
-    said = heard(val=val.assign(EF=val["EF"].where(val["EF"] < 0, val["EF"] / 100)))
-    assert "EF: the medians of the folds are far apart: test" in said
-    odd = train_.assign(EF=train_["EF"].mask(train_["acc_num"] == "train1", 999))
-    assert "EF: 1 values look like a code for 'missing': 999 (study train1)" in heard(train=odd)
+    def found(level, *words, **changes):
+        return any(
+            text.startswith(level) and all(w in text for w in words) for text in findings(**changes)
+        )
+
+    assert not any(text.startswith("ERROR") for text in findings())
+    assert found("ERROR", "val", "patient", val=val.assign(patient="P"))
+    labels = val.assign(LVSize=val["LVSize"].mask(val.index == 0, 1))
+    assert found("ERROR", "LVSize", "val0", val=labels)
+    per_cent = val.assign(EF=val["EF"].where(val["EF"] < 0, val["EF"] / 100))
+    assert found("WARNING", "EF", "medians", val=per_cent)
+    train_ = whole["train"]
+    code = train_.assign(EF=train_["EF"].mask(train_["acc_num"] == "train1", 999))
+    assert found("WARNING", "EF", "999", "train1", train=code)
     patients = {k: t.assign(patient=t["acc_num"]) for k, t in whole.items()}
     patients["test"].loc[0, "patient"] = "other"
-    assert "1 studies are of several patients: test0" in heard(**patients)
+    assert found("ERROR", "several patients", "test0", **patients)
     patients["test"].loc[0, "patient"] = None  # known by the other row
-    assert "several patients" not in heard(**patients)
+    assert found("WARNING", "test.csv", "1 rows have no patient", **patients)
+    assert not any(text.startswith("ERROR") for text in findings(**patients))
     Path("site/links").symlink_to("vids")
-    for folder in ("links", str(here / "site" / "vids")):
-        twice = whole["test"].copy()
-        twice.loc[0, ["fname", "video_dir"]] = "train0_0.avi", folder
-        with pytest.raises(UserError, match=r"train0_0\.avi"):
-            heard(test=twice)
+    twice = whole["test"].copy()
+    twice.loc[0, ["fname", "video_dir"]] = "train0_0.avi", "links"
+    with pytest.raises(UserError, match=r"train0_0\.avi"):
+        findings(test=twice)
 
 
 def test_changes_on_resume(cli, here, dynamic):
@@ -754,7 +720,7 @@ def test_changes_on_resume(cli, here, dynamic):
 
 
 def test_results_are_of_the_best_epoch(tmp_path):
-    """An epoch without a metric is not the best; results of an earlier best are made again."""
+    """An epoch without a metric is not the best; results of an earlier best are written again."""
     run = train.Run.__new__(train.Run)
     run.folder, run.names, run.scores = tmp_path, {"val": ["a"], "test": ["b"]}, [np.nan, 0.3]
     assert run.best_epoch == 2 and not run.results_written

@@ -19,30 +19,29 @@ def from_environment(name, default, least=0, environment=os.environ):
     text = environment.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(
-            f"{name} in the environment is {printable(text)[:40]!r}, no whole number from {least} "
-            f"(torchrun or SLURM sets it); unset {name} to run without them"
+            f"{name} in the environment is {printable(text)[:40]!r}, not a whole number from "
+            f"{least} (torchrun or SLURM sets it); unset {name} to run without them"
         )
     return int(text)
 
 
 def place(rank_name, size_name, environment=os.environ):
-    """(rank, size) as two variables of the environment say, the rank below the size."""
+    """(rank, size) from two variables of the environment, the rank below the size."""
     size = from_environment(size_name, 1, least=1, environment=environment)
     rank = from_environment(rank_name, 0, environment=environment)
     if rank >= size or (size > 1 and rank_name not in environment):
-        given = environment.get(rank_name, "missing")
         raise UserError(
-            f"{size_name} in the environment is {size} and {rank_name} is {given}, not 0 to "
-            f"{size - 1}; unset both to run alone"
+            f"{size_name} in the environment is {size} and {rank_name} is "
+            f"{environment.get(rank_name, 'missing')}; unset both to run alone"
         )
     return rank, size
 
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")  # kinds that can do the work; others hold no numbers
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # the types that can compute
 
 
 def pick_device(name=""):
-    """`--device` as a torch.device; by default CUDA (torchrun's local rank says which), or CPU."""
+    """`--device` as a torch.device; by default CUDA (by torchrun's local rank), or CPU."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     try:
@@ -51,14 +50,14 @@ def pick_device(name=""):
             raise NotImplementedError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} is not to be had here; cpu always is") from error
+        raise UserError(f"--device {name} is not available here; use --device cpu") from error
     return device
 
 
 @contextmanager
 def exact_convolutions():
-    """fp32 is fp32 on a GPU too for the block: torch would run convolutions in TF32, with 10 bits
-    of mantissa, and embeddings would differ from a CPU's by a thousandth."""
+    """No TF32 in the block: torch would run convolutions on a GPU with 10 bits of mantissa, and
+    embeddings would differ from a CPU's by a thousandth."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -80,19 +79,20 @@ class World:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, thing):
-        """Every process's `thing`, in order of rank."""
-        things = [thing]
+    def gather(self, value):
+        """Every process's `value`, in order of rank."""
+        values = [value] * self.size
         if self.size > 1:
-            things = [None] * self.size
-            torch.distributed.all_gather_object(things, thing)
-        return things
+            torch.distributed.all_gather_object(values, value)
+        return values
 
 
 @contextmanager
 def join_world(device, what):
-    """The World of this process for the block, in which all but the first process are silent on
-    standard output; `what` the processes do together, for a person."""
+    """The World of this process for the block, in which only the first process prints.
+
+    what: what the processes do together, for a message. Raises UserError.
+    """
     world = World(*place("RANK", "WORLD_SIZE"))
     if world.size == 1:
         yield world
@@ -105,11 +105,11 @@ def join_world(device, what):
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            **(meeting_point(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
+            **(restarted_store(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
         )
     except (OSError, ValueError, RuntimeError) as error:  # DistError is a RuntimeError
         raise UserError(
-            f"the {world.size} processes do not find each other "
+            f"the {world.size} processes cannot connect "
             f"({printable(error).splitlines()[0][:150]}); start them with torchrun, or unset "
             "WORLD_SIZE and RANK to run alone"
         ) from error
@@ -119,11 +119,11 @@ def join_world(device, what):
     torch.distributed.destroy_process_group()
 
 
-def meeting_point(world):
-    """Where torchrun's processes find each other: a store of the first process's own.
+def restarted_store(world):
+    """The store by which torchrun's processes connect: one that the first process opens.
 
-    torchrun's store outlives a restart and still holds the addresses of the processes that died;
-    whoever reads such an address fails to connect and asks again.
+    torchrun's own store outlives a restart and still holds the addresses of the processes that
+    died, to which a new process would try to connect.
     """
     host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
     board = torch.distributed.TCPStore(host, port, is_master=False)
@@ -133,9 +133,8 @@ def meeting_point(world):
         return {"store": store, "rank": 0, "world_size": world.size}
     for _ in range(100):
         try:
-            address = host, int(board.get("echofocus"))
             store = torch.distributed.TCPStore(
-                *address, is_master=False, timeout=timedelta(seconds=5)
+                host, int(board.get("echofocus")), is_master=False, timeout=timedelta(seconds=5)
             )
         except torch.distributed.DistError:
             time.sleep(0.5)

@@ -4,6 +4,7 @@ Only PanEcho's own (ConvNeXt-Tiny below a frame transformer) needs nothing beyon
 are built by torchvision, timm or open_clip, where those are installed, less their last layer.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from echofocus_core.base.checkpoints import WeightsError, load_safely, load_strictly
-from echofocus_core.base.console import UserError, nearest
+from echofocus_core.base.console import UserError
 from echofocus_core.base.download import fetch
 from echofocus_core.base.files import sha256_file
 from echofocus_core.video.panecho import ConvNeXt, FrameTransformer, ImageEncoder
@@ -41,43 +42,34 @@ class Clips(Images):
 
 
 def from_torchvision(name, last, pretrained):
-    models = imported("torchvision.models", "torchvision")
-    models = models.video if name == "r3d_18" else models
-    model = getattr(models, name)(weights="DEFAULT" if name == "r3d_18" and pretrained else
-                                  "IMAGENET1K_V1" if pretrained else None)  # fmt: skip
-    part = model
-    *above, name = last.split(".")
-    for step in above:
-        part = part[int(step)] if step.isdecimal() else getattr(part, step)
-    if name.isdecimal():
-        part[int(name)] = nn.Identity()
-    else:
-        setattr(part, name, nn.Identity())
+    """A torchvision model without its last layer, the submodule `last`."""
+    models = import_optional("torchvision.models", "torchvision")
+    models, weights = (models.video, "DEFAULT") if name == "r3d_18" else (models, "IMAGENET1K_V1")
+    model = getattr(models, name)(weights=weights if pretrained else None)
+    parent, _, layer = last.rpartition(".")
+    setattr(model.get_submodule(parent), layer, nn.Identity())
     return model
 
 
 def from_timm(name, pretrained):
-    return imported("timm", "timm").create_model(name, pretrained=pretrained, num_classes=0)
+    return import_optional("timm", "timm").create_model(name, pretrained=pretrained, num_classes=0)
 
 
 def from_open_clip(name, pretrained):
-    open_clip = imported("open_clip", "open_clip_torch")
+    open_clip = import_optional("open_clip", "open_clip_torch")
     if pretrained:
         return open_clip.create_model_and_transforms(f"hf-hub:{name}")[0].visual
     return open_clip.create_model("convnext_base", pretrained=None).visual
 
 
-def imported(module, package):
+def import_optional(module, package):
     """A module of an optional package. UserError names what to install."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"this backbone is built by {package}, which is not installed: pip install {package}, "
-            "or the extra 'backbones' (beside a torch of the same release); --arch convnext_tiny "
-            "needs nothing"
+            f"this backbone needs {package}: pip install {package}, or the extra 'backbones' (for "
+            "the installed release of torch); --arch convnext_tiny needs neither"
         ) from error
 
 
@@ -133,12 +125,9 @@ def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8,
     by torch's generator.
     """
     if model_name == "3dresnet18":
-        net = Clips(*built("3dresnet18", R3D, pretrained))
+        net = Clips(*build_model("3dresnet18", R3D, pretrained))
         start = Start("kinetics", licence=R3D.licence) if pretrained else Start()
     else:
-        if arch not in NAMES:
-            raise UserError(f"--arch {arch or chr(39) * 2} is not known{nearest(arch, NAMES)}; "
-                            f"frame_transformer takes {', '.join(NAMES)}")  # fmt: skip
         images, start = build_images(arch, pretrained)
         if images.width % heads:
             raise UserError(f"--n_heads {heads} does not divide the width {images.width} of {arch}")
@@ -146,14 +135,14 @@ def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8,
     return net, start
 
 
-def built(name, known, pretrained):
+def build_model(name, backbone, pretrained):
     """(model, width) of a Backbone. Raises UserError."""
     try:
-        return known.build(pretrained), known.width
+        return backbone.build(pretrained), backbone.width
     except (OSError, RuntimeError) as error:  # the packages fetch weights themselves
         raise UserError(
-            f"the weights of {name} cannot be fetched ({type(error).__name__}); fetch them on a "
-            "machine with a network, or start at random with --rand_init"
+            f"the weights of {name} cannot be downloaded ({type(error).__name__}); download them "
+            "on a machine with a network, or start at random with --rand_init"
         ) from error
 
 
@@ -162,14 +151,14 @@ def build_images(arch, pretrained):
     if arch != "convnext_tiny":
         theirs = Start(arch, licence=ARCHS[arch].licence, echo=arch == "echo-clip")
         start = theirs if pretrained else Start()
-        return Images(*built(arch, ARCHS[arch], pretrained)), start
+        return Images(*build_model(arch, ARCHS[arch], pretrained)), start
     images = ImageEncoder()
     if not pretrained:
         return images, Start()
     path = imagenet_weights()
     state = load_safely(path)
     if not isinstance(state, dict):
-        raise WeightsError(f"{path} is no state dict of torchvision's ConvNeXt-Tiny; delete it")
+        raise WeightsError(f"{path} is not a state dict of torchvision's ConvNeXt-Tiny; delete it")
     state = {k: v for k, v in state.items() if not k.startswith("classifier.2.")}
     with torch.device("meta"):
         images.model = ConvNeXt()
@@ -178,21 +167,20 @@ def build_images(arch, pretrained):
 
 
 def imagenet_weights():
-    """torchvision's published file, in torch.hub's cache; fetched once, its digest compared."""
+    """torchvision's published file in torch.hub's cache, downloaded once; compares its digest."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rpartition("/")[2]
     if not path.exists():
         try:
             fetch(IMAGENET_URL, path)
         except WeightsError as error:
-            reason = str(error).partition(";")[0]
             raise WeightsError(
-                f"{reason}; put the file at {path}, or start elsewhere: --model_dir_path with "
-                "weights of PanEcho, or --rand_init"
+                f"{str(error).partition(';')[0]}; put the file at {path}, or start elsewhere: "
+                "--model_dir_path with weights of PanEcho, or --rand_init"
             ) from error
-    wanted = path.stem.rpartition("-")[2]
-    if not sha256_file(path).startswith(wanted):
+    digest = path.stem.rpartition("-")[2]
+    if not sha256_file(path).startswith(digest):
         raise WeightsError(
-            f"{path} is not the published file: its SHA-256 does not begin with {wanted}; delete "
-            "it, it is fetched anew"
+            f"{path} is not the published file: its SHA-256 does not begin with {digest}; delete "
+            "it to download it again"
         )
     return path
