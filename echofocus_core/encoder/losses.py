@@ -24,11 +24,11 @@ def class_weights(task, labels):
 
 def fill_means(tasks, labels):
     """The tasks (entries) with `mean` over training labels (DataFrame, a column a task)."""
-    found = []
-    for task in tasks:
-        known = labels[task["name"]].dropna()
-        found.append(task | {"mean": float(known.mean()) if len(known) else 0.0})
-    return found
+    values = [labels[task["name"]].dropna() for task in tasks]
+    return [
+        task | {"mean": float(y.mean()) if len(y) else 0.0}
+        for task, y in zip(tasks, values, strict=True)
+    ]
 
 
 class MultiTaskLoss:
@@ -56,8 +56,8 @@ class MultiTaskLoss:
         """Sums of losses over known labels, (T,): dict of task to (B, n), targets (B, T)."""
         sums = []
         for task, y in zip(self.tasks, targets.T, strict=True):
-            known = ~y.isnan()
-            out, y = outputs[task["name"]].float()[known], y[known]
+            given = ~y.isnan()
+            out, y = outputs[task["name"]].float()[given], y[given]
             weight = self.weights.get(task["name"])
             weight = weight.to(out.device) if weight is not None else None
             if task["type"] == "regression":

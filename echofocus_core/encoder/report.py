@@ -1,4 +1,4 @@
-"""What the encoder's training reports: predictions, metrics with intervals, figures, summaries.
+"""Results of the encoder's training: predictions, metrics with intervals, figures, summaries.
 
 A folder of a run gets, for val and test: preds/<task>/<fold>_<task>_preds.csv (a row a study) and
 _video_preds.csv, metrics_<fold>.csv, figures, <fold>_summary.txt.
@@ -42,36 +42,37 @@ SHOWN = ("auroc", "average_precision", "r2", "mean_absolute_error", "median_abso
 
 def outcomes_of(tasks, predicted, truths):
     """An Outcome a task. predicted: DataFrame, columns (task, output); truths: a column a task."""
-    found = []
+    outcomes = []
     for task in tasks:
         name, y = task["name"], truths[task["name"]].to_numpy()
         values = predicted[name].to_numpy()
         if task["type"] == "regression":
-            found.append(RegressionOutcome(name, y, values[:, 0], task.get("unit", "")))
+            outcomes.append(RegressionOutcome(name, y, values[:, 0], task.get("unit", "")))
         elif task["type"].startswith("multi"):
-            found.append(MulticlassOutcome(name, y, values, task["class_names"]))
+            outcomes.append(MulticlassOutcome(name, y, values, task["class_names"]))
         else:
-            found.append(BinaryOutcome(name, y, values[:, 0]))
-    return found
+            outcomes.append(BinaryOutcome(name, y, values[:, 0]))
+    return outcomes
 
 
 def validation_row(tasks, predicted, truths):
     """Metrics of one epoch: the published means over tasks, then each task's, as a dict."""
-    each = {}
+    means, each = {column: [] for column in MEANS}, {}
     for task, outcome in zip(tasks, outcomes_of(tasks, predicted, truths), strict=True):
         kind = "regression" if task["type"] == "regression" else "classification"
-        one = np.ones((len(predicted), 1))
-        found = {k: float(v[0]) for k, v in outcome.metrics(one).items()}
+        values = outcome.metrics(np.ones((len(predicted), 1)))
+        values = {name: float(value[0]) for name, value in values.items()}
         if kind == "regression":
-            found["mse"] = found["rmse"] ** 2
-        wanted = [metric for of, metric in MEANS.values() if of == kind]
-        each |= {(kind, task["name"], m): found[m] for m in wanted if m in found}
-    row = {}
-    for column, (kind, metric) in MEANS.items():
-        values = [v for (of, _, m), v in each.items() if (of, m) == (kind, metric)]
-        row[column] = float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-    row = {"mean_auroc_r2": score_of(row)} | row
-    return row | {f"{task}_{metric}": v for (_, task, metric), v in each.items()}
+            values["mse"] = values["rmse"] ** 2
+        for column, (of_kind, metric) in MEANS.items():
+            if of_kind == kind and metric in values:
+                means[column].append(values[metric])
+                each[f"{task['name']}_{metric}"] = values[metric]
+    row = {
+        column: float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+        for column, values in means.items()
+    }
+    return {"mean_auroc_r2": score_of(row)} | row | each
 
 
 def score_of(row):
@@ -80,21 +81,21 @@ def score_of(row):
     return float(np.nanmean(both)) if np.isfinite(both).any() else float("nan")
 
 
-def write_results(run, fold, found):
-    """The files of one fold. run: a train.Run; found: its Predictions."""
-    tasks, truths = run.tasks, run.truths(found.studies)
+def write_results(run, fold, predictions):
+    """Write the files of one fold. run: a train.Run; predictions: its Predictions."""
+    tasks, truths = run.tasks, run.truths(predictions.studies)
     videos = run.cohort.videos
     for task in tasks:
         folder = run.folder / "preds" / task["name"]
         name = f"{fold}_{task['name']}"
-        labels = run.cohort.labels.loc[found.videos.index]
-        per_video = prediction_table(task, found.videos, labels)
+        labels = run.cohort.labels.loc[predictions.videos.index]
+        per_video = prediction_table(task, predictions.videos, labels)
         per_video.insert(0, "acc_num", videos.loc[per_video.index, "study"])
         write_table(per_video.rename_axis("video"), folder / f"{name}_video_preds.csv")
-        per_study = prediction_table(task, found.studies, truths)
+        per_study = prediction_table(task, predictions.studies, truths)
         write_table(per_study.rename_axis("acc_num"), folder / f"{name}_preds.csv")
-    patients = videos.groupby("study")["patient"].first().loc[found.studies.index]
-    outcomes = outcomes_of(tasks, found.studies, truths)
+    patients = videos.groupby("study")["patient"].first().loc[predictions.studies.index]
+    outcomes = outcomes_of(tasks, predictions.studies, truths)
     computed = estimates(outcomes, patients.to_numpy(), run.settings.n_bootstrap)
     rows = pd.DataFrame([estimate.row() for estimate in computed])
     write_table(rows, run.folder / f"metrics_{fold}.csv")
@@ -102,14 +103,15 @@ def write_results(run, fold, found):
     history = pd.DataFrame(run.history).pivot(index="epoch", columns="phase", values="loss")
     history = history.rename_axis(index="epochs_trained").reset_index()
     plot_history(history.rename(columns={"train": "train_loss", "val": "val_loss"}), run.folder)
-    title = f"{fold}: {len(found.studies)} studies, {len(found.videos)} videos, best epoch "
-    write_summary(
-        run.folder / f"{fold}_summary.txt", f"{title}{run.best_epoch}", rows, run.notes[fold]
+    title = (
+        f"{fold}: {len(predictions.studies)} studies, {len(predictions.videos)} videos, "
+        f"best epoch {run.best_epoch}"
     )
+    write_summary(run.folder / f"{fold}_summary.txt", title, rows, run.notes[fold])
 
 
 def prediction_table(task, predicted, truths):
-    """label and prediction of a task; a column a class where there are several."""
+    """DataFrame of a task's label and prediction, or of a probability a class."""
     values = predicted[task["name"]]
     table = pd.DataFrame({"label": truths[task["name"]]}, predicted.index)
     if task["type"].startswith("multi"):
@@ -123,7 +125,7 @@ def prediction_table(task, predicted, truths):
 
 
 def write_summary(path, title, rows, notes=()):
-    """The metrics that a person looks at, as text, after notes; on the screen too."""
+    """Write and print the main metrics as text, after notes."""
     lines = [title, *notes]
     for row in rows[rows["metric"].isin(SHOWN)].to_dict("records"):
         value, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
@@ -139,19 +141,19 @@ def write_summary(path, title, rows, notes=()):
     print("\n".join(lines))
 
 
-def plot_predictions(outcomes, found, folder, fold):
-    """roc_curves_<fold>, scatter_plots_<fold> and classes_<fold>, of the kinds that there are."""
+def plot_predictions(outcomes, computed, folder, fold):
+    """Draw roc_curves_<fold>, scatter_plots_<fold> and classes_<fold>, of the kinds of tasks."""
     for kind, draw, name in PANELS:
         of_kind = select_panels([o for o in outcomes if isinstance(o, kind)])
-        titles = {e.label: e for e in found if e.metric == kind.headline}
+        titles = {e.label: e for e in computed if e.metric == kind.headline}
         if of_kind:
             panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
 
 
 def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
-    """The test predictions of all folds together: echonet-pediatric_<task>_preds.csv, summary.
+    """Write the test predictions of all folds together, with metrics and a summary a task.
 
-    A task that a fold could not learn has none.
+    A task that a fold could not learn is left out.
     """
     files = {t["name"]: Path("preds", t["name"], f"test_{t['name']}_preds.csv") for t in tasks}
     tasks = [t for t in tasks if all((run / files[t["name"]]).is_file() for run in runs)]
@@ -163,8 +165,8 @@ def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
         write_table(table, folder / f"echonet-pediatric_{task}_preds.csv")
         outcomes = outcomes_of([entry], {task: values}, {task: table["label"]})
         patients = table["acc_num"].str.split("-").str[0].to_numpy()
-        found = estimates(outcomes, patients, n_bootstrap)
-        rows = pd.DataFrame([estimate.row() for estimate in found])
+        computed = estimates(outcomes, patients, n_bootstrap)
+        rows = pd.DataFrame([estimate.row() for estimate in computed])
         write_table(rows, folder / f"echonet-pediatric_{task}_metrics.csv")
         name = "echonet-pediatric_summary.txt"
         name = name if entry is tasks[0] else f"echonet-pediatric_{task}_summary.txt"

@@ -193,14 +193,18 @@ def run_steps(context, eids, optimizer=None, epoch=0, label=""):
     net, world, settings = context.net, context.world, context.settings
     training = optimizer is not None
     seed = derive_seed("dropout", settings.seed, epoch) if training else None
+    batches = read_batches(
+        context.store, plan_batches(context.store, eids, settings, training, world), settings,
+        context.unreadable, derive_seed(settings.seed, epoch) if training else None, context.look,
+        pin=context.device.type == "cuda",
+    )  # fmt: skip
+    if training and context.outputs.by_step:
+        logits = partial(compute_logits, context, seed=seed)
+        batches = with_output_grads(batches, logits, context)
     net.train(training)
     rows, total, average = [], None, None
     hidden = not label or world.rank > 0
     with progress(total=len(eids), desc=label, unit="study", leave=False, disable=hidden) as bar:
-        batches = context_batches(context, eids, training, epoch)
-        if training and context.outputs.by_step:
-            logits = partial(compute_logits, context, seed=seed)
-            batches = with_output_grads(batches, logits, context)
         compute = partial(run_batch, context, seed=seed)
         for batch, result in compute_parallel(batches, compute, context.device):
             if batch.eids:
@@ -220,15 +224,6 @@ def run_steps(context, eids, optimizer=None, epoch=0, label=""):
                     average = loss if average is None else 0.9 * average + 0.1 * loss
                 bar.set_postfix(loss=f"{loss if average is None else average:.4f}", refresh=False)
             yield outcome, n, loss
-
-
-def context_batches(context, eids, training, epoch):
-    """The batches of some studies, read ahead: see `read_batches`."""
-    store, settings = context.store, context.settings
-    plan = plan_batches(store, eids, settings, training, context.world)
-    seed = derive_seed(settings.seed, epoch) if training else None
-    pin = context.device.type == "cuda"
-    return read_batches(store, plan, settings, context.unreadable, seed, context.look, pin)
 
 
 def compute_parallel(batches, compute, device):

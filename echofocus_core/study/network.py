@@ -57,7 +57,7 @@ class StudyModel(nn.Module):
 
     def read(self, tokens, lengths, rng):
         S, queries = len(lengths), self.queries
-        if queries is not None:  # each study's queries stand before its clips
+        if queries is not None:  # each study's queries precede its clips
             parts = [x for study in tokens.split(lengths) for x in (queries, study)]
             tokens, lengths = torch.cat(parts), [n + len(queries) for n in lengths]
         x = self.encode(tokens, lengths, 0 if queries is None else len(queries), rng)
