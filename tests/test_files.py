@@ -191,8 +191,8 @@ def test_a_journal_is_one_process_alone(tmp_path):
     with files.open_journal(path, WORK) as journal:
         journal.add(UNITS[0])
         line = [sys.executable, "-c", OPEN, str(path), json.dumps(WORK)]
-        found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-        assert "another process is using" in found.stderr
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        assert "another process is using" in done.stderr
     with files.open_journal(path, WORK) as journal:
         assert same(journal, UNITS[:1])
     assert os.listdir(tmp_path) == [".j"]

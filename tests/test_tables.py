@@ -1,4 +1,4 @@
-"""Tables as people have them: read as meant and said, or refused with the line; never shifted."""
+"""Tables: every form gives its cells, or is refused with its line; no cell moves."""
 
 import csv
 import io
@@ -18,14 +18,14 @@ WIDE = "".join(f"{a}\n" for a in ("pid\teid\tVSD", "P0\t001\t1", "P1\t002\t0.5")
 
 
 def read(path, content):
-    """(table, what was said) of a file with that text or bytes."""
+    """(table, notes) of a file with that text or bytes."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     listener = Collected()
     table = tables.read_table(path, listener)
     return table, [f.text for f in listener.findings]
 
 
-READ_AS_PLAIN = {  # content; what is said
+READ_AS_PLAIN = {  # content; part of the note
     "plain": (TEXT, ""),
     "CRLF": (TEXT.replace("\n", "\r\n"), ""),
     "CR alone": (TEXT.replace("\n", "\r"), ""),
@@ -51,14 +51,14 @@ READ_AS_PLAIN = {  # content; what is said
 
 @pytest.mark.parametrize("case", READ_AS_PLAIN)
 def test_read_as_meant(tmp_path, case):
-    """Every way of writing the table gives its cells; what was recognised is said."""
-    content, said = READ_AS_PLAIN[case]
+    """Every way of writing the table gives its cells; what was recognised is reported."""
+    content, note = READ_AS_PLAIN[case]
     table, findings = read(tmp_path / "t.csv", content)
     assert [list(table), *table.to_numpy().tolist()] == PLAIN
-    assert [said in text for text in findings] == [True] * bool(said), findings
+    assert [note in text for text in findings] == [True] * bool(note), findings
 
 
-REFUSED = {  # content; each part of what is said
+REFUSED = {  # content; part of the message
     "a comma more in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
     "a comma more in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields and the header"),
     "a field less": ("pid,eid,VSD\nP0,E0,1\nP1,E1\n", "line 3 has 2 fields"),
@@ -96,8 +96,8 @@ def test_cells_that_hold_delimiters_quotes_and_lines(tmp_path):
 
 
 def test_latin_1(tmp_path):
-    table, said = read(tmp_path / "t.csv", "eid,Größe €\nE0,1\n".encode("cp1252"))
-    assert list(table) == ["eid", "Größe €"] and "cp1252" in said[0]
+    table, note = read(tmp_path / "t.csv", "eid,Größe €\nE0,1\n".encode("cp1252"))
+    assert list(table) == ["eid", "Größe €"] and "cp1252" in note[0]
 
 
 def test_a_list_of_one_column_and_odd_paths(tmp_path):
@@ -145,12 +145,12 @@ def numbers(**columns):
     """(values, findings) of columns of text."""
     listener = Collected()
     text = pd.DataFrame(columns, dtype=object)
-    found = tables.to_numbers(text, "t.csv", listener)
-    return found, [(f.level, f.text) for f in listener.findings]
+    values = tables.to_numbers(text, "t.csv", listener)
+    return values, [(f.level, f.text) for f in listener.findings]
 
 
 @pytest.mark.parametrize(
-    "cells, expected, said",
+    "cells, expected, note",
     [
         (["1", "2.5", "-3e2", " 4"], [1, 2.5, -300, 4], ""),
         (["40,0", "41,25", None], [40, 41.25, np.nan], "decimal commas in x"),
@@ -168,11 +168,11 @@ def numbers(**columns):
         (["<5", "1_000", "0x10", "5 %"], [np.nan] * 4, ""),
     ],
 )
-def test_numbers(cells, expected, said):
-    found, findings = numbers(x=cells)
-    np.testing.assert_array_equal(found["x"], np.array(expected, float))
-    assert [level for level, _ in findings] == ["ok"] * bool(said)
-    assert said in "".join(text for _, text in findings)
+def test_numbers(cells, expected, note):
+    values, findings = numbers(x=cells)
+    np.testing.assert_array_equal(values["x"], np.array(expected, float))
+    assert [level for level, _ in findings] == ["ok"] * bool(note)
+    assert note in "".join(text for _, text in findings)
 
 
 @pytest.mark.parametrize(
@@ -191,15 +191,15 @@ def test_numbers_that_may_mean_two_things(columns):
 
 
 def test_one_column_says_how_another_is_read():
-    found, _ = numbers(x=["40,5", "41,5"], y=["1,234", "2,345"])
-    assert found["y"].tolist() == [1.234, 2.345]
+    values, _ = numbers(x=["40,5", "41,5"], y=["1,234", "2,345"])
+    assert values["y"].tolist() == [1.234, 2.345]
 
 
 def test_ids():
     listener = Collected()
     column = pd.Series(["007", "123.0", ' ="0012"', "1.5", "A-1.0", None], name="eid", dtype=object)
-    found = tables.clean_ids(column, "t.csv", listener)
-    assert found[:5].tolist() == ["007", "123", "0012", "1.5", "A-1.0"] and not listener.findings
+    values = tables.clean_ids(column, "t.csv", listener)
+    assert values[:5].tolist() == ["007", "123", "0012", "1.5", "A-1.0"] and not listener.findings
     cut = pd.Series(["12", "1.23E+11"], index=[2, 3], name="eid", dtype=object)
     tables.clean_ids(cut, "t.csv", listener)
     (finding,) = listener.findings
@@ -214,7 +214,7 @@ def test_fifty_thousand_rows_in_seconds(tmp_path):
     table.to_csv(tmp_path / "t.csv", index=False, sep=";", decimal=",")
     began = time.process_time()
     text = tables.read_table(tmp_path / "t.csv", Collected())
-    found = tables.to_numbers(text.drop(columns="eid"), "t.csv", Collected())
+    values = tables.to_numbers(text.drop(columns="eid"), "t.csv", Collected())
     assert time.process_time() - began < 20
     assert text["eid"].iloc[-1] == "0049999"
-    np.testing.assert_array_equal(found, table.drop(columns="eid"))
+    np.testing.assert_array_equal(values, table.drop(columns="eid"))
