@@ -283,8 +283,8 @@ def huge(*shape):
 
 
 def checkpoint(**changes):
-    """A checkpoint in our own format."""
-    entry = {"task": "t", "labels": ["a", "b", "c"], "units": {}, "type": "binary"}
+    """A checkpoint in the format of this program."""
+    entry = {"format": 1, "task": "t", "labels": ["a", "b", "c"], "units": {}, "type": "binary"}
     return good_state() | {"echofocus": entry | changes}
 
 
@@ -304,11 +304,10 @@ CHECKPOINTS = {
     ),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
     "too few labels": (lambda: checkpoint(labels=["a"]), "3 outputs and names 1 labels"),
-    "odd pooling": (lambda: checkpoint(tf_combine="median"), "tf_combine should be 'avg' or 'max'"),
     "regression without scaling": (lambda: checkpoint(type="regression"), "without label scaling"),
     "scaling lacks a label": (
         lambda: checkpoint(type="regression") | {"input_norm_dict": {"a": {}}},
-        "no finite number 'shift'",
+        "shift is not a finite number",
     ),
 }
 

@@ -7,6 +7,7 @@ import io
 import re
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ def load_safely(path):
     Raises WeightsError for a file that is missing, damaged, or holds other things than tensors,
     arrays, numbers and text.
     """
+    path = Path(path)
     if not path.is_file():
         raise WeightsError(f"no checkpoint {path}")
     try:
