@@ -68,7 +68,7 @@ def iter_container(path, notes):
     if n < 2 or (avi and n < declared / 2):
         raise VideoError("still image" if n == 1 >= declared else f"damaged: {count}")
     if declared > 0 and abs(n - declared) > max(2, declared // 50):  # containers round their count
-        notes.append(count)
+        notes.append(f"count of frames differs: {count}")  # the part before the colon is a kind
 
 
 def read_pictures(capture, turn):
