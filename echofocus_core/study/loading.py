@@ -53,7 +53,7 @@ def find_model(name, run_id="", task="", tasks=()):
     if Path(name).name == BEST and Path(name).is_file():
         return Path(name).absolute().parent if Path(name) == Path(BEST) else Path(name).parent
     if Path(name).suffix == ".pt" and Path(name).is_file():
-        if not is_encoder(checkpoints.load_safely(name)):
+        if not is_encoder(checkpoints.load_safely(Path(name))):
             raise UserError(f"make a model folder of {name} first: {PROGRAM} download {name}")
         return Path(name)
     folder = model_folder(name, run_id)
