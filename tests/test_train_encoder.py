@@ -271,7 +271,7 @@ def test_check(cli, here, dynamic):
     assert status == 0, err
     assert "43 videos" in out or "44 videos" in out
     assert "0XGONE.avi" in out and "0X00.avi: " in out
-    assert "EF 28 known" in out and "decoded videos in" in out
+    assert "decoding 4" in out
     status, out, _ = cli("check", "--cohort", "hospital", "--data_dir", dynamic)
     assert status == 1 and "no label table" not in out and "train.csv" in out
 
@@ -424,7 +424,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     assert record["tasks"][0]["name"] == "EF" and record["started_from"] == "random"
     (seen,) = panecho.read_encoder(weights).seen
     whom = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
-    assert seen.weights(whom)[1].tolist() == [2, 1, 0]  # trained, validated, tested
+    assert seen.levels(whom)[1].tolist() == [2, 1, 0]  # trained, validated, tested
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
     assert status == 0 and "is finished" in out
     status, _, err = run(cli, line, "--max_epochs 9")
@@ -882,7 +882,7 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
     assert found.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
     assert notes["val"] == ["left out: 1 of 2 videos, whose patients or studies s.pt has seen"]
     assert notes["test"] == []
-    assert "left out 1 videos of val and test: s.pt knows" in capsys.readouterr().out
+    assert "left out 1 videos of val and test: s.pt has seen" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 2 test videos"):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
