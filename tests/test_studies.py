@@ -194,7 +194,7 @@ def test_the_output_folder_is_no_source(source, cli):
     out = source / "embeddings"
     for expected in ("2 studies extracted", "0 studies extracted, 2 already there"):
         status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
-        assert status == 0 and expected in text and "no videos" in text
+        assert status == 0 and expected in text
         assert "1 files are not videos: .txt 1" in text
 
 
