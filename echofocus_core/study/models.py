@@ -56,6 +56,10 @@ class LoadedModel:
         """The unit of an answer, '' where it has none."""
         return "" if self.kind(name) == "survival" else self.units.get(name, "")
 
+    def member_columns(self, logits, values):
+        """Columns of a prediction table about averaged members: none of a single model."""
+        return {}
+
     def survival(self, logits, years=()):
         """{label_survival_year: (S,)} for these times, or those of USUAL_YEARS that are covered."""
         columns = {}
@@ -147,10 +151,11 @@ class LoadedEnsemble(LoadedModel):
                     columns[name] = np.mean([values[name] for values in each], axis=0)
         return columns
 
-    def members_sd(self, logits):
-        """(S, T): the standard deviation of the members' answers."""
+    def member_columns(self, logits, values):
+        """label_sd -> (S,): the SD of the members' answers, NaN where `values` (S, T) is."""
         answers = np.ma.masked_invalid(self.answers(logits, Collected()))
-        return answers.std(axis=0, ddof=1).filled(np.nan)
+        sd = np.where(np.isnan(values), np.nan, answers.std(axis=0, ddof=1).filled(np.nan))
+        return {f"{label}_sd": column for label, column in zip(self.labels, sd.T, strict=True)}
 
 
 def survival_at(at, risk, mean, times, cumulative):

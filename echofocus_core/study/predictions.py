@@ -9,7 +9,6 @@ from echofocus_core.base.console import Collected
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
 from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
-from echofocus_core.study.models import LoadedEnsemble
 from echofocus_core.study.network import Readings
 
 
@@ -79,20 +78,25 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     for i, label in enumerate(model.labels):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
-    if isinstance(model, LoadedEnsemble):
-        sd = np.where(np.isnan(values), np.nan, model.members_sd(outcome.logits))
-        table |= {f"{label}_sd": x for label, x in zip(model.labels, sd.T, strict=True)}
+    table |= model.member_columns(outcome.logits, values)
     table |= most_probable_classes(model, values)
     table |= model.survival(outcome.logits, years)
-    for label, threshold in model.record.thresholds.items():
-        column = values[:, model.labels.index(label)]
-        decided = np.where(np.isnan(column), np.nan, column >= threshold)
-        table[f"{label}_decision"] = pd.array(decided, dtype="Int64")
-        table[f"{label}_threshold"] = threshold
+    table |= decisions_of(model, values)
     if input_report.novelty:
         table["novelty"] = [input_report.novelty.get(eid, np.nan) for eid in outcome.eids]
     table["warning"] = warnings_of(model, outcome, input_report, np.isnan(values) & learnt)
     return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
+
+
+def decisions_of(model, values):
+    """label_decision -> 1 or 0, blank without an answer; label_threshold -> its threshold."""
+    columns = {}
+    for label, threshold in model.record.thresholds.items():
+        column = values[:, model.labels.index(label)]
+        decided = np.where(np.isnan(column), np.nan, column >= threshold)
+        columns[f"{label}_decision"] = pd.array(decided, dtype="Int64")
+        columns[f"{label}_threshold"] = threshold
+    return columns
 
 
 def most_probable_classes(model, values):
