@@ -669,7 +669,7 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
     """Attention in pieces is attention: the same output and gradients as all at once."""
     torch.manual_seed(0)
     net = StudyModel(1, "standard", 1)
-    x, found = torch.randn(300, 768), []
+    x, results = torch.randn(300, 768), []
     for most in (1 << 26, 300 * 6 * 37):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packed, "MOST_WEIGHTS", most)
@@ -677,8 +677,8 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
             net.train().zero_grad()
             logits, _ = net(x, [300])
             logits.sum().backward()
-        found.append([logits.detach(), *(p.grad.clone() for p in net.parameters())])
-    for a, b in zip(*found, strict=True):
+        results.append([logits.detach(), *(p.grad.clone() for p in net.parameters())])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:  # a piece drops the same when computed again
         patch.setattr(packed, "MOST_WEIGHTS", 300 * 6 * 37)
