@@ -85,7 +85,7 @@ def cmd_predict(job):
     eids = sample_ids(source.eids, settings.sample_limit)
     warn_of_other_input(model, source.store, eids, names=MADE_WITH[:1])
     table, reasons, warnings = predictions.answer_studies(model, source.store, eids, settings)
-    left_out = source.unusable() | absent | reasons
+    left_out = dict(sorted((source.unusable() | absent | reasons).items()))
     predictions.report_left_out(left_out, path)
     if not len(table):
         raise UserError("no study could be read")
