@@ -91,10 +91,10 @@ def explained(cli, folder, models):
 def averaged(cli, folder, each):
     """predict with the folder, and with a list of models: mean and SD of the answers of `each`."""
     assert cli("predict", "--model_name", "defect")[0] == 0
-    found = pd.read_csv(folder / "predictions_site.csv", dtype=IDS).set_index("eid")
-    each = [answers[found.index] for answers in each]
-    np.testing.assert_allclose(found["finding"], np.mean(each, axis=0), rtol=1e-4)
-    np.testing.assert_allclose(found["finding_sd"], np.std(each, axis=0, ddof=1), atol=1e-5)
+    predicted = pd.read_csv(folder / "predictions_site.csv", dtype=IDS).set_index("eid")
+    each = [answers[predicted.index] for answers in each]
+    np.testing.assert_allclose(predicted["finding"], np.mean(each, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(predicted["finding_sd"], np.std(each, axis=0, ddof=1), atol=1e-5)
     names = (folder / "fold_0", folder / "fold_2", "--out", "two.csv")
     assert cli("predict", "--model_name", *names)[0] == 0
     two = pd.read_csv("two.csv", dtype=IDS).set_index("eid")

@@ -66,8 +66,8 @@ def save(dataset, path, syntax):
     if syntax in names:
         dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, names[syntax])
     dataset.preamble = bytes(128)
-    how = {"implicit_vr": syntax == "implicit", "little_endian": syntax != "big"}
-    pydicom.dcmwrite(path, dataset, force_encoding=True, **how)
+    encoding = {"implicit_vr": syntax == "implicit", "little_endian": syntax != "big"}
+    pydicom.dcmwrite(path, dataset, force_encoding=True, **encoding)
 
 
 def jpeg_of(frame, components):

@@ -44,12 +44,12 @@ def test_published_integrated_gradients(i):
     """With the published quadrature (64 right Riemann steps) the published attributions."""
     numbers, net = recorded("study_parity.npz"), by_rule(n_labels=22)
     published = dict(explain_method="riemann_right", explain_steps=64)
-    found = attributed(net, study(i), **published)
-    assert relative_error(found.absolute[0], numbers[f"ig/A/{i}/sum_abs"]) < 1e-4
-    assert relative_error(found.scores[0].sum(1), numbers[f"ig/A/{i}/sum"]) < 1e-4
+    actual = attributed(net, study(i), **published)
+    assert relative_error(actual.absolute[0], numbers[f"ig/A/{i}/sum_abs"]) < 1e-4
+    assert relative_error(actual.scores[0].sum(1), numbers[f"ig/A/{i}/sum"]) < 1e-4
     if i == 2:
         clips = numbers["ig/A/2/attributions"].sum(2)
-        assert relative_error(found.scores[0], clips) < 1e-4
+        assert relative_error(actual.scores[0], clips) < 1e-4
         loss = attributed(net, study(i), targets=np.array([1.0]), **published)
         assert relative_error(loss.absolute[0], numbers["ig/A/2/loss_bce_y1_sum_abs"]) < 1e-4
 
@@ -69,13 +69,13 @@ def test_scores_add_up_to_the_change_in_the_answer(model):
     """From zero and from another baseline, for all labels at once, on models by rule."""
     net, bag = by_rule(**model), study(1)[:, :6]
     for baseline in (None, torch.from_numpy(normal(7, 768))):
-        found = attributed(net, bag, range(3), baseline=baseline)
+        actual = attributed(net, bag, range(3), baseline=baseline)
         start = torch.zeros(768) if baseline is None else baseline
         tokens = bag.flatten(0, 1)
         change = net(tokens, [12])[0] - net(start.expand(12, 768), [12])[0]
-        missed = abs(found.scores.sum((1, 2)) - change[0].numpy())
-        assert (missed / abs(found.scores.sum(2)).sum(1) < 0.011).all() and (
-            found.error < 0.01
+        missed = abs(actual.scores.sum((1, 2)) - change[0].numpy())
+        assert (missed / abs(actual.scores.sum(2)).sum(1) < 0.011).all() and (
+            actual.error < 0.01
         ).all()
 
 
@@ -84,7 +84,7 @@ def test_the_substitution_of_the_path():
     from captum.attr import IntegratedGradients
 
     net, bag = by_rule(n_labels=22), study(2)[:, :8]
-    found = attributed(net, bag, [0, 5])
+    actual = attributed(net, bag, [0, 5])
     x = bag.flatten(0, 1)
 
     def fifth_power(y):
@@ -95,25 +95,25 @@ def test_the_substitution_of_the_path():
             x[None], target=column, n_steps=64, method="gausslegendre", internal_batch_size=8
         )
         expected = expected[0].view(bag.shape).sum((1, 2)).numpy()
-        assert relative_error(found.scores[k].sum(1), expected) < 0.02
+        assert relative_error(actual.scores[k].sum(1), expected) < 0.02
 
 
 def test_leave_one_out_is_the_change_without_the_video():
     net, bag = by_rule(n_labels=4, depth=2), study(2)[:, :3]
-    found = attributed(net, bag, [1, 3], explain_method="leave_one_out", batch_tokens=40)
+    actual = attributed(net, bag, [1, 3], explain_method="leave_one_out", batch_tokens=40)
     whole = net(bag.flatten(0, 1), [21])[0][0, [1, 3]]
     for v in range(7):
         rest = torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1)
         expected = whole - net(rest, [18])[0][0, [1, 3]]
-        np.testing.assert_allclose(found.scores[:, v].sum(1), expected, atol=1e-5)
-    np.testing.assert_allclose(found.absolute, abs(found.scores.sum(2)), atol=1e-6)
+        np.testing.assert_allclose(actual.scores[:, v].sum(1), expected, atol=1e-5)
+    np.testing.assert_allclose(actual.absolute, abs(actual.scores.sum(2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_attention_rollout(model):
     """Against torch's own modules: their weights, half of each the residual, multiplied."""
     net, bag = by_rule(**model), study(1)[:, :5]
-    found = attributed(net, bag, range(3), explain_method="attention").scores
+    actual = attributed(net, bag, range(3), explain_method="attention").scores
     n_queries = 0 if net.queries is None else len(net.queries)
     x = bag.flatten(0, 1) if not n_queries else torch.cat([net.queries, bag.flatten(0, 1)])
     flow = torch.eye(len(x))
@@ -124,7 +124,7 @@ def test_attention_rollout(model):
         x = layer(x[None])[0] if layer else x
     rows = flow[:n_queries] if n_queries else flow.mean(0, keepdim=True)
     shares = rows[:, n_queries:] / rows[:, n_queries:].sum(1, keepdim=True)
-    assert relative_error(found, shares.expand(3, -1).view(3, 2, 5)) < 1e-4
+    assert relative_error(actual, shares.expand(3, -1).view(3, 2, 5)) < 1e-4
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -141,14 +141,14 @@ def test_explain_needs_no_labels(tmp_path, monkeypatch, cli):
     options = ("--explain_method", "riemann_right", "--explain_steps", "64")
     status, _, err = cli("explain", "--explain_tasks", "ASD", *options)
     assert status == 0, err
-    found = pd.read_csv(
+    actual = pd.read_csv(
         "trained_models/EchoFocus_CHD/explanation_test_x.labels-ASD.riemann_right.csv"
     ).sort_values("video")
     numbers = recorded("study_parity.npz")
-    assert relative_error(found["score_abs"], numbers["ig/A/2/sum_abs"]) < 1e-4
-    assert relative_error(found["score"], numbers["ig/A/2/sum"]) < 1e-4
-    assert found["video"].iloc[0] == "v00.avi"  # no absolute path
-    assert "y_true" not in found and (found["score_unit"] == "log-odds").all()
+    assert relative_error(actual["score_abs"], numbers["ig/A/2/sum_abs"]) < 1e-4
+    assert relative_error(actual["score"], numbers["ig/A/2/sum"]) < 1e-4
+    assert actual["video"].iloc[0] == "v00.avi"  # no absolute path
+    assert "y_true" not in actual and (actual["score_unit"] == "log-odds").all()
 
 
 FOLDER = Path("trained_models/defect")
@@ -179,38 +179,38 @@ def test_no_choice_overwrites_another(trained, cli):
 def test_columns_of_the_long_table(trained, cli):
     """The answer without each video and at the baseline, by predicting those studies."""
     assert cli("explain", "--subset", "all")[0] == 0
-    found = table("explanation_all_site.csv").set_index("eid")
+    actual = table("explanation_all_site.csv").set_index("eid")
     labels = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
-    assert (found["y_true"] == labels[found.index]).all() and found.index.nunique() == 60
-    assert (found["convergence_error"] < 0.01).all()
-    logit = np.log(found[["prediction", "baseline"]] / (1 - found[["prediction", "baseline"]]))
+    assert (actual["y_true"] == labels[actual.index]).all() and actual.index.nunique() == 60
+    assert (actual["convergence_error"] < 0.01).all()
+    logit = np.log(actual[["prediction", "baseline"]] / (1 - actual[["prediction", "baseline"]]))
     change = (logit["prediction"] - logit["baseline"]).groupby(level=0).first()
-    sums = found["score"].groupby(level=0).agg(["sum", lambda x: x.abs().sum()])
+    sums = actual["score"].groupby(level=0).agg(["sum", lambda x: x.abs().sum()])
     assert ((change - sums["sum"]).abs() < 0.01 * sums.iloc[:, 1] + 1e-3).all()
     model = ef.load("defect")
     store = open_store(Path("emb"))
     eid = next(eid for eid in store.files if len(store.read(eid).videos) == 3)
     bag = store.read(eid)
-    for video, row in found.loc[eid].set_index("video").iterrows():
+    for video, row in actual.loc[eid].set_index("video").iterrows():
         rest = bag.embeddings[[v != video for v in bag.videos]]
         answer = ef.predict(model, {"x": rest})["finding"][0]
         assert row["without"] == pytest.approx(answer, rel=1e-4)
-    alone = found[found.groupby(level=0)["video"].transform("size") == 1]
+    alone = actual[actual.groupby(level=0)["video"].transform("size") == 1]
     assert len(alone) and alone["without"].isna().all()
     with h5py.File(FOLDER / "explanation_all_site.clips.h5") as f:
         assert f[eid]["scores"].shape == (1, 3, 4)
         scores = dict(zip(f[eid]["videos"].asstr()[:], f[eid]["scores"][0].sum(1), strict=True))
-    by_video = found.loc[eid].set_index("video")["score"]
+    by_video = actual.loc[eid].set_index("video")["score"]
     assert by_video.to_dict() == pytest.approx(scores, rel=1e-4)
 
 
 def test_scores_of_a_measurement_are_in_its_unit(cohort, cli):
     assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
     assert cli("explain")[0] == 0
-    found = table("explanation_test_site.csv", Path("trained_models/sizes"))
-    change = found.groupby("eid")[["prediction", "baseline"]].first()
-    sums = found.groupby("eid")["score"].agg(["sum", lambda x: x.abs().sum()])
-    assert (found["score_unit"] == "cm").all()
+    actual = table("explanation_test_site.csv", Path("trained_models/sizes"))
+    change = actual.groupby("eid")[["prediction", "baseline"]].first()
+    sums = actual.groupby("eid")["score"].agg(["sum", lambda x: x.abs().sum()])
+    assert (actual["score_unit"] == "cm").all()
     missed = (change["prediction"] - change["baseline"] - sums["sum"]).abs()
     assert (missed < 0.01 * sums.iloc[:, 1] + 1e-3).all()
 
@@ -219,10 +219,10 @@ def test_unlabelled_studies_are_explained(trained, cli):
     """A new study, of no label table, is of the test fold; labels only add the truth."""
     write_embeddings(Path("emb"), "new", normal(5, 3, 4, 768))
     assert cli("explain")[0] == 0
-    found = table("explanation_test_site.csv").groupby("eid")["y_true"].first()
-    assert np.isnan(found["new"]) and found.drop("new").notna().all()
+    actual = table("explanation_test_site.csv").groupby("eid")["y_true"].first()
+    assert np.isnan(actual["new"]) and actual.drop("new").notna().all()
     split = pd.read_csv(FOLDER / "split.csv", dtype=str)
-    assert set(found.index) == {*split["eid"][split["fold"] == "test"], "new"}
+    assert set(actual.index) == {*split["eid"][split["fold"] == "test"], "new"}
 
 
 def test_selections(trained, cli):
@@ -331,9 +331,9 @@ def test_videos_are_decoded_once_for_all_commands_and_models(trained, cli):
     ):  # fmt: skip
         status, out, err = cli(*line)
         assert status == 0 and "0 studies extracted, 1 already there" in out, err
-    found = table(f"explanation_test_{kept.name}.csv").iloc[0]
+    actual = table(f"explanation_test_{kept.name}.csv").iloc[0]
     predicted = pd.read_csv("p.csv").iloc[0]
-    assert found["prediction"] == pytest.approx(predicted["finding"], rel=1e-4)
+    assert actual["prediction"] == pytest.approx(predicted["finding"], rel=1e-4)
     saved = pd.read_csv(FOLDER / f"saveout_all_{kept.name}.csv").iloc[0]
     assert saved["finding_Predict"] == pytest.approx(predicted["finding"], rel=1e-4)
     assert len(list(Path("clip_embeddings").iterdir())) == 1

@@ -274,10 +274,10 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
 def test_folds_of_a_labelled_dataset(dataset, stratify, new):
     """The table of `folds_for`: trained on, validated on, seen by an ancestor, new."""
     table = table_of("abcd", "1234")
-    own = Seen.of(table[:2].assign(fold=["train", "val"]), "00")
+    parent = Seen.of(table[:2].assign(fold=["train", "val"]), "00")
     ancestor = Seen.of(table[1:3].assign(fold="train"), "01")
     record = Record(labels=["x"], dataset="s", settings=Settings(split="9,0,0", stratify=stratify))
-    model = SimpleNamespace(seen=[own, ancestor], record=record, folder=Path("m"))
+    model = SimpleNamespace(seen=[parent, ancestor], record=record, folder=Path("m"))
     folds, evidence = fd.folds_for(model, table, dataset, Collected())
     assert list(folds) == ["train", "val", "seen by an ancestor", new]
     assert evidence == "by patient and study id"

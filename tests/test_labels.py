@@ -46,16 +46,16 @@ EF = np.linspace(31, 74, 60).round(1).tolist()
     ],
 )
 def test_suspicious_values(values, expected):
-    found = warnings(values)
-    assert len(found) == bool(expected) and all(expected in text for text in found), found
+    actual = warnings(values)
+    assert len(actual) == bool(expected) and all(expected in text for text in actual), actual
 
 
 def test_beyond_the_unit():
-    (found,) = warnings([*EF, 130], units={"L": "%"})
-    assert "1 values are above 100 %: 130 (study 60)" in found
+    (actual,) = warnings([*EF, 130], units={"L": "%"})
+    assert "1 values are above 100 %: 130 (study 60)" in actual
     assert warnings([*EF, 130], units={"L": "ml"}) == []
-    (found,) = warnings([*EF, 999], units={"L": "%"})  # one fault, said once
-    assert "code for 'missing'" in found
+    (actual,) = warnings([*EF, 999], units={"L": "%"})  # one fault, said once
+    assert "code for 'missing'" in actual
 
 
 # ------------------------------------------------------------------------------------------ scaling
@@ -102,22 +102,22 @@ def test_scaling_is_as_published_and_turns_back():
     """Shift |mean| - min, Box-Cox by scipy's own, z-score; in the training fold mean 0, sd 1."""
     y = np.random.default_rng(0).gamma(2, 3, 500)
     for boxcox in (True, False):
-        scaling, said = scaling_of(y, boxcox)
+        scaling, reason = scaling_of(y, boxcox)
         z = y + abs(y.mean()) - y.min()
         z = stats.boxcox(z)[0] if boxcox else z
         expected = (z - z.mean()) / z.std()
-        found = scale(y[:, None], ["L"], scaling)
-        np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
-        np.testing.assert_allclose(unscale(found, ["L"], scaling)[:, 0], y, rtol=1e-6)
-        assert not said
+        actual = scale(y[:, None], ["L"], scaling)
+        np.testing.assert_allclose(actual[:, 0], expected, atol=1e-5)
+        np.testing.assert_allclose(unscale(actual, ["L"], scaling)[:, 0], y, rtol=1e-6)
+        assert not reason
 
 
 def test_box_cox_of_a_label_with_mean_0():
     y = np.r_[-np.arange(1, 51), np.arange(1, 51)].astype(float)
-    scaling, said = scaling_of(y, True)
-    found = scale(y[:, None], ["L"], scaling)
-    assert not said and np.isfinite(found).all() and abs(found.std() - 1) < 1e-9
-    np.testing.assert_allclose(unscale(found, ["L"], scaling)[:, 0], y, atol=1e-6)
+    scaling, reason = scaling_of(y, True)
+    actual = scale(y[:, None], ["L"], scaling)
+    assert not reason and np.isfinite(actual).all() and abs(actual.std() - 1) < 1e-9
+    np.testing.assert_allclose(unscale(actual, ["L"], scaling)[:, 0], y, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_box_cox_of_a_label_with_mean_0():
 )
 def test_labels_that_no_model_could_be_loaded_with(values, boxcox):
     """What is fitted is refused by the rule by which a checkpoint's scaling is refused."""
-    scaling, (said,) = scaling_of(values, boxcox)
-    assert "label L cannot be scaled" in said and scaling_fault(scaling["L"])
+    scaling, (reason,) = scaling_of(values, boxcox)
+    assert "label L cannot be scaled" in reason and scaling_fault(scaling["L"])
 
 
 def test_outside_of_a_box_cox_there_is_no_value():
@@ -139,8 +139,8 @@ def test_outside_of_a_box_cox_there_is_no_value():
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
     at = -1 / s["L"]["lmbda"]  # where it ends
     z = np.array([[(at - 0.5 - 1e-3) / 0.5], [(at - 0.5) / 0.5], [10.0]])
-    found = unscale(z, ["L"], s)[:, 0]
-    assert np.isfinite(found[0]) and np.isnan(found[1:]).all()
+    actual = unscale(z, ["L"], s)[:, 0]
+    assert np.isfinite(actual[0]) and np.isnan(actual[1:]).all()
     assert np.isnan(scale(np.array([[-1.0], [0.0]]), ["L"], s)).all()
 
 
@@ -189,12 +189,12 @@ def test_cells_never_move_to_another_column(cohort):
 def test_values_decide_a_kind_that_is_not_given(cohort, values, kind):
     table, heard = pd.read_csv("labels.csv", dtype=str)[:4], Collected()
     table.assign(finding=values).to_csv("labels.csv", index=False)
-    task, found = load(heard=heard)
+    task, table = load(heard=heard)
     assert task.type == kind and read_config().tasks["defect"].type == ""
     assert any("every value is 1 or 2" in x.text for x in heard.findings) == (
         values == [1, 1, 2, 2]
     )
-    np.testing.assert_equal(found["finding"].to_numpy(), np.array(values, float))
+    np.testing.assert_equal(table["finding"].to_numpy(), np.array(values, float))
 
 
 def test_fifty_thousand_rows(cohort):
@@ -206,13 +206,13 @@ def test_fifty_thousand_rows(cohort):
     table.insert(0, "pid", np.arange(50_000) // 2)
     table.to_csv("labels.csv", index=False)
     began = time.process_time()
-    task, found = load(task_labels=labels)
-    store = type("Store", (), {"files": dict.fromkeys(found.index), "copies": lambda eids: []})
-    found = fd.match_studies(found, store, task, listener=Collected())
-    folds = fd.training_folds(found, Settings(), task, listener=Collected())
-    fd.cohort_of(task, found, folds, listener=Collected())
-    seen = Seen.of(found[["pid"]].assign(fold=folds), "00")
-    assert (seen_levels([seen], found) > 0).equals(folds != "test")
+    task, table = load(task_labels=labels)
+    store = type("Store", (), {"files": dict.fromkeys(table.index), "copies": lambda eids: []})
+    table = fd.match_studies(table, store, task, listener=Collected())
+    folds = fd.training_folds(table, Settings(), task, listener=Collected())
+    fd.cohort_of(task, table, folds, listener=Collected())
+    seen = Seen.of(table[["pid"]].assign(fold=folds), "00")
+    assert (seen_levels([seen], table) > 0).equals(folds != "test")
     assert time.process_time() - began < 20
 
 
@@ -220,6 +220,6 @@ def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
     """Never a blank without a reason."""
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
     model = LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
-    found = model.readable(np.array([[0.0], [9.0]], np.float32))
-    assert np.isfinite(found[0, 0]) and np.isnan(found[1, 0])
+    actual = model.readable(np.array([[0.0], [9.0]], np.float32))
+    assert np.isfinite(actual[0, 0]) and np.isnan(actual[1, 0])
     assert "1 answers of L are past the end" in capsys.readouterr().out

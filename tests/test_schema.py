@@ -209,9 +209,9 @@ def test_published_spellings():
     parse = ef.build_parser().parse_args
 
     def typed(*line):
-        found = vars(parse(list(line)))
-        del found["command"]
-        return checked_options(found)
+        actual = vars(parse(list(line)))
+        del actual["command"]
+        return checked_options(actual)
 
     assert typed("train", "--split", "(64,16,20)") == {"split": "64,16,20"}
     assert typed("train", "--split", "[64.5, 15.5, 20]") == {"split": "64.5,15.5,20"}
@@ -252,8 +252,8 @@ def test_published_spellings():
     ],
 )
 def test_options_that_are_wrong(cli, line, status, message):
-    found, _, err = cli(*line)
-    assert (found, message in err) == (status, True), err
+    actual, _, err = cli(*line)
+    assert (actual, message in err) == (status, True), err
     assert "Traceback" not in err
 
 
@@ -398,8 +398,8 @@ def test_several_folds_at_once(trained, cli):
     assert status == 0, err
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str)
     for fold in ("train", "val", "test"):
-        found = pd.read_csv(f"trained_models/defect/saveout_{fold}_site.csv", dtype=str)
-        assert set(found["Echo_ID"]) == set(split["eid"][split["fold"] == fold])
+        actual = pd.read_csv(f"trained_models/defect/saveout_{fold}_site.csv", dtype=str)
+        assert set(actual["Echo_ID"]) == set(split["eid"][split["fold"] == fold])
 
 
 def test_one_vector_a_label(cohort, cli):
@@ -464,8 +464,8 @@ def trained_on_small_images(cohort, cli):
 def test_videos_are_extracted_as_the_model_was_trained(trained_on_small_images, cli):
     status, out, err = cli("predict", "--videos", "visits")
     assert status == 0, err
-    for said in ("size = 56", "mask = sector", "n_clips = 4", "weights = random"):
-        assert f"{said} (as defect was trained)" in out
+    for setting in ("size = 56", "mask = sector", "n_clips = 4", "weights = random"):
+        assert f"{setting} (as defect was trained)" in out
     (path,) = Path("clip_embeddings").glob("*/v1.hdf5")
     with h5py.File(path) as f:
         assert f.attrs["size"] == 56 and f["embeddings"].shape[1] == 4
