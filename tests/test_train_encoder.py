@@ -423,8 +423,8 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     record = numbers(weights)["encoder"]
     assert record["tasks"][0]["name"] == "EF" and record["started_from"] == "random"
     (seen,) = panecho.read_encoder(weights).seen
-    whom = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
-    assert seen.levels(whom)[1].tolist() == [2, 1, 0]  # trained, validated, tested
+    studies = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
+    assert seen.levels(studies)[1].tolist() == [2, 1, 0]  # trained, validated, tested
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
     assert status == 0 and "is finished" in out
     status, _, err = run(cli, line, "--max_epochs 9")
@@ -438,26 +438,15 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     tasks = [dict(t) for t in panecho.TASKS if t["name"] == "EF"]
     state = {k: v for k, v in panecho.random_weights().items() if "_head" not in k or "EF_h" in k}
     Path("run").mkdir()
-    whom = pd.DataFrame({"pid": ["P"], "fold": ["train"]}, index=["e"])
+    split = pd.DataFrame({"pid": ["P"], "fold": ["train"]}, index=["e"])
     for n, arch in ((3, "resnet18"), (12, "convnext_tiny")):
         record = train.EncoderRecord(tasks=[train.EncoderTask(**t) for t in tasks], arch=arch)
         saved = {"weights": state, "encoder": record.to_save()}
-        saved["seen"] = [train.Seen.of(whom, "00").saved()]
+        saved["seen"] = [train.Seen.of(split, "00").saved()]
         torch.save(saved, f"run/chkpt_epoch-{n}.pt")
-    words = [
-        dynamic / "Videos",
-        "--out",
-        "emb",
-        "--size",
-        "32",
-        "--n_clips",
-        "1",
-        "--clip_len",
-        "2",
-    ]
-    words += ["--group", "one", "--workers", "1", "--manifest", "few.csv", "--weights"]
+    options = "--out emb --size 32 --n_clips 1 --clip_len 2 --workers 1 --manifest few.csv"
+    words = [dynamic / "Videos", *options.split(), "--weights"]
     pd.DataFrame({"study": ["s"], "path": ["0X01.avi"]}).to_csv("few.csv", index=False)
-    words.remove("--group"), words.remove("one")
     status, _, err = cli(*words, "run", main=extract.main)
     assert status == 0, err
     with h5py.File("emb/s.hdf5") as f:
@@ -466,12 +455,11 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
     store.write_pack(store.open_store(Path("emb")), store.packed_path(Path("emb")), np.dtype("f4"))
     assert set(store.encoders_seen("emb")) == {digest}
-    for there in (True, False):  # a pack that is alone says it too
-        (known,) = store.encoders_seen("emb")[digest]
-        said = store.open_store(Path("emb")).header("s").made_with["weights_seen"]
-        assert said == "listed"
-        assert known.weights(whom)[0].tolist() == [2]
-        Path("emb").rename("emb.gone") if there else Path("emb.gone").rename("emb")
+    for folder_exists in (True, False):  # the pack alone has the list too
+        (seen,) = store.encoders_seen("emb")[digest]
+        assert store.open_store(Path("emb")).header("s").made_with["weights_seen"] == "listed"
+        assert seen.levels(split)[0].tolist() == [2]
+        Path("emb").rename("emb.gone") if folder_exists else Path("emb.gone").rename("emb")
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
     assert status == 1 and "extraction takes PanEcho's architecture" in err
     assert panecho.load_panecho("run").model.columns() == ["EF [%]"]
