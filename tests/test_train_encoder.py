@@ -461,7 +461,7 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
         assert seen.levels(split)[0].tolist() == [2]
         Path("emb").rename("emb.gone") if folder_exists else Path("emb.gone").rename("emb")
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
-    assert status == 1 and "extraction takes PanEcho's architecture" in err
+    assert status == 1 and "PanEcho's architecture" in err
     assert panecho.load_panecho("run").model.columns() == ["EF [%]"]
     status, out, err = cli("inspect", "run/chkpt_epoch-12.pt")
     assert status == 0 and "labels: 1\n" in out and "GLS" not in out, out + err
