@@ -138,7 +138,7 @@ def page_folder(path):
 
 def report_left_out(left_out, path):
     """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
-    table = left_out_path(path)
+    table, left_out = left_out_path(path), dict(sorted(left_out.items()))
     table.unlink(missing_ok=True)
     if left_out:
         print(f"{len(left_out)} studies left out, listed in {table}:")
