@@ -6,8 +6,9 @@
 
 A case is made from (area, seed, number) alone, in its own folder and a forked process. It passes
 if the command ends in time and without a traceback: with status 0, or with one line that names the
-file. The undamaged files of the same run must give the same numbers, no code of a file may run,
-and nothing may be written outside of the case's folder.
+file. Files that can only be made on purpose may cause a traceback. The undamaged files of the same
+run must give the same numbers, no code of a file may run, and nothing may be written outside of the
+case's folder.
 
     changes.py     damage to bytes, names and values
     commands.py    running command lines, judging how they end, the cohort that all cases share

@@ -125,11 +125,14 @@ def run(*line):
     return Command(*line).result()
 
 
-def complaint_of(result, *names, failed=True):
+def complaint_of(result, *names, failed=True, crafted=False):
     """What is wrong with how a command ended; '' if nothing.
 
-    names: one of them must be in the message of an error. failed: whether it may fail.
+    names: one of them must be in the message of an error. failed: whether it may fail. crafted:
+    whether the file can only be made on purpose; a traceback is accepted then.
     """
+    if "Traceback" in result.text and crafted:
+        return ""
     if "Traceback" in result.text:
         return "traceback: " + result.text[result.text.index("Traceback") :][-1500:]
     if result.status == 0:

@@ -219,7 +219,7 @@ def checkpoints(rng, base):
     fault, data, checked = damaged_model(*model_bytes(base, name), rng)
     (folder / f"{name}_checkpoint.pt").write_bytes(data)
     result = run(*line)
-    complaint = complaint_of(result, "_checkpoint", "defect")
+    complaint = complaint_of(result, "_checkpoint", "defect", crafted=not checked)
     compared = checked and not result.status and line is PREDICT
     return after_model(base, f"{name}: {fault}", complaint, compared)
 
@@ -243,12 +243,12 @@ def archives(rng, base):
         fault, data, checked = damaged_model(data, saved, rng)
     Path(name).write_bytes(data)
     result = run("download", f"./{name}", "--model_name", "z")
-    complaint = complaint_of(result, name)
+    complaint = complaint_of(result, name, crafted=not checked)
     if not complaint and result.status and list(Path("trained_models").glob("[!.]*")):
         complaint = "a refused download leaves a model"
     if not complaint and not result.status:
         again = run("predict", "--model_name", "z", "--task", "defect", "--out", "p.csv")
-        complaint = complaint_of(again, "z")
+        complaint = complaint_of(again, "z", crafted=not checked)
         checked = checked and not again.status
     return after_model(base, fault, complaint, checked and not result.status and not complaint)
 
