@@ -211,12 +211,12 @@ def test_predictions_of_two_folders_of_one_name(trained, cli):
     copy_example(trained / "a" / "dicom" / "1.dcm")
     write_dicom(trained / "b/dicom/1.dcm", moving_square()[..., ::-1].copy(), "RGB")
     options = ("--weights", "random", "--size", "56", "--n_clips", "1")
-    found = []
+    actual = []
     for hospital in ("a", "b"):
         line = ("predict", "--videos", f"{hospital}/dicom", "--out", f"{hospital}.csv")
         assert cli(*line, *options)[0] == 0
-        found.append(pd.read_csv(f"{hospital}.csv")["finding"][0])
-    assert found[0] != found[1]
+        actual.append(pd.read_csv(f"{hospital}.csv")["finding"][0])
+    assert actual[0] != actual[1]
 
 
 MISTAKES = {
@@ -264,10 +264,10 @@ def test_full_memory_is_one_line(cli):
 
 def test_a_terminal_without_unicode(cohort):
     line = [sys.executable, ROOT / "echofocus.py", "check", "--config", "Ω.json"]
-    found = subprocess.run(
+    actual = subprocess.run(
         line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
     )
-    assert found.returncode == 1 and b"no config \\u03a9.json" in found.stdout, found.stderr
+    assert actual.returncode == 1 and b"no config \\u03a9.json" in actual.stdout, actual.stderr
 
 
 def test_wrong_options(cohort, cli):

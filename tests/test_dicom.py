@@ -244,7 +244,7 @@ def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
 
 
 def test_what_another_decoder_may_read_is_tried_again(tmp_path):
-    """Once a plugin is installed, the same line reads it: it is no fault of the file for good."""
+    """Once a plugin is installed, the same line reads it: the file is not at fault."""
     sample = pydicom.data.get_testdata_file("JPGExtended.dcm")
     dataset = pydicom.dcmread(sample)
     (still,) = generate_frames(dataset.PixelData, number_of_frames=1)

@@ -31,7 +31,7 @@ NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    """PanEcho with a ConvNeXt of four blocks and one layer over frames; 'random' is drawn anew."""
+    """PanEcho with a ConvNeXt of four blocks, one layer over frames, and new random weights."""
     monkeypatch.setattr(panecho, "CONVNEXT_TINY", NARROW)
     monkeypatch.setattr(end_to_end, "CONVNEXT_TINY", NARROW)
     monkeypatch.setattr(panecho.FrameTransformer.__init__, "__defaults__", (16, None, 1, 8, 0.0))
@@ -71,10 +71,10 @@ def test_gradients_are_exact(freeze):
     clips, lengths = images(7), [3, 4]
     plain = gradients(network(freeze=freeze), clips, lengths, plain=True)
     for at_once in (1, 3, 7):
-        found = gradients(network(clips_at_once=at_once, freeze=freeze), clips, lengths)
-        for a, b in zip(plain, found, strict=True):
+        actual = gradients(network(clips_at_once=at_once, freeze=freeze), clips, lengths)
+        for a, b in zip(plain, actual, strict=True):
             assert float((a - b).abs().max()) <= 1e-5 * max(1e-3, float(a.abs().max()))
-    assert max(float(g.abs().max()) for g in found) > 0
+    assert max(float(g.abs().max()) for g in actual) > 0
 
 
 def test_what_is_frozen():
@@ -325,7 +325,7 @@ def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli
     line += "--encoder_learning_rate 1e-3 --head_learning_rate 1e-3 --batch_number 8 --workers 1 "
     line += "--clip_dropout 0 --epoch_lim 14 --epoch_early_stop 14 --device cpu"
     labels = pd.read_csv("labels.csv").set_index("eid")
-    test, found = labels.index[labels["fold"] == "test"], {}
+    test, actual = labels.index[labels["fold"] == "test"], {}
     for eid in test:
         Path("new").mkdir(exist_ok=True)
         Path("new", f"{eid}_trim").symlink_to(tmp_path / "vids" / f"{eid}_trim")
@@ -337,5 +337,5 @@ def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli
         assert status == 0, out + err
         table = pd.read_csv(f"{name}.csv")
         answers = table.set_index(table["eid"].str.removesuffix("_trim"))["flutter"]
-        found[name] = roc_auc_score(labels.loc[test, "flutter"], answers[test])
-    assert found["frozen"] < 0.65 and found["through"] > 0.78, found
+        actual[name] = roc_auc_score(labels.loc[test, "flutter"], answers[test])
+    assert actual["frozen"] < 0.65 and actual["through"] > 0.78, actual

@@ -90,7 +90,7 @@ def test_a_copy_alone_as_ancestor(cohort, cli):
 
 
 def test_the_same_studies_under_another_name(trained, cli):
-    """Patients coded anew are known by their studies, and so are their new studies."""
+    """Re-coded patients are recognised by their studies, and so are their new studies."""
     table = pd.read_csv("labels.csv", dtype=str)
     table["pid"] = "X" + table["pid"]
     new = table[:40].assign(eid=[f"new{i}" for i in range(40)])  # one more of every patient

@@ -20,7 +20,7 @@ from echofocus_core.study.outputs import Outputs, scale, scaling_fault, unscale
 
 
 def warnings(values, **task):
-    """What is said of a label with these values, number by study id."""
+    """The warnings for a label with these values, number by study id."""
     table = pd.DataFrame({"L": np.array(values, float)}, index=map(str, range(len(values))))
     listener, unit = Collected(), task.get("units", {}).get("L", "")
     lb.warn_of_suspicious_values("L", table["L"].dropna(), unit, "t.csv", listener)
@@ -54,7 +54,7 @@ def test_beyond_the_unit():
     (actual,) = warnings([*EF, 130], units={"L": "%"})
     assert "1 values are above 100 %: 130 (study 60)" in actual
     assert warnings([*EF, 130], units={"L": "ml"}) == []
-    (actual,) = warnings([*EF, 999], units={"L": "%"})  # one fault, said once
+    (actual,) = warnings([*EF, 999], units={"L": "%"})  # one fault, reported once
     assert "code for 'missing'" in actual
 
 

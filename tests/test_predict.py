@@ -29,7 +29,7 @@ def table(path="trained_models/defect/predictions_site.csv"):
 
 
 def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
-    """A study whose answer is no number is left out with the reason; no decision is made of it."""
+    """A study whose answer is NaN is left out with the reason, without a decision."""
     read = EmbeddingFolder.read
 
     def poisoned(self, eid, rng=None):
@@ -210,7 +210,7 @@ def test_grandchildren_are_not_tested_on_what_an_ancestor_learnt(cohort, cli):
 
 
 def test_studies_without_a_learnable_label_do_not_count(cohort, cli):
-    """A label that is constant in training is no target of the validation either."""
+    """A label that is constant in training is not a target of the validation either."""
     labels = pd.read_csv("labels.csv", dtype={"eid": str})
     assert cli("train", "--task", "defect", "--epoch_lim", "1", "--run_id", "a")[0] == 0
     split = pd.read_csv("trained_models/defect_a/split.csv", dtype=str).set_index("eid")["fold"]

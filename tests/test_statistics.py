@@ -31,7 +31,7 @@ def studies(seed, n, ties=False):
 
 
 def repeated(weights, *arrays):
-    """The resample that a column of weights stands for, study by study."""
+    """The resample of a column of weights, study by study."""
     return [np.repeat(a, weights.astype(int), axis=0) for a in arrays]
 
 

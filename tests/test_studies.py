@@ -130,7 +130,7 @@ def test_a_cd_of_two_patients(tmp_path):
     for group in ("folder", "one"):
         with pytest.raises(UserError, match=r"several studies .*--group dicom"):
             layout_of(cd, group)
-        listener = Collected()  # check goes on, and says the same
+        listener = Collected()  # check continues, with the same findings
         layout_of(cd, group, listener=listener)
         assert any(f.level == "ERROR" and "--group dicom" in f.remedy for f in listener.findings)
     assert set(layout_of(cd, study_id="uid")) == set(uids)

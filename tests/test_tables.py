@@ -163,7 +163,7 @@ def numbers(**columns):
         (["TRUE", "FALSE", "0"], [1, 0, 0], "read as 1/0 in x"),
         (["present", "Absent", "maybe"], [1, 0, np.nan], "read as 1/0 in x"),
         (["positive", "negative"], [1, 0], "read as 1/0 in x"),
-        (["55", "no", "60"], [55, np.nan, 60], ""),  # 'not measured' is no 0
+        (["55", "no", "60"], [55, np.nan, 60], ""),  # 'not measured' is not 0
         (["inf", "1e999", "nan", "x"], [np.nan] * 4, ""),
         (["<5", "1_000", "0x10", "5 %"], [np.nan] * 4, ""),
     ],

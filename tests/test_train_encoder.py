@@ -248,9 +248,9 @@ def test_classes_by_name_or_number(classes, cells, expected):
             cohorts.values_of(column, task, "hospital", "train.csv", RUN)
         return
     heard = Collected()
-    found = cohorts.values_of(column, task, "hospital", "train.csv", heard)
-    np.testing.assert_array_equal(found, expected)
-    odd = [c for c, v in zip(cells, found, strict=True) if np.isnan(v) and c not in (None, "-1")]
+    actual = cohorts.values_of(column, task, "hospital", "train.csv", heard)
+    np.testing.assert_array_equal(actual, expected)
+    odd = [c for c, v in zip(cells, actual, strict=True) if np.isnan(v) and c not in (None, "-1")]
     assert (f"{len(odd)} values are not" in str(heard.findings)) == bool(odd)
 
 
@@ -261,9 +261,9 @@ def test_a_class_called_none(here, dynamic):
     table["LVSize"] = ["None", "Normal", "", "NA"]
     write_list(here / "dyn", table)
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
-    found = cohorts.read_cohort("echonetdynamic", "dyn", ["AVStenosis", "LVSize", "EF"]).labels
-    np.testing.assert_array_equal(found["AVStenosis"], [1, 2, np.nan, np.nan])
-    np.testing.assert_array_equal(found["LVSize"], [np.nan, 2, np.nan, np.nan])
+    actual = cohorts.read_cohort("echonetdynamic", "dyn", ["AVStenosis", "LVSize", "EF"]).labels
+    np.testing.assert_array_equal(actual["AVStenosis"], [1, 2, np.nan, np.nan])
+    np.testing.assert_array_equal(actual["LVSize"], [np.nan, 2, np.nan, np.nan])
 
 
 def test_check(cli, here, dynamic):
@@ -294,15 +294,15 @@ def test_losses_against_scikit_learn():
     tasks = fill_means(tasks, y)
     weights = {t["name"]: class_weights(t, y[t["name"]]) for t in tasks}
     for name, k in (("b", 2), ("m", 3)):
-        known = y[name].dropna()
-        expected = compute_class_weight("balanced", classes=np.arange(k), y=known)
+        labels = y[name].dropna()
+        expected = compute_class_weight("balanced", classes=np.arange(k), y=labels)
         assert np.allclose(weights[name], expected)
     loss = MultiTaskLoss(tasks, weights)
     out = {"b": torch.randn(n, 1), "m": torch.randn(n, 3), "r": 50 + torch.randn(n, 1)}
     out["absent"] = torch.randn(n, 1)
     targets = torch.tensor(y.to_numpy(np.float32, copy=True))
     divisors = loss.divisors(y.to_numpy())
-    found = loss.mean(loss.sums(out, targets), divisors)
+    actual = loss.mean(loss.sums(out, targets), divisors)
 
     b, m, r = (y[name].notna().to_numpy() for name in "bmr")
     p = torch.sigmoid(out["b"][torch.tensor(b), 0]).double().clone().numpy()
@@ -311,12 +311,12 @@ def test_losses_against_scikit_learn():
     q, ym = out["m"][m].double().softmax(1).numpy(), y["m"][m].to_numpy().astype(int)
     cross = log_loss(ym, q, sample_weight=weights["m"].numpy()[ym], labels=[0, 1, 2])
     square = ((out["r"][r, 0].numpy() - y["r"][r]) ** 2).mean() / y["r"].mean()
-    assert float(found) == pytest.approx((each.mean() + cross + square) / 3, rel=1e-5)
+    assert float(actual) == pytest.approx((each.mean() + cross + square) / 3, rel=1e-5)
 
     half = {k: v[: n // 2] for k, v in out.items()}, {k: v[n // 2 :] for k, v in out.items()}
     parts = (loss.sums(o, t) for o, t in zip(half, targets.split(n // 2), strict=True))
     total = sum(float(loss.mean(s, divisors)) for s in parts)
-    assert total == pytest.approx(float(found), rel=1e-5)
+    assert total == pytest.approx(float(actual), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- frames
@@ -646,25 +646,25 @@ def test_hospital_tables(here, hospital):
         cohorts.read_cohort("hospital", "site", (), listener)
         return [f"{finding.level} {finding.text}" for finding in listener.findings]
 
-    def found(level, *words, **changes):
+    def reported(level, *words, **changes):
         return any(
             text.startswith(level) and all(w in text for w in words) for text in findings(**changes)
         )
 
     assert not any(text.startswith("ERROR") for text in findings())
-    assert found("ERROR", "val", "patient", val=val.assign(patient="P"))
+    assert reported("ERROR", "val", "patient", val=val.assign(patient="P"))
     labels = val.assign(LVSize=val["LVSize"].mask(val.index == 0, 1))
-    assert found("ERROR", "LVSize", "val0", val=labels)
+    assert reported("ERROR", "LVSize", "val0", val=labels)
     per_cent = val.assign(EF=val["EF"].where(val["EF"] < 0, val["EF"] / 100))
-    assert found("WARNING", "EF", "medians", val=per_cent)
+    assert reported("WARNING", "EF", "medians", val=per_cent)
     train_ = whole["train"]
     code = train_.assign(EF=train_["EF"].mask(train_["acc_num"] == "train1", 999))
-    assert found("WARNING", "EF", "999", "train1", train=code)
+    assert reported("WARNING", "EF", "999", "train1", train=code)
     patients = {k: t.assign(patient=t["acc_num"]) for k, t in whole.items()}
     patients["test"].loc[0, "patient"] = "other"
-    assert found("ERROR", "several patients", "test0", **patients)
+    assert reported("ERROR", "several patients", "test0", **patients)
     patients["test"].loc[0, "patient"] = None  # known by the other row
-    assert found("WARNING", "test.csv", "1 rows have no patient", **patients)
+    assert reported("WARNING", "test.csv", "1 rows have no patient", **patients)
     assert not any(text.startswith("ERROR") for text in findings(**patients))
     Path("site/links").symlink_to("vids")
     twice = whole["test"].copy()
@@ -866,16 +866,16 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
         weights = backbones.Start("s.pt", "0", "", seen, True)
         return start.without_seen_videos(weights, folds, cohort)
 
-    found, notes = left(seen_of(videos.loc[["w"]], "train") + seen_of(videos.loc[["x"]], "val"))
-    assert found.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
+    actual, notes = left(seen_of(videos.loc[["w"]], "train") + seen_of(videos.loc[["x"]], "val"))
+    assert actual.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
     assert notes["val"] == ["left out: 1 of 2 videos, whose patients or studies s.pt has seen"]
     assert notes["test"] == []
     assert "left out 1 videos of val and test: s.pt has seen" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 2 test videos"):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
-    found, notes = left(())
-    assert found.equals(folds) and "was trained elsewhere" in notes["val"][0]
+    actual, notes = left(())
+    assert actual.equals(folds) and "was trained elsewhere" in notes["val"][0]
     imagenet = backbones.Start("imagenet", "0")
     assert start.without_seen_videos(imagenet, folds, cohort)[1]["test"] == []
 

@@ -112,7 +112,7 @@ def refuse_other_folds(folder, folds):
         moved = now.index[now != before]
     if len(moved):
         raise UserError(
-            f"{len(moved)} studies are in other folds than when {folder} was begun "
+            f"{len(moved)} studies are in other folds than when {folder} was started "
             f"({some(map(printable, moved))}): restore the label table, encoder_seen.pt, "
             "--init_from and --assume_unseen, or use another --model_name or --run_id"
         )

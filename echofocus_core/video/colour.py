@@ -164,7 +164,7 @@ def choose_rule(photometric, samples, bits, palette, notes):
     declared, other = ColourRule(colour, bits), ColourRule(OTHER[colour], bits)
     if not is_wrong(declared, other, samples):
         return declared
-    notes.append(f"read as {NAMES[other.colour]}: as {NAMES[colour]} it is no echo")
+    notes.append(f"read as {NAMES[other.colour]}: as {NAMES[colour]} it is not an echo")
     return other
 
 

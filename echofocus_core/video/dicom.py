@@ -254,7 +254,7 @@ def group_stills(facts):
 
 US = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("3", "3.1", "6", "6.1")}  # 3, 6: retired
 SECONDARY_CAPTURE = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("7", "7.1", "7.2", "7.3", "7.4")}
-# Modalities that are no 2-D echo; other values are not shown, since anything may be in the tag.
+# Modalities other than 2-D echo; further values are not shown, since the tag can hold anything.
 OTHER_MODALITIES = {
     "AR", "BI", "BMD", "CR", "CT", "DG", "DOC", "DX", "ECG", "EPS", "ES", "FID", "GM", "HC", "HD",
     "IO", "IVOCT", "IVUS", "KER", "KO", "LS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PR", "PT",
