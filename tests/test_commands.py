@@ -293,12 +293,12 @@ def test_a_shared_model_is_not_overwritten_by_training(trained, cli):
     (folder / "last_checkpoint.pt").unlink()
     before = (folder / "best_checkpoint.pt").read_bytes()
     status, _, err = cli("train", "--task", "defect", "--seed", "5")
-    assert status == 1 and "holds a trained model" in err
+    assert status == 1 and "contains a trained model" in err
     fold = trained / "trained_models" / "cv" / "fold_1"
     fold.mkdir(parents=True)
     shutil.copy(folder / "best_checkpoint.pt", fold)
     settings = Settings(model_name="cv", fold=ALL_FOLDS, n_folds=3)
-    with pytest.raises(UserError, match="fold_1 holds a trained model"):
+    with pytest.raises(UserError, match="fold_1 contains a trained model"):
         folder_to_train_in(settings)
     (folder / "train_losses.csv").unlink()
     assert folder_to_train_in(Settings(model_name="defect")) == Path("trained_models/defect")

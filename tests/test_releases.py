@@ -248,7 +248,8 @@ def test_archives_write_only_into_the_model_folder(here, cli):
     for name in ("m/../../best_checkpoint.pt", "/tmp/best_checkpoint.pt", "C:/best_checkpoint.pt"):
         refused(cli, write_zip("elsewhere/a.zip", name), "cannot be read safely")
     refused(cli, write_zip("elsewhere/a.zip", "best_checkpoint.pt", mode=0o120777), "a.zip")
-    refused(cli, write_zip("elsewhere/a.zip", "README.md"), "no best_checkpoint.pt (of README.md)")
+    asset = write_zip("elsewhere/a.zip", "README.md")
+    refused(cli, asset, "no best_checkpoint.pt (files: README.md)")
     path = Path(write_zip("elsewhere/a.zip", "best_checkpoint.pt", data=bytes(1000)))
     data, size = path.read_bytes(), (1000).to_bytes(4, "little")
     path.write_bytes(data.replace(size, (10).to_bytes(4, "little")))
@@ -289,7 +290,7 @@ def checkpoint(**changes):
 
 
 CHECKPOINTS = {
-    "code": (lambda: good_state() | {"x": Evil()}, "it names io.open"),
+    "code": (lambda: good_state() | {"x": Evil()}, "it contains io.open"),
     "no dict": (lambda: [1, 2], "no model_state_dict"),
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
     "head is text": (lambda: good_state(**{"ff.weight": "x"}), "ff.weight is a str"),

@@ -514,7 +514,7 @@ def test_an_encoder_that_was_shared_alone_is_not_trained_over(here):
     run = train.Run.__new__(train.Run)
     run.folder, run.settings = here, SimpleNamespace(resume=False)
     (here / "chkpt_epoch-7.pt").write_bytes(b"theirs")
-    with pytest.raises(UserError, match="holds a trained model"):
+    with pytest.raises(UserError, match="contains a trained model"):
         run.refuse_finished_model()
     (here / "encoder.json").write_text("{}")
     run.refuse_finished_model()

@@ -1,1 +1,1 @@
-"""What is a file: errors, files, tables, options, processes."""
+"""Errors, files, tables, options and processes."""

@@ -21,9 +21,9 @@ class WeightsError(UserError):
 
 
 def save(saved, path):
-    """Write a checkpoint whole or not at all. Raises OSError.
+    """Write a checkpoint atomically. Raises OSError.
 
-    Built in memory first, since torch hides the system's reason when the disk is full.
+    It is built in memory, since torch hides the reason of an error when the disk is full.
     """
     buffer = io.BytesIO()
     torch.save(saved, buffer)
@@ -35,16 +35,16 @@ def save(saved, path):
 
 
 class PlainDtype:
-    """Replaces numpy.dtype while reading: numbers only, other types can hold addresses."""
+    """Replaces numpy.dtype while reading: only numbers, since other types may contain pointers."""
 
     def __init__(self, name, *_):
         self.dtype = np.dtype(name)
         if not isinstance(name, str) or self.dtype.kind not in "biuf":
-            raise ValueError(f"arrays of {name} are not read")
+            raise ValueError(f"arrays of {name} are not supported")
 
     def __setstate__(self, state):
         if state[1] not in ("<", "|"):
-            raise ValueError("arrays in another byte order are not read")
+            raise ValueError("big-endian arrays are not supported")
 
 
 class PlainArray(np.ndarray):
@@ -74,7 +74,7 @@ for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1 an
 def load_safely(path):
     """The content of a file written by torch.save, on the CPU; no code in it runs.
 
-    Raises WeightsError for a file that is missing, damaged, or holds other things than tensors,
+    Raises WeightsError if the file is missing or damaged, or contains anything but tensors,
     arrays, numbers and text.
     """
     path = Path(path)
@@ -87,29 +87,29 @@ def load_safely(path):
             warnings.simplefilter("ignore")
             saved = torch.load(path, map_location="cpu", weights_only=True)
         if not is_zip(path):
-            RUN.note(f"{path}: in torch's old format, without checksums: damage is not detected")
+            RUN.note(f"{path}: old torch format without checksums; damage is not detected")
         return saved
     except (OSError, MemoryError, WeightsError):
         raise
     except Exception as error:  # torch and zipfile raise many types on damaged files
         foreign = re.search(r"(?:GLOBAL|Trying to \w+) (\S+)", str(error))
-        reason = f"it names {clean_text(foreign[1])}" if foreign else "it is not a checkpoint"
+        reason = f"it contains {clean_text(foreign[1])}" if foreign else "it is not a checkpoint"
         raise WeightsError(f"{path} cannot be read safely and was refused: {reason}") from error
 
 
 def is_zip(path):
-    """By its first bytes, as torch.load decides."""
+    """Whether the file begins like a zip file; torch.load tests the same bytes."""
     with open(path, "rb") as f:
         return f.read(4) == b"PK\x03\x04"
 
 
 def check_archive(path):
-    """Raise WeightsError unless a zip file's records are stored, unique, and have their CRC-32."""
+    """WeightsError unless a zip file's records are uncompressed, unique and match their CRC-32."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {info.filename.casefold() for info in archive.infolist()}
             if len(names) < len(archive.infolist()):
-                fault = "it holds a record twice"
+                fault = "it contains a record twice"
             elif any(info.compress_type for info in archive.infolist()):
                 fault = "its records are compressed"
             elif name := archive.testzip():
@@ -132,7 +132,7 @@ def load_strictly(model, state, path, kind):
     """Load `state` into `model`, built on the meta device, as float32.
 
     Integer buffers (counters of batch normalisation) keep their initial values. Raises WeightsError
-    for missing and unexpected names, other shapes, and values that are not finite numbers.
+    for missing or unexpected names, wrong shapes, and values that are not finite.
     """
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if v.is_floating_point()}
     given = {k: describe(v) for k, v in state.items()}
@@ -156,7 +156,7 @@ def load_strictly(model, state, path, kind):
 
 
 def describe(value):
-    """The shape of a dense floating-point tensor; for anything else a text with its type."""
+    """The shape of a dense floating-point tensor; a description of any other value."""
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__name__}"
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested

@@ -1,4 +1,4 @@
-"""Command lines and messages: errors with their remedy, progress, argument parsing."""
+"""Command lines and messages: errors with remedies, progress, argument parsing."""
 
 import argparse
 import difflib
@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a person types to run this program: in a clone, or after `pip install`.
+# What a user types to run this program: in a clone, or after `pip install`.
 INSTALLED = not (Path(__file__).resolve().parents[2] / "embed" / "extract.py").is_file()
 PROGRAM = "echofocus" if INSTALLED else "python echofocus.py"
 EXTRACT = "echofocus-extract" if INSTALLED else "python embed/extract.py"
@@ -17,12 +17,12 @@ LONGEST_LINE = 2000  # characters of an error message
 
 
 class UserError(Exception):
-    """A mistake or missing input that the user can fix; the message says how."""
+    """A mistake or missing input that the user can fix; the message explains how."""
 
 
 @dataclass
 class Finding:
-    """A fact about the user's input: 'ok', 'WARNING' (usable in part) or 'ERROR'."""
+    """A result of checking the user's input: 'ok', 'WARNING' (partly usable) or 'ERROR'."""
 
     level: str
     text: str
@@ -30,13 +30,13 @@ class Finding:
 
 
 class Findings:
-    """Receives what is noticed in config, labels, embeddings, videos and models.
+    """Receives findings about config, labels, embeddings, videos and models.
 
-    This one is for runs: it prints notes and warnings, and raises UserError for an error.
+    This class is for runs: it prints notes and warnings, and raises UserError for an error.
     """
 
     def ok(self, text):
-        """Reported by `check` only."""
+        """A check that passed; only `check` reports it."""
 
     def note(self, text):
         """A decision that the user should see, such as rows left out on purpose."""
@@ -53,7 +53,7 @@ RUN = Findings()  # the default reporter
 
 
 class Collected(Findings):
-    """Keeps all findings for `check`; the reader continues after an error with what is usable."""
+    """Keeps all findings for `check`; after an error the reader continues with the usable data."""
 
     def __init__(self):
         self.findings = []
@@ -71,7 +71,7 @@ class Collected(Findings):
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on standard error, updated rarely when that is a log file."""
+    """A tqdm bar on standard error, with fewer updates in a log file."""
     from tqdm import tqdm
 
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name, valid):
-    """'; did you mean X?' when some valid name is spelled nearly like `name`, else ''."""
+    """'; did you mean X?' if a valid name is similar to `name`, else ''."""
     names = {plain_word(v): str(v) for v in valid}
     close = difflib.get_close_matches(plain_word(name), names, n=1, cutoff=0.5)
     return f"; did you mean {names[close[0]]}?" if close else ""
@@ -158,7 +158,7 @@ def as_switches(args, switches):
 
 
 def underscores(argument):
-    """`--model-name=x` -> `--model_name=x`; anything but a long option stays the same."""
+    """`--model-name=x` -> `--model_name=x`; leaves everything but long options unchanged."""
     if not argument.startswith("--") or argument == "--":
         return argument
     name, equals, value = argument[2:].partition("=")
@@ -166,17 +166,17 @@ def underscores(argument):
 
 
 def run_main(main, program):
-    """Call `main()` as a program: a UserError is one line and exit status 1, no traceback."""
+    """Call `main()` as a program: a UserError prints one line, no traceback; exit status 1."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # for terminals without some letters
+        if hasattr(stream, "reconfigure"):  # for terminals that cannot encode some letters
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         stop(program, str(error))
-    except BrokenPipeError:  # as of `| head`
+    except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # it names its path
+    except OSError as error:  # its message contains the path
         remedy = "; free disk space, then run the same command again to resume"
         stop(program, f"{error}{remedy if error.errno in DISK_FULL else ''}")
     except (MemoryError, RuntimeError) as error:
@@ -195,7 +195,7 @@ def stop(program, text):
 
 
 def is_out_of_memory(error):
-    """Whether Python, numpy or torch found no memory; torch says it only in words."""
+    """Whether Python, numpy or torch ran out of memory; torch reports it only as text."""
     words = ("allocate memory", "out of memory", "can't start new thread")
     text = str(error)
     return (
@@ -209,13 +209,13 @@ def is_out_of_memory(error):
 
 
 def some(names, n=3):
-    """The first few of some names, as text."""
+    """The first `n` names, as text."""
     names = [clean_text(name) for name in names]
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
 def listed(reasons, n=9):
-    """The first few entries of a dict {name: reason} as text, a line each."""
+    """The first `n` entries of a dict {name: reason} as text, one line each."""
     lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
     return "".join(lines) + "\n..." * (len(reasons) > n)
 
@@ -234,6 +234,6 @@ def printable(value):
 
 
 def clean_text(value, longest=200):
-    """Text of another program's file: printable and not longer than that."""
+    """Text from an untrusted file: printable, and at most `longest` characters."""
     text = printable(str(value)[: longest + 1])
     return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -17,12 +17,12 @@ def plain_url(url):
 
 
 def file_name(url):
-    """The last part of a URL's path or of a file's path."""
+    """The last part of the path of a URL or file."""
     return os.path.basename(plain_url(url).rstrip("/")) or "model"
 
 
 def fetch(url, path, show=True):
-    """Download a URL to `path` unless it exists; several processes may ask for the same file.
+    """Download a URL to `path` unless it exists; several processes may request the same file.
 
     The file appears when it is complete. Raises WeightsError.
     """
@@ -41,7 +41,7 @@ def fetch(url, path, show=True):
 
 
 def receive(url, path, show):
-    """Write the reply for a URL to `path`, whole or not at all. Raises OSError and its kind."""
+    """Write the reply of a URL to `path` atomically. Raises what urllib raises."""
     with urllib.request.urlopen(url, timeout=60) as reply, atomic_path(path) as temporary:
         if url.startswith("https:") and not reply.url.startswith("https:"):
             raise OSError(f"it redirects to {plain_url(reply.url)}, which is not encrypted")

@@ -1,4 +1,4 @@
-"""What the trainings of models and of the encoder share: epochs, checkpoints, resume."""
+"""Shared by the training of models and of the encoder: epochs, checkpoints, resume."""
 
 import time
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ LAST = "last_checkpoint.pt"
 
 @dataclass
 class EpochProgress:
-    """How much of an epoch is done, as a checkpoint within the epoch records it."""
+    """The progress within an epoch, as a checkpoint records it."""
 
-    items: int = 0  # studies or videos, of the epoch's order
-    n: int = 0  # of these, how many `losses` is the sum over
+    items: int = 0  # studies or videos done, in the epoch's order
+    n: int = 0  # number of items that `losses` sums over
     losses: float = 0.0
     dropped: int = 0  # optimiser steps that were skipped because their loss was not finite
     seconds: float = 0.0
-    waited: float = 0.0  # of these, for clips
+    waited: float = 0.0  # seconds of waiting for clips
 
 
 class EpochTraining:
-    """A training in epochs. Its whole state is in its last checkpoint, so it resumes to the bit.
+    """Training in epochs. The last checkpoint has the whole state, so a resume is exact.
 
-    A subclass defines `items` (what an epoch counts, a plural), `remedy` (for a run that cannot be
-    resumed), losses, losses_of, scores, finished, best_file, one_epoch, state, read_record, facts,
-    restore, write_best, write_history, write_start and refuse_finished_model.
+    A subclass defines `items` (the plural noun that an epoch counts), `remedy` (for a run that
+    cannot be resumed), losses, losses_of, scores, finished, best_file, one_epoch, state,
+    read_record, facts, restore, write_best, write_history, write_start and refuse_finished_model.
     """
 
     def __init__(self, folder, settings, world=None):
@@ -48,7 +48,7 @@ class EpochTraining:
 
     @property
     def best_epoch(self):
-        """The number of the epoch with the highest score, from 1; 0 before the first ends."""
+        """The number of the epoch with the highest score, from 1; 0 before the first epoch ends."""
         scores = np.nan_to_num(self.scores, nan=-np.inf)  # NaN: no metric was defined
         return 1 + int(np.argmax(scores)) if self.scores else 0
 
@@ -57,7 +57,7 @@ class EpochTraining:
         return self.epoch - self.best_epoch
 
     def run(self):
-        """Train to the end, from where the last checkpoint was written."""
+        """Train to the end, from the last checkpoint if there is one."""
         self.begin()
         while not self.finished:
             self.one_epoch()
@@ -71,16 +71,19 @@ class EpochTraining:
         else:
             self.refuse_finished_model()
         if len(set(self.world.gather((self.epoch, self.progress.items)))) > 1:
-            raise UserError(f"the processes read different files at {path}: is the folder shared?")
+            raise UserError(
+                f"the processes read different versions of {path}; put the model in a folder that "
+                "all machines share"
+            )
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.epoch:  # the run may have been killed between the checkpoint and this
+            if self.epoch:  # the run may have been killed after the checkpoint, before this
                 self.write_history()
             if not self.finished:
                 self.write_start(resumed)
 
     def resume(self, path):
-        """Compare the checkpoint with this run, then take over its state. Raises UserError."""
+        """Compare the checkpoint with this run, then restore its state. Raises UserError."""
         saved = load_safely(path)
         record = self.read_record(saved, path) if isinstance(saved, dict) else None
         if not record:
@@ -88,8 +91,8 @@ class EpochTraining:
         state = self.state()
         with restoring(path, self.remedy):
             recorded = self.facts(record, saved)
-            present = self.facts(self.read_record(state, path), state)
-            check_resume(self.folder, recorded, present, remedy=self.remedy, is_fixed=self.is_fixed)
+            current = self.facts(self.read_record(state, path), state)
+            check_resume(self.folder, recorded, current, remedy=self.remedy, is_fixed=self.is_fixed)
             self.restore(saved, record)
             self.progress = TypeAdapter(EpochProgress).validate_python(saved["progress"])
         self.check_best()
@@ -100,13 +103,13 @@ class EpochTraining:
         print(f"resuming {self.folder} after epoch {self.epoch}{items}")
 
     def is_fixed(self, name):
-        """Whether a resumed run is refused where one of its `facts` has changed."""
+        """Whether a resume is refused if this one of the `facts` has changed."""
         return True
 
     def check_best(self):
-        """UserError unless the best checkpoint is from this run and of its best epoch.
+        """UserError unless the best checkpoint is from this run and its best epoch.
 
-        It may be of the next epoch where the run was stopped just before it recorded that epoch.
+        It may be from the next epoch, if the run was stopped just before it recorded that epoch.
         """
         path = self.best_file()
         losses = self.losses_in(path) if path and path.is_file() else []
@@ -118,7 +121,7 @@ class EpochTraining:
             )
 
     def losses_in(self, path):
-        """The losses that a checkpoint of this program records; [] where it has none."""
+        """The losses recorded in a checkpoint of this program; [] if it has none."""
         saved = load_safely(path)
         try:
             return self.losses_of(saved)
@@ -130,7 +133,7 @@ class EpochTraining:
         self.epoch_began = self.last_saved - self.progress.seconds
 
     def save_if_due(self):
-        """Write a checkpoint within an epoch, every `checkpoint_minutes`."""
+        """Write a checkpoint if the last one is `checkpoint_minutes` old."""
         self.progress.seconds = time.time() - self.epoch_began
         if time.time() - self.last_saved >= 60 * self.settings.checkpoint_minutes:
             self.save_last()
@@ -142,7 +145,7 @@ class EpochTraining:
             save(self.state(), self.folder / LAST)
 
     def save(self):
-        """Write the checkpoints of an epoch: the best one first, the last one completes it."""
+        """Write the checkpoints of an epoch: best first, then last, which completes the epoch."""
         if self.world.rank == 0:
             if self.best_epoch == self.epoch:
                 self.write_best()
@@ -152,11 +155,11 @@ class EpochTraining:
 
 
 def refuse_finished_model(folder, weights, start, history, remedy):
-    """UserError where training would overwrite a model that cannot be resumed.
+    """UserError if training would overwrite a model that cannot be resumed.
 
-    weights, start, history: files of the folder. A run that was killed before its first checkpoint
-    has written its start and no history; it starts again.
+    weights, start, history: files in the folder. A run that was killed before its first checkpoint
+    has written `start` but not `history`; it starts again.
     """
     killed_early = start.is_file() and not history.is_file()
     if weights.is_file() and not (folder / LAST).is_file() and not killed_early:
-        raise UserError(f"{folder} holds a trained model without {LAST}: {remedy}")
+        raise UserError(f"{folder} contains a trained model without {LAST}: {remedy}")

@@ -10,26 +10,26 @@ def new_figure(*args, **kwargs):
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a label's name is a $
+    matplotlib.rcParams["text.parse_math"] = False  # show $ in labels unchanged
     import matplotlib.pyplot as plt
 
     return plt.subplots(*args, **kwargs)
 
 
 def save_figure(figure, path):
-    """As PDF and PNG."""
+    """Save a figure as PDF and PNG, then close it."""
     import matplotlib.pyplot as plt
 
     for suffix in (".pdf", ".png"):
         with atomic_path(path.with_name(path.name + suffix)) as temporary:
             figure.savefig(temporary, dpi=120, format=suffix[1:])
-        figure.set_layout_engine("none")  # laid out by the first one
+        figure.set_layout_engine("none")  # keep the layout of the first file
     plt.close(figure)
 
 
 def plot_history(history, folder):
-    """Losses over epochs: training_progress.pdf and .png."""
-    figure, axis = new_figure(figsize=(6, 4))  # a fixed layout is fast: it is drawn in every epoch
+    """Plot losses over epochs: training_progress.pdf and .png."""
+    figure, axis = new_figure(figsize=(6, 4))  # drawn in every epoch: a fixed layout is fast
     axis.plot(history["epochs_trained"], history["train_loss"], label="training")
     axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
     best = history.loc[history["val_loss"].idxmin()]
@@ -46,10 +46,10 @@ MISSING_GREY = "#BBBBBB"
 
 
 def plot_map(points, axes, title, note, path):
-    """Studies in a plane, coloured by `value`; with several datasets each has its own shape.
+    """Plot studies in two dimensions, coloured by `value`, with a marker shape for each dataset.
 
     points: DataFrame (dataset, value, x, y). More than eight different numbers get a colour bar
-    from their 1st to their 99th percentile, everything else a legend.
+    from the 1st to the 99th percentile, other values a legend.
     """
     figure, axis = new_figure(figsize=(7, 4.8), layout="constrained")
     datasets, value = points["dataset"].unique(), points["value"]
@@ -94,7 +94,7 @@ def plot_map(points, axes, title, note, path):
 
 
 def categories_of(value):
-    """Values as text, all but the most frequent as 'other', and the colour of each."""
+    """(values as text, with the less frequent ones as 'other'; dict of text to colour)."""
     text = value.map(lambda v: f"{v:g}" if isinstance(v, float) else str(v), na_action="ignore")
     names = list(text.value_counts().index)
     if len(names) > len(OKABE_ITO):

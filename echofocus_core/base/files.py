@@ -1,4 +1,4 @@
-"""Files: atomic writes, tables, journals of long work, locks, digests."""
+"""Files: atomic writes, tables, journals of long runs, locks, digests."""
 
 import base64
 import hashlib
@@ -19,16 +19,16 @@ from echofocus_core.base.console import UserError
 
 @contextmanager
 def atomic_path(path):
-    """A temporary path to write; it becomes `path` when the block ends, and is deleted on error.
+    """Yield a temporary path to write; it becomes `path` when the block ends.
 
-    Raises UserError, before anything is written, where `path` is a folder; OSError, which names
-    `path`, when the disk is full.
+    On error it is deleted. Raises UserError if `path` is a folder, and OSError with `path` in the
+    message if the disk is full.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, since writers choose a format by it.
+    # Keep the suffix, since writers choose a format by it.
     temporary = path.with_name(f".{path.stem[:50]}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         yield temporary
@@ -44,8 +44,8 @@ def atomic_path(path):
 
 
 def output_path(path, what, is_ours):
-    """The Path of a file to write. Raises UserError for a folder and for a file that is not empty
-    and not of this kind, such as an input.
+    """The Path of a file to write. Raises UserError for a folder, and for a file with other
+    content, such as an input.
 
     is_ours: a function of a Path that recognises an earlier output, see `begins`.
     """
@@ -53,12 +53,12 @@ def output_path(path, what, is_ours):
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     if path.is_file() and path.stat().st_size and not is_ours(path):
-        raise UserError(f"{path} exists and is not a {what}; name another file, or move it away")
+        raise UserError(f"{path} exists and is not a {what}; name another file, or move this one")
     return path
 
 
 def begins(pattern):
-    """A function of a Path: whether the file begins with a match of a regular expression."""
+    """A function of a Path: whether the beginning of the file matches a regular expression."""
 
     def matches(path):
         with open(path, "rb") as f:
@@ -68,13 +68,13 @@ def begins(pattern):
 
 
 def in_file_name(text):
-    """Any text, such as the name of a column, as a part of a file's name."""
+    """Any text, such as the name of a column, as part of a file name."""
     plain = re.sub(r"[^\w .+-]", "_", text)[:40]
     return text if plain == text else f"{plain}-{sha256_of(text)[:8]}"
 
 
 def write_table(frame, path, digits=6):
-    """Write a DataFrame (with its index, if that has a name) as CSV in UTF-8, whole or not at all.
+    """Write a DataFrame (and its index, if that has a name) atomically as CSV in UTF-8.
 
     Numbers have `digits` significant digits; text is written unchanged.
     """
@@ -88,20 +88,20 @@ def write_table(frame, path, digits=6):
 
 @contextmanager
 def open_journal(path, work, what="entries"):
-    """The Journal of a path for the block. UserError when another process is using it."""
+    """Yield the Journal at `path`. UserError if another process is using it."""
     with lock(path, timeout=0):
         yield Journal(path, work, what)
 
 
 class Journal:
-    """The finished entries of long work, one JSON line each, so that a stopped run can resume.
+    """The finished entries of a long run, one JSON line each, so that a stopped run can resume.
 
-    The first line has a digest of all that the results depend on; a file with another digest is
-    replaced. An incomplete last line is dropped. Arrays are restored exactly.
+    The first line has a digest of everything that the results depend on; a file with another
+    digest is replaced. An incomplete last line is dropped. Arrays are restored exactly.
     """
 
     def __init__(self, path, work, what="entries"):
-        """work: a dict of all that the results depend on; what: the entries, for messages."""
+        """work: a dict of everything the results depend on; what: the entries, for messages."""
         self.path, self.n = Path(path), 0
         self.header = json.dumps({"sha256": sha256_of(encode(work))}).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Journal:
                 f.write(self.header)
 
     def scan(self):
-        """Count the complete entries of an earlier run; returns where they end, in bytes."""
+        """Count the complete entries of an earlier run; returns the byte at which they end."""
         with open(self.path, "rb") as f:
             if f.readline() != self.header:
                 print(f"{self.path.name} belongs to a different run; starting over")
@@ -140,7 +140,7 @@ class Journal:
                 yield json.loads(line, object_hook=decode_array)
 
     def delete(self):
-        """To be called when the result of the work has been written."""
+        """Delete the file; call this when the results have been written."""
         self.path.unlink(missing_ok=True)
 
 
@@ -167,9 +167,9 @@ def decode_array(entry):
 
 @contextmanager
 def lock(path, timeout=-1):
-    """Hold the lock of a path for the block, a file <name>.lock beside it that exists meanwhile.
+    """Hold the lock of a path in the block; a file <name>.lock next to it exists meanwhile.
 
-    timeout: seconds to wait, -1 without limit. Raises UserError when another process keeps it.
+    timeout: seconds to wait, -1 without limit. Raises UserError if another process holds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def lock(path, timeout=-1):
                 file.unlink(missing_ok=True)
     except filelock.Timeout as error:
         raise UserError(
-            f"another process is using {path}; wait until it has ended (if no process is running, "
+            f"another process is using {path}; wait until it ends (if no process is running, "
             f"delete {file.name})"
         ) from error
 
@@ -197,7 +197,7 @@ def sha256_file(path):
 
 
 def sha256_of(*parts):
-    """Hex SHA-256 of some values, in order: text, bytes, arrays, and what JSON can hold."""
+    """Hex SHA-256 of some values, in order: text, bytes, arrays and JSON values."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -207,7 +207,7 @@ def sha256_of(*parts):
             part = part.encode(errors="surrogatepass")
         elif not isinstance(part, bytes):
             part = json.dumps(part, sort_keys=True).encode()
-        digest.update(f"|{memoryview(part).nbytes}|".encode())  # so that parts cannot merge
+        digest.update(f"|{memoryview(part).nbytes}|".encode())  # separates the parts
         digest.update(part)
     return digest.hexdigest()
 
@@ -219,7 +219,7 @@ def derive_seed(*parts):
 
 
 def stamp_of(path):
-    """[size, time of change] of a file, to notice that it was replaced; None when it is gone."""
+    """[size, modification time] of a file, to detect that it was replaced; None if missing."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,13 +1,13 @@
-"""Work on several items at a time, with results in order."""
+"""Process several items at a time, with results in order."""
 
 from collections import deque
 
 
 def map_ahead(pool, function, items, n):
-    """Yield `function(item)` of each item in order, up to `n` of them in work in a pool.
+    """Yield `function(item)` for each item in order, with up to `n` calls submitted to a pool.
 
-    pool: a concurrent.futures executor. An exception of `function` is raised at its item's turn.
-    Work that has not started is cancelled when the consumer stops.
+    pool: a concurrent.futures executor. An exception in `function` is raised when its item is due.
+    Calls that have not started are cancelled when the consumer stops.
     """
     waiting = deque()
     try:

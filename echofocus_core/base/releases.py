@@ -1,7 +1,7 @@
-"""Released models: the registry, and how a download becomes a model folder.
+"""Released models: the registry, and installing a download as a model folder.
 
-A released name, URL, zip, folder or .pt file -> digest -> the files that a model needs, in a
-temporary folder -> the caller's check of the model -> `source.json` and the final name.
+A released name, URL, zip, folder or .pt file -> digest -> the files of the model, in a temporary
+folder -> the caller's check of the model -> `source.json` and the final name.
 """
 
 import json
@@ -23,11 +23,11 @@ CHECKPOINTS = ("best_checkpoint.pt", "last_checkpoint.pt", "panecho.pt")
 USED = (CHECKPOINTS[0], CHECKPOINTS[2])  # a model folder has one of them
 KEPT = (*CHECKPOINTS, "train_args.csv", "train_losses.csv", "split.csv", "run.json")
 TEXTS = re.compile(r"(README|LICEN[SC]E|NOTICE|CITATION)[\w-]*(\.(md|txt|cff))?", re.IGNORECASE)
-MOST_BYTES = 8 << 30  # of a file in an archive; released models are below 1 GB
+MOST_BYTES = 8 << 30  # per file in an archive; released models are below 1 GB
 
 
 def registry():
-    """The released models: {name: its address, digest (null: not known), labels, licence, ...}."""
+    """The released models: {name: address, digest (null: not available), labels, licence, ...}."""
     return json.loads(REGISTRY.read_text())
 
 
@@ -39,7 +39,7 @@ def read_source(folder):
     try:
         source = json.loads(path.read_text())
         if not isinstance(source, dict) or not isinstance(source.get("files", {}), dict):
-            raise ValueError("not a download's record")
+            raise ValueError("not the record of a download")
     except ValueError as error:
         raise UserError(
             f"{path} is damaged ({error}); delete the folder and download the model again"
@@ -48,23 +48,23 @@ def read_source(folder):
 
 
 def released(folder):
-    """The registry entry of a model folder, by its record or else its name; {} if none."""
+    """The registry entry of a model folder, by its record, or else by its name; {} if missing."""
     name = read_source(folder).get("released", folder.resolve().name)
     return registry().get(str(name), {})
 
 
 def check_source(path):
-    """Refuse a downloaded model's file whose digest differs from the one in source.json."""
+    """Refuse a file of a downloaded model if its digest differs from the one in source.json."""
     recorded = read_source(path.parent).get("files", {}).get(path.name)
     if recorded and path.is_file() and (digest := sha256_file(path)) != recorded:
         raise WeightsError(
             f"{path} has changed since it was downloaded: SHA-256 {digest}, recorded {recorded}. "
-            f"Delete the folder and download again; if the change is yours, delete its {SOURCE}"
+            f"Delete the folder and download again; if you changed the file, delete {SOURCE}"
         )
 
 
 def check_digest(path):
-    """Compare a file with the digest recorded beside it; record it at first use."""
+    """Compare a file with the digest recorded next to it; record the digest at first use."""
     record, digest = path.with_name(path.name + ".sha256"), sha256_file(path)
     if not record.exists():
         with atomic_path(record) as temporary:
@@ -80,17 +80,17 @@ def check_digest(path):
 
 
 def install(source, models, name, sha256, check):
-    """Make the model folder `models`/NAME of a released name, URL, zip, folder or .pt file.
+    """Install a released name, URL, zip, folder or .pt file as the model folder `models`/NAME.
 
-    name: the folder's, '' for the source's own. sha256: the user's digest of the download, or ''.
-    check: function of (folder, registry entry) that raises UserError for an unusable model.
-    Returns the folder, its record and the names of files that were not kept. A refused model
-    leaves nothing behind.
+    name: of the folder, '' for the name of the source. sha256: the user's digest of the download,
+    or ''. check: function of (folder, registry entry) that raises UserError for an unusable model.
+    Returns the folder, its record and the names of files that were not copied. If the model is
+    refused, no file remains.
     """
     entries = registry()
     name = name or default_name(source, entries)
     if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
-        raise UserError(f"{name[:100]} cannot name a model folder; give another with --model_name")
+        raise UserError(f"{name[:100]} is not a valid folder name; choose one with --model_name")
     folder = models / name
     if folder.exists():
         raise UserError(f"{folder} exists; delete it, or choose another name with --model_name")
@@ -118,7 +118,7 @@ def install(source, models, name, sha256, check):
 
 
 def default_name(source, entries):
-    """The model's name by its URL or file, spelled as in the registry."""
+    """The model's name from its URL or file, spelled as in the registry."""
     path = PurePosixPath(plain_url(source) if "://" in source else Path(source).absolute())
     name = path.parent.name if path.name in CHECKPOINTS[:2] else path.name
     name = re.sub(r"\.(zip|pth?)$", "", name)
@@ -126,7 +126,7 @@ def default_name(source, entries):
 
 
 def obtain(source, entries, place):
-    """(file or folder, its origin in words) of a released name, URL, or path of the user's.
+    """(file or folder, origin as text) of a released name, a URL, or a local path.
 
     Downloads go into the folder `place`. Raises UserError.
     """
@@ -153,7 +153,7 @@ def obtain(source, entries, place):
 
 
 def check_sha256(path, expected):
-    """A file's SHA-256, '' for a folder. Raises WeightsError when it is not as expected."""
+    """A file's SHA-256, '' for a folder. Raises WeightsError if it differs from an expected one."""
     digest = sha256_file(path) if path.is_file() else ""
     for other in expected:
         if other != digest:
@@ -169,8 +169,8 @@ def check_sha256(path, expected):
 def unpack(asset, folder, name):
     """Copy the files of the model `name` from an asset into `folder`; returns the other names.
 
-    asset: a .pt file, a folder, or a zip with one folder a model. Only files with the names of a
-    model's files are read. Raises WeightsError.
+    asset: a .pt file, a folder, or a zip with one folder per model. Only files with the names of
+    model files are read. Raises WeightsError.
     """
     try:
         if asset.is_dir():
@@ -202,13 +202,13 @@ def is_checkpoint(path):
 
 
 def copy_files(members, open_member, folder, name):
-    """Copy the model's files among `members` (paths with /) to `folder`; returns the other ones."""
+    """Copy the model's files among `members` (paths with /) to `folder`; returns the others."""
     homes = sorted({PurePosixPath(x).parent for x in members if PurePosixPath(x).name in USED})
     if len(homes) > 1:
         homes = [home for home in homes if home.name.casefold() == name.casefold()] or homes
     if len(homes) != 1:
         what = f"several models; name one of {some(map(str, homes))}" if homes else f"no {USED[0]}"
-        raise WeightsError(f"it holds {what} (of {some(members, 5) or 'nothing'})")
+        raise WeightsError(f"it contains {what} (files: {some(members, 5) or 'none'})")
     others = []
     for member in members:
         path = PurePosixPath(member)

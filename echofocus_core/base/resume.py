@@ -1,10 +1,10 @@
-"""Resume a run: compare its recorded settings with the present ones, restore its state.
+"""Resume a run: compare its recorded settings with the current ones, restore its state.
 
-    check_resume(folder, recorded, present, remedy="use another --model_name")
+    check_resume(folder, recorded, current, remedy="use another --model_name")
     with restoring(path, "use another --model_name"):
         net.load_state_dict(saved["weights"])
 
-Training of models and of the encoder, extraction and explanation all resume by these rules.
+Used by the training of models and of the encoder, by extraction and by explanation.
 """
 
 from contextlib import contextmanager
@@ -18,39 +18,39 @@ LONGEST = 60  # characters of a value in a message; longer ones (digests, tables
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting, or another fact of a run, whose recorded value is not the present one."""
+    """A setting, or another fact about a run, whose recorded value is not the current one."""
 
     name: str
     recorded: Any
-    present: Any
+    current: Any
 
     def __str__(self):
-        values = [str(x) if str(x) else "none" for x in (self.recorded, self.present)]
+        values = [str(x) if str(x) else "none" for x in (self.recorded, self.current)]
         if max(map(len, values)) > LONGEST:
             return f"different {self.name}"
         return f"{self.name} was {values[0]} and is now {values[1]}"
 
 
-def differences(recorded, present):
-    """The Differences of two dicts (name -> value), in the order of `present`.
+def differences(recorded, current):
+    """The Differences between two dicts (name -> value), in the order of `current`.
 
-    Names that only one of them has are ignored: that value is not available.
+    Names that only one of them has are ignored.
     """
     return [
         Difference(name, recorded[name], value)
-        for name, value in present.items()
+        for name, value in current.items()
         if name in recorded and recorded[name] != value
     ]
 
 
-def check_resume(run, recorded, present, *, remedy, is_fixed=lambda name: True, listener=RUN):
+def check_resume(run, recorded, current, *, remedy, is_fixed=lambda name: True, listener=RUN):
     """Refuse to resume a run whose fixed settings have changed; report the other changes.
 
-    run: what is resumed, for the message. recorded, present: name -> value. is_fixed: name ->
-    whether it must not change. remedy: what to do instead. Raises UserError, which names the first
-    fixed setting that differs, both values and the remedy.
+    run: the name in messages. recorded, current: name -> value. is_fixed: name -> whether a change
+    is an error. remedy: what to do instead. The UserError names the first fixed setting that
+    differs, both values and the remedy.
     """
-    changes = differences(recorded, present)
+    changes = differences(recorded, current)
     for change in changes:
         if is_fixed(change.name):
             raise UserError(f"{run} cannot be resumed: {change}; {remedy}")
@@ -60,7 +60,7 @@ def check_resume(run, recorded, present, *, remedy, is_fixed=lambda name: True, 
 
 @contextmanager
 def restoring(path, remedy):
-    """Report a checkpoint whose content does not have the expected form as one UserError."""
+    """Raise UserError if, in the block, a checkpoint does not have the expected content."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as e:

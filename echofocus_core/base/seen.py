@@ -1,4 +1,4 @@
-"""Who a model or an encoder was trained on: hashed ids of patients and studies, and no names."""
+"""The training patients of a model or an encoder: hashed ids of patients and studies."""
 
 import hashlib
 import unicodedata
@@ -14,17 +14,17 @@ STUDY = "study of the video"  # a column of label tables of videos, whose index 
 
 
 def normal_form(text):
-    """An id as a person reads it: Unicode forms, case and spaces around it make no difference."""
+    """An id without differences that readers ignore: Unicode form, case, surrounding spaces."""
     return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
 
 
 def id_key(text):
-    """`normal_form` without leading zeros, which spreadsheets drop. Ids of one key are one id."""
+    """`normal_form` without leading zeros, which spreadsheets drop. Ids with one key are equal."""
     return normal_form(text).lstrip("0")
 
 
 def hash_ids(ids, kind, key):
-    """Ids -> int64 (n,) of their `id_key`, keyed so that lists of two runs cannot be compared."""
+    """Ids -> int64 (n,) hashes of their `id_key`, keyed so that runs cannot be compared."""
     key = bytes.fromhex(key)
     texts = (f"{kind}|{id_key(x)}".encode(errors="surrogatepass") for x in ids)
     digests = (hashlib.blake2b(text, digest_size=8, key=key).digest() for text in texts)
@@ -33,10 +33,10 @@ def hash_ids(ids, kind, key):
 
 @dataclass(eq=False)
 class Seen:
-    """The patients and studies that a run trained and validated on, as hashes under its own key.
+    """The patients and studies that a run trained and validated on, as hashes keyed per run.
 
-    The checkpoint needs no other file for this and contains no ids: 8 bytes for an id (keyed
-    BLAKE2b); a patient or a study matches by itself.
+    They are stored in the checkpoint instead of ids: 8 bytes for each id (keyed BLAKE2b). A match
+    of the patient or of the study is enough.
     """
 
     key: str  # hexadecimal
@@ -54,17 +54,17 @@ class Seen:
         return cls(key, **parts)
 
     def levels(self, table):
-        """(by patient, by study), each (S,): 2 where training had it, 1 validation, 0 neither."""
+        """(by patient, by study), each (S,): 2 used in training, 1 in validation, 0 in neither."""
         codes = hash_ids(table["pid"], "p", self.key), hash_ids(studies_in(table), "e", self.key)
         return [np.where(np.isin(x, self.train), 2, np.isin(x, self.val) * 1) for x in codes]
 
     def saved(self):
-        """As it is stored in a checkpoint."""
+        """The form that a checkpoint stores."""
         return {"key": self.key} | {k: torch.from_numpy(getattr(self, k)) for k in ("train", "val")}
 
     @classmethod
     def load(cls, saved, path):
-        """From what `saved` gave. Raises UserError."""
+        """Read the form that `saved` returns. Raises UserError."""
         try:
             hash_ids(["a"], "p", saved["key"])
             parts = [saved[fold].numpy() for fold in ("train", "val")]
@@ -81,9 +81,9 @@ def studies_in(table):
 
 
 def seen_from(saved, path):
-    """What a checkpoint's model and its ancestors have seen: a list of Seen, its own first.
+    """The Seen of a checkpoint's model and of its ancestors, in this order.
 
-    None where the checkpoint has no such list, as a published one. Raises UserError.
+    None if the checkpoint has no such list, like published ones. Raises UserError.
     """
     if "seen" not in saved:
         return None
@@ -93,10 +93,10 @@ def seen_from(saved, path):
 
 
 def seen_levels(seen, table):
-    """(S,) 2 where a model was trained on a study or its patient, 1 validated, 0 neither.
+    """(S,) 2 if a model was trained on the study or its patient, 1 if only validated, else 0.
 
-    A match of the patient id or of the study id is enough, and holds for all the patient's
-    studies in the table: patient ids are often recoded, study ids are not.
+    A match of the patient id or of the study id is enough, and applies to all studies of the
+    patient in the table: patient ids are often recoded, study ids are not.
     """
     levels = np.zeros(len(table), int)
     for part in seen:
@@ -105,6 +105,6 @@ def seen_levels(seen, table):
 
 
 def all_seen(*lists):
-    """Lists of Seen, or None, as one without duplicates."""
+    """Join lists of Seen (or None) into one list without duplicates."""
     parts = [part for each in lists for part in each or ()]
     return list({(p.key, p.train.tobytes(), p.val.tobytes()): p for p in parts}.values())

@@ -15,33 +15,33 @@ from echofocus_core.base.console import UserError, printable
 
 
 def from_environment(name, default, least=0, environment=os.environ):
-    """A variable that torchrun or SLURM sets, as a whole number from `least`. Raises UserError."""
+    """An environment variable of torchrun or SLURM, an integer >= `least`. Raises UserError."""
     text = environment.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(
-            f"{name} in the environment is {printable(text)[:40]!r}, not a whole number from "
-            f"{least} (torchrun or SLURM sets it); unset {name} to run without them"
+            f"the environment variable {name} is {printable(text)[:40]!r}, but must be a whole "
+            f"number from {least}; torchrun or SLURM sets it; unset {name} to run without them"
         )
     return int(text)
 
 
 def place(rank_name, size_name, environment=os.environ):
-    """(rank, size) from two variables of the environment, the rank below the size."""
+    """(rank, size) from two environment variables. Raises UserError unless rank < size."""
     size = from_environment(size_name, 1, least=1, environment=environment)
     rank = from_environment(rank_name, 0, environment=environment)
     if rank >= size or (size > 1 and rank_name not in environment):
         raise UserError(
-            f"{size_name} in the environment is {size} and {rank_name} is "
-            f"{environment.get(rank_name, 'missing')}; unset both to run alone"
+            f"the environment variable {size_name} is {size} and {rank_name} is "
+            f"{environment.get(rank_name, 'missing')}; unset both to run one process"
         )
     return rank, size
 
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")  # the types that can compute
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # the supported types
 
 
 def pick_device(name=""):
-    """`--device` as a torch.device; by default CUDA (by torchrun's local rank), or CPU."""
+    """`--device` as a torch.device; by default a CUDA device (by local rank), or the CPU."""
     if not name and torch.cuda.is_available():
         name = f"cuda:{from_environment('LOCAL_RANK', 0) % torch.cuda.device_count()}"
     try:
@@ -56,8 +56,8 @@ def pick_device(name=""):
 
 @contextmanager
 def exact_convolutions():
-    """No TF32 in the block: torch would run convolutions on a GPU with 10 bits of mantissa, and
-    embeddings would differ from a CPU's by a thousandth."""
+    """Disable TF32 in the block: its 10 bits of mantissa in GPU convolutions would change
+    embeddings by a thousandth."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -74,7 +74,7 @@ class World:
     size: int = 1
 
     def sum(self, tensor):
-        """A tensor's sum over all processes, in place."""
+        """Replace a tensor by its sum over all processes, and return it."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
@@ -89,9 +89,9 @@ class World:
 
 @contextmanager
 def join_world(device, what):
-    """The World of this process for the block, in which only the first process prints.
+    """Yield the World of this process; in the block, only the first process prints.
 
-    what: what the processes do together, for a message. Raises UserError.
+    what: what the processes do together, for the message. Raises UserError.
     """
     world = World(*place("RANK", "WORLD_SIZE"))
     if world.size == 1:
@@ -100,7 +100,7 @@ def join_world(device, what):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     from_environment("MASTER_PORT", 29500)
-    print(f"process {world.rank} waits for the others of {world.size}")
+    print(f"process {world.rank} of {world.size} is waiting for the other processes")
     try:
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
         torch.distributed.init_process_group(
@@ -111,7 +111,7 @@ def join_world(device, what):
         raise UserError(
             f"the {world.size} processes cannot connect "
             f"({printable(error).splitlines()[0][:150]}); start them with torchrun, or unset "
-            "WORLD_SIZE and RANK to run alone"
+            "WORLD_SIZE and RANK to run one process"
         ) from error
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if world.rank else sys.stdout):
         print(f"{world.size} processes {what}")
@@ -120,10 +120,10 @@ def join_world(device, what):
 
 
 def restarted_store(world):
-    """The store by which torchrun's processes connect: one that the first process opens.
+    """A store, opened by the first process, through which the processes connect.
 
-    torchrun's own store outlives a restart and still holds the addresses of the processes that
-    died, to which a new process would try to connect.
+    torchrun's store outlives a restart and still has the addresses of the processes that died,
+    to which a new process would try to connect.
     """
     host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
     board = torch.distributed.TCPStore(host, port, is_master=False)
