@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from echofocus_core.base.checkpoints import load_safely, save
 from echofocus_core.base.console import UserError
+from echofocus_core.base.files import remove_temporaries
 from echofocus_core.base.resume import check_resume, restoring
 from echofocus_core.base.world import World
 
@@ -77,6 +78,7 @@ class EpochTraining:
             )
         if self.world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(self.folder)
             if self.epoch:  # the run may have been killed after the checkpoint, before this
                 self.write_history()
             if not self.finished:

@@ -43,6 +43,12 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(folder):
+    """Delete what killed runs left half-written in a folder that no other process writes to."""
+    for path in Path(folder).glob(".*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
 def output_path(path, what, is_ours):
     """The Path of a file to write. Raises UserError for a folder, and for a file with other
     content, such as an input.
