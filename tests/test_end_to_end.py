@@ -37,9 +37,7 @@ def small_network(monkeypatch):
     monkeypatch.setattr(panecho.FrameTransformer.__init__, "__defaults__", (16, None, 1, 8, 0.0))
     select = panecho.select_tasks
     monkeypatch.setattr(panecho, "select_tasks", lambda t: select("EF" if t == "all" else t))
-    panecho.random_digest.cache_clear()
     yield
-    panecho.random_digest.cache_clear()
 
 
 def network(**options):

@@ -35,7 +35,7 @@ def narrow_encoder(monkeypatch):
     """A ConvNeXt of four narrow blocks, whose untrained weights are drawn once."""
     monkeypatch.setattr(panecho, "CONVNEXT_TINY", NARROW)
     monkeypatch.setattr(panecho, "random_weights", narrow_weights)
-    monkeypatch.setattr(panecho, "random_digest", lambda: "ab" * 32)
+    monkeypatch.setattr(panecho, "RANDOM_SHA256", "ab" * 32)
 
 
 @functools.cache

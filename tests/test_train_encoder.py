@@ -194,7 +194,6 @@ def write_list(folder, rows):
     ("change", "wrong"),
     [
         ({"Split": "train2"}, "Split train2"),
-        ({"FileName": "../0X01"}, "not a file's name"),
         ({"FileName": "0X02"}, "0X02.avi"),
     ],
 )
@@ -416,7 +415,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     assert list(history["phase"][:2]) == ["train", "val"] and "EF_r2" in history
     metrics = pd.read_csv("ef/metrics_test.csv").set_index("metric")
     assert metrics.at["rmse", "value"] == pytest.approx(mse**0.5, rel=1e-4)
-    assert "95 % interval" in Path("ef/test_summary.txt").read_text()
+    assert "EF: r2" in Path("ef/test_summary.txt").read_text()
     assert str(here) not in "".join(p.read_text() for p in Path("ef").rglob("*.csv"))
 
     (weights,) = Path("ef").glob("chkpt_epoch-*.pt")
@@ -707,16 +706,10 @@ def test_changes_on_resume(cli, here, dynamic):
     assert status == 1 and "best checkpoint of run is missing" in err
 
 
-def test_results_are_of_the_best_epoch(tmp_path):
-    """An epoch without a metric is not the best; results of an earlier best are written again."""
+def test_an_epoch_without_a_metric_is_not_the_best():
     run = train.Run.__new__(train.Run)
-    run.folder, run.names, run.scores = tmp_path, {"val": ["a"], "test": ["b"]}, [np.nan, 0.3]
-    assert run.best_epoch == 2 and not run.results_written
-    for fold in run.names:
-        (tmp_path / f"{fold}_summary.txt").write_text(f"{fold}: 1 studies, best epoch 2\nEF: 1\n")
-    assert run.results_written
-    run.scores.append(0.9)
-    assert not run.results_written
+    run.scores = [np.nan, 0.3]
+    assert run.best_epoch == 2
 
 
 def test_weights_of_another_run_are_not_reported_as_this_ones(tmp_path):
@@ -777,7 +770,7 @@ def test_pooled_folds_of_every_kind(here):
             path.parent.mkdir(parents=True)
             table.to_csv(path, index=False)
     encoder.write_pooled(here, [Path("fold_0"), Path("fold_1")], tasks, 20)
-    assert "auroc" in Path("echonet-pediatric_summary.txt").read_text()
+    assert "AUROC" in Path("echonet-pediatric_summary.txt").read_text()
     assert "auroc" in Path("echonet-pediatric_m_metrics.csv").read_text()
     assert not list(here.glob("*gone*"))
 
@@ -832,7 +825,7 @@ def test_start_from_a_published_run(here, capsys):
         other = panecho.FrameTransformer(4, None, 2)
         start.load_start(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="chkpt_epoch-N"):
+    with pytest.raises(UserError, match="no weights file empty"):
         start.load_start(net, "empty", settings)
     record = train.EncoderRecord(tasks=[], clip_len=32)
     saved = {"weights": theirs.state_dict(), "encoder": record.to_save()}

@@ -4,10 +4,8 @@ import os
 import re
 import socket
 import sys
-import time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 
@@ -105,8 +103,8 @@ def join_world(device, what):
         socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            **(restarted_store(world) if "TORCHELASTIC_RESTART_COUNT" in os.environ else {}),
-        )
+            store=store_of_attempt(), rank=world.rank, world_size=world.size,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:  # DistError is a RuntimeError
         raise UserError(
             f"the {world.size} processes cannot connect "
@@ -119,26 +117,14 @@ def join_world(device, what):
     torch.distributed.destroy_process_group()
 
 
-def restarted_store(world):
-    """A store, opened by the first process, through which the processes connect.
+def store_of_attempt():
+    """torchrun's store with a prefix for each restart; None for processes started otherwise.
 
-    torchrun's store outlives a restart and still has the addresses of the processes that died,
-    to which a new process would try to connect.
+    The store outlives a restart and still has the addresses of the processes that died, to which a
+    new process would try to connect.
     """
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
     host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
-    board = torch.distributed.TCPStore(host, port, is_master=False)
-    if world.rank == 0:
-        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        board.set("echofocus", str(store.port))
-        return {"store": store, "rank": 0, "world_size": world.size}
-    for _ in range(100):
-        try:
-            store = torch.distributed.TCPStore(
-                host, int(board.get("echofocus")), is_master=False, timeout=timedelta(seconds=5)
-            )
-        except torch.distributed.DistError:
-            time.sleep(0.5)
-            continue
-        store.set_timeout(timedelta(minutes=30))
-        return {"store": store, "rank": world.rank, "world_size": world.size}
-    raise UserError(f"process {world.rank} cannot reach the first process at {host}")
+    store = torch.distributed.TCPStore(host, port, is_master=False)
+    return torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)

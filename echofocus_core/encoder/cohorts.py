@@ -10,7 +10,7 @@ Training and `check` read them here; findings go to a listener (base/console.py)
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ class VideoCohort:
     def without(self, names):
         """The cohort less some videos."""
         kept = ~self.videos.index.isin(list(names))
-        return VideoCohort(self.name, self.tasks, self.videos[kept], self.labels[kept])
+        return replace(self, videos=self.videos[kept], labels=self.labels[kept])
 
 
 def read_cohort(name, folder, tasks=(), listener=RUN):
@@ -89,10 +89,22 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}; --data_dir names the folder of the cohort")
-    available = available_tasks(name, list(tasks))
+    available, names = named_tasks(name, list(tasks))
     words = {task: MISSING.intersection(t["class_names"]) for task, t in available.items()}
     cells, file = LAYOUTS[name](folder, listener, words)
-    chosen = choose_tasks(name, list(tasks), available, cells, file)
+    names = names or [task for task in available if task in cells]
+    if not names:
+        raise UserError(
+            f"{file} has no column of a task of PanEcho's; name those to learn with --tasks, or "
+            "your own in a JSON file"
+        )
+    for task in names:
+        if task not in cells:
+            raise UserError(
+                f"{file} has no column '{task}'{nearest(task, cells.columns)}; add it, or leave "
+                "the task out"
+            )
+    chosen = [dict(available[task]) for task in names]
     labels = {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
     refuse_duplicates(cells, file)
     cells["patient"] = one_form(cells["patient"], file, listener)
@@ -128,20 +140,27 @@ def read_list(path, columns, listener, words):
     return cells[~blank].copy()
 
 
-def with_suffix(name):
-    """A video's file as EchoNet's lists name it, with or without .avi."""
-    return name if name.lower().endswith(".avi") else f"{name}.avi"
+def read_echonet(folder, splits, listener, words, view=""):
+    """(rows with name, path, stem and split, path) of the FileList.csv beside Videos/."""
+    path = folder / "FileList.csv"
+    cells = read_list(path, ("FileName", "Split"), listener, words)
+    cells["stem"] = cells["FileName"].str.removesuffix(".avi")
+    cells["name"] = view + cells["stem"] + ".avi"
+    cells["path"] = f"{folder / 'Videos'}{os.sep}" + cells["stem"] + ".avi"
+    cells["split"] = cells["Split"].str.lower().str.removesuffix(".0")
+    odd = cells[~cells["split"].isin(list(splits))]
+    if len(odd):
+        raise UserError(
+            f"{path}, line {odd.index[0]}: the Split {printable(odd['Split'].iloc[0])[:30]} is not "
+            f"one of {', '.join(splits)}"
+        )
+    return cells, path
 
 
 def read_dynamic(folder, listener, words):
     """EchoNet-Dynamic: each video counts as a study and a patient."""
-    path = folder / "FileList.csv"
-    cells = read_list(path, ("FileName", "Split"), listener, words)
-    cells["name"] = cells["FileName"].map(with_suffix)
-    cells["path"] = [below(folder / "Videos", name, path) for name in cells["name"]]
-    cells["study"] = cells["patient"] = cells["name"].str.removesuffix(".avi")
-    cells["split"] = cells["Split"].str.lower()
-    refuse_odd_splits(cells, FOLDS, path)
+    cells, path = read_echonet(folder, FOLDS, listener, words)
+    cells["study"] = cells["patient"] = cells["stem"]
     return cells, path
 
 
@@ -152,26 +171,19 @@ def read_pediatric(folder, listener, words):
         raise UserError(f"{folder} has neither A4C nor PSAX, as EchoNet-Pediatric has")
     if len(views) == 1:
         listener.warning(f"{folder} has only {views[0]}", "the other view is left out")
-    parts = []
+    parts, splits = [], [str(k) for k in range(PEDIATRIC_FOLDS)]
     for view in views:
-        path = folder / view / "FileList.csv"
-        cells = read_list(path, ("FileName", "Split"), listener, words)
-        names = cells["FileName"].map(with_suffix)
-        pieces = names.str.removesuffix(".avi").str.split("-")
-        odd = names[pieces.str.len() != 3]
+        cells, path = read_echonet(folder / view, splits, listener, words, f"{view}/")
+        pieces = cells["stem"].str.split("-")
+        odd = cells["stem"][pieces.str.len() != 3]
         if len(odd):
             raise UserError(
                 f"{path}, line {odd.index[0]}: {printable(odd.iloc[0])[:60]} is not "
                 "<patient>-<accession>-<number>.avi"
             )
-        cells["name"] = view + "/" + names
-        cells["path"] = [below(folder / view / "Videos", name, path) for name in names]
-        cells["patient"] = pieces.str[0]
-        cells["study"] = pieces.str[0] + "-" + pieces.str[1]
-        cells["split"] = cells["Split"].str.replace(r"\.0$", "", regex=True)
-        refuse_odd_splits(cells, [str(k) for k in range(PEDIATRIC_FOLDS)], path)
+        cells["patient"], cells["study"] = pieces.str[0], pieces.str[:2].str.join("-")
         parts.append(cells)
-    return pd.concat(parts, ignore_index=True), folder / views[0] / "FileList.csv"
+    return pd.concat(parts, ignore_index=True), path
 
 
 def read_hospital(folder, listener, words):
@@ -222,22 +234,6 @@ LAYOUTS = {
 }
 
 
-def below(folder, name, table):
-    """The path of a file in a folder. UserError for a name that leads out of it."""
-    if Path(name).name != name or "\0" in name:
-        raise UserError(f"{table}: {printable(name)[:60]} is not a file's name")
-    return str(folder / name)
-
-
-def refuse_odd_splits(cells, allowed, path):
-    odd = cells[~cells["split"].isin(list(allowed))]
-    if len(odd):
-        raise UserError(
-            f"{path}, line {odd.index[0]}: the Split {printable(odd['split'].iloc[0])[:30]} is not "
-            f"one of {', '.join(allowed)}"
-        )
-
-
 def refuse_duplicates(cells, file):
     """UserError for a file, by any path, or a name in two rows: labels or folds might differ."""
     files = cells["path"].map(os.path.realpath)
@@ -252,40 +248,20 @@ def refuse_duplicates(cells, file):
 # ------------------------------------------------------------------------------------------ labels
 
 
-def available_tasks(name, names):
-    """Name -> entry, like those of TASKS, of the tasks that a cohort's tables may have."""
-    if is_task_file(names):
-        return {t["name"]: t for t in read_tasks(names[0])}
-    return {t["name"]: t for t in TASKS} | (ECHONET if name != "hospital" else {})
-
-
-def is_task_file(names):
-    return len(names) == 1 and names[0].endswith(".json")
-
-
-def choose_tasks(name, names, available, cells, file):
-    """The entries of the tasks to learn; available: see `available_tasks`."""
-    if is_task_file(names):
-        names = list(available)
-    if not names:
-        names = [t for t in available if t in cells] if name == "hospital" else ["EF"]
+def named_tasks(cohort, names):
+    """(name -> entry of the tasks that tables may have, names of those to learn; [] for all)."""
+    if len(names) == 1 and names[0].endswith(".json"):
+        tasks = {t["name"]: t for t in read_tasks(names[0])}
+        return tasks, list(tasks)
+    is_echonet = cohort != "hospital"
+    tasks = {t["name"]: t for t in TASKS} | (ECHONET if is_echonet else {})
     for task in names:
-        if task not in available:
+        if task not in tasks:
             raise UserError(
-                f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, available)}; "
+                f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, tasks)}; "
                 "other tasks come from a JSON file: name, type, classes, unit"
             )
-        if task not in cells:
-            raise UserError(
-                f"{file} has no column '{task}'{nearest(task, cells.columns)}; add it, or leave "
-                "the task out"
-            )
-    if not names:
-        raise UserError(
-            f"{file} has no column of a task of PanEcho's; name those to learn with --tasks, or "
-            "your own in a JSON file"
-        )
-    return [dict(available[task]) for task in names]
+    return tasks, names or (["EF"] if is_echonet else [])
 
 
 def values_of(column, task, cohort, file, listener):
@@ -320,27 +296,24 @@ def values_of(column, task, cohort, file, listener):
 def report_conflicts(cohort, file, listener):
     """Report patients in several folds, studies of several patients and labels that differ within
     a study. They are errors in tables of one's own, warnings in published ones."""
-    videos, studies = cohort.videos, cohort.videos["study"]
     serious = listener.error if cohort.by_metric else listener.warning
-
-    def report(report_as, counts, text, remedy):
+    videos, studies = cohort.videos, cohort.videos["study"]
+    checks = [
+        (serious, videos.groupby("patient")["split"], "patients are in several folds",
+         "results would look better than they are: give each patient one fold"),
+        (listener.error, videos.groupby("study")["patient"], "studies are of several patients",
+         "give the videos of a study one patient"),
+    ]  # fmt: skip
+    remedy = "give a study one label; its results are compared with that of its first video"
+    for name, labels in cohort.labels.items():
+        checks.append(
+            (serious, labels.groupby(studies), f"studies have videos with different {name}", remedy)
+        )
+    for report, groups, text, remedy in checks:
+        counts = groups.nunique()
         several = counts.index[counts > 1]
         if len(several):
-            report_as(f"{file}: {len(several)} {text}: {some(map(printable, several))}", remedy)
-
-    report(
-        serious, videos.groupby("patient")["split"].nunique(), "patients are in several folds",
-        "results would look better than they are: give each patient one fold",
-    )  # fmt: skip
-    report(
-        listener.error, videos.groupby("study")["patient"].nunique(),
-        "studies are of several patients", "give the videos of a study one patient",
-    )  # fmt: skip
-    for label, counts in cohort.labels.groupby(studies).nunique().items():
-        report(
-            serious, counts, f"studies have videos with different {label}",
-            "give a study one label; its results are compared with that of its first video",
-        )  # fmt: skip
+            report(f"{file}: {len(several)} {text}: {some(map(printable, several))}", remedy)
 
 
 def report_suspicious_values(cohort, file, listener):

@@ -12,18 +12,14 @@ import pandas as pd
 from echofocus_core.base.figures import plot_history
 from echofocus_core.base.files import atomic_path, write_table
 from echofocus_core.report.curves import (
-    draw_classes,
-    draw_roc,
-    draw_scatter,
+    PANELS,
+    metric_name,
     panel_figure,
     select_panels,
+    with_interval,
 )
-from echofocus_core.study.statistics import (
-    BinaryOutcome,
-    MulticlassOutcome,
-    RegressionOutcome,
-    estimates,
-)
+from echofocus_core.study.outputs import label_of
+from echofocus_core.study.statistics import estimates
 
 MEANS = {  # published column -> (kind of task, metric)
     "mean_classification_auroc": ("classification", "auroc"),
@@ -32,27 +28,23 @@ MEANS = {  # published column -> (kind of task, metric)
     "mean_regression_mse": ("regression", "mse"),
     "mean_regression_mae": ("regression", "mean_absolute_error"),
 }
-PANELS = (
-    (BinaryOutcome, draw_roc, "roc_curves"),
-    (RegressionOutcome, draw_scatter, "scatter_plots"),
-    (MulticlassOutcome, draw_classes, "classes"),
-)
+KINDS = {  # type of a task -> kind of label
+    "binary_classification": "binary",
+    "multi-class_classification": "multiclass",
+    "regression": "regression",
+}
 SHOWN = ("auroc", "average_precision", "r2", "mean_absolute_error", "median_absolute_error", "rmse")
 
 
 def outcomes_of(tasks, predicted, truths):
     """An Outcome a task. predicted: DataFrame, columns (task, output); truths: a column a task."""
-    outcomes = []
-    for task in tasks:
-        name, y = task["name"], truths[task["name"]].to_numpy()
-        values = predicted[name].to_numpy()
-        if task["type"] == "regression":
-            outcomes.append(RegressionOutcome(name, y, values[:, 0], task.get("unit", "")))
-        elif task["type"].startswith("multi"):
-            outcomes.append(MulticlassOutcome(name, y, values, task["class_names"]))
-        else:
-            outcomes.append(BinaryOutcome(name, y, values[:, 0]))
-    return outcomes
+    return [
+        label_of(task["name"], KINDS[task["type"]], task["class_names"]).outcome(
+            truths[[task["name"]]].to_numpy(), predicted[task["name"]].to_numpy(),
+            task.get("unit", ""),
+        )
+        for task in tasks
+    ]  # fmt: skip
 
 
 def validation_row(tasks, predicted, truths):
@@ -97,8 +89,6 @@ def write_results(run, fold, predictions):
     patients = videos.groupby("study")["patient"].first().loc[predictions.studies.index]
     outcomes = outcomes_of(tasks, predictions.studies, truths)
     computed = estimates(outcomes, patients.to_numpy(), run.settings.n_bootstrap)
-    rows = pd.DataFrame([estimate.row() for estimate in computed])
-    write_table(rows, run.folder / f"metrics_{fold}.csv")
     plot_predictions(outcomes, computed, run.folder, fold)
     history = pd.DataFrame(run.history).pivot(index="epoch", columns="phase", values="loss")
     history = history.rename_axis(index="epochs_trained").reset_index()
@@ -107,7 +97,8 @@ def write_results(run, fold, predictions):
         f"{fold}: {len(predictions.studies)} studies, {len(predictions.videos)} videos, "
         f"best epoch {run.best_epoch}"
     )
-    write_summary(run.folder / f"{fold}_summary.txt", title, rows, run.notes[fold])
+    table, summary = run.folder / f"metrics_{fold}.csv", run.folder / f"{fold}_summary.txt"
+    write_metrics(computed, table, summary, [title, *run.notes[fold]])
 
 
 def prediction_table(task, predicted, truths):
@@ -124,30 +115,25 @@ def prediction_table(task, predicted, truths):
     return table
 
 
-def write_summary(path, title, rows, notes=()):
-    """Write and print the main metrics as text, after notes."""
-    lines = [title, *notes]
-    for row in rows[rows["metric"].isin(SHOWN)].to_dict("records"):
-        value, low, high = (row[k] for k in ("value", "ci_low", "ci_high"))
-        if pd.isna(value):
-            text = f"not defined ({row['note']})"
-        else:
-            text = f"{value:.4g}"
-            text += "" if pd.isna(low) else f" (95 % interval {low:.4g} to {high:.4g})"
-        unit = f" [{row['unit']}]" if row["unit"] else ""
-        lines.append(f"{row['label']}: {row['metric'].replace('_', ' ')}{unit} {text}")
-    with atomic_path(path) as temporary:
+def write_metrics(computed, table, summary, lines):
+    """Write Estimates as a table, and the main ones below `lines` as text."""
+    write_table(pd.DataFrame([estimate.row() for estimate in computed]), table)
+    for x in computed:
+        if x.metric in SHOWN:
+            value = with_interval(x) if np.isfinite(x.value) else f"not defined ({x.note})"
+            lines = [*lines, f"{x.label}: {metric_name(x.metric, x.unit)} {value}"]
+    with atomic_path(summary) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
 def plot_predictions(outcomes, computed, folder, fold):
-    """Draw roc_curves_<fold>, scatter_plots_<fold> and classes_<fold>, of the kinds of tasks."""
-    for kind, draw, name in PANELS:
-        of_kind = select_panels([o for o in outcomes if isinstance(o, kind)])
-        titles = {e.label: e for e in computed if e.metric == kind.headline}
-        if of_kind:
-            panel_figure(of_kind, draw, titles, folder / f"{name}_{fold}")
+    """Draw roc_curves_<fold>, scatter_plots_<fold> and roc_classes_<fold>."""
+    for name in ("roc_curves", "scatter_plots", "roc_classes"):
+        if shown := select_panels([o for o in outcomes if name in o.figures]):
+            panel = PANELS[name]
+            titles = {e.label: e for e in computed if e.metric == panel.metric}
+            panel_figure(shown, panel.draw, titles, folder / f"{name}_{fold}")
 
 
 def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
@@ -163,12 +149,13 @@ def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
         values = pd.concat([part.drop(columns=["acc_num", "label"]) for part in parts])
         table = pd.concat([p.assign(fold=k) for k, p in enumerate(parts)])
         write_table(table, folder / f"echonet-pediatric_{task}_preds.csv")
-        outcomes = outcomes_of([entry], {task: values}, {task: table["label"]})
+        truths = table[["label"]].set_axis([task], axis=1)
+        outcomes = outcomes_of([entry], {task: values}, truths)
         patients = table["acc_num"].str.split("-").str[0].to_numpy()
-        computed = estimates(outcomes, patients, n_bootstrap)
-        rows = pd.DataFrame([estimate.row() for estimate in computed])
-        write_table(rows, folder / f"echonet-pediatric_{task}_metrics.csv")
-        name = "echonet-pediatric_summary.txt"
-        name = name if entry is tasks[0] else f"echonet-pediatric_{task}_summary.txt"
+        name = f"_{task}" if entry is not tasks[0] else ""
         title = f"{task} over {len(runs)} folds, {len(table)} studies"
-        write_summary(folder / name, title, rows, notes)
+        write_metrics(
+            estimates(outcomes, patients, n_bootstrap),
+            folder / f"echonet-pediatric_{task}_metrics.csv",
+            folder / f"echonet-pediatric{name}_summary.txt", [title, *notes],
+        )  # fmt: skip

@@ -14,13 +14,12 @@ from echofocus_core.study.folds import levels_by, without_seen
 from echofocus_core.study.labels import other_unit
 from echofocus_core.video.panecho import (
     DOWNLOADED,
-    TASKS,
     PanEcho,
     find_weights,
     licence_of,
     read_encoder,
+    tasks_in,
     warn_of_other_clips,
-    weights_path,
 )
 from echofocus_core.video.record import EncoderRecord
 
@@ -52,16 +51,13 @@ def build_net(settings, tasks, labels):
 
 def load_start(net, source, settings):
     """Load a weights file's backbone and its heads of the same tasks; returns the Start."""
-    if Path(source).is_dir():  # even one called panecho, which otherwise names the release
-        source = Path(source)
-        if not weights_path(source).is_file():
-            raise UserError(f"{source} holds no chkpt_epoch-N.pt; name a run's folder or a file")
-    path = find_weights(source)
+    # A folder may be called panecho, which otherwise names the release.
+    path = find_weights(Path(source) if Path(source).is_dir() else source)
     file = read_encoder(path)
     state, record = without_counters(file.state), file.record
     if record or path.name == DOWNLOADED.name:
         refuse_other_network(record or EncoderRecord(tasks=[]), path, settings)
-    given = {t["name"]: t for t in ([x.entry() for x in record.tasks] if record else TASKS)}
+    given = {t["name"]: t for t in tasks_in(state, record)}
     fresh = net.state_dict()
     kept = []
     for task in net.tasks:
@@ -127,13 +123,12 @@ def without_counters(state):
 
 def refuse_other_network(record, path, settings):
     """UserError for weights that fit this network's shapes but were trained in another one."""
-    names = {"model_name": "model_name", "arch": "arch", "n_layers": "layers", "n_heads": "heads",
-             "normalization": "normalization"}  # fmt: skip
-    for option_name, name in names.items():
-        trained, value = getattr(record, name), getattr(settings, option_name)
-        if trained != value and (settings.arch or not option_name.startswith("n_")):
+    trained = {"model_name": record.model_name, "arch": record.arch}
+    trained |= {"n_layers": record.layers, "n_heads": record.heads} if settings.arch else {}
+    for name, before in (trained | {"normalization": record.normalization}).items():
+        if before != (value := getattr(settings, name)):
             raise UserError(
-                f"{path} was trained with {option_name} = {trained or 'none'}, not "
-                f"{value or 'none'}; give --{option_name} {trained}, or start from other weights"
+                f"{path} was trained with {name} = {before or 'none'}, not {value or 'none'}; "
+                f"give --{name} {before}, or start from other weights"
             )
     warn_of_other_clips(record, path, settings.size, settings.clip_len, settings.sampling_rate)

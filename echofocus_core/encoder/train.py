@@ -51,7 +51,7 @@ READERS = 6  # threads; more read no faster and delay the steps (benchmarks/RESU
 
 @dataclass
 class Predictions:
-    """Activated outputs, columns (task, number of the output); see `panecho.activate`."""
+    """Activated outputs, columns (task, number of the output)."""
 
     videos: pd.DataFrame  # a row a video
     studies: pd.DataFrame  # the mean over a study's videos
@@ -140,13 +140,9 @@ class Run(EpochTraining):
 
     @property
     def results_written(self):
-        """Whether the results of the best epoch are written; the summaries are written last."""
-        files = [self.folder / f"{fold}_summary.txt" for fold in self.result_folds]
-        end = f" best epoch {self.best_epoch}"
-        return all(
-            f.is_file() and f.read_text(encoding="utf-8").partition("\n")[0].endswith(end)
-            for f in files
-        )
+        """Whether the results of the best epoch are written: their summaries come last, and a new
+        best epoch deletes them."""
+        return all((self.folder / f"{fold}_summary.txt").is_file() for fold in self.result_folds)
 
     def record(self):
         s = self.settings
@@ -386,7 +382,7 @@ class Run(EpochTraining):
             temporary.write_text(json.dumps(self.record().to_save(), indent=2) + "\n")
 
     def write_best(self):
-        """Write chkpt_epoch-N.pt; the former best file is deleted."""
+        """Write chkpt_epoch-N.pt; the former best file and its results are deleted."""
         path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
         state = {k: v for k, v in self.state().items() if k in ("weights", "encoder", "history")}
         videos = [self.cohort.videos.loc[self.names[f]].assign(fold=f) for f in ("train", "val")]
@@ -394,7 +390,7 @@ class Run(EpochTraining):
         seen = [Seen.of(split, self.cohort.digest()[:32]), *self.start.seen]
         save(state | {"seen": [part.saved() for part in seen]}, path)
         self.write_start()
-        for old in self.folder.glob("chkpt_epoch-*.pt"):
+        for old in (*self.folder.glob("chkpt_epoch-*.pt"), *self.folder.glob("*_summary.txt")):
             if old != path:
                 old.unlink()
 

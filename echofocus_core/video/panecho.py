@@ -19,7 +19,6 @@ import json
 import math
 import zlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +44,7 @@ WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/pane
 DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py download PanEcho`
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
 STD = (0.229, 0.224, 0.225)
+RANDOM_SHA256 = hashlib.sha256(b"random weights").hexdigest()  # names those of `random_weights`
 CACHED_NUMBERS = 1_250_000  # of a block's hidden layer at a time, on a CPU: 5 MB in fp32
 CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of each stage
 
@@ -469,22 +469,17 @@ def read_encoder(path):
     """
     saved = load_safely(path)
     saved = saved if isinstance(saved, dict) else {}
-    state, seen = saved.get("weights"), read_seen(saved, path)
+    state, seen = saved.get("weights"), ()
+    if "seen" in saved:
+        from echofocus_core.base.seen import seen_from
+
+        seen = tuple(seen_from(saved, path))
     if parts := published_parts(saved.get("model_state_dict")):
         state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
     return EncoderFile(state, record_of(saved, path), seen)
-
-
-def read_seen(saved, path):
-    """The lists of Seen in a weights file's dict, of the encoder and of what it started from."""
-    if "seen" not in saved:
-        return ()
-    from echofocus_core.base.seen import seen_from
-
-    return tuple(seen_from(saved, path))
 
 
 def seen_by(weights):
@@ -526,17 +521,9 @@ def tasks_in(state, record):
     return [t for t in TASKS if any(k.startswith(f"{t['name']}_head.") for k in state)]
 
 
-@cache
-def random_digest():
-    sha256 = hashlib.sha256()
-    for tensor in random_weights().values():
-        sha256.update(tensor.numpy())
-    return sha256.hexdigest()
-
-
 def weights_digest(weights):
     """The SHA-256 that names weights, see `load_panecho`."""
-    return random_digest() if weights == "random" else sha256_file(find_weights(weights))
+    return RANDOM_SHA256 if weights == "random" else sha256_file(find_weights(weights))
 
 
 @dataclass(frozen=True)
