@@ -6,6 +6,7 @@ import socket
 import sys
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -127,4 +128,5 @@ def store_of_attempt():
         return None
     host, port = os.environ.get("MASTER_ADDR", "localhost"), from_environment("MASTER_PORT", 29500)
     store = torch.distributed.TCPStore(host, port, is_master=False)
+    store.set_timeout(timedelta(minutes=30))  # one process may decode longer than the others
     return torch.distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
