@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import published_model
 
 from echofocus_core.base.checkpoints import WeightsError, load_safely, save
 
@@ -68,48 +67,11 @@ def test_every_flipped_bit_is_refused_or_harmless(small):
     assert 0 < harmless < len(whole) / 5 / 2  # what no reader looks at
 
 
-def test_flipped_numbers_of_a_model_are_named(tmp_path):
-    """A published model: torch.load reads each of these files, and other numbers in them."""
-    published_model(tmp_path / "m", 3)
-    path, rng = tmp_path / "m" / "best_checkpoint.pt", random.Random(1)
-    with zipfile.ZipFile(path) as archive:
-        places = [(x.header_offset + 200, x.file_size) for x in archive.infolist()]
-    start, size = max(places, key=lambda place: place[1])
-    for _ in range(8):
-        at = start + rng.randrange(size - 400)
-        with open(path, "rb+") as f:
-            f.seek(at)
-            byte = f.read(1)[0]
-            f.seek(at)
-            f.write(bytes([byte ^ 64]))
-            f.flush()
-            torch.load(path, weights_only=False)
-            assert "does not match its checksum" in refused(path, "download it again")
-            f.seek(at)
-            f.write(bytes([byte]))
-    load_safely(path)
-
-
-@pytest.mark.parametrize("end", [0, 1, 3, 50, 0.5, -1, -23, -99])
-def test_cut_files(small, end):
+def test_cut_files(small):
     whole = small.read_bytes()
-    small.write_bytes(whole[: int(end * len(whole)) if isinstance(end, float) else end])
-    refused(small)
-
-
-def rebuilt(path, more=(), method=zipfile.ZIP_STORED):
-    """The same archive, its records compressed, or with more records; all checksums are right."""
-    other = path.with_name("rebuilt.pt")
-    with zipfile.ZipFile(path) as a, zipfile.ZipFile(other, "w", method) as b:
-        for name, data in [*((x.filename, a.read(x)) for x in a.infolist()), *more]:
-            b.writestr(name, data)
-    return other
-
-
-def test_archives_that_readers_could_take_in_two_ways(small):
-    assert same(load_safely(rebuilt(small)), SAVED)
-    refused(rebuilt(small, method=zipfile.ZIP_DEFLATED), "compressed")
-    refused(rebuilt(small, [("best_checkpoint/DATA/0", bytes(120))]), "twice")
+    for end in (1, 50, len(whole) // 2, -1, -23, -99):
+        small.write_bytes(whole[:end])
+        refused(small)
 
 
 def test_numpy_values_are_read_and_saved_again(small):
@@ -167,25 +129,20 @@ def test_other_files_are_not_checkpoints(small):
     refused(Path(small.parent, "gone.pt"), "no checkpoint")
 
 
-def test_a_checkpoint_without_its_training_state_is_refused(cohort, cli):
-    line = ["train", "--task", "defect", "--encoder_depth", "0", "--epoch_lim"]
-    assert cli(*line, "1")[0] == 0
-    path = cohort / "trained_models" / "defect" / "last_checkpoint.pt"
+def test_a_checkpoint_without_its_training_state_is_refused(trained, cli):
+    path = trained / "trained_models" / "defect" / "last_checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     save({k: v for k, v in saved.items() if k != "optimizer_state_dict"}, path)
-    status, _, err = cli(*line, "2")
+    status, _, err = cli("train", "--task", "defect", "--epoch_lim", "3")
     assert status == 1 and err.count("\n") == 1 and "last_checkpoint.pt" in err
-    save(saved, path)
-    assert cli(*line, "2")[0] == 0
 
 
-@pytest.mark.parametrize("size", [0, 200, 1500])
-def test_a_full_disk(tmp_path, size):
+def test_a_full_disk(tmp_path):
     """The error is the system's, not torch's."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
         with pytest.raises(OSError, match="File too large"):
             save(SAVED, tmp_path / "best_checkpoint.pt")
     finally:
