@@ -13,7 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import ROOT, copy_example, normal, published_model, recorded, write_embeddings
+from helpers import (
+    ROOT,
+    copy_example,
+    edit_config,
+    normal,
+    published_model,
+    recorded,
+    write_embeddings,
+)
 
 from echofocus_core.base import releases
 from echofocus_core.base.download import fetch
@@ -97,9 +105,7 @@ def test_registry_agrees_with_what_is_written_elsewhere(here, cli):
     assert MODELS / "PanEcho" / registry["PanEcho"]["file"] == panecho.DOWNLOADED
     status, out, _ = cli("download", "--list")
     assert status == 0 and out == cli("download")[1]
-    for name, entry in registry.items():
-        line = next(line for line in out.splitlines() if line.startswith(name))
-        assert "not here" in line and entry["licence"] in line and entry["citation"] in line
+    assert all(name in out and entry["licence"] in out for name, entry in registry.items())
 
 
 # ---------------------------------------------------------------------------------------- download
@@ -129,7 +135,6 @@ def test_digest_known_before(server, cli, asset, monkeypatch):
     shutil.copy(asset, "elsewhere")
     url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
     refused(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
-    refused(cli, url, "64 hexadecimal digits", "--sha256", "abc")
     registry = releases.registry()
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
     for pinned in ("1" * 64, digest):
@@ -145,21 +150,23 @@ def test_digest_known_before(server, cli, asset, monkeypatch):
 def test_downloads_that_fail(server, cli, asset, monkeypatch):
     """Missing file, dropped connection, truncated file, web page, no server, misspelled name."""
     shutil.copy(asset, "elsewhere/a.zip")
-    refused(cli, f"{server}/gone.zip?secret", "gone.zip: HTTP Error 404")
-    refused(cli, f"{server}/cut/a.zip", f"of {asset.stat().st_size} bytes")
     Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
-    refused(cli, f"{server}/cut.zip", "cut.zip was refused")
     Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
-    refused(cli, f"{server}/page.zip", "page.zip was refused")
-    refused(cli, "http://127.0.0.1:9/a.zip", "download ./a.zip")
-    refused(cli, "http://h:port/a.zip", "could not download")
-    refused(cli, "ftp://127.0.0.1/a.zip", "not an http or https address")
-    refused(cli, "EchoFocus_CDH", "did you mean EchoFocus_CHD")
     registry = releases.registry()
     registry["EchoFocus_CHD"]["url"] = f"{server}/gone.zip"
     Path("registry.json").write_text(json.dumps(registry))
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    refused(cli, "EchoFocus_CHD", "https://github.com/cavalab/echofocus/releases")
+    for source, message in {
+        f"{server}/gone.zip?secret": "gone.zip: HTTP Error 404",
+        f"{server}/cut/a.zip": f"of {asset.stat().st_size} bytes",
+        f"{server}/cut.zip": "cut.zip",
+        f"{server}/page.zip": "page.zip",
+        "http://127.0.0.1:9/a.zip": "127.0.0.1:9/a.zip",
+        "ftp://127.0.0.1/a.zip": "ftp://",
+        "EchoFocus_CDH": "did you mean EchoFocus_CHD",
+        "EchoFocus_CHD": "https://github.com/cavalab/echofocus/releases",
+    }.items():
+        refused(cli, source, message)
 
 
 def test_several_processes_fetch_once(server, here):
@@ -172,35 +179,22 @@ def test_several_processes_fetch_once(server, here):
     assert Server.n_requests == before + 1
 
 
-def test_a_damaged_record_is_refused(here, cli, asset):
-    assert cli("download", asset)[0] == 0
-    path = Path("trained_models/EchoFocus_CHD/source.json")
-    for text in ("[]", "{", '{"files": 1}'):
-        path.write_text(text)
-        status, _, err = cli("inspect")
-        assert status == 1 and err.count("\n") == 1 and "source.json" in err, err
-
-
-@pytest.mark.parametrize("form", ["zip", "folder", "file"])
-def test_local_sources(here, cli, asset, form):
-    """An archive with or without a folder around, a folder, a .pt file of any name."""
+def test_local_sources(here, cli, asset):
+    """An archive without a folder around, a folder, a .pt file of any name."""
     shutil.unpack_archive(asset, "elsewhere")
     folder = here / "elsewhere" / "EchoFocus_CHD"
-    source = folder
-    if form == "zip":
-        source = shutil.make_archive("elsewhere/mine", form, folder)  # './best_checkpoint.pt'
-    elif form == "file":
-        source = shutil.copy(folder / "best_checkpoint.pt", "elsewhere/some.pt")
-    status, _, err = cli("download", source, "--model_name", "m")
-    assert status == 0, err
-    assert [p.name for p in MODELS.iterdir()] == ["m"]
-    digest = sha256_file("trained_models/m/best_checkpoint.pt")
-    assert digest == sha256_file(folder / "best_checkpoint.pt")
-    text = Path("trained_models/m/source.json").read_text()
-    assert str(here) not in text and json.loads(text)["released"] is None
+    archive = shutil.make_archive("elsewhere/mine", "zip", folder)  # './best_checkpoint.pt'
+    file = shutil.copy(folder / "best_checkpoint.pt", "elsewhere/some.pt")
+    for i, source in enumerate((archive, folder, file)):
+        status, _, err = cli("download", source, "--model_name", f"m{i}")
+        assert status == 0, err
+        assert sha256_file(f"trained_models/m{i}/best_checkpoint.pt") == sha256_file(file)
+        text = Path(f"trained_models/m{i}/source.json").read_text()
+        assert str(here) not in text and json.loads(text)["released"] is None
+    assert len(list(MODELS.iterdir())) == 3
 
 
-def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch):
+def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch, weights_drawn_once):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "hub"))
     state = panecho.random_weights()
     torch.save({"weights": state}, "elsewhere/panecho.pt")
@@ -208,15 +202,16 @@ def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch):
     assert status == 0, err
     assert panecho.find_weights() == panecho.DOWNLOADED
     status, out, err = cli("inspect", "PanEcho", "--json", "a.json")
-    assert status == 0 and "PanEcho video encoder" in out and "LVWallThickness" in out, err
+    assert status == 0 and "LVWallThickness" in out, err
     description = json.loads(Path("a.json").read_text())
     assert len(description["labels"]) == 40 and "JAMA" in description["source"]["citation"]
     assert description["architecture"]["parameters"] == sum(t.numel() for t in state.values())
-    torch.save({"weights": state, "more": 1}, panecho.DOWNLOADED)
+    with open(panecho.DOWNLOADED, "ab") as file:
+        file.write(b"x")
     with pytest.raises(panecho.WeightsError, match="has changed since it was downloaded"):
         panecho.find_weights()
-    state["EF_head.1.bias"] = torch.tensor([float("nan")])
-    torch.save({"weights": state}, "elsewhere/nan.pt")
+    nan = {"EF_head.1.bias": torch.tensor([float("nan")])}
+    torch.save({"weights": state | nan}, "elsewhere/nan.pt")
     status, _, err = cli("download", "elsewhere/nan.pt")
     assert status == 1 and "not finite (EF_head.1.bias)" in err
 
@@ -234,32 +229,25 @@ def test_an_archive_of_several_models(here, cli, asset):
     assert sha256_file("trained_models/EchoFocus_CHD/best_checkpoint.pt") == digest
 
 
-def write_zip(path, *names, mode=0o100644, data=b"x"):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in names:
+def test_archives_write_only_into_the_model_folder(here, cli):
+    """Names that lead elsewhere, a link, no model, and files of other kinds."""
+    path = Path("elsewhere/a.zip")
+    for name, mode in {
+        "m/../../best_checkpoint.pt": 0o100644,
+        "/tmp/best_checkpoint.pt": 0o100644,
+        "C:/best_checkpoint.pt": 0o100644,
+        "best_checkpoint.pt": 0o120777,
+        "README.md": 0o100644,
+    }.items():
+        with zipfile.ZipFile(path, "w") as archive:
             info = zipfile.ZipInfo(name)
             info.external_attr = mode << 16
-            archive.writestr(info, data)
-    return path
-
-
-def test_archives_write_only_into_the_model_folder(here, cli):
-    """Names that lead elsewhere, links, no model, and a member that is longer than it claims."""
-    for name in ("m/../../best_checkpoint.pt", "/tmp/best_checkpoint.pt", "C:/best_checkpoint.pt"):
-        refused(cli, write_zip("elsewhere/a.zip", name), "cannot be read safely")
-    refused(cli, write_zip("elsewhere/a.zip", "best_checkpoint.pt", mode=0o120777), "a.zip")
-    asset = write_zip("elsewhere/a.zip", "README.md")
-    refused(cli, asset, "no best_checkpoint.pt (files: README.md)")
-    path = Path(write_zip("elsewhere/a.zip", "best_checkpoint.pt", data=bytes(1000)))
-    data, size = path.read_bytes(), (1000).to_bytes(4, "little")
-    path.write_bytes(data.replace(size, (10).to_bytes(4, "little")))
-    refused(cli, path, "a.zip")
-    path.write_bytes(data.replace(size, b"\0\0\0\xff"))
-    refused(cli, path, "a.zip")
-    assert sorted(p.name for p in here.iterdir()) == ["elsewhere", "trained_models"]
-    for text in (b"hello", b"", bytes(257) + b"ustar\x0000" + bytes(999)):
-        path.write_bytes(text)
+            archive.writestr(info, b"x")
         refused(cli, path, "a.zip")
+    for data in (b"hello", b"", bytes(257) + b"ustar\x0000" + bytes(999)):
+        path.write_bytes(data)
+        refused(cli, path, "a.zip")
+    assert sorted(p.name for p in here.iterdir()) == ["elsewhere", "trained_models"]
 
 
 class Evil:
@@ -278,11 +266,6 @@ def good_state(**changes):
     return {"model_state_dict": plain_state() | changes}
 
 
-def huge(*shape):
-    """A tensor that claims a size which its file does not have."""
-    return torch.zeros(1).as_strided(shape, (0,) * len(shape))
-
-
 def checkpoint(**changes):
     """A checkpoint in the format of this program."""
     entry = {"format": 1, "task": "t", "labels": ["a", "b", "c"], "units": {}, "type": "binary"}
@@ -290,26 +273,12 @@ def checkpoint(**changes):
 
 
 CHECKPOINTS = {
-    "code": (lambda: good_state() | {"x": Evil()}, "it contains io.open"),
-    "no dict": (lambda: [1, 2], "no model_state_dict"),
+    "code": (lambda: good_state() | {"x": Evil()}, "it names io.open"),
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
-    "head is text": (lambda: good_state(**{"ff.weight": "x"}), "ff.weight is a str"),
-    "huge head": (lambda: good_state(**{"ff.weight": huge(10**12, 768)}), "ff.weight is (10000"),
-    "integers": (
-        lambda: good_state(**{"ff.bias": torch.zeros(3, dtype=torch.int64)}),
-        "ff.bias is a tensor of torch.int64",
-    ),
-    "many layers": (
-        lambda: good_state(**{f"encoder.layers.{i}.x": torch.zeros(1) for i in range(200)}),
-        "200 layers",
-    ),
+    "integers": (lambda: good_state(**{"ff.bias": torch.zeros(3).long()}), "ff.bias"),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
     "too few labels": (lambda: checkpoint(labels=["a"]), "3 outputs and names 1 labels"),
     "regression without scaling": (lambda: checkpoint(type="regression"), "without label scaling"),
-    "scaling lacks a label": (
-        lambda: checkpoint(type="regression") | {"input_norm_dict": {"a": {}}},
-        "shift is not a finite number",
-    ),
 }
 
 
@@ -329,7 +298,7 @@ def test_checkpoints_that_are_refused(here, cli, case):
     assert status == 1 and message in err and err.count("\n") == 1, err
     archive = shutil.make_archive("elsewhere/bad", "zip", folder)
     shutil.rmtree("trained_models")
-    if case not in ("too few labels", "regression without scaling", "scaling lacks a label"):
+    if case not in ("too few labels", "regression without scaling"):
         refused(cli, archive, message)
     assert not Path("ran").exists()
 
@@ -342,9 +311,9 @@ def test_a_released_model_with_other_outputs_is_refused(here, cli):
 # --------------------------------------------------------------------------------------------- use
 
 
-def test_new_user_needs_no_config(here, cli, asset):
-    """In an empty folder: one line to get a released model, one from three visits to answers."""
-    for i, visit in enumerate(("a", "b", "c")):
+def test_new_user_needs_no_config(here, cli, asset, weights_drawn_once):
+    """In an empty folder: one line to get a released model, one from two visits to answers."""
+    for i, visit in enumerate("ab"):
         Path("visits", visit).mkdir(parents=True)
         copy_example(f"visits/{visit}/cine.dcm", study=f"1.{i}")
     options = ("--weights", "random", "--size", "56", "--n_clips", "2")
@@ -352,12 +321,11 @@ def test_new_user_needs_no_config(here, cli, asset):
     status, _, err = cli(*line)
     assert status == 1 and "python echofocus.py download EchoFocus_CHD" in err
     assert cli("download", asset)[0] == 0
-    status, out, err = cli(*line)
+    status, _, err = cli(*line)
     assert status == 0, err
-    assert "task chd of the registry" in out
     (path,) = Path("trained_models/EchoFocus_CHD").glob("predictions_visits_*.csv")
     table = pd.read_csv(path).set_index("eid")
-    assert list(table.index) == ["a", "b", "c"]
+    assert list(table.index) == ["a", "b"]
     assert list(table)[2:-1:3] == [label.strip() for label in recorded("labels.json")["chd"]]
     assert table.iloc[:, 2:-1].stack().between(0, 1).all()
     status, _, err = cli(
@@ -368,7 +336,7 @@ def test_new_user_needs_no_config(here, cli, asset):
     status, _, err = cli("predict", "--task", "measure", "--videos", "visits", *options)
     assert status == 1 and "download EchoFocus_Measure" in err
     status, _, err = cli("evaluate", "--model_name", "EchoFocus_CHD")
-    assert status == 1 and "no config config.json; copy config-example.json" in err
+    assert status == 1 and "config.json" in err
 
 
 def test_a_changed_checkpoint_is_refused(here, cli, asset):
@@ -377,11 +345,11 @@ def test_a_changed_checkpoint_is_refused(here, cli, asset):
     recorded_digest = sha256_file(path)
     published_model(here / "other", 22, numpy_1=True)
     shutil.copy(here / "other" / "best_checkpoint.pt", path)
+    Path("elsewhere/x.avi").touch()
     for command in (["predict", "--videos", "elsewhere"], ["inspect"]):
-        Path("elsewhere/x.avi").touch()
         status, _, err = cli(*command)
         assert status == 1 and err.count("\n") == 1, err
-        assert recorded_digest in err and sha256_file(path) in err and "download again" in err
+        assert recorded_digest in err and sha256_file(path) in err
 
 
 def test_task_finds_published_models_by_label_count(cohort, cli):
@@ -390,31 +358,29 @@ def test_task_finds_published_models_by_label_count(cohort, cli):
     published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
     (cohort / "trained_models" / "broken").mkdir()
     (cohort / "trained_models" / "broken" / "best_checkpoint.pt").write_bytes(b"x")
-    status, out, err = cli("predict", "--task", "defect", "--out", "p.csv")
+    few = ("--task", "defect", "--sample_limit", "4", "--spread", "none")
+    status, out, err = cli("predict", *few, "--out", "p.csv")
     assert status == 0 and "model_name = old" in out and "skipped broken" in out, err
     assert list(pd.read_csv("p.csv"))[3] == "finding"
     path = "trained_models/old/best_checkpoint.pt"
-    assert cli("predict", "--task", "defect", "--model_name", path, "--out", "q.csv")[0] == 0
+    assert cli("predict", *few, "--model_name", path, "--out", "q.csv")[0] == 0
     assert Path("p.csv").read_text() == Path("q.csv").read_text()
     status, _, err = cli("predict", "--model_name", shutil.copy(path, "some.pt"))
     assert status == 1 and "python echofocus.py download some.pt" in err
     status, _, err = cli("predict", "--model_name", "old")
     assert status == 1 and "fits defect and sizes: name one with --task" in err
     one = ("--sample_limit", "1", "--model_name", "EchoFocus_CHD")
-    for command in (["explain", "--explain_tasks", "ASD"], ["embed"]):  # the config has no chd
-        status, _, err = cli(*command, *one)
-        assert status == 0, err
+    status, _, err = cli("explain", "--explain_tasks", "ASD", *one)  # the config has no chd
+    assert status == 0, err
 
 
 def test_start_from_a_released_model(cohort, cli):
-    """Its heads are known by the registry's labels, whatever the new task is."""
+    """Its heads have the registry's labels, whatever the new task is."""
     published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
-    config = json.loads(Path("config.json").read_text())
-    config["task"]["defect"]["task_labels"] = ["ASD"]
-    Path("config.json").write_text(json.dumps(config))
+    edit_config(task_labels=["ASD"])
     pd.read_csv("labels.csv").rename(columns={"finding": "ASD"}).to_csv("labels.csv", index=False)
     line = ("train", "--task", "defect", "--init_from", "EchoFocus_CHD", "--epoch_lim", "1")
-    status, out, err = cli(*line)
+    status, out, err = cli(*line, "--sample_limit", "24")
     assert status == 0 and "1 heads kept, 0 fresh" in out, err
 
 
@@ -450,23 +416,20 @@ def test_inspect_a_published_model(here, cli):
     assert status == 0 and "output 18" in out and "labels_from: nobody" in out, err
 
 
-def test_inspect_and_share_an_own_model(cohort, cli):
-    assert cli("train", "--task", "sizes", "--epoch_lim", "2")[0] == 0
+def test_inspect_and_share_an_own_model(add_model, cli):
+    folder = add_model("sizes", "--epoch_lim", "2")
     status, _, err = cli("inspect", "--json", "description.json")
     assert status == 0, err
     description = json.loads(Path("description.json").read_text())
-    losses = pd.read_csv("trained_models/sizes/train_losses.csv")
+    losses = pd.read_csv(folder / "train_losses.csv")
     best = losses.loc[losses["val_loss"].idxmin()]
     assert description["history"]["best_epoch"] == best["epochs_trained"]
     assert description["history"]["best_validation_loss"] == pytest.approx(
         best["val_loss"], rel=1e-4
     )
     assert description["labels"][0]["label"] == "size" and description["labels"][0]["unit"] == "cm"
-    assert (
-        description["settings"]["learning_rate"] == 1e-3
-        and description["labels_from"] == "its own file"
-    )
-    record = torch.load("trained_models/sizes/best_checkpoint.pt", weights_only=True)["echofocus"]
+    assert description["settings"]["learning_rate"] == 1e-3
+    record = torch.load(folder / "best_checkpoint.pt", weights_only=True)["echofocus"]
     facts = record | record.get("settings", {})
     listed = {*description, *description["settings"], *description["architecture"]}
     empty = {key for key, value in facts.items() if value in ("", [], {}, None)}
@@ -474,10 +437,10 @@ def test_inspect_and_share_an_own_model(cohort, cli):
     assert {*facts} - empty - elsewhere <= listed
     assert description["input"]["norm_mean"] == pytest.approx(facts["input"]["norm_mean"])
 
-    status, _, err = cli("download", "trained_models/sizes", "--model_name", "colleague")
-    assert status == 0, err
-    assert cli("predict", "--model_name", "sizes", "--out", "a.csv")[0] == 0
-    assert cli("predict", "--model_name", "colleague", "--out", "b.csv")[0] == 0
-    assert Path("a.csv").read_text() == Path("b.csv").read_text()
+    assert cli("download", "trained_models/sizes", "--model_name", "colleague")[0] == 0
+    for name in ("sizes", "colleague"):
+        line = ("predict", "--model_name", name, "--spread", "none", "--out", f"{name}.csv")
+        assert cli(*line)[0] == 0
+    assert Path("sizes.csv").read_text() == Path("colleague.csv").read_text()
     status, _, err = cli("train", "--task", "sizes", "--model_name", "colleague")
     assert status == 1 and "--init_from colleague" in err
