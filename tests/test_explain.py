@@ -189,7 +189,7 @@ def test_columns_of_the_long_table(trained, cli):
     bag = store.read(eid)
     for video, row in actual.loc[eid].set_index("video").iterrows():
         rest = bag.embeddings[[v != video for v in bag.videos]]
-        answer = ef.predict(model, {"x": rest})["finding"][0]
+        answer = ef.predict(model, {"x": rest}, spread="none")["finding"][0]
         assert row["without"] == pytest.approx(answer, rel=1e-4)
     alone = actual[actual.groupby(level=0)["video"].transform("size") == 1]
     assert len(alone) and alone["without"].isna().all()
@@ -222,7 +222,7 @@ def test_unlabelled_studies_are_explained(trained, cli):
 
 
 def test_selections(trained, cli):
-    assert cli("predict", "--spread", "none")[0] == 0
+    assert cli("predict")[0] == 0
     rows = pd.read_csv(FOLDER / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
     truth = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["finding"]
     split = pd.read_csv(FOLDER / "split.csv", dtype=str).set_index("eid")["fold"]

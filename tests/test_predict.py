@@ -66,7 +66,7 @@ def test_out_that_is_a_folder(trained, cli, monkeypatch):
 
 def test_outputs_replace_no_input(trained, cli, monkeypatch):
     """Said before anything is computed; what an option wrote before, it writes again."""
-    assert cli("predict", "--out", "p.csv", "--spread", "none")[0] == 0
+    assert cli("predict", "--out", "p.csv")[0] == 0
     Path("q_left_out.csv").write_text("mine\n")
     Path("r_page").mkdir()
     Path("r_page/index.html").write_text("<!doctype html><html>mine")
@@ -85,7 +85,7 @@ def test_outputs_replace_no_input(trained, cli, monkeypatch):
             status, _, err = cli(*line, out)
             assert status == 1 and "exists and is not" in err and err.count("\n") == 1, (line, out)
     assert whole == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    assert cli("predict", "--out", "p.csv", "--spread", "none")[0] == 0
+    assert cli("predict", "--out", "p.csv")[0] == 0
 
 
 def test_ids_are_written_unchanged(trained, cli):
@@ -139,8 +139,7 @@ def test_units_and_what_cannot_be_read(cohort, cli):
     Path("emb/1003.hdf5").write_bytes(b"not HDF5")
     status, out, _ = cli("predict", "--out", "p.csv")
     assert status == 0 and "1003.hdf5" in out
-    values = ["size [cm]", "size_low [cm]", "size_high [cm]"]
-    assert list(table("p.csv")) == ["n_videos", "n_clips", *values, "novelty", "warning"]
+    assert list(table("p.csv")) == ["n_videos", "n_clips", "size [cm]", "novelty", "warning"]
     left_out = pd.read_csv("p_left_out.csv", dtype=str)
     assert left_out["eid"].tolist() == ["1003"] and "1003.hdf5" in left_out["reason"][0]
     Path("emb/1004.hdf5").unlink()

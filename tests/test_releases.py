@@ -358,7 +358,7 @@ def test_task_finds_published_models_by_label_count(cohort, cli):
     published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
     (cohort / "trained_models" / "broken").mkdir()
     (cohort / "trained_models" / "broken" / "best_checkpoint.pt").write_bytes(b"x")
-    few = ("--task", "defect", "--sample_limit", "4", "--spread", "none")
+    few = ("--task", "defect", "--sample_limit", "4")
     status, out, err = cli("predict", *few, "--out", "p.csv")
     assert status == 0 and "model_name = old" in out and "skipped broken" in out, err
     assert list(pd.read_csv("p.csv"))[3] == "finding"
@@ -439,8 +439,7 @@ def test_inspect_and_share_an_own_model(add_model, cli):
 
     assert cli("download", "trained_models/sizes", "--model_name", "colleague")[0] == 0
     for name in ("sizes", "colleague"):
-        line = ("predict", "--model_name", name, "--spread", "none", "--out", f"{name}.csv")
-        assert cli(*line)[0] == 0
+        assert cli("predict", "--model_name", name, "--out", f"{name}.csv")[0] == 0
     assert Path("sizes.csv").read_text() == Path("colleague.csv").read_text()
     status, _, err = cli("train", "--task", "sizes", "--model_name", "colleague")
     assert status == 1 and "--init_from colleague" in err
