@@ -273,7 +273,7 @@ def checkpoint(**changes):
 
 
 CHECKPOINTS = {
-    "code": (lambda: good_state() | {"x": Evil()}, "it names io.open"),
+    "code": (lambda: good_state() | {"x": Evil()}, "io.open"),
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
     "integers": (lambda: good_state(**{"ff.bias": torch.zeros(3).long()}), "ff.bias"),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
