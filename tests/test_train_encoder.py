@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,7 +16,7 @@ from helpers import ROOT
 from sklearn.metrics import log_loss
 from sklearn.utils.class_weight import compute_class_weight
 
-from echofocus_core.base.console import RUN, Collected, UserError
+from echofocus_core.base.console import Collected, UserError
 from echofocus_core.base.resume import differences
 from echofocus_core.encoder import backbones, cohorts, start, train
 from echofocus_core.encoder import report as encoder
@@ -62,20 +61,24 @@ def draw(path, ef, seed):
     write_video(path, phantom_cine("A4C", ef, frames=16, size=(40, 48), seed=seed))
 
 
+def write_list(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "FileList.csv", index=False)
+
+
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory):
-    """EchoNet-Dynamic as it is distributed: 44 videos; one is damaged, one is not there."""
-    folder, rng, rows = tmp_path_factory.mktemp("dynamic"), np.random.default_rng(0), []
-    for i in range(44):
-        ef = round(rng.uniform(15, 75), 1)
+    """EchoNet-Dynamic as it is distributed: 44 videos, one of them damaged, and a missing one."""
+    folder, rng = tmp_path_factory.mktemp("dynamic"), np.random.default_rng(0)
+    efs = rng.uniform(15, 75, 44).round(1)
+    for i, ef in enumerate(efs):
         draw(folder / "Videos" / f"0X{i:02}.avi", ef, i)
-        split = "TRAIN" if i < 28 else "VAL" if i < 36 else "TEST"
-        rows.append([f"0X{i:02}", ef, 100 - ef, 100, 40, 48, 30, 12, split])
     (folder / "Videos" / "0X00.avi").write_bytes(b"no video")
-    rows.append(["0XGONE", 50, 50, 100, 40, 48, 30, 12, "TRAIN"])
-    columns = ["FileName", "EF", "ESV", "EDV", "FrameHeight", "FrameWidth", "FPS"]
-    columns += ["NumberOfFrames", "Split"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "FileList.csv", index=False)
+    table = pd.DataFrame({"FileName": [f"0X{i:02}" for i in range(44)] + ["0XGONE"]})
+    table["EF"], table["EDV"] = [*efs, 50], 100
+    table["ESV"] = 100 - table["EF"]
+    table["Split"] = ["TRAIN"] * 28 + ["VAL"] * 8 + ["TEST"] * 8 + ["TRAIN"]
+    write_list(folder, table)
     return folder
 
 
@@ -90,6 +93,14 @@ def run(cli, *line):
     return cli(*words, main=train.main)
 
 
+def dynamic_line(folder):
+    """Options of a small network and EchoNet-Dynamic in a folder."""
+    return (
+        f"--cohort echonetdynamic --data_dir {folder} --size 32 --clip_len 4 --num_clips 1 "
+        "--batch_size 8 --device cpu --num_workers 1 --n_bootstrap 20"
+    )
+
+
 def numbers(text):
     return torch.load(text, weights_only=True)
 
@@ -97,24 +108,19 @@ def numbers(text):
 # ------------------------------------------------------------------------------------ command line
 
 
-@pytest.mark.parametrize("line", DOCUMENTED)
-def test_documented_lines(line):
+def test_documented_lines():
     """Every line of the table in embed/README.md."""
+    text = " ".join((ROOT / "embed" / "README.md").read_text().replace("\\\n", " ").split())
     parser = train.Parser()
     train.add_options(parser, train.COMMAND, train.EncoderSettings)
-    settings = train.resolve_settings(vars(parser.parse_args(line.split())))
-    assert settings.reduce_lr == 3 and settings.augment and settings.precision == "bf16"
-    assert (settings.max_epochs, settings.patience, settings.batch_size) == (30, 10, 16)
-    assert (settings.lr, settings.wd, settings.num_clips, settings.clip_len) == (1e-4, 0, 4, 16)
-    assert settings.rand_init == ("--rand_init" in line)
-    parsed = vars(parser.parse_args(["--reduce_lr"]))
-    assert len(DOCUMENTED) == 11 and parsed["reduce_lr"] == 2
-
-
-def test_the_readme_has_the_documented_lines():
-    text = " ".join((ROOT / "embed" / "README.md").read_text().replace("\\\n", " ").split())
     for line in DOCUMENTED:
         assert line in text, line
+        settings = train.resolve_settings(vars(parser.parse_args(line.split())))
+        assert settings.reduce_lr == 3 and settings.augment and settings.precision == "bf16"
+        assert (settings.max_epochs, settings.patience, settings.batch_size) == (30, 10, 16)
+        assert (settings.lr, settings.wd, settings.num_clips, settings.clip_len) == (1e-4, 0, 4, 16)
+        assert settings.rand_init == ("--rand_init" in line)
+    assert vars(parser.parse_args(["--reduce_lr"]))["reduce_lr"] == 2
 
 
 @pytest.mark.parametrize(
@@ -123,12 +129,11 @@ def test_the_readme_has_the_documented_lines():
         ("", "--cohort"),
         ("--cohort echonetdynamic --data_dir nowhere", "no folder nowhere"),
         ("--cohort hospital --rand_init --model_dir_path x", "--model_dir_path"),
-        ("--cohort hospital --normalization imagnet", "--normalization"),
     ],
 )
-def test_options_that_exclude_each_other(cli, here, line, wrong):
+def test_odd_options(cli, here, line, wrong):
     status, _, err = run(cli, line)
-    assert status in (1, 2) and wrong in err and "Traceback" not in err
+    assert status == 1 and wrong in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(
@@ -136,28 +141,24 @@ def test_options_that_exclude_each_other(cli, here, line, wrong):
     [
         ("--model_name 3dresnet18", "torchvision"),
         ("--model_name frame_transformer --arch convnextv2_tiny.fcmae", "timm"),
-        ("--model_name frame_transformer --arch echo-clip", "open_clip_torch"),
     ],
 )
 def test_other_backbones_name_their_package(cli, here, dynamic, monkeypatch, line, package):
-    for name in ("torchvision", "torchvision.models", "timm", "open_clip"):
+    for name in ("torchvision", "torchvision.models", "timm"):
         monkeypatch.setitem(sys.modules, name, None)
-    limit = "--sample_limit 2 --num_workers 1"
-    status, _, err = run(cli, "--cohort echonetdynamic --data_dir", dynamic, line, limit)
+    status, _, err = run(cli, dynamic_line(dynamic), line, "--sample_limit 2")
     assert status == 1 and f"pip install {package}" in err
 
 
 def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
-    """Trained, gone on with, reported on and begun from, whatever it counts beside its weights."""
+    """Trained, resumed, evaluated and started from, whatever it counts beside its weights."""
 
     def build(pretrained):
         parts = torch.nn.Conv3d(3, 8, 3, 4), torch.nn.BatchNorm3d(8), torch.nn.AdaptiveAvgPool3d(1)
         return torch.nn.Sequential(*parts, torch.nn.Flatten())
 
     monkeypatch.setattr(backbones, "R3D", backbones.Backbone(build, 8))
-    line = f"--cohort echonetdynamic --data_dir {dynamic} --model_name 3dresnet18 --size 32 "
-    line += "--clip_len 4 --num_clips 1 --batch_size 8 --device cpu --num_workers 1 "
-    line += "--n_bootstrap 20 --max_epochs"
+    line = f"{dynamic_line(dynamic)} --model_name 3dresnet18 --max_epochs"
     for epochs in ("1", "2"):
         status, out, err = run(cli, line, epochs, "--output_dir a --rand_init")
         assert status == 0, out + err
@@ -185,34 +186,24 @@ def test_every_task_of_panecho_can_be_recorded():
 # ------------------------------------------------------------------------------------------- tables
 
 
-def write_list(folder, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(folder / "FileList.csv", index=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "wrong"),
-    [
-        ({"Split": "train2"}, "Split train2"),
-        ({"FileName": "0X02"}, "0X02.avi"),
-    ],
-)
-def test_odd_lists(here, dynamic, change, wrong):
+def test_odd_lists(here, dynamic):
     table = pd.read_csv(dynamic / "FileList.csv").head(3)
-    for column, value in change.items():
-        table.loc[1, column] = value
-    write_list(here / "dyn", table)
-    with pytest.raises(UserError, match=wrong):
-        cohorts.read_cohort("echonetdynamic", "dyn")
-    with pytest.raises(UserError, match=r"FileList\.csv has no column 'Splt'; did|has no column"):
-        write_list(here / "dyn", table.rename(columns={"Split": "Splt"}))
-        cohorts.read_cohort("echonetdynamic", "dyn")
+    for changed, wrong in (
+        (table.replace({"Split": "TRAIN"}, "train2"), "Split train2"),
+        (table.assign(FileName="0X02"), r"0X02\.avi"),
+        (table.rename(columns={"Split": "Splt"}), "no column 'Split'"),
+    ):
+        write_list(here / "dyn", changed)
+        with pytest.raises(UserError, match=wrong):
+            cohorts.read_cohort("echonetdynamic", "dyn")
 
 
 def test_own_tasks(here, dynamic):
-    """A task list of one's own; classes by name; values that are not a class."""
+    """A task list of one's own; classes by name, one of them None; values that are not a class."""
     table = pd.read_csv(dynamic / "FileList.csv").head(6)
     table["grade"] = ["mild", "severe", "none", "severe", "awful", ""]
+    table["AVStenosis"] = ["None", "Severe", "", "NA", "", ""]
+    table["LVSize"] = ["None", "Normal", "", "NA", "", ""]
     write_list(here / "dyn", table)
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
     task = {"name": "grade", "type": "multi-class", "classes": ["none", "mild", "severe"]}
@@ -223,56 +214,36 @@ def test_own_tasks(here, dynamic):
         (here / "tasks.json").write_text(json.dumps([task | fault]))
         with pytest.raises(UserError, match=r"tasks\.json"):
             cohorts.read_cohort("echonetdynamic", "dyn", ["tasks.json"])
+    actual = cohorts.read_cohort("echonetdynamic", "dyn", ["AVStenosis", "LVSize", "EF"]).labels
+    np.testing.assert_array_equal(actual["AVStenosis"][:4], [1, 2, np.nan, np.nan])
+    np.testing.assert_array_equal(actual["LVSize"][:4], [np.nan, 2, np.nan, np.nan])
 
 
 @pytest.mark.parametrize(
     ("classes", "cells", "expected"),
     [
-        ("123", "1233", [0, 1, 2, 2]),
-        ("123", "0122", [np.nan, 0, 1, 1]),
-        ("210", "2100", [0, 1, 2, 2]),
         ("012", "0129", [0, 1, 2, np.nan]),
         (["0.0", "1.0"], "011-", [0, 1, 1, np.nan]),
         (["0.0", "1.0"], ["No", "Yes", None, "-1"], [0, 1, np.nan, np.nan]),
         (["Dilated", "Normal"], ["Yes", "No", "normal", "-1"], [np.nan, np.nan, 1, np.nan]),
-        (["Dilated", "Normal"], ["0", "normal"], "mixed with names"),
-        (["Dilated", "Normal"], ["1", "1"], "count from 1"),
     ],
 )
-def test_classes_by_name_or_number(classes, cells, expected):
-    task = {"name": "grade", "class_names": list(classes)}
+def test_values_of_a_task(classes, cells, expected):
+    """What is neither a class nor missing is reported."""
+    task, heard = {"name": "grade", "class_names": list(classes)}, Collected()
     column = pd.Series(list(cells), dtype=object)
-    if isinstance(expected, str):
-        with pytest.raises(UserError, match=expected):
-            cohorts.values_of(column, task, "hospital", "train.csv", RUN)
-        return
-    heard = Collected()
     actual = cohorts.values_of(column, task, "hospital", "train.csv", heard)
     np.testing.assert_array_equal(actual, expected)
     odd = [c for c, v in zip(cells, actual, strict=True) if np.isnan(v) and c not in (None, "-1")]
     assert (f"{len(odd)} values are not" in str(heard.findings)) == bool(odd)
 
 
-def test_a_class_called_none(here, dynamic):
-    """`None` is missing in a table, but not in a column that has a class of that name."""
-    table = pd.read_csv(dynamic / "FileList.csv").head(4)
-    table["AVStenosis"] = ["None", "Severe", "", "NA"]
-    table["LVSize"] = ["None", "Normal", "", "NA"]
-    write_list(here / "dyn", table)
-    (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
-    actual = cohorts.read_cohort("echonetdynamic", "dyn", ["AVStenosis", "LVSize", "EF"]).labels
-    np.testing.assert_array_equal(actual["AVStenosis"], [1, 2, np.nan, np.nan])
-    np.testing.assert_array_equal(actual["LVSize"], [np.nan, 2, np.nan, np.nan])
-
-
 def test_check(cli, here, dynamic):
     status, out, err = cli("check", "--cohort", "echonetdynamic", "--data_dir", dynamic)
     assert status == 0, err
-    assert "43 videos" in out or "44 videos" in out
-    assert "0XGONE.avi" in out and "0X00.avi: " in out
-    assert "decoding 4" in out
+    assert "0XGONE.avi" in out and "0X00.avi: " in out and "decoding 4" in out
     status, out, _ = cli("check", "--cohort", "hospital", "--data_dir", dynamic)
-    assert status == 1 and "no label table" not in out and "train.csv" in out
+    assert status == 1 and "train.csv" in out
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -332,18 +303,17 @@ def test_cached_clips_are_the_frames(here, dynamic):
     for clip, numbers in zip(clips, video.clip_frames(starts, len(frames), 4), strict=True):
         expected = [video.crop_centre(video.resize(frames[i], 32), 32) for i in numbers]
         np.testing.assert_array_equal(clip, expected)
-    assert cache.FrameCache("frames", 224).fill([path], 1) == {}
     assert cache.FrameCache("frames", 224).frames(path).shape == frames.shape  # not made larger
     long = store.clips(path, 1, cache.ClipSampling(20, 32), 0, "x")[0]
     np.testing.assert_array_equal(long[-1], long[-2])
     stamp = os.stat(path).st_mtime_ns
     os.utime(path, ns=(stamp, stamp + 10**9))
-    assert not store.place(path).is_file()  # a changed file is decoded anew
+    assert not store.place(path).is_file()  # a changed file is decoded again
     os.utime(path, ns=(stamp, stamp))
 
 
-def test_copies_are_known_by_their_frames(tmp_path, dynamic, capsys):
-    """Under another name or folder; a blank video is no copy; what is moved stays the same."""
+def test_copies_have_the_same_frames(tmp_path, dynamic, capsys):
+    """Under another name or folder; a blank video is not a copy."""
     videos, store = dynamic / "Videos", cache.FrameCache(tmp_path / "frames", 32)
     for name, source in (("a", "0X05"), ("b", "0X06"), ("c", "0X05"), ("d", "0X05")):
         shutil.copy(videos / f"{source}.avi", tmp_path / f"{name}.avi")
@@ -358,15 +328,15 @@ def test_copies_are_known_by_their_frames(tmp_path, dynamic, capsys):
     table = table.assign(study=list("abcdef"), patient=list("PQPPRS"), split="train")
     labels = pd.DataFrame({"EF": 50.0}, table.index)
     for name, patient, split, wrong in (
-        ("hospital", "P", "train", ""),
-        ("hospital", "T", "train", "3 videos of different patients or folds"),
-        ("hospital", "P", "test", "a and c and d; keep one of each"),
-        ("echonetdynamic", "T", "test", ""),
+        ("hospital", "P", "train", False),
+        ("hospital", "T", "train", True),
+        ("hospital", "P", "test", True),
+        ("echonetdynamic", "T", "test", False),
     ):
         table.loc["c", ["patient", "split"]] = patient, split
         cohort = cohorts.VideoCohort(name, [], table, labels)
         if wrong:
-            with pytest.raises(UserError, match=wrong):
+            with pytest.raises(UserError, match="a and c and d"):
                 cohorts.report_copies(cohort, store.copies(table))
         else:
             cohorts.report_copies(cohort, store.copies(table))
@@ -400,10 +370,10 @@ def test_what_is_missing_in_the_cache_is_decoded_again(tmp_path, dynamic, suffix
 # ----------------------------------------------------------------------------------------- training
 
 
-def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
-    """Better than the mean on videos never seen; its weights go straight into extraction."""
-    line = f"--cohort echonetdynamic --data_dir {dynamic} --output_dir ef {SMALL} --lr 2e-3"
-    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
+def test_learns_from_echonet_dynamic(cli, here, dynamic):
+    """Better than the mean on videos that it has not seen; a changed option is refused."""
+    line = f"{dynamic_line(dynamic)} --output_dir ef {SMALL} --lr 2e-3 --wd 0.01 --adamw"
+    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8")
     assert status == 0, err
     assert "1 videos cannot be used and are left out:\n0X00.avi" in out
     test = pd.read_csv("ef/preds/EF/test_EF_preds.csv")
@@ -424,36 +394,34 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic, monkeypatch):
     (seen,) = panecho.read_encoder(weights).seen
     studies = pd.DataFrame({"pid": "P"}, index=["0X05", "0X30", "0X40"])
     assert seen.levels(studies)[1].tolist() == [2, 1, 0]  # trained, validated, tested
-    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8 --wd 0.01 --adamw")
+    status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8")
     assert status == 0 and "is finished" in out
     status, _, err = run(cli, line, "--max_epochs 9")
     assert status == 1 and "clip_len was 8 and is now 4" in err and "--output_dir" in err
 
 
 def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
-    """A run's folder as --weights: its newest epoch, by its own heads; another architecture not."""
+    """A run's folder as --weights: its highest epoch and heads; not another architecture."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    tasks = [dict(t) for t in panecho.TASKS if t["name"] == "EF"]
+    tasks = [EncoderTask(**t) for t in panecho.TASKS if t["name"] == "EF"]
     state = {k: v for k, v in panecho.random_weights().items() if "_head" not in k or "EF_h" in k}
     Path("run").mkdir()
     split = pd.DataFrame({"pid": ["P"], "fold": ["train"]}, index=["e"])
     for n, arch in ((3, "resnet18"), (12, "convnext_tiny")):
-        record = train.EncoderRecord(tasks=[train.EncoderTask(**t) for t in tasks], arch=arch)
-        saved = {"weights": state, "encoder": record.to_save()}
-        saved["seen"] = [train.Seen.of(split, "00").saved()]
+        saved = {"weights": state, "seen": [train.Seen.of(split, "00").saved()]}
+        saved["encoder"] = train.EncoderRecord(tasks=tasks, arch=arch).to_save()
         torch.save(saved, f"run/chkpt_epoch-{n}.pt")
     options = "--out emb --size 32 --n_clips 1 --clip_len 2 --workers 1 --manifest few.csv"
     words = [dynamic / "Videos", *options.split(), "--weights"]
     pd.DataFrame({"study": ["s"], "path": ["0X01.avi"]}).to_csv("few.csv", index=False)
     status, _, err = cli(*words, "run", main=extract.main)
     assert status == 0, err
-    with h5py.File("emb/s.hdf5") as f:
-        assert f["embeddings"].shape == (1, 1, 768)
-        digest = f.attrs["weights_sha256"].decode()
+    embedded = store.open_store(Path("emb"))
+    digest = embedded.header("s").made_with["weights_sha256"]
+    assert embedded.read("s").embeddings.shape == (1, 1, 768)
     assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
     store.write_pack(store.open_store(Path("emb")), store.packed_path(Path("emb")), np.dtype("f4"))
-    assert set(store.encoders_seen("emb")) == {digest}
     for folder_exists in (True, False):  # the pack alone has the list too
         (seen,) = store.encoders_seen("emb")[digest]
         assert store.open_store(Path("emb")).header("s").made_with["weights_seen"] == "listed"
@@ -464,10 +432,6 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     assert panecho.load_panecho("run").model.columns() == ["EF [%]"]
     status, out, err = cli("inspect", "run/chkpt_epoch-12.pt")
     assert status == 0 and "labels: 1\n" in out and "GLS" not in out, out + err
-    saved["encoder"]["tasks"][0]["name"] = "../EF"
-    torch.save(saved, "run/chkpt_epoch-20.pt")
-    status, _, err = cli(*words, "run", main=extract.main)
-    assert status == 1 and "cannot be a task's name" in err
 
 
 class Killed(Exception):
@@ -477,8 +441,7 @@ class Killed(Exception):
 def test_killed_and_restarted(cli, here, dynamic, monkeypatch):
     """Bit for bit the weights, optimiser and history of the run that was never stopped."""
     line = f"--cohort echonetdynamic --data_dir {dynamic} {SMALL} --max_epochs 2 --sample_limit 8"
-    line += " --checkpoint_minutes 0"
-    line += " --fc_dropout 0.25 --augment --reduce_lr --batch_size 3"
+    line += " --checkpoint_minutes 0 --fc_dropout 0.25 --augment --reduce_lr --batch_size 3"
     assert run(cli, line, "--output_dir whole")[0] == 0
     step, save_last, calls = train.Run.step, train.Run.save_last, []
 
@@ -497,26 +460,16 @@ def test_killed_and_restarted(cli, here, dynamic, monkeypatch):
     status, out, _ = run(cli, line, "--output_dir killed")
     assert status == 0 and "resuming killed after epoch" in out
     whole, killed = (numbers(f"{name}/last_checkpoint.pt") for name in ("whole", "killed"))
-    for name, tensor in whole["weights"].items():
-        assert torch.equal(tensor, killed["weights"][name]), name
-    for i, state in whole["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            assert torch.equal(tensor, killed["optimizer"]["state"][i][name]), (i, name)
+    for part in ("weights", "optimizer"):
+        torch.testing.assert_close(killed[part], whole[part], rtol=0, atol=0)
     same = [pd.DataFrame(run["history"]).drop(columns="seconds") for run in (whole, killed)]
     assert same[0].equals(same[1])
     assert Path("whole/test_summary.txt").read_text() == Path("killed/test_summary.txt").read_text()
     assert run(cli, line, "--output_dir none --resume")[0] == 1
-
-
-def test_an_encoder_that_was_shared_alone_is_not_trained_over(here):
-    """A published run's folder, say; a run that was killed early starts again."""
-    run = train.Run.__new__(train.Run)
-    run.folder, run.settings = here, SimpleNamespace(resume=False)
-    (here / "chkpt_epoch-7.pt").write_bytes(b"theirs")
-    with pytest.raises(UserError, match="contains a trained model"):
-        run.refuse_finished_model()
-    (here / "encoder.json").write_text("{}")
-    run.refuse_finished_model()
+    Path("killed/last_checkpoint.pt").unlink()  # a published run's folder, say
+    Path("killed/encoder.json").unlink()
+    status, _, err = run(cli, line, "--output_dir killed")
+    assert status == 1 and "without last_checkpoint.pt" in err
 
 
 LAUNCH = """
@@ -538,16 +491,10 @@ def test_two_processes_are_one(cli, here, dynamic):
     line += " --fc_dropout 0.25 --augment"
     assert run(cli, line, "--output_dir one --batch_size 4")[0] == 0
     (here / "launch.py").write_text(LAUNCH.format(root=str(ROOT), narrow=NARROW))
-    words = [sys.executable, "launch.py", *line.split(), "--output_dir", "two", "--batch_size", "2"]
-    environment = os.environ | {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29731",
-    }
-    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(words, env=environment | {"RANK": str(r)}, **to) for r in range(2)]
-    outs = [p.communicate(timeout=200)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], outs
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += ["launch.py", *line.split(), "--output_dir", "two", "--batch_size", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     one, two = (pd.read_csv(f"{run}/history.csv") for run in ("one", "two"))
     assert np.allclose(one["loss"], two["loss"], rtol=1e-4)
     one, two = (pd.read_csv(f"{run}/preds/EF/val_EF_preds.csv") for run in ("one", "two"))
@@ -558,13 +505,12 @@ def test_pediatric_views_and_folds(cli, here, monkeypatch):
     """Both views of an accession are one answer; finished folds are skipped; folds are pooled."""
     for module in (cohorts, train):
         monkeypatch.setattr(module, "PEDIATRIC_FOLDS", 3)
-    for view in ("A4C", "PSAX"):
-        rows = []
-        for i in range(9):
-            name, ef = f"CR{i:02}-CA{i:02}-00000{1 + (view == 'PSAX')}.avi", 40.0 + 3 * i
+    for view, n in (("A4C", 9), ("PSAX", 6)):
+        names = [f"CR{i:02}-CA{i:02}-00000{1 + (view == 'PSAX')}.avi" for i in range(n)]
+        table = pd.DataFrame({"FileName": names, "EF": 40.0 + 3 * np.arange(n)})
+        for i, (name, ef) in enumerate(table.to_numpy()):
             draw(here / "ped" / view / "Videos" / name, ef, i)
-            rows.append({"FileName": name, "EF": ef, "Sex": "F", "Age": 5, "Split": i % 3})
-        write_list(here / "ped" / view, rows[: 9 if view == "A4C" else 6])
+        write_list(here / "ped" / view, table.assign(Split=table.index % 3))
     line = f"--cohort echonetpediatric --data_dir ped --output_dir out {SMALL} --max_epochs 1"
     status, out, err = run(cli, line, "--fold 0")
     assert status == 0, err
@@ -588,17 +534,14 @@ def hospital(here):
     """Three CSVs: a finding, a grade and EF, some missing (-1); two videos an accession."""
     rng = np.random.default_rng(1)
     for split, n in (("train", 8), ("val", 6), ("test", 6)):
-        rows = []
-        for i in range(n):
-            ef = float(round(rng.uniform(15, 75)))
-            for k in range(2):
-                draw(here / "site" / "vids" / f"{split}{i}_{k}.avi", ef, 100 * i + k)
-                rows.append(
-                    {"fname": f"{split}{i}_{k}.avi", "video_dir": "vids", "acc_num": f"{split}{i}",
-                     "video_num": k, "simple_view_pred": "A4C", "doppler": 0,
-                     "EF": ef if i else -1, "AVStructure": i % 2, "LVSize": i % 3}
-                )  # fmt: skip
-        pd.DataFrame(rows).to_csv(here / "site" / f"{split}.csv", index=False)
+        table = pd.DataFrame({"acc_num": [f"{split}{i}" for i in range(n) for _ in range(2)]})
+        table["fname"] = [f"{split}{i}_{k}.avi" for i in range(n) for k in range(2)]
+        efs = rng.uniform(15, 75, n).round()
+        for i, (name, ef) in enumerate(zip(table["fname"], efs.repeat(2), strict=True)):
+            draw(here / "site" / "vids" / name, ef, 100 * n + i)
+        table["EF"], i = [-1, -1, *efs[1:].repeat(2)], np.arange(n).repeat(2)
+        table = table.assign(video_dir="vids", AVStructure=i % 2, LVSize=i % 3)
+        table.to_csv(here / "site" / f"{split}.csv", index=False)
     return here / "site"
 
 
@@ -645,12 +588,10 @@ def test_hospital_tables(here, hospital):
         cohorts.read_cohort("hospital", "site", (), listener)
         return [f"{finding.level} {finding.text}" for finding in listener.findings]
 
-    def reported(level, *words, **changes):
-        return any(
-            text.startswith(level) and all(w in text for w in words) for text in findings(**changes)
-        )
+    def reported(*words, **changes):
+        return any(all(w in text for w in words) for text in findings(**changes))
 
-    assert not any(text.startswith("ERROR") for text in findings())
+    assert not reported("ERROR")
     assert reported("ERROR", "val", "patient", val=val.assign(patient="P"))
     labels = val.assign(LVSize=val["LVSize"].mask(val.index == 0, 1))
     assert reported("ERROR", "LVSize", "val0", val=labels)
@@ -662,9 +603,9 @@ def test_hospital_tables(here, hospital):
     patients = {k: t.assign(patient=t["acc_num"]) for k, t in whole.items()}
     patients["test"].loc[0, "patient"] = "other"
     assert reported("ERROR", "several patients", "test0", **patients)
-    patients["test"].loc[0, "patient"] = None  # known by the other row
+    patients["test"].loc[0, "patient"] = None  # that of the other row
     assert reported("WARNING", "test.csv", "1 rows have no patient", **patients)
-    assert not any(text.startswith("ERROR") for text in findings(**patients))
+    assert not reported("ERROR", **patients)
     Path("site/links").symlink_to("vids")
     twice = whole["test"].copy()
     twice.loc[0, ["fname", "video_dir"]] = "train0_0.avi", "links"
@@ -688,57 +629,51 @@ def test_changes_on_resume(cli, here, dynamic):
     (here / "dyn" / "Videos").symlink_to(dynamic / "Videos")
     line = f"--cohort echonetdynamic --data_dir dyn --tasks t.json --output_dir run {SMALL}"
     line += " --sample_limit 3 --cos_anneal --max_epochs"
-    task = {"name": "EF", "type": "multi-class", "classes": ["low", "mid", "high"]}
+    grades = ["low", "mid", "high"]
+    task = {"name": "EF", "type": "multi-class", "classes": grades}
+    Path("t.json").write_text(json.dumps([task]))
+    assert run(cli, line, 1)[0] == 0
+    Path("run/encoder.json").write_text("as it was")  # a finished run keeps it
     for classes, epochs, wrong in (
-        (["low", "mid", "high"], 1, ""),
-        (["low", "mid", "high"], 2, "max_epochs was 1 and is now 2"),
-        (["low", "high", "mid"], 1, "classes of the tasks was [['low', 'mid', 'high']]"),
+        (grades[::-1], 1, "classes of the tasks was [['low', 'mid', 'high']]"),
+        (grades, 2, "max_epochs was 1 and is now 2"),
+        (grades, 1, ""),
     ):
         Path("t.json").write_text(json.dumps([task | {"classes": classes}]))
         status, _, err = run(cli, line, epochs)
         assert (status == 1 and wrong in err) if wrong else status == 0, err
-    Path("t.json").write_text(json.dumps([task]))
-    Path("run/encoder.json").write_text("as it was")  # a finished run is not described again
-    status, _, err = run(cli, line, 1)
-    assert status == 0 and Path("run/encoder.json").read_text() == "as it was", err
+    assert Path("run/encoder.json").read_text() == "as it was"
     Path("run/chkpt_epoch-1.pt").unlink()
     status, _, err = run(cli, line, 1)
     assert status == 1 and "best checkpoint of run is missing" in err
 
 
-def test_an_epoch_without_a_metric_is_not_the_best():
-    run = train.Run.__new__(train.Run)
-    run.scores = [np.nan, 0.3]
-    assert run.best_epoch == 2
-
-
-def test_weights_of_another_run_are_not_reported_as_this_ones(tmp_path):
+def test_weights_of_another_run_are_not_reported_as_those_of_this_one(tmp_path):
     """Missing, exchanged, or a later epoch beside a finished run's best; not so where a run was
     killed before it recorded its last epoch."""
     run, mine = train.Run.__new__(train.Run), [0.5, 0.3, 0.4, 0.4]
-    run.folder, run.scores, run.settings = tmp_path, [0.3, 0.2], None
-    run.settings = SimpleNamespace(max_epochs=2, patience=9)
-    run.history = [{"loss": loss} for loss in mine]
+    run.folder, run.scores = tmp_path, [np.nan, 0.3]
+    assert run.best_epoch == 2  # an epoch without a metric is not the best
+    run.scores, run.history = [0.3, 0.2], [{"loss": loss} for loss in mine]
 
-    def check(epochs, losses):
-        """Of chkpt_epoch-N.pt with these losses, N the number of epochs."""
+    def refused(most, epochs, losses):
+        """Whether chkpt_epoch-N.pt with these losses is, in a run of so many epochs at most."""
+        run.settings = SimpleNamespace(max_epochs=most, patience=9)
         for old in tmp_path.iterdir():
             old.unlink()
         if epochs:
             saved = {"weights": {}, "history": [{"loss": loss} for loss in losses]}
             torch.save(saved, tmp_path / f"chkpt_epoch-{epochs}.pt")
-        run.check_best()
+        try:
+            run.check_best()
+        except UserError:
+            return True
 
-    check(1, mine[:2])
-    for epochs, losses in ((0, []), (1, [0.5, 0.31]), (2, mine), (3, [*mine, 0.1, 0.1])):
-        with pytest.raises(UserError, match="missing or from another run"):
-            check(epochs, losses)
-    run.settings.max_epochs = 4
-    check(3, [*mine, 0.1, 0.1])
-    with pytest.raises(UserError, match="missing or from another run"):
-        check(3, [*mine[:3], 0.1, 0.1, 0.1])
-    run.scores, run.history = [], []
-    check(0, [])
+    later = [0.1, 0.1]
+    assert not refused(2, 1, mine[:2]) and not refused(4, 3, [*mine, *later])
+    for case in ((0, []), (1, [0.5, 0.31]), (2, mine), (3, [*mine, *later])):
+        assert refused(2, *case), case
+    assert refused(4, 3, [*mine[:3], 0.1, *later])
 
 
 def test_steps_for_all_processes():
@@ -760,10 +695,9 @@ def test_pooled_folds_of_every_kind(here):
     ]
     rng = np.random.default_rng(0)
     for k in range(2):
-        for task in tasks[:2]:
-            names = ["yes"] if task["name"] == "b" else task["class_names"]
+        for task, names in ((tasks[0], ["yes"]), (tasks[1], ["x", "y", "z"])):
             table = pd.DataFrame({"acc_num": [f"P{i}-{k}" for i in range(9)]})
-            table["label"] = np.arange(9) % (2 if task["name"] == "b" else 3)
+            table["label"] = np.arange(9) % len(task["class_names"])
             values = rng.dirichlet(np.ones(3), 9)[:, : len(names)]
             table[[f"probability {n}" for n in names]] = values
             path = Path(f"fold_{k}/preds/{task['name']}/test_{task['name']}_preds.csv")
@@ -809,37 +743,29 @@ def test_start_from_a_published_run(here, capsys):
     Path("panecho").mkdir()
     pe = {"encoder.time_encoder.pe": torch.zeros(1, 16, 768)}
     for n in (2, 10):
-        torch.save({"weights": theirs.state_dict() | pe, "optimizer": {}},
-                   f"panecho/chkpt_epoch-{n}.pt")  # fmt: skip
-    net = panecho.PanEcho([*tasks, {**tasks[0], "name": "ESV"}], False, 4)
+        torch.save({"weights": theirs.state_dict() | pe}, f"panecho/chkpt_epoch-{n}.pt")
     settings = train.EncoderSettings(arch="convnext_tiny")
-    theirs_start = start.load_start(net, "panecho", settings)
-    assert theirs_start.name == "chkpt_epoch-10.pt" and theirs_start.licence == "not known"
-    assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight)
-    for other, kept in (({"unit": "cm"}, 0), ({"unit": ""}, 1), ({"type": "binary"}, 0)):
-        net = panecho.PanEcho([tasks[0] | other], False, 4)
-        start.load_start(net, "panecho", settings)
+    for other, kept in (({}, 1), ({"unit": "cm"}, 0), ({"unit": ""}, 1), ({"type": "binary"}, 0)):
+        net = panecho.PanEcho([tasks[0] | other, {**tasks[0], "name": "ESV"}], False, 4)
+        theirs_start = start.load_start(net, "panecho", settings)
+        assert theirs_start.name == "chkpt_epoch-10.pt" and theirs_start.licence == "not known"
         assert torch.equal(net.EF_head[1].weight, theirs.EF_head[1].weight) == bool(kept)
         assert ("EF differs in chkpt_epoch-10.pt" in capsys.readouterr().out) == (not kept)
     with pytest.raises(UserError, match="does not fit"):
         other = panecho.FrameTransformer(4, None, 2)
         start.load_start(panecho.PanEcho(tasks, False, backbone=other), "panecho", settings)
-    Path("empty").mkdir()
-    with pytest.raises(UserError, match="no weights file empty"):
-        start.load_start(net, "empty", settings)
+    with pytest.raises(UserError, match="no weights file nowhere"):
+        start.load_start(net, "nowhere", settings)
     record = train.EncoderRecord(tasks=[], clip_len=32)
-    saved = {"weights": theirs.state_dict(), "encoder": record.to_save()}
-    torch.save(saved, "ours.pt")
+    torch.save({"weights": theirs.state_dict(), "encoder": record.to_save()}, "ours.pt")
     torch.save({"weights": theirs.state_dict()}, "panecho.pt")
+    options = {"arch": "convnext_tiny", "normalization": "imagenet", "n_heads": 8}
+    options["model_name"] = "frame_transformer"
     for file in ("ours.pt", "panecho.pt"):  # what fits its shapes and means something else
         for name, value, was in (("normalization", "", "imagenet"), ("n_heads", 4, 8)):
-            options = {"arch": "convnext_tiny", "normalization": "imagenet", name: value}
-            options["model_name"] = "frame_transformer"
             with pytest.raises(UserError, match=f"with {name} = {was}, not"):
-                start.load_start(net, file, train.EncoderSettings(**options))
-    settings = train.EncoderSettings(**options | {"n_heads": 8})
-    capsys.readouterr()
-    start.load_start(net, "ours.pt", settings)
+                start.load_start(net, file, train.EncoderSettings(**options | {name: value}))
+    start.load_start(net, "ours.pt", train.EncoderSettings(**options))
     assert "was trained with clip_len = 32 and gets 16 here" in capsys.readouterr().out
 
 

@@ -32,7 +32,8 @@ class EpochTraining:
     """Training in epochs. The last checkpoint has the whole state, so a resume is exact.
 
     A subclass defines `items` (the plural noun that an epoch counts), `remedy` (for a run that
-    cannot be resumed), losses, losses_of, scores, finished, best_file, one_epoch, state,
+    cannot be resumed), history_key (in a
+    checkpoint), losses_of (a history), scores, finished, best_file, one_epoch, state,
     read_record, facts, restore, write_best, write_history, write_start and refuse_finished_model.
     """
 
@@ -52,6 +53,11 @@ class EpochTraining:
         """The number of the epoch with the highest score, from 1; 0 before the first epoch ends."""
         scores = np.nan_to_num(self.scores, nan=-np.inf)  # NaN: no metric was defined
         return 1 + int(np.argmax(scores)) if self.scores else 0
+
+    @property
+    def losses(self):
+        """(training, validation) loss of each epoch."""
+        return self.losses_of(self.history)
 
     @property
     def epochs_since_best(self):
@@ -114,21 +120,17 @@ class EpochTraining:
         It may be from the next epoch, if the run was stopped just before it recorded that epoch.
         """
         path = self.best_file()
-        losses = self.losses_in(path) if path and path.is_file() else []
+        try:
+            saved = load_safely(path) if path and path.is_file() else {}
+            losses = self.losses_of(saved[self.history_key])
+        except (LookupError, TypeError, ValueError):
+            losses = []
         allowed = {self.best_epoch} if self.finished else {self.best_epoch, self.epoch + 1}
         if len(losses) not in allowed or losses[: self.epoch] != self.losses[: len(losses)]:
             raise UserError(
                 f"the best checkpoint of {self.folder} is missing or from another run than "
                 f"{LAST}; restore it, or {self.remedy}"
             )
-
-    def losses_in(self, path):
-        """The losses recorded in a checkpoint of this program; [] if it has none."""
-        saved = load_safely(path)
-        try:
-            return self.losses_of(saved)
-        except (LookupError, TypeError, ValueError):
-            return []
 
     def start_clock(self):
         self.last_saved = time.time()

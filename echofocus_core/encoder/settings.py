@@ -1,8 +1,6 @@
 """The options of the encoder's training, under their published names."""
 
-from typing import Annotated, Literal
-
-from pydantic import AfterValidator
+from typing import Literal
 
 from echofocus_core.base.console import UserError
 from echofocus_core.base.options import (
@@ -28,12 +26,6 @@ from echofocus_core.encoder.cohorts import PEDIATRIC_FOLDS
 from echofocus_core.video.clip_tensors import NORMALIZATIONS
 
 COMMAND = "train_encoder"
-
-
-def check_normalization(name):
-    if name not in NORMALIZATIONS:
-        raise ValueError(f"{', '.join(filter(None, NORMALIZATIONS))} or '', not {name}")
-    return name
 
 
 # fmt: off
@@ -83,8 +75,8 @@ class EncoderSettings(CohortOptions):
     pooling: Literal["mean"] = option("mean", "over frames", MODEL, COMMAND)
     transformer_dropout: float = option(0, "between frames", MODEL, COMMAND, least=0, below=1)
     fc_dropout: float = option(0, "before the heads", MODEL, COMMAND, least=0, below=1)
-    normalization: Annotated[str, AfterValidator(check_normalization)] = option(
-        "", "imagenet, kinetics, echo-clip, or '' for none", MODEL, COMMAND
+    normalization: Literal[(*NORMALIZATIONS,)] = option(
+        "", "of the input; '' for none", MODEL, COMMAND, choices=(*NORMALIZATIONS,)
     )
     rand_init: bool = option(False, "start at random", MODEL, COMMAND)
 

@@ -62,7 +62,7 @@ class Predictions:
 class Run(EpochTraining):
     """The training of one encoder."""
 
-    items, remedy = "videos", "use another --output_dir"
+    items, history_key, remedy = "videos", "history", "use another --output_dir"
 
     def __init__(self, folder, settings, cohort, folds, cache, world):
         super().__init__(folder, settings, world)  # history: see `validation_row`, two an epoch
@@ -117,13 +117,8 @@ class Run(EpochTraining):
 
     # ---------------------------------------------------------------------------- record and resume
 
-    @property
-    def losses(self):
-        """(training, validation) loss of each epoch."""
-        return self.losses_of({"history": self.history})
-
-    def losses_of(self, saved):
-        losses = [row["loss"] for row in saved["history"]]
+    def losses_of(self, history):
+        losses = [row["loss"] for row in history]
         return list(zip(losses[::2], losses[1::2], strict=True))
 
     @property

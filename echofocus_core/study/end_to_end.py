@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
 from echofocus_core.base.console import RUN, Parser, UserError, listed, run_main, some
-from echofocus_core.base.files import derive_seed, output_path, sha256_file
+from echofocus_core.base.files import derive_seed, output_path, sha256_file, sha256_of
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Input
 from echofocus_core.video.cache import ClipSampling, FrameCache
@@ -258,7 +258,8 @@ class VideoStore:
 
     def digest(self, eids):
         """SHA-256 of the studies' names, videos, sizes and times."""
-        return self.cache.digest([(e, self.source(e, v)) for e in eids for v in self.videos(e)])
+        videos = ((e, self.source(e, v)) for e in eids for v in self.videos(e))
+        return sha256_of([[e, self.cache.key(source)] for e, source in videos])
 
 
 def open_videos(settings, dataset, ids, world=None):

@@ -199,8 +199,9 @@ def run_steps(context, eids, optimizer=None, epoch=0, label=""):
         pin=context.device.type == "cuda",
     )  # fmt: skip
     if training and context.outputs.by_step:
-        logits = partial(compute_logits, context, seed=seed)
-        batches = with_output_grads(batches, logits, context)
+        batches = with_output_grads(
+            batches, lambda batch: forward(context, batch, seed, graph=False)[0], context
+        )
     net.train(training)
     rows, total, average = [], None, None
     hidden = not label or world.rank > 0
@@ -252,11 +253,6 @@ def compute_parallel(batches, compute, device):
                 yield from map_ahead(pool, lambda batch: (batch, compute(batch)), step, threads + 1)
     finally:
         torch.set_num_threads(threads)  # new threads take the last number that was set
-
-
-def compute_logits(context, batch, seed):
-    """Logits (S, O) of a Batch, without a graph."""
-    return forward(context, batch, seed, graph=False)[0]
 
 
 def forward(context, batch, seed, graph):

@@ -120,7 +120,7 @@ def refuse_model_without_checkpoint(folder):
 class Training(EpochTraining):
     """The training of one study-level model."""
 
-    items, remedy = "studies", REMEDY
+    items, history_key, remedy = "studies", "perf_log", REMEDY
 
     def __init__(self, folder, settings, cohort, store, parent=None, world=None, encoder_seen=()):
         super().__init__(folder, settings, world)  # history: [epoch, train_loss, val_loss, lr, s]
@@ -151,13 +151,8 @@ class Training(EpochTraining):
         self.unreadable = {}
         self.plotted = 0.0  # when the curves were last drawn
 
-    @property
-    def losses(self):
-        """(training, validation) loss of each epoch."""
-        return [(row[1], row[2]) for row in self.history]
-
-    def losses_of(self, saved):
-        return [(row[1], row[2]) for row in saved["perf_log"]]
+    def losses_of(self, history):
+        return [(row[1], row[2]) for row in history]
 
     @property
     def scores(self):

@@ -124,10 +124,6 @@ class FrameCache:
             if content and len(same) > 1 and np.ptp(self.frames(videos.at[same[0], "path"])) > BLANK
         ]
 
-    def digest(self, named):
-        """SHA-256 of (name, video) pairs: of the names, and of paths, sizes and times."""
-        return sha256_of([[name, self.key(video)] for name, video in named])
-
     def frames(self, video):
         """A video's small frames, uint8 (n, H, W, 3) BGR, mapped from the file. UserError."""
         place = self.place(video)
