@@ -16,7 +16,7 @@ import torch
 
 from echofocus_core.base.files import lock
 from echofocus_core.video import decode as video
-from echofocus_core.video import extract, panecho, store
+from echofocus_core.video import extract, panecho, phantom, store
 from tests.helpers import ROOT, copy_example, moving_square, relative_error, write_dicom
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
@@ -26,6 +26,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from echofocus_core.video import extract, panecho
 panecho.CONVNEXT_TINY = {NARROW}
+panecho.random_digest = lambda: "ab" * 32
 extract.program()
 """
 
@@ -187,7 +188,7 @@ def test_a_second_run_does_what_is_left(source, tmp_path, run):
     status, text, _ = run()
     assert status == 0 and "2 studies extracted, 0 already there" in text
     with h5py.File(out / "A_1.hdf5") as f:
-        assert len(f["videos"]) == 4
+        assert len(f["videos"]) == 3  # z.dcm repeats x.dcm
     for name, recorded, present in (
         ("n_clips", "3", "16"), ("starts", "modulo", "independent"), ("mask", "none", "sector"),
     ):  # fmt: skip
@@ -251,12 +252,13 @@ def test_a_killed_run_resumes_to_the_same_numbers(source, tmp_path, cli, run):
     line = [sys.executable, "-c", PROGRAM, source, "--out", out, *OPTIONS, "--workers", "1"]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
-        if list(out.glob("*.hdf5")) or process.poll() is not None:
+        if list(out.glob("[!.]*.hdf5")) or process.poll() is not None:
             break
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert cli(source, "--out", out, *OPTIONS, main=extract.main)[0] == 0
+    status, _, error = cli(source, "--out", out, *OPTIONS, main=extract.main)
+    assert status == 0, error
     assert run()[0] == 0
     names = sorted(p.name for p in (tmp_path / "out").glob("*.hdf5"))
     assert len(names) == 8 and sorted(p.name for p in out.glob("[!.]*.hdf5")) == names
@@ -327,27 +329,49 @@ def test_only_what_changed_is_read_again(source, tmp_path, run, decoded):
     names, changed, _ = embeddings()
     assert names == ["x.dcm"] and (changed["x.dcm"] != first["x.dcm"]).any()
     np.testing.assert_array_equal(changed["IM0001"], first["IM0001"])
-    shutil.copy(source / "A_1" / "IM0001", source / "A_1" / "copy.dcm")
+    shutil.copy(source / "A_1" / "IM0001", source / "A_1" / "IM0002")
     names, more, text = embeddings()
-    assert names == ["copy.dcm"]
-    assert relative_error(more["copy.dcm"], first["IM0001"]) < 1e-5
-    (source / "A_1" / "copy.dcm").unlink()
+    assert names == ["IM0002"] and more.keys() == first.keys()
+    assert embeddings()[0] == []
+    (source / "A_1" / "IM0001").unlink()  # what the copy repeats is gone
     names, fewer, _ = embeddings()
-    assert names == [] and fewer.keys() == first.keys()
+    assert names == ["IM0002"] and fewer.keys() == first.keys() - {"IM0001"} | {"IM0002"}
+    assert relative_error(fewer["IM0002"], first["IM0001"]) < 1e-5
 
 
-def test_files_of_the_same_bytes_are_reported(source, tmp_path, run):
-    """In one study and in two: on the screen, also when they are complete, and in the log."""
+def test_the_same_frames_count_once(source, tmp_path, run):
+    """In one study, and reported in two: on the screen, also when they are complete, and logged."""
     shutil.copy(source / "A_1" / "IM0001", source / "A_1" / "copy.dcm")
     (source / "C").mkdir()
     shutil.copy(source / "A_1" / "x.dcm", source / "C" / "c.dcm")
     for _ in range(2):
         status, text, _ = run("--group", "folder")
         assert status == 0
-        assert "A_1/copy.dcm and A_1/IM0001" in text and "C/c.dcm and A_1/x.dcm" in text
+        assert "A_1/copy.dcm: a repeat" in text and "C/c.dcm and A_1/x.dcm" in text
         log = read_log(tmp_path / "out")
-        assert log["C", "c.dcm"]["reason"] == "the same bytes as A_1/x.dcm"
+        assert log["A_1", "copy.dcm"]["reason"] == "a repeat: the same frames as IM0001"
+        assert log["C", "c.dcm"]["reason"] == "the same frames as A_1/x.dcm"
         assert log["A_1", "x.dcm"]["reason"] == ""
+
+
+def test_videos_that_are_almost_the_same_are_noted(tmp_path, cli):
+    """A copy as MP4: in the log and on the screen, also after a kill; other loops are not."""
+    for seed in range(3):
+        cine = phantom.phantom_cine(("A4C", "PSAX", "PLAX")[seed], frames=16, seed=seed)
+        phantom.write_video(tmp_path / "in" / "A" / f"{seed}.avi", cine)
+    out, line = tmp_path / "out", (tmp_path / "in", "--out", tmp_path / "out", *OPTIONS)
+    assert cli(*line, main=extract.main)[0] == 0
+    assert {row["reason"] for row in read_log(out).values()} == {""}
+    phantom.write_video(tmp_path / "in" / "A" / "copy.mp4", cine, fourcc="mp4v")
+    for _ in range(2):
+        _, text, _ = cli(*line, main=extract.main)
+        assert "1 videos have almost the same embeddings" in text
+        notes = {video: row["reason"] for (_, video), row in read_log(out).items()}
+        assert notes.pop("copy.mp4") == "almost the same as another video: 2.avi"
+        assert set(notes.values()) == {""}
+    (tmp_path / "in" / "A" / "2.avi").unlink()
+    cli(*line, main=extract.main)
+    assert {row["reason"] for row in read_log(out).values()} == {""}
 
 
 @pytest.mark.parametrize("more", [True, False])

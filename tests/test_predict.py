@@ -123,6 +123,17 @@ def test_input_unlike_the_training_input_is_marked_in_the_table(trained, cli):
     assert "norm of clip embeddings" in warned["1003"] and (warned != "").sum() == 1
 
 
+def test_a_repeated_video_is_marked(trained, cli):
+    """In the column warning; the study is not unlike the training data."""
+    with h5py.File("emb/1003.hdf5") as f:
+        bag = f["embeddings"][:]
+    write_embeddings(Path("emb"), "1003", np.concatenate([bag, bag[:1] * np.float32(1.001)]))
+    assert cli("predict")[0] == 0
+    warned = table()["warning"]
+    assert f"1 videos almost the same as others: v{len(bag):02}.avi and v00.avi" in warned["1003"]
+    assert not warned.drop("1003").str.contains("almost").any()
+
+
 def test_another_clip_length_is_marked(cohort, cli):
     for path in Path("emb").iterdir():
         with h5py.File(path, "a") as f:

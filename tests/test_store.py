@@ -25,7 +25,7 @@ from echofocus_core.study.sources import refuse_mixed
 from echofocus_core.video import panecho
 from echofocus_core.video import store as st
 from echofocus_core.video.record import EncoderRecord
-from tests.helpers import write_embeddings
+from tests.helpers import normal, write_embeddings
 
 TEXT = h5py.string_dtype()
 
@@ -703,3 +703,13 @@ def test_batches_hold_true_counts(cohort):
     batches = list(read_batches(store, plan, settings, {}))
     assert [b.eids for b in batches] == [p.eids for p in plan]
     assert all(b.lengths == [store.size(e) for e in b.eids] for b in batches)
+
+
+def test_videos_that_are_almost_the_same():
+    """A repeat with a little noise in a bag of random videos, and one of two videos."""
+    bag = normal(0, 5, 4, 768)
+    bag[4] = bag[1] + 0.05 * normal(1, 4, 768)
+    assert st.almost_the_same(bag) == [(1, 4)]
+    assert st.almost_the_same(bag[:4]) == st.almost_the_same(bag[:1]) == []
+    pair = np.stack([bag[0], bag[0] * 1.001])
+    assert st.almost_the_same(pair) == [(0, 1)]

@@ -1,16 +1,22 @@
 """Which files make a study, what it is called, and who extracts it."""
 
+import csv
+import gzip
 import os
 import shutil
 import socket
 import unicodedata
+import zipfile
+import zlib
 
+import cv2
 import pydicom
 import pytest
 from helpers import FIXTURES, moving_square, write_dicom
+from pydicom.encaps import encapsulate
 
 from echofocus_core.base.console import Collected, UserError
-from echofocus_core.video import extract, studies
+from echofocus_core.video import extract, phantom, studies
 
 OPTIONS = ("--weights", "random", "--size", "56", "--n_clips", "3")
 
@@ -72,9 +78,38 @@ LAYOUTS = {
             "tue": ("tue", ["c"]),
         },
     ),
-    "a study over several folders": (
+    "one UID in several folders": (
         {"x/a": "1", "y/b": "1", "z/c": "2"},
-        {f"SOURCE-{d('1')}": (".", ["x/a", "y/b"]), "z": ("z", ["c"])},
+        {"x": ("x", ["a"]), "y": ("y", ["b"]), "z": ("z", ["c"])},
+    ),
+    "two UIDs in the same two folders": (
+        {"x/a": "1", "y/b": "1", "x/c": "2", "y/d": "2"},
+        {
+            f"x-{d('1folder x')}": ("x", ["a"]),
+            f"y-{d('1folder y')}": ("y", ["b"]),
+            f"x-{d('2folder x')}": ("x", ["c"]),
+            f"y-{d('2folder y')}": ("y", ["d"]),
+        },
+    ),
+    "a CD with a viewer's film": (
+        {"DICOM/a": "1", "help/tutorial.mp4": ""},
+        {"SOURCE": (".", ["DICOM/a"])},
+    ),
+    "UIDs that are not valid": (
+        {"x/a": "0", "y/b": "0", "z/c": "1.02", "w/d": "patient"},
+        {"x": ("x", ["a"]), "y": ("y", ["b"]), "z": ("z", ["c"]), "w": ("w", ["d"])},
+    ),
+    "folders of systems": (
+        {
+            "A/x": "1",
+            "A/@eaDir/x": "2",
+            "#recycle/y": "3",
+            "__MACOSX/z.avi": "",
+            "$RECYCLE.BIN/z.avi": "",
+            "lost+found/z.avi": "",
+            "A/Thumbs.db": "",
+        },
+        {"A": ("A", ["x"])},
     ),
     "a study with one series among others": (
         {"A/s1/x": "1", "A/s2/x": "1", "B/s1/x": "2", "B/s2/x": "2", "C/s1/x": "3"},
@@ -96,7 +131,7 @@ LAYOUTS = {
     ),
     "DICOM and other videos beside it": (
         {"A/x": "1", "A/export/y.avi": "", "B/z.avi": "", "B/s/w.avi": ""},
-        {"A": ("A", ["export/y.avi", "x"]), "B": ("B", ["s/w.avi", "z.avi"])},
+        {"A": ("A", ["x"]), "B": ("B", ["s/w.avi", "z.avi"])},
     ),
     "two folders of one name": (
         {"p/echo/a": "1", "p/b": "3", "p/echo2/c": "2", "q/echo/d": "4", "q/e": "5"},
@@ -146,8 +181,6 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
     assert set(layout_of(tmp_path)) == {"B"}
     out = capsys.readouterr().out
     assert "2 patients: A/x, A/y" in out and "left out" in out and "MRN" not in out
-    (study,) = studies.find_studies(tmp_path)
-    assert (study.uid, study.patient_id) == ("2", "MRN-4711") and "MRN" not in repr(study)
     shutil.rmtree(tmp_path / "B")
     with pytest.raises(UserError, match="no study"):
         layout_of(tmp_path)
@@ -158,10 +191,78 @@ def test_files_of_no_study_are_left_out(tmp_path, capsys):
     assert sorted(v for _, vs in layout_of(tmp_path).values() for v in vs) == ["w", "x", "y"]
     assert "2 files have no StudyInstanceUID" in (out := capsys.readouterr().out)
     assert "A/z.avi, loose.mp4" in out
-    with pytest.raises(UserError, match="no StudyInstanceUID in the files of V"):
+    with pytest.raises(UserError, match=r"no StudyInstanceUID .* of V"):
         (tmp_path / "V").mkdir()
         (tmp_path / "V/v.avi").write_text("x")
         layout_of(tmp_path, study_id="uid")
+
+
+def test_one_uid_merges_folders_of_one_patient_only(tmp_path):
+    """Files in several folders are one study where all name the same patient."""
+    for patients, expected in (
+        (("P", "P"), ["SOURCE"]), (("P", "Q"), ["x", "y"]), (("P", ""), ["x", "y"]),
+    ):  # fmt: skip
+        root = tmp_path / "".join(patients) / "SOURCE"
+        for folder, patient in zip("xy", patients, strict=True):
+            put(root, f"{folder}/a", "1", PatientID=patient)
+        listener = Collected()
+        assert sorted(layout_of(root, listener=listener)) == expected
+        warned = [f.text for f in listener.findings if f.level == "WARNING"]
+        assert bool(warned) == (len(expected) == 2) and all("x and y" in t for t in warned)
+        names = [layout_of(root, study_id=kind) for kind in ("folder", "digest")]
+        assert [len(n) for n in names] == [len(expected)] * 2
+
+
+def jpeg_copy(path, source, **tags):
+    """Write a DICOM file again as JPEG, with other tags."""
+    ds = pydicom.dcmread(source)
+    frames = [cv2.imencode(".jpg", f[..., ::-1])[1].tobytes() for f in ds.pixel_array]
+    ds.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    ds.PixelData, ds.PhotometricInterpretation = encapsulate(frames), "YBR_FULL_422"
+    ds["PixelData"].is_undefined_length = True
+    for name, value in tags.items():
+        setattr(ds, name, value)
+    ds.save_as(path)
+
+
+def test_one_loop_counts_once(tmp_path, cli):
+    """Sent again with a tag changed, as JPEG, of the same frames; one UID for two loops is two."""
+    A = tmp_path / "in" / "A"
+    put(tmp_path / "in", "A/s/best", "1", SOPInstanceUID="1.5", PatientID="P")
+    jpeg_copy(A / "a_jpeg", A / "s/best")
+    put(tmp_path / "in", "A/t/again", "1", SOPInstanceUID="1.5", InstitutionName="X")
+    put(tmp_path / "in", "A/t/new_uid", "1", SOPInstanceUID="1.6")
+    other = phantom.phantom_cine(frames=17, seed=3)
+    write_dicom(A / "other", other, "RGB", StudyInstanceUID="1", SOPInstanceUID="1.5")
+    (study,) = studies.find_studies(tmp_path / "in")
+    assert study.videos == ["other", "s/best", "t/new_uid"]
+    assert sorted(study.left_out) == ["a_jpeg", "t/again"]
+    status, _, error = cli(tmp_path / "in", "--out", tmp_path / "out", *OPTIONS, main=extract.main)
+    assert status == 0, error
+    with open(tmp_path / "out" / "extract_log.csv") as f:
+        rows = {row["video"]: (row["result"], row["reason"]) for row in csv.DictReader(f)}
+    assert {v for v, (result, _) in rows.items() if result == "ok"} == {"other", "s/best"}
+    assert rows["t/new_uid"] == ("skipped", "a repeat: the same frames as s/best")
+    assert rows["a_jpeg"] == ("skipped", "a repeat: the same SOPInstanceUID as best")
+
+
+def test_packed_files_say_what_to_do(tmp_path, cli):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.dcm").write_bytes(gzip.compress(b"x" * 500))
+    with zipfile.ZipFile(root / "study.zip", "w") as f:
+        f.writestr("x", "y")
+    (root / "answer").write_bytes(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + bytes(500))
+    data = bytes(1000)
+    (root / "0d6f").write_bytes(len(data).to_bytes(8, "little") + zlib.compress(data))
+    line = (root, "--out", tmp_path / "o", *OPTIONS)
+    status, text, error = cli(*line, main=extract.main)
+    assert status == 1 and "a.dcm: packed (gzip): unpack it" in text
+    for expected in ("study.zip: packed (zip)", "answer: the multipart", "0d6f: of the database"):
+        assert expected in text
+    (root / "a.dcm").unlink()
+    status, _, error = cli(*line, main=extract.main)
+    assert status == 1 and "study.zip: packed (zip): unpack it" in error
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
@@ -265,10 +366,10 @@ def test_manifests(tmp_path):
     """Our list, MIMIC's and EchoNet's."""
     lay_out(tmp_path, {"A/x.dcm": "1", "A/s/y.dcm": "1", "B/z.dcm": "2"})
     s1, s2 = from_manifest(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
-    assert (s1.name, s1.videos, s1.missing) == ("s1", ["x.dcm"], ["gone.dcm"])
+    assert (s1.name, s1.videos, list(s1.left_out)) == ("s1", ["x.dcm"], ["gone.dcm"])
     assert (s2.name, s2.videos) == ("s2", ["z.dcm"])
     (one,) = from_manifest(tmp_path, f"study,path\ns1,A/x.dcm\ns1,A/{'x' * 5000}\n")
-    assert one.videos == ["x.dcm"] and len(one.missing) == 1  # no file system has such a name
+    assert one.videos == ["x.dcm"] and len(one.left_out) == 1  # no file system has such a name
 
     (study,) = from_manifest(
         tmp_path,
@@ -287,7 +388,7 @@ def test_manifests(tmp_path):
     assert study.videos == ["A4C/Videos/CR1-CR2-000.avi", "PSAX/Videos/CR1-CR2-000.avi"]
     lists[0].write_text("FileName,EF\n0X1,60\n0X2,50\n")
     all_studies = studies.find_studies(tmp_path, manifests=lists[:1])
-    assert [(s.name, s.missing) for s in all_studies] == [
+    assert [(s.name, list(s.left_out)) for s in all_studies] == [
         ("0X1", ["0X1.avi"]),
         ("0X2", ["0X2.avi"]),
     ]

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from helpers import ROOT, moving_square, write_dicom
+from helpers import ROOT, moving_square, write_cine, write_dicom
 
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom, studies
@@ -95,7 +95,7 @@ def test_containers_are_judged_by_what_decodes(tmp_path, name, n, noted):
     assert np.abs(frames.astype(int) - moving_square(24, 48, 64)[-n:]).mean() < 3
     data = (VIDEOS / name).read_bytes()
     (tmp_path / f"cut{name}").write_bytes(data[: len(data) * 2 // 3])
-    if name.endswith((".mp4", ".mkv")):  # other containers do not say how long they are
+    if name.endswith((".mp4", ".mkv", ".webm", ".wmv")):  # others do not say how long they are
         with pytest.raises(video.VideoError, match=r"truncated|damaged"):
             video.read_frames(tmp_path / f"cut{name}")
 
@@ -113,6 +113,21 @@ def test_an_avi_that_says_one_frame(tmp_path):
     (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
     with pytest.raises(video.VideoError, match="truncated"):
         video.read_frames(tmp_path / "a.avi")
+
+
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.webm", "a.mp4", "fast.mp4"])
+def test_a_container_that_ends_early_is_cut(tmp_path, name):
+    """Within the last frames too, whatever count it declares."""
+    if name == "fast.mp4":  # its index is before the pictures
+        data = (VIDEOS / "h264.mp4").read_bytes()
+    else:
+        fourcc = {"avi": "MJPG", "webm": "VP80"}.get(name[2:], "mp4v")
+        phantom.write_video(tmp_path / name, phantom.phantom_cine(frames=16), fourcc=fourcc)
+        data = (tmp_path / name).read_bytes()
+    for cut in (1, len(data) // 50, len(data) // 16, len(data) // 6):
+        (tmp_path / name).write_bytes(data[:-cut])
+        with pytest.raises(video.VideoError, match=r"truncated|cannot be opened"):
+            video.read_frames(tmp_path / name)
 
 
 def write_plain_avi(path, frames, top_down=False):
@@ -424,6 +439,32 @@ def test_masking_the_real_cine():
     inside = (masked > 0).any((0, 3))
     np.testing.assert_array_equal(masked[:, inside], plain[:, inside])
     assert 0.3 < inside.mean() < 0.95
+
+
+@pytest.mark.parametrize("boxes", [[(2, 2, 77, 59), (82, 2, 157, 59)], []])
+def test_masking_keeps_every_sector(tmp_path, boxes):
+    """Two sectors side by side: at least 0.9 of the moving pixels of each, in both outputs."""
+    rng, frames = np.random.default_rng(0), np.zeros((12, 60, 160, 3), np.uint8)
+    y, x = np.mgrid[:58, :76]
+    fan = (np.abs(x - 38) < 4 + 0.6 * y)[..., None]
+    for left in (2, 82):
+        frames[:, 2:60, left : left + 76] = rng.integers(20, 220, (12, 58, 76, 1)) * fan
+    write_cine(tmp_path / "a.dcm", frames, regions=boxes)
+    plain, masked = (
+        video.read_clips(tmp_path / "a.dcm", video.Sampling(mask=mask))[0]
+        for mask in ("none", "sector")
+    )
+    assert masked.note.startswith("mask: 9")
+    moving, kept = ((np.ptp(c.frames.max(3), 0) > 12) for c in (plain, masked))
+    for half in (slice(0, 112), slice(112, None)):
+        assert kept[:, half].sum() > 0.9 * moving[:, half].sum()
+
+
+def test_a_mask_that_removes_much_says_so(tmp_path):
+    frames, _ = sector_cine()
+    write_dicom(tmp_path / "a.dcm", frames, "RGB", **region(80, 149))
+    (clips,) = video.read_clips(tmp_path / "a.dcm", video.Sampling(mask="sector"))
+    assert clips.note.startswith(video.TOO_MUCH)
 
 
 def test_a_still_scene_cannot_be_masked(tmp_path):

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from echofocus_core import EMBED_DIM as D
-from echofocus_core.base.console import RUN
+from echofocus_core.base.console import RUN, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validated
 from echofocus_core.study.config import Input
-from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy
+from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, almost_the_same
 
 # ----------------------------------------------------------------------------- training data
 
@@ -222,6 +222,9 @@ class InputCheck:
             self.report.novelty[eid] = self.novelty(study)
             if self.report.novelty[eid] > UNUSUAL:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
+        if pairs := almost_the_same(study.embeddings):
+            names = some([f"{study.videos[j]} and {study.videos[i]}" for i, j in pairs])
+            self.report.notes[eid] = f"{len(pairs)} videos almost the same as others: {names}"
         if differences:
             self.report.warnings[eid] = "; ".join(differences)
 

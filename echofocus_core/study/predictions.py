@@ -52,7 +52,9 @@ def note_cut_studies(store, outcome, input_report):
     if getattr(store, "most_videos", 0):
         for eid, n in zip(outcome.eids, outcome.n_videos, strict=True):
             if n < (whole := store.header(eid).videos):
-                input_report.notes[eid] = f"from {n} of its {whole} videos (--max_videos_per_study)"
+                note = f"from {n} of its {whole} videos (--max_videos_per_study)"
+                notes = filter(None, [input_report.notes.get(eid), note])
+                input_report.notes[eid] = "; ".join(notes)
 
 
 def prediction_table(model, outcome, input_report, half_widths=None, years=()):

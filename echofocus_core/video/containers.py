@@ -47,11 +47,15 @@ def container_rate(path):
 def iter_container(path, notes):
     """Decode a video file front to back: yields uint8 (H, W, 3) BGR; notes: see `VideoFile.frames`.
 
-    Raises VideoError when nothing or one frame decodes, and for an AVI that was cut short or of
-    which less than half decodes: it counts its frames, where others estimate them.
+    Raises VideoError when nothing or one frame decodes, for a file that ends before its declared
+    size, and for an AVI of which less than half decodes: it counts its frames, where others
+    estimate them.
     """
     import cv2
 
+    end, size = declared_end(path), os.path.getsize(path)
+    if end > size:
+        raise VideoError(f"truncated: {size:,} of {end:,} bytes")
     n, avi = 0, avi_head(path)
     with open_capture(path) as capture:
         check_budget(
@@ -63,8 +67,6 @@ def iter_container(path, notes):
             check_budget(n, *frame.shape[:2])
             yield frame
     count = f"{n} frames decode, the container says {declared}"
-    if avi and 8 + int.from_bytes(avi[4:8], "little") > os.path.getsize(path):
-        raise VideoError(f"truncated: {count}")
     if n < 2 or (avi and n < declared / 2):
         raise VideoError("still image" if n == 1 >= declared else f"damaged: {count}")
     if declared > 0 and abs(n - declared) > max(2, declared // 50):  # containers round their count
@@ -99,6 +101,47 @@ def avi_head(path):
     with open_file(path) as f:
         head = f.read(1 << 16)
     return head if head[:4] == b"RIFF" else b""
+
+
+SEGMENT = b"\x18\x53\x80\x67"  # of Matroska: the element that holds the rest of the file
+ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def declared_end(path):
+    """The size of a container in bytes, as its header has it; 0 where it has none.
+
+    Of AVI the RIFF size, of Matroska that of the segment, of MP4 the end of the last box, of ASF
+    the file's size.
+    """
+    with open_file(path) as f:
+        head = f.read(1 << 12)
+        if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+            return end_of_boxes(f)
+    if head.startswith(b"RIFF"):
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head.startswith(b"\x1a\x45\xdf\xa3") and (at := head.find(SEGMENT) + 4) > 3:
+        length = 9 - head[at].bit_length()  # bytes of the size: leading zero bits count them
+        size = int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1)
+        unknown = size == (1 << 7 * length) - 1  # of a recording that was not finished
+        return 0 if unknown else at + length + size
+    if (at := head.find(ASF_PROPERTIES)) > 0:
+        return int.from_bytes(head[at + 40 : at + 48], "little")
+    return 0
+
+
+def end_of_boxes(f):
+    """The end of an MP4 file's last box."""
+    at, size = 0, f.seek(0, os.SEEK_END)
+    while at < size:
+        f.seek(at)
+        head = f.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:], "big")
+        if length < 8 or not head[4:8].isascii():  # to the end of the file, or something else
+            return 0
+        at += length
+    return at
 
 
 def is_bottom_up(head):

@@ -34,7 +34,14 @@ from echofocus_core.video.dicom import (
     open_frames,
     region_boxes,
 )
-from echofocus_core.video.errors import NotNow, SourceGone, VideoError, machine_fault, open_file
+from echofocus_core.video.errors import (
+    NotNow,
+    SourceGone,
+    VideoError,
+    machine_fault,
+    open_file,
+    why_packed,
+)
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
@@ -147,9 +154,23 @@ def is_readable_dicom(path):
             raise VideoError("empty file")
     if is_dicom(path):
         return True
+    if packed := why_packed(path):
+        raise VideoError(packed)
     if path.suffix.lower() in DICOM_SUFFIXES:
         raise VideoError("not a DICOM file: neither the 'DICM' mark nor a first element")
     return False
+
+
+def first_picture(source):
+    """The first frame of a video, uint8 (64, 64, 3); None where it cannot be read."""
+    import cv2
+
+    try:
+        with VideoFile(source) as video:
+            frame = next(video.frames())
+            return cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA)
+    except (VideoError, OSError):
+        return None
 
 
 def why_skipped(source):
@@ -261,6 +282,7 @@ class Clips:
     n_frames: int  # frames in the file
     note: str = ""  # what contradicts the header
     content: str = ""  # SHA-256 of the file's bytes, which the draws are seeded by
+    pixels: str = ""  # a digest of the frames, see `frames_digest`
 
 
 def content_digest(source):
@@ -298,7 +320,8 @@ def sample_clips(video, sampling):
         return starts, clip_frames(starts, n_frames, sampling.clip_len)
 
     def needed(n_frames):
-        return np.unique(sample(n_frames, content, sampling.starts)[1])
+        used = sample(n_frames, content, sampling.starts)[1]
+        return np.union1d(used, compared_frames(n_frames))
 
     if sampling.mask == "sector" or sampling.augment:
         frames = [resize(frame, sampling.size) for frame in video.frames(notes)]
@@ -307,23 +330,38 @@ def sample_clips(video, sampling):
             None if frame is None else resize_centre(frame, sampling.size)
             for frame in video.frames(notes, needed)
         ]
-    n_frames, note = len(frames), "; ".join(notes)
+    n_frames, pixels = len(frames), frames_digest(frames, sampling.size)
     if sampling.mask == "sector":
-        inside = sector_mask(frames, video.boxes)
+        inside = sector_mask(frames, video.boxes, notes)
         frames = [frame * inside for frame in frames]
     starts, numbers = sample(n_frames, content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
     plain = np.stack([crop_centre(frames[i], sampling.size) for i in used])
     if plain.max() < LIT:
-        note = "; ".join(filter(None, [note, "all frames are black"]))
-    copies = [Clips(plain, index.reshape(numbers.shape), starts, n_frames, note, content)]
+        notes.append("all frames are black")
+    facts = n_frames, "; ".join(notes), content, pixels
+    copies = [Clips(plain, index.reshape(numbers.shape), starts, *facts)]
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")
         rng = random_generator(sampling.seed, f"{content}#{copy}#transform")
         changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
-        copies.append(Clips(np.concatenate(changed), index, starts, n_frames, note, content))
+        copies.append(Clips(np.concatenate(changed), index, starts, *facts))
     return copies
+
+
+def compared_frames(n_frames):
+    """The frames that tell whether two videos are the same: 0, 1, 2, 4, 8, 16, ..."""
+    return [i for i in range(n_frames) if i & (i - 1) == 0]
+
+
+def frames_digest(frames, size):
+    """A digest of small frames, as the encoder sees them: (size, size) pixels of a few frames."""
+    digest = hashlib.sha256(str(len(frames)).encode())
+    for i in compared_frames(len(frames)):
+        centre = frames[i] if len(frames[i]) == size else crop_centre(frames[i], size)
+        digest.update(centre.tobytes())
+    return digest.hexdigest()
 
 
 def small_frames(source, size):
@@ -365,40 +403,55 @@ def random_transform(frames, size, rng):
 
 MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
 LIT = 4  # grey levels of a pixel that is not black background, at least
+LARGE = 0.2  # moving pixels of a sector, as a share of those of the largest
+TOO_MUCH = "mask removes what moves"  # the kind of a note
+MOST_REMOVED = 0.1  # share of the moving pixels that a mask may remove without a warning
 
 
-def sector_mask(frames, boxes):
-    """uint8 (R, R, 1): 1 inside the ultrasound sector of small frames (n, R, R, 3), 0 outside.
+def sector_mask(frames, boxes, notes):
+    """uint8 (R, R, 1): 1 inside the ultrasound sectors of small frames (n, R, R, 3), 0 outside.
 
-    The sector is the convex hull of the largest thick area of which parts move, within the DICOM's
-    regions (`boxes`, see `region_boxes`) if it has any: burned-in text does not move, and an ECG is
-    thin, or dark at any one place most of the time. Pixels whose area may reach across the edge
-    count as outside. Raises VideoError when nothing moves.
+    Each of the DICOM's regions (`boxes`, see `region_boxes`) has a sector, or the whole image has
+    some where there are none: convex hulls of thick areas of which parts move. Burned-in text does
+    not move, and an ECG is thin, or dark at any one place most of the time. Pixels whose area may
+    reach across the edge count as outside. notes: a list that gets the share of moving pixels that
+    is kept. Raises VideoError when nothing moves.
     """
-    import cv2
-
-    full, n = len(frames[0]), len(frames)
     grey = np.sort(np.stack([f.max(2) for f in frames]), axis=0)
+    n, full = grey.shape[:2]
     low, high = grey[n // 5], grey[-1 - n // 5]  # of most frames: a trace that passes is in neither
     moving = (high - low >= MOTION).astype(np.uint8)
     area = moving | (high >= LIT).astype(np.uint8)
     edge = np.concatenate([area[0], area[-1], area[:, 0], area[:, -1]])
     if edge.mean() > 0.5:  # the background is not black
         area = moving
-    inside = region_mask(boxes, full)
-    area = cv2.morphologyEx(area & inside, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    masks = [sectors(area, moving, region_mask([box], full)) for box in boxes]
+    inside = np.maximum.reduce(masks or [sectors(area, moving, np.ones_like(moving))])
+    if not inside.any():
+        raise VideoError("no ultrasound sector to mask: nothing moves")
+    kept = (moving & inside).sum() / moving.sum()
+    kind = TOO_MUCH if kept < 1 - MOST_REMOVED else "mask"
+    notes.append(f"{kind}: {kept:.1%} of moving pixels kept")
+    return inside[:, :, None]
+
+
+def sectors(area, moving, region):
+    """uint8 (R, R): 1 inside the sectors of a region; none where nothing moves in it."""
+    import cv2
+
+    full, inside = len(area), np.zeros_like(area)
+    area = cv2.morphologyEx(area & region, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
     for thick in (full // 10, full // 28, 3):  # pixels; the thicker, the surer that it is tissue
         thick_area = cv2.morphologyEx(area, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
         _, labels = cv2.connectedComponents(thick_area)
-        moves = np.bincount(labels[(moving & inside & thick_area) > 0], minlength=1)
+        moves = np.bincount(labels[(moving & region & thick_area) > 0], minlength=1)
         if moves.any():
             break
-    else:
-        raise VideoError("no ultrasound sector to mask: nothing moves")
-    points = np.argwhere(labels == moves.argmax())[:, ::-1].astype(np.int32)
-    hull = cv2.fillConvexPoly(np.zeros_like(moving), cv2.convexHull(points), 1)
-    hull = cv2.erode(hull, np.ones((3, 3), np.uint8))
-    return (hull & inside)[:, :, None]
+    for label in np.flatnonzero(moves > moves.max() * LARGE):
+        points = np.argwhere(labels == label)[:, ::-1].astype(np.int32)
+        hull = cv2.fillConvexPoly(np.zeros_like(area), cv2.convexHull(points), 1)
+        inside |= cv2.erode(hull, np.ones((3, 3), np.uint8))
+    return inside & region
 
 
 def region_mask(boxes, full):

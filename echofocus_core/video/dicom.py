@@ -33,6 +33,8 @@ warnings.filterwarnings("ignore", module="pydicom")
 
 BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
 NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", BIG_ENDIAN, DEFLATED)
+RLE, JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4"
+LOSSLESS = (*NATIVE, RLE, *(f"{JPEG}.{n}" for n in (57, 70, 80, 90, 92, 201, 202)))
 VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
 M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
 ITEM_END = b"\xfe\xff\xdd\xe0"  # of the sequence of fragments
@@ -71,7 +73,7 @@ TAGS = (
     *(f"{name}PaletteColorLookupTableDescriptor" for name in ("Red", "Green", "Blue")),
 )  # fmt: skip
 FACTS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
-         "NumberOfFrames", "Rows", "Columns", "PatientID")  # fmt: skip
+         "NumberOfFrames", "Rows", "Columns", "PatientID", "LossyImageCompression")  # fmt: skip
 
 
 class DicomFile:
@@ -179,7 +181,7 @@ def text(header, name):
 class HeaderFacts:
     """What grouping needs of a header; '' or 0 where it is absent or cannot be read."""
 
-    study_uid: str = ""  # as in the file: not for outputs, unless the user asks for it
+    study_uid: str = ""  # where it is valid: not for outputs, unless the user asks for it
     series_uid: str = ""
     sop_uid: str = ""
     instance: int | None = None  # InstanceNumber
@@ -187,6 +189,8 @@ class HeaderFacts:
     rows: int = 0
     columns: int = 0
     patient: str = field(default="", repr=False)  # PatientID: to compare, never to show
+    lossy: bool = False  # compressed with loss, now or earlier
+    bad_uid: bool = False  # it has a StudyInstanceUID that is not valid
 
 
 def read_header_facts(path):
@@ -200,17 +204,28 @@ def read_header_facts(path):
         return HeaderFacts()
     rows, columns = number(header, "Rows"), number(header, "Columns")
     declared = number(header, "NumberOfFrames")
+    study, series, instance = (short_text(header, name) for name in FACTS[:3])
+    lossless = dicom.syntax in LOSSLESS and text(header, "LossyImageCompression") != "01"
     return HeaderFacts(
-        *(uid(header, name) for name in FACTS[:3]),
+        study if is_uid(study) else "",
+        series,
+        instance if is_uid(instance) else "",
         instance=number(header, "InstanceNumber"),
         n_frames=(1 if declared is None else declared) if rows else 0,
         rows=rows or 0,
         columns=columns or 0,
-        patient=uid(header, "PatientID"),
+        patient=short_text(header, "PatientID"),
+        lossy=not lossless,
+        bad_uid=bool(study) and not is_uid(study),
     )
 
 
-def uid(header, name):
+def is_uid(text):
+    """Whether a text can identify something: of the syntax of UIDs, and not 0."""
+    return text != "0" and bool(re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", text, re.ASCII))
+
+
+def short_text(header, name):
     """An element's value as a text of 64 characters at most (its digest if longer, or odd)."""
     value = text(header, name)
     if len(value) <= 64 and value.isprintable():

@@ -40,6 +40,36 @@ def open_file(path):
     return open(path, "rb")
 
 
+ARCHIVES = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"7z\xbc\xaf": "7z", b"Rar!": "rar",
+            b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # fmt: skip
+OTHER_ZIPS = {".docx", ".xlsx", ".pptx", ".odt", ".ods", ".jar", ".npz", ".pt", ".whl"}
+
+
+def why_packed(path):
+    """What to do with a file that holds others, '' for another file."""
+    path = Path(path)
+    try:
+        with open_file(path) as f:
+            head = f.read(2048)
+    except (OSError, VideoError):
+        return ""
+    kind = next((kind for mark, kind in ARCHIVES.items() if head.startswith(mark)), "")
+    if head[257:262] == b"ustar":
+        kind = "tar"
+    if kind and path.suffix.lower() not in OTHER_ZIPS:
+        return f"packed ({kind}): unpack it"
+    start = head.lstrip().lower()
+    if start.startswith((b"--", b"content-type: multipart")) and b"application/dicom" in start:
+        return (
+            "the multipart answer of a DICOMweb server: save each part as a file, or export the "
+            "study as DICOM files"
+        )
+    zlib = head[8:10] in (b"x\x01", b"x\x5e", b"x\x9c", b"x\xda")  # after the size in 8 bytes
+    if head.startswith(b"SQLite format 3") or (zlib and head[5:8] == bytes(3)):
+        return "of the database of an archive (Orthanc, ...): export the study as DICOM files"
+    return ""
+
+
 def check_budget(frames=1, rows=1, columns=1):
     """VideoError for more, or larger, frames than one video may have."""
     if frames > FRAMES:

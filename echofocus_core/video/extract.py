@@ -10,7 +10,7 @@ and any file names will do. Each study becomes DIR/<study>.hdf5:
     clip_starts  (V, C) int64, the clip's start as drawn, in frames
     augmented    (K, V, C, 768) float32, with --augment K: randomly transformed copies
     skipped      (M, 2) path and reason of the files that gave no clips
-    files        (F, 6) a row a file, see `store.FileRecord`
+    files        (F, 7) a row a file, see `store.FileRecord`
     attributes   encoder, weights and their SHA-256, sampling, seed, version
 
 and DIR/extract_log.csv, written when the run ends, has a row a video.
@@ -30,7 +30,7 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
 from echofocus_core.video.decode import (
+    TOO_MUCH,
     NotNow,
     Sampling,
     SourceGone,
@@ -62,6 +63,7 @@ from echofocus_core.video.panecho import (
 )
 from echofocus_core.video.store import (
     FileRecord,
+    almost_the_same,
     empty_path,
     keep_encoder_seen,
     load_details,
@@ -76,6 +78,7 @@ DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
+ALMOST = "almost the same as another video"  # the kind of a note
 LISTED = 20  # skipped files named on screen; all of them are in the log
 LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
 
@@ -268,7 +271,7 @@ class Summary:
     undone: list[str] = field(default_factory=list)  # their files could not be reached
     skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
     notes: Counter = field(default_factory=Counter)  # kinds of notes on files that were read
-    copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same bytes
+    copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same frames
 
     def print(self):
         """Print counts, then the skipped files with their reasons."""
@@ -279,8 +282,18 @@ class Summary:
         if self.copies:
             pairs = listed([" and ".join(pair) for pair in self.copies])
             RUN.warning(
-                f"{len(self.copies)} files have the same bytes as another: {pairs}",
+                f"{len(self.copies)} files have the same frames as one of another study: {pairs}",
                 "if they are of two patients, one may be in training and the other in the test",
+            )
+        if n := self.notes[ALMOST]:
+            RUN.warning(
+                f"{n} videos have almost the same embeddings as another of their study",
+                f"they may be one loop that was exported twice: see '{ALMOST}' in extract_log.csv",
+            )
+        if n := self.notes[TOO_MUCH]:
+            RUN.warning(
+                f"--mask sector removes more than a tenth of the moving pixels of {n} videos",
+                f"look at some of them, see '{TOO_MUCH}' in extract_log.csv",
             )
         if self.skipped:
             print(f"{len(self.skipped)} files skipped:")
@@ -331,7 +344,7 @@ class Run:
         self.out, self.attributes, self.redo = Path(out), attributes, redo
         self.log, self.summary = log, Summary()
         self.in_work = {}  # study name -> StudyProgress
-        self.first_of = {}  # start of a SHA-256 of a file -> the first study/video that has it
+        self.first_of = {}  # start of a digest of frames -> the first study/video that has it
 
     def jobs(self, study_list, bar):
         """Yield the (study, video) pairs to read."""
@@ -348,16 +361,19 @@ class Run:
             for name, video in videos.items()
             if name in before and is_unchanged(before[name], stamps[name], study.source(video))
         }
-        reason = "the manifest's file is missing"
-        missing = {visible(v): FileRecord(result="again", reason=reason) for v in study.missing}
+        left_out = {
+            visible(v): FileRecord(result="again", reason=why) for v, why in study.left_out.items()
+        }
         results = {}
-        if self.redo or kept | missing != before or videos.keys() - kept.keys():
+        if self.redo or kept | left_out != before or videos.keys() - kept.keys():
+            # What a file repeats may have gone or changed.
+            kept = {name: record for name, record in kept.items() if record.result != "repeat"}
             try:
                 results = read_results(path, [n for n, r in kept.items() if r.result == "ok"])
             except UNREADABLE:  # damaged since it was written
                 kept = before = {}
         waiting = videos.keys() - kept.keys()
-        self.in_work[study.name] = StudyProgress(waiting, stamps, before, kept | missing, results)
+        self.in_work[study.name] = StudyProgress(waiting, stamps, before, kept | left_out, results)
         bar.update(len(kept))
         if not waiting:
             self.finish(study)
@@ -396,7 +412,8 @@ class Run:
             work.gone |= isinstance(reply, SourceGone)
         else:
             plain = reply[0]
-            record = FileRecord(stamp, plain.content, "ok", str(plain.n_frames), plain.note)
+            facts = str(plain.n_frames), plain.note, plain.pixels
+            record = FileRecord(stamp, plain.content, "ok", *facts)
             work.results[name] = plain.starts, np.stack(embeddings)
         work.records[name], work.seconds[name] = record, seconds
         work.waiting.remove(name)
@@ -406,6 +423,8 @@ class Run:
     def finish(self, study):
         """Write a study whose videos all have a result, and add it to the summary and the log."""
         work, summary = self.in_work.pop(study.name), self.summary
+        if work.results:
+            compare_videos(work.records, work.results)
         usable = any(record.result == "ok" for record in work.records.values())
         if work.gone:
             summary.undone.append(study.name)
@@ -430,7 +449,7 @@ class Run:
         other.unlink(missing_ok=True)
 
     def report(self, study, work):
-        """Add a study's files to the summary and to the log; name those that are copies."""
+        """Add a study's files to the summary and to the log; name those of another study too."""
         for name, record in sorted(work.records.items()):
             notes = [note for note in record.reason.split("; ") if note]
             if record.result != "ok":
@@ -438,13 +457,34 @@ class Run:
             else:
                 self.summary.notes.update(note.split(":")[0] for note in notes)
                 file = f"{study.name}/{name}"
-                first = self.first_of.setdefault(record.content[:16], file)
+                first = self.first_of.setdefault(record.pixels[:16], file)
                 if first != file:
                     self.summary.copies.append((file, first))
-                    notes.append(f"the same bytes as {first}")
+                    notes.append(f"the same frames as {first}")
             result = "ok" if record.result == "ok" else "skipped"
             seconds = f"{work.seconds[name]:.3f}" if name in work.seconds else ""
             self.log((study.name, name, record.frames, seconds, result, "; ".join(notes)))
+
+
+def compare_videos(records, results):
+    """Keep one of a study's videos with the same frames, and note those that are almost the same.
+
+    Changes the FileRecords and results of StudyProgress, to what they are in any order of reading.
+    """
+    first_of, names = {}, sorted(results, key=lambda name: (name.count("/"), name))
+    for name in names:
+        notes = records[name].reason.partition(f"{ALMOST}:")[0].removesuffix("; ")
+        records[name] = replace(records[name], reason=notes)
+        first = first_of.setdefault(records[name].pixels, name)
+        if first != name:
+            reason = f"a repeat: the same frames as {first}"
+            records[name] = replace(records[name], result="repeat", content="", reason=reason)
+            del results[name]
+    names = [name for name in names if name in results]
+    embeddings = np.stack([results[name][1][0] for name in names])
+    for i, j in almost_the_same(embeddings):
+        notes = filter(None, [records[names[j]].reason, f"{ALMOST}: {names[i]}"])
+        records[names[j]] = replace(records[names[j]], reason="; ".join(notes))
 
 
 def stamp_of_source(source):

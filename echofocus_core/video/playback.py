@@ -70,7 +70,7 @@ def write_clip(video, path, mask):
             small.append(resize(frame))
     height, width = shown[0].shape[:2]
     if mask == "sector":
-        inside = sector_mask(small, video.boxes)
+        inside = sector_mask(small, video.boxes, [])
         inside = cv2.resize(inside, (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
         shown = [frame * inside for frame in shown]
     rate = video.rate

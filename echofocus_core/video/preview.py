@@ -12,7 +12,8 @@ from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
 
 # What any export holds beside cines.
-USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image")
+USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
+         "a repeat")  # fmt: skip
 
 
 def preview_extraction(settings, trained_on, listener):
@@ -22,7 +23,7 @@ def preview_extraction(settings, trained_on, listener):
     studies = extract.find_studies(source, *grouping, listener=listener)
     usable, reasons = [], {}
     for study in progress(studies, desc="videos", unit="study"):
-        reasons |= {f"{study.name}/{v}": "the manifest's file is missing" for v in study.missing}
+        reasons |= {f"{study.name}/{v}": reason for v, reason in study.left_out.items()}
         for video in study.videos:
             if reason := why_skipped(study.source(video)):
                 reasons[f"{study.name}/{video}"] = reason

@@ -11,20 +11,27 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from echofocus_core.base.console import Findings, UserError, nearest, progress, some
 from echofocus_core.base.tables import read_table
 from echofocus_core.base.world import from_environment, place
-from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES
+from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES, first_picture
 from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts, short_digest
+from echofocus_core.video.errors import why_packed
 
 LISTED = 20  # names on one line of the screen
 HEADER_READERS = 16  # threads: over a network, reading headers is waiting
 LONGEST_NAME = 200  # bytes of a study's name: file systems take 255, an ending and more included
 UNNAMED = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that name no study
+# Folders and files of storage systems, archives and desktops, beside those with a dot.
+SYSTEM = {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot",
+          "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found",
+          "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # fmt: skip
 ECHONET_PEDIATRIC = re.compile(r"^([^-]+-[^-]+)-[^-]+$")  # <patient>-<accession>-<n>
 
 
@@ -35,11 +42,8 @@ class Study:
     name: str
     folder: Path
     videos: list[str]
-    missing: list[str] = field(default_factory=list)  # files that a manifest names in vain
+    left_out: dict[str, str] = field(default_factory=dict)  # file -> why it is not read
     series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
-    # Of the headers, '' where the files have none or several; in memory only, never written.
-    uid: str = field(default="", repr=False)  # StudyInstanceUID
-    patient_id: str = field(default="", repr=False)
 
     def source(self, video):
         """The path of a video, or the list of its frames' paths: what `read_clips` takes."""
@@ -53,7 +57,8 @@ class Group:
     """Files of one study, as POSIX paths relative to the source."""
 
     files: list[str]
-    uid: str = ""  # their StudyInstanceUID, where that is why they are together
+    uid: str = ""  # their StudyInstanceUID, where no other group has it
+    shared_uid: str = ""  # theirs, where other groups have it too
     folder: str = ""  # that holds them: the first below the source, where there is no UID
 
 
@@ -101,20 +106,49 @@ def find_studies(
 
 
 def study_of(name, source, group, facts):
+    """The Study of a Group, each DICOM object once."""
     below = PurePosixPath(group.folder)
-    relative = {str(PurePosixPath(f).relative_to(below)): facts[f] for f in group.files}
-    series = group_stills(relative)
+    repeats = find_repeats(source, group.files, facts)
+    facts = {str(PurePosixPath(f).relative_to(below)): facts[f] for f in group.files}
+    repeats = {str(PurePosixPath(f).relative_to(below)): why for f, why in repeats.items()}
+    series = group_stills(facts)
     frames = {file for files in series.values() for file in files}
-    videos = sorted((relative.keys() - frames) | series.keys())
-    uid = single_value(facts[f].study_uid for f in group.files)
-    patient = single_value(facts[f].patient for f in group.files)
-    return Study(name, source / below, videos, [], series, uid, patient)
+    videos = sorted((facts.keys() - frames - repeats.keys()) | series.keys())
+    return Study(name, source / below, videos, repeats, series)
 
 
-def single_value(values):
-    """The one text among them that is not empty; '' where there are none or several."""
-    distinct = set(values) - {""}
-    return distinct.pop() if len(distinct) == 1 else ""
+def find_repeats(source, files, facts):
+    """Copies of one DICOM object, by SOPInstanceUID and first frame: file -> why it is left out.
+
+    The best is kept: without loss before lossy, then that of most frames. Some programs give all
+    their files one SOPInstanceUID, so the first frames are compared: at 64 x 64 pixels, JPEG of
+    quality 50 changes a cine by 0.034 of its contrast at most, phantom loops of one heart and view
+    differ by 0.2 and more.
+    """
+    objects, repeats = {}, {}
+    for file in files:
+        if facts[file].sop_uid and facts[file].n_frames > 1:
+            objects.setdefault(facts[file].sop_uid, []).append(file)
+    for copies in (copies for copies in objects.values() if len(copies) > 1):
+        copies.sort(key=lambda f: (facts[f].lossy, -facts[f].n_frames, f.count("/"), f))
+        kept = {}  # file -> its first frame
+        for file in copies:
+            picture = first_picture(source / file)
+            if picture is None:  # it is skipped with its own reason
+                continue
+            first = next((f for f, other in kept.items() if are_alike(picture, other)), None)
+            if first:
+                name = visible(PurePosixPath(first).name)
+                repeats[file] = f"a repeat: the same SOPInstanceUID as {name}"
+            else:
+                kept[file] = picture
+    return repeats
+
+
+def are_alike(picture, other):
+    """Whether two pictures differ by less than a tenth of their contrast."""
+    difference = np.abs(picture.astype(float) - other).mean()
+    return difference <= 0.1 * max(picture.std(), other.std(), 1)
 
 
 def common_folder(files):
@@ -127,9 +161,9 @@ def common_folder(files):
 def find_videos(folder, leave_out=None):
     """(Candidate files below `folder` as sorted POSIX paths relative to it, notes for a person).
 
-    Links to folders are followed, hidden files are ignored.
+    Links to folders are followed; hidden files and those of systems are ignored.
     """
-    videos, others, unreadable, top = [], Counter(), [], []
+    videos, others, packed, unreadable, top = [], Counter(), [], [], []
     ancestors = {}  # a folder's path -> the real paths of itself and of the folders above it
     left_out = {os.path.realpath(leave_out)} if leave_out else set()
 
@@ -143,18 +177,24 @@ def find_videos(folder, leave_out=None):
         )
         closed = ancestors[parent] | left_out  # a link back to a folder above it would never end
         folders[:] = sorted(
-            f for f in folders if f[0] != "." and os.path.realpath(Path(parent, f)) not in closed
+            f
+            for f in folders
+            if not is_hidden(f) and os.path.realpath(Path(parent, f)) not in closed
         )
         if Path(parent) == folder:
             top = list(folders)
-        for path in (Path(parent, n) for n in sorted(names) if n[0] != "."):
+        for path in (Path(parent, n) for n in sorted(names) if not is_hidden(n)):
             if not path.is_file():
                 others["no regular file"] += 1
             elif path.name.upper() != "DICOMDIR" and is_candidate(path):
                 videos.append(path.relative_to(folder).as_posix())
+            elif reason := why_packed(path):
+                packed.append(f"{visible(path.relative_to(folder).as_posix())}: {reason}")
             else:
                 others[visible(path.suffix.lower()) or "no ending"] += 1
     notes = []
+    if packed:
+        notes.append(f"{len(packed)} files are packed and not read: {listed(packed)}")
     if unreadable:
         notes.append(f"{len(unreadable)} subfolders cannot be read: {listed(unreadable)}")
     if others:
@@ -164,6 +204,10 @@ def find_videos(folder, leave_out=None):
     if 0 < len(empty) < len(top):
         notes.append(f"{len(empty)} folders hold no video: {listed(list(map(visible, empty)))}")
     return sorted(videos), notes
+
+
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in SYSTEM
 
 
 def is_candidate(path):
@@ -200,40 +244,84 @@ def visible(name):
 
 
 def group_by_header(source, files, facts, listener):
-    """Groups: DICOM by StudyInstanceUID; the rest goes with the DICOM beside it, or by folder.
+    """Groups: DICOM by StudyInstanceUID; DICOM without one goes with that beside it, or by folder.
 
     A file without a UID belongs to the study of the nearest folder above it, up to the first below
-    the source, that holds DICOM of one study; where that holds several it is left out.
+    the source, that holds DICOM of one study. It is left out where that folder holds several, or
+    where it is a video file, such as the film about a CD's viewer.
     """
     studies, uids = {}, {}  # UID -> Group; folder -> UIDs of the DICOM in and below it
-    for file in files:
-        if uid := facts[file].study_uid:
-            studies.setdefault(uid, Group([], uid)).files.append(file)
-            for folder in places(file):
-                uids.setdefault(folder, set()).add(uid)
+    of_uid = [f for f in files if facts[f].study_uid]
+    medium = is_medium(source, of_uid)
+    for file in of_uid:
+        uid = facts[file].study_uid
+        studies.setdefault(uid, Group([], uid)).files.append(file)
+        for folder in places(file, medium):
+            uids.setdefault(folder, set()).add(uid)
+    if bad := [visible(f) for f in files if facts[f].bad_uid]:
+        listener.warning(
+            f"{len(bad)} files have a StudyInstanceUID that is not valid: {listed(bad)}",
+            "they are grouped by folder",
+        )
     if not studies:
         return group_by_folder(source, files, listener)
-    others, ambiguous = [], []
+    others, left_out = [], []
     for file in (f for f in files if not facts[f].study_uid):
-        beside = next((uids[folder] for folder in places(file) if folder in uids), set())
-        if len(beside) == 1:
+        beside = next((uids[p] for p in places(file, medium) if p in uids), set())
+        is_video = Path(file).suffix.lower() in VIDEO_SUFFIXES
+        if len(beside) == 1 and not is_video:
             studies[min(beside)].files.append(file)
         elif beside or "/" not in file:
-            ambiguous.append(visible(file))
+            left_out.append(visible(file))
         else:
             others.append(file)
-    if ambiguous:
+    if left_out:
         listener.warning(
-            f"{len(ambiguous)} files have no StudyInstanceUID and are beside several studies: "
-            f"{listed(ambiguous)}; they are left out",
-            "put each into a folder of its study, or list all in a --manifest",
+            f"{len(left_out)} files have no StudyInstanceUID and are beside DICOM that has: "
+            f"{listed(left_out)}; they are left out",
+            "--group folder takes the files of a folder together, a --manifest lists them",
         )
-    return [*studies.values(), *first_folders(others)]
+    groups = split_studies(studies.values(), facts, listener)
+    without = first_folders(others)
+    if without:
+        names = [visible(group.folder) for group in without]
+        listener.note(f"{len(without)} studies without a StudyInstanceUID: {listed(names)}")
+    return [*groups, *without]
 
 
-def places(file):
-    """The folders above a file, from the nearest up to the first below the source."""
-    return [str(p) for p in PurePosixPath(file).parents][:-1] or ["."]
+def is_medium(source, files):
+    """Whether the source is a CD or the like of one or more patients, by its DICOM files."""
+    first = {PurePosixPath(f).parts[0].lower() for f in files}
+    loose = any("/" not in f for f in files)
+    return loose or bool(first & UNNAMED) or any(source.glob("[Dd][Ii][Cc][Oo][Mm][Dd][Ii][Rr]"))
+
+
+def places(file, medium):
+    """The folders above a file, from the nearest up to the first below the source; of a medium, up
+    to the source."""
+    parents = [str(p) for p in PurePosixPath(file).parents]
+    return parents if medium else parents[:-1] or ["."]
+
+
+def split_studies(groups, facts, listener):
+    """Groups of a UID each, split by first folder where they have several and nothing says that
+    they are of one patient: some programs write one UID into all files."""
+    result, split = [], []
+    for group in groups:
+        parts = first_folders(group.files)
+        patients = {facts[f].patient for f in group.files}
+        if len(parts) == 1 or (len(patients) == 1 and patients != {""}):
+            result.append(group)
+        else:
+            result += [replace(part, shared_uid=group.uid) for part in parts]
+            split.append(f"{' and '.join(visible(p.folder) for p in parts[:LISTED])}")
+    if split:
+        listener.warning(
+            f"{len(split)} StudyInstanceUIDs are in several folders whose files do not name one "
+            f"patient: {listed(split)}; each folder is a study",
+            "if they are one study: --group one, or a --manifest",
+        )
+    return result
 
 
 def group_by_folder(source, files, listener):
@@ -253,7 +341,7 @@ def first_folders(files):
     """A Group for each folder in the source that files are in or below."""
     groups = {}
     for file in files:
-        folder = PurePosixPath(file).parts[0]
+        folder = PurePosixPath(file).parts[0] if "/" in file else "."
         groups.setdefault(folder, Group([], folder=folder)).files.append(file)
     return list(groups.values())
 
@@ -297,29 +385,30 @@ def name_groups(source, groups, study_id, listener):
     the SHA-256 of the StudyInstanceUID; 'uid' is the StudyInstanceUID; 'digest' is the first 16
     digits of its SHA-256 (of the folder's name where files have none).
     """
-    names = [(source.resolve() / group.folder).name for group in groups]
-    keys = [g.uid or f"folder {name}" for g, name in zip(groups, names, strict=True)]
     alone = choose_folders(groups)
+    folders = [(source.resolve() / group.folder).name for group in groups]
+    keys = [
+        group.uid or f"{group.shared_uid}folder {name}"
+        for group, name in zip(groups, folders, strict=True)
+    ]
     if study_id == "digest":
         return [hashlib.sha256(os.fsencode(key)).hexdigest()[:16] for key in keys]
+    names = [file_name(name) for name in folders]
     if study_id == "uid":
-        if without := [visible(n) for g, n in zip(groups, names, strict=True) if not g.uid]:
+        if without := [name for group, name in zip(groups, names, strict=True) if not group.uid]:
             listener.error(
-                f"no StudyInstanceUID in the files of {listed(without)}",
+                f"no StudyInstanceUID of their own in the files of {listed(without)}",
                 "--study_id folder, and --group dicom where the files are DICOM",
             )
-        return [g.uid or file_name(n) for g, n in zip(groups, names, strict=True)]
-    names = [(source.resolve() / group.folder).name for group in groups]
-    times, shared = Counter(map(file_name, names)), []
-    for i, name in enumerate(names):
-        names[i] = file_name(name)
-        if times[names[i]] > 1 or not alone[i]:
-            names[i] = file_name(f"{name}-{short_digest(keys[i])}")
-            shared.append(names[i])
+        return [group.uid or name for group, name in zip(groups, names, strict=True)]
+    times = Counter(names)
+    shared = [i for i, name in enumerate(names) if times[name] > 1 or not alone[i]]
+    for i in shared:
+        names[i] = file_name(f"{folders[i]}-{short_digest(keys[i])}")
     if shared:
         listener.note(
             f"{len(shared)} studies share their folder or its name; they are named by folder and a "
-            f"digest of the StudyInstanceUID: {some(shared)}"
+            f"digest of the StudyInstanceUID: {some([names[i] for i in shared])}"
         )
     return names
 
@@ -376,8 +465,8 @@ def studies_of_manifests(source, manifests, listener):
     for name, paths in sorted(files.items()):
         group = Group(sorted(paths & present), folder=common_folder(paths))
         study = study_of(name, source, group, facts)
-        below = PurePosixPath(group.folder)
-        study.missing = sorted(str(PurePosixPath(f).relative_to(below)) for f in paths - present)
+        missing = [str(PurePosixPath(f).relative_to(group.folder)) for f in paths - present]
+        study.left_out |= dict.fromkeys(missing, "the manifest's file is missing")
         studies.append(study)
         if any(
             len({getattr(facts[f], key) for f in group.files} - {""}) > 1
