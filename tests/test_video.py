@@ -357,6 +357,20 @@ def test_dicom_without_preamble(tmp_path):
     np.testing.assert_array_equal(video.read_frames(tmp_path / "JPEG"), video.read_frames(REAL))
 
 
+def test_pixel_data_without_vr_or_padding(tmp_path):
+    """In a file with VR, as pydicom reads it."""
+    frames = moving_square(19, 21, 61)
+    write_dicom(tmp_path / "a.dcm", frames[..., ::-1].copy(), "RGB")
+    data = (tmp_path / "a.dcm").read_bytes()
+    (tmp_path / "b.dcm").write_bytes(data.replace(b"\xe0\x7f\x10\x00OB\0\0", b"\xe0\x7f\x10\x00"))
+    (tmp_path / "c.dcm").write_bytes(data[:-1])  # their number is odd
+    for name in ("b.dcm", "c.dcm"):
+        np.testing.assert_array_equal(video.read_frames(tmp_path / name), frames)
+    (tmp_path / "c.dcm").write_bytes(data[:-3])
+    with pytest.raises(video.VideoError, match="truncated"):
+        video.read_frames(tmp_path / "c.dcm")
+
+
 def sector_cine(width=200, height=150, n=20):
     """A fan of changing speckle on black, and the same with a name beside the fan."""
     rng = np.random.default_rng(0)

@@ -113,12 +113,13 @@ class DicomFile:
         if len(head) < 12 or tag != [0x7FE0, 0x0010]:
             raise VideoError("truncated: the pixel data are missing")
         vr, start, length = head[4:6], self.pixels_at + 12, head[8:12]
-        if self.header.original_encoding[0]:  # without VR
+        # Without VR; some programs write the pixel data so into a file with VR.
+        if self.header.original_encoding[0] or not (vr.isalpha() and vr.isupper()):
             vr, start, length = b"", start - 4, head[4:8]
         length = int.from_bytes(length, order)
         if length == 0xFFFFFFFF:
             return self.file, start, None, False
-        if start + length > self.file.seek(0, os.SEEK_END):
+        if start + length > self.file.seek(0, os.SEEK_END) + 1:  # the byte that pads may be missing
             raise VideoError("truncated: the pixel data break off")
         return self.file, start, length, vr == b"OW"
 
