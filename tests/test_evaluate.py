@@ -110,6 +110,30 @@ def check_page(page):
         assert text in page
 
 
+def test_groups_as_hospitals_write_them(site, table, cli):
+    """Words of a sex, ages as in DICOM and decimal commas give the groups of plain values."""
+    line = ("evaluate", "--predictions", "theirs.csv", "--task", "defect", "--n_boot", "0", "--by",
+            "sex", "age:1,18")  # fmt: skip
+    plain = pd.read_csv("labels.csv", dtype=str)
+    sexes, ages = np.array(["M", "F"]), np.array([0.5, 12.5, 45])
+    row = np.arange(len(plain))
+    groups = []
+    for sex, age in (
+        (sexes, ages.astype(str)),
+        (np.array(["M", "m", "Male", "m\u00e4nnlich", "f", "W", "female", "F"]),
+         np.array(["006M", "12,5", "045Y"])),
+    ):  # fmt: skip
+        which = row % 2 * (len(sex) // 2) + row // 2 % (len(sex) // 2)
+        plain.assign(sex=sex[which], age=age[row % 3]).to_csv("labels.csv", index=False)
+        status, out, err = cli(*line)
+        assert status == 0, err
+        by = [pd.read_csv(f"theirs_evaluation/by_{x}_all_site.csv") for x in ("sex", "age")]
+        groups.append([x[["n", "n_positive", "value"]] for x in by])
+    for actual, expected in zip(groups[1], groups[0], strict=True):
+        assert sorted(map(str, actual.to_numpy())) == sorted(map(str, expected.to_numpy()))
+    assert "count as" in out and "read as years" in out and "decimal commas in age" in out
+
+
 @pytest.mark.figures
 def test_regression_in_units_pooled_by_patient(site, table, cli):
     args = ("--task", "sizes", "--per", "patient", *FEW)

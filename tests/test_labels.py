@@ -1,5 +1,6 @@
 """Labels: what cells mean, what looks wrong, how measurements are scaled."""
 
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import edit_config
 from scipy import stats
 
 from echofocus_core.base.console import Collected, UserError
@@ -77,7 +79,7 @@ def test_a_patient_in_two_forms_is_one(tmp_path, one, other):
     path = tmp_path / "t.csv"
     path.write_text(f"pid,eid\n{one},1\n{other},2\nQ7,3\n10,4\n1.0,5\n100,6\n", "utf-8")
     heard = Collected()
-    rows = lb.read_rows(path, [], heard)
+    rows = lb.read_rows(lb.LabelFile(path), [], heard)
     assert rows["pid"].tolist() == [one, one, "Q7", "10", "1", "100"]
     (warning,) = [x.text for x in heard.findings if x.level == "WARNING"]
     assert f"{other} and " in warning and "1 patient ids" in warning
@@ -183,18 +185,99 @@ def test_cells_never_move_to_another_column(cohort):
 
 
 @pytest.mark.parametrize(
-    "values, kind",
-    [([0, 1, 1, None], "binary"), ([0, 1, 2, 3], "regression"), ([1, 1, 2, 2], "regression")],
+    "values, kind", [([0, 1, 1, None], "binary"), ([0, 1, 2, 3], "regression")]
 )
 def test_values_decide_a_kind_that_is_not_given(cohort, values, kind):
-    table, heard = pd.read_csv("labels.csv", dtype=str)[:4], Collected()
+    table = pd.read_csv("labels.csv", dtype=str)[:4]
     table.assign(finding=values).to_csv("labels.csv", index=False)
-    task, table = load(heard=heard)
+    task, table = load()
     assert task.type == kind and read_config().tasks["defect"].type == ""
-    assert any("every value is 1 or 2" in x.text for x in heard.findings) == (
-        values == [1, 1, 2, 2]
-    )
     np.testing.assert_equal(table["finding"].to_numpy(), np.array(values, float))
+
+
+TRAIN = ("train", "--task", "defect", "--epoch_lim", "1")
+
+
+def from_one(table):
+    return table.assign(finding=table["finding"].astype(int) + 1)
+
+
+REFUSED = {  # how the label table is changed; type of the task; parts of the message
+    "1 and 2": (from_one, "", ("every value is 1 or 2", "write 0 and 1")),
+    "1 and 2, binary": (from_one, "binary", ("every value is 1 or 2", "write 0 and 1")),
+    "unknown words": (lambda t: t.assign(finding="siehe Befund"), "", ("all 60", "siehe Befund")),
+    "all out of range": (lambda t: t.assign(finding="7"), "binary", ("all 60", "not 0 or 1")),
+    "other names": (
+        lambda t: t.rename(columns={"pid": "Patient", "eid": "Untersuchung"}), "",
+        ("no column 'pid'", '"columns": {"pid"', "Untersuchung"),
+    ),
+    "a row for each measurement": (
+        lambda t: t.melt(["pid", "eid"], var_name="name"), "", ("'finding'", "value in 'name'")
+    ),
+    "two rows for a study": (
+        lambda t: pd.concat([t, t[:1].assign(finding="0"), t[:1].assign(finding="1")]), "",
+        ("1000", "line 2", "differ in finding"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tables_that_are_refused_with_a_remedy(cohort, cli, case):
+    change, kind, parts = REFUSED[case]
+    change(pd.read_csv("labels.csv", dtype=str)).to_csv("labels.csv", index=False)
+    edit_config(type=kind)
+    for line in (TRAIN, ("check", "--task", "defect")):
+        status, out, err = cli(*line)
+        assert status == 1 and all(part in out + err for part in parts), out + err
+    assert not Path("trained_models/defect/best_checkpoint.pt").exists()
+
+
+def test_columns_and_words_of_another_language(cohort, cli):
+    _, plain = load()
+    table = pd.read_csv("labels.csv", dtype=str)
+    table["finding"] = table["finding"].map({"1": "Ja", "0": "nein"})
+    table["pid"], table["eid"], table["Nr"] = range(60), range(60), table["pid"] + "x"
+    table["Patient"], table["Untersuchung"] = plain["pid"].to_numpy(), plain.index
+    table.to_csv("labels.csv", index=False)
+    edit_config(columns={"pid": "Patient", "eid": "Untersuchung"})
+    pd.testing.assert_frame_equal(load()[1], plain)
+    status, out, err = cli(*TRAIN)
+    assert status == 0 and "ja = 1; nein = 0" in out, err
+    status, out, err = cli("evaluate", "--task", "defect", "--by", "Patient:20")
+    assert status == 1 and "not numbers" in err
+
+
+def first_studies(cli, *options):
+    """(exit status, eid of each patient's study in training, output)."""
+    status, out, err = cli(*TRAIN, "--first_study_only", *options)
+    path = Path("trained_models/defect/split.csv")
+    split = pd.read_csv(path, dtype=str) if status == 0 else pd.DataFrame(columns=["pid", "eid"])
+    return status, split.set_index("pid")["eid"].to_dict(), out + err
+
+
+def test_the_first_study_is_the_earliest(cohort, cli):
+    """A table with the newest first: by the dates of the studies, not those of birth."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    earliest = table.drop_duplicates("pid").set_index("pid")["eid"].to_dict()
+    days = pd.date_range("2020-01-25", periods=60, freq="9D")
+    born = "3.5." + table["pid"].str[1:].astype(int).add(1960).astype(str)
+    table = table.assign(born=born, seen=days.strftime("%d/%m/%Y"))[::-1]
+    table.to_csv("labels.csv", index=False)
+    status, actual, out = first_studies(cli)
+    assert status == 0 and actual == earliest and "in the order of seen (day first)" in out, out
+    shutil.rmtree("trained_models")
+    again = days + pd.Timedelta(days=1)
+    table["entered"] = again.strftime("%Y-%m-%d")[::-1]
+    table.to_csv("labels.csv", index=False)
+    status, actual, out = first_studies(cli)  # two columns of dates: the first row
+    assert status == 0 and actual["P000"] == "1040" != earliest["P000"] and "--order_by" in out
+    shutil.rmtree("trained_models")
+    status, actual, out = first_studies(cli, "--order_by", "entered")
+    assert status == 0 and actual == earliest, out
+    table.assign(entered="01/02/2020").to_csv("labels.csv", index=False)
+    for column, text in (("entered", "ambiguous dates"), ("size", "no dates"), ("x", "no column")):
+        status, _, out = first_studies(cli, "--order_by", column, "--run_id", "b")
+        assert status == 1 and text in out
 
 
 def test_fifty_thousand_rows(cohort):

@@ -319,6 +319,80 @@ def test_faults_of_kinds(change, text):
     assert text in str(error.value)
 
 
+def change_outlook(change, **keys):
+    """Change the label table, and keys of the task."""
+    table = pd.read_csv("labels.csv", dtype=str, keep_default_na=False)
+    change(table).to_csv("labels.csv", index=False)
+    entry = SITE["task"]["outlook"] | keys
+    Path("config.json").write_text(json.dumps(SITE | {"task": {"outlook": entry}}))
+
+
+def as_in_r(table):
+    return table.assign(died=table["died"].map({"no": "1", "yes": "2"}))
+
+
+@pytest.mark.parametrize("codes", [{"1": 0, "2": 1}, {"death": {"1": 0, "2": 1}}])
+def test_events_of_another_code(outlook, cli, codes):
+    """1 = censored, 2 = dead, as in R: the same labels with a mapping, an error without."""
+    config = read_config()
+    _, plain = load_labels(config.tasks["outlook"], config.datasets["site"], Collected())
+    change_outlook(as_in_r)
+    for line in (TRAIN, ("check", "--task", "outlook")):
+        status, out, err = cli(*line)
+        assert status == 1 and '"events": {"1": 0, "2": 1}' in out + err
+    change_outlook(lambda t: t, events=codes)
+    config = read_config()
+    _, actual = load_labels(config.tasks["outlook"], config.datasets["site"], Collected())
+    pd.testing.assert_frame_equal(actual, plain)
+    with pytest.raises(UserError, match="codes and their meaning"):
+        validated(Task, SITE["task"]["outlook"] | {"events": {"1": 2}}, "config.json")
+
+
+def in_days(table):
+    return table.assign(years=table["years"].astype(float) * 365.25)
+
+
+@pytest.mark.parametrize(
+    "change, unit, status, text",
+    [
+        (in_days, "", 1, '"units": {"death": "days"}'),
+        (in_days, "years", 1, "above 100 years"),
+        (in_days, "days", 0, ""),
+        (lambda t: t, "", 0, "years are assumed"),
+        (lambda t: t.assign(years="2021-03-04"), "years", 1, "holds dates: 2021-03-04"),
+        (lambda t: t.assign(years="4.3.2021"), "years", 1, "holds dates"),
+        (lambda t: t, "heartbeats", 1, "days, weeks, months, years"),
+    ],
+)
+def test_times_have_a_unit(outlook, cli, change, unit, status, text):
+    change_outlook(change, units={"death": unit} if unit else {})
+    actual, out, err = cli("check", "--task", "outlook")
+    assert actual == status and text in out + err, out + err
+    assert status or ("years are assumed" in out) == (not unit)
+
+
+def test_years_are_converted(learnt, trained_there, cli):
+    """A model of times in days answers and is evaluated for --years as one of years is."""
+    years = ("--years", "1,3", "--spread", "none", "--out")
+    assert cli("predict", *years, "y.csv")[0] == 0
+    path = Path("trained_models/outlook/best_checkpoint.pt")
+    saved = torch.load(path, weights_only=False)
+    record = saved["echofocus"]
+    record["units"]["death"] = "days"
+    hazard = record["hazards"]["death_risk"]
+    hazard["times"] = [x * 365.25 for x in hazard["times"]]
+    torch.save(saved, path)
+    change_outlook(in_days, units={"size": "cm", "death": "days"})
+    assert cli("predict", *years, "d.csv")[0] == 0
+    pd.testing.assert_frame_equal(pd.read_csv("y.csv"), pd.read_csv("d.csv"), rtol=1e-4)
+    status, _, err = cli("evaluate", "--n_boot", "0", "--years", "2")
+    assert status == 0, err
+    metrics = pd.read_csv("trained_models/outlook/metrics_test_site.csv").set_index("metric")
+    assert metrics["value"]["auroc_at_2"] > 0.7
+    status, _, err = cli("predict", "--years", "0.0001", "--spread", "none")
+    assert status == 1 and "is 1 for all studies" in err
+
+
 def test_faults_of_their_values(outlook):
     table = pd.read_csv("labels.csv", keep_default_na=False)
     table.loc[0, "years"], table.loc[1, "died"], table.loc[2, "grade"] = -1, None, "terrible"

@@ -164,6 +164,12 @@ def numbers(**columns):
         (["present", "Absent", "maybe"], [1, 0, np.nan], "read as 1/0 in x"),
         (["positive", "negative"], [1, 0], "read as 1/0 in x"),
         (["55", "no", "60"], [55, np.nan, 60], ""),  # 'not measured' is not 0
+        (["Ja", "nein", "j", None], [1, 0, 1, np.nan], "in x: j, ja = 1; nein = 0"),
+        (["oui", "NON", "vrai", "faux"], [1, 0, 1, 0], "in x: oui, vrai = 1; faux, non = 0"),
+        (["sí", "no", "si", "0"], [1, 0, 1, 0], "in x: si, sí = 1; no = 0"),
+        (["X", "0", "x"], [1, 0, 1], "in x: x = 1"),
+        (["x", None, "x"], [1, np.nan, 1], "empty cells stay missing"),
+        (["x", "1", "0"], [np.nan, 1, 0], ""),  # unknown
         (["inf", "1e999", "nan", "x"], [np.nan] * 4, ""),
         (["<5", "1_000", "0x10", "5 %"], [np.nan] * 4, ""),
     ],
@@ -193,6 +199,37 @@ def test_numbers_that_may_mean_two_things(columns):
 def test_one_column_says_how_another_is_read():
     values, _ = numbers(x=["40,5", "41,5"], y=["1,234", "2,345"])
     assert values["y"].tolist() == [1.234, 2.345]
+
+
+@pytest.mark.parametrize(
+    "cells, expected, order",
+    [
+        (["2020-03-01", "20191231", None], ["2020-03-01", "2019-12-31"], "year first"),
+        (["2020-03-01 10:30:00", "2020-03-01T09:00"], ["2020-03-01 10:30", "2020-03-01 09:00"],
+         "year first"),
+        (["01.02.2020", "3.1.2020"], ["2020-02-01", "2020-01-03"], "day first"),
+        (["01/02/2020", "13/02/2020"], ["2020-02-01", "2020-02-13"], "day first"),
+        (["01/02/2020", "02/13/2020"], ["2020-01-02", "2020-02-13"], "month first"),
+        (["01/02/2020", "02/03/2020"], None, "ambiguous"),
+        (["13/02/2020", "02/13/2020"], None, "ambiguous"),
+        (["2020-03-01", "unknown"], None, ""),
+        (["2020-13-01"], None, ""),
+        (["1.5.20", "3.7.20"], None, ""),
+        ([None], None, ""),
+    ],
+)  # fmt: skip
+def test_dates(cells, expected, order):
+    dates, how = tables.read_dates(pd.Series(cells, dtype=object))
+    assert how == order and (dates is None) == (expected is None)
+    if expected:
+        actual = dates.dropna().dt.tz_localize(None).tolist()
+        assert actual == [pd.Timestamp(x) for x in expected]
+
+
+def test_ages_of_dicom():
+    cells = pd.Series(["018Y", "006M", "003W", "020D", "45", "45,5", None], dtype=object)
+    expected = [18, 0.5, 21 / 365.25, 20 / 365.25, np.nan, np.nan, np.nan]
+    np.testing.assert_allclose(tables.ages_to_years(cells), expected)
 
 
 def test_ids():

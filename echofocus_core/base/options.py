@@ -303,8 +303,12 @@ class Settings(CohortOptions):
         moves_folds=True
     )
     first_study_only: bool = option(
-        False, "only the first usable study of each patient", DATA, "train evaluate explain",
-        moves_folds=True
+        False, "only the first usable study of each patient, see --order_by", DATA,
+        "train evaluate explain", moves_folds=True
+    )
+    order_by: str = option(
+        "", "dates in the label table that order a patient's studies [its only column of dates]",
+        DATA, "train evaluate explain", moves_folds=True
     )
     assume_unseen: bool = option(
         False, "count a dataset as unseen by the model and the encoder, where their training "
@@ -332,8 +336,8 @@ class Settings(CohortOptions):
         "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
     )
     pool: Literal["mean", "first", "last"] = option(
-        "mean", "of --per patient: mean of the predictions, or one study by the order of the label "
-        "table", DATA, "evaluate"
+        "mean", "of --per patient: mean of the predictions, or one study, see --order_by", DATA,
+        "evaluate"
     )
     by: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "also evaluate groups: columns of the label table, numbers with edges as in age:40,65",

@@ -17,8 +17,11 @@ from echofocus_core.base.console import UserError, some
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MISSING = {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None"}
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}  # as in pandas
-YES = {"yes", "y", "true", "t", "present", "positive", "pos"}
-NO = {"no", "n", "false", "f", "absent", "negative", "neg"}
+CROSS = "x"  # present, in a column where nothing but 0 and words for no say absent
+YES = {"yes", "y", "true", "t", "present", "positive", "pos", "ja", "j", "wahr", "positiv"}
+YES |= {"oui", "vrai", "si", "sí", "verdadero", "vero", "sim", CROSS}
+NO = {"no", "n", "false", "f", "absent", "negative", "neg", "nein", "falsch", "negativ", "non"}
+NO |= {"faux", "falso", "não", "nao"}
 INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # in column names
 
 # ------------------------------------------------------------------------------------ from the file
@@ -190,8 +193,8 @@ def to_numbers(text, path, listener):
     """Cells as text (DataFrame) -> float64 of the same shape, NaN for what is not a finite number.
 
     Decimal commas and separators of thousands are recognised and reported; where both would fit it
-    is an error. Yes/No, true/false, present/absent, positive/negative become 1/0 in columns that
-    hold nothing but these and 0 or 1.
+    is an error. Yes/No, true/false, present/absent, positive/negative, in some languages, become
+    1/0 in columns that hold no numbers but 0 and 1.
     """
     values = text.apply(lambda column: pd.to_numeric(column, errors="coerce").astype(float))
     values = values.where(np.isfinite(values))
@@ -214,9 +217,12 @@ def to_numbers(text, path, listener):
         refuse_points(text, values, path, listener, commas)
     for style, names in columns.items():
         listener.note(f"{path}: {style} in {some(names)}")
-    words = [name for name in text if read_words(text[name], values, name)]
-    if words:
-        listener.note(f"{path}: words such as Yes/No read as 1/0 in {some(words)}")
+    by_words = {}
+    for name in text:
+        if words := read_words(text[name], values, name):
+            by_words.setdefault(words, []).append(name)
+    for words, names in by_words.items():
+        listener.note(f"{path}: words read as 1/0 in {some(names)}: {words}")
     return values
 
 
@@ -258,10 +264,53 @@ def refuse_points(text, values, path, listener, commas):
 
 
 def read_words(text, values, name):
-    """Write 1 and 0 for Yes, No and the like into `values`; whether the column has such words."""
+    """Write 1 and 0 for Yes, No and the like into `values`; these words and their meanings."""
     if not values[name].dropna().isin([0, 1]).all():
-        return False
+        return ""
     rest = text[text.notna() & values[name].isna()].str.lower()
     words = rest[rest.isin(YES | NO)]
+    if (values[name] == 1).any() or set(rest) - NO - {CROSS}:  # a cross may mean unknown
+        words = words[words != CROSS]
     values.loc[words.index, name] = words.isin(YES).astype(float)
-    return len(words) > 0
+    both = (sorted(set(words) & kind) for kind in (YES, NO))
+    meanings = [f"{', '.join(x)} = {y}" for x, y in zip(both, (1, 0), strict=True) if x]
+    if meanings == [f"{CROSS} = 1"] and not (values[name] == 0).any():
+        meanings.append("empty cells stay missing, write 0 where the finding is absent")
+    return "; ".join(meanings)
+
+
+def ages_to_years(text):
+    """Ages as in DICOM (018Y, 011M, 003W, 020D) in years, a Series of float; NaN for other cells."""
+    parts = text.str.extract(r"^(\d{1,3})([YMWD])$")
+    return parts[0].astype(float) / parts[1].map({"Y": 1, "M": 12, "W": 365.25 / 7, "D": 365.25})
+
+
+# ------------------------------------------------------------------------------------------- dates
+
+YEAR_FIRST = r"^(?P<y>\d{4})([-/.]?)(?P<m>\d{1,2})\2(?P<d>\d{1,2})(?P<time>[T ].*)?$"
+YEAR_LAST = r"^(?P<d>\d{1,2})([-/.])(?P<m>\d{1,2})\2(?P<y>\d{4})(?P<time>[T ].*)?$"
+
+
+def read_dates(text):
+    """(dates (S,), how they are written) of cells of text; (None, '') where some are not dates.
+
+    Which of 01/02/2020 is the day is decided by the whole column; (None, 'ambiguous') where nothing
+    does.
+    """
+    cells = text.dropna()
+    for pattern, order in ((YEAR_FIRST, "year first"), (YEAR_LAST, "day first")):
+        parts = cells.str.extract(pattern)
+        if not len(cells) or parts["y"].isna().any():
+            continue
+        if pattern == YEAR_LAST and not cells.str.contains(".", regex=False).all():
+            above = [(parts[x].astype(int) > 12).any() for x in ("d", "m")]
+            if above[0] == above[1]:
+                return None, "ambiguous"
+            if above[1]:
+                parts, order = parts.rename(columns={"d": "m", "m": "d"}), "month first"
+        days = parts["y"] + "-" + parts["m"].str.zfill(2) + "-" + parts["d"].str.zfill(2)
+        plain = days + parts["time"].fillna("")
+        dates = pd.to_datetime(plain, format="ISO8601", errors="coerce", utc=True)
+        if dates.notna().all():
+            return dates.reindex(text.index), order
+    return None, ""

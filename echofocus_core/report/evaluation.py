@@ -276,7 +276,7 @@ def evaluate_file(job):
     """
     settings, path, table = job.settings, Path(job.settings.predictions), None
     if job.task:
-        task, table = load_labels(job.task, job.dataset)
+        task, table = load_labels(job.task, job.dataset, settings=settings)
         studies = studies_of_labels(path, task, table)
     else:
         studies = studies_with_truths(path)

@@ -7,7 +7,7 @@ import pandas as pd
 from echofocus_core.base.console import UserError
 from echofocus_core.base.figures import plot_map
 from echofocus_core.base.files import in_file_name, write_table
-from echofocus_core.study.labels import read_labels, read_rows
+from echofocus_core.study.labels import label_file, read_labels, read_rows
 
 
 def map_rows(job):
@@ -21,14 +21,13 @@ def map_rows(job):
         raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
     columns, rows, reasons = [] if column == "dataset" else [column], {}, []
     for name, dataset in datasets.items():
-        path = dataset.label_path or (task.label_path if task else None)
+        file = label_file(task, dataset)
         try:
             if columns and task and column in task.task_labels:
                 of_column = task.model_copy(update={"task_labels": columns})
-                _, rows[name] = read_labels(path, of_column)
+                _, rows[name] = read_labels(file, of_column)
             else:
-                level = task.level if task else "study"
-                rows[name] = read_rows(path, columns, level=level)
+                rows[name] = read_rows(file, columns)
         except UserError as error:
             rows[name] = None
             reasons.append(str(error))

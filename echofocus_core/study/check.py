@@ -207,7 +207,7 @@ def check_labels(job, listener):
             "set label_path of the task or the dataset in the config",
         )
         return task, None
-    return load_labels(task, job.dataset, listener, job.settings.split_column)
+    return load_labels(task, job.dataset, listener, job.settings, job.settings.split_column)
 
 
 def check_embeddings(path, store, settings, listener):

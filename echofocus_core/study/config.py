@@ -33,7 +33,7 @@ from echofocus_core.base.options import (
     shown,
     validated,
 )
-from echofocus_core.study.outputs import EVENT, KINDS, Outputs
+from echofocus_core.study.outputs import EVENT, KINDS, PER_YEAR, Outputs
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
 PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
@@ -80,6 +80,16 @@ def pair_of_columns(value):
     return value
 
 
+def event_codes(value):
+    """{code: 0 or 1} for all survival labels, or label -> such a dict."""
+    for codes in value.values() if isinstance(value, dict) else [value]:
+        if isinstance(codes, dict):
+            event_codes(codes)
+        elif type(codes) is not int or codes not in (0, 1):
+            raise ValueError('codes and their meaning, 1 for an event, as in {"1": 0, "2": 1}')
+    return value
+
+
 def class_names(value):
     plain = {str(x).strip().casefold() for x in value} if isinstance(value, list) else ()
     if len(plain) < 2 or len(plain) < len(value):
@@ -111,6 +121,7 @@ Range = Annotated[list, BeforeValidator(range_of)]
 Kinds = Annotated[str | dict[Text, str], BeforeValidator(kinds_of)]
 ClassNames = Annotated[list[Text], BeforeValidator(class_names)]
 TimeAndEvent = Annotated[list[Text], BeforeValidator(pair_of_columns)]
+EventCodes = Annotated[dict[Text, Any], BeforeValidator(event_codes)]
 ForConfig = Annotated[Settings, AfterValidator(for_config)]
 Plain = Annotated[Any, AfterValidator(plain_value)]
 Whole = Annotated[int | None, BeforeValidator(whole_number)]
@@ -167,6 +178,9 @@ class Labelled(Entry):
                 if name not in labels and name not in outputs.names:
                     hint = nearest(name, labels)
                     faults.append(f"{key} has {printable(name)[:60]}, which is not a label{hint}")
+        for label in outputs.of_kind("survival"):
+            if (unit := self.units.get(label, "years")).strip().casefold() not in PER_YEAR:
+                faults.append(f"the unit of {label} is one of {', '.join(PER_YEAR)}, not {unit}")
         return faults + column_faults(outputs, self.units)
 
 
@@ -213,6 +227,8 @@ class Task(Labelled):
 
     task_labels: Labels
     label_path: Location | None = None
+    columns: ByLabel = Field({})  # pid, eid or a label -> its column in the label table
+    events: EventCodes = Field({})  # code in the event column of survival labels -> 0 or 1
     names: ByLabel = Field({})  # label -> what a reader calls it, for the page
     boxcox: Labels | None = None  # labels made normal by Box-Cox; None: the published five
     # label -> [low, high]; None: the published two
@@ -252,6 +268,7 @@ class Dataset(Entry):
 
     embedding_path: Location
     label_path: Location | None = None
+    columns: ByLabel = Field({})  # of its label table, before those of the task
     video_base_path: Location | None = None  # holds a folder of videos for each study, called:
     video_subdir_format: str = "{echo_id}_trim"
     views: Location | None = None  # a table of eid, video, view, for importance by view

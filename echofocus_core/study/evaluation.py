@@ -14,10 +14,10 @@ import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, printable, some
 from echofocus_core.base.options import FOLDS
-from echofocus_core.base.tables import clean_ids, read_table, to_numbers
+from echofocus_core.base.tables import ages_to_years, clean_ids, read_table, to_numbers
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, sample_ids
-from echofocus_core.study.labels import read_rows
+from echofocus_core.study.labels import label_file, read_rows
 from echofocus_core.study.outputs import examples_of
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
@@ -339,23 +339,51 @@ def group_columns(job):
         return {}
     if not job.task:
         raise UserError("--by reads the label table: name a --task of the config")
-    path = job.dataset.label_path or job.task.label_path
-    rows = read_rows(path, list(edges), level=job.task.level)
+    file = label_file(job.task, job.dataset)
+    rows = read_rows(file, list(edges))
+    for column, numbers in edges.items():
+        if numbers:
+            rows[column] = numeric_groups(rows[column], file.path)
+        else:
+            rows[column] = one_word_a_group(rows[column], file.path)
     return {column: (rows[column], edges[column]) for column in edges}
 
 
-def groups_of(cells, edges):
-    """(names in order, (S,) group of each study or -1) of a column's text, cut at `edges`.
+SEX = {"m": "m", "male": "m", "männlich": "m", "maennlich": "m", "man": "m", "homme": "m"}
+SEX |= {"masculin": "m", "masculino": "m", "f": "f", "female": "f", "w": "f", "weiblich": "f"}
+SEX |= {"woman": "f", "femme": "f", "féminin": "f", "femenino": "f"}
+SEX |= {x: x for x in ("o", "other", "u", "unknown", "d", "divers")}
 
-    Raises UserError for more than MAX_GROUPS groups, and for text where there are edges.
-    """
+
+def numeric_groups(cells, path, listener=RUN):
+    """A column of text as numbers; ages as in DICOM, such as 011M, in years. Raises UserError."""
+    years = ages_to_years(cells)
+    if n := years.notna().sum():
+        listener.note(f"{path}, {cells.name}: {n} ages such as 018Y and 011M are read as years")
+    rest = cells.mask(years.notna()).to_frame()
+    return numeric_columns(rest, rest.columns, path, listener)[cells.name].fillna(years)
+
+
+def one_word_a_group(cells, path, listener=RUN):
+    """A column of text: words that differ in case only, and those of a sex, become the most
+    frequent of them."""
+    keys = cells.str.strip().str.casefold()
+    if keys.dropna().isin(list(SEX)).all():
+        keys = keys.map(SEX)
+    names = cells.groupby(keys).agg(lambda words: words.value_counts().index[0])
+    merged = keys.map(names)
+    for name, others in cells[cells.notna() & (cells != merged)].groupby(merged):
+        words = some(map(printable, sorted(others.unique())))
+        listener.note(f"{path}, {cells.name}: {words} count as {printable(name)}")
+    return merged
+
+
+def groups_of(cells, edges):
+    """(names in order, (S,) group of each study or -1) of a column of text, or of numbers cut at
+    `edges`. Raises UserError for more than MAX_GROUPS groups."""
     column, filled = cells.name, cells.notna().to_numpy()
     if edges:
-        numbers = pd.to_numeric(cells, errors="coerce").to_numpy(float)
-        if (odd := np.isnan(numbers) & filled).any():
-            examples = some(map(printable, cells[odd].unique()))
-            raise UserError(f"--by {column}: {odd.sum()} cells are not numbers: {examples}")
-        place = np.where(filled, np.searchsorted(edges, numbers, side="right"), -1)
+        place = np.where(filled, np.searchsorted(edges, cells, side="right"), -1)
         ends = [f"{x:g}" for x in edges]
         middle = [f"{a} to < {b}" for a, b in pairwise(ends)]
         return [f"< {ends[0]}", *middle, f">= {ends[-1]}"], place

@@ -59,7 +59,9 @@ def labelled_folds(job):
         raise UserError(f"the config has no task {settings.task} with the model's labels")
     at_home = settings.dataset == model.record.dataset
     column = model.record.settings.split_column if at_home else ""
-    task, table = load_labels(task_for(model, job.task), job.dataset, split_column=column)
+    task, table = load_labels(
+        task_for(model, job.task), job.dataset, settings=settings, split_column=column
+    )
     table = table.rename(index=stored_names(table.index, store))
     return task, table, *folds_to_test(job, task, table, store)
 

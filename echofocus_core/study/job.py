@@ -158,8 +158,9 @@ def compared_models(job, config):
             device = pick_device(job.settings.device)
             model = load_named(name, "", config.tasks, device=device)
             refuse_model("evaluate --compare", {}, model)
-            label_path = job.task and job.task.label_path
-            task = config.tasks.get(model.task) or task_of(model, label_path=label_path)
+            keys = ("label_path", "columns", "events") if job.task else ()
+            how_to_read = {key: getattr(job.task, key) for key in keys}
+            task = config.tasks.get(model.task) or task_of(model, **how_to_read)
             others[name] = job.with_model(model, task)
     return others
 

@@ -4,12 +4,15 @@ A label table has a row for each study: pid, eid and one column for each label. 
 reported to a listener (`base.console`), in a run and in `check` alike.
 """
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, nearest, printable, some
 from echofocus_core.base.seen import STUDY, id_key
-from echofocus_core.base.tables import clean_ids, read_table, to_numbers
+from echofocus_core.base.tables import clean_ids, read_dates, read_table, to_numbers
 from echofocus_core.study.config import PUBLISHED_BOXCOX
 from echofocus_core.study.outputs import examples_of, fit_scaling, scaling_fault
 
@@ -18,13 +21,35 @@ FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": 
 FOLD_WORDS |= dict.fromkeys(("val", "valid", "validation", "dev"), "val")
 
 
-def load_labels(task, dataset, listener=RUN, split_column=""):
+@dataclass(frozen=True)
+class LabelFile:
+    """A label table's file and how to read it."""
+
+    path: Path | None
+    # our name of a column -> the table's, where they differ
+    columns: dict[str, str] = field(default_factory=dict)
+    level: str = "study"
+    # sort studies by this column of dates, '' for the only one; None: the order of the rows
+    order: str | None = None
+
+
+def label_file(task, dataset, settings=None):
+    """The LabelFile of a dataset; sorted where the settings use the first or last of a patient."""
+    path = dataset.label_path or (task.label_path if task else None)
+    of_one = settings and (settings.per == "patient" and settings.pool != "mean")
+    order = settings.order_by if settings and (settings.first_study_only or of_one) else None
+    columns = (task.columns if task else {}) | dataset.columns
+    return LabelFile(path, columns, task.level if task else "study", order)
+
+
+def load_labels(task, dataset, listener=RUN, settings=None, split_column=""):
     """(task with its kinds decided, label table) of a dataset, or (task, None) without a table."""
-    path = dataset.label_path or task.label_path
-    if path is None:
+    file = label_file(task, dataset, settings)
+    if file.path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
-    task, table = read_labels(path, task, listener, split_column)
+    task, table = read_labels(file, task, listener, split_column)
     if table is not None:
+        path = file.path
         task = decide_kinds(table, task, path, listener)
         for label in task.outputs.each:
             if label.is_number:
@@ -35,19 +60,22 @@ def load_labels(task, dataset, listener=RUN, split_column=""):
     return task, table
 
 
-def read_labels(path, task, listener=RUN, split_column=""):
-    """(task with the labels that the table has, label table); None for a table without ids.
+def read_labels(file, task, listener=RUN, split_column=""):
+    """(task with the labels that the table has, label table); None without ids or without labels.
 
     The table is a DataFrame indexed by study id (text), with columns pid (text) and the targets of
     each label, float64 in physical units (see `Label.columns`); values that cannot be used are
-    missing and reported. `split_column` becomes GIVEN_FOLD.
+    missing and reported. `split_column` becomes GIVEN_FOLD. file: a LabelFile.
     """
+    path = file.path
     columns = [column for label in task.task_labels for column in task.columns_of(label)]
     columns += [split_column] if split_column else []
-    cells = read_cells(path, list(dict.fromkeys(columns)), listener, task.level, task.classes)
+    cells = read_cells(file, list(dict.fromkeys(columns)), listener, task.classes)
     if cells is None:
         return task, None
     labels = [x for x in task.task_labels if set(task.columns_of(x)) <= set(cells)]
+    if task.task_labels and not labels:
+        return task, None
     task = task.model_copy(update={"task_labels": labels})
     rows = cells[["pid", "eid", *([STUDY] if STUDY in cells else [])]]
     if labels:
@@ -60,32 +88,31 @@ def read_labels(path, task, listener=RUN, split_column=""):
     return task, table
 
 
-def read_rows(path, columns, listener=RUN, level="study"):
-    """pid and some more columns of a label table, as text, one row for each study (the index)."""
-    cells = read_cells(path, columns, listener, level)
-    return None if cells is None else one_row_a_study(cells, path, listener)
+def read_rows(file, columns, listener=RUN):
+    """pid and some more columns of a LabelFile, as text, one row for each study (the index)."""
+    cells = read_cells(file, columns, listener)
+    return None if cells is None else one_row_a_study(cells, file.path, listener)
 
 
-def read_cells(path, columns, listener, level="study", words=None):
+def read_cells(file, columns, listener, words=None):
     """pid, eid and those of `columns` that exist, as text; the index is the line in the file.
 
     Of level 'video' a row is a video's, by a column `video` too: eid is study/video, and STUDY the
     study. words: see `read_table`. Rows without ids are left out. None where a column of ids is
     missing, or ids in every row.
     """
+    path, level = file.path, file.level
     raw = read_table(path, listener, "label table", words)
+    whole = raw.drop(columns=[x for x in file.columns if x in raw])
+    whole = whole.assign(**{x: raw[theirs] for x, theirs in file.columns.items() if theirs in raw})
     ids = ("pid", "eid", "video") if level == "video" else ("pid", "eid")
-    missing = [column for column in (*ids, *columns) if column not in raw]
+    missing = [column for column in (*ids, *columns) if column not in whole]
     for column in missing:
-        close = nearest(column, raw.columns).removeprefix("; ")
-        listener.error(
-            f"{path} has no column '{column}'",
-            f"{close} " * bool(close) + "rename the column, or change the config (a label table "
-            f"has {', '.join(ids)} and one column for each label)",
-        )
+        name, remedy = file.columns.get(column, column), missing_column(column, whole)
+        listener.error(f"{path} has no column '{name}'", remedy)
     if set(ids) & set(missing):
         return None
-    raw = raw[list(dict.fromkeys([*ids, *(c for c in columns if c not in missing)]))]
+    raw = whole[list(dict.fromkeys([*ids, *(c for c in columns if c not in missing)]))]
     rows = raw.dropna(subset=list(ids)).copy()
     for column in ("pid", "eid"):
         rows[column] = clean_ids(rows[column], path, listener)
@@ -97,9 +124,57 @@ def read_cells(path, columns, listener, level="study", words=None):
         )
     if not len(rows):
         return None
+    if file.order is not None:
+        rows = sorted_by_date(rows, whole.loc[rows.index], file, listener)
     if level == "video":
         rows[STUDY], rows["eid"] = rows["eid"], rows["eid"] + "/" + rows["video"].str.strip()
     return rows
+
+
+def missing_column(column, table):
+    """What to do about a column that a label table does not have."""
+    for name in table:
+        if (table[name] == column).any():
+            return (
+                f"it has a row for each study and measurement ({column} is a value in '{name}'): "
+                "make one row of each study, with a column for each label"
+            )
+    close = nearest(column, table.columns).removeprefix("; ")
+    return (
+        f"{close} " * bool(close) + "rename the column, or name it in the task of the config: "
+        f'"columns": {{"{column}": "..."}} (the table has {some(map(printable, table), 12)})'
+    )
+
+
+def sorted_by_date(rows, whole, file, listener):
+    """Rows by the dates of a column of the `whole` table, as file.order says."""
+    repeated = rows["eid"].groupby(rows["pid"]).transform("nunique") > 1
+    if not repeated.any():
+        return rows
+    names = [file.order] if file.order else whole.columns.difference(["pid", "eid", "video"])
+    if file.order and file.order not in whole:
+        listener.error(f"{file.path} has no column '{file.order}'", "correct --order_by")
+        return rows
+    differs = {x: (whole[x].groupby(rows["pid"]).nunique() > 1).any() for x in names}  # no births
+    read = {x: read_dates(whole[x]) for x in names if file.order or differs[x]}
+    read = {x: (dates, how) for x, (dates, how) in read.items() if how or file.order}
+    if len(read) != 1:
+        listener.warning(
+            f"{file.path}: the first study of a patient is the first row, for {len(read)} columns "
+            f"hold dates of studies{f' ({some(read)})' if read else ''}",
+            "name one with --order_by",
+        )
+        return rows
+    ((name, (dates, how)),) = read.items()
+    if dates is None:
+        examples = some(map(printable, whole[name].dropna()))
+        text = f"{how} dates" if how else "no dates"
+        listener.error(f"{file.path}: {name} holds {text}: {examples}", "write them as 2020-12-31")
+        return rows
+    listener.note(f"{file.path}: studies of a patient are in the order of {name} ({how})")
+    if n := int((dates.isna() & repeated).sum()):
+        listener.warning(f"{file.path}: {n} studies have no {name}", "they count as the last ones")
+    return rows.loc[dates.sort_values(kind="stable").index]
 
 
 def one_form(pids, path, listener):
@@ -158,11 +233,17 @@ def one_row_a_study(rows, path, listener):
         listener.error(
             f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
             f"{lines_of(twice)}",
-            "keep one row for each study",
+            f"keep one row for each study; they differ in {some(different_columns(twice))}",
         )
     table = rows.drop_duplicates("eid").set_index("eid")
     listener.ok(f"{path}: {len(table)} studies of {table['pid'].nunique()} patients")
     return table
+
+
+def different_columns(rows):
+    """The columns in which rows of one study differ."""
+    each = rows.groupby("eid").agg(lambda x: x.nunique(dropna=False))
+    return [name for name in each if (each[name] > 1).any()]
 
 
 def lines_of(rows):

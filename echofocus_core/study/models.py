@@ -11,7 +11,7 @@ from echofocus_core.base.console import RUN, Collected, some
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.network import Readings, StudyModel
-from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs
+from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs, per_year
 
 
 @dataclass
@@ -61,22 +61,24 @@ class LoadedModel:
         return {}
 
     def survival(self, logits, years=()):
-        """{label_survival_year: (S,)} for these times, or those of USUAL_YEARS that are covered."""
+        """{label_survival_year: (S,)} for these years, or those of USUAL_YEARS that are covered."""
         columns = {}
         for label in self.outputs.of_kind("survival"):
             (name,) = self.outputs.names_of(label)
             risk, hazard = np.asarray(logits)[:, self.labels.index(name)], self.hazard(name)
-            for at in years or [x for x in USUAL_YEARS if hazard and x <= hazard.end]:
+            year = per_year(self.units.get(label, ""))
+            for at in years or [x for x in USUAL_YEARS if hazard and x * year <= hazard.end]:
                 values = np.full(len(risk), np.nan)
                 if hazard:
-                    values = survival_at(at, risk, **hazard.model_dump())
+                    values = survival_at(at * year, risk, **hazard.model_dump())
                 if not hazard or not hazard.cumulative[-1]:
                     why = f"the validation fold of {self.folder.name} has no event of {label}"
                     RUN.warning(why, f"{label}_survival_{at:g} stays blank")
-                elif at > hazard.end:
+                elif at * year > hazard.end:
                     RUN.warning(
-                        f"no training patient was followed for {at:g} until {label}",
-                        f"{label}_survival_{at:g} stays blank: take --years below {hazard.end:g}",
+                        f"no training patient was followed for {at:g} years until {label}",
+                        f"{label}_survival_{at:g} stays blank: take --years below "
+                        f"{hazard.end / year:g}",
                     )
                 columns[f"{label}_survival_{at:g}"] = values
         return columns

@@ -19,6 +19,8 @@ import numpy as np
 from echofocus_core.base.console import printable, some
 
 USUAL_YEARS = (1, 5)  # times of survival where no others are asked for
+PER_YEAR = {"days": 365.25, "weeks": 365.25 / 7, "months": 12.0, "years": 1.0}
+LONGEST = 100  # years that a patient may be followed; longer is another unit, or a date
 EVENT = " (event)"  # after a survival label's name: its second target column
 
 
@@ -59,10 +61,11 @@ class Label:
         What cannot be used becomes NaN and is reported.
         """
         y = numbers[self.name]
-        if set(y.dropna().unique()) == {1, 2}:
-            listener.warning(
+        if task.kind(self.name) != "regression" and set(y.dropna().unique()) == {1, 2}:
+            listener.error(
                 f"{path}, {self.name}: every value is 1 or 2",
-                "write 0 and 1 if these mean no and yes",
+                "write 0 and 1 if these mean no and yes; for a measurement put "
+                '"type": "regression" into the task',
             )
         faults = {"not numbers": y.isna() & cells[self.name].notna()}
         faults |= self.faults(y, *task.limits(self.name))
@@ -240,16 +243,9 @@ class Survival(Label):
 
     def read(self, cells, numbers, task, path, listener):
         """A time and its event are both NaN where one is."""
-        read, sources = [], task.columns_of(self.name)
-        low, high = task.limits(self.name)
-        for source, faults_of in (
-            (sources[0], lambda y: {"below zero": y < 0, "out of range": (y < low) | (y > high)}),
-            (sources[1], lambda y: {"neither 0 (censored) nor 1": y.notna() & ~y.isin([0, 1])}),
-        ):
-            y = numbers[source]
-            faults = {"not numbers": y.isna() & cells[source].notna()} | faults_of(y)
-            read.append(mask_faults(self.name, source, y, faults, cells, path, listener))
-        time, event = read
+        sources = task.columns_of(self.name)
+        time = self.read_times(sources[0], cells, numbers, task, path, listener)
+        event = self.read_events(sources[1], cells, numbers, task, path, listener)
         if n := int((time.isna() ^ event.isna()).sum()):
             listener.warning(
                 f"{path}, {self.name}: {n} studies have {sources[0]} or {sources[1]}, not both",
@@ -257,6 +253,49 @@ class Survival(Label):
             )
         values = time.mask(event.isna()), event.mask(time.isna())
         return dict(zip(self.columns, values, strict=True))
+
+    def read_times(self, source, cells, numbers, task, path, listener):
+        """Times (S,) in the label's unit; dates, and more years than anyone lives, are errors."""
+        y, unit = numbers[source], task.units.get(self.name, "")
+        odd = cells[source][y.isna()].dropna()
+        if len(odd) and odd.str.contains(r"^\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").any():
+            examples = examples_of(odd, cells.loc[odd.index, "eid"])
+            listener.error(
+                f"{path}, {self.name}: {source} holds dates: {examples}",
+                "write the time from the echo to the event or the end of follow-up as a number",
+            )
+        if y.max() > LONGEST * per_year(unit):
+            listener.error(
+                f"{path}, {self.name}: {source} reaches {y.max():g} {unit or 'years'}, above "
+                f"{LONGEST} years",
+                f'give the unit in the task: "units": {{"{self.name}": "days"}} '
+                f"(or {', '.join(PER_YEAR)})",
+            )
+        elif not unit:
+            listener.warning(
+                f"{path}, {self.name}: the times in {source} have no unit: years are assumed",
+                f'put "units": {{"{self.name}": "years"}} (or days, months) into the task',
+            )
+        low, high = task.limits(self.name)
+        faults = {"not numbers": y.isna() & cells[source].notna(), "below zero": y < 0}
+        faults["out of range"] = (y < low) | (y > high)
+        return mask_faults(self.name, source, y, faults, cells, path, listener)
+
+    def read_events(self, source, cells, numbers, task, path, listener):
+        """Events (S,), 1 or 0; another code is an error, since it may mean either."""
+        codes = task.events.get(self.name, task.events)
+        if codes := {x: y for x, y in codes.items() if not isinstance(y, dict)}:
+            y = coded(cells[source], codes)
+        else:
+            y = numbers[source]
+        odd = cells[source][cells[source].notna() & ~y.isin([0, 1])]
+        if len(odd):
+            listener.error(
+                f"{path}, {self.name}: {len(odd)} events in {source} are neither 0 (censored) nor "
+                f"1: {examples_of(odd, cells.loc[odd.index, 'eid'])}",
+                'write 0 and 1, or map them in the task of the config: "events": {"1": 0, "2": 1}',
+            )
+        return y.where(y.isin([0, 1]))
 
     def contrast(self, table):
         return table[self.name + EVENT]
@@ -292,7 +331,8 @@ class Survival(Label):
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         from echofocus_core.study.statistics import SurvivalOutcome
 
-        return SurvivalOutcome(self.name, *y.T, p[:, 0], tuple(years or USUAL_YEARS), unit)
+        years = tuple(years or USUAL_YEARS)
+        return SurvivalOutcome(self.name, *y.T, p[:, 0], years, unit, per_year(unit))
 
 
 KINDS = {kind.kind: kind for kind in (Binary, Regression, Multiclass, Survival)}
@@ -538,16 +578,33 @@ def scaling_fault(entry):
 
 
 def mask_faults(label, column, y, faults, cells, path, listener):
-    """y (S,) with NaN where a fault is; each fault is reported with examples of its cells."""
+    """y (S,) with NaN where a fault is; each fault is reported with examples of its cells.
+
+    A label without one cell that can be used is an error.
+    """
+    usable = y.notna().any() and not np.all(y.isna() | np.any(list(faults.values()), axis=0))
+    report = listener.warning if usable else listener.error
     for fault, where in faults.items():
         if where.any():
             examples = examples_of(cells.loc[where, column].fillna(""), cells.loc[where, "eid"])
-            listener.warning(
-                f"{path}, {label}: {where.sum()} values are {fault}: {examples}",
-                "correct them; they count as missing",
+            report(
+                f"{path}, {label}: {'' if usable else 'all '}{where.sum()} values are {fault}: "
+                f"{examples}",
+                "correct them" + "; they count as missing" * bool(usable),
             )
             y = y.mask(where)
     return y
+
+
+def per_year(unit):
+    """How many of a unit of time a year has; no unit is years."""
+    return PER_YEAR[unit.strip().casefold() or "years"]
+
+
+def coded(cells, codes):
+    """Cells of text -> the values of their codes {text: value}; NaN for others. 1.0 is code 1."""
+    plain = cells.str.strip().str.casefold().str.replace(r"^(\d+)\.0+$", r"\1", regex=True)
+    return plain.map({x.strip().casefold(): float(y) for x, y in codes.items()}).astype(float)
 
 
 def examples_of(cells, eids):

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import Collected
+from echofocus_core.base.console import RUN, Collected, UserError
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
 from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
@@ -57,6 +57,22 @@ def note_cut_studies(store, outcome, input_report):
                 input_report.notes[eid] = "; ".join(notes)
 
 
+def survival_columns(model, logits, years):
+    """`LoadedModel.survival`. Raises UserError where it is 1 or 0 for all studies at all times."""
+    table = model.survival(logits, years)
+    for label in model.outputs.of_kind("survival"):
+        columns = {k: v for k, v in table.items() if k.startswith(f"{label}_survival_")}
+        values, unit = np.concatenate([[], *columns.values()]), model.units.get(label, "")
+        if not unit and len(values):
+            RUN.warning(f"the times of {label} have no unit: years are assumed")
+        if len(values) and (np.all(values > 1 - 1e-6) or np.all(values < 1e-6)):
+            raise UserError(
+                f"{', '.join(columns)} is {values[0]:.0f} for all studies; ask for other --years, "
+                f"or correct the unit of {label} ({unit or 'years, assumed'}) and train again"
+            )
+    return table
+
+
 def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     """(DataFrame with a row a study, why other studies are not in it).
 
@@ -82,7 +98,7 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
     table |= model.member_columns(outcome.logits, values)
     table |= most_probable_classes(model, values)
-    table |= model.survival(outcome.logits, years)
+    table |= survival_columns(model, outcome.logits, years)
     table |= decisions_of(model, values)
     if input_report.novelty:
         table["novelty"] = [input_report.novelty.get(eid, np.nan) for eid in outcome.eids]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from echofocus_core.base.console import EXTRACT, RUN, some
 from echofocus_core.study.folds import sample_ids, stored_names
-from echofocus_core.study.labels import read_rows
+from echofocus_core.study.labels import label_file, read_rows
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.store import MADE_WITH, VideosOf, open_store
 from echofocus_core.video.studies import studies_of_dataset
@@ -153,14 +153,14 @@ def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
 def labelled_ids(job):
     """The study ids of the dataset's label table, where there is one that has its studies."""
     task, dataset, store = job.task, job.dataset, job.source.store
-    path = dataset.label_path or (task.label_path if task else None)
-    if path is None or not path.is_file():
+    file = label_file(task, dataset)
+    if file.path is None or not file.path.is_file():
         return []
-    ids = read_rows(path, [], level=task.level if task else "study").index
+    ids = read_rows(file, []).index
     ids = list(ids.to_series().replace(stored_names(ids, store)))
     if dataset.label_path or set(ids) & set(store.files):
         return ids
-    print(f"{path.name} names none of these studies: they count as unlabelled")
+    print(f"{file.path.name} names none of these studies: they count as unlabelled")
     return []
 
 

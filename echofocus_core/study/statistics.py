@@ -372,13 +372,14 @@ class MulticlassOutcome(Outcome):
 class SurvivalOutcome(Outcome):
     """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher dies sooner.
 
-    `years`: the times at which the cumulative/dynamic AUROC is given, in the unit of `time`.
+    `years`: the times at which the cumulative/dynamic AUROC is given; a year is `per_year` units.
     """
 
     event: np.ndarray
     risk: np.ndarray
     years: tuple[float, ...] = ()
     units: str = "years"
+    per_year: float = 1.0
 
     kind, headline = "survival", "c_index"
     tables = (("Survival", ("c_index",)),)
@@ -417,7 +418,8 @@ class SurvivalOutcome(Outcome):
         with_event = self.usable & (self.event == 1)
         if metric == "c_index":
             return with_event
-        case = with_event & (self.truth <= float(metric.removeprefix("auroc_at_")))
+        at = float(metric.removeprefix("auroc_at_")) * self.per_year
+        case = with_event & (self.truth <= at)
         return smaller(case, self.usable & ~case)
 
     def why_missing(self, metric):
@@ -434,7 +436,8 @@ class SurvivalOutcome(Outcome):
         event = self.event[self.usable] == 1
         metrics = {"c_index": mt.c_index(time, event, risk, weights)}
         for year in self.years:
-            metrics[f"auroc_at_{year:g}"] = mt.dynamic_auroc(time, event, risk, year, weights)
+            auroc = mt.dynamic_auroc(time, event, risk, year * self.per_year, weights)
+            metrics[f"auroc_at_{year:g}"] = auroc
         return metrics
 
 

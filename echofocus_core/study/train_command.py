@@ -118,7 +118,9 @@ def train_model(job):
 def read_labels_and_store(job):
     """(task with its kinds decided, label table, store of what is trained on)."""
     settings = job.settings
-    task, table = load_labels(job.task, job.dataset, split_column=settings.split_column)
+    task, table = load_labels(
+        job.task, job.dataset, settings=settings, split_column=settings.split_column
+    )
     if settings.stratify and settings.stratify not in task.task_labels:
         hint = nearest(settings.stratify, task.task_labels)
         raise UserError(f"--stratify {settings.stratify} is not a label of {settings.task}{hint}")
