@@ -280,7 +280,7 @@ def read_words(text, values, name):
 
 
 def ages_to_years(text):
-    """Ages as in DICOM (018Y, 011M, 003W, 020D) in years, a Series of float; NaN for other cells."""
+    """Ages as in DICOM (018Y, 011M, 003W, 020D) in years, Series of float; NaN for other cells."""
     parts = text.str.extract(r"^(\d{1,3})([YMWD])$")
     return parts[0].astype(float) / parts[1].map({"Y": 1, "M": 12, "W": 365.25 / 7, "D": 365.25})
 
