@@ -1,9 +1,9 @@
-"""Training the encoder: does its loader keep up? python benchmarks/encoder.py
+"""Training the encoder: is the loader fast enough? python benchmarks/encoder.py
 
-Phantom cines in the layout of EchoNet-Dynamic. Three rates in images per second, from one run: only
-the loader (clips from the cache of decoded videos, augmented), only training steps (the same batch
-repeatedly), and an epoch, in which both run concurrently. An image costs 8.91 GFLOP forward and
-twice that backward; the bound is the rate that the machine's matrix products allow for this.
+Phantom cines in the layout of EchoNet-Dynamic. One run measures three rates in images per second:
+only the loader (clips from the cache of decoded videos, augmented), only training steps (always the
+same batch), and an epoch, in which both run concurrently. An image costs 8.91 GFLOP forward and
+twice that backward; the bound is this cost at the machine's rate of matrix products.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from echofocus_core.encoder.cohorts import read_cohort
 from echofocus_core.video.cache import ClipSampling, FrameCache
 from echofocus_core.video.phantom import phantom_cine, write_video
 
-FLOP = 8.91e9  # an image of 224x224, forward
+FLOP = 8.91e9  # per image of 224x224, forward
 LINE = "--cohort echonetdynamic --data_dir data --output_dir run --model_name frame_transformer "
 LINE += "--arch convnext_tiny --normalization imagenet --fc_dropout 0.25 --augment --rand_init "
 LINE += "--max_epochs 2"
@@ -43,7 +43,7 @@ def draw(i, frames, side):
 
 
 def make_cohort(args):
-    """args.videos cines for training and eight for validation; at most 64 of them are distinct."""
+    """Write args.videos cines for training and eight for validation; at most 64 are distinct."""
     n, distinct = args.videos + 8, min(args.videos + 8, 64)
     with ProcessPoolExecutor(args.workers or None) as pool:
         work = pool.map(partial(draw, frames=args.frames, side=112), range(distinct))
@@ -56,7 +56,7 @@ def make_cohort(args):
 
 
 def measure(args, precision, device):
-    """dict of images per second: loader, steps, epoch and bound."""
+    """Images per second as a dict: loader, steps, epoch and bound."""
     parser = Parser()
     train.add_options(parser, train.COMMAND, train.EncoderSettings)
     more = f"--precision {precision} --device {device} --batch_size {args.batch_size} "
@@ -96,10 +96,10 @@ def measure(args, precision, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--videos", type=int, default=32)
-    parser.add_argument("--frames", type=int, default=48, help="of a cine, 112x112")
+    parser.add_argument("--frames", type=int, default=48, help="frames per cine, 112x112")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2, help="timed without the loader")
+    parser.add_argument("--steps", type=int, default=2, help="steps timed without the loader")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--precision", nargs="+", default=["fp32"])
     parser.add_argument("--device", default="cpu")

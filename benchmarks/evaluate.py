@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py --json evaluate.json
 
-Both compute the same metrics of the same studies. The loop runs over `--loops` resamples of all
-labels; its seconds are scaled to `--n_boot`.
+Both compute the same metrics on the same studies. The loop runs over `--loops` resamples of all
+labels; its time is scaled to `--n_boot`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.machine import describe, peak_memory
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
-THRESHOLD = 0.2  # of all findings
+THRESHOLD = 0.2  # for all findings
 
 
 class Ranking(st.BinaryOutcome):
@@ -34,7 +34,7 @@ class Ranking(st.BinaryOutcome):
 
 
 def cohort(args):
-    """(patients, findings, measurements) of S studies of half as many patients."""
+    """(patients, findings, measurements) of args.studies studies from half as many patients."""
     rng = np.random.default_rng(0)
     patients = rng.integers(0, max(1, args.studies // 2), args.studies)
     findings, measurements = [], []
@@ -79,7 +79,7 @@ def loop_measurements(y, f):
 
 
 def seconds_of_loop(function, outcomes, patients, args):
-    """Seconds for `n_boot` resamples, each drawn by patient and given to scikit-learn."""
+    """Seconds for `n_boot` resamples of patients, each evaluated by scikit-learn."""
     order = np.argsort(patients, kind="stable")
     _, starts = np.unique(patients[order], return_index=True)
     studies_of = np.split(order, starts[1:])
@@ -134,7 +134,7 @@ def main():
         ratios[name] = seconds[f"{name}_loop"] / seconds[name]
         loop, cpu = seconds[f"{name}_loop"], seconds[f"{name}_cpu"]
         print(f"{name}: {seconds[name]:.1f} s ({cpu:.1f} CPU)", end="")
-        print(f", a loop over scikit-learn {loop:.0f} s, {ratios[name]:.0f} times")
+        print(f", a loop over scikit-learn {loop:.0f} s, {ratios[name]:.0f} times slower")
     print(f"peak memory {peak_memory('cpu') / 1e9:.2f} GB")
     if args.json:
         table = {"machine": describe("cpu"), "seconds": seconds, "ratios": ratios}

@@ -1,10 +1,10 @@
-"""Integrated gradients against the published way: python benchmarks/explain.py
+"""Integrated gradients against the published method: python benchmarks/explain.py
 
 Seconds per study and convergence error, for one label and for all, on one study of clip embeddings.
-The published way is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
+The published method is Captum's IntegratedGradients with 64 right-endpoint Riemann steps, one label
 and one step at a time. Ours is `study.attribution.integrated_gradients`. Both alternate, so that
-other load affects them equally. The trained model learns planted patterns here, in a minute; the
-random model is untrained.
+other load affects them equally. The trained model is trained here on planted patterns, in a minute;
+the random model is untrained.
 """
 
 import argparse
@@ -27,7 +27,7 @@ D, LABELS = 768, 22
 
 
 def make_studies(n, videos, clips, seed):
-    """Normal clip embeddings in whose videos the patterns of the labels are planted."""
+    """(studies of normal clip embeddings with a planted pattern for each label, labels)."""
     patterns = np.random.default_rng(0).standard_normal((LABELS, D))
     rng, bags = np.random.default_rng(seed), []
     labels = rng.random((n, LABELS)) < 0.3
@@ -46,8 +46,8 @@ def make_model(depth, device, trained):
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3 / depth)
         bags, labels = make_studies(512, (4, 9), 4, seed=1)
         for start in [*range(0, 512, 32)] * 3:
-            some = [bag.flatten(0, 1).to(device) for bag in bags[start : start + 32]]
-            logits, _ = net(torch.cat(some), [len(bag) for bag in some])
+            batch = [bag.flatten(0, 1).to(device) for bag in bags[start : start + 32]]
+            logits, _ = net(torch.cat(batch), [len(bag) for bag in batch])
             F.binary_cross_entropy_with_logits(
                 logits, labels[start : start + 32].to(device)
             ).backward()
@@ -57,7 +57,7 @@ def make_model(depth, device, trained):
 
 
 def compare(net, bag, columns, repeats):
-    """dict: seconds and largest error of both ways, for the columns, and the ratio of seconds."""
+    """Seconds and largest error of both methods for some columns, and the ratio, as a dict."""
     V = len(bag)
     tokens = bag.flatten(0, 1).to(attribution.device_of(net))
     start, objectives = torch.zeros_like(tokens), attribution.Objectives(columns)
@@ -85,7 +85,7 @@ def compare(net, bag, columns, repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--videos", type=int, default=53, help="of the study, 16 clips each")
+    parser.add_argument("--videos", type=int, default=53, help="videos per study, 16 clips each")
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -1,9 +1,10 @@
-"""Extraction against the published way, in one run: python benchmarks/extract.py
+"""Extraction against the published method, in one run: python benchmarks/extract.py
 
-The published way decodes a video once per clip (16 seeks of 16 frames) and encodes its 16 clips as
-one batch of 256 images in fp32. Ours decodes once and encodes each distinct image once. Phantoms,
-weights and clip starts are the same; the embeddings are compared too. The bound is the FLOPs of
-the distinct images at the machine's matrix product rate (the faster of torch's two libraries).
+The published method decodes a video once per clip (16 seeks of 16 frames) and encodes its 16 clips
+as one batch of 256 images in fp32. Ours decodes once and encodes each distinct image once.
+Phantoms, weights and clip starts are the same; the embeddings are compared too. The bound is the
+FLOPs of the distinct images at the machine's rate of matrix products (the faster of torch's two
+libraries).
 """
 
 import argparse
@@ -56,7 +57,7 @@ def write_dicom(path, frames):
 
 
 def published_decode(path, starts):
-    """The published reader: for each clip open, seek to start - 1, read 16 frames, transform."""
+    """The published reader: for each clip, open, seek to start - 1, read 16 frames, transform."""
     mean, std = (np.array(v, np.float32) for v in (panecho.MEAN, panecho.STD))
     clips = []
     for start in starts:
@@ -74,7 +75,7 @@ def published_decode(path, starts):
 
 @torch.inference_mode()
 def published_encode(clips, backbone, device):
-    """One batch of 256 images, each layer over all of it."""
+    """Encode one batch of 256 images, each layer over the whole batch."""
     pieces, panecho.CACHED_NUMBERS = panecho.CACHED_NUMBERS, 10**12
     try:
         return backbone(clips.to(device)).cpu().numpy()
@@ -82,7 +83,7 @@ def published_encode(clips, backbone, device):
         panecho.CACHED_NUMBERS = pieces
 
 
-def ours_encode(clips, encoder):
+def encode_ours(clips, encoder):
     return next(iter(encoder([(None, ([clips], 0.0))])))[2][0]
 
 
@@ -93,7 +94,7 @@ def image_flops(backbone):
 
 
 def make_videos(folder, n_frames):
-    """The same phantom as MJPG AVI, mp4 where this build can, and JPEG DICOM."""
+    """Write one phantom as MJPG AVI, as mp4 if this OpenCV can, and as JPEG DICOM."""
     frames = phantom.phantom_cine("A4C", frames=n_frames, size=(600, 800), seed=n_frames)
     phantom.write_video(folder / f"{n_frames}.avi", frames)
     phantom.write_video(folder / f"{n_frames}.mp4", frames, fourcc="mp4v")
@@ -106,9 +107,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", type=int, nargs="+", default=[40, 80, 150])
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
-    parser.add_argument("--run", type=int, default=0, help="videos of a whole run; 0: none")
-    parser.add_argument("--workers", type=int, default=0, help="decoders of that run; 0: default")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
+    parser.add_argument("--run", type=int, default=0, help="videos of a complete run; 0: no run")
+    parser.add_argument("--workers", type=int, default=0, help="decoders of the run; 0: default")
     args = parser.parse_args()
     device = args.device
     backbone = panecho.load_panecho("random").model.encoder
@@ -132,7 +133,7 @@ def main():
         f"{flops / 1e9:.2f} GFLOP; batches of {batch}"
     )
     if "bf16" not in encoders:
-        print("bf16 is emulated here: not measured")
+        print("bf16 is emulated on this machine and not measured")
     rows, ratios = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for n in args.frames:
@@ -157,8 +158,8 @@ def main():
 
 
 def measure_run(folder, n, args, rows, ratios):
-    """A whole run of the extraction over many AVIs with all decoders, against the published way's
-    single process, estimated from its seconds per video."""
+    """Time a complete extraction of many AVIs with all decoders, against the single process of the
+    published method, estimated from its seconds per video."""
     published = (
         1 / next(r for r in rows if r["what"] == "encode published" and r["n"] == n)["videos/s"]
     )
@@ -182,7 +183,7 @@ def measure_run(folder, n, args, rows, ratios):
 
 
 def measure_decode(paths, n, device, rows, ratios):
-    """Decode and transform, of each container; DICOM has no published reader."""
+    """Time decoding and transforms for each container; DICOM has no published reader."""
     for path in paths:
         ours = timed(lambda p=path: video.read_clips(p, SAMPLING), "cpu", 3)
         row = {"what": f"decode {path.suffix}", "n": n, "seconds": ours, "frames/s": n / ours}
@@ -195,15 +196,15 @@ def measure_decode(paths, n, device, rows, ratios):
 
 
 def measure_encode(path, n, backbone, encoders, device, repeats, rows, ratios):
-    """Encode, and decode plus encode, against the published way. Ours runs first, so that its peak
-    memory is measured without the published way's."""
+    """Time encoding, and decoding plus encoding, against the published method. Ours runs first, so
+    that its peak memory does not include the published method."""
     clips = video.read_clips(path, SAMPLING)[0]
     images = len(extract.distinct_images(clips.index)[0])
     decode = next(r for r in rows if r["what"] == "decode .avi" and r["n"] == n)
     embeddings, taken = {}, []
     for precision, encoder in encoders.items():
-        embeddings[precision] = ours_encode(clips, encoder)
-        seconds = timed(lambda e=encoder: ours_encode(clips, e), device, repeats)
+        embeddings[precision] = encode_ours(clips, encoder)
+        seconds = timed(lambda e=encoder: encode_ours(clips, e), device, repeats)
         row = {"what": f"encode {precision}", "n": n, "images": images, "seconds": seconds}
         row |= {"videos/s": 1 / (seconds + decode["seconds"]), "frames/s": n / seconds}
         taken.append(row | {"peak GB": peak_memory(device) / 1e9})

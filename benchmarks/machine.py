@@ -1,4 +1,4 @@
-"""Upper bounds of this machine's speed, to compare results with."""
+"""Times, memory, and the upper bounds of this machine's speed."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def describe(device):
 
 
 def timed(function, device, repeats=1):
-    """Median seconds of `function()`, the device's work included."""
+    """Median seconds of `function()`, including the work on the device."""
     seconds = []
     for _ in range(repeats):
         synchronise(device)
@@ -41,7 +41,7 @@ def synchronise(device):
 
 
 def matmul_rate(device, dtype, size=2048):
-    """FLOP/s of a large square matrix product, the best of a few; on a CPU by MKL or oneDNN."""
+    """FLOP/s of a large square matrix product, the best of several; on a CPU by MKL or oneDNN."""
     if str(device).startswith("cuda"):
         size = 8192
     elif dtype == torch.bfloat16 and not can_pack(dtype):
@@ -56,7 +56,7 @@ def matmul_rate(device, dtype, size=2048):
 
 
 def peak_memory(device):
-    """Bytes: the highest so far, of the GPU's memory or of this process."""
+    """Peak memory in bytes, of the GPU or of this process."""
     if str(device).startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,9 +1,9 @@
-"""How often the 90 % range of an answer contains another extraction's: python benchmarks/spread.py
+"""Coverage of the 90 % ranges of answers by other extractions: python benchmarks/spread.py
 
 Phantom cines longer than a clip, an untrained encoder with standardised embeddings (as in the
-demo), and models of both labels trained on one extraction. Other studies are then extracted with
+demo), and a model for each label, trained on one extraction. Other studies are then extracted with
 several seeds. The result is the share of pairs of extractions in which the answer of one is in
-the range of the other, for each label and way of drawing starts.
+the range of the other, for each label and each method of drawing starts.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def run(main, line):
 
 
 def coverage(tables, label, unit=""):
-    """dict: the share of pairs of extractions within the range, its median width, and the median
-    width expected if the difference of two extractions is normal.
+    """A dict of the share of pairs of extractions within the range, its median width, and the
+    median width expected if the difference of two extractions is normal.
 
     tables: results of `predict` on the same studies, one per extraction.
     """
@@ -61,7 +61,7 @@ def main():
     parser.add_argument("--train", type=int, default=80, help="studies to train on")
     parser.add_argument("--studies", type=int, default=40, help="studies to predict")
     parser.add_argument("--seeds", type=int, default=8, help="extractions of each study")
-    parser.add_argument("--frames", type=int, default=48, help="of a cine")
+    parser.add_argument("--frames", type=int, default=48, help="frames per cine")
     parser.add_argument("--n_clips", type=int, nargs="+", default=[16, 4])
     parser.add_argument("--starts", nargs="+", default=["modulo", "independent"])
     parser.add_argument("--size", default=demo.SIZE)

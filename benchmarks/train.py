@@ -1,10 +1,11 @@
-"""Study-level training and prediction against the published way: python benchmarks/train.py
+"""Study-level training and prediction against the published method: python benchmarks/train.py
 
 A seeded cohort of random clip embeddings, written three times: as the published scripts do (one
-HDF5 group per video), as EchoFocus does (one array per study), and packed. The published way is one
-study at a time through torch's TransformerEncoder in fp32, read from the groups. Ours is the
-program's loop, read from the pack. The ways alternate over parts of the cohort, so that other load
-affects them equally. Bounds: FLOPs at the matrix product rate, bytes of a plain sequential read.
+HDF5 group per video), as EchoFocus does (one array per study), and packed. The published method
+runs one study at a time through torch's TransformerEncoder in fp32, read from the groups. Ours is
+the program's loop, read from the pack. The methods alternate over parts of the cohort, so that
+other load affects them equally. Bounds: FLOPs at the rate of matrix products, and a plain
+sequential read of the same bytes.
 """
 
 import argparse
@@ -46,7 +47,7 @@ CLIP_DROPOUT = 0.5
 
 
 def make_cohort(folder, studies):
-    """Both layouts of embeddings, a label table and a config that names them."""
+    """Write embeddings in both layouts, a label table and a config."""
     rng, rows = np.random.default_rng(0), []
     (folder / "published").mkdir()
     (folder / "ours").mkdir()
@@ -71,7 +72,7 @@ def make_cohort(folder, studies):
     return [row[1] for row in rows]
 
 
-# ------------------------------------------------------------------------------- the published way
+# ---------------------------------------------------------------------------- the published method
 
 
 class Published(nn.Module):
@@ -123,7 +124,7 @@ def published_predict(net, folder, eids, device):
 
 
 class Ways:
-    """Seconds of several ways to do the same, summed over parts of the cohort in turn."""
+    """Times several methods alternately over parts of the cohort."""
 
     def __init__(self, eids, device, parts=3):
         self.parts, self.device = np.array_split(np.array(eids), parts), device
@@ -158,7 +159,7 @@ def settings_for(precision, tokens):
 
 
 def measure_compute(folder, store, eids, targets, args, ways):
-    """Seconds of training and prediction; the predictions of both are compared too."""
+    """Seconds of training and prediction; also compares the predictions of both methods."""
     ours, published = network(args.depth, args.kind, args.device)
     plain = torch.optim.AdamW(published.parameters(), lr=1e-4, weight_decay=0.01)
     optimizers = {
@@ -211,14 +212,14 @@ def measure_loading(folder, stores, ways, device):
     pack = folder / "ours.packed.h5"
 
     def plain(part):
-        """Read as many bytes sequentially."""
+        """Read the same number of bytes sequentially."""
         left, buffer = sum(map(packed.size, part)) * 768 * 4, memoryview(bytearray(1 << 22))
         with open(pack, "rb", buffering=0) as f:
             while left > 0 and (n := f.readinto(buffer)):
                 left -= n
 
     def checksums(part):
-        """Compute the checksums of as many numbers; the cost does not depend on the values."""
+        """Compute checksums of the same size; the cost does not depend on the values."""
         numbers = np.zeros((max(map(packed.size, part)), 768), np.float32)
         for eid in part:
             zlib.crc32(numbers[: packed.size(eid)])
@@ -230,8 +231,8 @@ def measure_loading(folder, stores, ways, device):
 
 
 def flops_of(depth, tokens, d=768):
-    """Forward FLOPs of a study with this many clips, all tokens in every layer: the linear layers
-    (queries, keys, values, output, two of feed-forward: 12 d^2 a token) and attention (4 N d)."""
+    """Forward FLOPs of a study with this many clips: per token and layer, 12 d^2 in the linear
+    layers (queries, keys, values, output, two of feed-forward) and 4 N d in attention."""
     return depth * tokens * (12 * d**2 + 4 * tokens * d)
 
 
@@ -264,7 +265,7 @@ def main():
     parser.add_argument("--kind", default="standard", choices=("standard", "query"))
     parser.add_argument("--tokens", type=int, default=Settings().batch_tokens)
     parser.add_argument("--scan", type=int, nargs="*", default=[], help="more token budgets")
-    parser.add_argument("--only_load", action="store_true", help="measure reading alone")
+    parser.add_argument("--only_load", action="store_true", help="measure only reading")
     parser.add_argument("--no_memory", action="store_true", help="skip the peak memory runs")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args()
@@ -334,7 +335,7 @@ def measure(folder, eids, args):
     ratios["load_packed"] = loading["published"] / loading["packed"]
     ratios["load_unpacked"] = loading["published"] / loading["unpacked"]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format, na_rep=""))
-    print(f"predictions differ from the published way's by {error:.1e} of the largest")
+    print(f"predictions differ from the published method's by {error:.1e} of the largest")
     print("ratios " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
     scan = {}
     for budget in args.scan:

@@ -1,4 +1,4 @@
-"""Write an end-to-end model in the published form: `end_to_end.py export FOLDER FILE.pt`."""
+"""Write an end-to-end model in the published format: `end_to_end.py export FOLDER FILE.pt`."""
 
 import sys
 from pathlib import Path

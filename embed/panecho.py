@@ -15,8 +15,8 @@ from echofocus_core.video.panecho import find_weights  # noqa: E402
 
 def main(argv=None):
     parser = Parser(prog="embed/panecho.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["predict"], help="the readings, one row per study")
-    parser.add_argument("folder", help="a folder of study folders, or of one study's files")
+    parser.add_argument("command", choices=["predict"], help="write the readings of each study")
+    parser.add_argument("folder", help="folder of study folders, or of one study's files")
     parser.add_argument("--weights", default="panecho", help="as for embed/extract.py")
     parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
     typed, more = parser.parse_known_args(argv)

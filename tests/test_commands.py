@@ -372,7 +372,7 @@ def test_start_from_another_model(trained, cli):
     options = ("--init_from", "defect", "--model_name", "next", "--learning_rate", "1e-9")
     status, out, err = cli("train", "--task", "defect", *options, "--epoch_lim", "1")
     assert status == 0, err
-    assert "starting from defect: 1 heads kept, 1 fresh" in out
+    assert "starting from defect: loaded 1 heads, 1 new heads" in out
     assert cli("predict", "--model_name", "next")[0] == 0
     after = pd.read_csv("trained_models/next/predictions_site.csv")
     np.testing.assert_allclose(after["finding"], before["finding"], atol=1e-3)
@@ -399,7 +399,7 @@ def test_units_are_compared(cohort, cli):
     table["size"] *= 10
     table.to_csv("labels.csv", index=False)
     status, out, err = cli("train", "--task", "mm", "--init_from", "sizes", "--epoch_lim", "1")
-    assert status == 0 and "0 heads kept, 1 fresh" in out, err
+    assert status == 0 and "loaded 0 heads, 1 new heads" in out, err
     assert cli("train", "--task", "mm", "--run_id", "fresh", "--epoch_lim", "1")[0] == 0
     assert ef.load("mm").scaling == ef.load("mm_fresh").scaling
     config["task"]["sizes"]["units"] = {"size": "mm"}

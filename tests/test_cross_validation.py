@@ -154,7 +154,7 @@ def test_models_of_other_things_are_not_averaged():
         net = StudyModel(1, depth=0)
         return LoadedModel(Path("m"), net, "t", outputs, None, record, units or {}, [])
 
-    with pytest.raises(UserError, match="differ in level"):
+    with pytest.raises(UserError, match="have different level"):
         ensemble_of([model(), model(level="video")], Path("a+b"))
     columns = [{"x": ["years", "died"]}, {"x": ["months", "died"]}]
     with pytest.raises(UserError, match="months"):

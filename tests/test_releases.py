@@ -381,7 +381,7 @@ def test_start_from_a_released_model(cohort, cli):
     pd.read_csv("labels.csv").rename(columns={"finding": "ASD"}).to_csv("labels.csv", index=False)
     line = ("train", "--task", "defect", "--init_from", "EchoFocus_CHD", "--epoch_lim", "1")
     status, out, err = cli(*line, "--sample_limit", "24")
-    assert status == 0 and "1 heads kept, 0 fresh" in out, err
+    assert status == 0 and "loaded 1 heads, 0 new heads" in out, err
 
 
 # ----------------------------------------------------------------------------------------- inspect

@@ -171,7 +171,7 @@ def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
     for weights in ("a", "theirs.pt"):
         to = f"--output_dir from_{weights} --model_dir_path {weights} --lr 1e-12"
         status, out, err = run(cli, line, "1", to)
-        assert status == 0 and "1 heads kept" in out, out + err
+        assert status == 0 and "loaded the backbone and 1 heads" in out, out + err
 
 
 def test_every_task_of_panecho_can_be_recorded():

@@ -1,1 +1,1 @@
-"""How the video encoder is trained."""
+"""Training of the video encoder."""

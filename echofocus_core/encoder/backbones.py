@@ -1,7 +1,7 @@
-"""What turns clips into vectors: PanEcho's backbone, and the others of its published experiments.
+"""Backbones, which turn clips into vectors: PanEcho's, and those of its published experiments.
 
-Only PanEcho's own (ConvNeXt-Tiny below a frame transformer) needs nothing beyond torch. The others
-are built by torchvision, timm or open_clip, where those are installed, less their last layer.
+PanEcho's backbone (ConvNeXt-Tiny and a frame transformer) needs only torch. The others need
+torchvision, timm or open_clip; their last layer is removed.
 """
 
 import importlib
@@ -25,7 +25,7 @@ IMAGENET_LICENCE = "BSD 3-Clause (torchvision), trained on ImageNet-1K"
 
 
 class Images(nn.Module):
-    """A model of images from elsewhere: (B, 3, H, W) -> (B, width)."""
+    """An image model of another package: (B, 3, H, W) -> (B, width)."""
 
     def __init__(self, model, width):
         super().__init__()
@@ -36,7 +36,7 @@ class Images(nn.Module):
 
 
 class Clips(Images):
-    """A model of whole clips from elsewhere: (B, 3, L, H, W) -> (B, width)."""
+    """A clip model of another package: (B, 3, L, H, W) -> (B, width)."""
 
     drop_rates = ()
 
@@ -63,19 +63,19 @@ def from_open_clip(name, pretrained):
 
 
 def import_optional(module, package):
-    """A module of an optional package. UserError names what to install."""
+    """Import a module of an optional package. The UserError names the package to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"this backbone needs {package}: pip install {package}, or the extra 'backbones' (for "
-            "the installed release of torch); --arch convnext_tiny needs neither"
+            f"this backbone needs {package}: pip install {package}, or the extra 'backbones' (in "
+            "versions for the installed torch); --arch convnext_tiny needs no other package"
         ) from error
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """How an image model is built (a function of `pretrained`), its width and licence."""
+    """An image model: its builder (a function of `pretrained`), width and licence."""
 
     build: Callable
     width: int
@@ -87,10 +87,10 @@ def torchvision_model(name, last, width):
 
 
 def timm_model(name, width):
-    return Backbone(partial(from_timm, name), width, "see timm's card of the model")
+    return Backbone(partial(from_timm, name), width, "see timm's model card")
 
 
-ARCHS = {  # --arch, for --model_name frame_transformer; convnext_tiny is our own
+ARCHS = {  # --arch, for --model_name frame_transformer; convnext_tiny is in video/panecho.py
     "resnet18": torchvision_model("resnet18", "fc", 512),
     "resnet50": torchvision_model("resnet50", "fc", 2048),
     "convnext_small": torchvision_model("convnext_small", "classifier.2", 768),
@@ -109,20 +109,20 @@ NAMES = ("convnext_tiny", *ARCHS)
 
 @dataclass
 class Start:
-    """Where a backbone's weights are from."""
+    """The origin of a backbone's initial weights."""
 
     name: str = "random"
     sha256: str = ""
     licence: str = ""
-    seen: tuple = ()  # of Seen: its training patients
+    seen: tuple = ()  # of Seen: the training patients
     echo: bool = False  # trained on echocardiograms
 
 
 def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8, dropout=0.0):
     """(backbone, Start): clips (B, 3, L, H, W) -> (B, backbone.width). Raises UserError.
 
-    pretrained: the published start of that backbone (ImageNet, Kinetics, EchoCLIP), else random
-    by torch's generator.
+    pretrained: use the backbone's published weights (ImageNet, Kinetics, EchoCLIP), else random
+    weights from torch's generator.
     """
     if model_name == "3dresnet18":
         net = Clips(*build_model("3dresnet18", R3D, pretrained))
@@ -139,7 +139,7 @@ def build_model(name, backbone, pretrained):
     """(model, width) of a Backbone. Raises UserError."""
     try:
         return backbone.build(pretrained), backbone.width
-    except (OSError, RuntimeError) as error:  # the packages fetch weights themselves
+    except (OSError, RuntimeError) as error:  # the packages download weights
         raise UserError(
             f"the weights of {name} cannot be downloaded ({type(error).__name__}); download them "
             "on a machine with a network, or start at random with --rand_init"
@@ -149,8 +149,8 @@ def build_model(name, backbone, pretrained):
 def build_images(arch, pretrained):
     """(image encoder, Start) of an arch."""
     if arch != "convnext_tiny":
-        theirs = Start(arch, licence=ARCHS[arch].licence, echo=arch == "echo-clip")
-        start = theirs if pretrained else Start()
+        published = Start(arch, licence=ARCHS[arch].licence, echo=arch == "echo-clip")
+        start = published if pretrained else Start()
         return Images(*build_model(arch, ARCHS[arch], pretrained)), start
     images = ImageEncoder()
     if not pretrained:
@@ -167,15 +167,15 @@ def build_images(arch, pretrained):
 
 
 def imagenet_weights():
-    """torchvision's published file in torch.hub's cache, downloaded once; compares its digest."""
+    """The path of torchvision's weights in torch.hub's cache; downloads and verifies them."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_URL.rpartition("/")[2]
     if not path.exists():
         try:
             fetch(IMAGENET_URL, path)
         except WeightsError as error:
             raise WeightsError(
-                f"{str(error).partition(';')[0]}; put the file at {path}, or start elsewhere: "
-                "--model_dir_path with weights of PanEcho, or --rand_init"
+                f"{str(error).partition(';')[0]}; put the file at {path}, or start from other "
+                "weights: --model_dir_path panecho, or --rand_init"
             ) from error
     digest = path.stem.rpartition("-")[2]
     if not sha256_file(path).startswith(digest):

@@ -1,12 +1,12 @@
-"""Videos with labels, as their publishers lay them out, for the encoder's training.
+"""Labelled videos for the encoder's training, in their published folder layouts.
 
     echonetdynamic     FileList.csv (FileName, EF, ESV, EDV, Split), Videos/<FileName>.avi
     echonetpediatric   A4C/ and PSAX/, each Videos/ and FileList.csv (FileName
                        <patient>-<accession>-<n>.avi, EF, Split 0 to 9)
-    hospital           train.csv, val.csv, test.csv: fname, video_dir, acc_num and a column a task;
-                       a column `patient` where several accessions are one patient's
+    hospital           train.csv, val.csv, test.csv: fname, video_dir, acc_num, one column per
+                       task; a column `patient` if a patient has several accessions
 
-Training and `check` read them here; findings go to a listener (base/console.py).
+Used by training and `check`; findings go to a listener (base/console.py).
 """
 
 import os
@@ -29,7 +29,7 @@ from echofocus_core.video.record import read_tasks
 VIEWS = ("A4C", "PSAX")  # of EchoNet-Pediatric
 PEDIATRIC_FOLDS = 10
 UNNAMED = ["0.0", "1.0"]  # classes of a binary task whose table has 0 and 1, or no and yes
-ECHONET = {  # volumes, which FileList.csv has beside EF
+ECHONET = {  # volumes, which FileList.csv has in addition to EF
     name: {"name": name, "type": "regression", "class_names": [], "mean": 0.0, "unit": "mL"}
     for name in ("ESV", "EDV")
 }
@@ -37,11 +37,11 @@ ECHONET = {  # volumes, which FileList.csv has beside EF
 
 @dataclass
 class VideoCohort:
-    """The videos of a cohort, a row each.
+    """The videos of a cohort, one row each.
 
     videos: index = the video's name in outputs; columns path, study, patient, split (train, val,
-    test, or the number of a fold) and, once decoded, content (a checksum). labels: same index, a
-    column a task, NaN where missing; classes are numbers from 0 in the order of `class_names`.
+    test, or the number of a fold) and, after decoding, content (a checksum). labels: same index,
+    one column per task, NaN if missing; classes are numbers from 0 in the order of `class_names`.
     """
 
     name: str
@@ -51,11 +51,11 @@ class VideoCohort:
 
     @property
     def by_metric(self):
-        """Whether training is stopped by AUROC and R2; else by the validation loss."""
+        """Whether early stopping uses AUROC and R2, or else the validation loss."""
         return self.name == "hospital"
 
     def folds(self, k=0):
-        """train, val or test of each video; of numbered folds k tests, the next one validates."""
+        """train, val or test for each video; of numbered folds, k is test and the next is val."""
         split = self.videos["split"]
         if self.name != "echonetpediatric":
             return split
@@ -75,7 +75,7 @@ class VideoCohort:
         return sha256_of(self.videos[["content"]].sort_index().to_csv())
 
     def without(self, names):
-        """The cohort less some videos."""
+        """The cohort without these videos."""
         kept = ~self.videos.index.isin(list(names))
         return replace(self, videos=self.videos[kept], labels=self.labels[kept])
 
@@ -83,19 +83,19 @@ class VideoCohort:
 def read_cohort(name, folder, tasks=(), listener=RUN):
     """The VideoCohort in a folder. Raises UserError.
 
-    tasks: names of PanEcho's (EchoNet's volumes too), or a JSON file with other ones, see
-    `record.read_tasks`; none: EF for EchoNet, else every task that the tables have.
+    tasks: names of PanEcho's tasks (or EchoNet's volumes), or a JSON file with others, see
+    `record.read_tasks`; by default EF for EchoNet, else every task that the tables have.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}; --data_dir names the folder of the cohort")
+        raise UserError(f"no folder {folder}; give the folder of the cohort with --data_dir")
     available, names = named_tasks(name, list(tasks))
     words = {task: MISSING.intersection(t["class_names"]) for task, t in available.items()}
     cells, file = LAYOUTS[name](folder, listener, words)
     names = names or [task for task in available if task in cells]
     if not names:
         raise UserError(
-            f"{file} has no column of a task of PanEcho's; name those to learn with --tasks, or "
+            f"{file} has no column with the name of a PanEcho task; choose tasks with --tasks, or "
             "your own in a JSON file"
         )
     for task in names:
@@ -119,7 +119,7 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
 
 
 def read_list(path, columns, listener, words):
-    """A list of videos as text with at least these columns. UserError names a missing one.
+    """Read a list of videos as text. UserError if one of `columns` is missing.
 
     words: see read_table.
     """
@@ -133,15 +133,15 @@ def read_list(path, columns, listener, words):
     blank = cells[list(columns)].isna().any(axis=1)
     if blank.any():
         listener.warning(
-            f"{path}: {blank.sum()} rows lack {' or '.join(columns)}: line "
+            f"{path}: {blank.sum()} rows have no {' or '.join(columns)}: line "
             f"{some(cells.index[blank])}",
-            "fill in; they are left out",
+            "fill them in; these rows are left out",
         )
     return cells[~blank].copy()
 
 
 def read_echonet(folder, splits, listener, words, view=""):
-    """(rows with name, path, stem and split, path) of the FileList.csv beside Videos/."""
+    """(rows with name, path, stem and split; path of FileList.csv) of a folder with Videos/."""
     path = folder / "FileList.csv"
     cells = read_list(path, ("FileName", "Split"), listener, words)
     cells["stem"] = cells["FileName"].str.removesuffix(".avi")
@@ -168,7 +168,7 @@ def read_pediatric(folder, listener, words):
     """EchoNet-Pediatric: both views of an accession are a study."""
     views = [view for view in VIEWS if (folder / view).is_dir()]
     if not views:
-        raise UserError(f"{folder} has neither A4C nor PSAX, as EchoNet-Pediatric has")
+        raise UserError(f"{folder} has no folder A4C or PSAX; --cohort echonetpediatric needs one")
     if len(views) == 1:
         listener.warning(f"{folder} has only {views[0]}", "the other view is left out")
     parts, splits = [], [str(k) for k in range(PEDIATRIC_FOLDS)]
@@ -187,12 +187,12 @@ def read_pediatric(folder, listener, words):
 
 
 def read_hospital(folder, listener, words):
-    """One CSV a split; paths start at the folder, or are absolute."""
+    """One CSV per split; paths are relative to the folder, or absolute."""
     parts = []
     for split in FOLDS:
         path = folder / f"{split}.csv"
         if split == "test" and not path.is_file():
-            listener.warning(f"no {path}", "without it there are no test results")
+            listener.warning(f"{path} is missing", "there will be no test results")
             continue
         cells = read_list(path, ("fname", "video_dir", "acc_num"), listener, words)
         cells["study"] = clean_ids(cells["acc_num"], path, listener)
@@ -201,7 +201,7 @@ def read_hospital(folder, listener, words):
             if blank := int(cells["patient"].isna().sum()):
                 listener.warning(
                     f"{path}: {blank} rows have no patient",
-                    "fill in; an accession without any counts as a patient",
+                    "fill them in; an accession without a patient counts as one patient",
                 )
         files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")
         cells["path"] = [
@@ -215,7 +215,7 @@ def read_hospital(folder, listener, words):
         listener.error(
             f"{folder}: only the tables of {' and '.join(with_patients)} have the column patient: "
             "a patient could be in two folds",
-            "add it to all tables, or to none where each accession is another patient",
+            "add it to all tables, or remove it if each accession is a different patient",
         )
     if not with_patients:
         cells["patient"] = None
@@ -235,13 +235,13 @@ LAYOUTS = {
 
 
 def refuse_duplicates(cells, file):
-    """UserError for a file, by any path, or a name in two rows: labels or folds might differ."""
+    """UserError if a file (by its real path) or a name is in two rows."""
     files = cells["path"].map(os.path.realpath)
     again = cells[files.duplicated() | cells["name"].duplicated()]
     if len(again):
         raise UserError(
             f"{file}: {len(again)} videos are in two rows, such as "
-            f"{printable(Path(again['path'].iloc[0]).name)}; keep one row a video"
+            f"{printable(Path(again['path'].iloc[0]).name)}; keep one row per video"
         )
 
 
@@ -249,7 +249,7 @@ def refuse_duplicates(cells, file):
 
 
 def named_tasks(cohort, names):
-    """(name -> entry of the tasks that tables may have, names of those to learn; [] for all)."""
+    """(name -> entry of the tasks that tables may have, names of tasks to learn, [] for all)."""
     if len(names) == 1 and names[0].endswith(".json"):
         tasks = {t["name"]: t for t in read_tasks(names[0])}
         return tasks, list(tasks)
@@ -259,13 +259,13 @@ def named_tasks(cohort, names):
         if task not in tasks:
             raise UserError(
                 f"--tasks: PanEcho has no task {printable(task)[:60]}{nearest(task, tasks)}; "
-                "other tasks come from a JSON file: name, type, classes, unit"
+                "define other tasks in a JSON file: name, type, classes, unit"
             )
     return tasks, names or (["EF"] if is_echonet else [])
 
 
 def values_of(column, task, cohort, file, listener):
-    """A task's cells (text) as float64, NaN where missing; in hospital tables -1 is missing too.
+    """A task's cells (text) as float64, NaN if missing; in hospital tables -1 is missing too.
 
     Classes: see `outputs.class_numbers`.
     """
@@ -295,16 +295,16 @@ def values_of(column, task, cohort, file, listener):
 
 def report_conflicts(cohort, file, listener):
     """Report patients in several folds, studies of several patients and labels that differ within
-    a study. They are errors in tables of one's own, warnings in published ones."""
+    a study. They are errors in hospital tables, warnings in published ones."""
     serious = listener.error if cohort.by_metric else listener.warning
     videos, studies = cohort.videos, cohort.videos["study"]
     checks = [
         (serious, videos.groupby("patient")["split"], "patients are in several folds",
-         "results would look better than they are: give each patient one fold"),
-        (listener.error, videos.groupby("study")["patient"], "studies are of several patients",
+         "results would be too good: put each patient in one fold"),
+        (listener.error, videos.groupby("study")["patient"], "studies have several patients",
          "give the videos of a study one patient"),
     ]  # fmt: skip
-    remedy = "give a study one label; its results are compared with that of its first video"
+    remedy = "give a study one label; its predictions are compared with its first label"
     for name, labels in cohort.labels.items():
         checks.append(
             (serious, labels.groupby(studies), f"studies have videos with different {name}", remedy)
@@ -317,7 +317,7 @@ def report_conflicts(cohort, file, listener):
 
 
 def report_suspicious_values(cohort, file, listener):
-    """Report codes for 'missing', percentages above 100, and folds that differ in their unit."""
+    """Report codes for 'missing', percentages above 100, and folds with different units."""
     studies = cohort.videos["study"]
     for task in cohort.tasks:
         if task["type"] != "regression":
@@ -328,14 +328,14 @@ def report_suspicious_values(cohort, file, listener):
         medians = y.groupby(cohort.videos["split"][y.index]).median()
         if len(medians) and medians.abs().max() >= 10 * medians.abs().min() > 0:
             listener.warning(
-                f"{file}, {name}: the medians of the folds are far apart: "
+                f"{file}, {name}: the medians of the folds are very different: "
                 + ", ".join(f"{fold} {median:.3g}" for fold, median in medians.items()),
-                "give all folds in one unit; the values are used as they are",
+                "use one unit in all folds; the values are not changed",
             )
 
 
 def report_copies(cohort, copies, listener=RUN):
-    """Report videos with the same pixels; an error in tables of one's own if they are of different
+    """Report videos with the same pixels; an error in hospital tables if they have different
     patients or folds. copies: lists of names."""
     sets = {True: [], False: []}
     for names in copies:
@@ -356,7 +356,7 @@ def report_copies(cohort, copies, listener=RUN):
 
 
 def usable_cohort(cohort, folder, listener):
-    """The cohort without the videos that have no label or no file, which are reported."""
+    """The cohort without videos that have no label or no file; reports them."""
     unlabelled = cohort.labels.isna().all(axis=1)
     absent = pd.Series([not Path(p).is_file() for p in cohort.videos["path"]], unlabelled.index)
     for where, text, remedy in (

@@ -1,6 +1,6 @@
-"""Losses of many tasks at once, some of whose labels are missing.
+"""Losses of several tasks with missing labels.
 
-Outputs are raw: no sigmoid, no soft-max, no flipping (`panecho.activate` does those for readers).
+Outputs are raw: no sigmoid, softmax or flipping (`panecho.activate` applies those).
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 
 def class_weights(task, labels):
-    """scikit-learn's "balanced" weights of a task's classes from training labels (N,), NaN missing.
+    """scikit-learn's "balanced" class weights from training labels (N,), NaN if missing.
 
-    (K,) float32, n / (K_present n_k), 0 for a class that is absent; None for a regression or where
-    there is one class alone.
+    (K,) float32, n / (K_present n_k), 0 for an absent class; None for a regression or a single
+    class.
     """
     classes, labels = len(task["class_names"]), np.asarray(labels)
     counts = np.bincount(labels[~np.isnan(labels)].astype(int), minlength=classes)[:classes]
@@ -23,7 +23,7 @@ def class_weights(task, labels):
 
 
 def fill_means(tasks, labels):
-    """The tasks (entries) with `mean` over training labels (DataFrame, a column a task)."""
+    """The task entries with `mean` over training labels (DataFrame, one column per task)."""
     values = [labels[task["name"]].dropna() for task in tasks]
     return [
         task | {"mean": float(y.mean()) if len(y) else 0.0}
@@ -32,11 +32,11 @@ def fill_means(tasks, labels):
 
 
 class MultiTaskLoss:
-    """The mean over the tasks present in a batch of each task's mean loss over its known labels.
+    """Each task's mean loss over its labels, averaged over the tasks in a batch.
 
-    Binary: cross-entropy with logits, the second class weighted by w1 / min(w). Multi-class: cross
-    entropy, weighted. Regression: squared error divided by the training mean. A batch may be shared
-    out: `sums` are of a part, `divisors` of the whole, so that parts add up to the whole's loss.
+    Binary: cross-entropy with logits, the second class weighted by w1 / min(w). Multi-class:
+    weighted cross-entropy. Regression: squared error divided by the training mean. A batch may be
+    split: `sums` are per part, `divisors` per batch, so that the parts add up to the batch's loss.
     """
 
     def __init__(self, tasks, weights=None):
@@ -44,7 +44,7 @@ class MultiTaskLoss:
         self.tasks, self.weights = tasks, weights or {}
 
     def divisors(self, targets):
-        """What each task's sum is divided by, (T,) float64, for targets (B, T); 0: task absent."""
+        """The divisor of each task's sum, (T,) float64, for targets (B, T); 0: no labels."""
         out = []
         for task, y in zip(self.tasks, targets.T, strict=True):
             y, w = y[~np.isnan(y)], self.weights.get(task["name"])
@@ -53,7 +53,7 @@ class MultiTaskLoss:
         return np.array(out)
 
     def sums(self, outputs, targets):
-        """Sums of losses over known labels, (T,): dict of task to (B, n), targets (B, T)."""
+        """Sums of losses over labels, (T,). outputs: dict of task to (B, n); targets (B, T)."""
         sums = []
         for task, y in zip(self.tasks, targets.T, strict=True):
             given = ~y.isnan()

@@ -1,4 +1,4 @@
-"""What a training of the encoder would read: `check --cohort`."""
+"""Check the data of an encoder training: `check --cohort`."""
 
 import time
 
@@ -22,7 +22,7 @@ def preview_cohort(typed, listener):
     }
     for fold, labels in cohort.labels.groupby(cohort.videos["split"]):
         counts = "; ".join(
-            f"{task} {y.count()} known, mean {y.mean():.3g}" if y.count() else f"{task} none"
+            f"{task} {y.count()} labels, mean {y.mean():.3g}" if y.count() else f"{task} no labels"
             for task, y in labels.items()
         )
         listener.ok(f"{fold}: {len(labels)} videos: {counts[:400]}")

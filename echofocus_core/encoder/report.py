@@ -1,7 +1,7 @@
 """Results of the encoder's training: predictions, metrics with intervals, figures, summaries.
 
-A folder of a run gets, for val and test: preds/<task>/<fold>_<task>_preds.csv (a row a study) and
-_video_preds.csv, metrics_<fold>.csv, figures, <fold>_summary.txt.
+Files in a run's folder, for val and test: preds/<task>/<fold>_<task>_preds.csv (one row per study)
+and _video_preds.csv, metrics_<fold>.csv, figures, <fold>_summary.txt.
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ SHOWN = ("auroc", "average_precision", "r2", "mean_absolute_error", "median_abso
 
 
 def outcomes_of(tasks, predicted, truths):
-    """An Outcome a task. predicted: DataFrame, columns (task, output); truths: a column a task."""
+    """One Outcome per task. predicted: DataFrame, columns (task, output); truths: column task."""
     return [
         label_of(task["name"], KINDS[task["type"]], task["class_names"]).outcome(
             truths[[task["name"]]].to_numpy(), predicted[task["name"]].to_numpy(),
@@ -48,7 +48,7 @@ def outcomes_of(tasks, predicted, truths):
 
 
 def validation_row(tasks, predicted, truths):
-    """Metrics of one epoch: the published means over tasks, then each task's, as a dict."""
+    """Metrics of one epoch as a dict: the published means over tasks, then each task's metrics."""
     means, each = {column: [] for column in MEANS}, {}
     for task, outcome in zip(tasks, outcomes_of(tasks, predicted, truths), strict=True):
         kind = "regression" if task["type"] == "regression" else "classification"
@@ -68,7 +68,7 @@ def validation_row(tasks, predicted, truths):
 
 
 def score_of(row):
-    """The mean of mean AUROC and mean R2; of one alone where the other is not defined."""
+    """The mean of mean AUROC and mean R2, or the one that is defined."""
     both = row["mean_classification_auroc"], row["mean_regression_r2"]
     return float(np.nanmean(both)) if np.isfinite(both).any() else float("nan")
 
@@ -102,7 +102,7 @@ def write_results(run, fold, predictions):
 
 
 def prediction_table(task, predicted, truths):
-    """DataFrame of a task's label and prediction, or of a probability a class."""
+    """DataFrame of a task's label and its prediction, or one probability per class."""
     values = predicted[task["name"]]
     table = pd.DataFrame({"label": truths[task["name"]]}, predicted.index)
     if task["type"].startswith("multi"):
@@ -137,9 +137,9 @@ def plot_predictions(outcomes, computed, folder, fold):
 
 
 def write_pooled(folder, runs, tasks, n_bootstrap, notes=()):
-    """Write the test predictions of all folds together, with metrics and a summary a task.
+    """Write the pooled test predictions of all folds, with metrics and a summary per task.
 
-    A task that a fold could not learn is left out.
+    A task is left out if a fold could not learn it.
     """
     files = {t["name"]: Path("preds", t["name"], f"test_{t['name']}_preds.csv") for t in tasks}
     tasks = [t for t in tasks if all((run / files[t["name"]]).is_file() for run in runs)]

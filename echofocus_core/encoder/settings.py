@@ -1,4 +1,4 @@
-"""The options of the encoder's training, under their published names."""
+"""Options of the encoder's training, under their published names."""
 
 from typing import Literal
 
@@ -34,11 +34,11 @@ class EncoderSettings(CohortOptions):
 
     output_dir: str = option("encoder", "folder of the run", WHAT, COMMAND, on_resume="unrecorded")
     model_dir_path: str = option(
-        "", "start from weights: a run's folder, a .pt file, or 'panecho' for the release", WHAT,
+        "", "initial weights: a run's folder, a .pt file, or 'panecho' for the release", WHAT,
         COMMAND, also="weights", on_resume="unrecorded"
     )
     resume: bool = option(
-        False, "fail where there is no run to resume (an existing run is resumed anyway)", WHAT,
+        False, "fail if there is no run to resume (an existing run is always resumed)", WHAT,
         COMMAND, on_resume="unrecorded"
     )
 
@@ -46,9 +46,9 @@ class EncoderSettings(CohortOptions):
         -1, "echonetpediatric: the fold to test; -1: all ten, one after the other", DATA, COMMAND,
         least=-1, below=PEDIATRIC_FOLDS, on_resume="unrecorded"
     )
-    clip_len: int = option(16, "frames a clip", DATA, COMMAND, least=1, below=MOST_CLIPS + 1)
+    clip_len: int = option(16, "frames per clip", DATA, COMMAND, least=1, below=MOST_CLIPS + 1)
     num_clips: int = option(
-        4, "clips a video at validation and test", DATA, COMMAND, least=1, below=MOST_CLIPS + 1
+        4, "clips per video in validation and test", DATA, COMMAND, least=1, below=MOST_CLIPS + 1
     )
     sampling_rate: int = option(
         1, "temporal stride, in frames", DATA, COMMAND, least=1, below=MOST_CLIPS + 1
@@ -56,82 +56,87 @@ class EncoderSettings(CohortOptions):
     size: int = option(
         224, "side of the encoder's input, in pixels", DATA, COMMAND, least=32, below=MOST_SIDE + 1
     )
-    augment: bool = option(False, "zoom, crop, flip and rotate in training", DATA, COMMAND)
+    augment: bool = option(False, "zoom, crop, flip and rotate training clips", DATA, COMMAND)
     cache_dir: str = option(
         "frame_cache", "folder for decoded videos", DATA, COMMAND, on_resume="unrecorded"
     )
-    sample_limit: int = option(0, "maximum of videos a fold; 0: all", DATA, COMMAND, least=0)
+    sample_limit: int = option(0, "most videos per fold; 0: all", DATA, COMMAND, least=0)
 
     model_name: Literal["3dresnet18", "frame_transformer"] = option(
-        "3dresnet18", "images and a transformer over frames, or a 3-D network", MODEL, COMMAND
+        "3dresnet18", "a 3-D network, or an image encoder with a transformer over frames", MODEL,
+        COMMAND
     )
     arch: Literal[("", *NAMES)] = option(
         "", "image encoder of frame_transformer", MODEL, COMMAND, choices=("", *NAMES)
     )
     n_layers: int = option(
-        4, "of the frame transformer", MODEL, COMMAND, least=1, below=MOST_LAYERS + 1
+        4, "layers of the frame transformer", MODEL, COMMAND, least=1, below=MOST_LAYERS + 1
     )
-    n_heads: int = option(8, "of the frame transformer", MODEL, COMMAND, least=1)
-    pooling: Literal["mean"] = option("mean", "over frames", MODEL, COMMAND)
-    transformer_dropout: float = option(0, "between frames", MODEL, COMMAND, least=0, below=1)
-    fc_dropout: float = option(0, "before the heads", MODEL, COMMAND, least=0, below=1)
+    n_heads: int = option(8, "attention heads of the frame transformer", MODEL, COMMAND, least=1)
+    pooling: Literal["mean"] = option("mean", "pooling over frames", MODEL, COMMAND)
+    transformer_dropout: float = option(
+        0, "dropout in the frame transformer", MODEL, COMMAND, least=0, below=1
+    )
+    fc_dropout: float = option(0, "dropout before the task heads", MODEL, COMMAND, least=0, below=1)
     normalization: Literal[(*NORMALIZATIONS,)] = option(
-        "", "of the input; '' for none", MODEL, COMMAND, choices=(*NORMALIZATIONS,)
+        "", "mean and deviation of the input; '': none", MODEL, COMMAND, choices=(*NORMALIZATIONS,)
     )
-    rand_init: bool = option(False, "start at random", MODEL, COMMAND)
+    rand_init: bool = option(False, "random initial weights", MODEL, COMMAND)
 
     max_epochs: int = option(
-        30, "maximum of epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded"
+        30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded"
     )
     patience: int = option(
         10, "epochs without improvement before training stops", TRAINING, COMMAND, least=1,
         on_resume="unrecorded"
     )
     batch_size: int = option(
-        16, "videos a process and step", TRAINING, COMMAND, least=1, below=MOST_BATCH + 1
+        16, "videos per process and step", TRAINING, COMMAND, least=1, below=MOST_BATCH + 1
     )
     lr: float = option(1e-4, "learning rate", TRAINING, COMMAND, least=1e-12, below=MOST_RATE)
     wd: float = option(0, "weight decay", TRAINING, COMMAND, least=0, below=MOST_RATE)
-    adamw: bool = option(False, "AdamW instead of Adam", TRAINING, COMMAND)
-    cos_anneal: bool = option(False, "cosine schedule over max_epochs", TRAINING, COMMAND)
+    adamw: bool = option(False, "use AdamW instead of Adam", TRAINING, COMMAND)
+    cos_anneal: bool = option(False, "cosine schedule over --max_epochs", TRAINING, COMMAND)
     eta_min: float = option(
-        1e-6, "final rate of the cosine schedule", TRAINING, COMMAND, least=0, below=MOST_RATE
+        1e-6, "final learning rate of the cosine schedule", TRAINING, COMMAND, least=0,
+        below=MOST_RATE
     )
     reduce_lr: int = option(
-        0, "epochs without improvement before the rate is halved [2, if no number is given]; 0: "
-        "never", TRAINING, COMMAND, least=0, nargs="?", const=2
+        0, "epochs without improvement before the learning rate is halved [2 without a number]; "
+        "0: never", TRAINING, COMMAND, least=0, nargs="?", const=2
     )
     use_class_weights: bool = option(
         False, "weight classes by their inverse frequency", TRAINING, COMMAND
     )
     seed: int = option(
-        0, "of the order, clips, dropout and fresh weights", TRAINING, COMMAND, least=-SEEDS,
+        0, "seed of the order, clips, dropout and random weights", TRAINING, COMMAND, least=-SEEDS,
         below=SEEDS
     )
     checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", TRAINING, COMMAND, least=0,
-        on_resume="unrecorded"
+        10, "minutes between checkpoints within an epoch; 0: after every step", TRAINING, COMMAND,
+        least=0, on_resume="unrecorded"
     )
 
     device: str = option(
-        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING, COMMAND, on_resume="unrecorded"
+        "", "cpu, cuda, cuda:1 [CUDA if available]", COMPUTING, COMMAND, on_resume="unrecorded"
     )
-    amp: bool = option(False, "half precision: bf16, or as --precision says", COMPUTING, COMMAND)
+    amp: bool = option(False, "half precision: bf16, or --precision fp16", COMPUTING, COMMAND)
     precision: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", "of the computation; fp16 scales the loss", COMPUTING, COMMAND
+        "fp32", "number format; fp16 scales the loss", COMPUTING, COMMAND
     )
     num_workers: int = option(
-        0, "threads and processes that read videos; 0: by cores, six threads at most", COMPUTING,
+        0, "threads and processes that read videos; 0: one per core, at most six", COMPUTING,
         COMMAND, least=0, below=MOST_WORKERS + 1, also="workers", on_resume="unrecorded"
     )
     n_bootstrap: int = option(
-        1000, "resamples of patients for intervals", OUTPUT, COMMAND, least=1, below=MOST_BATCH + 1,
+        1000, "resamples of patients for confidence intervals", OUTPUT, COMMAND, least=1,
+        below=MOST_BATCH + 1,
         on_resume="unrecorded"
     )
 # fmt: on
 
 
-# Options that a run records; a resumed run refuses other values.
+# Options that a run records and that must not change on resume.
 RECORDED = [
     name
     for name, f in EncoderSettings.model_fields.items()
@@ -140,14 +145,14 @@ RECORDED = [
 
 
 def resolve_settings(typed):
-    """Typed options -> EncoderSettings. Raises UserError for options that exclude each other."""
+    """Command-line options -> EncoderSettings. Raises UserError for conflicting options."""
     settings = validated(EncoderSettings, typed)
     if not settings.cohort:
         raise UserError("--cohort is missing: hospital, echonetdynamic or echonetpediatric")
     if settings.model_dir_path and settings.rand_init:
-        raise UserError("--model_dir_path and --rand_init exclude each other")
+        raise UserError("--model_dir_path and --rand_init cannot be combined")
     if settings.cos_anneal and settings.reduce_lr:
-        raise UserError("--cos_anneal and --reduce_lr exclude each other")
+        raise UserError("--cos_anneal and --reduce_lr cannot be combined")
     if settings.model_name == "frame_transformer" and not settings.arch:
         raise UserError(f"--model_name frame_transformer needs --arch: {', '.join(NAMES)}")
     if settings.model_name == "3dresnet18" and settings.arch:

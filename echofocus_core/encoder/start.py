@@ -1,4 +1,4 @@
-"""The network that the encoder's training starts with, and the videos its start has seen."""
+"""The initial network of an encoder training, and the videos its initial weights have seen."""
 
 import math
 from pathlib import Path
@@ -25,10 +25,10 @@ from echofocus_core.video.record import EncoderRecord
 
 
 def build_net(settings, tasks, labels):
-    """(PanEcho with these heads and raw outputs, Start) by the options. Raises UserError.
+    """(PanEcho with these task heads and raw outputs, Start). Raises UserError.
 
-    tasks: entries with `mean`; labels: of the training videos. An untrained head gives the training
-    mean, a binary one its log-odds.
+    tasks: entries with `mean`; labels: of the training videos. A new head outputs the training
+    mean, a binary head its log-odds.
     """
     pretrained = not settings.rand_init and not settings.model_dir_path
     with torch.random.fork_rng([]):
@@ -50,8 +50,8 @@ def build_net(settings, tasks, labels):
 
 
 def load_start(net, source, settings):
-    """Load a weights file's backbone and its heads of the same tasks; returns the Start."""
-    # A folder may be called panecho, which otherwise names the release.
+    """Load the backbone and the heads of the same tasks from weights; returns the Start."""
+    # A folder may be called panecho, otherwise the name of the release.
     path = find_weights(Path(source) if Path(source).is_dir() else source)
     file = read_encoder(path)
     state, record = without_counters(file.state), file.record
@@ -65,7 +65,7 @@ def load_start(net, source, settings):
         fits = all(k in state and state[k].shape == fresh[k].shape for k in names)
         change = fits and task["name"] in given and task_difference(task, given[task["name"]])
         if change:
-            RUN.warning(f"{task['name']} differs in {path.name}: {change}; its head starts fresh")
+            RUN.warning(f"{task['name']} differs in {path.name}: {change}; its head is not loaded")
         if fits and not change:
             kept.append(task["name"])
         else:
@@ -74,14 +74,14 @@ def load_start(net, source, settings):
     state = {k: v for k, v in state.items() if k.startswith(("encoder.", *heads))}
     load_strictly(net, state, path, "this --model_name and --arch")
     print(
-        f"starting from {path.name}: the backbone and {len(kept)} heads kept, "
-        f"{len(net.tasks) - len(kept)} fresh"
+        f"starting from {path.name}: loaded the backbone and {len(kept)} heads, "
+        f"{len(net.tasks) - len(kept)} new heads"
     )
     return Start(path.name, sha256_file(path), licence_of(path, record), file.seen, echo=True)
 
 
 def task_difference(task, before):
-    """How two entries of a name differ in the meaning of their head, as text; or ''."""
+    """How two task entries of one name differ in the meaning of their output, as text; or ''."""
     for key in ("type", "class_names"):
         if before[key] != task[key]:
             return f"{key} {before[key]}, not {task[key]}"
@@ -91,15 +91,15 @@ def task_difference(task, before):
 
 
 def without_seen_videos(start, folds, cohort):
-    """Remove the val and test videos whose patient or study the start was trained on.
+    """Remove val and test videos if the initial weights were trained on their patient or study.
 
-    Returns (folds, {fold: notes for its results}). UserError where a fold has no video left.
+    Returns (folds, {fold: notes for its results}). UserError if a fold has no video left.
     """
     seen, name = start.seen, start.name
     notes = []
     if start.echo and not seen:
-        notes.append(f"{name} was trained elsewhere, on patients it does not name")
-        print(f"{notes[0]}: all count as unseen")
+        notes.append(f"{name} has no record of its training patients")
+        print(f"{notes[0]}: all patients count as unseen")
     table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
     unseen = without_seen(folds, [(name, levels_by(name, seen, table, RUN))], what="videos")
     fold_notes = {}
@@ -107,9 +107,9 @@ def without_seen_videos(start, folds, cohort):
         n, lost = int((folds == fold).sum()), int(((folds == fold) & (unseen != fold)).sum())
         if lost == n > 0:
             raise UserError(
-                f"--model_dir_path: {name} has seen the patients or studies of all {n} {fold} "
-                "videos, by their ids: start from other weights, or use other videos (if only the "
-                "ids coincide, put the site's name before them)"
+                f"--model_dir_path: {name} has seen the patients or studies of all {n} "
+                f"{fold} videos, by their ids: start from other weights, or use other videos (if "
+                "only the ids are the same, add the site's name to them)"
             )
         left_out = f"left out: {lost} of {n} videos, whose patients or studies {name} has seen"
         fold_notes[fold] = [left_out] * (lost > 0) + notes
@@ -117,12 +117,12 @@ def without_seen_videos(start, folds, cohort):
 
 
 def without_counters(state):
-    """A state dict without batch normalisation's counters, which nothing reads."""
+    """A state dict without the counters of batch normalisation, which are not used."""
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
 def refuse_other_network(record, path, settings):
-    """UserError for weights that fit this network's shapes but were trained in another one."""
+    """UserError for weights whose shapes fit but which were trained with other model options."""
     trained = {"model_name": record.model_name, "arch": record.arch}
     trained |= {"n_layers": record.layers, "n_heads": record.heads} if settings.arch else {}
     for name, before in (trained | {"normalization": record.normalization}).items():

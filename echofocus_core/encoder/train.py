@@ -1,13 +1,13 @@
-"""Train the video encoder: videos with labels -> an encoder for `embed/extract.py --weights`.
+"""Train the video encoder: labelled videos -> an encoder for `embed/extract.py --weights`.
 
     python embed/train.py --cohort echonetdynamic --data_dir EchoNet-Dynamic --output_dir runs/ef
     torchrun --nproc_per_node=8 embed/train.py --cohort hospital --output_dir panecho \\
         --model_name frame_transformer --arch convnext_tiny --fc_dropout 0.25 \\
         --normalization imagenet --augment --reduce_lr 3 --amp
 
-The path of the data: cohorts.read_cohort (tables) -> cache.FrameCache (each video decoded once) ->
-clips, read ahead by threads -> backbone and heads -> masked multi-task loss -> history, weights,
-predictions and metrics in --output_dir. The same command resumes a stopped run.
+Data flow: cohorts.read_cohort (tables) -> cache.FrameCache (each video decoded once) -> clips, read
+ahead by threads -> backbone and heads -> masked multi-task loss -> history, weights, predictions
+and metrics in --output_dir. Repeat the command to resume a stopped run.
 Axis letters: B clips of a batch, L frames, T tasks.
 """
 
@@ -53,7 +53,7 @@ READERS = 6  # threads; more read no faster and delay the steps (benchmarks/RESU
 class Predictions:
     """Activated outputs, columns (task, number of the output)."""
 
-    videos: pd.DataFrame  # a row a video
+    videos: pd.DataFrame  # one row per video
     studies: pd.DataFrame  # the mean over a study's videos
     loss: float  # over videos
     task_losses: dict
@@ -65,7 +65,7 @@ class Run(EpochTraining):
     items, history_key, remedy = "videos", "history", "use another --output_dir"
 
     def __init__(self, folder, settings, cohort, folds, cache, world):
-        super().__init__(folder, settings, world)  # history: see `validation_row`, two an epoch
+        super().__init__(folder, settings, world)  # history: two rows per epoch, `validation_row`
         self.cohort, self.cache = cohort, cache
         self.names = names_of(folds, settings)
         for fold in ("train", "val"):
@@ -92,7 +92,7 @@ class Run(EpochTraining):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.scheduler = self.make_scheduler()
         self.by_metric = cohort.by_metric and self.metric_is_defined()
-        self.scores = []  # one an epoch, higher is better
+        self.scores = []  # one per epoch, higher is better
 
     def make_scheduler(self):
         s = self.settings
@@ -100,7 +100,7 @@ class Run(EpochTraining):
             return torch.optim.lr_scheduler.CosineAnnealingLR(
                 self.optimizer, T_max=s.max_epochs, eta_min=s.eta_min
             )
-        if s.reduce_lr:  # scores of losses are negative, for which a relative threshold is wrong
+        if s.reduce_lr:  # scores may be negative losses: a relative threshold would be wrong
             return torch.optim.lr_scheduler.ReduceLROnPlateau(
                 self.optimizer, mode="max", patience=s.reduce_lr, factor=0.5,
                 threshold=1e-4, threshold_mode="abs",
@@ -112,7 +112,9 @@ class Run(EpochTraining):
         labels = self.cohort.labels.loc[self.names["val"], [t["name"] for t in self.tasks]]
         if (labels.nunique() > 1).any():
             return True
-        RUN.warning("no label of the validation fold has two values; its loss stops training")
+        RUN.warning(
+            "no label of the validation fold has two values; early stopping uses its loss instead"
+        )
         return False
 
     # ---------------------------------------------------------------------------- record and resume
@@ -135,7 +137,7 @@ class Run(EpochTraining):
 
     @property
     def results_written(self):
-        """Whether the results of the best epoch are written: their summaries come last, and a new
+        """Whether the results of the best epoch exist: the summaries are written last, and a new
         best epoch deletes them."""
         return all((self.folder / f"{fold}_summary.txt").is_file() for fold in self.result_folds)
 
@@ -155,12 +157,12 @@ class Run(EpochTraining):
         return record_of(saved, path)
 
     def facts(self, record, saved):
-        """name -> value of everything that a resumed run is compared by."""
+        """name -> value of everything that a resumed run compares."""
         facts = {
             "labels, folds or usable videos": record.labels_sha256,
             "pixels of some video": record.videos_sha256,
-            "weights to start from": record.started_sha256,
-            "number of videos left out that the start has seen": record.left_out,
+            "initial weights": record.started_sha256,
+            "number of videos that the initial weights have seen": record.left_out,
             "tasks": [task.name for task in record.tasks],
             "types of the tasks": [task.type for task in record.tasks],
             "classes of the tasks": [task.classes for task in record.tasks],
@@ -173,7 +175,7 @@ class Run(EpochTraining):
         return facts
 
     def state(self):
-        """Everything that the last checkpoint holds."""
+        """Everything that the last checkpoint contains."""
         return {
             "weights": without_counters(self.net.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -183,7 +185,7 @@ class Run(EpochTraining):
         }  # fmt: skip
 
     def restore(self, saved, record):
-        """Take over a checkpoint's state."""
+        """Restore the state of a checkpoint."""
         self.net.load_state_dict(saved["weights"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
@@ -219,7 +221,7 @@ class Run(EpochTraining):
                 yield step, torch.from_numpy(np.concatenate(step_clips)) if step else None
 
     def forward(self, clips, keys=None, seed=0):
-        """Raw outputs, dict of task to (B, n), of uint8 clips; keys: of the draws in training."""
+        """Raw outputs of uint8 clips, dict of task to (B, n); keys: seed the draws in training."""
         s = self.settings
         x = as_input(clips.to(self.device, non_blocking=True), s.normalization)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
@@ -283,7 +285,7 @@ class Run(EpochTraining):
             if not math.isfinite(loss):
                 raise UserError(
                     f"the loss of epoch {number} is not finite: lower --lr, or leave out --amp; "
-                    f"last_checkpoint.pt in {self.folder} is from before"
+                    f"last_checkpoint.pt in {self.folder} is from an earlier step"
                 )
             done.items += len(step)
             done.losses += loss * len(step)
@@ -291,12 +293,15 @@ class Run(EpochTraining):
             self.save_if_due()
 
     def step(self, step, names, clips, seed):
-        """One optimiser step on the videos `step`, of which this process has `names`; the loss."""
+        """One optimiser step on the videos `step`, of which this process computes `names`.
+
+        Returns the loss.
+        """
         columns = [t["name"] for t in self.tasks]
         divisors = self.loss.divisors(self.cohort.labels.loc[step, columns].to_numpy())
         loss = torch.zeros((), device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # for layers that draw by torch's own generator
+        with torch.random.fork_rng(devices):  # for layers that use torch's generator
             torch.manual_seed(derive_seed("step", seed, step[0], self.world.rank))
             if names:
                 targets = self.cohort.labels.loc[names, columns].to_numpy(np.float32, copy=True)
@@ -312,7 +317,7 @@ class Run(EpochTraining):
         return float(self.world.sum(loss.detach().double()))
 
     def add_gradients(self):
-        """Replace each parameter's gradient by the sum over the processes."""
+        """Sum each parameter's gradient over the processes."""
         parameters = [p for p in self.net.parameters() if p.requires_grad]
         zeros = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
         flat = self.world.sum(torch.cat([g.flatten() for g in zeros]))
@@ -323,7 +328,7 @@ class Run(EpochTraining):
 
     @torch.no_grad()
     def predict(self, fold):
-        """The Predictions of a fold's videos, each from its clips, by all processes."""
+        """The Predictions of a fold's videos; the processes share the work."""
         names, world, s = self.names[fold], self.world, self.settings
         part = names[world.rank :: world.size]
         each = max(1, s.batch_size // s.num_clips)
@@ -347,7 +352,7 @@ class Run(EpochTraining):
         return self.predictions(pd.DataFrame(np.stack([means[name] for name in names]), names))
 
     def predictions(self, raw):
-        """Predictions from raw outputs, a row a video."""
+        """Predictions from raw outputs, one row per video."""
         targets = self.cohort.labels.loc[raw.index, [t["name"] for t in self.tasks]].to_numpy()
         outputs = split_outputs(self.tasks, torch.tensor(raw.to_numpy()))
         divisors = self.loss.divisors(targets)
@@ -372,12 +377,12 @@ class Run(EpochTraining):
     # ---------------------------------------------------------------------------------------- files
 
     def write_start(self, resumed=False):
-        """Write encoder.json, for a person."""
+        """Write encoder.json, for human readers."""
         with atomic_path(self.folder / "encoder.json") as temporary:
             temporary.write_text(json.dumps(self.record().to_save(), indent=2) + "\n")
 
     def write_best(self):
-        """Write chkpt_epoch-N.pt; the former best file and its results are deleted."""
+        """Write chkpt_epoch-N.pt; delete the previous best file and its results."""
         path = self.folder / f"chkpt_epoch-{self.epoch}.pt"
         state = {k: v for k, v in self.state().items() if k in ("weights", "encoder", "history")}
         videos = [self.cohort.videos.loc[self.names[f]].assign(fold=f) for f in ("train", "val")]
@@ -393,7 +398,7 @@ class Run(EpochTraining):
         write_table(pd.DataFrame(self.history), self.folder / "history.csv")
 
     def write_results(self):
-        """Predictions, metrics and figures of the best weights, unless they are written."""
+        """Write predictions, metrics and figures of the best weights, unless they exist."""
         if self.results_written:
             print(f"{self.folder} is finished")
             return
@@ -422,15 +427,15 @@ def activate_outputs(raw, task):
 
 
 def learnable_tasks(tasks, labels):
-    """The tasks whose training labels differ; warns of the others, which cannot be learnt."""
+    """The tasks with different training labels; warns about the others."""
     kept = []
     for task in tasks:
         if labels[task["name"]].nunique() > 1:
             kept.append(task)
         else:
-            RUN.warning(f"{task['name']} cannot be learnt: its training labels do not differ")
+            RUN.warning(f"{task['name']} cannot be learnt: all its training labels are equal")
     if not kept:
-        raise UserError("no task can be learnt: the training labels need two values")
+        raise UserError("no task can be learnt: its training labels need two different values")
     return kept
 
 
@@ -439,9 +444,8 @@ def has_batch_norm(net):
 
 
 def steps_of(order, each, least=1):
-    """Lists of `each` names; the last has fewer, or joins the one before if it has not `least`.
-
-    Where processes share batch statistics, each needs a video in every step.
+    """Lists of `each` names. The last may be shorter; with fewer than `least` names it is joined
+    to the one before, since processes that share batch statistics need a video in every step.
     """
     if 0 < len(order) < least:
         raise UserError(
@@ -455,7 +459,7 @@ def steps_of(order, each, least=1):
 
 
 def names_of(folds, settings):
-    """Fold -> the names of its videos, --sample_limit of them by a hash of their names."""
+    """Fold -> the names of its videos, at most --sample_limit, chosen by a hash of the names."""
     each = {fold: folds.index[folds == fold] for fold in FOLDS}
     return {k: sample_ids(sorted(v), settings.sample_limit) for k, v in each.items() if len(v)}
 
@@ -464,7 +468,7 @@ def names_of(folds, settings):
 
 
 def train(settings, world=None):
-    """Train, validate and test by a command line's settings, in each process."""
+    """Train, validate and test; every process calls this."""
     world = world or World()
     cohort = read_cohort(settings.cohort, settings.data_dir, settings.tasks)
     cache = FrameCache(settings.cache_dir, settings.size)
@@ -481,11 +485,11 @@ def train(settings, world=None):
         notes += [note for note in run.notes["test"] if note not in notes]
     if len(folders) > 1 and not world.rank:
         write_pooled(Path(settings.output_dir), folders, cohort.tasks, settings.n_bootstrap, notes)
-    print(f"the encoder is in {folder}: embed/extract.py --weights {folder}")
+    print(f"the encoder is in {folder}; use it with: embed/extract.py --weights {folder}")
 
 
 def decode_cohort(cohort, cache, settings, world):
-    """Decode each video once, by some process. Returns the cohort of the videos that can be used,
+    """Decode each video once; the processes share the work. Returns the cohort of usable videos,
     with checksums of their frames."""
     paths = list(cohort.videos["path"])
     part = paths[world.rank :: world.size]

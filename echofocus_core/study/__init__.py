@@ -1,1 +1,1 @@
-"""What is a study: config, labels, folds, the study-level model, training and answers."""
+"""Studies: config, labels, folds, the study-level model, training and answers."""

@@ -1,7 +1,7 @@
-"""torch's transformer layers over packed studies: their tokens one after the other, no padding.
+"""torch's transformer layers over packed studies: tokens joined without padding.
 
-x is (N, D): the tokens of several studies, `lengths` how many are of each. Numbers and parameters
-are those of torch.nn.TransformerEncoderLayer and MultiheadAttention.
+x is (N, D): the tokens of several studies; `lengths`: the number of tokens of each. Parameters and
+results are those of torch.nn.TransformerEncoderLayer and MultiheadAttention.
 """
 
 from itertools import accumulate
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-MOST_WEIGHTS = 1 << 26  # attention weights held at once in training on a CPU: 256 MB in fp32
+MOST_WEIGHTS = 1 << 26  # attention weights in memory in training on a CPU: 256 MB in fp32
 
 
 def pool(x, lengths, combine="avg"):
@@ -26,8 +26,8 @@ def pool(x, lengths, combine="avg"):
 def encoder_layer(layer, x, lengths, n_queries=0, rng=None):
     """torch's post-norm TransformerEncoderLayer over packed studies, x (N, D).
 
-    With n_queries only the first n_queries tokens of each study are computed; the others serve as
-    keys and values only. Same numbers, a fraction of the work.
+    With n_queries, only the first n_queries tokens of each study are computed, and the others are
+    only keys and values: the same results with less work.
     """
     attended = attend(layer.self_attn, x, lengths, n_queries, rng)
     if n_queries:
@@ -38,7 +38,7 @@ def encoder_layer(layer, x, lengths, n_queries=0, rng=None):
 
 
 def drop(x, dropout, rng):
-    """Dropout as the module says; with 16 random bits a number of `rng`, faster than torch's."""
+    """Apply a dropout module; with `rng`, by 16 random bits per number, faster than torch's."""
     if not dropout.training or rng is None:
         return dropout(x)
     bits = np.frombuffer(rng.bytes(2 * x.numel()), np.uint16)
@@ -76,18 +76,18 @@ def attention(q, k, v, heads, q_lengths, lengths, dropout, rng):
         return weighted_values(q, k, v, dropout, rng).transpose(1, 2).reshape(-1, D)
     out = []
     for qkv in zip(q.split(q_lengths), k.split(lengths), v.split(lengths), strict=True):
-        # Contiguous: twice as fast on a CPU, where rows 9 kB apart compete for cache lines.
+        # Contiguous: twice as fast on a CPU, since rows 9 kB apart compete for cache lines.
         qkv = (t.view(1, -1, heads, D // heads).transpose(1, 2).contiguous() for t in qkv)
         out.append(weighted_values(*qkv, dropout, rng).transpose(1, 2).reshape(-1, D))
     return torch.cat(out)
 
 
 def packed_attention(q, k, v, heads, q_lengths, lengths, dropout, rng):
-    """`attention` as one kernel over all studies, whatever their lengths, in fp32 or bf16.
+    """`attention` as one kernel over studies of any lengths, in fp32 or bf16.
 
-    torch's public variable-length attention has neither fp32 nor dropout; this is the kernel that
-    its nested tensors call. A kernel a study would leave a GPU idle between launches, and in bf16
-    torch would plan a new one for every length.
+    torch's public variable-length attention supports neither fp32 nor dropout; this is the kernel
+    of its nested tensors. One kernel per study would leave a GPU idle between launches, and in bf16
+    torch would plan a new kernel for every length.
     """
     q_ends, ends = (
         torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(q.device, non_blocking=True)
@@ -105,8 +105,8 @@ def packed_attention(q, k, v, heads, q_lengths, lengths, dropout, rng):
 def weighted_values(q, k, v, dropout, rng):
     """softmax(q k' / sqrt(d)) v of (S, heads, N, d), with dropout of the weights in training.
 
-    On a CPU torch has no kernel that drops out without holding all N x N weights: where they would
-    be more than MOST_WEIGHTS, queries are taken in pieces, each computed again for its gradient.
+    On a CPU, torch's dropout needs all N x N weights in memory. If these exceed MOST_WEIGHTS, the
+    queries are split into pieces, and each piece is computed again for its gradient.
     """
     if not dropout.training:
         return F.scaled_dot_product_attention(q, k, v)

@@ -1,4 +1,4 @@
-"""What each clip of a study contributed to the answers of a study-level model.
+"""The contribution of each clip of a study to the answers of a study-level model.
 
 `net` is a model called as net(tokens (N, D), lengths (S)) -> (outputs (S, T), embeddings), with
 `n_labels`, `first_norm_input` and `attention_maps`; `model` is a loaded model, with `net`.
@@ -15,24 +15,24 @@ from echofocus_core.base.console import UserError
 
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
 FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
-MAX_NODES_IN_HALF = 64  # more nodes would not bring bf16 closer
-COMPLETE = 0.01  # the error that 'adaptive' aims at, as a share of the summed absolute scores
+MAX_NODES_IN_HALF = 64  # more nodes would not make bf16 more exact
+COMPLETE = 0.01  # largest error of 'adaptive', as a share of the summed absolute scores
 
 
 @dataclass
 class Attribution:
-    """What a study's clips contributed to T outputs, in the network's units."""
+    """The contributions of a study's clips to T outputs, in the network's units."""
 
     scores: np.ndarray  # (T, V, C) signed, summed over features
     absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
-    error: np.ndarray  # (T,) how far the sum of scores is from the change; NaN: no sum
+    error: np.ndarray  # (T,) difference of the sum of scores from the change; NaN: not defined
 
 
 def attribute_clips(net, bag, settings, objectives, baseline=None):
-    """Attribution of a study by `settings.explain_method`.
+    """The Attribution of a study by `settings.explain_method`.
 
-    bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T), what is explained; baseline:
-    (D,) clip embedding from which the path starts, None: zero.
+    bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T) to explain; baseline: (D,) clip
+    embedding at which the path starts, None: zero.
     """
     method, (V, C, _) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
@@ -44,7 +44,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
         answer = objectives(outputs_of(net, [tokens], settings))
         change = answer - objectives(outputs_without(net, bag, settings))
         scores = change.T.cpu().numpy()  # (T, V)
-        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, shared evenly
+        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, divided equally
         return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
     start = path_start(baseline, tokens)
     integrate = published_gradients if method in QUADRATURES else integrated_gradients
@@ -61,7 +61,7 @@ def as_tokens(net, bag):
 
 
 def path_start(baseline, tokens):
-    """The baseline (D,), None: zero, for each of the tokens (N, D)."""
+    """The baseline (D,) (None: zero), repeated for each of the tokens (N, D)."""
     start = torch.zeros(D) if baseline is None else baseline
     return start.to(tokens).expand_as(tokens)
 
@@ -73,12 +73,12 @@ def device_of(net):
 def integrated_gradients(net, tokens, start, settings, objectives, V):
     """Integrated gradients of T objectives in tokens (N, D): (T, N, D), and their errors (T,).
 
-    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. The first
-    LayerNorm lets nearly all of the answer's change happen in the first hundredths of the path, so
-    the path is parametrised by alpha = a sinh(u asinh(1/a)), with a where that LayerNorm turns
-    (`turning_point`): even in alpha near the start, even in log alpha beyond. Gauss-Legendre nodes
-    in u then converge fast; they are doubled for the objectives that are not yet complete. All
-    objectives share one forward pass for each node.
+    Sundararajan, Taly and Yan, "Axiomatic Attribution for Deep Networks", ICML 2017. Because of the
+    first LayerNorm, nearly all of the answer's change is in the first hundredths of the path. So
+    the path is parametrised by alpha = a sinh(u asinh(1/a)), with a from `turning_point`: linear
+    in alpha near the start, linear in log alpha beyond. Gauss-Legendre nodes in u then converge
+    fast; their number is doubled for objectives that are not yet complete. All objectives share
+    one forward pass for each node.
     """
     ends = objectives(outputs_of(net, [start, tokens], settings)).double()
     change, target = tokens - start, ends[1] - ends[0]
@@ -104,7 +104,7 @@ def integrated_gradients(net, tokens, start, settings, objectives, V):
 def path_integral(net, start, change, alphas, weights, settings, objectives, columns):
     """Weighted sum over nodes of the gradients of some objectives (W,): (W, N, D).
 
-    As many nodes as `settings.batch_tokens` and `batch_size` allow run together.
+    `settings.batch_tokens` and `batch_size` limit the nodes in one forward pass.
     """
     N, sums = len(change), torch.zeros(len(columns), *change.shape, device=change.device)
     together = max(1, min(settings.batch_tokens // N, settings.batch_size or len(alphas)))
@@ -129,10 +129,10 @@ def incompleteness(parts, change, V):
 
 
 def turning_point(net, start, tokens):
-    """Where on the path (0 to 1) the first LayerNorm turns from the start to the tokens.
+    """The point of the path (0 to 1) at which the tokens dominate the first LayerNorm.
 
-    The median over tokens of the ratio between its input at the start and the change of that input:
-    below that share of the path the start decides its output, beyond it the tokens do.
+    The median over tokens of the norm of its input at the start, divided by the norm of the change
+    of that input: before this point the start determines its output, beyond it the tokens.
     """
     if not net.depth:
         return 1.0
@@ -153,7 +153,7 @@ def outputs_of(net, bags, settings, grad=False):
 
 
 def published_gradients(net, tokens, start, settings, objectives, V):
-    """As `integrated_gradients`, by one of Captum's quadratures, an objective at a time."""
+    """`integrated_gradients` by one of Captum's quadratures, one objective at a time."""
     from captum.attr import IntegratedGradients
 
     ends = objectives(outputs_of(net, [start, tokens], settings)).double()
@@ -174,7 +174,7 @@ def published_gradients(net, tokens, start, settings, objectives, V):
 
 
 def outputs_without(net, bag, settings):
-    """Outputs (V, T) of a study (V, C, D) without each of its videos; NaN where it has but one."""
+    """Outputs (V, T) of a study (V, C, D) without each of its videos; NaN if it has only one."""
     V, C, _ = bag.shape
     device = device_of(net)
     if V == 1:
@@ -190,8 +190,8 @@ def outputs_without(net, bag, settings):
 
 @torch.no_grad()
 def attention_rollout(net, tokens):
-    """The share of each token (N, D) in the pooled output, by attention only: (1, N) or, where
-    each label has its query, (T, N).
+    """The share of each token (N, D) in the pooled output, by attention only: (1, N), or (T, N)
+    if each label has its query.
 
     Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged
     over heads, half of it the residual path, multiplied from layer to layer.
@@ -209,10 +209,10 @@ def attention_rollout(net, tokens):
 
 @dataclass
 class Objectives:
-    """logits (S, T_all) -> (S, T): the outputs of some labels, or each one's loss.
+    """logits (S, T_all) -> (S, T): the outputs of some labels, or their losses.
 
-    columns: numbers of the labels; targets: (T,) normalised, and losses: (logits,
-    targets, columns) -> losses, all (S, T), where the loss is explained.
+    columns: numbers of the labels; to explain the loss, targets: (T,) normalised, and losses:
+    (logits, targets, columns) -> losses, all (S, T).
     """
 
     columns: list[int]
@@ -228,13 +228,13 @@ class Objectives:
 
 
 def clip_baseline(model, settings):
-    """The clip embedding that `--baseline` names: (D,) tensor, None for zero. Raises UserError."""
+    """The clip embedding of `--baseline`: (D,) tensor, None for zero. Raises UserError."""
     if settings.baseline == "zero":
         return None
     if model.clip_mean is None:
         raise UserError(
-            f"{model.folder.name} does not hold the mean clip embedding of its training fold (it "
-            "was trained elsewhere); use --baseline zero"
+            f"{model.folder.name} has no mean clip embedding of its training fold, since it was "
+            "not trained by EchoFocus; use --baseline zero"
         )
     return model.clip_mean
 
@@ -242,8 +242,8 @@ def clip_baseline(model, settings):
 def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
-    ends: (T, 2) the outputs at the baseline and of the study. truths: (T_all,) normalised labels,
-    NaN where missing; the loss is computed against them.
+    ends: (T, 2) outputs for the baseline and for the study. truths: (T_all,) normalised labels,
+    NaN if missing, for the loss.
     """
     net = model.net
     truths = np.full(net.n_labels, np.nan) if truths is None else truths

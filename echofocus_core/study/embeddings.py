@@ -15,7 +15,7 @@ from echofocus_core.video.store import UnreadableStudy, VideosAsStudies
 
 
 def is_embedded(path):
-    """Whether a file is one that `embed` wrote."""
+    """Whether `embed` wrote a file."""
     try:
         with open_hdf5(path) as f:
             return {"dataset", "task", "model_name"} <= set(f.attrs)
@@ -46,9 +46,9 @@ def embed_source(job):
 
 
 def embed_studies(f, model, store, eids, settings, unreadable):
-    """A dataset (768,) a study into the open HDF5 file, as published; returns how many.
+    """Write one dataset (768,) per study, as published; returns the number of studies.
 
-    Without pooled queries (labels, 768), the attribute `labels` naming the rows.
+    Without pooled queries (labels, 768); the attribute `labels` has the names of the rows.
     """
     net = model.net
     if not settings.pool_queries:
@@ -62,8 +62,8 @@ def embed_studies(f, model, store, eids, settings, unreadable):
 def embed_videos(f, model, store, eids, settings, unreadable):
     """Write `embeddings` (V, 768) and `videos` (V,) per study; returns the number of videos.
 
-    A video's embedding is the study embedding of a study with only this video. One study at a
-    time is in memory, since those of a cohort might not fit.
+    A video's embedding is the study embedding of a study with only this video. Only one study at a
+    time is in memory, since a cohort might not fit.
     """
     f.attrs["level"], n = "video", 0
     for eid in progress(eids, desc="embed", unit="study"):

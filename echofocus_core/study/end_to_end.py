@@ -1,14 +1,14 @@
-"""The study-level model and the encoder as one: trained through the clips of a study's videos.
+"""The encoder and the study-level model as one network, trained on the clips of a study's videos.
 
     videos of a study -> VideoStore.read: images (V, C, L, S, S, 3) -> EndToEnd: groups of clips
     through the encoder -> clip embeddings (N, 768) -> the study-level model -> logits
 
-Memory is bounded by the clips of a group, not by the study: a group's activations are dropped and
+Memory depends on the clips of a group, not on the study: a group's activations are discarded and
 computed again for its gradient (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
-2016), with the same draws, so that gradients are exact. Only the uint8 images of a study, on the
-host, and its embeddings stay in memory.
+2016), with the same random draws, so that gradients are exact. Only the uint8 images of a study, on
+the host, and its embeddings stay in memory.
 
-    python embed/end_to_end.py export MODEL_FOLDER FILE.pt    # in the published form
+    python embed/end_to_end.py export MODEL_FOLDER FILE.pt    # writes the published format
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ HEAD_RATE = 1e-4  # of the study-level model, unless --head_learning_rate
 
 
 class EndToEnd(nn.Module):
-    """A PanEcho backbone and a study-level model, called like the latter, on images.
+    """A PanEcho backbone and a study-level model, called like a StudyModel but with images.
 
     images: uint8 (N, L, S, S, 3) BGR on any device, the clips of studies of `lengths`.
     """
@@ -73,7 +73,10 @@ class EndToEnd(nn.Module):
         return not any(p.requires_grad for p in self.encoder.parameters())
 
     def begin_epoch(self, number):
-        """Freeze what is not trained in an epoch, from 1; ping-pong: the encoder in odd ones."""
+        """Freeze the parts that epoch `number` (from 1) does not train.
+
+        ping_pong: odd epochs train the aggregator, even epochs the encoder.
+        """
         frozen = {self.freeze}
         if self.ping_pong:
             frozen.add("encoder" if number % 2 else "aggregator")
@@ -82,7 +85,7 @@ class EndToEnd(nn.Module):
         self.encoder.encoder.model.features[: 2 * self.stages].requires_grad_(False)
 
     def train(self, mode=True):
-        """As nn.Module's; what is frozen stays in evaluation mode."""
+        """Like nn.Module.train, but frozen parts stay in evaluation mode."""
         super().train(mode)
         if self.encoder_frozen:
             self.encoder.eval()
@@ -91,17 +94,17 @@ class EndToEnd(nn.Module):
         return self
 
     def rate_groups(self, settings):
-        """Parameter groups of an optimiser: the study-level model's and the encoder's."""
+        """Parameter groups of the optimiser: the study-level model and the encoder."""
         rates = settings.head_learning_rate or HEAD_RATE, settings.encoder_learning_rate
         parts = zip((self.study, self.encoder), rates, strict=True)
         return [{"params": list(part.parameters()), "lr": rate} for part, rate in parts]
 
     def forward(self, images, lengths, rng=None):
-        """Logits (S, T) and study embeddings (S, D). rng: see StudyModel; the encoder draws too."""
+        """Logits (S, T) and study embeddings (S, D). rng: see StudyModel; also for the encoder."""
         return self.study(self.encode(images, rng), lengths, rng)
 
     def encode(self, images, rng=None):
-        """Clip embeddings (N, 768) of images (N, L, S, S, 3), a group at a time."""
+        """Clip embeddings (N, 768) of images (N, L, S, S, 3), group by group."""
         seed = None
         if self.encoder.training and self.training:
             seed = int(torch.randint(2**62, ()) if rng is None else rng.integers(2**62))
@@ -122,7 +125,7 @@ class EndToEnd(nn.Module):
         return torch.cat(embeddings)
 
     def encode_group(self, images, first, seed):
-        """Embeddings of a group, float32. Draws depend on the number of each clip and `seed`."""
+        """Embeddings of a group, float32. Draws depend on `seed` and the number of each clip."""
         device, dtype = next(self.encoder.parameters()).device, torch.float32
         x = as_input(images.to(device, non_blocking=True), "imagenet")
         if seed is None:
@@ -136,9 +139,9 @@ class EndToEnd(nn.Module):
 
 @dataclass(frozen=True)
 class EncoderStart:
-    """The encoder that a training through it starts from, and what its file will record."""
+    """The initial encoder of an end-to-end training, and the record for its file."""
 
-    start: LoadedEncoder  # its encoder is trained; its heads are kept only where that is frozen
+    start: LoadedEncoder  # its encoder is trained; its heads are kept only if that is frozen
     settings: Settings
     licence: str
 
@@ -183,10 +186,10 @@ class EncoderStart:
 
 
 class VideoStore:
-    """A store (see store.Store) whose studies are read as images, from a cache of decoded videos.
+    """A store (see store.Store) that reads studies as images, from a cache of decoded videos.
 
-    A study is num_clips random clips of each of up to most_videos videos, drawn by the `rng` of a
-    reading; without one they are always the same.
+    A study has num_clips random clips of each of up to most_videos videos, drawn by the `rng` of
+    `read`; without one they are always the same.
     """
 
     def __init__(self, studies, cache, num_clips, clip_len, seed=0, most_videos=0):
@@ -201,7 +204,7 @@ class VideoStore:
         return tuple(source) if isinstance(source, list) else source
 
     def fill(self, workers=0, world=None):
-        """Decode every video that is not in the cache yet; processes share the work."""
+        """Decode every video that is not in the cache; the processes share the work."""
         every = [self.source(e, v) for e, study in self.files.items() for v in study.videos]
         rank, size = (world.rank, world.size) if world else (0, 1)
         reasons = self.cache.fill(every[rank::size], workers, quiet=rank > 0)
@@ -209,7 +212,7 @@ class VideoStore:
             self.reasons |= part
 
     def lost(self):
-        """Study and video -> why it cannot be decoded."""
+        """'study/video' -> why it cannot be decoded."""
         every = {
             f"{e}/{v}": self.source(e, v) for e, study in self.files.items() for v in study.videos
         }
@@ -249,11 +252,11 @@ class VideoStore:
         return StudyClips(np.stack(images), names)
 
     def copies(self, eids):
-        """Empty: the files are not compared."""
+        """Empty, since the files are not compared."""
         return []
 
     def made_with(self, eids):
-        """The same for all studies: they are read here, in one way."""
+        """The same for all studies, since all are read in the same way."""
         return {name: {"": list(eids)} for name in MADE_WITH}
 
     def digest(self, eids):
@@ -263,8 +266,10 @@ class VideoStore:
 
 
 def open_videos(settings, dataset, ids, world=None):
-    """The VideoStore of --videos, else of the studies `ids` of a dataset's video_base_path; every
-    video is decoded. Raises UserError."""
+    """The VideoStore of --videos, or else of the studies `ids` in a dataset's video_base_path.
+
+    Decodes every video. Raises UserError.
+    """
     if settings.videos:
         studies = find_studies(
             settings.videos, settings.group, settings.manifest, settings.study_id
@@ -273,8 +278,8 @@ def open_videos(settings, dataset, ids, world=None):
         studies = studies_of_dataset(dataset.video_base_path, dataset.video_subdir_format, ids)
     else:
         raise UserError(
-            "--end_to_end needs videos: --videos FOLDER, or video_base_path of the dataset in the "
-            "config"
+            "--end_to_end needs videos: give --videos FOLDER, or set video_base_path of the "
+            "dataset in the config"
         )
     store = VideoStore(
         [study for study in studies if study.name in set(ids)],
@@ -291,7 +296,7 @@ def open_videos(settings, dataset, ids, world=None):
 
 
 def export(folder, file):
-    """Write a model folder with an encoder.pt as one published end-to-end checkpoint."""
+    """Write a model folder with an encoder.pt as one checkpoint in the published format."""
     folder = Path(folder)
     study = load_safely(folder / "best_checkpoint.pt")
     encoder = read_encoder(folder / ENCODER_FILE)
@@ -317,9 +322,9 @@ def is_published(path):
 
 def main(argv=None):
     parser = Parser(prog="embed/end_to_end.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("command", choices=["export"], help="write the published form")
-    parser.add_argument("folder", help="the model's folder")
-    parser.add_argument("file", help="to write")
+    parser.add_argument("command", choices=["export"], help="write the published format")
+    parser.add_argument("folder", help="model folder")
+    parser.add_argument("file", help="output file")
     typed = parser.parse_args(argv)
     output_path(typed.file, "published end-to-end checkpoint", is_published)
     export(typed.folder, typed.file)
@@ -327,5 +332,5 @@ def main(argv=None):
 
 
 def program():
-    """What the command line runs."""
+    """Run the command line."""
     run_main(main, "embed/end_to_end.py")

@@ -1,4 +1,4 @@
-"""Tables and files of explanations of studies, see `attribution.explain_study`."""
+"""Tables and files of explanations, see `attribution.explain_study`."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from echofocus_core.study.loop import report_unreadable
 
 
 def video_rows(model, explanation, settings):
-    """A row a label and video, best first by absolute score: DataFrame.
+    """DataFrame with a row per label and video, largest absolute score first.
 
     Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
     rank, without (the answer without the video), baseline (the answer at the baseline),
@@ -43,7 +43,7 @@ def video_rows(model, explanation, settings):
 
 
 def top_rows(model, explanation, settings, truths, dataset):
-    """Rows of the published table: one a label, with the top videos by absolute score."""
+    """Rows of the published table: one per label, with the top videos by absolute score."""
     values, rows = model.readable(explanation["answer"])[0], []
     for k, i in enumerate(explanation["columns"]):
         absolute, videos = explanation["absolute"][k], explanation["videos"]
@@ -51,7 +51,7 @@ def top_rows(model, explanation, settings, truths, dataset):
         row = {"echo_id": explanation["eid"], "measure": model.labels[i], "y_true": truths[i]}
         row |= {"y_pred": values[i], "loss": loss}
         best = [(videos[v], absolute[v]) for v in np.argsort(-absolute, kind="stable")]
-        best += [("", np.nan)] * settings.explain_n  # blank where a study has fewer videos
+        best += [("", np.nan)] * settings.explain_n  # blank if a study has fewer videos
         for n, (video, score) in enumerate(best[: settings.explain_n], start=1):
             row |= {f"top_video_{n}": video, f"top_video_{n}_score": score}
         rows.append(row | {"dataset": dataset})
@@ -59,10 +59,10 @@ def top_rows(model, explanation, settings, truths, dataset):
 
 
 def write_explanations(job, explanations, truths, names, warnings):
-    """The long table, the published one, and the clips' scores.
+    """Write the long table, the published table and the scores of clips.
 
-    warnings: what makes answers doubtful, text -> studies: a column of the long table, where there
-    is any. Returns that table.
+    warnings: why answers are doubtful, text -> studies; a column of the long table, if any.
+    Returns the long table.
     """
     model, settings, dataset = job.model, job.settings, job.settings.dataset
     videos, tops, unreadable, folder = [], [], {}, model.folder
@@ -87,7 +87,7 @@ def write_explanations(job, explanations, truths, names, warnings):
                 f[explanation["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
         report_unreadable(unreadable)
         if not videos:
-            raise UserError("nothing could be explained")
+            raise UserError("no study could be explained")
     videos = pd.concat(videos, ignore_index=True)
     if warnings:
         of_study = {
@@ -99,14 +99,17 @@ def write_explanations(job, explanations, truths, names, warnings):
     write_table(pd.DataFrame(tops), folder / names["tops"])
     worst = videos["convergence_error"].max()
     if worst >= COMPLETE:
-        RUN.warning(f"scores miss their sum by up to {worst:.1%}", "see convergence_error")
+        RUN.warning(
+            f"the scores differ from the change of the answer by up to {worst:.1%}",
+            "see the column convergence_error",
+        )
     for name in names.values():
         print(f"wrote {folder / name}")
     return videos
 
 
 def explanation_names(model, settings, dataset, columns, eids):
-    """File names that hold all that was chosen, so that no other choice overwrites them."""
+    """File names with all selected options, so that other selections do not overwrite them."""
     chosen = [f"{settings.subset}_{dataset}"]
     if settings.eids or settings.select != "all":
         key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]

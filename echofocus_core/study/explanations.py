@@ -1,4 +1,4 @@
-"""Which studies `explain` takes, and what each of their videos contributes to each answer."""
+"""The studies that `explain` selects, and the contribution of each video to each answer."""
 
 from functools import partial
 from itertools import chain
@@ -19,11 +19,11 @@ from echofocus_core.study.outputs import scale
 from echofocus_core.study.sources import labelled_ids
 from echofocus_core.video.store import UnreadableStudy
 
-SELECTED = 20  # studies that --select takes where --sample_limit does not say how many
+SELECTED = 20  # studies that --select takes without --sample_limit
 
 
 def label_columns(model, labels=None):
-    """Label names (default: all that were learnt) -> their numbers. Raises UserError."""
+    """Label names (default: all learnt ones) -> their numbers. Raises UserError."""
     unlearnt, name = model.record.unlearnt, model.folder.name
     for label in labels or ():
         if label in unlearnt:
@@ -38,11 +38,11 @@ def label_columns(model, labels=None):
 
 
 def explained_studies(job):
-    """(ids of the studies to explain, their labels in physical units, NaN where there is none,
-    the patients of those that a label table names).
+    """(ids of the studies to explain, their labels in physical units or NaN, study id -> patient
+    from the label table).
 
-    Studies without labels are explained too: those that neither the model nor the encoder has seen
-    are of the test fold.
+    Studies without labels are explained too; those that neither the model nor the encoder has seen
+    belong to the test fold.
     """
     model, settings, eids = job.model, job.settings, job.source.eids
     truths = no_truths(model, eids)
@@ -50,7 +50,7 @@ def explained_studies(job):
     labelled = job.dataset.label_path or labelled_ids(job)
     encoder, _ = job.source.store.encoder_seen(eids, Collected() if labelled else RUN)
     if seen := [*(model.seen or ()), *([] if settings.assume_unseen else encoder)]:
-        by_study = truths.assign(pid=[f"study {eid}" for eid in eids])  # no patient is known
+        by_study = truths.assign(pid=[f"study {eid}" for eid in eids])  # patients are unknown
         folds = seen_levels(seen, by_study).map({0: "test", 1: "val", 2: "train"})
     if labelled:
         _, table, folds_of_table, _ = labelled_folds(job)
@@ -68,7 +68,7 @@ def explained_studies(job):
     if settings.subset != "all":
         eids = [eid for eid in eids if folds[eid] == settings.subset]
     if not eids:
-        hint = "; --subset all takes those that the models have seen too"
+        hint = "; --subset all includes studies that the models have seen"
         hint *= isinstance(model, LoadedEnsemble)
         raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
     return sorted(eids), truths, patients
@@ -79,15 +79,17 @@ def no_truths(model, eids):
 
 
 def select_studies(job, eids, truths, columns):
-    """The studies that `--select` names, best first (`rank`). Raises UserError."""
+    """The studies that `--select` chooses, best first. Raises UserError."""
     model, settings, select = job.model, job.settings, job.settings.select
     if select == "all":
         return sample_ids(eids, settings.sample_limit)
     kinds = {model.kind(model.labels[i]) for i in columns}
     if len(kinds) > 1:
-        raise UserError(f"--select {select} is for one kind of label: --explain_tasks")
+        raise UserError(
+            f"--select {select} needs labels of one type; choose them with --explain_tasks"
+        )
     if kinds != {"binary"} and (select != "wrong" or kinds != {"regression"}):
-        raise UserError(f"--select {select} is not for labels of type {kinds.pop()}")
+        raise UserError(f"--select {select} does not support labels of type {kinds.pop()}")
     outcome = run_studies(model.net, job.source.store, eids, settings, label="select")
     answers = model.readable(outcome.logits)[:, columns]
     truth = truths.loc[outcome.eids].to_numpy()[:, columns]
@@ -101,7 +103,7 @@ def select_studies(job, eids, truths, columns):
     chosen = [outcome.eids[i] for i in order][: settings.sample_limit or SELECTED]
     if not chosen:
         raise UserError(f"--select {select} selects no study")
-    print(f"{len(chosen)} of {len(eids)} studies are explained: {select}")
+    print(f"explaining {len(chosen)} of {len(eids)} studies: {select}")
     return chosen
 
 
@@ -111,7 +113,7 @@ def log_odds(p):
 
 
 def rank_errors(values, truth):
-    """Rows with an error, the largest first; values and truth (S, T) in standard deviations."""
+    """Rows with an error, largest first; values and truth (S, T) in standard deviations."""
     if np.isnan(truth).all():
         raise UserError("--select wrong needs labels: set label_path in the config")
     wrong = np.nan_to_num(np.abs(values - truth)).max(axis=1)
@@ -119,10 +121,10 @@ def rank_errors(values, truth):
 
 
 def rank_findings(answers, truth, cuts, select):
-    """Rows of the studies that `select` takes, best first; answers (S, T) and cuts in log-odds.
+    """Rows of the studies that `select` chooses, best first; answers (S, T) and cuts in log-odds.
 
-    confident: farthest from the thresholds; wrong: decided against the label, farthest first;
-    balanced: in turn with and without a finding (by label where there is one, else by decision).
+    confident: farthest from the thresholds; wrong: decision differs from the label, farthest first;
+    balanced: alternately with and without a finding (by label, or else by decision).
     """
     margins = answers - cuts
     decided = margins >= 0
@@ -143,7 +145,7 @@ def rank_findings(answers, truth, cuts, select):
 def explain_studies(job, eids, columns, truths=None, first=0):
     """Yield the explanation of each study from number `first` on, see `explain_study`.
 
-    The processes of the job share the studies; each of them yields all.
+    The processes of the job share the work; each of them yields all explanations.
     """
     model, store, settings, world = job.model, job.source.store, job.settings, job.world
     truths = no_truths(model, eids) if truths is None else truths
@@ -161,9 +163,9 @@ def explain_studies(job, eids, columns, truths=None, first=0):
 
 
 def explain(model, eid, bag, columns, settings, truths=None):
-    """The explanation of a study, see `explain_study`; of averaged models the mean of theirs.
+    """The explanation of a study, see `explain_study`; for averaged models, their mean.
 
-    truths: (T,) labels in physical units, NaN where missing.
+    truths: (T,) labels in physical units, NaN if missing.
     """
     if isinstance(model, LoadedEnsemble):
         each = [explain(m, eid, bag, columns, settings, truths) for m in model.members]
@@ -174,10 +176,10 @@ def explain(model, eid, bag, columns, settings, truths=None):
 
 
 def mean_explanation(model, each, settings):
-    """The mean of the members' explanations of a study, for each label over those that learnt it.
+    """The mean of the members' explanations of a study, for each label over members that learnt it.
 
-    Scores of a measurement are brought to the scale of the first member, whose scaling the average
-    has. Answers stay those of each member, which `model.readable` averages.
+    Scores of a measurement are converted to the scale of the first member, which the average uses.
+    Answers are kept for each member, since `model.readable` averages them.
     """
     columns = [i for i in each[0]["columns"] if all(i in x["columns"] for x in each)]
     result = {"eid": each[0]["eid"], "columns": columns, "videos": each[0]["videos"]}
@@ -196,7 +198,7 @@ def mean_explanation(model, each, settings):
 
 
 def weights_of(model, member, columns, settings):
-    """What a member's scores are multiplied by, in the scale of the average; 0: not learnt."""
+    """Factors that convert a member's scores to the scale of the average; 0: not learnt."""
     labels = [model.labels[i] for i in columns]
     factors = [
         score_unit(member, x, settings)[0] / score_unit(model, x, settings)[0] for x in labels
@@ -213,17 +215,17 @@ def score_unit(model, label, settings):
     if model.kind(label) != "regression":
         return 1.0, {"binary": "log-odds", "survival": "log hazard"}[model.kind(label)]
     if model.scaling[label]["apply_boxcox"]:
-        return 1.0, "standard deviations"  # of the transformed label: no linear way to its unit
+        return 1.0, "standard deviations"  # of the transformed label: its unit is not linear
     return float(model.scaling[label]["stdev"]), model.unit(label) or "label's unit"
 
 
 def normalised(model, truths):
-    """Labels (S, T) in physical units -> as the network's outputs are."""
+    """Labels (S, T) in physical units -> in the units of the network's outputs."""
     return scale(np.asarray(truths), model.labels, model.scaling or {})
 
 
 def journal_header(job, eids, columns, truths):
-    """What explanations depend on: a stopped run resumes only where all of it is the same."""
+    """Everything that explanations depend on; a stopped run resumes only if all is unchanged."""
     settings = job.settings
     weights = {name: x.cpu().numpy() for name, x in job.model.net.state_dict().items()}
     names = ("precision", "max_videos_per_study", "explain_mode", "explain_method",

@@ -1,5 +1,5 @@
-"""Whether an attribution means anything: answers when videos are removed in its order, and the
-importance of each view."""
+"""Tests of an attribution: answers when videos are removed in its order, and the importance of
+each view."""
 
 import numpy as np
 import pandas as pd
@@ -23,10 +23,10 @@ RANDOM_ORDERS = 5
 def study_curves(model, bag, explanation, truths, settings):
     """Curves of one study: dict of (label number, kind, order) to quality at GRID.
 
-    Deletion removes the videos that support the truth most first, insertion returns them first
-    (Petsiuk, Das and Saenko, "RISE", BMVC 2018); 'random' orders are the mean of a few. The
-    quality of an answer is the probability of the truth or, for a measurement, minus its error in
-    standard deviations, where videos are ordered by the size of their score. truths: (T,),
+    Deletion removes first the videos that support the truth most; insertion restores them first
+    (Petsiuk, Das and Saenko, "RISE", BMVC 2018); 'random' is the mean over several random orders.
+    The quality of an answer is the probability of the truth. For a measurement it is minus the
+    error in standard deviations, and videos are ordered by absolute score. truths: (T,),
     normalised.
     """
     V, C, _ = bag.embeddings.shape
@@ -69,16 +69,16 @@ def study_curves(model, bag, explanation, truths, settings):
 
 
 def support_of_truth(scores, truth, kind, settings):
-    """Scores (V,) of videos -> how much each supports the truth."""
-    if settings.explain_mode == "loss":  # a score is a part of the loss
+    """Scores (V,) of videos -> how much each video supports the truth."""
+    if settings.explain_mode == "loss":  # scores are contributions to the loss
         return -scores
-    if kind != "binary" or settings.explain_method == "attention":  # the sign does not tell
+    if kind != "binary" or settings.explain_method == "attention":  # the sign has no meaning
         return np.abs(scores)
     return scores * (2 * truth - 1)
 
 
 def write_curves(model, store, explanations, targets, patients, settings, path):
-    """Tables and a figure of insertion and deletion, beside `path` (without ending).
+    """Write tables and a figure of insertion and deletion next to `path` (without suffix).
 
     targets: study id -> (T,) normalised labels; patients: study id -> patient. Raises UserError.
     """
@@ -91,7 +91,7 @@ def write_curves(model, store, explanations, targets, patients, settings, path):
         for key, curve in curves.items():
             by_key.setdefault(key, {})[eid] = curve
     if not by_key:
-        raise UserError("--curves needs labelled studies of two videos or more")
+        raise UserError("--curves needs labelled studies with at least two videos")
     rows, areas = [], []
     for (i, kind, order), curves in by_key.items():
         table = pd.DataFrame(curves)  # (GRID, studies)
@@ -124,15 +124,15 @@ def interval_of(values, eids, patients):
 
 
 def plot_curves(rows, ylabel, path):
-    """Mean curves of all labels: deletion and insertion, by score and at random."""
+    """Plot mean curves over all labels: deletion and insertion, by score and in random order."""
     figure, axes = new_figure(1, 2, figsize=(8, 3.6), layout="constrained", sharey=True)
-    for axis, kind, done in zip(
-        axes, ("deletion", "insertion"), ("removed", "returned"), strict=True
+    for axis, kind, action in zip(
+        axes, ("deletion", "insertion"), ("removed", "restored"), strict=True
     ):
         part = rows[rows["kind"] == kind].groupby(["order", "share"])["quality"].mean()
         for order, style, colour in (("score", "-", OKABE_ITO[0]), ("random", "--", OKABE_ITO[1])):
             axis.plot(GRID, part[order], style, color=colour, label=f"{order} order")
-        axis.set(xlabel=f"share of videos {done}", ylabel=ylabel, title=kind)
+        axis.set(xlabel=f"share of videos {action}", ylabel=ylabel, title=kind)
         axis.legend()
     save_figure(figure, path)
 
@@ -141,8 +141,8 @@ def plot_curves(rows, ylabel, path):
 
 
 def read_views(path, listener, store, eids):
-    """(eid, video) -> view of these studies, from a table with these columns. Raises UserError,
-    also where it names none of their videos."""
+    """(eid, video) -> view for these studies, from a table with these columns. Raises UserError,
+    also if the table has none of their videos."""
     table = read_table(path, listener, "table of views")
     absent = [name for name in ("eid", "video", "view") if name not in table]
     if absent:
@@ -158,16 +158,16 @@ def read_views(path, listener, store, eids):
         )
     explained = rows[rows["eid"].isin(eids)]
     if n := len(rows) - len(explained):
-        listener.note(f"{path}: {n} rows are of studies that are not explained")
+        listener.note(f"{path}: {n} rows are for studies that are not explained")
     views = explained.set_index(["eid", "video"])["view"].to_dict()
     videos = ((eid, name) for eid in explained["eid"].unique() for name in video_names(store, eid))
     if not any(video in views for video in videos):
-        raise UserError(f"{path} has no video of these studies: compare its eid and video")
+        raise UserError(f"{path} has no video of these studies; check its columns eid and video")
     return views
 
 
 def video_names(store, eid):
-    """The names of a study's videos; none of a study that cannot be read."""
+    """The names of a study's videos; [] if it cannot be read."""
     try:
         return store.read(eid).videos
     except UnreadableStudy:
@@ -175,18 +175,18 @@ def video_names(store, eid):
 
 
 def write_views(videos, views, patients, path):
-    """How much each view counts, by label: a table and a figure beside `path`.
+    """Write the importance of each view, by label: a table and a figure next to `path`.
 
-    videos: rows of the long table. A view's `share` is that of its videos in a study's summed
-    absolute scores; `per_video` divides it by the share of its videos among the study's, so that 1
-    is a view whose videos count as much as others. Intervals are over patients.
+    videos: rows of the long table. The `share` of a view is the share of its videos in a study's
+    summed absolute scores; `per_video` divides it by its share of the study's videos, so that 1 is
+    average. Intervals are over patients.
     """
     names = zip(videos["eid"], videos["video"], strict=True)
     rows = videos.assign(view=[views.get(name) for name in names])
     if n := len(rows.loc[rows["view"].isna(), ["eid", "video"]].drop_duplicates()):
-        print(f"{n} videos are not in the table of views: they count as 'unknown'")
+        print(f"{n} videos are not in the table of views and count as 'unknown'")
     if n := int(rows["score"].isna().sum()):
-        print(f"{n} scores are blank (a study of one video): they are ignored")
+        print(f"{n} blank scores (studies with one video) are ignored")
     rows = rows.dropna(subset=["score"]).fillna({"view": "unknown"})
     rows["size"] = rows["score"].abs()
     sizes = rows.groupby(["label", "eid"])["size"]
@@ -209,7 +209,7 @@ def write_views(videos, views, patients, path):
 
 
 def plot_views(table, path):
-    """Importance of a video of each view: the labels as points, an interval of a single label."""
+    """Plot the importance of a video of each view: a point per label; an interval for one label."""
     order = table.groupby("view")["per_video"].mean().sort_values().index
     figure, axis = new_figure(figsize=(6, 1.2 + 0.35 * len(order)), layout="constrained")
     for y, view in enumerate(order):
@@ -220,5 +220,5 @@ def plot_views(table, path):
             axis.plot(ends, [y, y], color=OKABE_ITO[0])
     axis.axvline(1, color="grey", lw=0.8)
     axis.set_yticks(range(len(order)), order)
-    axis.set(xlabel="importance of a video, 1: as any other (absolute scores)")
+    axis.set(xlabel="importance of a video (absolute scores; 1 is average)")
     save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""A model's answers to the studies of one fold of a labelled dataset, beside their labels."""
+"""A model's answers for the studies of one fold of a labelled dataset, with their labels."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from echofocus_core.study.sources import Source, open_embeddings, warn_of_other_
 
 
 def task_for(model, task):
-    """A task with its labels read as the model does. Raises UserError where they differ."""
+    """The task with the model's label types. Raises UserError if task and model differ."""
     outputs, name = model.outputs, model.folder.name
     for what, one, other in (
         ("labels", task.task_labels, outputs.labels),
@@ -42,18 +42,18 @@ def task_for(model, task):
         ("level", task.level, model.record.level),
     ):
         if one != other:
-            raise UserError(f"the task of the config and {name} differ in {what}")
+            raise UserError(f"the task in the config and {name} have different {what}")
     for label in outputs.labels:
         if other_unit(label, task.units, model.units):
             raise UserError(
-                f"the task of the config has {label} in {task.units[label]}, {name} in "
+                f"the task in the config has {label} in {task.units[label]}, {name} in "
                 f"{model.units[label]}: convert the labels and change the task's units"
             )
     return task.model_copy(update={"type": outputs.kinds})
 
 
 def labelled_folds(job):
-    """(task, label table, fold of each of its studies, evidence that those of test are unseen)."""
+    """(task, label table, fold of each study, evidence that the test studies are unseen)."""
     model, settings, store = job.model, job.settings, job.source.store
     if job.task is None:
         raise UserError(f"the config has no task {settings.task} with the model's labels")
@@ -67,8 +67,8 @@ def labelled_folds(job):
 
 
 def folds_to_test(job, task, whole, store, listener=RUN):
-    """(fold of each study of a whole label table, evidence that those of test are unseen, by the
-    model and by the encoder of the embeddings)."""
+    """(fold of each study of a label table, evidence that the model and the encoder have not seen
+    the test studies)."""
     model, settings = job.model, job.settings
     folds, evidence = folds_for(model, whole, settings.dataset, listener, settings.assume_unseen)
     encoder = store.encoder_seen(list(whole.index.intersection(list(store.files))), listener)
@@ -77,13 +77,13 @@ def folds_to_test(job, task, whole, store, listener=RUN):
 
 
 def studies_in_fold(job, task, whole, folds):
-    """Label table rows of the chosen fold that have embeddings."""
+    """The rows of the label table in the chosen fold that have embeddings."""
     settings = job.settings
     table = match_studies(whole, job.source.store, task, first_only=settings.first_study_only)
     table = table[folds.reindex(table.index).isin(chosen_folds(settings))]
     if not len(table):
-        hint = " (of models that are averaged, a study is test where none has seen its patient, "
-        hint += "val where one validated on him and none trained)"
+        hint = " (for averaged models, a study is test if none has seen its patient, and val if "
+        hint += "some were validated but none was trained on its patient)"
         averaged = isinstance(job.model, LoadedEnsemble)
         raise UserError(
             f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
@@ -96,8 +96,8 @@ def chosen_folds(settings):
 
 
 def answer_fold(job, thresholds):
-    """(Studies of the fold with the model's answers, their flow, evidence that they are unseen,
-    warnings that make the answers doubtful)."""
+    """(Studies of the fold with the model's answers, study flow, evidence that they are unseen,
+    warnings about the answers)."""
     model, settings, store = job.model, job.settings, job.source.store
     task, whole, folds, evidence = labelled_folds(job)
     table = studies_in_fold(job, task, whole, folds)
@@ -152,8 +152,8 @@ def thresholds_for(job):
         return model.record.thresholds
     if settings.dataset != model.record.dataset:
         raise UserError(
-            f"--target {rule}: thresholds are chosen on the validation fold, and that of "
-            f"{model.folder.name} is in another dataset; train with this --target"
+            f"--target {rule}: thresholds are chosen on the validation fold, but the validation "
+            f"fold of {model.folder.name} is in another dataset; train with this --target"
         )
     studies, *_ = answer_fold(job.but(subset="val", sample_limit=0), {})
     cuts = {
@@ -167,7 +167,7 @@ def thresholds_for(job):
 def compared_studies(job, studies):
     """--compare: name -> (Studies of a model or of a table of predictions, notes).
 
-    A model answers its own studies of the fold, at thresholds by the same rule.
+    Each model answers the studies that are in this fold for it, at thresholds by the same rule.
     """
     others = {}
     for name, other in job.others.items():

@@ -1,4 +1,4 @@
-"""The one loop: studies read ahead, batched, run through the network, trained or not."""
+"""The loop of training and prediction: read studies ahead, batch them, run the network."""
 
 import os
 from collections.abc import Callable
@@ -24,17 +24,17 @@ from echofocus_core.video.store import UnreadableStudy
 READERS = min(16, os.cpu_count() or 1)  # threads that read studies
 READ_AHEAD = 3  # batches read while another is computed
 WINDOW = 256  # studies of a step outside training, after which results are yielded
-LOWEST_RATE = 1e-7  # a non-finite loss does not halve a learning rate below it
+LOWEST_RATE = 1e-7  # a non-finite loss does not lower a learning rate below this
 
 
 @dataclass(frozen=True)
 class LoopContext:
-    """What a pass over studies needs beside the studies."""
+    """Everything that a pass over studies needs, except the studies."""
 
     net: torch.nn.Module
     store: Any
     settings: Any
-    targets: dict | None = None  # study id -> what to learn (C,), NaN where missing
+    targets: dict | None = None  # study id -> targets (C,), NaN if missing
     outputs: Outputs | None = None  # of the targets, see `study.outputs`
     unreadable: dict = field(default_factory=dict)  # gets study id -> reason; these are skipped
     world: World = World()  # the processes that share each step
@@ -51,7 +51,7 @@ class LoopContext:
 
 @dataclass
 class Planned:
-    """Studies to be computed together."""
+    """Studies that are computed together."""
 
     eids: list[str]
     ends_step: bool  # the last batch of its step
@@ -59,20 +59,21 @@ class Planned:
 
 @dataclass
 class Batch:
-    """Some studies' clips, one after the other: no padding. Empty where none can be read."""
+    """The clips of several studies, joined without padding. Empty if no study can be read."""
 
     eids: list[str]
     tokens: torch.Tensor  # (N, D) float32; for an EndToEnd uint8 images (N, L, S, S, 3)
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
     ends_step: bool
-    losses: torch.Tensor | None = None  # (S,) and their gradient in the outputs (S, O), where
-    output_grad: torch.Tensor | None = None  # they depend on the whole step: see `step_losses`
+    # Only for losses that depend on the whole step, see `step_losses`:
+    losses: torch.Tensor | None = None  # (S,)
+    output_grad: torch.Tensor | None = None  # gradient with respect to the outputs, (S, O)
 
 
 @dataclass
 class Outcome:
-    """Results of the loop, a row a study."""
+    """Results of the loop, one row per study."""
 
     eids: list[str]
     logits: np.ndarray  # (S, T) float32
@@ -85,7 +86,7 @@ class Outcome:
         return len(self.eids)
 
     def take(self, rows):
-        """The rows of these numbers, in their order."""
+        """An Outcome of these rows, in this order."""
         columns = []
         for column in (getattr(self, f.name) for f in fields(self)):
             if isinstance(column, np.ndarray):
@@ -99,11 +100,11 @@ class Outcome:
 
 
 def plan_batches(store, eids, settings, training, world=None):
-    """Yield the Planned batches of this process; each step has one that ends it.
+    """Yield the Planned batches of this process; the last one of a step has `ends_step`.
 
-    A step is `settings.batch_number` studies in training. Within one, studies of like size share
-    a batch, up to the limits in `settings`; the plan depends on nothing but the studies. The
-    batches of a step are dealt to the processes of `world`.
+    A step is `settings.batch_number` studies in training. Within a step, studies of similar size
+    share a batch, up to the limits in `settings`; the plan depends only on the studies. The
+    batches of a step are divided among the processes of `world`.
     """
     world = world or World()
     step = settings.batch_number if training else WINDOW
@@ -112,7 +113,7 @@ def plan_batches(store, eids, settings, training, world=None):
         chunk = eids[start : start + step]
         sizes = {eid: kept * store.size(eid) for eid in chunk}
         batches, n = [[]], 0.0
-        for eid in sorted(chunk, key=sizes.get, reverse=True):  # the largest first: see memory soon
+        for eid in sorted(chunk, key=sizes.get, reverse=True):  # largest first: peak memory early
             full = settings.batch_size and len(batches[-1]) == settings.batch_size
             if batches[-1] and (full or n + sizes[eid] > settings.batch_tokens):
                 batches.append([])
@@ -125,13 +126,13 @@ def plan_batches(store, eids, settings, training, world=None):
 
 
 def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, pin=False):
-    """Yield the Batch of every Planned, in order; threads read ahead, one more joins what is read.
+    """Yield the Batch of every Planned, in order; threads read ahead, and one thread joins clips.
 
-    unreadable: dict that gets study id -> reason for what cannot be read; those are skipped.
-    train_seed: for training: draws by study a transformed copy of the videos, if there are any, and
-    the clips that `settings.clip_dropout` leaves out; at least one clip stays.
+    unreadable: dict that gets study id -> reason for studies that cannot be read and are skipped.
+    train_seed: in training; draws, for each study, a transformed copy of the videos if available,
+    and the clips that `settings.clip_dropout` leaves out; at least one clip remains.
     look: called with the id and the StudyClips of every study that is read.
-    pin: join in page-locked memory, which a GPU copies from while it computes.
+    pin: use page-locked memory, which a GPU copies from while it computes.
     """
 
     def read(eid):
@@ -180,15 +181,16 @@ def collate(studies, ends_step, pin=False):
 
 
 def run_steps(context, eids, optimizer=None, epoch=0, label=""):
-    """The one loop: every study through the net once, in steps (`plan_batches`).
+    """Run every study through the net once, in steps (`plan_batches`).
 
     Yields (Outcome, number of studies, mean loss) of each step. With an optimiser the net is
     trained: each step ends with an update on the mean of its studies' losses. The batches of a step
-    are dealt to the processes of `context.world`, which add up their gradients, so that all update
-    alike; an Outcome has the process's own studies, number and mean loss are over all processes.
+    are divided among the processes of `context.world`, which sum their gradients, so that all make
+    the same update. An Outcome has only the studies of this process; the number and the mean loss
+    are over all processes.
 
-    All randomness comes from (settings.seed, epoch, study), none is kept: the rest of the studies
-    alone gives what the whole epoch gives from there on.
+    Random draws depend only on (settings.seed, epoch, study): a resumed epoch continues exactly
+    as an uninterrupted one.
     """
     net, world, settings = context.net, context.world, context.settings
     training = optimizer is not None
@@ -228,10 +230,10 @@ def run_steps(context, eids, optimizer=None, epoch=0, label=""):
 
 
 def compute_parallel(batches, compute, device):
-    """Yield (batch, compute(batch)) in order; on a CPU several batches of a step at a time.
+    """Yield (batch, compute(batch)) in order; on a CPU several batches of a step run at a time.
 
-    Each core has a batch of its own: products that are split over the cores wait for the slowest
-    of them, so that another job on one core would halve the speed.
+    Each core computes a separate batch: a product split over the cores waits for the slowest core,
+    so that another job on one core would halve the speed.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
@@ -271,8 +273,8 @@ def forward(context, batch, seed, graph):
 def run_batch(context, batch, seed=None):
     """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
 
-    seed: of the dropout, in training. Only then are there losses (S,) and gradients, of
-    `trainable_parameters`. Embeddings are (S, 0) where there are targets.
+    seed: of the dropout, in training. Losses (S,) and gradients (of `trainable_parameters`) are
+    only computed in training. Embeddings are (S, 0) if there are targets.
     """
     if not batch.eids:
         return None
@@ -296,9 +298,9 @@ def run_batch(context, batch, seed=None):
 
 @contextmanager
 def dropout_rng(seed, eids, device):
-    """What dropout draws from in a block: a numpy Generator; on a GPU torch's own, and None.
+    """Yield the generator for dropout: a numpy Generator; on a GPU None, for torch's generator.
 
-    torch's generators have their state again after the block.
+    The state of torch's generators is restored after the block.
     """
     if seed is None:
         yield None
@@ -316,7 +318,7 @@ def trainable_parameters(net):
 
 
 def add_gradients(total, gradients):
-    """Add two lists of tensors in place of the first; either may be None."""
+    """Add the second list of tensors to the first, in place; either may be None."""
     if total is None or gradients is None:
         return gradients if total is None else total
     torch._foreach_add_(total, gradients)
@@ -326,9 +328,9 @@ def add_gradients(total, gradients):
 def update(net, optimizer, gradients, losses, world):
     """One optimiser step on the mean gradient over the studies of all processes.
 
-    gradients: their sum over this process's studies, None if it had none. Returns the number of all
-    studies and their mean loss. Where that or a gradient is not finite the step is skipped, the
-    learning rates are halved, and the loss returned is NaN.
+    gradients: their sum over this process's studies, None without studies. Returns the number of
+    all studies and their mean loss. If the loss or a gradient is not finite, the step is skipped,
+    the learning rates are halved, and the returned loss is NaN.
     """
     parameters = trainable_parameters(net)
     gradients = gradients or [torch.zeros_like(p) for p in parameters]
@@ -361,9 +363,9 @@ def run_studies(net, store, eids, settings, label="", **options):
 
 
 def run_all_steps(context, eids, label=""):
-    """All of `run_steps`: one Outcome with a row for every readable study, in the order given.
+    """Collect `run_steps`: one Outcome with a row for every readable study, in the given order.
 
-    With targets it has the studies' losses, of which those of survival depend on all studies.
+    With targets it includes the studies' losses; survival losses depend on all studies.
     """
     steps = [outcome for outcome, _, _ in run_steps(context, eids, label=label)]
     outcome = merge_outcomes(steps, eids, context.net, context.world)
@@ -375,7 +377,7 @@ def run_all_steps(context, eids, label=""):
 
 
 def merge_outcomes(outcomes, eids, net, world=None):
-    """Outcomes of several steps and processes as one, in the order of `eids`."""
+    """Join the Outcomes of several steps and processes, in the order of `eids`."""
     outcomes = chain(*(world or World()).gather(outcomes))
     outcome = outcome_of_rows([[getattr(x, f.name) for f in fields(x)] for x in outcomes], net)
     place = {eid: i for i, eid in enumerate(eids)}
@@ -383,8 +385,8 @@ def merge_outcomes(outcomes, eids, net, world=None):
 
 
 def outcome_of_rows(rows, net):
-    """Rows as `Outcome` has them, of tensors or arrays -> one Outcome."""
-    rows = [row for row in rows if row[0]]  # steps of which nothing could be read
+    """Join rows with the fields of an Outcome, tensors or arrays, into one Outcome."""
+    rows = [row for row in rows if row[0]]  # without steps in which nothing could be read
     if not rows:
         return Outcome([], np.zeros((0, net.n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
     columns = []
@@ -401,5 +403,5 @@ def report_unreadable(unreadable, listener=RUN):
     if unreadable:
         listener.warning(
             f"{len(unreadable)} studies cannot be read:{listed(unreadable, 50)}",
-            "delete these files and extract them again; a run leaves the studies out",
+            "delete these files and extract them again; the studies are left out",
         )

@@ -1,12 +1,12 @@
 """Metrics of many resamples at once: functions of truths, predictions and weights.
 
-weights (S, B): how often each of S studies occurs in each of B resamples; a function gives (B,),
-one value for each resample. One column of ones gives the plain metric. Sums of weights are
-integers, exact in float32 up to 16 million.
+weights (S, B): how often each of S studies occurs in each of B resamples; a function returns (B,),
+one value per resample. One column of ones gives the plain metric. Sums of weights are integers,
+exact in float32 up to 16 million.
 
-A bootstrap is slow if every resample is sorted and summed again. Here a label is sorted once; only
-products of a sparse matrix (which study belongs to which group) with the weights, and running sums,
-depend on the resample.
+A bootstrap is slow if every resample is sorted and summed again. Here each label is sorted once;
+for a resample, only running sums and products of the weights with a sparse matrix (which study is
+in which group) are computed.
 """
 
 import warnings
@@ -17,8 +17,8 @@ from scipy import sparse, special
 from echofocus_core.base.console import UserError
 
 NODES = 512  # of the grid on which the calibration curve of a resample is fitted
-BINS = 10  # of the expected calibration error: equal widths
-NEAREST = 1e-6  # probabilities are kept this far from 0 and 1 before their logit is taken
+BINS = 10  # of the expected calibration error, of equal width
+NEAREST = 1e-6  # smallest distance of a probability from 0 and 1, for its logit
 
 
 # --------------------------------------------------------------------------------- building blocks
@@ -30,7 +30,7 @@ def sums(columns, weights):
 
 
 def grouped(group, n_groups, weights, rows=None):
-    """(n_groups, B): weights summed by group; `rows` are the studies that `group` is given for."""
+    """(n_groups, B): weights summed by group. `rows`: the studies of `group`; by default all."""
     rows = np.arange(len(group)) if rows is None else rows
     one = np.ones(len(rows), weights.dtype)
     return sparse.csr_matrix((one, (group, rows)), (n_groups, len(weights))) @ weights
@@ -49,26 +49,26 @@ def running_sum(weights, block=32):
 
 
 def squares_about_mean(total, total_of_squares, n):
-    """Sum of squares about the mean; NaN if it is only rounding error, as of equal values."""
+    """Sum of squares about the mean; NaN if it is only rounding error, as for equal values."""
     squares = total_of_squares - total**2 / n
     rounding = 100 * np.finfo(squares.dtype).eps * total_of_squares
     return np.where(squares > rounding, squares, np.nan)
 
 
 def sd_or_one(values):
-    """The SD to divide by: 1 where it is zero."""
+    """The SD as a divisor: 1 if it is zero."""
     return (values.std() if len(values) else 0) or 1
 
 
 def standardise(values):
-    """Values less their mean, over their SD: their sums lose no digits in float32."""
+    """(values - mean) / SD, whose sums lose no digits in float32."""
     return (values - values.mean()) / sd_or_one(values) if len(values) else values
 
 
 def weights_at_cuts(key, left, right, weights, left_weights=None, also=()):
-    """(cuts, at, below, tied): the weight of two groups of studies at the values of one of them.
+    """(cuts, at, below, tied): the weights of two groups of studies at the values of the left one.
 
-    key (S,); left, right: rows of two groups; cuts (G,): the distinct keys of `left` and those of
+    key (S,); left, right: rows of the two groups; cuts (G,): the distinct keys of `left` and of
     `also`; at, below, tied (G, B): the weight of `left` at each cut, of `right` below and at it.
     With weights of 1, left keys 0.2, 0.6, 0.6 and right keys 0.1, 0.6, 0.9:
 
@@ -89,7 +89,7 @@ def weights_at_cuts(key, left, right, weights, left_weights=None, also=()):
 
 
 def dot(a, b):
-    """(B,): the products of the columns of a and b, each (G, B)."""
+    """(B,): the dot products of the columns of a and b, each (G, B)."""
     return np.einsum("gb,gb->b", a, b)
 
 
@@ -101,7 +101,7 @@ def weights_or_ones(weights, n):
 
 
 def auroc(truth, score, weights=None):
-    """Area under the ROC curve, ties half; a float, or (B,) for weights; NaN of one class."""
+    """Area under the ROC curve, ties half; a float, or (B,) for weights; NaN for one class."""
     truth, score = np.asarray(truth), np.asarray(score)
     with np.errstate(all="ignore"):
         area = ranking(truth, score, weights_or_ones(weights, len(truth)))["auroc"]
@@ -109,8 +109,8 @@ def auroc(truth, score, weights=None):
 
 
 def ranking(truth, score, weights):
-    """auroc and average_precision, each (B,): the latter the sum over cuts of precision times the
-    step in recall, without interpolation."""
+    """auroc and average_precision, each (B,). Average precision is the sum over cuts of precision
+    times the step in recall, without interpolation."""
     left, right = np.flatnonzero(truth == 1), np.flatnonzero(truth == 0)
     _, at, below, tied = weights_at_cuts(score, left, right, weights)
     positive, negative = at.sum(axis=0), sums([truth == 0], weights)[0]
@@ -128,8 +128,8 @@ def ranking(truth, score, weights):
 def calibration(truth, probability, weights):
     """brier, calibration_slope, calibration_intercept, ece: each (B,).
 
-    Slope: of a logistic regression of the truth on the probability's logit; intercept: of one whose
-    slope is 1, "in the large" (Van Calster, J Clin Epidemiol 2016;74:167). Expected calibration
+    Slope: of a logistic regression of the truth on the probability's logit; intercept: with slope
+    1, "in the large" (Van Calster, J Clin Epidemiol 2016;74:167). Expected calibration
     error: |frequency - mean probability| in bins of equal width, weighted by size (Naeini 2015).
     """
     n, brier = sums([np.ones(len(truth)), (probability - truth) ** 2], weights)
@@ -149,9 +149,9 @@ def calibration(truth, probability, weights):
 def share_on_grid(x, weights):
     """(nodes (G,), weights at the nodes (G, B)), for sums of smooth functions of x.
 
-    The distinct values themselves where they are few or there is one resample. Otherwise the weight
-    of a study is shared between the two nodes beside it: the error of a logistic function of x is
-    then the spacing squared / 80, 1e-5 at most.
+    The nodes are the distinct values if these are few or there is one resample. Otherwise the
+    weight of a study is split between the two nearest nodes: the error of a logistic function of x
+    is then the spacing squared / 80, at most 1e-5.
     """
     distinct, value = np.unique(x, return_inverse=True)
     if len(distinct) <= 2 * NODES or weights.shape[1] == 1:
@@ -169,9 +169,9 @@ def fit_logistic(x, weights, target, slope_is_1):
     """(2, B): intercept and slope by Newton's method; NaN where no finite solution exists.
 
     x (G,), weights (G, B); target (2, B): weighted sums of truth and of truth times x. All
-    resamples start from the fit of their sum and leave the iteration when they have converged. For
-    example x = (-1, 1), weights (4, 4), 1 and 3 positive studies: target (4, 2), and the fit is
-    intercept 0, slope log(3), where the predicted sums 4 (p1 + p2) and 4 (p2 - p1) equal it.
+    resamples start from the fit of their sum and leave the iteration when they have converged.
+    Example: x = (-1, 1), weights (4, 4), 1 and 3 positive studies. The target is (4, 2), and the
+    fit is intercept 0, slope log(3), with predicted sums 4 (p1 + p2) = 4 and 4 (p2 - p1) = 2.
     """
     fit = np.zeros_like(target)
     fit[1] = slope_is_1
@@ -190,10 +190,10 @@ def fit_logistic(x, weights, target, slope_is_1):
             step = np.stack([s0 / h0, 0 * s0])
         else:
             area = h0 * h2 - h1**2
-            area[area <= 100 * eps * h0 * h2] = np.nan  # all probabilities are alike
+            area[area <= 100 * eps * h0 * h2] = np.nan  # all probabilities are equal
             step = np.stack([h2 * s0 - h1 * s1, h0 * s1 - h1 * s0]) / area
         fit[:, active] += step
-        # Newton converges quadratically: the error after a step is of the order of its square.
+        # Newton's method converges quadratically: the next error is about the step squared.
         active = active[abs(step).max(axis=0) > eps ** (1 / 3) * (1 + abs(fit[1, active]))]
         if not len(active):
             break
@@ -202,9 +202,9 @@ def fit_logistic(x, weights, target, slope_is_1):
 
 
 def operating(true_positive, false_positive, true_negative, false_negative, prevalence=None):
-    """What follows from the four counts, arrays of one shape: dict; inf or NaN where undefined.
+    """Metrics of the four counts, arrays of one shape: dict; inf or NaN if undefined.
 
-    With a prevalence also PPV and NPV as they would be at it (Bayes).
+    With a prevalence, also PPV and NPV at that prevalence (Bayes).
     """
     sensitivity = true_positive / (true_positive + false_negative)
     specificity = true_negative / (true_negative + false_positive)
@@ -230,10 +230,10 @@ def operating(true_positive, false_positive, true_negative, false_negative, prev
 
 
 def net_benefit(truth, probability, cuts, weights=None):
-    """(len(cuts), B): true positives less false ones times cut / (1 - cut), each over all studies.
+    """(len(cuts), B): (true positives - false positives * cut / (1 - cut)) / number of studies.
 
-    The decision curve of Vickers & Elkin, Med Decis Making 2006;26:565. To treat all is
-    probability 1.
+    The decision curve of Vickers & Elkin, Med Decis Making 2006;26:565. For "treat all", set every
+    probability to 1.
     """
     weights = weights_or_ones(weights, len(truth))
     gain = [(probability >= c) * (truth - (1 - truth) * c / (1 - c)) for c in cuts]
@@ -241,13 +241,13 @@ def net_benefit(truth, probability, cuts, weights=None):
 
 
 def choose_threshold(truth, probability, rule="youden"):
-    """The probability from which on a study is positive, chosen on these studies; or None.
+    """The lowest probability of a positive study, chosen on these studies; or None.
 
     rule: "youden", the largest sensitivity + specificity (Youden, Cancer 1950;3:32);
     "sensitivity=0.95", the highest threshold that reaches it; "specificity=0.95", the lowest. The
-    threshold is halfway to the next lower probability, so that rounding decides nothing. None with
-    one class, where no threshold is better than chance (youden) or where none finds a positive
-    study (specificity).
+    threshold is halfway to the next lower probability, so that rounding has no effect. None with
+    only one class, or if no threshold is better than chance (youden) or detects a positive study
+    (specificity).
     """
     goal, target = read_target(rule)
     usable = np.isfinite(truth) & np.isfinite(probability)
@@ -273,7 +273,7 @@ def choose_threshold(truth, probability, rule="youden"):
 
 
 def read_target(rule):
-    """("youden", None) or e.g. ("sensitivity", 0.95) of the text of `--target`."""
+    """Parse `--target`: ("youden", None) or, for example, ("sensitivity", 0.95)."""
     goal, _, number = rule.partition("=")
     try:
         if rule == "youden":
@@ -289,8 +289,8 @@ def read_target(rule):
 
 
 def errors(truth, values, weights):
-    """Each (B,): mean_absolute_error, rmse, bias (mean of value - truth), loa_low, loa_high (bias
-    -+ 1.96 SD, Bland & Altman, Lancet 1986;1:307), r2 (1 - squared error / variance), pearson."""
+    """mean_absolute_error, rmse, bias (mean of value - truth), loa_low, loa_high (bias -+ 1.96 SD,
+    Bland & Altman, Lancet 1986;1:307), r2 (1 - squared error / variance), pearson: each (B,)."""
     scale, e = sd_or_one(truth), values - truth
     y, f = standardise(truth), standardise(values)
     middle = e.mean() if len(e) else 0  # subtracted first: its square would lose digits
@@ -319,8 +319,8 @@ def spearman(truth, values, weights):
 
 
 def mid_ranks(values, weights):
-    """(mid-ranks (G, B) of the distinct values less their mean, the place (S,) of each study among
-    them, the sum of squares of the ranks (B,))."""
+    """(mid-ranks (G, B) of the distinct values minus their mean, the index (S,) of each study's
+    value, the sum of squares of the ranks (B,))."""
     distinct, place = np.unique(values, return_inverse=True)
     half = grouped(place, len(distinct), weights)
     ranks = running_sum(half)
@@ -331,7 +331,7 @@ def mid_ranks(values, weights):
 
 
 def weighted_median(values, weights, block=64):
-    """(B,): the median of values (S,) repeated by weights (S, B), the mean of two in the middle."""
+    """(B,): the median of values (S,) repeated by weights (S, B); the mean of two middle values."""
     if not len(values):
         return np.full(weights.shape[1], np.nan)
     order = np.argsort(values)
@@ -365,8 +365,8 @@ def confusion(truth, predicted, n_classes, weights=None):
 
 
 def agreement(table):
-    """Of confusion's (K, K, B): balanced_accuracy (mean over classes of the share recognised) and
-    kappa with quadratic weights (Cohen, Psychol Bull 1968;70:213), each (B,)."""
+    """balanced_accuracy (the mean recall over classes) and kappa with quadratic weights (Cohen,
+    Psychol Bull 1968;70:213), each (B,), from the table (K, K, B) of `confusion`."""
     of_truth, of_predicted, n = table.sum(axis=1), table.sum(axis=0), table.sum(axis=(0, 1))
     k = np.arange(len(table))
     distance = ((k[:, None] - k) ** 2)[..., None]
@@ -382,14 +382,14 @@ def agreement(table):
 def c_index(time, event, risk, weights=None):
     """Harrell's C (JAMA 1982;247:2543): a float, or (B,) for weights.
 
-    Of the comparable pairs, the share in which the study with the earlier event has the higher
-    risk; equal risks count half. A pair is comparable when the shorter time ends in an event; at
-    equal times, when exactly one of the two does.
+    The share of comparable pairs in which the study with the earlier event has the higher risk;
+    equal risks count half. A pair is comparable if the shorter time ends in an event; at equal
+    times, if exactly one of the two does.
 
-    The pairs are counted as in a radix sort, O(S log2 S) for each resample: the order of two places
-    in time is decided at their highest differing bit, so each bit compares studies (with events) of
-    lower half-blocks with those of the upper half of the same block. For times 1, 2, 3 (places 0,
-    1, 2; all events) bit 0 compares place 0 with 1, and bit 1 places 0 and 1 with 2.
+    The pairs are counted as in a radix sort, O(S log2 S) per resample: the highest differing bit
+    of two places in time determines their order, so each bit compares studies with events in the
+    lower half of a block with studies in its upper half. For times 1, 2, 3 (places 0, 1, 2; all
+    events), bit 0 compares place 0 with 1, and bit 1 compares places 0 and 1 with 2.
     """
     single, weights = weights is None, weights_or_ones(weights, len(time))
     time, event = np.asarray(time, float), np.asarray(event, bool)
@@ -416,10 +416,10 @@ def c_index(time, event, risk, weights=None):
 
 
 def dynamic_auroc(time, event, risk, at, weights=None):
-    """AUROC of studies with the event by time `at` against those followed beyond it; float or (B,).
+    """AUROC of studies with the event by time `at` against studies followed longer: float or (B,).
 
     Cumulative cases, dynamic controls; cases weighted by 1 / probability of not being censored
-    before their time (Uno, J Am Stat Assoc 2007;102:527), estimated again in each resample.
+    before their time (Uno, J Am Stat Assoc 2007;102:527), estimated in each resample.
     """
     single, weights = weights is None, weights_or_ones(weights, len(time))
     time, event, risk = np.asarray(time, float), np.asarray(event, bool), np.asarray(risk)
@@ -444,12 +444,12 @@ def dynamic_auroc(time, event, risk, at, weights=None):
 
 
 def breslow(time, event, risk, most=400):
-    """The baseline that turns log hazards into survival: a dict of `mean` (of `risk`), `times` and
-    `cumulative`, the cumulative hazard of a study of mean risk at these times: 0, the times of
-    events, the longest time; with more than `most` events, that many quantiles of their times.
-    Times are rounded to three digits.
+    """The baseline hazard, which converts log hazards to survival, as a dict: `mean` (of `risk`),
+    `times`, and `cumulative`, the cumulative hazard at these times for a study of mean risk. The
+    times are 0, the times of events (with more than `most` events, that many quantiles) and the
+    longest time, rounded to three digits.
 
-    Breslow's estimate (J R Stat Soc B 1972;34:216). None where no time is above 0. See
+    Breslow's estimate (J R Stat Soc B 1972;34:216). None if no time is above 0. See
     `study.models.survival_at`.
     """
     usable = np.isfinite(time) & np.isfinite(event) & np.isfinite(risk)
@@ -473,7 +473,7 @@ def kaplan_meier(time, event):
     """(times, survival, low, high, at risk), each (G,), from time 0 on: the product-limit estimate
     with Greenwood's 95 % interval on the scale of log(-log), NaN where survival is 1 or 0.
 
-    Studies count as independent: give one for each patient.
+    Studies are assumed independent: pass one per patient.
     """
     time, event = np.asarray(time, float), np.asarray(event, bool)
     from scipy import stats

@@ -1,4 +1,4 @@
-"""The set transformer that reads a study's clips, and PanEcho's own heads."""
+"""The set transformer that reads a study's clips, and PanEcho's task heads."""
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,16 @@ DROPOUT = 0.2
 
 
 class StudyModel(nn.Module):
-    """The set transformer: a study's clips, an unordered set, to its labels.
+    """The set transformer: from a study's clips, an unordered set, to its labels.
 
-    standard: encoder over the clips, mean or max over them, linear head.
-    query: a learned query token joins the clips, its output goes to the head.
-    multiquery: one query a label, one shared head.
+    standard: encoder over the clips, mean or maximum over clips, linear head.
+    query: a learned query token joins the clips; the head reads its output.
+    multiquery: one query per label, one shared head.
     Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
     """
 
     def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
-        """groups: slices of outputs that are the classes of one label."""
+        """groups: slices of the outputs, each with the classes of one label."""
         super().__init__()
         self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
         self.groups = groups
@@ -38,7 +38,7 @@ class StudyModel(nn.Module):
 
     @property
     def queries(self):
-        """The learned query tokens (Q, D); none for the standard kind."""
+        """The learned query tokens (Q, D); None for the standard kind."""
         if self.kind == "standard":
             return None
         return (self.query_token if self.kind == "query" else self.query_tokens)[0]
@@ -47,8 +47,8 @@ class StudyModel(nn.Module):
         """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
 
         A multiquery model's embedding is the mean over its labels; without `pool_queries` there is
-        one a label, (S, T, D). Outputs of classes are log-odds, see `study.outputs`.
-        rng: a numpy Generator that dropout draws from in training; torch's own without.
+        one per label, (S, T, D). Outputs of classes are log-odds, see `study.outputs`.
+        rng: a numpy Generator for dropout in training; None: torch's generator.
         """
         logits, embeddings = self.read(tokens, lengths, rng)
         if self.kind == "multiquery" and pool_queries:
@@ -70,17 +70,16 @@ class StudyModel(nn.Module):
         return self.ff(x).squeeze(-1), x
 
     def first_norm_input(self, tokens):
-        """What the first LayerNorm of a study's tokens (N, D) sees: (queries or all tokens, D)."""
+        """The input of the first LayerNorm for a study's tokens (N, D): (queries or tokens, D)."""
         x = tokens if self.queries is None else torch.cat([self.queries, tokens])
         n_queries = len(x) - len(tokens) if self.depth == 1 else 0
         attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
         return x[: n_queries or None] + attended
 
     def attention_maps(self, tokens):
-        """Each layer's attention within a study's tokens (N, D), the queries before them.
+        """Each layer's attention among a study's tokens (N, D), preceded by the queries.
 
-        Yields ((N, N) mean over heads, whether the layer has a residual path, as all but that of
-        depth 0 have).
+        Yields ((N, N) mean over heads, whether the layer has a residual path: not at depth 0).
         """
         x = tokens if self.queries is None else torch.cat([self.queries, tokens])
         for layer in self.encoder.layers if self.depth else [None]:
@@ -91,7 +90,7 @@ class StudyModel(nn.Module):
             x = encoder_layer(layer, x, [len(x)]) if layer else x
 
     def encode(self, x, lengths, n_queries, rng=None):
-        """All tokens through the encoder; with queries only theirs come out: (S * Q, D)."""
+        """Run all tokens through the encoder; with queries, return only those: (S * Q, D)."""
         if not self.depth:
             return attend(self.encoder, x, lengths, n_queries, rng)
         for i, layer in enumerate(self.encoder.layers):
@@ -101,7 +100,7 @@ class StudyModel(nn.Module):
 
 
 class EachQuery(nn.Module):
-    """A multiquery StudyModel whose study embeddings are one a label, (S, T, D)."""
+    """A multiquery StudyModel with one study embedding per label, (S, T, D)."""
 
     def __init__(self, net):
         super().__init__()
@@ -112,9 +111,9 @@ class EachQuery(nn.Module):
 
 
 class Readings(nn.Module):
-    """PanEcho's own answers from stored clip embeddings: its heads are linear in them.
+    """PanEcho's readings from stored clip embeddings, which are the input of its task heads.
 
-    A study's reading is the mean over its clips and videos of the activated outputs. Called like a
+    A study's reading is the mean of the activated outputs over its clips and videos. Called like a
     StudyModel: tokens (N, D), lengths (S) -> readings (S, T) and mean clip embeddings (S, D).
     """
 
@@ -122,7 +121,7 @@ class Readings(nn.Module):
         super().__init__()
         self.heads, self.columns = encoder, encoder.columns()
         self.n_labels = len(self.columns)
-        del self.heads.encoder  # no video is touched again
+        del self.heads.encoder  # no video is encoded
 
     def forward(self, tokens, lengths, rng=None):
         outputs = torch.cat(list(self.heads.read(tokens).values()), dim=1)
@@ -130,7 +129,7 @@ class Readings(nn.Module):
 
 
 def against_rest(logits, groups):
-    """Logits (S, O) with those of each group of classes (a slice) made log-odds against the rest.
+    """Replace the logits (S, O) of each group of classes (a slice) by log-odds against the rest.
 
     softmax(z)_k / (1 - softmax(z)_k) = exp(z_k) / (the sum of exp(z_j), j != k).
     """

@@ -1,14 +1,14 @@
-"""From truths and predictions to metrics with 95 % intervals: pure functions of arrays.
+"""Metrics with 95 % intervals from truths and predictions: pure functions of arrays.
 
     outcomes = [BinaryOutcome("VSD", truth, p, threshold=0.31), RegressionOutcome("EF", ef, f, "%")]
     for estimate in estimates(outcomes, patients): print(estimate.row())
 
 An outcome is a label with its truths and predictions. Its `metrics(weights)` are computed from
-`weights` (S, B): how often each of S studies occurs in each of B resamples. The value itself is the
-same computation with weights of one, so that value and interval cannot drift apart. Patients are
-resampled, not studies: all studies of a patient come and go together.
+`weights` (S, B): how often each of S studies occurs in each of B resamples. The value is the same
+computation with weights of one, so that value and interval are consistent. Patients are resampled,
+not studies: a resample has all studies of a patient, or none.
 
-Truths are NaN where they are missing; such studies are ignored.
+Truths are NaN if missing; such studies are ignored.
 """
 
 import os
@@ -24,8 +24,8 @@ from threadpoolctl import threadpool_limits
 from echofocus_core.base.console import UserError
 from echofocus_core.study import metrics as mt
 
-CHUNK_BYTES = 2**24  # of weights: a chunk fits a cache; a metric holds a few arrays of this size
-QUARTERS = 4  # parts by truth in which a regression's error is also given
+CHUNK_BYTES = 2**24  # of weights, to fit the cache; a metric needs several arrays of this size
+QUARTERS = 4  # quantile groups of the truth, for which a regression's error is also computed
 COUNTS = ("true_positive", "false_positive", "true_negative", "false_negative")
 DISCRIMINATION = (
     *("auroc", "average_precision", "brier"),
@@ -37,11 +37,11 @@ AT_PREVALENCE = ("ppv_at_prevalence", "npv_at_prevalence")
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number of a table: the value of a metric of a label with its 95 % interval.
+    """A metric of a label with its 95 % interval.
 
-    value, ci_low, ci_high are NaN where they are not defined; `note` then says why. n counts
-    studies, n_positive those with the finding or event (-1: does not apply). n_boot resamples gave
-    a value. p_value is that of a difference.
+    value, ci_low, ci_high are NaN if not defined; `note` then gives the reason. n: number of
+    studies; n_positive: those with the finding or event (-1: does not apply); n_boot: number of
+    resamples with a value; p_value: only of a difference.
     """
 
     label: str
@@ -69,10 +69,10 @@ class Estimate:
 
 @dataclass(eq=False)
 class Outcome:
-    """What the kinds of label have in common. `truth` (S,), NaN where missing.
+    """A label with its truths and predictions. `truth` (S,), NaN if missing.
 
-    A kind declares the metric that represents it (`headline`), the metrics of the page's tables by
-    their headings, its figures (of `report.curves`), and whether truths can be averaged.
+    A subclass for a kind of label declares its main metric (`headline`), the metrics in the tables
+    of the page by heading, and its figures (of `report.curves`).
     """
 
     label: str
@@ -96,7 +96,7 @@ class Outcome:
 
     @property
     def predicted_columns(self):
-        """Name -> (S,): the predictions of the table `saveout`, named as a model's outputs are."""
+        """Name -> (S,): the predictions of the table `saveout`, named like a model's outputs."""
         return {self.label: self.predicted}
 
     @cached_property
@@ -125,7 +125,7 @@ class Outcome:
         raise NotImplementedError
 
     def denominator_mask(self, metric):
-        """(S,) bool: the studies that the metric is a proportion of; None for other metrics."""
+        """(S,) bool: the denominator, if the metric is a proportion of studies; else None."""
         return None
 
     def why_missing(self, metric):
@@ -133,7 +133,7 @@ class Outcome:
         return "no study has both a truth and a prediction" if not self.n else ""
 
     def arrays(self):
-        """Field -> array, of the fields that have a row for each study."""
+        """Field -> array, for the fields that have one row per study."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
 
@@ -142,8 +142,8 @@ class Outcome:
         return replace(self, **{name: values[rows] for name, values in self.arrays().items()})
 
     def by_patient(self, patients, rule):
-        """(outcome with a row for each patient, in sorted order; patients without a truth because
-        their studies differ in it). rule: mean, first or last, of the patient's usable studies."""
+        """(outcome with one row per patient, in sorted order; number of patients without a truth
+        because their studies differ). rule: mean, first or last of the patient's usable studies."""
         patients, usable = np.asarray(patients), self.usable
         table = pd.concat(
             {name: pd.DataFrame(x[usable]) for name, x in self.arrays().items()}, axis=1
@@ -163,11 +163,11 @@ class Outcome:
 
 
 def checked_arrays(label, *arrays):
-    """Float arrays of one length, the truth (S,) first; UserError names the label."""
+    """Float arrays of one length, the truth (S,) first. Raises UserError with the label's name."""
     arrays = [np.asarray(x, float) for x in arrays]
     if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
         shapes = ", ".join(str(x.shape) for x in arrays)
-        raise UserError(f"{label}: truths and predictions do not belong together, shapes {shapes}")
+        raise UserError(f"{label}: truths and predictions have different shapes: {shapes}")
     if any(np.isinf(x).any() for x in arrays):
         raise UserError(f"{label}: a truth or a prediction is infinite")
     return arrays
@@ -186,8 +186,7 @@ def smaller(a, b):
 class BinaryOutcome(Outcome):
     """A finding: truth 0 or 1, probability (S,). A study is positive from `threshold` on.
 
-    threshold: one number, or (S,) one for each study: the folds of a cross-validation have their
-    own.
+    threshold: one number, or (S,) one per study: each fold of a cross-validation has its own.
     """
 
     probability: np.ndarray
@@ -206,10 +205,12 @@ class BinaryOutcome(Outcome):
         if not np.isin(self.truth[np.isfinite(self.truth)], (0, 1)).all():
             raise UserError(f"{self.label}: a truth is neither 0, 1 nor missing")
         if np.any((self.probability < 0) | (self.probability > 1)):
-            raise UserError(f"{self.label}: a probability is not within 0 to 1; are these logits?")
+            raise UserError(
+                f"{self.label}: a probability is not between 0 and 1; are these logits?"
+            )
         cuts = np.atleast_1d(0.0 if self.threshold is None else self.threshold)
         if (cuts < 0).any() or (cuts > 1).any():
-            raise UserError(f"{self.label}: a threshold is not within 0 to 1, as a probability is")
+            raise UserError(f"{self.label}: a threshold is not between 0 and 1")
 
     @property
     def predicted(self):
@@ -246,8 +247,8 @@ class BinaryOutcome(Outcome):
         if metric in AT_PREVALENCE and self.prevalence is None:
             return "no prevalence is given"
         if metric.startswith("calibration"):
-            return "no finite fit: the probabilities are all alike or separate the classes"
-        return "divides by zero: all or none of the studies are positive at the threshold"
+            return "no finite fit: the probabilities are all equal or separate the classes"
+        return "division by zero: all or none of the studies are positive at the threshold"
 
     def compute(self, weights):
         y, p, positive = (x[self.usable] for x in (self.truth, self.probability, self.positive))
@@ -287,16 +288,16 @@ class RegressionOutcome(Outcome):
         if text := super().why_missing(metric):
             return text
         if self.n == 1:
-            return "one study"
+            return "only one study"
         if np.ptp(self.truth[self.usable]) == 0:
             return "the truth is the same in all studies"
         if np.ptp(self.values[self.usable]) == 0:
             return "the prediction is the same in all studies"
-        return "no study in this part"
+        return "no study in this quarter"
 
     @cached_property
     def edges(self):
-        """(QUARTERS + 1,): quantiles of the truth, the edges of the parts q1, q2, ..."""
+        """(QUARTERS + 1,): quantiles of the truth, the limits of the quarters q1, q2, ..."""
         truth = self.truth[self.usable]
         return np.quantile(truth, np.linspace(0, 1, QUARTERS + 1)) if len(truth) else np.array([])
 
@@ -329,7 +330,7 @@ class MulticlassOutcome(Outcome):
             shape = self.probabilities.shape
             raise UserError(f"{self.label}: {K} classes, probabilities {shape}")
         if not np.isin(self.truth[np.isfinite(self.truth)], range(K)).all():
-            raise UserError(f"{self.label}: a truth is none of 0 to {K - 1}")
+            raise UserError(f"{self.label}: a truth is not one of 0 to {K - 1}")
 
     @property
     def predicted(self):
@@ -370,7 +371,7 @@ class MulticlassOutcome(Outcome):
 
 @dataclass(eq=False)
 class SurvivalOutcome(Outcome):
-    """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher dies sooner.
+    """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher is earlier.
 
     `years`: the times at which the cumulative/dynamic AUROC is given; a year is `per_year` units.
     """
@@ -411,7 +412,7 @@ class SurvivalOutcome(Outcome):
 
     def by_patient(self, patients, rule):
         if rule == "mean":
-            raise UserError(f"{self.label}: times are not pooled: --pool first or last")
+            raise UserError(f"{self.label}: times cannot be averaged; use --pool first or last")
         return super().by_patient(patients, rule)
 
     def denominator_mask(self, metric):
@@ -428,8 +429,8 @@ class SurvivalOutcome(Outcome):
         if not self.n_positive:
             return "no event"
         if metric == "c_index":
-            return "no two studies whose order of events is certain"
-        return "no event before, or no study followed beyond, this time"
+            return "no comparable pair of studies"
+        return "no event before this time, or no follow-up beyond it"
 
     def compute(self, weights):
         time, risk = self.truth[self.usable], self.risk[self.usable]
@@ -465,9 +466,9 @@ def resamples(patients, n_boot, seed=0, chunk_bytes=CHUNK_BYTES):
 
 
 def bootstrap(outcomes, patients, n_boot=1000, seed=0):
-    """{(label, metric): (1 + n_boot,)}: the value on all studies, then in each resample of the
-    patients, the same resamples for all outcomes."""
-    threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # one label in each
+    """{(label, metric): (1 + n_boot,)}: the value on all studies, then on each resample of the
+    patients. All outcomes use the same resamples."""
+    threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # one label per thread
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
 
         def metrics(weights):
@@ -489,16 +490,16 @@ def mean_interval(values, patients, n_boot=1000):
 
 
 def interval(values, n_patients, proportion_of=0):
-    """(low, high, n_boot) of 95 % from (1 + n_boot,): the value, then its resamples.
+    """(low, high, n_boot): the 95 % interval from (1 + n_boot,), the value and its resamples.
 
     Percentiles of the resamples, at levels widened by Student's t for the number of patients
     (Hesterberg, Am Stat 2015;69:371). A proportion of `proportion_of` patients (0: another metric)
-    has Wilson's interval with the effective size that follows from its variance over resamples
-    (Dean & Pagano, J Surv Stat Methodol 2015;3:484): for a sensitivity of 0.9 in 40 patients with
-    several studies each, percentiles held the true value 78 times in 100, Wilson's interval 96
-    times; and 15 right of 15 is not "1.00 to 1.00". Expected calibration error is too large in
-    small samples, and so is its interval: 90 in 100 with 150 patients. NaN for one patient, where
-    under 100 resamples have a value, or where they are all the same.
+    has Wilson's interval with the effective sample size from its variance over resamples (Dean &
+    Pagano, J Surv Stat Methodol 2015;3:484). For a sensitivity of 0.9 in 40 patients with several
+    studies each, percentiles covered the true value 78 times in 100, Wilson's interval 96 times;
+    and for 15 correct of 15 it is not "1.00 to 1.00". The expected calibration error is biased
+    upwards in small samples, and so is its interval: coverage is 90 % with 150 patients. NaN for
+    one patient, for less than 100 resamples with a value, or if all these are equal.
     """
     value, resampled = values[0], values[1:][~np.isnan(values[1:])]
     n_boot = len(resampled)
@@ -535,11 +536,11 @@ def estimate(outcome, metric, values, patients):
     elif metric in COUNTS:
         note = "a count"
     elif np.isinf(values[0]):
-        note = "infinite: divides by zero"
+        note = "infinite: division by zero"
     elif n_patients < 2:
         note = "one patient: no interval"
     elif np.isnan(low):
-        note = "no interval: too few resamples have a value, or all have the same"
+        note = "no interval: too few resamples have a value, or all values are equal"
     elif n_boot < len(values) - 1:
         note = f"interval from the {n_boot} of {len(values) - 1} resamples that have a value"
     n, positive, unit = outcome.n, outcome.n_positive, outcome.unit(metric)
@@ -550,7 +551,7 @@ def estimate(outcome, metric, values, patients):
 def estimates(outcomes, patients, n_boot=1000, seed=0):
     """[Estimate]: every metric of every outcome, then the means over labels, with intervals.
 
-    outcomes: of the same studies, one for each label; patients (S,): of each study.
+    outcomes: one per label, for the same studies; patients (S,): the patient of each study.
     """
     values, of_label = bootstrap(outcomes, patients, n_boot, seed), {o.label: o for o in outcomes}
     rows = [estimate(of_label[label], m, x, patients) for (label, m), x in values.items()]
@@ -558,10 +559,10 @@ def estimates(outcomes, patients, n_boot=1000, seed=0):
 
 
 def macro_means(outcomes, values, patients):
-    """[Estimate] labelled "mean": of each metric that two labels or more have in the same unit.
+    """[Estimate] labelled "mean", for each metric that two or more labels have in the same unit.
 
     values: of `bootstrap`. A resample's mean is over the labels that have a value in it. Labels
-    without a value on all studies are left out; `note` says how many labels are in the mean.
+    without a value on all studies are left out; `note` gives the number of labels in the mean.
     """
     rows = []
     for metric in sorted({metric for _, metric in values} - set(COUNTS)):
@@ -585,11 +586,10 @@ def macro_means(outcomes, values, patients):
 
 
 def compare(first, second, patients, n_boot=1000, seed=0):
-    """[Estimate]: first - second of two models' outcomes of the same studies, label by label.
+    """[Estimate]: the differences first - second between two models on the same studies.
 
-    Each label on the studies that both models predict. AUROC of findings by `delong`, with a
-    p_value; the other metrics by the same resamples for both. UserError where labels or truths
-    differ.
+    Each label uses the studies that both models predict. The AUROC of findings uses `delong`, with
+    a p_value; other metrics use the same resamples for both. UserError if labels or truths differ.
     """
     first, second = on_both(first, second)
     values, others = (bootstrap(o, patients, n_boot, seed) for o in (first, second))
@@ -602,7 +602,7 @@ def compare(first, second, patients, n_boot=1000, seed=0):
 
 
 def difference(a, b, metric, values, others, patients):
-    """Estimate of a metric of outcome a less that of b; values, others (1 + n_boot,)."""
+    """Estimate of a metric of outcome a minus that of b; values, others (1 + n_boot,)."""
     with np.errstate(invalid="ignore"):
         less = values - others
     low, high, n_boot = interval(less, count_patients(patients, a.usable))
@@ -615,14 +615,14 @@ def difference(a, b, metric, values, others, patients):
         missing, whose = (a, "") if np.isnan(values[0]) else (b, "the other: ")
         return replace(row, note=whose + missing.why_missing(metric))
     if np.isnan(row.ci_low):
-        return replace(row, note="no interval: too few patients, or all resamples the same")
+        return replace(row, note="no interval: too few patients, or all resamples are equal")
     return row
 
 
 def on_both(first, second):
-    """Two models' outcomes of the same studies, with the truths only of studies that both predict.
+    """Two models' outcomes, with truths only for the studies that both predict.
 
-    UserError where labels or truths differ.
+    UserError if labels or truths differ.
     """
     if [o.label for o in first] != [o.label for o in second]:
         raise UserError("the two models do not have the same labels")
@@ -632,14 +632,14 @@ def on_both(first, second):
         if truths and isinstance(a, SurvivalOutcome):
             truths.append((a.event, b.event))
         if not truths or not all(np.array_equal(*pair, equal_nan=True) for pair in truths):
-            raise UserError(f"{a.label}: the two models' studies do not have the same truths")
+            raise UserError(f"{a.label}: the two models have different truths for the same studies")
         truth = np.where(a.usable & b.usable, a.truth, np.nan)
         pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
     return [list(x) for x in zip(*pairs, strict=True)]
 
 
 def delong_difference(a, b, patients):
-    """(low, high, p value) of a's less b's AUROC; NaN where the variance is not defined."""
+    """(low, high, p value) of AUROC(a) - AUROC(b); NaN if the variance is not defined."""
     usable = a.usable
     scores = np.stack([a.probability[usable], b.probability[usable]], axis=1)
     area, covariance = delong(a.truth[usable], scores, np.asarray(patients)[usable])
@@ -655,9 +655,9 @@ def delong(truth, scores, patients=None):
     """(AUROCs (M,), their covariance (M, M)) of M models on the same studies; scores (S, M).
 
     DeLong (Biometrics 1988;44:837) by mid-ranks (Sun & Xu, IEEE Signal Process Lett 2014;21:1389).
-    With `patients`, whose studies are not independent, their sums replace single studies
-    (Obuchowski, Biometrics 1997;53:567); with one study per patient both are the same. NaN where a
-    class has fewer than two patients.
+    With `patients`, whose studies are not independent, sums over patients replace single studies
+    (Obuchowski, Biometrics 1997;53:567); with one study per patient both are equal. NaN if a class
+    has fewer than two patients.
     """
     scores, truth = np.asarray(scores, float).reshape(len(truth), -1), np.asarray(truth)
     positive, negative = scores[truth == 1], scores[truth == 0]

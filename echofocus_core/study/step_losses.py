@@ -1,13 +1,13 @@
-"""Exact gradients of losses that depend on all studies of an optimiser step, a batch at a time.
+"""Exact gradients, batch by batch, of losses that depend on all studies of an optimiser step.
 
 With outputs z_s of each study s of a step and parameters w, the loss L(z_1, ..., z_S) has
 
     dL/dw = sum over s of (dL/dz_s) (dz_s/dw)
 
-so two passes suffice: the first computes all z without a graph, which gives dL/dz; the second
-computes each batch again with its graph, for its part of the sum. Both passes draw the same
-dropout. The clips of a step (images, where the encoder is trained) are in memory together, their
-activations are not.
+so two passes are enough: the first computes all z without a graph, which gives dL/dz; the second
+computes each batch again with its graph, for its part of the sum. Both passes use the same
+dropout. All clips of a step (images, if the encoder is trained) are in memory at once, but not
+their activations.
 """
 
 from dataclasses import replace
@@ -19,10 +19,10 @@ from echofocus_core.study.outputs import study_losses
 
 
 def with_output_grads(batches, compute_logits, context):
-    """Yield the batches with `losses` (S,) and `output_grad` (S, O), their loss's gradient.
+    """Yield the batches with `losses` (S,) and `output_grad` (S, O), the gradient of the loss.
 
-    compute_logits: Batch -> logits (S, O), without a graph. context: a LoopContext; a step has the
-    studies of all its processes.
+    compute_logits: Batch -> logits (S, O), without a graph. context: a LoopContext; a step contains
+    the studies of all processes.
     """
     step = []
     for batch in batches:

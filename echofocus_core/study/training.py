@@ -36,7 +36,7 @@ REMEDY = "use another --model_name or --run_id"
 
 
 def fresh_network(settings, outputs, parent=None, units=()):
-    """A StudyModel by these settings; its weights are drawn by the seed, or a parent model's.
+    """A StudyModel with random weights from the seed, or with those of a parent model.
 
     parent: LoadedModel to start from, or None; units: of the labels.
     """
@@ -48,7 +48,7 @@ def fresh_network(settings, outputs, parent=None, units=()):
         )  # fmt: skip
     if parent:
         copy_weights(net, outputs, parent, dict(units))
-    if settings.freeze and not settings.end_to_end:  # EndToEnd freezes its parts itself
+    if settings.freeze and not settings.end_to_end:  # otherwise EndToEnd freezes its parts
         for name, p in net.named_parameters():
             p.requires_grad_(is_head(name))
     return net
@@ -60,7 +60,7 @@ def is_head(name):
 
 
 def rate_groups(net, settings):
-    """Parameter groups of the optimiser, one a learning rate, the head's last."""
+    """Parameter groups of the optimiser, one per learning rate, with the head last."""
     rate, groups = settings.learning_rate, {}
 
     def rate_of(name):
@@ -78,7 +78,7 @@ def rate_groups(net, settings):
 
 
 def copy_weights(net, outputs, parent, units):
-    """Copy a parent model's weights; those of a label only where name, kind and unit agree."""
+    """Copy a parent model's weights; those of a label only if name, kind and unit are the same."""
     labels, kinds = outputs.names, parent.outputs.kind_of
     state, given = net.state_dict(), parent.net.state_dict()
     by_label = ["query_tokens"] if net.kind == "multiquery" else ["ff.weight", "ff.bias"]
@@ -97,20 +97,20 @@ def copy_weights(net, outputs, parent, units):
             state[name] = tensor
     net.load_state_dict(state)
     fresh = len(labels) - len(shared)
-    print(f"starting from {parent.folder.name}: {len(shared)} heads kept, {fresh} fresh")
+    print(f"starting from {parent.folder.name}: loaded {len(shared)} heads, {fresh} new heads")
 
 
 # ---------------------------------------------------------------------------------- the training
 
 
 def is_finished(losses, settings):
-    """Whether a training with these validation losses, one an epoch, is finished."""
+    """Whether a training with these validation losses, one per epoch, is finished."""
     since_best = len(losses) - 1 - int(np.argmin(losses)) if losses else 0
     return 0 < settings.epoch_lim <= len(losses) or since_best >= settings.epoch_early_stop
 
 
 def refuse_model_without_checkpoint(folder):
-    """UserError for a folder with a model that training would overwrite, not resume."""
+    """UserError if training would overwrite the model in a folder instead of resuming it."""
     refuse_finished_model(
         folder, folder / "best_checkpoint.pt", folder / "run.json", folder / "train_losses.csv",
         f"train under another --model_name, with --init_from {folder.name} to start from it",
@@ -168,12 +168,12 @@ class Training(EpochTraining):
     # ------------------------------------------------------------------------- record and resume
 
     def recorded_settings(self):
-        """The settings that decide the weights, for files that may be shared: names, no paths."""
+        """The settings that determine the weights, without paths, for files that may be shared."""
         settings = {name: getattr(self.settings, name) for name in RECORDED}
         return settings | {"init_from": Path(self.settings.init_from).name}
 
     def record(self):
-        """What a checkpoint records of the training: see `Record`."""
+        """What a checkpoint records about the training: see `Record`."""
         s, cohort = self.settings, self.cohort
         unlearnt = [x for label in cohort.unlearnt for x in cohort.outputs.names_of(label)]
         return Record(
@@ -190,41 +190,41 @@ class Training(EpochTraining):
 
     @cached_property
     def data_sha256(self):
-        """SHA-256 of what is read of all studies: see Store.digest."""
+        """SHA-256 of the data of all studies: see Store.digest."""
         return self.store.digest(self.cohort.table.index)
 
     @property
     def data_name(self):
-        """The training data in a refusal to resume, with its remedy."""
+        """The name of the training data in an error message, with a remedy."""
         if self.encoder:
             return "videos"
-        return "clip embeddings (--allow_mixed accepts copies that carry no checksum)"
+        return "clip embeddings (--allow_mixed accepts copies without a checksum)"
 
     def facts(self, record, saved):
-        """name -> value of everything that a resumed run is compared by."""
+        """name -> value of everything that a resumed run compares."""
         names = ("task", "dataset", "labels", "type", "classes", "level")
         facts = {name: getattr(record, name) for name in names}
         facts |= {name: getattr(record.settings, name) for name in RECORDED}
         facts["values of the labels"] = record.labels_sha256
-        facts["scaling of the labels (boxcox, or that of --init_from)"] = saved["input_norm_dict"]
+        facts["scaling of the labels (boxcox or --init_from)"] = saved["input_norm_dict"]
         return facts | {self.data_name: saved["embeddings_sha256"]}
 
     def is_fixed(self, name):
-        """Whether a resumed run is refused where a fact has changed."""
+        """Whether a resume is refused if this fact has changed."""
         if name == self.data_name:
             return not self.settings.allow_mixed
         return name not in RECORDED or is_fixed(name)
 
     def state(self):
-        """Everything that a checkpoint holds; names and shapes are those of published ones."""
-        undrawn = ("numpy_random_state", "torch_random_state", "cuda_random_state")
+        """Everything that a checkpoint contains, with the names and shapes of published ones."""
+        unused = ("numpy_random_state", "torch_random_state", "cuda_random_state")
         state = {
             "model_state_dict": self.study.state_dict(),
             "perf_log": self.history,
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict(),
             "input_norm_dict": self.cohort.scaling,
-            **dict.fromkeys(undrawn),  # every draw is derived from the seed, epoch and study
+            **dict.fromkeys(unused),  # every draw depends only on the seed, epoch and study
             "progress": asdict(self.progress),
             "dropped": self.dropped,
             "embeddings_sha256": self.data_sha256,
@@ -238,7 +238,7 @@ class Training(EpochTraining):
         return state
 
     def restore(self, saved, record):
-        """Take over a checkpoint's state."""
+        """Restore the state of a checkpoint."""
         refuse_other_folds(self.folder, self.cohort.folds)
         self.study.load_state_dict(saved["model_state_dict"])
         if self.encoder:
@@ -279,7 +279,8 @@ class Training(EpochTraining):
         if not progress.n or not np.isfinite(validation.losses).all():
             raise UserError(
                 f"the loss of epoch {number} is not finite: lower --learning_rate; the best "
-                f"checkpoint is kept, last_checkpoint.pt in {self.folder} is of the epoch before"
+                f"checkpoint is kept, and last_checkpoint.pt in {self.folder} is from the epoch "
+                "before"
             )
         train_loss = progress.losses / progress.n
         loss = float(validation.losses.mean(dtype=np.float64))
@@ -337,7 +338,7 @@ class Training(EpochTraining):
     # ------------------------------------------------------------------------------------- files
 
     def write_start(self, resumed):
-        """Write split.csv, the settings and what else the run is made with."""
+        """Write split.csv, the settings, versions and digests."""
         if not resumed:
             write_split(self.folder, self.cohort.split)
         names = {"model_name": self.folder.name, "task": self.settings.task}

@@ -1,4 +1,4 @@
-"""What is computed on a validation fold: thresholds, baseline hazards, and the line of an epoch."""
+"""Results of the validation fold: thresholds, baseline hazards, and the metrics of an epoch."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from echofocus_core.study.outputs import scale
 
 
 def thresholds_and_hazards(truth, values, outputs, learnt, rule):
-    """(finding -> threshold by `rule`, survival output -> `breslow`'s dict), where they exist.
+    """(finding -> threshold by `rule`, survival output -> `breslow`'s dict), if they exist.
 
     truth: target columns (S, C), values: readable answers (S, O), of `outputs`; learnt: labels.
     """
@@ -22,8 +22,8 @@ def thresholds_and_hazards(truth, values, outputs, learnt, rule):
 
 
 def metric_line(truth, values, outputs, learnt, scaling):
-    """A metric of each kind of label as text, the median over its labels: errors of one measurement
-    in its unit, of several in standard deviations. Arguments as above."""
+    """One metric for each kind of label, as text: the median over its labels. The error of a single
+    measurement is in its unit, of several in standard deviations. Arguments as above."""
     in_sd, metrics = len(outputs.of_kind("regression")) > 1, {}
     for label in outputs.each:
         if label.name not in learnt:

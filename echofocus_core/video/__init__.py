@@ -1,1 +1,1 @@
-"""What is a video: decoding, studies, the encoder, extraction, embedding files."""
+"""Videos: decoding, studies, the encoder, extraction, embedding files."""
