@@ -100,7 +100,7 @@ def averaged(cli, folder, each):
     np.testing.assert_allclose(two["finding"], np.mean([each[0], each[2]], axis=0), rtol=1e-4)
     assert cli("embed", "--model_name", "defect")[0] == 0
     status, _, err = cli("explain", "--model_name", "defect")
-    assert status == 1 and "--subset all takes" in err
+    assert status == 1 and "--subset all includes" in err
 
 
 def unseen_alone_are_test(cli, folder):
@@ -154,7 +154,7 @@ def test_models_of_other_things_are_not_averaged():
         net = StudyModel(1, depth=0)
         return LoadedModel(Path("m"), net, "t", outputs, None, record, units or {}, [])
 
-    with pytest.raises(UserError, match="have different level"):
+    with pytest.raises(UserError, match="differ in level"):
         ensemble_of([model(), model(level="video")], Path("a+b"))
     columns = [{"x": ["years", "died"]}, {"x": ["months", "died"]}]
     with pytest.raises(UserError, match="months"):

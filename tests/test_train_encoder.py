@@ -794,7 +794,7 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()
     actual, notes = left(())
-    assert actual.equals(folds) and "was trained elsewhere" in notes["val"][0]
+    assert actual.equals(folds) and "has no record of its training patients" in notes["val"][0]
     imagenet = backbones.Start("imagenet", "0")
     assert start.without_seen_videos(imagenet, folds, cohort)[1]["test"] == []
 
