@@ -92,8 +92,8 @@ LAYOUTS = {
         },
     ),
     "a CD with a viewer's film": (
-        {"DICOM/a": "1", "help/tutorial.mp4": ""},
-        {"SOURCE": (".", ["DICOM/a"])},
+        {"DICOM/a": "1", "help/tutorial.mp4": "", "help/note.dcm": ""},
+        {"SOURCE": (".", ["DICOM/a", "help/note.dcm"])},
     ),
     "UIDs that are not valid": (
         {"x/a": "0", "y/b": "0", "z/c": "1.02", "w/d": "patient"},
@@ -243,7 +243,7 @@ def test_one_loop_counts_once(tmp_path, cli):
         rows = {row["video"]: (row["result"], row["reason"]) for row in csv.DictReader(f)}
     assert {v for v, (result, _) in rows.items() if result == "ok"} == {"other", "s/best"}
     assert rows["t/new_uid"] == ("skipped", "a repeat: the same frames as s/best")
-    assert rows["a_jpeg"] == ("skipped", "a repeat: the same SOPInstanceUID as best")
+    assert rows["a_jpeg"] == ("skipped", "a repeat: the same SOPInstanceUID as A/s/best")
 
 
 def test_packed_files_say_what_to_do(tmp_path, cli):

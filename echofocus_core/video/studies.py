@@ -136,10 +136,9 @@ def find_repeats(source, files, facts):
             picture = first_picture(source / file)
             if picture is None:  # it is skipped with its own reason
                 continue
-            first = next((f for f, other in kept.items() if are_alike(picture, other)), None)
+            first = next((f for f, other in kept.items() if are_alike(picture, other)), "")
             if first:
-                name = visible(PurePosixPath(first).name)
-                repeats[file] = f"a repeat: the same SOPInstanceUID as {name}"
+                repeats[file] = f"a repeat: the same SOPInstanceUID as {visible(first)}"
             else:
                 kept[file] = picture
     return repeats
@@ -147,8 +146,7 @@ def find_repeats(source, files, facts):
 
 def are_alike(picture, other):
     """Whether two pictures differ by less than a tenth of their contrast."""
-    difference = np.abs(picture.astype(float) - other).mean()
-    return difference <= 0.1 * max(picture.std(), other.std(), 1)
+    return np.abs(picture.astype(float) - other).mean() <= 0.1 * max(picture.std(), other.std(), 1)
 
 
 def common_folder(files):
@@ -176,11 +174,8 @@ def find_videos(folder, leave_out=None):
             os.path.dirname(parent), set()
         )
         closed = ancestors[parent] | left_out  # a link back to a folder above it would never end
-        folders[:] = sorted(
-            f
-            for f in folders
-            if not is_hidden(f) and os.path.realpath(Path(parent, f)) not in closed
-        )
+        shown = sorted(f for f in folders if not is_hidden(f))
+        folders[:] = [f for f in shown if os.path.realpath(Path(parent, f)) not in closed]
         if Path(parent) == folder:
             top = list(folders)
         for path in (Path(parent, n) for n in sorted(names) if not is_hidden(n)):
@@ -304,17 +299,18 @@ def places(file, medium):
 
 
 def split_studies(groups, facts, listener):
-    """Groups of a UID each, split by first folder where they have several and nothing says that
-    they are of one patient: some programs write one UID into all files."""
+    """Groups of a UID each, split by first folder where nothing says that these are of one patient:
+    some programs write one UID into all files."""
     result, split = [], []
     for group in groups:
-        parts = first_folders(group.files)
-        patients = {facts[f].patient for f in group.files}
-        if len(parts) == 1 or (len(patients) == 1 and patients != {""}):
+        of_uid = [f for f in group.files if facts[f].study_uid]
+        patients = {facts[f].patient for f in of_uid}
+        if len(first_folders(of_uid)) == 1 or (len(patients) == 1 and patients != {""}):
             result.append(group)
-        else:
-            result += [replace(part, shared_uid=group.uid) for part in parts]
-            split.append(f"{' and '.join(visible(p.folder) for p in parts[:LISTED])}")
+            continue
+        parts = first_folders(group.files)
+        result += [replace(part, shared_uid=group.uid) for part in parts]
+        split.append(" and ".join(visible(part.folder) for part in parts[:LISTED]))
     if split:
         listener.warning(
             f"{len(split)} StudyInstanceUIDs are in several folders whose files do not name one "
@@ -423,16 +419,14 @@ def choose_folders(groups):
     holders = Counter()  # folder -> groups with files below it
     for group in groups:
         holders.update({p for file in group.files for p in PurePosixPath(file).parents})
-    common = [PurePosixPath(g.folder or common_folder(g.files)) for g in groups]
-    deepest = max((len(folder.parts) for folder in common), default=0)
+    common = [PurePosixPath(g.folder or common_folder(g.files)).parts for g in groups]
+    depths = [*range(1, max(map(len, common), default=0) + 1), 0]
+    choices = [[PurePosixPath(*parts[:depth]) for parts in common] for depth in depths]
 
-    def at_depth(depth):
-        return [PurePosixPath(*folder.parts[:depth]) for folder in common]
+    def count_named(folders):
+        return sum(holders[f] == 1 and f.name.lower() not in UNNAMED for f in folders)
 
-    def count_named(depth):
-        return sum(holders[f] == 1 and f.name.lower() not in UNNAMED for f in at_depth(depth))
-
-    folders = at_depth(max([*range(1, deepest + 1), 0], key=count_named))
+    folders = max(choices, key=count_named)
     for group, folder in zip(groups, folders, strict=True):
         group.folder = str(folder)
     return [holders[folder] == 1 for folder in folders]
