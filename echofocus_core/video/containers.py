@@ -53,9 +53,7 @@ def iter_container(path, notes):
     """
     import cv2
 
-    end, size = declared_end(path), os.path.getsize(path)
-    if end > size:
-        raise VideoError(f"truncated: {size:,} of {end:,} bytes")
+    check_size(path)
     n, avi = 0, avi_head(path)
     with open_capture(path) as capture:
         check_budget(
@@ -105,6 +103,13 @@ def avi_head(path):
 
 SEGMENT = b"\x18\x53\x80\x67"  # of Matroska: the element that holds the rest of the file
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+
+
+def check_size(path):
+    """VideoError for a container that ends before its declared size."""
+    end, size = declared_end(path), os.path.getsize(path)
+    if end > size:
+        raise VideoError(f"truncated: {size:,} of {end:,} bytes")
 
 
 def declared_end(path):

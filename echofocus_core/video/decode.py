@@ -24,7 +24,7 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from echofocus_core.video.containers import container_rate, iter_container
+from echofocus_core.video.containers import check_size, container_rate, iter_container
 from echofocus_core.video.dicom import (
     DicomFile,
     frame_rates,
@@ -81,6 +81,8 @@ class VideoFile:
         """VideoError where it will give no clips, as far as shows before a frame is decoded."""
         if self.dicom:
             open_frames(self.dicom, [], self.is_series)
+        else:
+            check_size(self.path)
 
     def frames(self, notes=None, needed=None):
         """Decode front to back: yields uint8 (H, W, 3) **BGR**.
