@@ -68,7 +68,7 @@ def test_gradients_are_exact(freeze):
     """Equal to those of one plain pass over all clips, stochastic depth and dropout included."""
     clips, lengths = images(7), [3, 4]
     plain = gradients(network(freeze=freeze), clips, lengths, plain=True)
-    for at_once in (1, 3, 7):
+    for at_once in (1, 3):
         actual = gradients(network(clips_at_once=at_once, freeze=freeze), clips, lengths)
         for a, b in zip(plain, actual, strict=True):
             assert float((a - b).abs().max()) <= 1e-5 * max(1e-3, float(a.abs().max()))
@@ -138,23 +138,26 @@ def test_memory_is_bounded(tmp_path):
 def site(tmp_path, monkeypatch):
     """12 studies of 2 short videos: `bright` is how bright a moving square is."""
     monkeypatch.chdir(tmp_path)
-    rng, rows = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     for i in range(12):
-        bright = i % 2
-        rows.append({"pid": f"P{i}", "eid": f"e{i}", "bright": bright})
-        rows[-1]["fold"] = ("train", "train", "train", "train", "val", "test")[i // 2]
         for k in range(2):
             frames = rng.integers(0, 30, (8, 40, 40, 3), dtype=np.uint8)
             for t in range(8):
-                frames[t, 10 + t : 22 + t, 8 + k : 20 + k] += np.uint8(40 + 120 * bright)
+                frames[t, 10 + t : 22 + t, 8 + k : 20 + k] += np.uint8(40 + 120 * (i % 2))
             write_video(tmp_path / "vids" / f"e{i}_trim" / f"v{k}.avi", frames)
     (tmp_path / "vids" / "e0_trim" / "v1.avi").write_bytes(b"damaged")
-    pd.DataFrame(rows).to_csv("labels.csv", index=False)
-    task = {"task_labels": ["bright"], "label_path": "labels.csv", "split_column": "fold"}
-    data = {"embedding_path": "emb", "video_base_path": "vids"}
-    config = {"task": {"t": task}, "dataset": {"d": data}}
-    Path("config.json").write_text(json.dumps(config))
+    write_labels("bright", ["train"] * 8 + ["val"] * 2 + ["test"] * 2)
     return tmp_path
+
+
+def write_labels(label, folds):
+    """A label table and config of as many studies e0, e1, ...: the odd ones have the label."""
+    table = pd.DataFrame({"fold": folds})
+    table["pid"], table["eid"] = [[f"{x}{i}" for i in table.index] for x in "Pe"]
+    table.assign(**{label: table.index % 2}).to_csv("labels.csv", index=False)
+    task = {"task_labels": [label], "label_path": "labels.csv", "split_column": "fold"}
+    data = {"embedding_path": "emb", "video_base_path": "vids"}
+    Path("config.json").write_text(json.dumps({"task": {"t": task}, "dataset": {"d": data}}))
 
 
 LINE = "train --end_to_end --weights random --size 32 --clip_len 4 --num_clips 1 --clips_at_once 3 "
@@ -215,8 +218,7 @@ def test_a_model_and_its_encoder(site, cli):
     assert status == 0 and "resuming" in out, err
     again = read_checkpoint(Path("trained_models/t_again/last_checkpoint.pt"))
     for part in ("model_state_dict", "encoder_state_dict"):
-        for name, tensor in whole[part].items():
-            assert torch.equal(tensor, again[part][name]), name
+        torch.testing.assert_close(again[part], whole[part], rtol=0, atol=0)
 
     status, out, err = cli("predict", "--model_name", "t", "--videos", "vids", "--out", "p.csv")
     assert status == 0 and "WARNING" not in out.replace("RANDOM", ""), out + err
@@ -249,21 +251,21 @@ def test_published_form(site, cli):
     """Exported with the published names, and read back as a model and as an encoder."""
     assert cli(*LINE.split(), "--epoch_lim", "1")[0] == 0
     Path("trained_models/pub").mkdir()
-    end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
-    end_to_end.main(["export", "trained_models/t", "trained_models/pub/best_checkpoint.pt"])
+    file = "trained_models/pub/best_checkpoint.pt"
+    for _ in range(2):
+        end_to_end.main(["export", "trained_models/t", file])
     with pytest.raises(UserError, match="is not a published end-to-end checkpoint"):
         end_to_end.main(["export", "trained_models/t", "trained_models/t/best_checkpoint.pt"])
-    saved = torch.load("trained_models/pub/best_checkpoint.pt", weights_only=True)
+    saved = torch.load(file, weights_only=True)
     names = set(saved["model_state_dict"])
     assert {"transformer.ff.weight", "panecho.model.encoder.model.features.0.0.weight"} <= names
     del saved["echofocus"]  # a stranger's
     saved["model_state_dict"]["panecho.model.time_encoder.pe"] = torch.zeros(1, 16, 768)
-    torch.save(saved, "trained_models/pub/best_checkpoint.pt")
+    torch.save(saved, file)
+    line = "predict --task t --videos vids --size 32 --clip_len 4 --model_name"
     tables = []
     for name in ("t", "pub"):
-        more = ["--size", "32", "--clip_len", "4", "--out", f"{name}.csv"]
-        status, out, err = cli("predict", "--model_name", name, "--task", "t", "--videos", "vids",
-                               *more)  # fmt: skip
+        status, out, err = cli(*line.split(), name, "--out", f"{name}.csv")
         assert status == 0, out + err
         tables.append(pd.read_csv(f"{name}.csv")["bright"])
     assert np.allclose(*tables, atol=1e-4)
@@ -273,7 +275,6 @@ def test_published_form(site, cli):
     ("line", "wrong"),
     [
         ("train --freeze encoder", "--end_to_end"),
-        ("train --weights random", "--end_to_end"),
         ("train --end_to_end --freeze all", "stages:1"),
         ("train --end_to_end --weights nowhere.pt", "no weights file nowhere.pt"),
         ("train --end_to_end --weights random --videos nowhere", "nowhere"),
@@ -287,10 +288,8 @@ def test_one_clear_line(site, cli, line, wrong):
 def write_flutter(folder, n):
     """n studies, half of which flutter: the contrast of a pattern follows 1, -1/2, -1/2 from frame
     to frame, so that three successive frames have the mean that they would have without."""
-    rng, rows, x = np.random.default_rng(0), [], np.arange(36)
+    rng, x = np.random.default_rng(0), np.arange(36)
     for i in range(n):
-        fold = "train" if i < 0.6 * n else "val" if i < 0.8 * n else "test"
-        rows.append({"pid": f"P{i}", "eid": f"e{i}", "flutter": i % 2, "fold": fold})
         for k in range(2):
             still = 110 + 12 * rng.standard_normal((9, 9)).repeat(4, 0).repeat(4, 1)
             wave = 70 * np.sin(2 * np.pi * x / 9 + rng.uniform(0, 6))
@@ -298,7 +297,8 @@ def write_flutter(folder, n):
             frames = still + contrast[:, None, None] * wave + rng.normal(0, 3, (12, 36, 36))
             grey = frames.clip(0, 255).astype(np.uint8)[..., None].repeat(3, -1)
             write_video(folder / "vids" / f"e{i}_trim" / f"v{k}.avi", grey)
-    pd.DataFrame(rows).to_csv("labels.csv", index=False)
+    folds = np.repeat(["train", "val", "test"], [round(x * n) for x in (0.6, 0.2, 0.2)])
+    write_labels("flutter", folds)
 
 
 def blind_to_order(path):
@@ -316,9 +316,6 @@ def test_learns_to_see_what_the_frozen_encoder_cannot(tmp_path, monkeypatch, cli
     monkeypatch.chdir(tmp_path)
     write_flutter(tmp_path, 120)
     blind_to_order(tmp_path / "blind.pt")
-    task = {"task_labels": ["flutter"], "label_path": "labels.csv", "split_column": "fold"}
-    data = {"embedding_path": "emb", "video_base_path": "vids"}
-    Path("config.json").write_text(json.dumps({"task": {"t": task}, "dataset": {"d": data}}))
     line = "train --end_to_end --weights blind.pt --size 32 --clip_len 6 --num_clips 1 "
     line += "--encoder_learning_rate 1e-3 --head_learning_rate 1e-3 --batch_number 8 --workers 1 "
     line += "--clip_dropout 0 --epoch_lim 14 --epoch_early_stop 14 --device cpu"

@@ -5,9 +5,7 @@ torchvision, timm or open_clip; their last layer is removed.
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,24 +39,39 @@ class Clips(Images):
     drop_rates = ()
 
 
-def from_torchvision(name, last, pretrained):
-    """A torchvision model without its last layer, the submodule `last`."""
+TORCHVISION = {  # name -> (its last layer, width before that)
+    "resnet18": ("fc", 512),
+    "resnet50": ("fc", 2048),
+    "convnext_small": ("classifier.2", 768),
+    "swin_v2_s": ("head", 768),
+    "r3d_18": ("fc", 512),  # of clips: --model_name 3dresnet18
+}
+TIMM = {  # name -> width
+    "convnext_base.fb_in22k_ft_in1k": 1024,
+    "convnext_base.fb_in22k_ft_in1k_384": 1024,
+    "convnextv2_tiny.fcmae": 768,
+    "convnextv2_tiny.fcmae_ft_in22k_in1k": 768,
+}
+# --arch, for --model_name frame_transformer; convnext_tiny is in video/panecho.py
+NAMES = ("convnext_tiny", *list(TORCHVISION)[:-1], *TIMM, "echo-clip")
+
+
+def from_torchvision(name, pretrained):
+    """A torchvision model without its last layer."""
     models = import_optional("torchvision.models", "torchvision")
     models, weights = (models.video, "DEFAULT") if name == "r3d_18" else (models, "IMAGENET1K_V1")
     model = getattr(models, name)(weights=weights if pretrained else None)
-    parent, _, layer = last.rpartition(".")
+    parent, _, layer = TORCHVISION[name][0].rpartition(".")
     setattr(model.get_submodule(parent), layer, nn.Identity())
     return model
 
 
-def from_timm(name, pretrained):
-    return import_optional("timm", "timm").create_model(name, pretrained=pretrained, num_classes=0)
-
-
-def from_open_clip(name, pretrained):
+def from_open_clip(pretrained):
+    """EchoCLIP's image encoder."""
     open_clip = import_optional("open_clip", "open_clip_torch")
     if pretrained:
-        return open_clip.create_model_and_transforms(f"hf-hub:{name}")[0].visual
+        hub = "hf-hub:mkaichristensen/echo-clip"
+        return open_clip.create_model_and_transforms(hub)[0].visual
     return open_clip.create_model("convnext_base", pretrained=None).visual
 
 
@@ -73,38 +86,21 @@ def import_optional(module, package):
         ) from error
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """An image model: its builder (a function of `pretrained`), width and licence."""
-
-    build: Callable
-    width: int
-    licence: str = IMAGENET_LICENCE
-
-
-def torchvision_model(name, last, width):
-    return Backbone(partial(from_torchvision, name, last), width)
-
-
-def timm_model(name, width):
-    return Backbone(partial(from_timm, name), width, "see timm's model card")
-
-
-ARCHS = {  # --arch, for --model_name frame_transformer; convnext_tiny is in video/panecho.py
-    "resnet18": torchvision_model("resnet18", "fc", 512),
-    "resnet50": torchvision_model("resnet50", "fc", 2048),
-    "convnext_small": torchvision_model("convnext_small", "classifier.2", 768),
-    "swin_v2_s": torchvision_model("swin_v2_s", "head", 768),
-    "convnext_base.fb_in22k_ft_in1k": timm_model("convnext_base.fb_in22k_ft_in1k", 1024),
-    "convnext_base.fb_in22k_ft_in1k_384": timm_model("convnext_base.fb_in22k_ft_in1k_384", 1024),
-    "convnextv2_tiny.fcmae": timm_model("convnextv2_tiny.fcmae", 768),
-    "convnextv2_tiny.fcmae_ft_in22k_in1k": timm_model("convnextv2_tiny.fcmae_ft_in22k_in1k", 768),
-    "echo-clip": Backbone(
-        partial(from_open_clip, "mkaichristensen/echo-clip"), 512, "see EchoCLIP's card"
-    ),
-}
-R3D = torchvision_model("r3d_18", "fc", 512)
-NAMES = ("convnext_tiny", *ARCHS)
+def build_model(name, pretrained):
+    """(model, width, licence) of torchvision, timm or open_clip. Raises UserError."""
+    try:
+        if name in TORCHVISION:
+            return from_torchvision(name, pretrained), TORCHVISION[name][1], IMAGENET_LICENCE
+        if name == "echo-clip":
+            return from_open_clip(pretrained), 512, "see EchoCLIP's card"
+        timm = import_optional("timm", "timm")
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        return model, TIMM[name], "see timm's model card"
+    except (OSError, RuntimeError) as error:  # the packages download weights
+        raise UserError(
+            f"the weights of {name} cannot be downloaded ({type(error).__name__}); download them "
+            "on a machine with a network, or start at random with --rand_init"
+        ) from error
 
 
 @dataclass
@@ -125,33 +121,21 @@ def build_backbone(model_name, arch, pretrained, clip_len=16, layers=4, heads=8,
     weights from torch's generator.
     """
     if model_name == "3dresnet18":
-        net = Clips(*build_model("3dresnet18", R3D, pretrained))
-        start = Start("kinetics", licence=R3D.licence) if pretrained else Start()
+        model, width, licence = build_model("r3d_18", pretrained)
+        net, start = Clips(model, width), Start("kinetics", licence=licence)
     else:
         images, start = build_images(arch, pretrained)
         if images.width % heads:
             raise UserError(f"--n_heads {heads} does not divide the width {images.width} of {arch}")
         net = FrameTransformer(clip_len, images, layers, heads, dropout)
-    return net, start
-
-
-def build_model(name, backbone, pretrained):
-    """(model, width) of a Backbone. Raises UserError."""
-    try:
-        return backbone.build(pretrained), backbone.width
-    except (OSError, RuntimeError) as error:  # the packages download weights
-        raise UserError(
-            f"the weights of {name} cannot be downloaded ({type(error).__name__}); download them "
-            "on a machine with a network, or start at random with --rand_init"
-        ) from error
+    return net, start if pretrained else Start()
 
 
 def build_images(arch, pretrained):
     """(image encoder, Start) of an arch."""
     if arch != "convnext_tiny":
-        published = Start(arch, licence=ARCHS[arch].licence, echo=arch == "echo-clip")
-        start = published if pretrained else Start()
-        return Images(*build_model(arch, ARCHS[arch], pretrained)), start
+        model, width, licence = build_model(arch, pretrained)
+        return Images(model, width), Start(arch, licence=licence, echo=arch == "echo-clip")
     images = ImageEncoder()
     if not pretrained:
         return images, Start()

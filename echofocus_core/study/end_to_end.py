@@ -203,20 +203,17 @@ class VideoStore:
         source = self.files[eid].source(video)
         return tuple(source) if isinstance(source, list) else source
 
-    def fill(self, workers=0, world=None):
+    def fill(self, workers, world):
         """Decode every video that is not in the cache; the processes share the work."""
-        every = [self.source(e, v) for e, study in self.files.items() for v in study.videos]
-        rank, size = (world.rank, world.size) if world else (0, 1)
-        reasons = self.cache.fill(every[rank::size], workers, quiet=rank > 0)
-        for part in world.gather(reasons) if world else [reasons]:
-            self.reasons |= part
-
-    def lost(self):
-        """'study/video' -> why it cannot be decoded."""
         every = {
             f"{e}/{v}": self.source(e, v) for e, study in self.files.items() for v in study.videos
         }
-        return {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
+        part = list(every.values())[world.rank :: world.size]
+        for reasons in world.gather(self.cache.fill(part, workers, quiet=world.rank > 0)):
+            self.reasons |= reasons
+        lost = {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
+        if lost:
+            RUN.warning(f"{len(lost)} videos cannot be used and are left out:{listed(lost)}")
 
     def videos(self, eid):
         """The names of a study's videos that can be decoded."""
@@ -265,7 +262,7 @@ class VideoStore:
         return sha256_of([[e, self.cache.key(source)] for e, source in videos])
 
 
-def open_videos(settings, dataset, ids, world=None):
+def open_videos(settings, dataset, ids, world):
     """The VideoStore of --videos, or else of the studies `ids` in a dataset's video_base_path.
 
     Decodes every video. Raises UserError.
@@ -287,8 +284,6 @@ def open_videos(settings, dataset, ids, world=None):
         settings.sampling_seed, settings.max_videos_per_study,
     )  # fmt: skip
     store.fill(settings.workers, world)
-    if lost := store.lost():
-        RUN.warning(f"{len(lost)} videos cannot be used and are left out:{listed(lost)}")
     return store
 
 

@@ -411,14 +411,10 @@ def weights_path(source="panecho"):
     path = Path(source)
     if not path.is_dir():
         return path
-    by_epoch = {
-        int(n): file
-        for file in path.glob("chkpt_epoch-*.pt")
-        if (n := file.stem.removeprefix("chkpt_epoch-")).isdecimal()
-    }
-    trained = by_epoch[max(by_epoch)] if by_epoch else path / DOWNLOADED.name
-    files = (path / DOWNLOADED.name, path / "encoder.pt", trained)
-    return next((file for file in files if file.is_file()), trained)
+    files = [path / DOWNLOADED.name, path / "encoder.pt"]
+    epochs = [x for x in path.glob("chkpt_epoch-*.pt") if x.stem.rpartition("-")[2].isdecimal()]
+    files += sorted(epochs, key=lambda file: -int(file.stem.rpartition("-")[2]))
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def find_weights(source="panecho"):
