@@ -379,12 +379,12 @@ def test_grey_of_any_depth(tmp_path, shift, stored, big_endian):
     if stored == shift + 8:
         assert error_of(tmp_path / "a", GREY[..., None]) == (0, "")
     else:
-        assert f"the header says {stored}" in refusal(tmp_path / "a")
+        assert f"the header declares {stored}" in refusal(tmp_path / "a")
 
 
 def test_exchanged_bytes_and_high_bits_are_refused(tmp_path):
     write_dicom(tmp_path / "a", DEEP.byteswap(), "MONOCHROME2")
-    assert "order of bytes" in refusal(tmp_path / "a")
+    assert "byte order" in refusal(tmp_path / "a")
     overlay = DEEP.copy()
     overlay[4, 10:12, 10:60] |= 1 << 15  # in no frame that is judged beforehand
     write_dicom(tmp_path / "b", overlay, "MONOCHROME2", BitsStored=12)

@@ -764,7 +764,7 @@ def test_start_from_a_published_run(here, capsys):
             with pytest.raises(UserError, match=f"with {name} = {was}, not"):
                 start.load_start(net, file, train.EncoderSettings(**options | {name: value}))
     start.load_start(net, "ours.pt", train.EncoderSettings(**options))
-    assert "was trained with clip_len = 32 and gets 16 here" in capsys.readouterr().out
+    assert "was trained with clip_len = 32, not 16" in capsys.readouterr().out
 
 
 def seen_of(videos, fold):

@@ -520,7 +520,7 @@ def test_random_transform_keeps_what_it_should():
 
 LIMITS = {
     "a full disk": (OSError(28, "No space left on device"), "No space left"),
-    "memory": (MemoryError(), "too little memory"),
+    "memory": (MemoryError(), "not enough memory"),
     "a decoder's complaint": (OSError("broken data stream"), ""),
 }
 

@@ -1,12 +1,12 @@
-"""Decoded videos on disk: each decoded once to small frames, from which clips are read at random.
+"""Decoded videos on disk: each is decoded once to small frames, and random clips are read from it.
 
     fill: files -> decoder processes -> <folder>/<2 digits>/<key>.npy, uint8 (n, H, W, 3) BGR, and
           <key>.json, written last: the SHA-256 of the frames, or the reason why there are none
-    clips: frames of it, resized, transformed or cropped -> uint8 (C, L, S, S, 3)
+    clips: these frames, resized, transformed or cropped -> uint8 (C, L, S, S, 3)
 
 A key is a digest of a file's path, size and time, so that a changed video is decoded again. Frames
-smaller than requested are kept in their own size: fewer bytes, and resizing them when read gives
-the same pixels. Several processes may fill one folder.
+smaller than requested are stored unresized, which needs fewer bytes; resizing them later gives the
+same pixels. Several processes may fill one folder.
 """
 
 import json
@@ -31,12 +31,12 @@ from echofocus_core.video.decode import (
 )
 from echofocus_core.video.extract import decoders, in_processes
 
-BLANK = 16  # grey levels: a video whose frames differ by no more shows nothing
+BLANK = 16  # grey levels: a video with a smaller range is blank
 
 
 @dataclass(frozen=True)
 class ClipSampling:
-    """How training takes clips of a video."""
+    """How training samples clips of a video."""
 
     clip_len: int = 16  # frames
     size: int = 224  # pixels, square
@@ -45,7 +45,7 @@ class ClipSampling:
 
 
 class FrameCache:
-    """The small frames of videos, below a folder, for images of `size` pixels.
+    """The small frames of videos, in a folder, for images of `size` pixels.
 
     A video is the path of its file, or a tuple of the paths of its single frames.
     """
@@ -54,7 +54,7 @@ class FrameCache:
         self.folder, self.size = Path(folder), size
 
     def key(self, video):
-        """What identifies a video's file or files at this size. UserError when one is missing."""
+        """Digest of the size and of a video's files (path, size, time). Raises UserError."""
         parts = [Path(part) for part in (video if isinstance(video, tuple) else (video,))]
         stamps = [stamp_of(part) for part in parts]
         if None in stamps:
@@ -63,12 +63,12 @@ class FrameCache:
         return sha256_of([str(part.absolute()) for part in parts], stamps, self.size)[:32]
 
     def place(self, video, suffix=".npy"):
-        """Path of a video's frames, or of what is recorded of them (.json)."""
+        """The path of a video's frames (.npy) or of their record (.json)."""
         key = self.key(video)
         return self.folder / key[:2] / f"{key[2:]}{suffix}"
 
     def record(self, video):
-        """{'sha256': of the frames} or {'reason': why there are none}; {} before `fill`."""
+        """{"sha256": of the frames} or {"reason": why there are none}; {} before `fill`."""
         try:
             record = json.loads(self.place(video, ".json").read_text())
         except (OSError, ValueError):
@@ -76,7 +76,7 @@ class FrameCache:
         return record if "reason" in record or self.place(video).is_file() else {}
 
     def fill(self, videos, workers=0, label="decode", quiet=False):
-        """Decode what is not in the cache; video -> reason of those that cannot be used."""
+        """Decode videos that are not in the cache; returns video -> reason of unusable ones."""
         reasons, missing = {}, []
         for video in videos:
             record = self.record(video)
@@ -94,7 +94,7 @@ class FrameCache:
         return reasons
 
     def put(self, video, reply):
-        """Write a video's frames, or why there are none, unless the reason may pass."""
+        """Write a video's frames, or the reason why there are none unless it is temporary."""
         if isinstance(reply, NotNow):
             return
         if isinstance(reply, VideoError):
@@ -107,7 +107,7 @@ class FrameCache:
             temporary.write_text(json.dumps(record))
 
     def content(self, video):
-        """SHA-256 of a video's frames; '' without frames."""
+        """SHA-256 of a video's frames; '' if there are none."""
         return self.record(video).get("sha256", "")
 
     def copies(self, videos):
@@ -125,7 +125,7 @@ class FrameCache:
         ]
 
     def frames(self, video):
-        """A video's small frames, uint8 (n, H, W, 3) BGR, mapped from the file. UserError."""
+        """A video's small frames, uint8 (n, H, W, 3) BGR, memory-mapped. Raises UserError."""
         place = self.place(video)
         if not place.is_file() and (reasons := self.fill([video], 1, quiet=True)):
             raise UserError(f"{video}: {reasons[video]}")

@@ -1,4 +1,4 @@
-"""Clips of videos as the tensors that an encoder trains on, and the draws of its dropout."""
+"""Clips as input tensors for training the encoder, and its random dropout factors."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ NORMALIZATIONS = {  # name -> (mean, std) of the three channels as stored, of 0.
 
 
 def as_input(clips, normalization):
-    """uint8 clips (B, L, S, S, 3) -> float32 (B, 3, L, S, S), normalised by channel as stored."""
+    """uint8 clips (B, L, S, S, 3) -> float32 (B, 3, L, S, S), normalised by stored channel."""
     mean, std = (
         torch.tensor(v, device=clips.device).view(3, 1, 1, 1) for v in NORMALIZATIONS[normalization]
     )
@@ -23,10 +23,10 @@ def as_input(clips, normalization):
 
 
 def draw_factors(encoder, keys, seed, clip_len, dropout=0, n_tasks=0):
-    """(factors of stochastic depth (blocks, B L), of dropout (T, B, width)) in training; or None.
+    """(factors of stochastic depth (blocks, B L), of dropout (T, B, width)) for training, or None.
 
-    encoder: a FrameTransformer or another backbone. Each clip has its own draws, by its key,
-    whatever else is in its batch.
+    encoder: a FrameTransformer or another backbone. The draws of a clip depend only on its key and
+    the seed, not on its batch.
     """
     rates = np.array(encoder.drop_rates)
     depth, heads = [], []

@@ -2,7 +2,7 @@
 
     frame's bytes -> read_format: FrameFormat -> decode_jpeg or decode_other: (H, W) or (H, W, 3)
 
-The marks in a frame's bytes decide how it is decoded, whatever the header declares.
+The markers in a frame's bytes determine the decoder, not the header.
 """
 
 import os
@@ -17,7 +17,7 @@ import numpy as np
 from echofocus_core.video.errors import NotNow, VideoError
 
 PLUGINS = "pip install 'pylibjpeg[all]'"
-# Kind of frame -> the transfer syntax under which pydicom decodes all of it.
+# Kind of frame -> a transfer syntax with which pydicom decodes all frames of this kind.
 SYNTAXES = {
     "JPEG 12 bit": "1.2.840.10008.1.2.4.51",
     "JPEG lossless": "1.2.840.10008.1.2.4.57",
@@ -31,12 +31,12 @@ ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # and a byte: 0 components as they
 
 
 class Broken(ValueError):
-    """Why a frame does not decode; its text quotes nothing of the file."""
+    """Why a frame does not decode; the text contains no data from the file."""
 
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """What the bytes of a compressed frame declare; those of RLE declare nothing else."""
+    """The format that a compressed frame declares; RLE declares only its kind."""
 
     kind: str  # 'JPEG' (8 bits) or a key of SYNTAXES
     rows: int = 0
@@ -46,31 +46,31 @@ class FrameFormat:
 
     @property
     def opencv(self):
-        """Whether OpenCV decodes it, always."""
+        """Whether OpenCV decodes this format."""
         return self.kind == "JPEG" or (self.kind == "JPEG lossless" and self.bits == 8)
 
 
 def is_start(data):
-    """Whether a fragment begins a frame; one that does not continues the frame before it."""
+    """Whether a fragment starts a frame; others continue the previous frame."""
     return is_rle(data) or data.startswith((JPEG, J2K, JP2))
 
 
 def is_rle(data):
-    """Whether a frame starts as run-length encoding does: 1 to 15 segments, the first at 64."""
+    """Whether a frame starts like run-length encoding: 1 to 15 segments, the first at byte 64."""
     return 1 <= int.from_bytes(data[:4], "little") <= 15 and data[4:8] == b"\x40\0\0\0"
 
 
 def read_format(data):
-    """The FrameFormat of a frame. Broken when it has none that can be read."""
+    """The FrameFormat of a frame. Raises Broken if it cannot be read."""
     try:
         if data.startswith(JPEG):
             return jpeg_format(data)
         if data.startswith((J2K, JP2)):
             return j2k_format(data)
     except (struct.error, IndexError, KeyError):
-        raise Broken("it breaks off in its first bytes") from None
+        raise Broken("it ends within its header") from None
     if not is_rle(data):
-        raise Broken("it is compressed in an unknown way")
+        raise Broken("its compression is unknown")
     return FrameFormat("RLE")
 
 
@@ -98,7 +98,7 @@ def j2k_format(data):
 
 
 def jpeg_segments(data):
-    """(mark, where its content starts) of the segments before a JPEG's first scan."""
+    """(marker, start of its content) of the segments before a JPEG's first scan."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
         mark = data[at + 1]
@@ -112,9 +112,9 @@ def jpeg_segments(data):
 
 
 def with_transform(jpeg, transform):
-    """The JPEG marked as YCbCr (1) or as components that stay as they are (0).
+    """Mark a JPEG as YCbCr (1) or as components without a transform (0).
 
-    Decoders believe a JFIF mark, else an Adobe mark, else guess; so the first two are removed.
+    Decoders use a JFIF marker, else an Adobe marker, else they guess; so both are replaced.
     """
     parts, last = [], 2
     for mark, at in jpeg_segments(jpeg):
@@ -130,7 +130,7 @@ def stderr_file():
 
 
 def call_with_stderr(function, *args):
-    """(What a C function returns, what it writes to standard error)."""
+    """(return value of a C function, its output on standard error)."""
     copy, terminal = stderr_file(), os.dup(2)
     copy.seek(0)
     copy.truncate()
@@ -145,9 +145,9 @@ def call_with_stderr(function, *args):
 
 
 def decode_jpeg(jpeg, frame_format, transform, small=False):
-    """A JPEG of 8 bits -> uint8 (H, W, 3) BGR; at transform 0, its components in reverse order.
+    """8-bit JPEG -> uint8 (H, W, 3) BGR; with transform 0, its components in reverse order.
 
-    small: at an eighth of the size, which is faster. Broken when it is damaged.
+    small: decode at an eighth of the size, which is faster. Raises Broken if it is damaged.
     """
     import cv2
 
@@ -158,7 +158,7 @@ def decode_jpeg(jpeg, frame_format, transform, small=False):
     frame, errors = call_with_stderr(cv2.imdecode, data, mode | cv2.IMREAD_IGNORE_ORIENTATION)
     if "nsufficient memory" in errors:
         raise MemoryError
-    # libjpeg invents what it cannot decode, and only prints a warning.
+    # libjpeg fills in what it cannot decode and only prints a warning.
     if frame is None or "premature end" in errors or "bad Huffman" in errors:
         raise Broken("broken JPEG")
     if not small and frame.shape[:2] != (frame_format.rows, frame_format.columns):
@@ -167,7 +167,7 @@ def decode_jpeg(jpeg, frame_format, transform, small=False):
 
 
 def find_decoder(frame_format):
-    """pydicom's decoder where OpenCV decodes no such frame. NotNow when none is installed."""
+    """pydicom's decoder for frames that OpenCV does not decode. NotNow if it is not installed."""
     from pydicom.pixels import get_decoder
 
     decoder = get_decoder(SYNTAXES[frame_format.kind])
@@ -177,9 +177,9 @@ def find_decoder(frame_format):
 
 
 def decode_other(data, frame_format):
-    """A compressed frame -> its components, (H, W) or (H, W, 3), as they are stored.
+    """A compressed frame -> its stored components, (H, W) or (H, W, 3).
 
-    frame_format: of the frame, completed from the header for RLE.
+    frame_format: of the frame; for RLE, completed from the header.
     """
     from pydicom.encaps import encapsulate
 
@@ -188,7 +188,7 @@ def decode_other(data, frame_format):
     bits = 8 if form.bits <= 8 else 16
     try:
         with warnings.catch_warnings():
-            if form.kind == "RLE":  # one of another size than the header says is cut with a warning
+            if form.kind == "RLE":  # a frame of another size is cut with a warning
                 warnings.simplefilter("error", UserWarning)
             return decoder.as_array(
                 encapsulate([data]),
@@ -207,4 +207,4 @@ def decode_other(data, frame_format):
     except Exception as error:  # decoders raise many kinds
         if best:
             raise
-        raise NotNow(f"{form.kind}: damaged, or for another decoder: {PLUGINS}") from error
+        raise NotNow(f"{form.kind}: damaged, or needs another decoder: {PLUGINS}") from error

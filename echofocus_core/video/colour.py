@@ -1,11 +1,11 @@
-"""From components of DICOM frames to colours, by what the pixels show and not by the header alone.
+"""Convert components of DICOM frames to colours, using the pixels and not only the header.
 
-    components of a few frames -> Layout.check: are they in the declared layout?
-                               -> choose_rule: how components become colours -> ColourRule.bgr
+    components of a few frames -> Layout.check: do they have the declared layout?
+                               -> choose_rule: conversion to colours -> ColourRule.bgr
 
-An echo is mostly black and grey. Read in the wrong colour space its black is green or teal, so
-that the share of pixels without colour shows which reading is right. Read in the wrong layout it is
-rough, since neighbours in the picture are not neighbours any more.
+An echo is mostly black and grey. In the wrong colour space its black becomes green or teal, so the
+share of pixels without colour shows which colour space is right. In the wrong layout the image is
+rough, since neighbouring pixels are separated.
 """
 
 from dataclasses import dataclass, replace
@@ -14,15 +14,15 @@ import numpy as np
 
 from echofocus_core.video.errors import VideoError
 
-# Shares of pixels that are dark or without colour. Measured on real and simulated ultrasound,
-# colour Doppler and tinted maps included: 0.6 or more as it is, 0.2 or less in a wrong reading.
+# Shares of pixels that are dark or without colour. Measured on real and simulated ultrasound with
+# colour Doppler and tinted maps: 0.6 or more in the right colour space, 0.2 or less in a wrong one.
 PLAUSIBLE, IMPLAUSIBLE = 0.3, 0.05
 COLOURLESS = 32  # grey levels between channels, at most
 BLACK, DARK, BRIGHT = 8, 40, 215  # grey levels of the brightest channel
-# Of two layouts of the same bytes the right one is smoother: measured on real and simulated
-# ultrasound, 0.65 of the wrong one's roughness or less.
+# The right layout is smoother than a wrong one of the same bytes: on real and simulated ultrasound,
+# its roughness was at most 0.65 times as large.
 SMOOTHER = 0.8
-JUDGED_SIDE = 32  # pixels; smaller pictures do not show which layout is right
+JUDGED_SIDE = 32  # pixels; in smaller images the right layout cannot be recognised
 
 
 # ------------------------------------------------------------------------------------------- layout
@@ -30,7 +30,7 @@ JUDGED_SIDE = 32  # pixels; smaller pictures do not show which layout is right
 
 @dataclass(frozen=True)
 class Layout:
-    """How the bytes of an uncompressed frame are its components."""
+    """The layout of components in the bytes of an uncompressed frame."""
 
     rows: int
     columns: int
@@ -60,7 +60,7 @@ class Layout:
         return array.reshape(H, W, self.samples)
 
     def alternatives(self):
-        """(what the header would be wrong about, Layout) of frames of no more bytes."""
+        """Yield (the attribute that would be wrong, Layout) for other layouts of as many bytes."""
         rows, columns = self.rows, self.columns
         if rows != columns and (rows % 2 == 0 or not self.halved):
             yield "Rows and Columns", replace(self, rows=columns, columns=rows)
@@ -68,7 +68,7 @@ class Layout:
             yield "PlanarConfiguration", replace(self, planar=not self.planar)
         if self.dtype != "u1":
             other = ">u2" if self.dtype == "<u2" else "<u2"
-            yield "the order of bytes", replace(self, dtype=other)
+            yield "the byte order", replace(self, dtype=other)
         elif self.halved:
             whole = replace(self, halved=False, rows=rows * 2 // 3)
             yield "the size or the number of frames", whole
@@ -77,7 +77,7 @@ class Layout:
             yield "the size or the number of frames", halved
 
     def check(self, frames):
-        """VideoError where frames (a list of their bytes) are smoother in another layout."""
+        """VideoError if the frames (a list of bytes) are smoother in another layout."""
         if min(self.rows, self.columns) < JUDGED_SIDE:
             return
         declared = self.roughness(frames)
@@ -86,7 +86,7 @@ class Layout:
                 raise VideoError(f"the header is wrong about {name}: another layout is smoother")
 
     def roughness(self, frames):
-        """Mean square change from a pixel to its neighbours, as a share of the contrast."""
+        """Mean squared difference between neighbouring pixels, as a share of the contrast."""
         rough = contrast = 0.0
         for data in frames:
             image = self.components(data)
@@ -104,7 +104,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ColourRule:
-    """How components become colours."""
+    """A conversion of components to colours."""
 
     colour: str  # 'RGB', 'YBR', 'grey', 'inverse' or 'palette'
     bits: int = 8  # of a component
@@ -125,17 +125,17 @@ class ColourRule:
         if components.ndim == 2:
             grey = 255 - components if self.colour == "inverse" else components
             return np.repeat(grey[:, :, None], 3, axis=2)
-        if self.colour == "YBR":  # of full range: OpenCV's, its chroma the other way round
+        if self.colour == "YBR":  # of full range, as in OpenCV, but with Cb and Cr swapped
             return cv2.cvtColor(
                 np.ascontiguousarray(components[:, :, [0, 2, 1]]), cv2.COLOR_YCrCb2BGR
             )
         return np.ascontiguousarray(components[:, :, ::-1])
 
 
-# What a photometric interpretation declares: of three components, of one.
+# Photometric interpretation -> declared colour, for three components and for one.
 DECLARED = {
     "RGB": ("RGB", "grey"),
-    "YBR_RCT": ("RGB", "grey"),  # JPEG 2000's own transforms: undone by its decoder
+    "YBR_RCT": ("RGB", "grey"),  # JPEG 2000's transforms, which its decoder inverts
     "YBR_ICT": ("RGB", "grey"),
     "YBR_FULL": ("YBR", "grey"),
     "YBR_FULL_422": ("YBR", "grey"),
@@ -145,15 +145,15 @@ DECLARED = {
 }
 OTHER = {"RGB": "YBR", "YBR": "RGB", "grey": "inverse", "inverse": "grey"}
 NAMES = {
-    "RGB": "RGB", "YBR": "YCbCr", "grey": "grey, black being 0", "inverse": "grey, white being 0",
+    "RGB": "RGB", "YBR": "YCbCr", "grey": "grey with black = 0", "inverse": "grey with white = 0",
 }  # fmt: skip
 
 
 def choose_rule(photometric, samples, bits, palette, notes):
     """The ColourRule of a file: the declared one, unless the pixels contradict it (with a note).
 
-    samples: components of a few frames; bits: of a component; palette: see `read_palette`, or
-    None. VideoError where no rule makes an echo of them.
+    samples: components of a few frames; bits: per component; palette: see `read_palette`, or
+    None. VideoError if no rule gives plausible colours.
     """
     colour = DECLARED[photometric][samples[0].ndim == 2]
     if colour == "palette":
@@ -169,9 +169,9 @@ def choose_rule(photometric, samples, bits, palette, notes):
 
 
 def is_wrong(declared, other, samples):
-    """Whether the other of two ColourRules makes an echo of the samples and the declared does not.
+    """Whether the other ColourRule gives plausible colours and the declared one does not.
 
-    VideoError where neither does.
+    VideoError if neither does.
     """
     pictures = [
         np.concatenate([r.bgr(s).reshape(-1, 3) for s in samples]) for r in (declared, other)
@@ -181,7 +181,7 @@ def is_wrong(declared, other, samples):
         return (brightest >= BRIGHT).mean() > 0.5 and (brightest <= DARK).mean() < 0.05
     shares = [share_without_colour(picture) for picture in pictures]
     if max(shares) < PLAUSIBLE and shares[0] < IMPLAUSIBLE:
-        raise VideoError("false colour: neither RGB nor YCbCr makes it grey on black")
+        raise VideoError("false colour: not grey on black as RGB or as YCbCr")
     return shares[1] >= PLAUSIBLE and shares[0] < shares[1] / 2
 
 
@@ -192,11 +192,11 @@ def share_without_colour(pixels):
 
 
 def check_depth(largest, bits, name):
-    """VideoError where values up to `largest` are not of so many bits: one is larger, or none uses
-    the two highest, which would leave the image at a quarter of its brightness."""
+    """VideoError if `largest`, the largest value, needs more than `bits` bits, or does not use the
+    two highest bits (the image would have a quarter of its brightness)."""
     used = largest.bit_length()
     if largest and not bits - 2 < used <= bits:
-        raise VideoError(f"{name} of {used} bits, the header says {bits}")
+        raise VideoError(f"{name} of {used} bits, but the header declares {bits}")
 
 
 def read_palette(header):
@@ -207,7 +207,7 @@ def read_palette(header):
         entries, first, bits = (int(v) for v in header.RedPaletteColorLookupTableDescriptor)
         entries = entries % 65536 or 65536
         table = apply_color_lut(np.arange(first, first + entries), header)[:, 2::-1]
-        # pydicom neither counts so far nor swaps the bytes of big-endian palettes.
+        # pydicom supports no longer 8-bit palettes and no big-endian ones.
         if (table.dtype == np.uint8 and entries > 256) or not header.original_encoding[1]:
             raise ValueError
     except Exception as error:  # numpy and pydicom raise many kinds on malformed palettes

@@ -1,32 +1,32 @@
-"""What every reader of a video shares: why a file gives no clips, and what it may cost."""
+"""Shared by all readers of videos: reasons why a file is skipped, and size limits."""
 
 import errno
 import os
 from pathlib import Path
 
-# The budget of one video: larger ones are refused before memory is allocated.
+# Limits of one video: larger videos are refused before memory is allocated.
 FRAMES = 5_000  # 256 x 256 pixels each: 1 GB
-FRAME_PIXELS = 1 << 24  # of one frame as stored, 4096 x 4096
+FRAME_PIXELS = 1 << 24  # of one stored frame, 4096 x 4096
 OPENCV_NO_MEMORY = -4  # an error code of OpenCV
 
 
 class VideoError(ValueError):
-    """Why a file gives no clips: a short reason for the list that the user sees."""
+    """Why a file has no clips: a short reason for the user's list."""
 
 
 class NotNow(VideoError):
-    """A reason that may pass, such as a decoder that is not installed: tried again another time."""
+    """A temporary reason, such as a decoder that is not installed; the next run tries again."""
 
 
 class SourceGone(NotNow):
-    """A file cannot be reached any more, as when a mount vanishes: not its fault."""
+    """A file is no longer available, for example after a mount was removed."""
 
 
 def machine_fault(error):
-    """What the machine lacked, by an error or its causes; '' where the file is at fault."""
+    """The reason if the machine caused an error, from the error or its causes; '' for the file."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "code", 0) == OPENCV_NO_MEMORY:
-            return "too little memory to decode it"
+            return "not enough memory to decode it"
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # bad positions
             return f"cannot be decoded now: {os.strerror(error.errno)}"
         error = error.__cause__
@@ -71,7 +71,7 @@ def why_packed(path):
 
 
 def check_budget(frames=1, rows=1, columns=1):
-    """VideoError for more, or larger, frames than one video may have."""
+    """VideoError if a video has too many or too large frames."""
     if frames > FRAMES:
         raise VideoError(f"more than {FRAMES:,} frames: cut it into shorter cines")
     if rows * columns > FRAME_PIXELS:

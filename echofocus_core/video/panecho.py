@@ -6,7 +6,7 @@ A clip of L frames becomes one 768-vector, the clip embedding:
                     -> 4-layer transformer -> mean over images -> (B, 768)
 
 and 40 linear heads read it (EF, valve disease, ...). The state-dict names are those of the
-published weights (image encoder: torchvision's ConvNeXt-Tiny), so that the release loads as it is.
+published weights (image encoder: torchvision's ConvNeXt-Tiny), so that the release loads unchanged.
 Reference: Holste et al., "Complete AI-Enabled Echocardiography Interpretation With Multitask Deep
 Learning", JAMA 2025; Liu et al., "A ConvNet for the 2020s", CVPR 2022.
 
@@ -45,7 +45,7 @@ DOWNLOADED = Path("trained_models/PanEcho/panecho.pt")  # by `echofocus.py downl
 MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, by channel as stored
 STD = (0.229, 0.224, 0.225)
 RANDOM_SHA256 = hashlib.sha256(b"random weights").hexdigest()  # names those of `random_weights`
-CACHED_NUMBERS = 1_250_000  # of a block's hidden layer at a time, on a CPU: 5 MB in fp32
+CACHED_NUMBERS = 1_250_000  # of a block's hidden layer, computed at a time on a CPU: 5 MB in fp32
 CONVNEXT_TINY = ((96, 3), (192, 3), (384, 9), (768, 3))  # (channels, blocks) of each stage
 
 TASKS = json.loads(Path(__file__).with_name("panecho_tasks.json").read_text())
@@ -81,7 +81,7 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.layer_scale = nn.Parameter(torch.full((dim, 1, 1), 1e-6))
-        self.block = nn.Sequential(  # indices 1 and 4, 6 hold no weights: names as torchvision's
+        self.block = nn.Sequential(  # Identity keeps the indices of torchvision's names
             nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim),
             nn.Identity(),
             nn.LayerNorm(dim, eps=1e-6),
@@ -100,7 +100,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """A ConvNeXtBlock for inference by oneDNN on a CPU; the same but for rounding.
+    """A ConvNeXtBlock for inference by oneDNN on a CPU; results differ only by rounding.
 
     The weights are cast and laid out once instead of at every call, the layer scale is part of
     the last product, and GELU and the residual are fused into the products.
@@ -175,9 +175,9 @@ class ConvNeXt(nn.Module):
 
 
 def images_at_once(stage, H, W):
-    """How many images (H, W) keep a block's hidden layer in a CPU's cache: twice as fast.
+    """The number of images (H, W) whose hidden layer fits a CPU's cache, which is twice as fast.
 
-    Each stage halves the hidden layer, which has 4 * 96 numbers for 4 x 4 pixels in the first.
+    The hidden layer has 4 * 96 numbers for 4 x 4 pixels in the first stage; each stage halves it.
     """
     return max(1, (CACHED_NUMBERS << stage) // (24 * H * W))
 
@@ -198,7 +198,7 @@ class ImageEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = ConvNeXt()
-        # Stochastic depth of each block in training (Huang et al., 2016), as torchvision's has.
+        # Stochastic depth of each block in training (Huang et al., 2016), as in torchvision.
         self.drop_rates = np.linspace(0, 0.1, sum(n for _, n in CONVNEXT_TINY))
 
     def forward(self, x, keep=None):
@@ -219,12 +219,12 @@ def frame_positions(n_frames, dim=EMBED_DIM):
 
 
 def clip_planes(clip_len):
-    """Which planes make a clip's images: an int array (clip_len, 3, 2) of (channel, frame).
+    """The planes of a clip's images: an int array (clip_len, 3, 2) of (channel, frame).
 
-    The published model lays a clip's memory (3 channels, L frames) out as L images of 3 planes
-    without moving the axes, and its weights were trained so: an image holds three successive
-    frames of one colour channel, not one frame's three colours. Image j's plane i is entry
-    3 j + i of the channel-major list, that is channel (3 j + i) // L of frame (3 j + i) % L.
+    The published model reshapes a clip (3 channels, L frames) to L images of 3 planes without
+    moving the axes, and its weights were trained this way: an image has three successive frames of
+    one colour channel, not the three colours of one frame. Plane i of image j is entry 3 j + i of
+    the channel-major list: channel (3 j + i) // L of frame (3 j + i) % L.
     """
     return np.stack(np.divmod(np.arange(3 * clip_len).reshape(clip_len, 3), clip_len), axis=-1)
 
@@ -233,7 +233,7 @@ class FrameTransformer(nn.Module):
     """The PanEcho backbone: clips (B, 3, L, H, W), any L, -> clip embeddings (B, 768).
 
     `encode_images` and `encode_clips` are its two halves, for callers that share images
-    between clips. With other image encoders the features have those' width instead of 768.
+    between clips. With another image encoder, the features have its width instead of 768.
     """
 
     def __init__(self, clip_len=16, images=None, layers=4, heads=8, dropout=0.0):
@@ -245,7 +245,7 @@ class FrameTransformer(nn.Module):
             width, nhead=heads, dim_feedforward=width, dropout=dropout, batch_first=True
         )
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        # Computed, not learned: kept out of the state dict so that any clip length loads.
+        # Computed, not learned: not in the state dict, so that weights load for any clip length.
         self.register_buffer("positions", frame_positions(clip_len, width), persistent=False)
 
     def encode_images(self, images, keep=None):
@@ -264,19 +264,19 @@ class FrameTransformer(nn.Module):
 
     def forward(self, x, keep=None):
         B, C, L, H, W = x.shape
-        images = x.reshape(B * L, C, H, W)  # no axis moved, as the released weights were trained
+        images = x.reshape(B * L, C, H, W)  # without moving axes, see `clip_planes`
         return self.encode_clips(self.encode_images(images, keep).view(B, L, -1))
 
 
 class PanEcho(nn.Module):
     """Backbone and task heads: clips (B, 3, L, H, W) -> dict of task name to (B, n) outputs.
 
-    With `activations` binary tasks are probabilities (of the abnormal class), multi-class tasks
-    are softmaxes in the order of `class_names`, regression tasks are in their own unit.
+    With `activations`, binary tasks are probabilities (of the abnormal class), multi-class tasks
+    are softmaxes in the order of `class_names`, and regression tasks are in their unit.
     """
 
     def __init__(self, tasks="all", activations=True, clip_len=16, backbone=None, dropout=0.25):
-        """tasks: as `select_tasks` takes them. backbone: any with a `width`; None: PanEcho's."""
+        """tasks: see `select_tasks`. backbone: any module with a `width`; None: PanEcho's."""
         super().__init__()
         self.tasks = select_tasks(tasks)
         self.activations = activations
@@ -294,7 +294,7 @@ class PanEcho(nn.Module):
     def columns(self):
         """Names of all outputs in order, by task, class and unit: `EF [%]`, `AVStenosis: Severe`.
 
-        A binary task has one output, of the abnormal class (of '1.0' where classes are numbers).
+        A binary task has one output, for the abnormal class (for '1.0' if classes are numbers).
         """
         names = []
         for task in self.tasks:
@@ -311,7 +311,7 @@ class PanEcho(nn.Module):
     def read(self, embeddings, keep=None):
         """Clip embeddings (B, 768) -> dict of task name to (B, n) outputs.
 
-        keep (tasks, B, 768): the factors of dropout, for callers that draw them themselves.
+        keep (tasks, B, 768): dropout factors, for callers that draw them.
         """
         out = {}
         for i, task in enumerate(self.tasks):
@@ -324,7 +324,7 @@ class PanEcho(nn.Module):
 def select_tasks(tasks):
     """`'all'`, a task name or a list of names -> the entries of TASKS, in TASKS' order.
 
-    A list of entries (dicts like those of TASKS) is returned as it is.
+    A list of entries (dicts like those of TASKS) is returned unchanged.
     """
     if tasks == "all":
         return TASKS
@@ -338,7 +338,7 @@ def select_tasks(tasks):
 
 
 def activate(logits, task):
-    """One head's logits (B, n) -> probabilities; regression outputs pass unchanged."""
+    """One head's logits (B, n) -> probabilities; regression outputs are unchanged."""
     if task["type"] == "regression":
         return logits
     if task["type"].startswith("multi"):
@@ -350,17 +350,17 @@ def activate(logits, task):
 
 
 def without_weights(**kwargs):
-    """A PanEcho without parameters, to be loaded: they are not drawn first."""
+    """A PanEcho on the meta device, for loading weights without drawing random ones first."""
     with torch.device("meta"):
         return PanEcho(**kwargs)
 
 
 def random_weights():
-    """An untrained full model's state dict, the same on every machine: for trials.
+    """The state dict of an untrained full model, the same on every machine, for trials.
 
-    Each tensor is drawn by numpy from a seed made of its name; weights are scaled by fan-in and
-    the layer scale is near 0.1, so that features vary with the image (torchvision's own
-    initialisation, layer scale 1e-6, makes the blocks all but vanish).
+    numpy draws each tensor with a seed from its name; weights are scaled by fan-in and the layer
+    scale is near 0.1, so that features vary with the image (with torchvision's layer scale of 1e-6
+    the blocks have almost no effect).
     """
     state = {}
     for name, tensor in without_weights().state_dict().items():
@@ -381,9 +381,9 @@ def random_weights():
 def save_untrained(path, clips):
     """Write a weights file of an untrained encoder whose embeddings of `clips` are standardised.
 
-    An untrained encoder's embeddings differ by a few percent around a large constant; the last
-    LayerNorm is set so that over these clips each feature has mean 0 and all together have
-    standard deviation 1. clips: float32 (3, L, H, W) each, normalised.
+    The embeddings of an untrained encoder differ by a few percent around a large constant; the last
+    LayerNorm is set so that over these clips each feature has mean 0, and all features together
+    have standard deviation 1. clips: float32 (3, L, H, W) each, normalised.
     """
     state, model = random_weights(), load_panecho("random").model.encoder
     embeddings = torch.cat([model(clip[None]) for clip in clips])  # (n, 768)
@@ -396,15 +396,15 @@ def save_untrained(path, clips):
 
 
 def weights_path(source="panecho"):
-    """Path of the weights file that `source` names; the file may not exist yet.
+    """The path of the weights file for `source`; the file may not exist yet.
 
-    source: the text 'panecho' (the release: in trained_models/PanEcho, else in torch.hub's cache),
-    a URL (also there), a file, or a folder. Of a folder: its panecho.pt, its encoder.pt (from
-    an end-to-end training), or the highest chkpt_epoch-N.pt (from a training of the encoder).
+    source: the text 'panecho' (the release, in trained_models/PanEcho or torch.hub's cache), a URL
+    (in torch.hub's cache), a file, or a folder. In a folder: panecho.pt, encoder.pt (of an
+    end-to-end training), or the highest chkpt_epoch-N.pt (of an encoder training).
     """
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     if str(source).startswith(("http://", "https://")):
-        digest = hashlib.sha256(source.encode()).hexdigest()[:8]  # two URLs may end alike
+        digest = hashlib.sha256(source.encode()).hexdigest()[:8]  # URLs may have the same ending
         return cache / f"{Path(source).stem}-{digest}.pt"
     if source == "panecho":
         return DOWNLOADED if DOWNLOADED.is_file() else cache / DOWNLOADED.name
@@ -418,9 +418,9 @@ def weights_path(source="panecho"):
 
 
 def find_weights(source="panecho"):
-    """As `weights_path`, downloaded where necessary and compared with its recorded digest.
+    """The file of `weights_path`, after downloading it if necessary and comparing its digest.
 
-    The digest is recorded at the download: in source.json, or beside the file in torch.hub's cache
+    The digest is recorded at the download: in source.json, or next to the file in torch.hub's cache
     (`panecho.pt.sha256`). Raises WeightsError.
     """
     path, url = weights_path(source), WEIGHTS_URL if source == "panecho" else str(source)
@@ -429,8 +429,8 @@ def find_weights(source="panecho"):
         fetch(url, path)
     if not path.is_file():
         raise WeightsError(
-            f"no weights file {source}; give the path of panecho.pt, or leave --weights out to "
-            "download the release, or --weights random to try without"
+            f"no weights file {source}; give the path of panecho.pt, leave out --weights to "
+            "download the release, or use --weights random for a trial"
         )
     if is_download and not path.with_name(SOURCE).is_file():
         check_digest(path)
@@ -451,15 +451,15 @@ def published_parts(state):
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """A weights file's content."""
+    """The content of a weights file."""
 
     state: dict  # of the full model, or of the backbone if it has no heads
     record: EncoderRecord | None  # None in a published file
-    seen: tuple  # of Seen: its training patients; () where it was trained elsewhere
+    seen: tuple  # of Seen: its training patients; () if not recorded
 
 
 def read_encoder(path):
-    """The EncoderFile of a path, published or ours. No code in the file is run.
+    """The EncoderFile of a path, published or from EchoFocus. No code in the file runs.
 
     A published end-to-end checkpoint has a backbone and no heads. Raises WeightsError.
     """
@@ -473,18 +473,18 @@ def read_encoder(path):
     if parts := published_parts(saved.get("model_state_dict")):
         state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise WeightsError(f"{path} has no dict 'weights' as the published panecho.pt has")
+        raise WeightsError(f"{path} has no dict 'weights'; the published panecho.pt has one")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
     return EncoderFile(state, record_of(saved, path), seen)
 
 
 def seen_by(weights):
-    """The lists of Seen of an encoder, see `load_panecho`."""
+    """The Seen of an encoder, see `load_panecho`."""
     return () if weights == "random" else read_encoder(find_weights(weights)).seen
 
 
 def licence_of(path, record):
-    """The licence of a weights file: by its record, its download's, or the registry's."""
+    """The licence of a weights file, from its record, its download or the registry."""
     if record:
         return record.licence
     entry = read_source(path.parent) or released(path.parent)
@@ -494,7 +494,7 @@ def licence_of(path, record):
 
 
 def warn_of_other_clips(record, path, size, clip_len, rate=1):
-    """Warn where an encoder gets other clips than in its training; record: its, or None."""
+    """Warn if clips differ from those of the encoder's training. record: None without one."""
     if record is None:
         return
     rate_before = record.settings.get("sampling_rate", 1)
@@ -505,37 +505,36 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
     ):
         if before != now:
             RUN.warning(
-                f"{path} was trained with {name} = {before} and gets {now} here: its embeddings "
-                "may be worse"
+                f"{path} was trained with {name} = {before}, not {now}: its embeddings may be worse"
             )
 
 
 def tasks_in(state, record):
-    """The tasks of a file's heads, by its record or the names of TASKS; [] for a backbone."""
+    """The tasks of the heads in a file, by its record or by TASKS; [] for a backbone."""
     if record:
         return [task.entry() for task in record.tasks]
     return [t for t in TASKS if any(k.startswith(f"{t['name']}_head.") for k in state)]
 
 
 def weights_digest(weights):
-    """The SHA-256 that names weights, see `load_panecho`."""
+    """The SHA-256 that identifies weights, see `load_panecho`."""
     return RANDOM_SHA256 if weights == "random" else sha256_file(find_weights(weights))
 
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """A PanEcho network with its weights, and what their file says of them."""
+    """A PanEcho network with its weights, and the information in their file."""
 
-    model: PanEcho  # in evaluation mode; its heads are those of the file
-    sha256: str  # names the weights
+    model: PanEcho  # in evaluation mode, with the heads of the file
+    sha256: str  # identifies the weights
     record: EncoderRecord | None  # None of published and random weights
     seen: tuple  # see EncoderFile
 
 
 def load_panecho(weights="panecho", clip_len=16):
-    """The LoadedEncoder of `weights`: 'random', or what `weights_path` takes.
+    """The LoadedEncoder of `weights`: 'random', or a source as for `weights_path`.
 
-    Raises WeightsError, also for an encoder of another architecture.
+    Raises WeightsError, also for an encoder with another architecture.
     """
     digest = weights_digest(weights)
     if weights == "random":
@@ -545,7 +544,7 @@ def load_panecho(weights="panecho", clip_len=16):
         file = read_encoder(path)
     if file.record and not file.record.is_panecho:
         raise WeightsError(
-            f"{path} is a {file.record.model_name} of {file.record.arch} with inputs normalised by "
+            f"{path} is a {file.record.model_name} with {file.record.arch}, inputs normalised by "
             f"'{file.record.normalization}': extraction supports only PanEcho's architecture "
             "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
         )
@@ -555,7 +554,7 @@ def load_panecho(weights="panecho", clip_len=16):
 
 
 def build(pretrained=True, image_encoder_only=False, backbone_only=False, **options):
-    """What `torch.hub.load(..., 'PanEcho', ...)` returns, see hubconf.py; options: of PanEcho."""
+    """The result of `torch.hub.load(..., 'PanEcho', ...)`, see hubconf.py; options: of PanEcho."""
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
         path = find_weights()

@@ -1,10 +1,10 @@
-"""Ultrasound-like heart phantoms whose ejection fraction and septal defect are known.
+"""Ultrasound-like heart phantoms with a given ejection fraction and septal defect.
 
-A phantom is a static end-diastolic scene in cm (echo strength with speckle, blood flow), which
-every frame warps to its moment of the beat. The left-ventricular cavity is an ellipsoid with long
-axis L and short axis S (cm); its volume is V = pi / 6 L S^2 (mL), and V falls from the
-end-diastolic EDV to EDV (1 - EF / 100) in each beat, exactly. `make_cohort` writes a folder like a
-small hospital's export: four videos a study, labels, and which videos show the defect.
+A phantom is a static end-diastolic scene in cm (echo strength with speckle, blood flow), which is
+warped for each frame to its phase of the beat. The left-ventricular cavity is an ellipsoid with
+long axis L and short axis S (cm); its volume is V = pi / 6 L S^2 (mL), and in each beat V falls
+exactly from the end-diastolic EDV to EDV (1 - EF / 100). `make_cohort` writes a folder like the
+export of a small hospital: four videos per study, labels, and which videos show the defect.
 """
 
 import csv
@@ -14,9 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-HALF_ANGLE = 0.74  # radians: half the fan's opening
-# The beat: phase 0 is end-diastole. Both plateaus (isovolumic) outlast a frame, so that a video
-# of one beat or more holds a frame at each extreme. Filling: early, pause, atrial kick.
+HALF_ANGLE = 0.74  # radians: half the opening angle of the fan
+# The beat: phase 0 is end-diastole. Both isovolumic plateaus are longer than a frame, so that a
+# video of at least one beat has a frame at each extreme. Filling: early, pause, atrial kick.
 PHASES = (0.0, 0.08, 0.40, 0.48, 0.64, 0.80, 0.96, 1.0)
 EMPTYING = (0.0, 0.0, 1.0, 1.0, 0.25, 0.20, 0.0, 0.0)  # part of the stroke volume ejected
 
@@ -26,12 +26,12 @@ class View:
     """The position of a view's left ventricle, and whether colour Doppler is on."""
 
     centre: tuple  # (x, z) of its cavity, cm right of and below the probe
-    angle: float  # degrees from 'apex up' (0), clockwise; the septum is on its left then
+    angle: float  # degrees clockwise from 'apex up' with the septum on the left
     depth: float = 15.0  # cm from the probe (top centre) to the bottom of the fan
     mirror: bool = False  # septum and free wall change sides
     across: bool = False  # a cut across the long axis: a round cavity
     colour: bool = False
-    haze: float = 0.0  # echo strength of the tissue before the heart (the liver in SUBC)
+    haze: float = 0.0  # echo strength of the tissue in front of the heart (the liver in SUBC)
 
 
 VIEWS = {
@@ -40,7 +40,7 @@ VIEWS = {
     "PSAX": View((1.0, 5.8), 20, depth=11.0, across=True, colour=True),
     "SUBC": View((0.8, 9.0), 105, haze=0.25),
 }
-DEFECT_VIEWS = ("A4C", "PSAX")  # the others cut the septum beside the defect
+DEFECT_VIEWS = ("A4C", "PSAX")  # the other views do not cut through the defect
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Heart:
 
 
 def draw_heart(ef, rng):
-    """A plausible heart of that EF (percent): failing ventricles are dilated and thin-walled."""
+    """A plausible heart with this EF (percent): failing ventricles are dilated and thin-walled."""
     failing = np.clip((65 - ef) / 50, -0.2, 1.0)
     short = 4.1 + 2.4 * failing + rng.normal(0, 0.15)
     long = short * rng.normal(1.72, 0.05) - 1.2 * failing
@@ -88,7 +88,7 @@ def ellipse(u, v, centre, axes, edge=0.12):
 
 
 def speckle(shape, grain, rng):
-    """Rayleigh speckle of mean 1, its grains about `grain` (rows, columns) pixels."""
+    """Rayleigh speckle of mean 1 with grains of about `grain` (rows, columns) pixels."""
     parts = rng.standard_normal((2, *shape), dtype=np.float32)
     parts = [cv2.GaussianBlur(p, (0, 0), grain[1], sigmaY=grain[0]) for p in parts]
     amplitude = np.hypot(*parts)
@@ -115,7 +115,7 @@ def draw_scene(view, heart, shows_defect, u, v, rng):
     echo += (0.75 - echo) * ellipse(u, v, (0, 0), (a + w, b + w))
     lv = ellipse(u, v, (0, 0), (a, b))
     echo += (0.03 - echo) * lv
-    # Drawn always, so that all else is the same with and without a defect.
+    # Always drawn, so that everything else is the same with and without a defect.
     gap, width = (rng.uniform(-0.3, 0.1) * a, -b - w / 2), rng.uniform(0.6, 0.9)
     jet = np.zeros_like(u)
     if shows_defect:
@@ -150,10 +150,10 @@ def colourise(grey, velocity, jet, rng):
 
 
 def displace(u, v, start, now):
-    """Where the tissue at (u, v) was at end-diastole; half axes of the cavity then and `now`.
+    """The end-diastolic position of the tissue at (u, v), from the cavity's half axes then and now.
 
-    Within the cavity a plain scaling, so that its outline is exactly an ellipse of these axes;
-    further out ever less, so that the wall thickens as it closes in.
+    A plain scaling within the cavity, so that its outline is exactly an ellipse with these axes;
+    less scaling further out, so that the wall thickens in systole.
     """
     (a0, b0), (a, b) = start, now
     reach = np.exp(-1.5 * (np.hypot(u / a, v / b) - 1).clip(0))
@@ -164,8 +164,9 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
                  heart=None):  # fmt: skip
     """A cine of one view: uint8 (frames, H, W, 3), BGR, `size` being (H, W).
 
-    `heart` overrides the one drawn for `ef` (percent); `seed` (an int or a sequence) draws all
-    else: gain, attenuation, place, scale, tilt, phase, beat length (13-16 frames), speckle.
+    `heart` replaces the one drawn for `ef` (percent); `seed` (an int or a sequence) determines all
+    other draws: gain, attenuation, position, scale, tilt, phase, beat length (13-16 frames),
+    speckle.
     """
     rng = np.random.default_rng(seed)
     heart, view, (H, W) = heart or draw_heart(ef, rng), VIEWS[view], size
@@ -196,7 +197,7 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
         image = 0.4 * ((now[..., 0] * fade).clip(0) ** 0.6 + noise * fan)
         if view.colour:
             flow = now[..., 1] * max(filling[i], 0) + now[..., 2] * max(-filling[i], 0)
-            jet = now[..., 3] * (phase[i] % 1 < 0.54)  # all systole long
+            jet = now[..., 3] * (phase[i] % 1 < 0.54)  # throughout systole
             image = colourise(image, flow * box, jet * box, rng)
         out[i] = (image.reshape(H, W, -1) * 255).clip(0, 255)
     return out
@@ -206,7 +207,7 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
 
 
 def write_video(path, frames, fps=30, fourcc="MJPG"):
-    """Write BGR frames uint8 (n, H, W, 3) as a video; the folder is made."""
+    """Write BGR frames uint8 (n, H, W, 3) as a video; creates the folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     size = (frames.shape[2], frames.shape[1])
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
@@ -223,7 +224,7 @@ def write_video(path, frames, fps=30, fourcc="MJPG"):
 def draw_study(seed, index):
     """Study `index` of a cohort: (patient number, Heart, views that show a defect).
 
-    Of every four studies two are one patient's: the defect stays, EF drifts.
+    Two of every four studies have the same patient: the defect remains, EF changes a little.
     """
     patient = index // 4 * 3 + max(index % 4 - 1, 0)
     person = np.random.default_rng((seed, 1, patient))
@@ -239,7 +240,7 @@ def make_cohort(folder, studies=100, seed=0, progress=iter, frames=16):
     """Write `videos/<eid>/<view>.avi`, `labels.csv` and `findings.csv` under `folder`.
 
     labels.csv: pid, eid, EF (percent), VSD (0 or 1). findings.csv: eid, video, shows_defect.
-    A study depends only on (seed, its number). `progress` wraps the iterable of studies.
+    A study depends only on the seed and its number. `progress` wraps the iterable of studies.
     """
     folder = Path(folder)
     labels, findings = [("pid", "eid", "EF", "VSD")], [("eid", "video", "shows_defect")]

@@ -1,4 +1,4 @@
-"""What an extraction would do: the files that it would skip by their headers, and the time."""
+"""Preview of an extraction: the files that it will skip by their headers, and its run time."""
 
 import time
 from collections import Counter
@@ -11,7 +11,7 @@ from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
 
-# What any export holds beside cines.
+# Files that every export contains in addition to cines.
 USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
          "a repeat")  # fmt: skip
 
@@ -39,8 +39,8 @@ def preview_extraction(settings, trained_on, listener):
             "export them again, or delete them; extraction skips and lists them",
         )
     if empty := sorted({s.name for s in studies} - {s.name for s, _ in usable}):
-        tell = listener.warning if usable else listener.error
-        tell(
+        report = listener.warning if usable else listener.error
+        report(
             f"{len(empty)} studies have no usable video: {some(empty)}",
             "see the reasons above; these studies get no prediction",
         )
@@ -50,12 +50,12 @@ def preview_extraction(settings, trained_on, listener):
 
 
 def preview_encoder(weights, sampling, trained_on, listener):
-    """The encoder; an untrained one, for timing, where the weights are not downloaded yet."""
+    """The encoder, or an untrained one for timing if the weights are not downloaded yet."""
     if not panecho.weights_path(weights).is_file() and (
         weights == "panecho" or weights.startswith(("http:", "https:"))
     ):
         listener.warning(
-            f"the encoder weights {weights} are not downloaded: extraction starts with a download",
+            f"the encoder weights {weights} are not downloaded yet; extraction will download them",
             "run once with a network, or give the file with --weights",
         )
         return panecho.load_panecho("random", sampling.clip_len).model
@@ -64,13 +64,13 @@ def preview_encoder(weights, sampling, trained_on, listener):
         listener.warning(
             "the model was trained on embeddings of another encoder: with these weights its "
             "predictions have no meaning",
-            f"--weights with the file of SHA-256 {trained_on[:12]}",
+            f"give --weights the file with SHA-256 {trained_on[:12]}",
         )
     return encoder.model
 
 
 def estimate_time(settings, sampling, encoder, usable, listener):
-    """Report how long the (study, video) pairs take, from one decoded and a few images encoded."""
+    """Estimate the run time for the (study, video) pairs from one video and a few images."""
     device, workers = pick_device(settings.device), extract.decoders(settings.workers)
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
@@ -87,5 +87,5 @@ def estimate_time(settings, sampling, encoder, usable, listener):
     total = max(seconds / workers, encode) * len(usable)
     listener.ok(
         f"extraction of {len(usable)} videos: about {duration(total)} on {device} "
-        "(rough: from one video decoded and a few images encoded)"
+        "(rough estimate from one video and a few images)"
     )

@@ -1,4 +1,4 @@
-"""What an encoder's weights file records: its tasks and its training; nothing in it is trusted."""
+"""The record in an encoder's weights file: its tasks and its training. It is not trusted."""
 
 import json
 import re
@@ -19,9 +19,9 @@ N_CLASSES = {"binary": (0, 2), "multi-class": range(3, 1000), "regression": (0,)
 
 
 def task_name(name):
-    """Check a name that becomes a module's and a folder's."""
+    """Check the name of a task, which is also used for a module and a folder."""
     if not re.fullmatch(r"[A-Za-z0-9_|() -]{1,100}", name) or name != name.strip():
-        raise ValueError(f"{ascii(name)[:60]} cannot be a task's name: letters, digits, - _ | ( )")
+        raise ValueError(f"task name {ascii(name)[:60]}: use only letters, digits, - _ | ( )")
     return name
 
 
@@ -29,7 +29,7 @@ Word = Annotated[str, AfterValidator(lambda text: text and readable_text(text))]
 
 
 class EncoderTask(Entry):
-    """One head: a name, its kind, and its classes in output order or its unit."""
+    """One task head: name, kind, and classes in output order or unit."""
 
     name: Annotated[str, AfterValidator(task_name)]
     type: Literal[(*KINDS, *KINDS.values())]
@@ -48,8 +48,8 @@ class EncoderTask(Entry):
             raise ValueError(f"{self.name}: two classes have the same name")
         if n not in N_CLASSES[kind]:
             raise ValueError(
-                f"{self.name}: a binary task has two classes (no, yes), a multi-class task three "
-                f"classes or more, a regression none, not {n}"
+                f"{self.name} has {n} classes; a binary task has two (no, yes), a multi-class task "
+                "three or more, a regression no classes"
             )
         return self
 
@@ -82,7 +82,7 @@ def read_tasks(path):
         raise UserError(f"{path} is not valid JSON: {error}") from error
     task_list = validated(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
     if not task_list.tasks:
-        raise UserError(f"{path} names no task; each has a name, type, and classes or a unit")
+        raise UserError(f"{path} has no task; a task has a name, a type, and classes or a unit")
     return [task.entry() for task in task_list.tasks]
 
 
@@ -102,26 +102,26 @@ class EncoderRecord(TaskList):
     epoch: int = 0
     started_from: Word = ""  # the file's name, 'imagenet' or 'random'
     started_sha256: Word = ""
-    licence: Word = ""  # of what it started from
+    licence: Word = ""  # of the initial weights
     labels_sha256: Word = ""  # of videos, patients, folds and labels
     videos_sha256: Word = ""  # of the digests of their decoded frames
-    left_out: int = 0  # videos of val and test in the training of what it started from
+    left_out: int = 0  # val and test videos that the initial weights were trained on
     settings: dict[str, str | int | float | bool | list[str]] = Field({})
 
     @property
     def is_panecho(self):
-        """Whether it is PanEcho's architecture, which extraction requires."""
+        """Whether the encoder has PanEcho's architecture, which extraction requires."""
         built = self.model_name, self.arch, self.layers, self.heads, self.normalization
         return built == ("frame_transformer", "convnext_tiny", 4, 8, "imagenet")
 
     def to_save(self):
-        """As plain Python values."""
+        """The record as plain Python values."""
         saved = self.model_dump(exclude={"tasks"})
         return saved | {"tasks": [task.model_dump(by_alias=True) for task in self.tasks]}
 
 
 def record_of(saved, path):
-    """The EncoderRecord in a weights file's dict; None in a published one. UserError."""
+    """The EncoderRecord in the dict of a weights file; None in published files. UserError."""
     if "encoder" not in saved:
         return None
-    return validated(EncoderRecord, saved["encoder"], f"{path}, its record")
+    return validated(EncoderRecord, saved["encoder"], f"the record in {path}")
