@@ -110,6 +110,23 @@ def check_page(page):
         assert text in page
 
 
+def test_the_first_study_by_date(site, table, cli):
+    """Of a label table with the newest study first, the earliest with a prediction counts."""
+    labels, day = pd.read_csv("labels.csv", dtype=str), pd.Timestamp("2021-01-01")
+    labels["seen"] = [(day + pd.Timedelta(days=i)).strftime("%d.%m.%Y") for i in range(len(labels))]
+    labels[::-1].to_csv("labels.csv", index=False)
+    part = table.iloc[:280].astype({"eid": str})
+    line = ("evaluate", "--predictions", "theirs.csv", "--task", "defect", "--n_boot", "0")
+    for options, keep in (
+        (("--first_study_only",), "first"),
+        (("--per", "patient", "--pool", "first"), "first"),
+        (("--per", "patient", "--pool", "last"), "last"),
+    ):
+        assert cli(*line, *options)[0] == 0
+        saved = pd.read_csv("theirs_evaluation/saveout_all_site.csv", dtype={"Echo_ID": str})
+        assert set(saved["Echo_ID"]) == set(part.drop_duplicates("pid", keep=keep)["eid"])
+
+
 def test_groups_as_hospitals_write_them(site, table, cli):
     """Words of a sex, ages as in DICOM and decimal commas give the groups of plain values."""
     line = ("evaluate", "--predictions", "theirs.csv", "--task", "defect", "--n_boot", "0", "--by",

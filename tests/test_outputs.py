@@ -361,6 +361,7 @@ def in_days(table):
         (lambda t: t, "", 0, "years are assumed"),
         (lambda t: t.assign(years="2021-03-04"), "years", 1, "holds dates: 2021-03-04"),
         (lambda t: t.assign(years="4.3.2021"), "years", 1, "holds dates"),
+        (lambda t: t.replace({"died": {"no": ""}}), "years", 1, "has no 0 for censored"),
         (lambda t: t, "heartbeats", 1, "days, weeks, months, years"),
     ],
 )

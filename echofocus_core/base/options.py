@@ -329,8 +329,8 @@ class Settings(CohortOptions):
         None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
     )
     years: Annotated[list[float], BeforeValidator(times_in)] = option(
-        [], "survival: times of survival and AUROC, in the unit of the labels, as in 1,5 [1,5, "
-        "within the follow-up]", DATA, "predict evaluate"
+        [], "survival: times of survival and AUROC, as in 1,5 [1,5, within the follow-up]", DATA,
+        "predict evaluate"
     )
     per: Literal["study", "patient"] = option(
         "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core import __version__
-from echofocus_core.base.console import UserError, some
+from echofocus_core.base.console import RUN, UserError, some
 from echofocus_core.base.files import atomic_path, in_file_name, write_table
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
@@ -280,6 +280,8 @@ def evaluate_file(job):
         studies = studies_of_labels(path, task, table)
     else:
         studies = studies_with_truths(path)
+        if settings.first_study_only:
+            RUN.warning(f"{path}: the first study of a patient is the first row")
     warn_of_truths(path, studies.outcomes)
     reasons = {} if table is None else dict.fromkeys(table.index, "no prediction")
     reasons |= dict.fromkeys(studies.eids, NOT_ASKED)

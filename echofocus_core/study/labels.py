@@ -133,12 +133,11 @@ def read_cells(file, columns, listener, words=None):
 
 def missing_column(column, table):
     """What to do about a column that a label table does not have."""
-    for name in table:
-        if (table[name] == column).any():
-            return (
-                f"it has a row for each study and measurement ({column} is a value in '{name}'): "
-                "make one row of each study, with a column for each label"
-            )
+    if name := next((x for x in table if (table[x] == column).any()), ""):
+        return (
+            f"it has a row for each study and measurement ({column} is a value in '{name}'): "
+            "make one row of each study, with a column for each label"
+        )
     close = nearest(column, table.columns).removeprefix("; ")
     return (
         f"{close} " * bool(close) + "rename the column, or name it in the task of the config: "

@@ -247,8 +247,11 @@ class Survival(Label):
         time = self.read_times(sources[0], cells, numbers, task, path, listener)
         event = self.read_events(sources[1], cells, numbers, task, path, listener)
         if n := int((time.isna() ^ event.isna()).sum()):
-            listener.warning(
-                f"{path}, {self.name}: {n} studies have {sources[0]} or {sources[1]}, not both",
+            blank_is_censored = event.dropna().eq(1).all() and (time.notna() & event.isna()).any()
+            report = listener.error if blank_is_censored else listener.warning
+            report(
+                f"{path}, {self.name}: {n} studies have {sources[0]} or {sources[1]}, not both"
+                + f", and {sources[1]} has no 0 for censored studies" * bool(blank_is_censored),
                 "fill in the other; they count as missing",
             )
         values = time.mask(event.isna()), event.mask(time.isna())
