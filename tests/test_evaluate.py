@@ -115,7 +115,7 @@ def test_the_first_study_by_date(site, table, cli):
     labels, day = pd.read_csv("labels.csv", dtype=str), pd.Timestamp("2021-01-01")
     labels["seen"] = [(day + pd.Timedelta(days=i)).strftime("%d.%m.%Y") for i in range(len(labels))]
     labels[::-1].to_csv("labels.csv", index=False)
-    part = table.iloc[:280].astype({"eid": str})
+    part = table.iloc[:280]
     line = ("evaluate", "--predictions", "theirs.csv", "--task", "defect", "--n_boot", "0")
     for options, keep in (
         (("--first_study_only",), "first"),
@@ -123,8 +123,11 @@ def test_the_first_study_by_date(site, table, cli):
         (("--per", "patient", "--pool", "last"), "last"),
     ):
         assert cli(*line, *options)[0] == 0
-        saved = pd.read_csv("theirs_evaluation/saveout_all_site.csv", dtype={"Echo_ID": str})
-        assert set(saved["Echo_ID"]) == set(part.drop_duplicates("pid", keep=keep)["eid"])
+        metrics = metrics_of("theirs_evaluation/metrics_all_site.csv").loc["finding"]
+        one = part.drop_duplicates("pid", keep=keep)
+        expected = sk.roc_auc_score(one["finding"], one["p"])
+        assert metrics["value"]["auroc"] == pytest.approx(expected)
+        assert metrics["n"]["auroc"] == len(one) < len(part)
 
 
 def test_groups_as_hospitals_write_them(site, table, cli):
