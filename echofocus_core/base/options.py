@@ -226,8 +226,7 @@ class Settings(CohortOptions):
         return one_name(values) if isinstance(values, dict) else values
 
     config: str = option(
-        "", "tasks and datasets [config.json, else config-example.json]", WHAT,
-        f"{ALL} pack inspect"
+        "", "tasks and datasets [config.json or config-example.json]", WHAT, f"{ALL} pack inspect"
     )
     model_name: str = option(
         "", "folder in ./trained_models, or a path [train: the task; else the newest]; several are "
@@ -238,8 +237,7 @@ class Settings(CohortOptions):
         "", "a task of the config [the model's, else the first]", WHAT, ALL, moves_folds=True
     )
     dataset: str = option(
-        "", "a dataset of the config [the model's, else the first]", WHAT, f"{ALL} pack",
-        moves_folds=True
+        "", "of the config [the model's, else the first]", WHAT, f"{ALL} pack", moves_folds=True
     )
     datasets: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "several datasets, instead of --dataset", WHAT, "embed"
@@ -249,8 +247,7 @@ class Settings(CohortOptions):
     )
     label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
     videos: str = option(
-        "", "folder of a study's videos or of studies, to start from", WHAT,
-        f"{WITH_MODEL} check train"
+        "", "folder of a study's videos, or of studies", WHAT, f"{WITH_MODEL} check train"
     )
     keep: str = option(
         "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
@@ -409,8 +406,7 @@ class Settings(CohortOptions):
         0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1
     )
     epoch_lim: Annotated[int, AfterValidator(limit_or_none)] = option(
-        30, "maximum of epochs; -1: no limit", TRAINING, "train",
-        also="total_epochs epochs max_epochs"
+        30, "most epochs; -1: no limit", TRAINING, "train", also="total_epochs epochs max_epochs"
     )
     epoch_early_stop: int = option(
         10, "stop after this many epochs without improvement", TRAINING, "train", least=1
@@ -425,8 +421,7 @@ class Settings(CohortOptions):
         "other videos", OUTPUT, "predict explain"
     )
     page: bool = option(
-        False, "also write a web page with the videos: a folder with index.html", OUTPUT,
-        "predict explain"
+        False, "also write a web page with the videos, in a folder", OUTPUT, "predict explain"
     )
     page_mask: Literal["sector", "none"] = option(
         "sector", "clips of the page: black outside the ultrasound sector, or whole frames", OUTPUT,
@@ -443,9 +438,7 @@ class Settings(CohortOptions):
         const="pca"
     )
     color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
-    dtype: Literal["float32", "float16"] = option(
-        "float32", "of the packed numbers", OUTPUT, "pack"
-    )
+    dtype: Literal["float32", "float16"] = option("float32", "of the numbers", OUTPUT, "pack")
     out: str = option(
         "", "table to write [predictions_<dataset>.csv beside the model]", FILES, "predict"
     )
@@ -502,8 +495,7 @@ class Settings(CohortOptions):
         1e-6, "of AdamW", END_TO_END, "train", least=1e-12, below=MOST_RATE
     )
     ping_pong: bool = option(
-        False, "train the study-level model and the encoder in turn, an epoch each", END_TO_END,
-        "train"
+        False, "train the study-level model and the encoder in turn, by epochs", END_TO_END, "train"
     )
     cache_dir: str = option(
         "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
@@ -529,9 +521,7 @@ class Settings(CohortOptions):
         "none", "'sector' blackens everything outside the ultrasound sector, such as names",
         EXTRACTION, EXTRACTS
     )
-    n_clips: int = option(
-        16, "clips per video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
-    )
+    n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1)
     clip_len: int = option(
         16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
         on_resume="fixed"
@@ -545,8 +535,7 @@ class Settings(CohortOptions):
         on_resume="fixed"
     )
     augment: int = option(
-        0, "randomly transformed copies to add", EXTRACTION, "extract", least=0,
-        below=MOST_CLIPS + 1
+        0, "random transformed copies to add", EXTRACTION, "extract", least=0, below=MOST_CLIPS + 1
     )
     starts: Literal["modulo", "independent"] = option(
         "modulo", "clip starts of a video: from one residue class modulo 3, which halves the "
@@ -556,8 +545,7 @@ class Settings(CohortOptions):
         0, "images per batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
     )
     workers: int = option(
-        0, "decoder processes; 0: by cores", EXTRACTION, READS_VIDEOS, least=0,
-        below=MOST_WORKERS + 1
+        0, "decoders; 0: by cores", EXTRACTION, READS_VIDEOS, least=0, below=MOST_WORKERS + 1
     )
     shard: str = option(
         "auto", "share to start with, I/N; 'auto' uses the environment of torchrun or SLURM",
