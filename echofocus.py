@@ -124,8 +124,8 @@ def cmd_embed(job):
         raise UserError("--map shows studies: leave out --level video")
     if settings.embed_file:
         output_path(settings.embed_file, "file of study embeddings", is_embedded)
-    kind = getattr(job.model.net, "kind", "")
-    if not settings.pool_queries and (settings.map or kind != "multiquery"):
+    each = getattr(job.model.net, "embeds_labels", False)
+    if not settings.pool_queries and (settings.map or not each):
         raise UserError("--no_pool_queries is for multiquery models, and for no map")
     tables = map_rows(job) if settings.map else {}  # first: it may refuse
     files, rows = {}, {}

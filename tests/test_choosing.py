@@ -1,20 +1,23 @@
 """Folds of rare labels, frozen aggregators, two rates, steps that fail, a search by validation."""
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from echofocus_core.base.console import Collected
 from echofocus_core.base.options import Settings
 from echofocus_core.base.world import World
+from echofocus_core.study import network
 from echofocus_core.study.config import Task
 from echofocus_core.study.folds import split_patients, warn_of_one_class
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.loop import update
-from echofocus_core.study.network import StudyModel
+from echofocus_core.study.network import Aggregator, StudyModel
 from echofocus_core.study.outputs import Outputs
 
 MODELS = Path("trained_models")
@@ -114,3 +117,49 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
     }.items():
         status, _, err = cli("train", "--task", "defect", "--model_name", "new", *args, *one)
         assert status == 1 and text in err, err
+
+
+class MeanOfClips(Aggregator):
+    """Another aggregator, without attention, whose last layer has another name."""
+
+    heads = ("last",)
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.layers = nn.ModuleList(nn.Linear(768, 768) for _ in range(self.depth))
+        self.last = nn.Linear(768, self.n_labels)
+
+    def read(self, tokens, lengths, rng):
+        x = torch.stack([study.mean(0) for study in tokens.split(list(lengths))])
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.last(x), x
+
+
+def test_another_aggregator_is_one_class(cohort, cli, monkeypatch):
+    """Trained, resumed, read, described, frozen and explained; what it lacks is refused."""
+    assert get_args(Settings.model_fields["transformer_type"].annotation) == tuple(
+        network.AGGREGATORS
+    )
+    monkeypatch.setitem(network.AGGREGATORS, "standard", MeanOfClips)
+    line, one = ("train", "--task", "defect"), ("--epoch_lim", "1")
+    status, _, err = cli(*line, *one, "--encoder_depth", "2", "--layer_decay", "0.5")
+    assert status == 0, err
+    probe = ("--model_name", "probe", "--init_from", "defect", "--freeze", "aggregator")
+    status, _, err = cli(*line, *probe, *one)
+    assert status == 0, err
+    before, after = state("defect"), state("probe")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert set(before) - same == {"last.weight", "last.bias"} and len(same) == 4
+    for command in (("inspect", "probe"), ("predict",), ("evaluate",), ("embed",), ("explain",)):
+        status, _, err = cli(*command)
+        assert status == 0, err
+    status, _, err = cli("explain", "--explain_method", "attention")
+    assert status == 1 and "has no attention" in err
+    assert cli("embed", "--no_pool_queries")[0] == 1
+
+
+def test_heads_are_copied_by_label_along_the_axis_of_labels():
+    axes = {"ff.weight": 0, "ff.bias": 0}
+    assert StudyModel(3).label_axes() == StudyModel(3, "query").label_axes() == axes
+    assert StudyModel(3, "multiquery").label_axes() == {"query_tokens": 1}

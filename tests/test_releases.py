@@ -277,7 +277,7 @@ CHECKPOINTS = {
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
     "integers": (lambda: good_state(**{"ff.bias": torch.zeros(3).long()}), "ff.bias"),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
-    "too few labels": (lambda: checkpoint(labels=["a"]), "3 outputs and names 1 labels"),
+    "too few labels": (lambda: checkpoint(labels=["a"]), "ff.weight is (3, 768), not (1, 768)"),
     "regression without scaling": (lambda: checkpoint(type="regression"), "without label scaling"),
 }
 

@@ -40,12 +40,7 @@ def describe_model(net, saved, record, outputs, units, scaling):
 
     outputs: see `study.outputs`; scaling: measurement to shift, mean, stdev (and lmbda).
     """
-    architecture = {
-        "transformer_type": net.kind,
-        "encoder_depth": net.depth,
-        "tf_combine": net.combine,
-        "parameters": count(net),
-    }
+    architecture = net.architecture | {"parameters": count(net)}
     facts = record | record.get("settings", {})
     shown = (*SHOWN_ELSEWHERE, *architecture)
     return {

@@ -1,7 +1,7 @@
 """The contribution of each clip of a study to the answers of a study-level model.
 
 `net` is a model called as net(tokens (N, D), lengths (S)) -> (outputs (S, T), embeddings), with
-`n_labels`, `first_norm_input` and `attention_maps`; `model` is a loaded model, with `net`.
+`n_labels`, `turning_point` and `clip_shares`; `model` is a loaded model, with `net`.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     method, (V, C, _) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
     if method == "attention":
-        shares = attention_rollout(net, tokens).expand(net.n_labels, -1)
+        shares = net.clip_shares(tokens).expand(net.n_labels, -1)
         scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
         return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
     if method == "leave_one_out":
@@ -82,7 +82,7 @@ def integrated_gradients(net, tokens, start, settings, objectives, V):
     """
     ends = objectives(outputs_of(net, [start, tokens], settings)).double()
     change, target = tokens - start, ends[1] - ends[0]
-    a, n_nodes = turning_point(net, start, tokens), FIRST_NODES
+    a, n_nodes = net.turning_point(start, tokens), FIRST_NODES
     parts = torch.zeros(len(target), *tokens.shape, device=tokens.device)
     error = torch.full_like(target, torch.inf)
     unfinished = torch.arange(len(target))
@@ -128,22 +128,6 @@ def incompleteness(parts, change, V):
     return (scores.sum(1) - change).abs() / scores.abs().sum(1).clamp(min=1e-9)
 
 
-def turning_point(net, start, tokens):
-    """The point of the path (0 to 1) at which the tokens dominate the first LayerNorm.
-
-    The median over tokens of the norm of its input at the start, divided by the norm of the change
-    of that input: before this point the start determines its output, beyond it the tokens.
-    """
-    if not net.depth:
-        return 1.0
-    with torch.no_grad():
-        before, after = (
-            x - x.mean(1, keepdim=True) for x in map(net.first_norm_input, (start, tokens))
-        )
-        ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
-    return float(ratio.median().clamp(1e-4, 1))
-
-
 def outputs_of(net, bags, settings, grad=False):
     """Outputs (S, T) in float32 of some studies' tokens, each (N, D)."""
     device = device_of(net).type
@@ -186,25 +170,6 @@ def outputs_without(net, bag, settings):
         rest = [torch.cat([bag[:v], bag[v + 1 :]]).flatten(0, 1) for v in left_out]
         outputs.append(outputs_of(net, rest, settings))
     return torch.cat(outputs)
-
-
-@torch.no_grad()
-def attention_rollout(net, tokens):
-    """The share of each token (N, D) in the pooled output, by attention only: (1, N), or (T, N)
-    if each label has its query.
-
-    Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention averaged
-    over heads, half of it the residual path, multiplied from layer to layer.
-    """
-    queries, rollout = net.queries, None
-    for weights, residual in net.attention_maps(tokens):
-        identity = torch.eye(len(weights), device=weights.device)
-        if residual:
-            weights = (weights + identity) / 2
-        rollout = weights @ (identity if rollout is None else rollout)
-    shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
-    shares = shares[:, 0 if queries is None else len(queries) :]
-    return shares / shares.sum(1, keepdim=True)
 
 
 @dataclass

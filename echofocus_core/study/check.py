@@ -33,7 +33,7 @@ from echofocus_core.study.loading import (
     read_checkpoint,
 )
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_steps, run_studies
-from echofocus_core.study.network import StudyModel
+from echofocus_core.study.network import build
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
 from echofocus_core.video.preview import preview_extraction
@@ -258,8 +258,7 @@ def check_time(n_labels, store, eids, folds, settings, listener):
     """How long an epoch and a prediction take, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
-    shape = settings.transformer_type, settings.encoder_depth, settings.tf_combine
-    net = StudyModel(n_labels, *shape).to(device)
+    net = build(settings, n_labels).to(device)
     outputs = Outputs.of(list(map(str, range(n_labels))), "binary")
     targets = dict.fromkeys(eids, np.zeros(n_labels))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)

@@ -19,7 +19,7 @@ from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import Dataset, Task, read_config
 from echofocus_core.study.loading import find_model, load_model, load_named, released_task
 from echofocus_core.study.models import LoadedModel
-from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.sources import CLIP_EMBEDDINGS, Source, open_source
 from echofocus_core.video import panecho
 
@@ -88,6 +88,9 @@ def model_job(command, typed, world):
     model = load_named(*names, config.tasks, task, pick_device(typed.get("device", "")))
     refuse_model(command, typed, model)
     settings, dataset = resolve_settings(command, typed, config, model)
+    by_attention = command == "explain" and settings.explain_method == "attention"
+    if by_attention and not model.net.has_attention:
+        raise UserError(f"{model.folder.name} has no attention: use another --explain_method")
     model.net.to(pick_device(settings.device))  # which the config may name
     task = config.tasks.get(settings.task) or task_of(model)
     datasets = {name: config.datasets[config.pick("dataset", name)] for name in settings.datasets}
@@ -180,9 +183,9 @@ def training_job(typed, world):
         folder = find_model(settings.init_from)
         task = "" if releases.released(folder) else settings.task  # a released one has its own
         model = load_model(folder, config.tasks, task)
-        if not isinstance(model.net, StudyModel):
+        if not isinstance(model.net, Aggregator):
             raise UserError(f"{settings.init_from} is not a study-level model to start from")
-        changes |= {n: v for n, v in architecture_of(model.net).items() if n not in typed}
+        changes |= {n: v for n, v in model.net.architecture.items() if n not in typed}
         if settings.end_to_end and model.encoder_file and "weights" not in typed:
             changes["weights"] = str(model.encoder_file)
             print(f"starting from the encoder of {folder.name} too")
@@ -327,16 +330,9 @@ def check_settings(settings):
             raise UserError(text)
 
 
-def architecture_of(net):
-    """The options that a StudyModel was built by."""
-    return {
-        "transformer_type": net.kind, "encoder_depth": net.depth, "tf_combine": net.combine
-    }  # fmt: skip
-
-
 def refuse_other_architecture(settings, model):
     """UserError for options that do not fit the model to start from."""
-    for name, value in architecture_of(model.net).items() if model else ():
+    for name, value in model.net.architecture.items() if model else ():
         if (other := getattr(settings, name)) != value:
             raise UserError(f"--init_from has {name} = {value}, not {other}")
 

@@ -10,13 +10,13 @@ from echofocus_core import EMBED_DIM as D
 from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, some
 from echofocus_core.base.files import sha256_file
-from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS
+from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS, Settings
 from echofocus_core.base.seen import seen_from
 from echofocus_core.study.config import MODELS, Input, Record, read_record
 from echofocus_core.study.end_to_end import ENCODER_FILE
 from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.models import Ensemble, LoadedEnsemble, LoadedModel
-from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.network import Readings, build
 from echofocus_core.study.outputs import Outputs, scaling_fault
 from echofocus_core.video import panecho
 from echofocus_core.video.panecho import published_parts
@@ -181,12 +181,24 @@ def load_readings(file, device):
 
 
 def read_network(saved, path):
-    """(Record or None, StudyModel, number of outputs) of a checkpoint's dict.
-
-    The network's shape is read from the names of a published state dict, and judged before memory
-    is taken for it. Raises UserError.
-    """
+    """(Record or None, Aggregator, number of outputs) of a checkpoint's dict. Raises UserError."""
     record, state = read_record(saved, path), saved["model_state_dict"]
+    if record:
+        settings, n_labels = record.settings, len(record.outputs.names)
+    else:
+        settings, n_labels = published_architecture(state, path)
+    groups = record.outputs.groups if record else ()
+    with torch.device("meta"):
+        net = build(settings, n_labels, groups)
+    checkpoints.load_strictly(net, state, path, "an EchoFocus model")
+    return record, net, n_labels
+
+
+def published_architecture(state, path):
+    """(Settings, number of outputs) by the names and shapes in a published state dict.
+
+    Judged before memory is taken for them. Raises UserError.
+    """
     if "ff.weight" not in state:
         raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
     layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
@@ -201,12 +213,7 @@ def read_network(saved, path):
         raise UserError(
             f"{path} is not an EchoFocus model: {counted[0]} is {shape}, {len(layers)} layers"
         )
-    combine = record.settings.tf_combine if record else "avg"  # as the released models pool
-    groups = record.outputs.groups if record and record.type else ()
-    with torch.device("meta"):
-        net = StudyModel(n_labels, kind, len(layers), combine, groups)
-    checkpoints.load_strictly(net, state, path, "an EchoFocus model")
-    return record, net, n_labels
+    return Settings(transformer_type=kind, encoder_depth=len(layers)), n_labels
 
 
 def outputs_from(saved, record, labels, path):
@@ -257,9 +264,6 @@ def labels_for(folder, record, n_labels, tasks, task=""):
     like the folder, or of the only task of the config with n_labels labels.
     """
     if record:
-        n = len(record.outputs.names) if record.type else len(record.labels)
-        if n != n_labels:
-            raise UserError(f"{folder.name} has {n_labels} outputs and names {n} labels")
         return record.task, record.labels, record.units, "its own file"
     entry = releases.released(folder)
     if not entry and task not in tasks:

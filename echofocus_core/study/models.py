@@ -10,7 +10,7 @@ from torch import nn
 from echofocus_core.base.console import RUN, Collected, some
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import Novelty
-from echofocus_core.study.network import Readings, StudyModel
+from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs, per_year
 
 
@@ -19,7 +19,7 @@ class LoadedModel:
     """A model folder's checkpoint, ready to predict."""
 
     folder: Path
-    net: StudyModel | Readings
+    net: Aggregator | Readings
     task: str
     outputs: Outputs  # labels stripped, in output order
     scaling: dict | None  # the published input_norm_dict
@@ -110,9 +110,10 @@ class Ensemble(nn.Module):
         super().__init__()
         self.nets = nn.ModuleList(nets)
         self.n_labels = sum(net.n_labels for net in nets)
+        self.has_attention = all(net.has_attention for net in nets)
 
     def forward(self, tokens, lengths, rng=None):
-        """As a StudyModel's, with logits (S, networks * T)."""
+        """As an Aggregator's, with logits (S, networks * T)."""
         logits, embeddings = zip(*(net(tokens, lengths, rng) for net in self.nets), strict=True)
         return torch.cat(logits, dim=1), torch.stack(embeddings).mean(dim=0)
 

@@ -1,17 +1,85 @@
-"""The set transformer that reads a study's clips, and PanEcho's task heads."""
+"""Aggregators, networks that read a study's clips, and PanEcho's task heads."""
+
+import re
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from echofocus_core import EMBED_DIM as D
+from echofocus_core.base.console import UserError
 from echofocus_core.study.attention import attend, encoder_layer, pool
 
 HEADS = 6
 DROPOUT = 0.2
 
 
-class StudyModel(nn.Module):
+class Aggregator(nn.Module):
+    """A network from a study's clips, an unordered set, to its labels.
+
+    A new kind is a subclass with `read`, a line in AGGREGATORS, and a value of the option.
+    Its layers, where it has several, are named `...layers.0.` to `...layers.<depth - 1>.`.
+    """
+
+    heads = ("ff",)  # parts that belong to labels: --freeze aggregator trains only these
+    embeds_labels = False  # whether `read` gives one embedding per label
+    has_attention = False  # whether `clip_shares` is available
+
+    def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
+        """groups: slices of the outputs, each with the classes of one label."""
+        super().__init__()
+        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
+        self.groups = groups
+
+    @property
+    def architecture(self):
+        """The options that it was built by."""
+        names = ("transformer_type", "encoder_depth", "tf_combine")
+        return dict(zip(names, (self.kind, self.depth, self.combine), strict=True))
+
+    def read(self, tokens, lengths, rng):
+        """As `forward`: logits (S, T) and embeddings (S, D) or (S, T, D)."""
+        raise NotImplementedError
+
+    def forward(self, tokens, lengths, rng=None, pool_queries=True):
+        """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
+
+        Returns the mean of the embeddings of the labels; without `pool_queries` all, (S, T, D).
+        Outputs of classes are log-odds, see `study.outputs`.
+        rng: a numpy Generator for dropout in training; None: torch's generator.
+        """
+        logits, embeddings = self.read(tokens, lengths, rng)
+        if self.embeds_labels and pool_queries:
+            embeddings = embeddings.mean(1)
+        return against_rest(logits, self.groups) if self.groups else logits, embeddings
+
+    def is_head(self, name):
+        """Whether a parameter belongs to labels."""
+        return name.split(".")[0] in self.heads
+
+    def layers_above(self, name):
+        """How many layers a parameter is below the head."""
+        layer = re.search(r"\blayers\.(\d+)\.", name)
+        return self.depth - int(layer[1]) if layer else self.depth
+
+    def label_axes(self):
+        """Parameter -> its axis of labels, for parameters that have one."""
+        with torch.device("meta"):
+            more = type(self)(self.n_labels + 1, self.kind, self.depth, self.combine)
+        pairs = zip(self.state_dict().items(), more.state_dict().values(), strict=True)
+        differ = {k: [a != b for a, b in zip(x.shape, y.shape, strict=True)] for (k, x), y in pairs}
+        return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
+
+    def turning_point(self, start, tokens):
+        """The point of the path (0 to 1) from start to tokens, both (N, D), at which answers turn."""
+        return 1.0
+
+    def clip_shares(self, tokens):
+        """The share of each token (N, D) in the answers by attention: (1, N) or (T, N)."""
+        raise UserError(f"{self.kind} models have no attention: use another --explain_method")
+
+
+class StudyModel(Aggregator):
     """The set transformer: from a study's clips, an unordered set, to its labels.
 
     standard: encoder over the clips, mean or maximum over clips, linear head.
@@ -20,11 +88,11 @@ class StudyModel(nn.Module):
     Parameters are named as in the published checkpoints. Depth 0 is one attention layer.
     """
 
+    heads, has_attention = ("ff", "query_tokens"), True
+
     def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
-        """groups: slices of the outputs, each with the classes of one label."""
-        super().__init__()
-        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
-        self.groups = groups
+        super().__init__(n_labels, kind, depth, combine, groups)
+        self.embeds_labels = kind == "multiquery"
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
@@ -42,18 +110,6 @@ class StudyModel(nn.Module):
         if self.kind == "standard":
             return None
         return (self.query_token if self.kind == "query" else self.query_tokens)[0]
-
-    def forward(self, tokens, lengths, rng=None, pool_queries=True):
-        """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
-
-        A multiquery model's embedding is the mean over its labels; without `pool_queries` there is
-        one per label, (S, T, D). Outputs of classes are log-odds, see `study.outputs`.
-        rng: a numpy Generator for dropout in training; None: torch's generator.
-        """
-        logits, embeddings = self.read(tokens, lengths, rng)
-        if self.kind == "multiquery" and pool_queries:
-            embeddings = embeddings.mean(1)
-        return against_rest(logits, self.groups) if self.groups else logits, embeddings
 
     def read(self, tokens, lengths, rng):
         S, queries = len(lengths), self.queries
@@ -89,6 +145,38 @@ class StudyModel(nn.Module):
             yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
             x = encoder_layer(layer, x, [len(x)]) if layer else x
 
+    @torch.no_grad()
+    def turning_point(self, start, tokens):
+        """The point at which the tokens dominate the first LayerNorm.
+
+        The median over tokens of the norm of its input at the start, divided by the norm of the
+        change of that input: before this point the start determines its output, beyond it the tokens.
+        """
+        if not self.depth:
+            return 1.0
+        before, after = (
+            x - x.mean(1, keepdim=True) for x in map(self.first_norm_input, (start, tokens))
+        )
+        ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
+        return float(ratio.median().clamp(1e-4, 1))
+
+    @torch.no_grad()
+    def clip_shares(self, tokens):
+        """By attention rollout: (1, N), or (T, N) if each label has its query.
+
+        Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention
+        averaged over heads, half of it the residual path, multiplied from layer to layer.
+        """
+        queries, rollout = self.queries, None
+        for weights, residual in self.attention_maps(tokens):
+            identity = torch.eye(len(weights), device=weights.device)
+            if residual:
+                weights = (weights + identity) / 2
+            rollout = weights @ (identity if rollout is None else rollout)
+        shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
+        shares = shares[:, 0 if queries is None else len(queries) :]
+        return shares / shares.sum(1, keepdim=True)
+
     def encode(self, x, lengths, n_queries, rng=None):
         """Run all tokens through the encoder; with queries, return only those: (S * Q, D)."""
         if not self.depth:
@@ -99,8 +187,17 @@ class StudyModel(nn.Module):
         return x
 
 
+AGGREGATORS = {"standard": StudyModel, "query": StudyModel, "multiquery": StudyModel}
+
+
+def build(settings, n_labels, groups=()):
+    """The Aggregator of these settings; groups: see Aggregator."""
+    kind, depth = settings.transformer_type, settings.encoder_depth
+    return AGGREGATORS[kind](n_labels, kind, depth, settings.tf_combine, groups)
+
+
 class EachQuery(nn.Module):
-    """A multiquery StudyModel with one study embedding per label, (S, T, D)."""
+    """An Aggregator with one study embedding per label, (S, T, D)."""
 
     def __init__(self, net):
         super().__init__()

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import time
 from dataclasses import asdict
 from functools import cached_property
@@ -27,7 +26,7 @@ from echofocus_core.study.folds import refuse_other_folds, write_split
 from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, run_steps
-from echofocus_core.study.network import StudyModel
+from echofocus_core.study.network import build
 from echofocus_core.study.validation import metric_line, thresholds_and_hazards
 
 REMEDY = "use another --model_name or --run_id"
@@ -36,27 +35,19 @@ REMEDY = "use another --model_name or --run_id"
 
 
 def fresh_network(settings, outputs, parent=None, units=()):
-    """A StudyModel with random weights from the seed, or with those of a parent model.
+    """The network of these settings with random weights from the seed, or those of a parent.
 
     parent: LoadedModel to start from, or None; units: of the labels.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("weights", settings.seed))
-        net = StudyModel(
-            len(outputs.names), settings.transformer_type, settings.encoder_depth,
-            settings.tf_combine, outputs.groups,
-        )  # fmt: skip
+        net = build(settings, len(outputs.names), outputs.groups)
     if parent:
         copy_weights(net, outputs, parent, dict(units))
     if settings.freeze and not settings.end_to_end:  # otherwise EndToEnd freezes its parts
         for name, p in net.named_parameters():
-            p.requires_grad_(is_head(name))
+            p.requires_grad_(net.is_head(name))
     return net
-
-
-def is_head(name):
-    """Whether a parameter belongs to single labels: the last layer, or the labels' query tokens."""
-    return name.split(".")[0] in ("ff", "query_tokens")
 
 
 def rate_groups(net, settings):
@@ -64,14 +55,13 @@ def rate_groups(net, settings):
     rate, groups = settings.learning_rate, {}
 
     def rate_of(name):
-        if is_head(name):
+        if net.is_head(name):
             return settings.head_learning_rate or rate
-        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        return rate * settings.layer_decay ** (net.depth - int(layer[1]) if layer else net.depth)
+        return rate * settings.layer_decay ** net.layers_above(name)
 
     named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     if settings.head_learning_rate:
-        named.sort(key=lambda item: is_head(item[0]))
+        named.sort(key=lambda item: net.is_head(item[0]))
     for name, p in named:
         groups.setdefault(rate_of(name), []).append(p)
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
@@ -80,19 +70,17 @@ def rate_groups(net, settings):
 def copy_weights(net, outputs, parent, units):
     """Copy a parent model's weights; those of a label only if name, kind and unit are the same."""
     labels, kinds = outputs.names, parent.outputs.kind_of
-    state, given = net.state_dict(), parent.net.state_dict()
-    by_label = ["query_tokens"] if net.kind == "multiquery" else ["ff.weight", "ff.bias"]
+    state, axes = net.state_dict(), net.label_axes()
     shared = [
         label
         for label in labels
         if kinds.get(label) == outputs.kind_of[label] and not other_unit(label, units, parent.units)
     ]
     to, origin = [labels.index(x) for x in shared], [parent.labels.index(x) for x in shared]
-    for name, tensor in given.items():
-        if name == "query_tokens":
-            state[name][:, to] = tensor[:, origin].to(state[name].device)
-        elif name in by_label:
-            state[name][to] = tensor[origin].to(state[name].device)
+    for name, tensor in parent.net.state_dict().items():
+        if name in axes:
+            rows, others = (x.movedim(axes[name], 0) for x in (state[name], tensor))
+            rows[to] = others[origin].to(rows.device)
         else:
             state[name] = tensor
     net.load_state_dict(state)
@@ -351,7 +339,7 @@ class Training(EpochTraining):
             "labels_sha256": self.cohort.digest,
             "embeddings_sha256": self.data_sha256,
             "encoder_sha256": self.input.weights_sha256 or "",
-            "device": str(self.study.ff.weight.device),
+            "device": str(next(self.study.parameters()).device),
             "processes": self.world.size,
             "versions": {"echofocus": __version__, "torch": torch.__version__}
             | {"numpy": np.__version__, "python": platform.python_version()},
