@@ -71,7 +71,7 @@ class Aggregator(nn.Module):
         return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
 
     def turning_point(self, start, tokens):
-        """The point of the path (0 to 1) from start to tokens, both (N, D), at which answers turn."""
+        """The point of the path (0 to 1) from start to tokens, both (N, D), where answers turn."""
         return 1.0
 
     def clip_shares(self, tokens):
@@ -150,7 +150,7 @@ class StudyModel(Aggregator):
         """The point at which the tokens dominate the first LayerNorm.
 
         The median over tokens of the norm of its input at the start, divided by the norm of the
-        change of that input: before this point the start determines its output, beyond it the tokens.
+        change of that input: before it the start determines its output, beyond it the tokens.
         """
         if not self.depth:
             return 1.0
