@@ -17,8 +17,8 @@ from tests.faults.commands import make_base, start, use_narrow_network, wait
 AREAS = {
     area.__name__: area
     for area in (files.dicom, files.video, files.hdf5, files.packs,
-                 files.checkpoints, files.archives, files.tables, processes.kill,
-                 processes.machine, values.numbers, values.privacy)
+                 files.checkpoints, files.tables, processes.kill, processes.two_at_once,
+                 values.numbers, values.privacy)
 }  # fmt: skip
 SECONDS = 1800  # for a case with all its commands
 MEMORY = 3 << 20  # kB that a process may take

@@ -117,18 +117,3 @@ def odd_entry(value, rng):
         return f"without {path[0]}", value
     parent[path[-1]] = odd_value(rng)
     return f"entry of {path[0]}", value
-
-
-def odd_cell(text, rng):
-    """(name of the fault, a CSV text with one odd cell, line, line end or delimiter)."""
-    lines = text.splitlines()
-    row, odd, fault = int(rng.integers(len(lines))), choose(rng, TEXTS), int(rng.integers(4))
-    cells = lines[row].split(",")
-    cells[int(rng.integers(len(cells)))] = odd
-    end = str(rng.choice([",", '"', ",1", "'", ";", ',"a\nb']))
-    changed = [",".join(cells), f"{odd}\n{lines[row]}", lines[row] + end, lines[row]]
-    lines[row] = changed[fault]
-    text = "\n".join(lines)
-    if fault == 3:
-        text = text.replace(",", str(rng.choice([";", "\t", "\n", " ", '"', ",,"])))
-    return ("cell", "line", "end of a line", "delimiter")[fault], text

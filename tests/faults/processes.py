@@ -1,4 +1,4 @@
-"""Areas of commands that are killed, run twice at once, or meet a read-only or full disk.
+"""Areas of commands that are killed, or run twice at once.
 
 Each is repeated afterwards and must give what a run without interruption gives.
 """
@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import time
@@ -171,39 +170,6 @@ def kill(rng, base):
     return f"{command}: {name}", repeated(command, base)
 
 
-# ---------------------------------------------------------------------------------------- machine
-
-
-def full_disk(rng, base):
-    """Files of at most some number of bytes, as on a full disk."""
-    command = choose(rng, [c for c in LINES if c not in ("page", "end_to_end")])
-    prepare(command, base)
-    size = int(10 ** rng.uniform(1, 7))
-    result = Command(
-        *LINES[command], before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    ).result()
-    complaint = "" if result.status >= 0 else f"status {result.status}: {result.err[-300:]}"
-    return f"full disk: {command}", complaint or repeated(command, base)
-
-
-def read_only(rng, base):
-    """A folder that the user may not write into; root may write anywhere."""
-    command = choose(rng, LINES)
-    if os.geteuid() == 0:
-        return "read-only: not tried as root", ""
-    prepare(command, base)
-    paths = [Path.cwd(), *Path.cwd().rglob("*")]
-    for path in paths:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    result = Command(*LINES[command]).result()
-    for path in paths:
-        path.chmod(0o755)
-    complaint = complaint_of(result) or (
-        "" if result.status else "it wrote into a read-only folder"
-    )
-    return f"read-only: {command}", complaint
-
-
 def two_at_once(rng, base):
     """The second stops with an error, or does no harm."""
     command = choose(rng, LINES)
@@ -217,7 +183,3 @@ def two_at_once(rng, base):
     if not complaint and all(r.status for r in results):
         complaint = f"both stopped: {results[0].err[-200:]} {results[1].err[-200:]}"
     return f"two at once: {command}", complaint or difference(expected)
-
-
-def machine(rng, base):
-    return choose(rng, [full_disk, read_only, two_at_once])(rng, base)
