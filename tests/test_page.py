@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,11 +13,10 @@ from helpers import normal, write_cine
 import echofocus as ef
 from echofocus_core.base.console import run_main
 from echofocus_core.base.options import Settings
-from echofocus_core.report.page import Page, PageStudy, more_answers, write_page
-from echofocus_core.study.outputs import Outputs
+from echofocus_core.report.page import Page, PageStudy, write_page
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom
-from echofocus_core.video.playback import Playback, read_playback, write_clip
+from echofocus_core.video.playback import write_clip
 from echofocus_core.video.store import FileRecord, write_study
 from echofocus_core.video.studies import Study
 
@@ -151,15 +149,6 @@ def test_filters_of_decisions_are_for_labels_that_have_them(folder, tab, tmp_pat
     assert shown(tab) == ["a", "b"] and tab.locator("#decision").is_disabled()
     tab.select_option("#label", "0")
     assert shown(tab) == ["a", "b"] and tab.locator("#decision").is_enabled()
-
-
-def test_classes_and_survival_are_words():
-    outputs = Outputs.of(["TR", "death", "EF"], {"TR": "multiclass", "death": "survival",
-                         "EF": "regression"}, {"TR": ["none", "mild"]})  # fmt: skip
-    row = {"TR": "mild", "TR_mild": 0.9, "death_risk": 0.3, "death_survival_1": 0.954,
-           "death_survival_5": np.nan, "EF": 60.0}  # fmt: skip
-    answers = more_answers(SimpleNamespace(outputs=outputs), row)
-    assert answers == [("TR, most probable class", "mild"), ("no death until 1", "95.4 %")]
 
 
 def open_study(folder, tab, eid):
@@ -340,15 +329,3 @@ def test_the_frame_rate_is_that_of_the_file(tmp_path):
     with video.VideoFile(tmp_path / "b") as opened:
         written = write_clip(opened, tmp_path / "b.webm", "none")
     assert (written.rate, written.rate_is_known, written.frames) == (30, False, 16)
-
-
-def test_a_damaged_record_of_a_clip_is_ignored(tmp_path):
-    record = tmp_path / "a.json"
-    good = {"frames": 20, "rate": 30.0, "rate_is_known": True, "width": 64, "height": 48}
-    record.write_text(json.dumps(good))
-    assert read_playback(record) == Playback(**good)
-    for text in ("", "{}", "[1]", json.dumps(good)[:30], json.dumps(good | {"more": 1})):
-        record.write_text(text)
-        assert read_playback(record) is None
-    record.unlink()
-    assert read_playback(record) is None

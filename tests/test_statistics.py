@@ -272,17 +272,28 @@ def test_net_benefit_and_a_single_class():
     none = by_metric(st.BinaryOutcome("a", np.zeros(3), p, threshold=0.5), n_boot=200)
     assert none["auroc"].note == none["sensitivity"].note == "no positive study"
     assert none["specificity"].value == pytest.approx(2 / 3) and none["auroc"].n_positive == 0
-    assert (
-        by_metric(st.BinaryOutcome("a", np.ones(3), p), n_boot=200)["auroc"].note
-        == "no negative study"
-    )
-    both = by_metric(st.BinaryOutcome("a", np.array([0, 1, 1.0]), p), n_boot=200)
-    assert both["sensitivity"].note == "no threshold is stored with the model"
+    all_ = by_metric(st.BinaryOutcome("a", np.ones(3), p), n_boot=200)
+    assert all_["auroc"].note == "no negative study" and np.isnan(all_["sensitivity"].value)
     y = np.array([3.0, 4, 5])
     actual = by_metric(st.RegressionOutcome("a", y, y * 0 + 4, "mm"), n_boot=200)
-    assert actual["pearson"].note == "the prediction is the same in all studies"
-    assert actual["r2"].value == pytest.approx(0) and actual["rmse"].unit == "mm"
-    assert actual["r2"].unit == "" and actual["r2"].n_positive == -1
+    assert np.isnan(actual["pearson"].value) and actual["r2"].value == pytest.approx(0)
+    assert (actual["rmse"].unit, actual["r2"].unit, actual["r2"].n_positive) == ("mm", "", -1)
+    one = by_metric(st.RegressionOutcome("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9))
+    assert one["rmse"].value > 0 and np.isnan(one["rmse"].ci_low)  # of one patient
+
+
+def test_outcomes_that_cannot_be_evaluated():
+    for make, label in (
+        (lambda: st.BinaryOutcome("VSD", [0, 2.0], [0.1, 0.2]), "VSD"),
+        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
+        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1]), "VSD"),
+        (lambda: st.RegressionOutcome("EF", [np.inf, 1.0], [1, 2]), "EF"),
+        (lambda: st.MulticlassOutcome("g", [0, 3.0], np.ones((2, 3)), "abc"), "0 to 2"),
+        (lambda: st.SurvivalOutcome("d", [1, -1.0], [0, 1], [0, 1]), "below zero"),
+        (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sensitivity=95"), "youden"),
+    ):
+        with pytest.raises(UserError, match=label):
+            make()
 
 
 def test_missing_truths_and_predictions_count_nowhere():
@@ -306,35 +317,6 @@ def test_perfect_separation_has_no_slope_and_an_interval_that_is_not_certain():
     assert actual["sensitivity"].value == 1 and 0.4 < actual["sensitivity"].ci_low < 0.7
     assert np.isinf(actual["lr_positive"].value) and "infinite" in actual["lr_positive"].note
     assert actual["lr_positive"].row()["value"] is None
-
-
-def test_one_patient_has_no_interval():
-    actual = by_metric(
-        st.RegressionOutcome("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9)
-    )
-    assert actual["rmse"].note == "one patient: no interval" and np.isnan(actual["rmse"].ci_low)
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: st.BinaryOutcome("VSD", [0, 2.0], [0.1, 0.2]), "VSD: a truth is neither 0, 1 nor"),
-        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
-        (
-            lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1, 0.4], np.array([0.5, -1])),
-            "VSD: a threshold",
-        ),
-        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1]), "have different shapes"),
-        (lambda: st.RegressionOutcome("EF", [np.inf, 1.0], [1, 2]), "EF: .* infinite"),
-        (lambda: st.MulticlassOutcome("g", [0, 3.0], np.ones((2, 3)), "abc"), "not one of 0 to 2"),
-        (lambda: st.MulticlassOutcome("g", [0, 1.0], np.ones((2, 3)), "ab"), "2 classes"),
-        (lambda: st.SurvivalOutcome("d", [1, -1.0], [0, 1], [0, 1]), "below zero"),
-        (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sensitivity=95"), "give youden"),
-    ],
-)
-def test_outcomes_that_cannot_be_evaluated(make, text):
-    with pytest.raises(UserError, match=text):
-        make()
 
 
 # -------------------------------------------------------------------------------------- bootstrap
