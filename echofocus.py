@@ -77,7 +77,7 @@ def cmd_predict(job):
 
     if job.settings.out:
         predictions.refuse_other_tables(job.settings)
-    job = job.with_source()
+    job = job.with_source(limited=True)
     model, source, settings = job.model, job.source, job.settings
     labelled = () if source.requested else labelled_ids(job)
     absent = dict.fromkeys(sorted(set(labelled) - set(source.eids)), "no embeddings")
@@ -130,7 +130,7 @@ def cmd_embed(job):
     tables = map_rows(job) if settings.map else {}  # first: it may refuse
     files, rows = {}, {}
     for dataset_name, dataset in job.datasets.items():
-        one = replace(job.but(dataset=dataset_name), dataset=dataset).with_source()
+        one = replace(job.but(dataset=dataset_name), dataset=dataset).with_source(limited=True)
         name, table = one.settings.dataset, tables.get(dataset_name)
         files[name], rows[name] = embed_source(one), table
         if table is not None:
@@ -302,9 +302,10 @@ def load(model_name, task="", device=""):
 def predict(model, source, **options):
     """One row a study with the model's answers: DataFrame, see `prediction_table`.
 
-    source: a dict of study id to clip embeddings (V videos, C clips, 768), a folder of embedding
-    files or of videos, or a store. options: those of `predict`, e.g. precision="bf16". The studies
-    without an answer are in `.attrs["left_out"]`, a dict of study to reason. Raises UserError.
+    source: clip embeddings of a study (V videos, C clips, 768), a dict of study id to such arrays,
+    a folder of embedding files or of videos, or a store. options: those of `predict`, e.g.
+    precision="bf16". The studies without an answer are in `.attrs["left_out"]`, a dict of study to
+    reason. Raises UserError.
     """
     from echofocus_core.study.predictions import answer_studies
 
@@ -358,7 +359,7 @@ def studies_of(model, source, options):
     if isinstance(source, dict):
         store = Arrays(source)
     elif not isinstance(source, str | os.PathLike):
-        store = source
+        store = source if hasattr(source, "read") else Arrays({"study": source})
     elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
         store = open_store(Path(source), most_videos=settings.max_videos_per_study)
     else:
@@ -391,7 +392,12 @@ def bag_of(eid, array):
     from echofocus_core.video.store import StudyClips
 
     array = np.asarray(array, np.float32)
-    if array.ndim != 3 or array.shape[2] != D or not array.size or not np.isfinite(array).all():
+    if array.ndim == 3 and array.shape[2] != D:
+        raise UserError(
+            f"study {eid}: its clip embeddings have {array.shape[2]} numbers, not {D}: they are of "
+            "another encoder"
+        )
+    if array.ndim != 3 or not array.size or not np.isfinite(array).all():
         raise UserError(
             f"study {eid}: expected finite clip embeddings (videos, clips, {D}), got {array.shape}"
         )

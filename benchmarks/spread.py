@@ -94,7 +94,8 @@ def measure(args, weights, n_clips, starts):
     for seed in range(1, args.seeds + 1):
         run(extract.main, [Path("new", "videos"), "--out", f"new_{name}_{seed}", "--sampling_seed",
                            seed, *options])  # fmt: skip
-        line = ["predict", "--embedding_path", f"new_{name}_{seed}", "--device", args.device]
+        line = ["predict", "--spread", "clips", "--embedding_path", f"new_{name}_{seed}"]
+        line += ["--device", args.device]
         for task, results in tables.items():
             run(ef.main, [*line, "--model_name", f"{task}_{name}", "--out", "p.csv"])
             results.append(pd.read_csv("p.csv").set_index("eid").sort_index())

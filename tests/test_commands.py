@@ -68,7 +68,7 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     assert (split.groupby("pid")["fold"].nunique() == 1).all()
 
     status, out, err = cli("evaluate")
-    assert status == 0 and "model_name = defect (the newest" in out, err
+    assert status == 0 and "model_name = defect (the only one" in out, err
     saved = pd.read_csv(folder / "saveout_test_site.csv", dtype={"Echo_ID": str, "PID": str})
     assert set(saved["Echo_ID"]) == set(split["eid"][split["fold"] == "test"])
     metrics = pd.read_csv(folder / "metrics_test_site.csv").set_index("metric")
@@ -80,8 +80,8 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
 
     assert cli("predict", "--model-name", "defect", "--spread", "clips")[0] == 0
     predicted = pd.read_csv(folder / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
-    columns = ["n_videos", "n_clips", "finding", "finding_low", "finding_high"]
-    columns += ["finding_decision", "finding_threshold", "novelty", "warning"]
+    columns = ["n_videos", "n_clips", "finding", "finding_decision", "finding_threshold"]
+    columns += ["novelty", "warning"]
     assert list(predicted) == columns and len(predicted) == 60
     np.testing.assert_allclose(predicted.loc[saved["Echo_ID"], "finding"], probability, rtol=1e-5)
     assert (predicted["n_clips"] == 4 * predicted["n_videos"]).all()
@@ -167,19 +167,18 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
     assert status == 0, err
     table = pd.read_csv("chd.csv").set_index("eid")
     labels = [label.strip() for label in recorded("labels.json")["chd"]]
-    spread = [f"{label}{end}" for label in labels for end in ("", "_low", "_high")]
-    assert list(table)[2:-1] == spread
+    assert list(table)[2:-1] == labels
     assert cli("predict", "--model_name", "EchoFocus_Measure", "--out", "measure.csv")[0] == 0
     values = pd.read_csv("measure.csv").set_index("eid")
     assert cli("predict", "--model_name", "site_query", "--out", "query.csv")[0] == 0
     queried = pd.read_csv("query.csv").set_index("eid")
     for i in range(4):
         expected = 1 / (1 + np.exp(-numbers[f"Q/{i}/out"].astype(float)))
-        assert relative_error(queried.loc[f"s{i}"][2:-1:3], expected) < 1e-4
+        assert relative_error(queried.loc[f"s{i}"][2:-1], expected) < 1e-4
         assert table.loc[f"s{i}", "n_videos"] == N_VIDEOS[i]
         expected = 1 / (1 + np.exp(-numbers[f"A/{i}/out_f64"]))
-        assert relative_error(table.loc[f"s{i}"][2:-1:3], expected) < 1e-4
-        assert relative_error(values.loc[f"s{i}"][2:-1:3], measured["measure/out_unnorm"][i]) < 1e-4
+        assert relative_error(table.loc[f"s{i}"][2:-1], expected) < 1e-4
+        assert relative_error(values.loc[f"s{i}"][2:-1], measured["measure/out_unnorm"][i]) < 1e-4
 
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"task": {k: v for k, v in config["task"].items() if k != "chd"}})
@@ -268,6 +267,30 @@ def test_a_terminal_without_unicode(cohort):
         line, env=os.environ | {"PYTHONIOENCODING": "latin-1"}, capture_output=True
     )
     assert actual.returncode == 1 and b"no config \\u03a9.json" in actual.stdout, actual.stderr
+
+
+def test_several_models_and_no_name(add_model, cli):
+    """They are listed; a single one, or the only one of a task, is taken."""
+    add_model("defect", "--epoch_lim", "2")
+    add_model("sizes", "--epoch_lim", "2")
+    for command in ("predict", "evaluate", "embed", "explain"):
+        status, _, err = cli(command)
+        assert status == 1 and "--model_name (defect, sizes)" in err, err
+    status, out, err = cli("predict", "--task", "sizes")
+    assert status == 0 and "using model_name = sizes" in out, err
+
+
+def test_notes_are_printed_once(trained, cli):
+    status, out, err = cli("evaluate", "--folds", "val,test")
+    assert status == 0 and out.count("60 labelled studies of 40 patients") == 1, err
+
+
+def test_tensorboard_without_its_package(cohort, cli, monkeypatch):
+    monkeypatch.setattr("echofocus_core.study.job.find_spec", lambda name: None)
+    for command in ("train", "check"):
+        status, out, err = cli(command, "--task", "defect", "--tensorboard")
+        assert status == 1 and 'pip install "tensorboard"' in out + err
+    assert not Path("trained_models").exists()
 
 
 def test_wrong_options(cohort, cli):

@@ -29,6 +29,7 @@ IDS = {"eid": str, "pid": str, "Echo_ID": str, "PID": str}
 def test_folds_pooled_and_averaged(cohort, cli):
     status, out, err = cli(*LINE)
     assert status == 0, err
+    assert all(f"fold {k} of 3, epoch 2: train loss" in out for k in range(3))
     folder = MODELS / "defect"
     splits = [pd.read_csv(folder / f"fold_{k}" / "split.csv", dtype=IDS) for k in range(3)]
     tested = [x[x["fold"] == "test"] for x in splits]

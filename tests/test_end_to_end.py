@@ -285,6 +285,17 @@ def test_one_clear_line(site, cli, line, wrong):
     assert status in (1, 2) and wrong in err and "Traceback" not in err
 
 
+def test_a_limit_decodes_no_other_study(site, cli, monkeypatch):
+    stores = []
+    fill = end_to_end.VideoStore.fill
+    monkeypatch.setattr(
+        end_to_end.VideoStore, "fill", lambda store, *a: (stores.append(store), fill(store, *a))
+    )
+    status, out, err = cli(*LINE.split(), "--epoch_lim", "1", "--sample_limit", "9")
+    assert status == 0 and "9 labelled studies" in out, out + err
+    assert len(stores[0].files) == 9
+
+
 def write_flutter(folder, n):
     """n studies, half of which flutter: the contrast of a pattern follows 1, -1/2, -1/2 from frame
     to frame, so that three successive frames have the mean that they would have without."""

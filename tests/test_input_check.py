@@ -178,7 +178,7 @@ def test_a_study_that_vanishes_has_no_range(cohort):
     model = LoadedModel(
         Path("m"), net, "t", Outputs.of("ab", "binary"), None, Record(labels=["a", "b"]), {}
     )
-    settings, eids = Settings(), ["1000", "1001"]
+    settings, eids = Settings(spread="clips"), ["1000", "1001"]
     outcome = run_studies(net, store, eids, settings)
     report = InputReport(modulo=dict.fromkeys(eids, False))
     before = half_widths_of(model, store, outcome, settings, report)

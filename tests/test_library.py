@@ -37,6 +37,19 @@ def test_the_same_numbers_as_the_command_line(trained, cli):
             np.testing.assert_allclose(vectors.loc["1000"], f["1000"][:], atol=1e-5)
 
 
+def test_one_study_as_an_array(trained):
+    model, clips = ef.load("defect"), open_store(Path("emb")).read("1000").embeddings
+    row, rows = (ef.predict(model, x) for x in (clips, {"study": clips}))
+    pd.testing.assert_frame_equal(row, rows)
+    assert row["eid"].tolist() == ["study"]
+    assert ef.study_embeddings(model, clips).shape == (1, 768)
+
+
+def test_a_model_is_shown_in_one_line(trained):
+    text = repr(ef.load("defect"))
+    assert "defect" in text and "\n" not in text and len(text) < 200
+
+
 def test_what_does_not_fit_is_one_clear_error(trained):
     model = ef.load("defect")
     for clips, text in (
@@ -45,6 +58,7 @@ def test_what_does_not_fit_is_one_clear_error(trained):
             r"expected finite clip embeddings \(videos, clips, 768\), got \(3, 768\)",
         ),
         (np.full((1, 2, 768), np.nan), "study x: expected finite"),
+        (np.ones((1, 2, 512)), "512 numbers, not 768: they are of another encoder"),
     ):
         with pytest.raises(UserError, match=text):
             ef.predict(model, {"x": clips})

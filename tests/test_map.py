@@ -1,6 +1,7 @@
 """`embed` by video and its map."""
 
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -140,6 +141,20 @@ def test_map_by_a_column(two_sites, cli):
     for column in ("machine", "size"):
         np.testing.assert_array_equal(actual[column][["x", "y"]], actual["finding"][["x", "y"]])
     assert actual["size"]["value"].isna().sum() == 35
+
+
+def test_a_map_without_a_label_table(cohort, add_model, cli):
+    """Without a config, and of a model whose task the config has under another name."""
+    add_model("defect", "--epoch_lim", "2")
+    line = ("embed", "--map", "--embedding_path", "emb", "--color_by")
+    config = json.loads(Path("config.json").read_text())
+    config["task"] = {f"other_{name}": task for name, task in config["task"].items()}
+    Path("config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        assert cli(*line, "dataset")[0] == 0
+        status, _, err = cli(*line, "finding")
+        assert status == 1 and "no label table" in err and err.count("\n") == 1
+        Path("config.json").unlink(missing_ok=True)
 
 
 def test_maps_that_cannot_be(two_sites, cli):

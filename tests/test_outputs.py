@@ -231,7 +231,7 @@ def test_a_mixed_task_is_learnt(learnt, trained_there, cli):
     actual = c_index(truths["years"], truths["died"] == "yes", saved["death_risk_Predict"])
     assert actual == pytest.approx(metrics["death", "c_index"], rel=1e-5)
 
-    status, out, err = cli("predict", "--years", "1,3", "--out", "p.csv")
+    status, out, err = cli("predict", "--years", "1,3", "--spread", "clips", "--out", "p.csv")
     assert status == 0, err
     table = pd.read_csv("p.csv", keep_default_na=False).set_index("eid")
     classes = table[["grade_None", "grade_mild", "grade_severe"]].astype(float)

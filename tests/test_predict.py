@@ -134,6 +134,25 @@ def test_a_repeated_video_is_marked(trained, cli):
     assert not warned.drop("1003").str.contains("almost").any()
 
 
+def test_an_absurd_weight_is_reported(add_model, cli):
+    """By the range of the training fold, and without a record of it by the scaling."""
+    path = add_model("sizes", "--epoch_lim", "2") / "best_checkpoint.pt"
+    add_model("defect", "--epoch_lim", "2")
+    saved = read_checkpoint(path)
+    sizes = pd.read_csv("labels.csv")["size"]
+    low, high = saved["echofocus"]["ranges"]["size"]
+    assert sizes.min() <= low < high <= sizes.max()
+    assert cli("predict", "--task", "sizes", "--out", "p.csv")[0] == 0
+    assert not table("p.csv")["warning"].str.contains("far beyond").any()
+    for bias, ranges in ((3e38, {"size": (low, high)}), (30, {"size": (low, high)}), (3e38, {})):
+        saved["model_state_dict"]["ff.bias"][:] = bias
+        saved["echofocus"]["ranges"] = ranges
+        torch.save(saved, path)
+        status, out, err = cli("predict", "--task", "sizes", "--out", "p.csv")
+        assert status == 0 and "WARNING: 60 answers of size are far beyond" in out, err
+        assert table("p.csv")["warning"].str.contains("size: far beyond the training data").all()
+
+
 def test_another_clip_length_is_marked(cohort, cli):
     for path in Path("emb").iterdir():
         with h5py.File(path, "a") as f:
@@ -150,7 +169,10 @@ def test_units_and_what_cannot_be_read(cohort, cli):
     Path("emb/1003.hdf5").write_bytes(b"not HDF5")
     status, out, _ = cli("predict", "--out", "p.csv")
     assert status == 0 and "1003.hdf5" in out
-    assert list(table("p.csv")) == ["n_videos", "n_clips", "size [cm]", "novelty", "warning"]
+    columns = ["n_videos", "n_clips", "size [cm]", "novelty", "warning"]
+    assert list(table("p.csv")) == columns
+    assert cli("predict", "--out", "q.csv", "--spread", "clips")[0] == 0
+    assert list(table("q.csv")) == [*columns[:3], "size_low [cm]", "size_high [cm]", *columns[3:]]
     left_out = pd.read_csv("p_left_out.csv", dtype=str)
     assert left_out["eid"].tolist() == ["1003"] and "1003.hdf5" in left_out["reason"][0]
     Path("emb/1004.hdf5").unlink()

@@ -35,12 +35,17 @@ class Findings:
     This class is for runs: it prints notes and warnings, and raises UserError for an error.
     """
 
+    def __init__(self):
+        self.notes = set()  # that were printed: a command prints each once
+
     def ok(self, text):
         """A check that passed; only `check` reports it."""
 
     def note(self, text):
         """A decision that the user should see, such as rows left out on purpose."""
-        print(text)
+        if text not in self.notes:
+            self.notes.add(text)
+            print(text)
 
     def warning(self, text, remedy=""):
         print(f"WARNING: {text}{'; ' if remedy else ''}{remedy}")
@@ -170,6 +175,7 @@ def run_main(main, program):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for terminals that cannot encode some letters
             stream.reconfigure(errors="backslashreplace")
+    RUN.notes.clear()
     try:
         main()
     except UserError as error:

@@ -229,8 +229,8 @@ class Settings(CohortOptions):
         "", "tasks and datasets [config.json or config-example.json]", WHAT, f"{ALL} pack inspect"
     )
     model_name: str = option(
-        "", "folder in ./trained_models, or a path [train: the task; else the newest]; several are "
-        "averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
+        "", "folder in ./trained_models, or a path [train: the task; else the only one]; several "
+        "are averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
     )
     run_id: str = option("", "appended to the model's name, to keep runs apart", WHAT, ALL)
     task: str = option(
@@ -399,7 +399,8 @@ class Settings(CohortOptions):
         [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
     )
     tensorboard: bool = option(
-        False, "also write the history for TensorBoard", COMPUTING, "train", on_resume="unrecorded"
+        False, "also write the history for TensorBoard", COMPUTING, "train check",
+        on_resume="unrecorded"
     )
     batch_number: int = option(128, "studies per optimiser step", TRAINING, "train", least=1)
     clip_dropout: float = option(
@@ -416,9 +417,10 @@ class Settings(CohortOptions):
         on_resume="unrecorded"
     )
 
-    spread: Literal["clips", "videos", "none"] = option(
-        "clips", "range beside each answer: how much it changes with other clips, or also with "
-        "other videos", OUTPUT, "predict explain"
+    spread: Literal["", "clips", "videos", "none"] = option(
+        "", "range beside each answer: how much it changes with other clips, or also with other "
+        "videos; predict takes about 14 times as long [with --page: clips; else none]", OUTPUT,
+        "predict explain"
     )
     page: bool = option(
         False, "also write a web page with the videos, in a folder", OUTPUT, "predict explain"

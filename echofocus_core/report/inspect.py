@@ -113,7 +113,7 @@ def describe_file(name, tasks):
 
 
 def find_model_file(name):
-    """The checkpoint or encoder file of a model name, folder or .pt path; '' is the newest."""
+    """The checkpoint or encoder file of a model name, folder or .pt path; '' is the only one."""
     if Path(name).suffix == ".pt" and Path(name).is_file():
         return Path(name)
     folder = find_model(name)

@@ -23,6 +23,7 @@ from echofocus_core.study.folds import (
     stored_names,
     training_folds,
 )
+from echofocus_core.study.input_check import DRAWS, Resamples
 from echofocus_core.study.job import Job, check_settings, resolve_settings
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
@@ -213,14 +214,14 @@ def check_labels(job, listener):
 def check_embeddings(path, store, settings, listener):
     """Study -> header of those that can be read: all headers, and the numbers of all or some."""
     headers, unreadable = {}, {}
-    for eid in progress(store.files, desc="headers", unit="study"):
+    for eid in progress(store.files, desc="headers", unit="study", leave=False, delay=2):
         try:
             headers[eid] = store.header(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
     refuse_mixed(store, list(headers), settings.allow_mixed, listener)
     eids = sample_ids(headers, settings.sample_limit)
-    for eid in progress(eids, desc="read", unit="study"):
+    for eid in progress(eids, desc="read", unit="study", leave=False, delay=2):
         try:
             store.read(eid)
         except UnreadableStudy as error:
@@ -254,6 +255,14 @@ def check_folds(job, data, listener):
     return folds
 
 
+def seconds_of(step):
+    """How long a function takes, called a second time: the first one warms up."""
+    step()
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
 def check_time(n_labels, store, eids, folds, settings, listener):
     """How long an epoch and a prediction take, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
@@ -267,13 +276,14 @@ def check_time(n_labels, store, eids, folds, settings, listener):
         "train": lambda: list(run_steps(context, eids, optimizer)),
         "predict": lambda: run_studies(net, store, eids, settings),
     }
-    each = {}
-    for name, step in steps.items():
-        step()  # the first one warms up
-        began = time.perf_counter()
-        step()
-        each[name] = (time.perf_counter() - began) / len(eids)
-    listener.ok(f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}")
+    drawn = [(eid, k) for eid in eids[:2] for k in range(DRAWS)]
+    each = {name: seconds_of(step) / len(eids) for name, step in steps.items()}
+    resampled = Resamples(store, "clips")
+    ranges = seconds_of(lambda: run_studies(net, resampled, drawn, settings)) / len(eids[:2])
+    listener.ok(
+        f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}; with ranges "
+        f"(--page or --spread): {duration((each['predict'] + ranges) * n)}"
+    )
     if folds is not None:
         train, val = ((folds == fold).sum() for fold in ("train", "val"))
         epoch, limit = train * each["train"] + val * each["predict"], settings.epoch_lim

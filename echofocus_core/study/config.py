@@ -409,6 +409,7 @@ class Record(Labelled):
     hazards: dict[str, Hazard] = Field({})  # of survival labels
     unlearnt: list[str] = Field([])  # outputs that had no two values in training
     thresholds: dict[str, float] = Field({})  # label -> probability that counts as present
+    ranges: dict[str, tuple[float, float]] = Field({})  # measurement -> ends of the training fold
     labels_sha256: str = ""
     encoder_sha256: str = ""
     input: Input = Input()
@@ -416,7 +417,7 @@ class Record(Labelled):
 
     @model_validator(mode="after")
     def agree(self):
-        faults = self.label_faults(self.labels, "hazards", "unlearnt", "thresholds")
+        faults = self.label_faults(self.labels, "hazards", "unlearnt", "thresholds", "ranges")
         faults += [f"type of label {x} is missing" for x in self.labels if not self.kind(x)]
         if self.task and faults:
             raise ValueError("\n".join(faults))

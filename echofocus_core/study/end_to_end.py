@@ -25,6 +25,7 @@ from echofocus_core.base.console import RUN, Parser, UserError, listed, run_main
 from echofocus_core.base.files import derive_seed, output_path, sha256_file, sha256_of
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Input
+from echofocus_core.study.folds import sample_ids
 from echofocus_core.video.cache import ClipSampling, FrameCache
 from echofocus_core.video.clip_tensors import as_input, draw_factors
 from echofocus_core.video.extract import PUBLISHED_SAMPLING
@@ -263,9 +264,10 @@ class VideoStore:
 
 
 def open_videos(settings, dataset, ids, world):
-    """The VideoStore of --videos, or else of the studies `ids` in a dataset's video_base_path.
+    """The VideoStore of --videos, or else of a dataset's video_base_path.
 
-    Decodes every video. Raises UserError.
+    It has the studies `ids`, or --sample_limit of them, and decodes every video of these. Raises
+    UserError.
     """
     if settings.videos:
         studies = find_studies(
@@ -278,8 +280,11 @@ def open_videos(settings, dataset, ids, world):
             "--end_to_end needs videos: give --videos FOLDER, or set video_base_path of the "
             "dataset in the config"
         )
+    names = {study.name for study in studies} & set(ids)
+    if not settings.first_study_only:  # which decides before the limit does
+        names = set(sample_ids(sorted(names), settings.sample_limit))
     store = VideoStore(
-        [study for study in studies if study.name in set(ids)],
+        [study for study in studies if study.name in names],
         FrameCache(settings.cache_dir, settings.size), settings.num_clips, settings.clip_len,
         settings.sampling_seed, settings.max_videos_per_study,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """What a command works on, resolved once from options as typed, the config and a checkpoint."""
 
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from echofocus_core.base import checkpoints, releases
@@ -52,9 +53,12 @@ class Job:
         s = self.settings
         return bool(s.videos or (not s.embedding_path and self.dataset.is_of_videos))
 
-    def with_source(self):
-        """The same job with its studies opened, their videos extracted first where it has some."""
-        source, dataset = open_source(self)
+    def with_source(self, limited=False):
+        """The same job with its studies opened, their videos extracted first where it has some.
+
+        limited: whether --sample_limit is of the whole dataset, not of a fold of it.
+        """
+        source, dataset = open_source(self, limited)
         settings = self.settings.model_copy(update={"dataset": source.name})
         return replace(self, settings=settings, dataset=dataset, source=source)
 
@@ -308,10 +312,12 @@ def refuse_model(command, typed, model):
 def check_settings(settings):
     """UserError for training options that do not go together, before any work is done."""
     n, fold, column = settings.n_folds, settings.fold, settings.split_column
+    no_package = settings.tensorboard and not find_spec("tensorboard")
     every = fold == ALL_FOLDS
     for wrong, text in (
         (n and not (n >= 3 and (0 <= fold < n or every)),
          f"--n_folds must be 3 or more and --fold below it or all, not {n} and {fold}"),
+        (no_package, '--tensorboard needs its package: pip install "tensorboard"'),
         (every and not n, "--fold all is for cross-validation: add --n_folds 5"),
         (every and settings.grid,
          "--grid and --fold all are two searches: choose first, then cross-validate"),

@@ -46,10 +46,10 @@ def find_model(name, run_id="", task="", tasks=()):
     """The folder of a trained model, or an encoder file. Raises UserError.
 
     name: as in ./trained_models, or a path of the folder or of a file in it; without one it is the
-    newest in ./trained_models (of a task, where one is named).
+    only one in ./trained_models (of a task, where one is named).
     """
     if not name:
-        return newest_model(task, tasks)
+        return only_model(task, tasks)
     if Path(name).name == BEST and Path(name).is_file():
         return Path(name).absolute().parent if Path(name) == Path(BEST) else Path(name).parent
     if Path(name).suffix == ".pt" and Path(name).is_file():
@@ -66,19 +66,25 @@ def find_model(name, run_id="", task="", tasks=()):
     raise UserError(f"no trained model {folder}{get}")
 
 
-def newest_model(task, tasks):
-    """The newest folder in ./trained_models, of a task. Raises UserError."""
-    paths = [*MODELS.glob(f"*/{BEST}"), *MODELS.glob(f"*/fold_0/{BEST}")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        if not task or is_of_task(path, task, tasks):
-            folder = MODELS / path.relative_to(MODELS).parts[0]
-            print(f"using model_name = {folder.name} (the newest in ./{MODELS})")
-            return folder
+def only_model(task, tasks):
+    """The one folder in ./trained_models, of a task. Raises UserError for none or several."""
+    paths = sorted([*MODELS.glob(f"*/{BEST}"), *MODELS.glob(f"*/fold_0/{BEST}")])
+    paths = [path for path in paths if not task or is_of_task(path, task, tasks)]
+    names = [path.relative_to(MODELS).parts[0] for path in paths]
+    of_task = f" of task {task}" if task else ""
+    if len(names) > 1:
+        raise UserError(
+            f"{len(names)} trained models{of_task} are in ./{MODELS}: name one with --model_name "
+            f"({', '.join(names)})"
+        )
+    if names:
+        print(f"using model_name = {names[0]} (the only one{of_task} in ./{MODELS})")
+        return MODELS / names[0]
     get = next((n for n, e in releases.registry().items() if task and e.get("task") == task), "")
     get = f"{PROGRAM} download {get}, " if get else ""
     raise UserError(
-        f"no trained model{' of task ' + task if task else ''} in ./{MODELS}; {get}train one "
-        "first, or name one with --model_name"
+        f"no trained model{of_task} in ./{MODELS}; {get}train one first, or name one with "
+        "--model_name"
     )
 
 

@@ -403,5 +403,5 @@ def report_unreadable(unreadable, listener=RUN):
     if unreadable:
         listener.warning(
             f"{len(unreadable)} studies cannot be read:{listed(unreadable, 50)}",
-            "delete these files and extract them again; the studies are left out",
+            "copy or extract damaged files again; the studies are left out",
         )

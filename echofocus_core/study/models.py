@@ -13,8 +13,11 @@ from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs, per_year
 
+IMPLAUSIBLE = "far beyond the training data"
+FAR = 30  # standard deviations of a measurement in training: ten times a usual range of +-3
 
-@dataclass
+
+@dataclass(repr=False)
 class LoadedModel:
     """A model folder's checkpoint, ready to predict."""
 
@@ -29,6 +32,10 @@ class LoadedModel:
     encoder_file: Path | None = None  # that it was trained with, where it is in its folder
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is recorded
     novelty: Novelty | None = None  # measures how unlike the training fold a study is
+
+    def __repr__(self):
+        """One line: weights and hashes of patients are not for a screen."""
+        return f"{type(self).__name__}({self.folder}: task {self.task}, {some(self.labels)})"
 
     @property
     def labels(self):
@@ -87,6 +94,24 @@ class LoadedModel:
         """The Hazard of a survival output; None where it was not learnt."""
         return None if name in self.record.unlearnt else self.record.hazards.get(name)
 
+    def implausible(self, logits):
+        """(S, T): where an answer is far beyond the training data, as a damaged weight makes it.
+
+        A measurement: outside an interval ten times as wide as that of the training fold, around
+        its middle; without a record of it beyond FAR. A log-odds or log hazard: beyond 100.
+        """
+        outputs = np.asarray(logits, float)
+        if isinstance(self.net, Readings):
+            return np.zeros(outputs.shape, bool)
+        values = self.outputs.readable(outputs, self.scaling, self.record.hazards)
+        far = abs(outputs) > 100
+        for label in self.outputs.of_kind("regression"):
+            i = self.labels.index(label)
+            low, high = self.record.ranges.get(label, (0, 0))
+            of_value = abs(values[:, i] - (low + high) / 2) > 5 * (high - low)
+            far[:, i] = of_value if high > low else abs(outputs[:, i]) > FAR
+        return far & np.isfinite(outputs) & ~np.isin(self.labels, self.record.unlearnt)
+
     def readable(self, logits, listener=RUN):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
@@ -100,6 +125,9 @@ class LoadedModel:
                 f"{lost.sum()} answers of {names} are past the end of the Box-Cox scale",
                 "they stay blank",
             )
+        if (far := self.implausible(logits)).any():
+            names = some(x for x, y in zip(self.labels, far.any(axis=0), strict=True) if y)
+            listener.warning(f"{far.sum()} answers of {names} are {IMPLAUSIBLE}", "do not use them")
         return np.where(unlearnt, np.nan, values)
 
 
@@ -118,7 +146,7 @@ class Ensemble(nn.Module):
         return torch.cat(logits, dim=1), torch.stack(embeddings).mean(dim=0)
 
 
-@dataclass
+@dataclass(repr=False)
 class LoadedEnsemble(LoadedModel):
     """Models of the same labels, as of the folds of a cross-validation, whose answers are averaged.
 
@@ -142,6 +170,10 @@ class LoadedEnsemble(LoadedModel):
         learnt = np.stack([~np.isin(self.labels, m.record.unlearnt) for m in self.members])[:, None]
         total, n = np.where(learnt, answers, 0).sum(axis=0), learnt.sum(axis=0)
         return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+
+    def implausible(self, logits):
+        """(S, T): where it is so for one of the averaged answers."""
+        return np.any([m.implausible(x) for m, x in self.split(logits)], axis=0)
 
     def survival(self, logits, years=()):
         """The mean over the members that learnt a label, at times that all of these cover."""

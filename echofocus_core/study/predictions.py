@@ -9,6 +9,7 @@ from echofocus_core.base.console import RUN, Collected, UserError
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
 from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
+from echofocus_core.study.models import IMPLAUSIBLE
 from echofocus_core.study.network import Readings
 
 
@@ -34,17 +35,18 @@ def half_widths_of(model, store, outcome, settings, input_report):
 
     Of averaged models each has its own columns, as in the logits.
     """
-    if settings.spread == "none" or isinstance(model.net, Readings) or not len(outcome):
+    unit = settings.spread or ("clips" if settings.page else "none")
+    if unit == "none" or isinstance(model.net, Readings) or not len(outcome):
         return None
     keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
-    resampled = run_studies(model.net, Resamples(store, settings.spread), keys, settings)
+    resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
     draws = np.full((len(keys), model.net.n_labels), np.nan)  # NaN where a file vanished since
     place = {key: i for i, key in enumerate(keys)}
     draws[[place[key] for key in resampled.eids]] = resampled.logits
     draws = draws.reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
     modulo = [input_report.modulo[eid] for eid in outcome.eids]
-    return interval_half_width(draws, outcome.n_videos, clips, modulo, settings.spread == "videos")
+    return interval_half_width(draws, outcome.n_videos, clips, modulo, unit == "videos")
 
 
 def note_cut_studies(store, outcome, input_report):
@@ -133,12 +135,14 @@ def warnings_of(model, outcome, input_report, blank):
     n_labels = len(model.labels)
     shape = len(blank), outcome.logits.shape[1] // n_labels, n_labels
     finite = np.isfinite(outcome.logits).reshape(shape).any(axis=1)  # of some averaged model
+    far = model.implausible(outcome.logits)
     texts = []
     for i, eid in enumerate(outcome.eids):
         parts = [input_report.warnings.get(eid), input_report.notes.get(eid)]
         for which, text in (
             (blank[i] & finite[i], "past the end of the Box-Cox scale"),
             (blank[i] & ~finite[i], "no number"),
+            (far[i], IMPLAUSIBLE),
         ):
             names = [label for label, no in zip(model.labels, which, strict=True) if no]
             parts.append(f"{', '.join(names)}: {text}" if names else "")

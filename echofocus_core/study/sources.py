@@ -35,10 +35,11 @@ class Source:
         return dict.fromkeys(absent, "no usable video: see extract_log.csv")
 
 
-def open_source(job):
-    """(Source, Dataset) of a Job; videos are extracted once, for all models. Raises UserError."""
+def open_source(job, limited=False):
+    """(Source, Dataset) of a Job; videos are extracted once, for all models. limited: see
+    `Job.with_source`. Raises UserError."""
     if job.reads_videos:
-        return extract_videos(job)
+        return extract_videos(job, limited)
     store = open_embeddings(job.dataset, job.task, job.settings)
     return Source(job.settings.dataset, store), job.dataset
 
@@ -53,7 +54,7 @@ def of_level(store, task, listener=RUN):
     return VideosOf(store, listener) if task and task.level == "video" else store
 
 
-def extract_videos(job):
+def extract_videos(job, limited=False):
     """(Source, Dataset) of videos, extracted by the processes of the job together.
 
     Each source, encoder and way of sampling has its own folder.
@@ -63,13 +64,13 @@ def extract_videos(job):
         videos = Path(settings.videos)
         grouping = [settings.group, settings.manifest, settings.study_id]
         studies = extract.find_studies(videos, *grouping)
-        limit = 0 if settings.select != "all" else settings.sample_limit  # of what is explained
-        names = sample_ids([s.name for s in studies], limit)
-        studies = [s for s in studies if s.name in names]
+        limited = limited or settings.select == "all"  # else it is of what is explained
     else:
         videos, grouping = dataset.video_base_path, [dataset.video_subdir_format]
         print(f"{settings.dataset} has no clip embeddings yet; reading its videos in {videos}")
         studies = studies_of_dataset(videos, *grouping)
+    names = sample_ids([s.name for s in studies], settings.sample_limit if limited else 0)
+    studies = [s for s in studies if s.name in set(names)]
     folder = folder_of(videos, grouping, settings)
     summaries = job.world.gather(extract.extract(studies, folder, settings))
     summary = extract.merge_summaries(summaries)

@@ -127,7 +127,10 @@ def read_labels_and_store(job):
     if settings.end_to_end and task.level == "video":
         raise UserError("--end_to_end learns labels of studies, not of single videos")
     if settings.end_to_end:
-        store = open_videos(settings, job.dataset, list(table.index), job.world)
+        labelled = table.index[table[task.task_labels].notna().any(axis=1)]
+        store = open_videos(settings, job.dataset, list(labelled), job.world)
+        if settings.sample_limit:
+            table = table[table.index.isin(list(store.files))]
     else:
         store = open_embeddings(job.dataset, task, settings)
     return task, table.rename(index=stored_names(table.index, store)), store

@@ -164,11 +164,14 @@ class Training(EpochTraining):
         """What a checkpoint records about the training: see `Record`."""
         s, cohort = self.settings, self.cohort
         unlearnt = [x for label in cohort.unlearnt for x in cohort.outputs.names_of(label)]
+        learnt = cohort.table.loc[cohort.eids["train"], cohort.outputs.of_kind("regression")]
+        ends = learnt.agg(["min", "max"]).dropna(axis=1)
         return Record(
             version=__version__, task=s.task, dataset=s.dataset, labels=cohort.labels,
             level=self.task.level, type=self.task.type, classes=self.task.classes,
             survival=self.task.survival, units=self.task.units, unlearnt=unlearnt,
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
+            ranges={label: tuple(map(float, ends[label])) for label in ends},
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()),
         )  # fmt: skip
@@ -280,10 +283,15 @@ class Training(EpochTraining):
         if self.epochs_since_best == 0:
             self.decide(validation)
         print(
-            f"epoch {number}: train loss {train_loss:.4f}, validation loss {loss:.4f}, "
+            f"{self.epoch_name(number)}: train loss {train_loss:.4f}, validation loss {loss:.4f}, "
             f"{self.metrics(validation)}, lr {rate:g}"
         )
         self.save()
+
+    def epoch_name(self, number):
+        """An epoch on screen, with its fold in a cross-validation."""
+        s = self.settings
+        return f"fold {s.fold} of {s.n_folds}, epoch {number}" if s.n_folds else f"epoch {number}"
 
     def finish_epoch(self, number):
         """Train on the studies of an epoch that `progress` does not count yet."""
@@ -294,7 +302,7 @@ class Training(EpochTraining):
         eids = self.cohort.eids["train"]
         order = [eids[i] for i in rng.permutation(len(eids))]
         steps = run_steps(
-            self.context(), order[progress.items :], self.optimizer, number, f"epoch {number}"
+            self.context(), order[progress.items :], self.optimizer, number, self.epoch_name(number)
         )
         for _, n, loss in steps:
             progress.items = min(progress.items + step, len(order))
@@ -302,7 +310,10 @@ class Training(EpochTraining):
                 progress.n, progress.losses = progress.n + n, progress.losses + n * loss
             else:
                 progress.dropped += 1
-                print(f"epoch {number}: loss not finite; skipped the step, halved learning rates")
+                print(
+                    f"{self.epoch_name(number)}: loss not finite; skipped the step, halved "
+                    "learning rates"
+                )
             self.save_if_due()
 
     def answers(self, validation):
@@ -368,10 +379,8 @@ class Training(EpochTraining):
 
 def write_tensorboard(row, folder):
     """Write the last epoch as scalars, into <folder>/tensorboard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('--tensorboard needs its package: pip install "tensorboard"') from error
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(folder / "tensorboard") as writer:
         for name in row.index.drop("epochs_trained"):
             writer.add_scalar(name, row[name], int(row["epochs_trained"]))

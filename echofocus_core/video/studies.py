@@ -215,7 +215,8 @@ def read_facts(source, files):
     """The HeaderFacts of all files, a dict; headers are read once, up to the pixels."""
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         facts = pool.map(lambda f: read_header_facts(source / f), files)
-        shown = progress(facts, desc="headers", unit="file", total=len(files), leave=False)
+        options = {"unit": "file", "total": len(files), "leave": False, "delay": 2}
+        shown = progress(facts, desc="headers", **options)
         return dict(zip(files, shown, strict=True))
 
 
