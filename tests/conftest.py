@@ -84,7 +84,7 @@ def one_cohort(tmp_path_factory):
             "defect": {"task_labels": ["finding"], **entry},
             "sizes": {"task_labels": ["size"], "units": {"size": "cm"}, **entry},
         },
-        "dataset": {"site": {"embedding_path": "emb", "settings": {"spread": "none"}}},
+        "dataset": {"site": {"embedding_path": "emb"}},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -95,7 +95,6 @@ def cohort(one_cohort, tmp_path, monkeypatch):
     """A small cohort in the current folder: 60 studies of 40 patients, config, labels, embeddings.
 
     `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
-    Ranges of answers, 16 more answers a study, are computed where a test asks for `--spread`.
     """
     shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

@@ -78,7 +78,7 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     assert (metrics["n"] == len(saved)).all() and metrics["value"]["auroc"] > 0.8
     assert (folder / "roc_curves_test_site.pdf").exists()
 
-    assert cli("predict", "--model-name", "defect", "--spread", "clips")[0] == 0
+    assert cli("predict", "--model-name", "defect")[0] == 0
     predicted = pd.read_csv(folder / "predictions_site.csv", dtype={"eid": str}).set_index("eid")
     columns = ["n_videos", "n_clips", "finding", "finding_decision", "finding_threshold"]
     columns += ["novelty", "warning"]

@@ -38,7 +38,7 @@ def test_folds_pooled_and_averaged(cohort, cli):
 
     pooled = pd.read_csv(folder / "saveout_cv_site.csv", dtype=IDS).set_index("Echo_ID")
     models = [ef.load(folder / f"fold_{k}") for k in range(3)]
-    each = [ef.predict(one, "emb", spread="none").set_index("eid")["finding"] for one in models]
+    each = [ef.predict(one, "emb").set_index("eid")["finding"] for one in models]
     by_hand = pd.concat(each[k][tested[k]["eid"]] for k in range(3))
     np.testing.assert_allclose(pooled["finding_Predict"][by_hand.index], by_hand, rtol=1e-4)
     metrics = pd.read_csv(folder / "metrics_cv_site.csv").set_index("metric")
@@ -75,7 +75,7 @@ def explained(cli, folder, models):
     status, _, err = cli("explain", "--model_name", "defect", *few, "--page")
     assert status == 0, err
     rows = pd.read_csv(folder / "explanation_all_site.sample_limit-4.csv", dtype={"eid": str})
-    table = ef.predict(ef.load(folder), "emb", spread="none").set_index("eid")
+    table = ef.predict(ef.load(folder), "emb").set_index("eid")
     first = rows.groupby("eid").first()
     np.testing.assert_allclose(first["prediction"], table["finding"][first.index], rtol=1e-4)
     eid = first.index[0]

@@ -189,7 +189,7 @@ def test_columns_of_the_long_table(trained, cli):
     bag = store.read(eid)
     for video, row in actual.loc[eid].set_index("video").iterrows():
         rest = bag.embeddings[[v != video for v in bag.videos]]
-        answer = ef.predict(model, {"x": rest}, spread="none")["finding"][0]
+        answer = ef.predict(model, {"x": rest})["finding"][0]
         assert row["without"] == pytest.approx(answer, rel=1e-4)
     alone = actual[actual.groupby(level=0)["video"].transform("size") == 1]
     assert len(alone) and alone["without"].isna().all()

@@ -166,7 +166,7 @@ def test_the_columns_of_predict(add_model, cli):
     assert (usual["warning"] != "").sum() < 3 and usual["novelty"].between(0.1, 0.9).sum() > 15
     assert cli("predict", "--out", "q.csv", "--spread", "clips")[0] == 0
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
-    line = ("predict", "--out", "q.csv", "--spread", "none", "--max_videos_per_study", "2")
+    line = ("predict", "--out", "q.csv", "--max_videos_per_study", "2")
     assert cli(*line)[0] == 0
     assert "size_low [cm]" not in table("q.csv")
     assert "from 2 of its 3 videos (--max_videos_per_study)" in table("q.csv")["warning"]["odd"]

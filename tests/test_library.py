@@ -28,7 +28,7 @@ def test_the_same_numbers_as_the_command_line(trained, cli):
     model = ef.load("trained_models/defect")
     for source in ("emb", {p.stem: open_store(Path("emb")).read(p.stem).embeddings
                            for p in Path("emb").iterdir()}):  # fmt: skip
-        table = ef.predict(model, source, spread="none").set_index("eid").sort_index()
+        table = ef.predict(model, source).set_index("eid").sort_index()
         expected = pd.read_csv("p.csv", dtype={"eid": str}).set_index("eid").sort_index()
         assert list(table) == list(expected) and table.attrs["left_out"] == {}
         np.testing.assert_allclose(table["finding"], expected["finding"], rtol=1e-5)
