@@ -23,7 +23,7 @@ def map_rows(job):
     for name, dataset in datasets.items():
         file = label_file(task, dataset)
         try:
-            if path is None:
+            if file.path is None:
                 raise UserError("no label table: name one with --label_path, or in the config")
             if columns and task and column in task.task_labels:
                 of_column = task.model_copy(update={"task_labels": columns})
