@@ -46,16 +46,6 @@ def test_video_embeddings(cohort, cli):
     assert sum(map(len, actual.values())) > 59  # several videos a study, then
 
 
-def test_embedding_nothing_leaves_no_file(cohort, cli):
-    published_model(cohort / "trained_models" / "defect", 1)
-    for file in (cohort / "emb").iterdir():
-        file.write_bytes(b"not HDF5")
-    for level in ("study", "video"):
-        status, _, err = cli("embed", "--level", level)
-        assert status == 1 and "no study could be read" in err
-    assert not list((cohort / "trained_models" / "defect").glob("*.h5"))
-
-
 @pytest.fixture
 def two_sites(cohort):
     """A model and two more datasets: `far`, off by a constant, and `near`, like `site`."""

@@ -106,10 +106,3 @@ def test_yaml_files_are_well_formed():
     for path in ROOT.glob(".github/ISSUE_TEMPLATE/*.yml"):
         form = yaml.safe_load(path.read_text())
         assert path.stem == "config" or {"name", "description", "body"} <= set(form)
-
-
-def test_the_image_gets_what_an_installation_needs():
-    """The module, the package and the scripts, and no data or model."""
-    first, *taken = [x for x in (ROOT / ".dockerignore").read_text().splitlines() if x[0] != "#"]
-    assert first == "*" and {"!echofocus.py", "!echofocus_core", "!embed"} < set(taken)
-    assert [x for x in taken if "trained_models" in x] == []
