@@ -62,6 +62,9 @@ def test_out_that_is_a_folder(trained, cli, monkeypatch):
     for out in (".", "emb"):
         status, _, err = cli("predict", "--out", out)
         assert status == 1 and f"{out} is a folder" in err
+    for out in ("p.xlsx", "p.parquet"):
+        status, _, err = cli("predict", "--out", out)
+        assert status == 1 and f"{out}: predictions are written as CSV" in err
 
 
 def test_outputs_replace_no_input(trained, cli, monkeypatch):

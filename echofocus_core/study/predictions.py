@@ -176,5 +176,7 @@ def refuse_other_tables(settings):
     """UserError, before any work, for an --out that would replace what `predict` did not write."""
     path = output_path(settings.out, "table of predictions", begins("eid,n_videos,n_"))
     output_path(left_out_path(path), "list of studies left out", begins("eid,reason\\s"))
+    if path.suffix.lower() not in ("", ".csv"):
+        raise UserError(f"--out {path}: predictions are written as CSV; name a .csv file")
     if settings.page:
         output_path(page_folder(path) / "index.html", "page of predictions", begins(PAGE))
