@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from echofocus_core.base.files import lock
+from echofocus_core.base.options import Settings
 from echofocus_core.video import decode as video
 from echofocus_core.video import extract, panecho, phantom, store
 from tests.helpers import ROOT, copy_example, moving_square, relative_error, write_dicom
@@ -108,6 +110,13 @@ def test_each_start_is_as_likely(n_frames, starts_by):
     if starts_by == "modulo":
         first = np.maximum(np.array(drawn) - 1, 0)
         assert (first % 3 == first[:, :1] % 3).all()
+
+
+def test_each_way_to_draw_starts_has_the_text_that_is_recorded():
+    starts_by = Settings.model_fields["starts"].annotation
+    assert get_args(starts_by) == tuple(video.SAMPLINGS)
+    with pytest.raises(ValueError, match="even"):
+        video.clip_starts(40, 3, 16, 0, "a", "even")
 
 
 def test_short_videos_have_clips():

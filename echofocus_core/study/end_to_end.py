@@ -28,7 +28,7 @@ from echofocus_core.study.config import Input
 from echofocus_core.study.folds import sample_ids
 from echofocus_core.video.cache import ClipSampling, FrameCache
 from echofocus_core.video.clip_tensors import as_input, draw_factors
-from echofocus_core.video.extract import PUBLISHED_SAMPLING
+from echofocus_core.video.decode import SAMPLINGS
 from echofocus_core.video.panecho import (
     CONVNEXT_TINY,
     PUBLISHED,
@@ -160,7 +160,7 @@ class EncoderStart:
         s = self.settings
         return Input(
             weights_sha256=sha256 or self.start.sha256, weights=ENCODER_FILE, size=s.size,
-            clip_len=s.clip_len, sampling=PUBLISHED_SAMPLING, mask="none",
+            clip_len=s.clip_len, sampling=SAMPLINGS["independent"], mask="none",
         )  # fmt: skip
 
     def write(self, folder, seen):

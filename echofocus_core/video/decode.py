@@ -225,6 +225,13 @@ def resize_centre(frame, size=224):
     return small[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
 
 
+# Way to draw clip starts -> the text that is recorded. Studies with one text may be used together.
+SAMPLINGS = dict.fromkeys(
+    ("modulo", "independent"),
+    "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop",
+)
+
+
 def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
     """Random clip starts, int64 (n_clips,), each alike over 0..n_frames - clip_len.
 
@@ -238,6 +245,8 @@ def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
     if method == "modulo":
         residues = first_frames(starts) % 3
         starts = starts[residues == rng.choice(residues)]
+    elif method != "independent":
+        raise ValueError(f"clip starts cannot be drawn by {method}")
     return rng.choice(starts, size=n_clips)
 
 

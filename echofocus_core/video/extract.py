@@ -46,6 +46,7 @@ from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
 from echofocus_core.video.decode import (
+    SAMPLINGS,
     TOO_MUCH,
     NotNow,
     Sampling,
@@ -75,7 +76,6 @@ from echofocus_core.video.store import (
 from echofocus_core.video.studies import find_studies, listed, shard_from, visible
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
-PUBLISHED_SAMPLING = "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
 ALMOST = "almost the same as another video"  # the kind of a note
@@ -536,7 +536,7 @@ def attributes_of(settings, digest):
         "weights_sha256": digest,
         "precision": settings.precision,
         **vars(sampling_of(settings)),
-        "sampling": PUBLISHED_SAMPLING,
+        "sampling": SAMPLINGS[settings.starts],
         "version": __version__,
     }
 
