@@ -162,7 +162,7 @@ def test_a_study_shows_names_as_text(folder, tab):
     assert tab.inner_text("h1") == f"Study {HOSTILE}"
     assert HOSTILE_LABEL in tab.inner_text("table")
     assert "still <b>image</b>" in tab.inner_text("body")
-    assert "no medical device" in tab.inner_text(".research")
+    assert "not a medical device" in tab.inner_text(".research")
     description = tab.get_attribute(".waterfall", "aria-label")
     assert all(text in description for text in ("baseline", "v0.avi", "answer"))
     tab.keyboard.press("n")

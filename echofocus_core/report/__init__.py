@@ -1,1 +1,1 @@
-"""What a person sees: pages, figures, tables."""
+"""Output for readers: pages, figures, tables."""

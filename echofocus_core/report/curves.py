@@ -1,7 +1,7 @@
 """Figures of an evaluation: each function draws one outcome on one axis, from plain arrays.
 
-A figure has a panel for each label, `MAX_PANELS` at most. Bands and bars are 95 % intervals over
-patients. A kind of outcome names its figures (`study.statistics`), which PANELS describes.
+A figure has one panel per label, at most `MAX_PANELS`. Bands and bars are 95 % intervals over
+patients. Each kind of outcome lists its figures (`study.statistics`), which PANELS describes.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ NAMES = {
 
 
 def number(value, like=0.0):
-    """A number as text, to three digits, with as many after the point as `like` has."""
+    """A number as text with three digits, and as many decimals as `like` would have."""
     if not np.isfinite(value):
         return "n/a" if np.isnan(value) else "infinite"
     size = max(abs(value), abs(like) if np.isfinite(like) else 0)
@@ -36,7 +36,7 @@ def number(value, like=0.0):
 
 
 def with_interval(estimate):
-    """'0.912 (0.853 to 0.951)', without an interval that is not defined."""
+    """'0.912 (0.853 to 0.951)'; only the value if the interval is not defined."""
     text = number(estimate.value, estimate.ci_high)
     if np.isfinite(estimate.ci_low):
         ends = (number(x, estimate.ci_high) for x in (estimate.ci_low, estimate.ci_high))
@@ -61,8 +61,8 @@ def title_of(estimate):
 
 
 def cumulative_counts(truth, score, weights):
-    """(true, false), each (G + 1, B): the weight of positive and negative studies from the highest
-    score down; more than CUTS different scores are put into CUTS groups of similar size."""
+    """(true, false), each (G + 1, B): cumulative weights of positive and negative studies from the
+    highest score down; more than CUTS distinct scores are grouped into CUTS groups."""
     cuts = np.unique(score)
     if len(cuts) > CUTS:
         cuts = np.unique(np.quantile(cuts, np.linspace(0, 1, CUTS)))
@@ -76,7 +76,7 @@ def cumulative_counts(truth, score, weights):
 
 
 def curves(truth, score, weights):
-    """(sensitivity at GRID as 1 - specificity, precision at GRID as sensitivity), each (G, B)."""
+    """(sensitivity where 1 - specificity is GRID, precision where sensitivity is GRID): (G, B)."""
     true, false = cumulative_counts(truth, score, weights)
     roc, precision = np.full((2, len(GRID), weights.shape[1]), np.nan)
     for b in np.flatnonzero((true[-1] > 0) & (false[-1] > 0)):
@@ -124,7 +124,7 @@ def draw_roc(axis, outcome, band=None, **_):
 
 
 def every_cut(y, p):
-    """(true positives, false positives) from no positive study to all, at each distinct score."""
+    """(true positives, false positives) at each distinct score, from no study positive to all."""
     order = np.argsort(-p, kind="stable")
     last = np.append(np.diff(p[order]) != 0, True)
     true = np.cumsum(y[order])[last]
@@ -144,7 +144,7 @@ def draw_precision(axis, outcome, band=None, **_):
 
 
 def draw_reliability(axis, outcome, patients=None, **_):
-    """Observed frequency in ten parts of equal size, Wilson's bars by patients; a histogram."""
+    """Observed frequency in ten groups of equal size, with Wilson's intervals; a histogram."""
     from scipy import stats  # takes a second to import
 
     y, p = outcome.pairs()
@@ -164,7 +164,7 @@ def draw_reliability(axis, outcome, patients=None, **_):
 
 
 def draw_decision(axis, outcome, **_):
-    """Net benefit of the model, of treating all and of treating nobody."""
+    """Net benefit of the model, of treating all and of treating none."""
     y, p = outcome.pairs()
     if len(y):
         cuts = np.linspace(0.01, 0.99, 99)
@@ -179,7 +179,7 @@ def draw_decision(axis, outcome, **_):
 
 
 def draw_confusion(axis, outcome, **_):
-    """Counts by truth (rows) and prediction; shaded by the share of a row."""
+    """Counts by truth (rows) and prediction, shaded by the share of the row."""
     y, p = outcome.pairs()
     if isinstance(outcome, st.MulticlassOutcome):
         names, predicted = outcome.classes, p.argmax(axis=1)
@@ -201,7 +201,7 @@ def draw_confusion(axis, outcome, **_):
 
 
 def points(axis, x, y):
-    """A scatter plot; the density where there are many points."""
+    """A scatter plot, or a density plot of many points."""
     if len(x) <= MAX_POINTS:
         axis.scatter(x, y, s=9, alpha=0.5, color=BLUE, lw=0)
     else:
@@ -270,7 +270,7 @@ def draw_kaplan_meier(axis, outcome, **_):
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of one kind of outcome: how a panel is drawn, and the metric of its title."""
+    """A figure of one kind of outcome: the function that draws a panel, and its title's metric."""
 
     title: str
     draw: object
@@ -281,7 +281,7 @@ class Panel:
 PANELS = {
     "roc_curves": Panel(
         "ROC curves", draw_roc, "auroc",
-        "Shaded: pointwise 95 % band over patients. Dot: at the threshold.",
+        "Shaded: pointwise 95 % band over patients. Dot: the threshold.",
     ),
     "pr_curves": Panel(
         "Precision and recall", draw_precision, "average_precision",
@@ -289,29 +289,29 @@ PANELS = {
     ),
     "reliability": Panel(
         "Calibration", draw_reliability, "calibration_slope",
-        "Ten parts of equal size with 95 % bars; on the diagonal the predicted risk is the "
-        "observed one. Grey: how many studies have each probability.",
+        "Ten groups of equal size with 95 % intervals; on the diagonal, predicted and observed "
+        "risk are equal. Grey: number of studies by probability.",
     ),
     "decision_curves": Panel(
         "Decision curves", draw_decision, "auroc",
         "Net benefit (Vickers and Elkin 2006) of treating by the model, of treating all and of "
-        "treating nobody.",
+        "treating none.",
     ),
     "scatter_plots": Panel(
         "Predicted against measured", draw_scatter, "median_absolute_error",
-        "Equal axes; the line is equality.",
+        "On the line, both are equal.",
     ),
     "bland_altman": Panel(
         "Agreement (Bland and Altman)", draw_bland_altman, "bias",
-        "Solid: mean difference; broken: limits of agreement (1.96 SD).",
+        "Solid: mean difference; dashed: limits of agreement (1.96 SD).",
     ),
     "roc_classes": Panel(
         "ROC curves, each class against the others", draw_classes, "auroc",
-        "With the area and the number of studies of each class.",
+        "Legend: the AUROC and the number of studies of each class.",
     ),
     "kaplan_meier": Panel(
         "Survival by thirds of risk", draw_kaplan_meier, "c_index",
-        "With Greenwood's 95 % intervals, and events of studies.",
+        "With Greenwood's 95 % intervals. Legend: events of studies.",
     ),
     "confusion": Panel(
         "Truth and prediction", draw_confusion, "f1",
@@ -338,7 +338,7 @@ def select_panels(outcomes):
 
 
 def panel_figure(outcomes, draw, titles, path, extra=None):
-    """A panel for each outcome. titles: label -> Estimate; extra: label -> keywords of `draw`."""
+    """Draw one panel per outcome. titles: label -> Estimate; extra: label -> keywords of `draw`."""
     n = len(outcomes)
     columns = {4: 2, 5: 3, 6: 3}.get(n, min(n, 4))
     rows = -(-n // columns)
@@ -360,7 +360,7 @@ def panel_figure(outcomes, draw, titles, path, extra=None):
 
 
 def forest(rows, title, path, reference=None, headings=()):
-    """Estimates in lines: rows of (text, Estimate); headings: texts that are bold."""
+    """Draw a forest plot. rows: (text, Estimate); headings: texts in bold."""
     rows = rows[:MAX_ROWS]
     height = 0.9 + 0.25 * len(rows)
     figure, axis = new_figure(figsize=(9, height))

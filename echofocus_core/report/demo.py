@@ -1,4 +1,4 @@
-"""All steps on phantoms and a real cine, by the public commands."""
+"""All steps on phantoms and a real cine, with the public commands."""
 
 import json
 import os
@@ -46,7 +46,7 @@ COMMANDS = (
 
 
 def run_demo(studies):
-    """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
+    """Run and print the public commands on phantoms and a real DICOM cine, in ./demo."""
     folder = Path("demo")
     weights = shlex.quote(make_demo(folder, studies))
     for command in COMMANDS:
@@ -62,7 +62,7 @@ def run_demo(studies):
 
 
 def make_demo(folder, studies, frames=16):
-    """Phantoms, a real cine, a config; returns the encoder weights to use, as typed."""
+    """Write phantoms, a real cine and a config; returns the value for --weights."""
     import pydicom
 
     from echofocus_core.video import decode as video
@@ -83,7 +83,7 @@ def make_demo(folder, studies, frames=16):
     if panecho.weights_path().is_file():
         print("encoder weights: the released ones, from torch.hub's cache")
         return "panecho"
-    print("encoder weights: RANDOM (the released ones are not in the cache); standardised on a few")
+    print("encoder weights: RANDOM (the released weights are not downloaded)")
     clips = []
     for path in sorted(folder.glob("videos/*/*.avi"))[:24]:
         sampled, *_ = video.read_clips(path, video.Sampling(n_clips=1, size=SIZE))
@@ -94,7 +94,7 @@ def make_demo(folder, studies, frames=16):
 
 
 def summarise_demo(folder):
-    """The results of the demo beside those of guessing, and the files to look at."""
+    """Print the results of the demo, those of guessing, and the files to look at."""
     models, ids = folder / MODELS, {"eid": str, "Echo_ID": str}
     split = pd.read_csv(models / "ef" / "split.csv", dtype=str).set_index("eid")["fold"]
     labels = pd.read_csv(folder / "labels.csv", dtype=ids).set_index("eid")
@@ -127,7 +127,7 @@ Look at, in {folder}:
 
 
 def plot_demo(ef, defect, videos, path):
-    """Ejection fraction, defect ROC, and the scores of videos with and without the finding."""
+    """Plot ejection fractions, the defect's ROC, and scores of videos with and without a defect."""
     from echofocus_core.report.curves import draw_roc
     from echofocus_core.study.statistics import BinaryOutcome
 

@@ -1,4 +1,4 @@
-"""The pages of an evaluation: figures, headings, sentences and one HTML file.
+"""The report of an evaluation: tables, figures and one HTML file.
 
 studies = Studies(eids, patients, [BinaryOutcome("VSD", truth, probability, 0.31)])
 Report(folder, "test_site", studies, facts={"model_name": "chd"}).write()
@@ -56,12 +56,12 @@ FOREST = "Squares: the value; lines: 95 % intervals over patients."
 
 @dataclass
 class Report:
-    """An evaluation that is written into a folder under `name`, such as test_site.
+    """An evaluation, written to a folder under `name`, such as test_site.
 
     facts: for the JSON and the table of settings: name -> text or number. by: column -> (cells as
     text in the order of the studies, edges). others: name of another model -> (Studies of this
-    model, of the other) of `pair_studies`. notes: what a reader must know. folds: Studies of each
-    fold of a cross-validation, whose mean and SD are reported too.
+    model, of the other) of `pair_studies`. notes: cautions for the reader. folds: Studies of each
+    fold of a cross-validation, to report their mean and SD.
     """
 
     folder: Path
@@ -104,7 +104,7 @@ class Report:
         return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
 
     def fold_columns(self):
-        """fold_mean and fold_sd of every row of the table of metrics, of a cross-validation."""
+        """fold_mean and fold_sd for each row of the metrics of a cross-validation."""
         if not self.folds:
             return {}
         folds = [st.estimates(part.outcomes, part.patients, 0) for part in self.folds]
@@ -118,14 +118,14 @@ class Report:
         self.files.append(f"{name}_{self.name}.csv")
 
     def figure(self, file, title, draw, legend=FOREST):
-        """Draw a figure by draw(path=), and keep it for the page."""
+        """Draw a figure with draw(path=), and keep it for the page."""
         path = self.folder / f"{file}_{self.name}"
         draw(path=path)
         png = base64.b64encode(path.with_name(path.name + ".png").read_bytes()).decode()
         self.figures.append({"title": title, "file": path.name, "png": png, "legend": legend})
 
     def draw_panels(self):
-        """The figures of each kind of label."""
+        """Draw the figures of each kind of label."""
         patients = self.studies.patients
         for file, panel in curves.PANELS.items():
             outcomes = [o for o in self.studies.outcomes if file in o.figures]
@@ -146,7 +146,7 @@ class Report:
             self.figure(file, title, draw, panel.legend)
 
     def draw_forests(self):
-        """A forest plot of the labels of each kind, where they have one unit."""
+        """Draw a forest plot of the labels of each kind if they have the same unit."""
         for kind in st.OUTCOMES:
             rows = [self.headlines[o.label] for o in self.studies.outcomes if type(o) is kind]
             if len(rows) > 1 and len({x.unit for x in rows}) == 1:
@@ -156,7 +156,7 @@ class Report:
                 self.figure(f"forest_{kind.headline}", f"{name}{more}", draw)
 
     def write_groups(self, column):
-        """The table of a column's groups and its forest plots; [(group, Estimate)] for the page."""
+        """Write the table and forest plots of a column's groups; returns [(group, Estimate)]."""
         cells, edges = self.by[column]
         groups = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
         rows = [{"column": column, "group": group} | x.row() for group, x in groups]
@@ -189,7 +189,7 @@ class Report:
         return [{"other": name, "difference": row.pop("value")} | row for row in rows]
 
     def write_page(self):
-        """The page: one file without scripts, links or anything from the network."""
+        """Write the page: one file without scripts, links or network requests."""
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         templates = FileSystemLoader(Path(__file__).parent / "templates")
@@ -207,7 +207,7 @@ class Report:
 
 
 def on_screen(headlines, means=()):
-    """Lines: a label with its headline metric, MAX_LINES at most, then the means."""
+    """Lines for the screen: labels with their headline metric, at most MAX_LINES, then means."""
     lines = [title_of(x).replace("\n", ": ") for x in list(headlines.values())[:MAX_LINES]]
     if len(headlines) > MAX_LINES:
         lines.append(f"... and {len(headlines) - MAX_LINES} more labels")
@@ -249,8 +249,8 @@ def page_tables(report):
 
 
 def uncertain_labels(report):
-    """Labels that the page warns of: small (texts), undefined (note -> labels), without an
-    interval."""
+    """Labels for which the page has a warning: small (texts), undefined (note -> labels),
+    no_interval (labels)."""
     small = [
         f"{o.label} ({o.n_positive} of {o.n})"
         for o in report.studies.outcomes
@@ -270,9 +270,10 @@ def uncertain_labels(report):
 
 
 def evaluate_file(job):
-    """`evaluate --predictions`: a table with predictions of any model, with study ids.
+    """`evaluate --predictions`: evaluate a table of study ids and predictions of any model.
 
-    The truths are in it (<label>_Correct and PID, as `evaluate` writes), or in the label table.
+    The truths are in this table (<label>_Correct and PID, as `evaluate` writes) or in the label
+    table.
     """
     settings, path, table = job.settings, Path(job.settings.predictions), None
     if job.task:
@@ -302,9 +303,9 @@ def evaluate_file(job):
 
 
 def report_evaluation(folder, name, studies, flow, facts, settings, columns, others):
-    """Write the evaluation of some studies, pooled by patient if requested, and print it.
+    """Write and print the evaluation of some studies, pooled by patient if requested.
 
-    columns: of `group_columns`; others: what to compare with -> (Studies, notes).
+    columns: of `group_columns`; others: name of a model to compare -> (Studies, notes).
     """
     pairs, notes = {}, unseen_notes(settings.subset, facts.get("unseen"))
     notes += filter(None, [facts.get("warning")])
@@ -325,7 +326,7 @@ def report_evaluation(folder, name, studies, flow, facts, settings, columns, oth
 
 
 def evaluate_fold(job, columns):
-    """`evaluate` on the fold `settings.subset`. columns: of `group_columns`."""
+    """`evaluate` for the fold `settings.subset`. columns: of `group_columns`."""
     model = job.model
     job = job.but(target=job.settings.target or model.target)
     settings = job.settings
@@ -340,9 +341,9 @@ def evaluate_fold(job, columns):
 
 
 def evaluate_folds(folder, settings, cohorts, store, evidence=()):
-    """The evaluation of a cross-validation: each study by the fold that has not seen it.
+    """Evaluate a cross-validation: each study by the model of the fold that has not seen it.
 
-    evidence: of `seen_elsewhere`, on whether anything else has seen it.
+    evidence: of `seen_elsewhere`, on whether another model or the encoder has seen the studies.
     """
     parts, unreadable = [], {}
     for k, cohort in cohorts.items():
@@ -352,7 +353,7 @@ def evaluate_folds(folder, settings, cohorts, store, evidence=()):
             label=f"fold {k}",
         )  # fmt: skip
         if not len(answers):
-            raise UserError(f"fold {k} has no study to test: use fewer --n_folds")
+            raise UserError(f"fold {k} has no test study: use a smaller --n_folds")
         thresholds = model.record.thresholds
         parts.append(studies_of_answers(model, cohort.table, answers, thresholds, settings))
     report_unreadable(unreadable)

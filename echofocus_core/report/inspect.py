@@ -1,4 +1,4 @@
-"""What a model is, for people and programs: architecture, labels, history, settings, origin."""
+"""Describe a model as text or JSON: architecture, labels, history, settings, origin."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ SHOWN_ELSEWHERE = ("labels", "units", "unlearnt", "thresholds", "task", "type", 
 
 
 def describe_encoder(model):
-    """A PanEcho video encoder with its heads, as a dict."""
+    """Describe a PanEcho video encoder with its task heads, as a dict."""
     return {
         "kind": "PanEcho video encoder",
         "architecture": {"parameters": count(model)},
@@ -36,7 +36,7 @@ def describe_encoder(model):
 
 
 def describe_model(net, saved, record, outputs, units, scaling):
-    """A study-level model, as a dict. record: of the training, in its checkpoint `saved`.
+    """Describe a study-level model, as a dict. record: of its training; saved: its checkpoint.
 
     outputs: see `study.outputs`; scaling: measurement to shift, mean, stdev (and lmbda).
     """
@@ -74,7 +74,7 @@ def describe_label(label, units, scaling, record):
 
 
 def describe_history(rows):
-    """Epochs, and the lowest validation loss with its epoch, of a perf_log; {} without one."""
+    """Epochs, and the lowest validation loss with its epoch, from a perf_log; {} if missing."""
     try:
         losses = [(float(row[2]), int(row[0])) for row in rows]
         best, epoch = min((loss, epoch) for loss, epoch in losses if np.isfinite(loss))
@@ -84,7 +84,7 @@ def describe_history(rows):
 
 
 def print_description(description):
-    """Print a line for each fact, and labels as a table."""
+    """Print one line per fact, and the labels as a table."""
     for key, value in description.items():
         if key == "labels":
             print(f"labels: {len(value) or 'none'}")
@@ -99,7 +99,7 @@ def print_description(description):
 
 
 def describe_file(name, tasks):
-    """The checkpoint or encoder of a model name, folder or .pt path, as a dict."""
+    """Describe the checkpoint or encoder of a model name, folder or .pt path, as a dict."""
     path = find_model_file(name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
@@ -122,7 +122,7 @@ def find_model_file(name):
 
 
 def origin_of(folder):
-    """The source of a model, its licence and citation: from its record, else the registry."""
+    """The source, licence and citation of a model, from its record or the registry."""
     entry = releases.released(folder)
     entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
     return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}

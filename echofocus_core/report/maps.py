@@ -1,4 +1,4 @@
-"""Study embeddings in a plane, and how well datasets can be told apart by them."""
+"""Maps of study embeddings in two dimensions, and how well they separate datasets."""
 
 import h5py
 import numpy as np
@@ -11,14 +11,14 @@ from echofocus_core.study.labels import label_file, read_labels, read_rows
 
 
 def map_rows(job):
-    """The rows of the label tables for each dataset: dict of name to DataFrame or None.
+    """The rows of each dataset's label table: dict of name to DataFrame or None.
 
-    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers where all
-    are numbers, else text. Raises UserError when no table has the column.
+    Columns pid and, unless studies are coloured by dataset, that of --color_by: numbers if all
+    cells are numbers, else text. Raises UserError if no table has the column.
     """
     column, task, datasets = job.settings.color_by.strip(), job.task, job.datasets
     if column in ("pid", "eid"):
-        raise UserError(f"--color_by {column}: patients and studies are not shown by colour")
+        raise UserError(f"--color_by {column}: patient and study ids cannot be colours")
     columns, rows, reasons = [] if column == "dataset" else [column], {}, []
     for name, dataset in datasets.items():
         file = label_file(task, dataset)
@@ -42,7 +42,7 @@ def map_rows(job):
 
 
 def make_map(files, rows, model, settings):
-    """Study embeddings of some datasets in a plane: map_*.csv, .png and .pdf beside the model.
+    """Map the study embeddings of some datasets: map_*.csv, .png and .pdf in the model's folder.
 
     files: dataset -> file of study embeddings; rows: see `map_rows`.
     """
@@ -54,7 +54,7 @@ def make_map(files, rows, model, settings):
             names += [name] * len(f)
     x, column = np.stack(x), settings.color_by.strip()
     if len(x) < 4 or not np.isfinite(x).all() or not np.ptp(x, axis=0).any():
-        raise UserError("a map needs the embeddings of four studies that differ")
+        raise UserError("a map needs different embeddings of at least four studies")
     points = pd.DataFrame({"eid": eids, "dataset": names})
     of_study = [
         (rows[name] if rows[name] is not None else pd.DataFrame()).reindex(part["eid"])
@@ -79,10 +79,10 @@ def make_map(files, rows, model, settings):
 
 
 def map_positions(x, method):
-    """Positions (S, 2) of study embeddings x (S, D) in a plane, and the names of the two axes.
+    """Positions (S, 2) of study embeddings x (S, D) on the map, and the names of the two axes.
 
-    PCA of the centred numbers, not standardised, since all have one unit; or t-SNE (van der Maaten
-    and Hinton, JMLR 2008) of its first 50 components. The result is reproducible.
+    PCA of the centred features, not standardised, since all have the same unit; or t-SNE (van der
+    Maaten and Hinton, JMLR 2008) of its first 50 components. The result is reproducible.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -98,10 +98,10 @@ def map_positions(x, method):
 
 
 def shift_between(x, datasets, patients):
-    """How well study embeddings x (S, D) tell the datasets apart, as a sentence.
+    """How well study embeddings x (S, D) distinguish the datasets, as a sentence.
 
     AUROC of a logistic regression on 50 principal components, cross-validated with all studies of
-    a patient in one fold; with more than two datasets the mean of each against the others.
+    a patient in one fold; with more than two datasets, the mean of each against the others.
     """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
@@ -111,7 +111,7 @@ def shift_between(x, datasets, patients):
     from sklearn.preprocessing import StandardScaler
 
     if patients.groupby(datasets).nunique().min() < 20:
-        return "too few patients to measure the shift between the datasets (20 of each)"
+        return "too few patients to measure the shift between the datasets (each needs 20)"
     classifier = make_pipeline(
         PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
     )
@@ -127,6 +127,6 @@ def shift_between(x, datasets, patients):
 
 
 def as_numbers(values):
-    """A column as numbers where all are numbers, else as text."""
+    """A column as numbers if all cells are numbers, else as text."""
     numbers = pd.to_numeric(values, errors="coerce")
     return numbers if (numbers.notna() == values.notna()).all() else values.str.strip()

@@ -1,7 +1,7 @@
-"""Answers as a web page: a list of studies, a report of each, and its videos.
+"""Answers as web pages: a list of studies, and a report of each study with its videos.
 
-A folder with index.html, studies/, clips/ and one style sheet and script: it opens from disk and
-requests nothing from the network. It holds no identifiers but study ids and the videos' names.
+A folder with index.html, studies/, clips/, a style sheet and a script: it opens from disk without
+network requests. It contains no identifiers except study ids and video names.
 """
 
 import re
@@ -27,9 +27,9 @@ from echofocus_core.video.store import StudyDetails, open_folder, read_details
 from echofocus_core.video.studies import visible
 
 TEMPLATES = Path(__file__).with_name("templates")
-MAX_BARS = 16  # of a waterfall; the weakest videos are drawn as one bar
-MAX_PLAYERS = 3  # of each sign
-MAX_DETAILS = 24  # labels with a waterfall, the clearest first
+MAX_BARS = 16  # of a waterfall; the videos with the smallest scores share one bar
+MAX_PLAYERS = 3  # for each sign
+MAX_DETAILS = 24  # labels with a waterfall, clearest answers first
 
 
 # ---------------------------------------------------------------------------------------- studies
@@ -48,7 +48,7 @@ class PageVideo:
 
 @dataclass
 class PageStudy:
-    """The data of a study on the page."""
+    """A study on the page."""
 
     eid: str
     row: dict  # of the prediction table
@@ -64,7 +64,7 @@ class PageStudy:
 
     @cached_property
     def files(self):
-        """The source's videos by visible name, and by file name where that is unique."""
+        """The source's videos by visible name, and by file name if that is unique."""
         if self.source is None:
             return {}
         by_name = {visible(video): video for video in self.source.videos}
@@ -76,7 +76,7 @@ class PageStudy:
 
 @dataclass
 class Page:
-    """All that the page shows."""
+    """Everything that the page shows."""
 
     folder: Path
     model: object  # a LoadedModel
@@ -95,7 +95,7 @@ class Page:
 
 
 def make_page(job, folder, table, left_out, explanations=(), truths=None):
-    """Write the page of the studies in a prediction table, with their explanations; print where."""
+    """Write the page for the studies in a prediction table, with explanations; print its path."""
     by_study = {x["eid"]: x for x in explanations if x["columns"]}
     sources = source_studies(job, list(table["eid"]))
     path, studies = job.dataset.embedding_path, []
@@ -113,7 +113,7 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
 
 
 def write_page(page):
-    """Write it; returns the path of index.html. An older page there is replaced file by file."""
+    """Write the page; returns the path of index.html. Replaces an older page file by file."""
     import jinja2
 
     folder, settings = page.folder, page.settings
@@ -129,7 +129,7 @@ def write_page(page):
         "page": page, "settings": settings, "model": page.model.folder.name,
         "version": __version__, "labelled": page.labelled, "unusual": UNUSUAL,
         "decides": bool(page.model.record.thresholds),
-        "knows_novelty": any(view.novelty is not None for view in views),
+        "has_novelty": any(view.novelty is not None for view in views),
         "has_range": any(label.width is not None for view in views for label in view.labels),
     }  # fmt: skip
     report = environment.get_template("page_study.html")
@@ -154,7 +154,7 @@ def write_text(path, text):
 
 
 def remove_leftovers(page, n_studies):
-    """Remove the study pages and clips of an older page that this one does not use."""
+    """Remove study pages and clips of an older page that are no longer used."""
     for path in (page.folder / "studies").glob("*.html"):
         if path.stem.isdecimal() and int(path.stem) > n_studies:
             path.unlink()
@@ -167,8 +167,8 @@ def remove_leftovers(page, n_studies):
 def write_clips(folder, studies, mask, workers=0):
     """Write the clips of all videos below `folder`, and fill in each PageVideo.
 
-    Clips are named by their content, so that a later page reuses them, and two names of one
-    recording share one.
+    Clips are named by their content, so that a later page reuses them, and copies of a video share
+    one clip.
     """
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     calls = []
@@ -197,7 +197,7 @@ def write_clips(folder, studies, mask, workers=0):
 
 
 class StudyView:
-    """A PageStudy as the templates read it."""
+    """A PageStudy for the templates."""
 
     def __init__(self, page, study, href):
         self.page, self.study, self.href = page, study, href
@@ -214,11 +214,11 @@ class StudyView:
 
     @property
     def more(self):
-        """[(what, answer)] of the table beside the outputs: the most probable class, survival."""
+        """More answers for the table, [(name, answer)]: the most probable class, survival."""
         return more_answers(self.page.model, self.row)
 
     def list_data(self):
-        """What the list's script sorts and filters a study by."""
+        """The values by which the script of the list sorts and filters a study."""
         names = [video.name for video in self.videos]
         return {
             "eid": self.eid, "text": " ".join([self.eid, self.warning, *names]).lower(),
@@ -255,7 +255,7 @@ def percent(share):
 
 @dataclass
 class LabelView:
-    """One output of a study as the templates read it; values are None where there are none."""
+    """One output of a study for the templates; missing values are None."""
 
     name: str
     plain: str
@@ -271,7 +271,7 @@ class LabelView:
     details: bool = False  # whether its waterfall and players are shown
 
     def text(self, value):
-        """A probability in percent, or a value with its unit; '' for none."""
+        """A probability in percent, or a value with its unit; '' if missing."""
         if number(value) is None:
             return ""
         if self.kind == "binary":
@@ -304,7 +304,7 @@ class LabelView:
 
     @property
     def clarity(self):
-        """Labels are shown in its order: findings the clearest first, others in their order."""
+        """Sort key of labels: findings by distance from the threshold, others in their order."""
         if self.kind != "binary":
             return -self.number
         cut = 0.5 if self.threshold is None else self.threshold
@@ -330,12 +330,12 @@ class Player:
     video: PageVideo
     score: float
     without: str  # the answer without the video
-    clips: list[dict]  # the positions of its clips on the time line
+    clips: list[dict]  # the positions of its clips on the timeline
 
 
 @dataclass
 class Bar:
-    """A bar of a waterfall from `start` to `end`, in the unit of the scores."""
+    """A bar of a waterfall, from `start` to `end` in the unit of the scores."""
 
     name: str
     score: float
@@ -347,14 +347,14 @@ class Bar:
 
 @dataclass
 class Scores:
-    """What the attribution of one label adds: the waterfall, the top and bottom videos."""
+    """The attribution of one label: the waterfall, the top and bottom videos."""
 
     unit: str
-    without: str  # the range of the answers without one of the videos
+    without: str  # the range of answers if one of the videos is left out
     top: list[Player]
     bottom: list[Player]
     bars: list[Bar]
-    adds_up: bool  # whether the scores lead from the answer at the baseline to the answer
+    adds_up: bool  # whether the scores add up to the change from the baseline answer
     baseline: str
     answer: str
     error: float
@@ -378,7 +378,7 @@ def label_view(page, study, i):
     )  # fmt: skip
     columns = study.explanation["columns"] if study.explanation else ()
     if i in columns and np.isfinite(study.explanation["scores"][columns.index(i)]).all():
-        view.scores = scores_of(page, study, view)  # by leave_one_out, a single video has none
+        view.scores = scores_of(page, study, view)  # a single video has none by leave_one_out
     return view
 
 
@@ -417,9 +417,10 @@ def scores_of(page, study, view):
 
 
 def waterfall(names, scores, without, start, adds_up):
-    """[Bar] of the videos in the order of their scores, MAX_BARS at most.
+    """[Bar] of the videos in the order of their scores, at most MAX_BARS.
 
-    Bars continue one another from `start`; where scores do not add up each begins at 0.
+    Each bar starts at the end of the previous one, the first at `start`; if scores do not add up,
+    every bar starts at 0.
     """
     strong = np.argsort(-np.abs(scores), kind="stable")
     bars = [Bar(names[v], float(scores[v]), without[v] and f"without {without[v]}") for v in strong]
@@ -435,8 +436,8 @@ def waterfall(names, scores, without, start, adds_up):
 
 
 def clip_marks(details, video, scores):
-    """The positions of a video's clips on its time line, in percent. The clip that counted most, in
-    the direction that the video did, is `best`."""
+    """The positions of a video's clips on its timeline, in percent. `best` is the clip that
+    contributed most in the direction of the video's score."""
     starts = details.starts.get(video.name)
     if starts is None or not video.playback or len(starts) != len(scores):
         return []

@@ -1,5 +1,5 @@
 "use strict";
-// The list (search, sort, filter) and the players (loop, step, slow, time line). No network, no library.
+// The list (search, sort, filter) and the players (loop, step, slow motion, timeline). No network, no library.
 
 // ---------------------------------------------------------------------------------------- players
 
@@ -34,13 +34,13 @@ class Player {
 
   load() {
     if (this.video.getAttribute("src")) return;
-    this.video.preload = "auto";  // also to step through it before it has played
+    this.video.preload = "auto";  // to step through frames before it has played
     this.video.src = this.figure.dataset.clip;
     this.video.playbackRate = Number(this.speed.value);
     if (this.figure.dataset.autoplay && !still) this.play();
   }
 
-  play() { this.video.play().catch(() => {}); }  // interrupted before it began: no error
+  play() { this.video.play().catch(() => {}); }  // ignore an interruption before the start
 
   toggle() {
     this.load();
@@ -55,7 +55,7 @@ class Player {
   seek(frame) {
     this.load();
     this.video.pause();
-    this.target = (frame + this.frames) % this.frames;  // a loop: before the first comes the last
+    this.target = (frame + this.frames) % this.frames;  // wraps around
     this.video.currentTime = (this.target + 0.5) / this.rate;
     this.show();
   }
@@ -149,7 +149,7 @@ if (list) {
     if (by === "value" || by === "truth" || by === "width") return answer(i)[by];
     return studies[i][by];
   };
-  const compare = (a, b) => {  // blanks last, whichever way
+  const compare = (a, b) => {  // blanks are last in both directions
     const [x, y] = [value(a, sorting.by), value(b, sorting.by)];
     const missing = (v) => v === null || v === undefined || v === "";
     if (missing(x) || missing(y)) return missing(x) - missing(y) || a - b;
@@ -157,7 +157,7 @@ if (list) {
     return (sorting.down ? -order : order) || a - b;
   };
 
-  const offer = (name, key) => {  // a filter has no effect on labels without its values
+  const setFilter = (name, key) => {  // disable a filter for labels without its values
     const exists = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
     field(name).disabled = !exists;
     if (!exists) field(name).value = "";
@@ -183,8 +183,8 @@ if (list) {
   };
 
   const update = () => {
-    offer("decision", "decision");
-    offer("right", "right");
+    setFilter("decision", "decision");
+    setFilter("right", "right");
     const order = rows.map((_, i) => i).sort(compare);
     let shown = 0;
     for (const i of order) {
