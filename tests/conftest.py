@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def blank_figures(request, monkeypatch):
-    """Figures are drawn in tests marked `figures` only: drawing all takes a seventh more time."""
+    """Draw figures only in tests marked `figures`: drawing all takes 15 % more time."""
     if "figures" not in request.keywords:
         blank(monkeypatch)
 
@@ -94,7 +94,7 @@ def one_cohort(tmp_path_factory):
 def cohort(one_cohort, tmp_path, monkeypatch):
     """A small cohort in the current folder: 60 studies of 40 patients, config, labels, embeddings.
 
-    `finding` is 1 where some clips carry a pattern; `size` is a measurement written into all.
+    `finding` is 1 if some clips have a pattern; `size` is a measurement encoded in all clips.
     """
     shutil.copytree(one_cohort, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
@@ -119,7 +119,7 @@ def train_once(one_cohort, tmp_path_factory):
 
 @pytest.fixture
 def add_model(cohort, train_once):
-    """add_model(task, *options): copy such a model into trained_models of the current folder."""
+    """add_model(task, *options): copy a model of `train_once` into ./trained_models."""
 
     def add(task, *options):
         model = train_once(task, *options)
@@ -130,7 +130,7 @@ def add_model(cohort, train_once):
 
 @pytest.fixture
 def trained(cohort, add_model):
-    """`cohort` with a model of its task `defect`, of two epochs, in the current folder."""
+    """`cohort` in the current folder, with a model of its task `defect` trained for two epochs."""
     add_model("defect", "--epoch_lim", "2")
     return cohort
 

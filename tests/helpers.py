@@ -1,4 +1,4 @@
-"""Shared by the test files: inputs and weights by rule, recorded numbers, small input files."""
+"""Shared by the tests: deterministic inputs and weights, recorded numbers, small input files."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""`check`: every planted fault is named, in the words in which a run names it."""
+"""`check` reports every planted fault, with the same message as a run."""
 
 import hashlib
 import os
@@ -219,7 +219,7 @@ FAULTS = {  # how to plant it; exit status; level and text of each finding
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_names_a_planted_fault(cohort, cli, capfd, monkeypatch, fault):
-    """Each with its level and a remedy, nothing else, and the exit status of a run."""
+    """It reports only this fault, with its level, a remedy and the exit status of a run."""
     monkeypatch.setattr(
         "echofocus_core.study.check.check_time", lambda *_: None
     )  # no fault of the input shows there
@@ -242,7 +242,7 @@ IN_A_RUN = ("contradicting rows", "not a number", "two encoders in one folder", 
 
 @pytest.mark.parametrize("fault", IN_A_RUN)
 def test_a_run_reports_the_same(cohort, cli, capfd, monkeypatch, fault):
-    """What `check` reports of config, labels, embeddings and folds, train or evaluate reports."""
+    """Train or evaluate reports the same faults of config, labels, embeddings and folds."""
     plant, expected_status, expected = FAULTS[fault]
     plant()
     capfd.readouterr()
@@ -255,7 +255,7 @@ def test_a_run_reports_the_same(cohort, cli, capfd, monkeypatch, fault):
 
 
 def test_check_continues_after_an_error(cohort, cli):
-    """Faults of every part are named in one go, an error in one does not hide the others."""
+    """It reports the faults of all parts at once; an error in one does not hide the others."""
     repeat_rows(finding="0.5")
     Path("emb/1003.hdf5").write_bytes(b"")
     write_videos(b"")
@@ -269,7 +269,7 @@ def test_check_continues_after_an_error(cohort, cli):
 
 
 def test_check_of_a_released_model_without_labels(cohort, cli):
-    """Prediction needs no label table: a warning; a task of another length is an error."""
+    """A missing label table is a warning; a task with another number of labels is an error."""
     published_model(cohort / "trained_models" / "released", 1)
     edit_config(label_path="none.csv")
     status, out, _ = cli("check", "--model_name", "released", "--task", "defect")

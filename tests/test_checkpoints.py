@@ -1,4 +1,4 @@
-"""Files written by torch.save: damage is detected, nothing in them runs."""
+"""Files written by torch.save: damage is detected, and no code in them runs."""
 
 import pickle
 import random
@@ -24,7 +24,7 @@ SAVED = {
 
 
 def same(a, b):
-    """Whether two things read from checkpoints are equal to the bit."""
+    """Whether two values from checkpoints are equal to the bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_its_training_state_is_refused(trained, cli):
 
 
 def test_a_full_disk(tmp_path):
-    """The error is the system's, not torch's."""
+    """The error message is that of the system, not of torch."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

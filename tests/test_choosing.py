@@ -1,4 +1,4 @@
-"""Folds of rare labels, frozen aggregators, two rates, steps that fail, a search by validation."""
+"""Folds for rare labels, frozen aggregators, two learning rates, failed steps, grid search."""
 
 from pathlib import Path
 from typing import get_args
@@ -120,7 +120,7 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
 
 
 class MeanOfClips(Aggregator):
-    """Another aggregator, without attention, whose last layer has another name."""
+    """Another aggregator, without attention and with another name for its last layer."""
 
     heads = ("last",)
 
@@ -137,7 +137,7 @@ class MeanOfClips(Aggregator):
 
 
 def test_another_aggregator_is_one_class(cohort, cli, monkeypatch):
-    """Trained, resumed, read, described, frozen and explained; what it lacks is refused."""
+    """It is trained, resumed, loaded, described, frozen and explained, or options are refused."""
     assert get_args(Settings.model_fields["transformer_type"].annotation) == tuple(
         network.AGGREGATORS
     )

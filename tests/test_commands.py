@@ -38,7 +38,7 @@ from echofocus_core.study.train_command import folder_to_train_in
 
 @pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--lerning_rate", 2)])
 def test_help_and_misspelt_options_import_little(option, expected):
-    """Neither waits for torch and pandas, nor for what only some commands need."""
+    """Neither imports torch, pandas, or modules that only some commands need."""
     code = f"""
 import sys, runpy
 sys.argv = ["echofocus.py", "train", {option!r}]
@@ -189,7 +189,7 @@ def test_published_files(tmp_path, monkeypatch, cli, layout, numpy_1):
 
 
 def test_predict_from_dicom(trained, cli):
-    """One line from a folder with a real DICOM cine to a table; what is skipped is named."""
+    """One command from a folder with a real DICOM cine to a table; skipped files are listed."""
     folder = trained / "patients" / "visit1"
     folder.mkdir(parents=True)
     copy_example(folder / "cine.dcm")
@@ -204,7 +204,7 @@ def test_predict_from_dicom(trained, cli):
 
 
 def test_predictions_of_two_folders_of_one_name(trained, cli):
-    """A second source whose folders are called alike gets its own predictions."""
+    """Two sources whose folders have the same name get separate tables of predictions."""
     for hospital in ("a", "b"):
         (trained / hospital / "dicom").mkdir(parents=True)
     copy_example(trained / "a" / "dicom" / "1.dcm")
@@ -270,7 +270,7 @@ def test_a_terminal_without_unicode(cohort):
 
 
 def test_several_models_and_no_name(add_model, cli):
-    """They are listed; a single one, or the only one of a task, is taken."""
+    """They are listed; a single model, or the only one for a task, is used."""
     add_model("defect", "--epoch_lim", "2")
     add_model("sizes", "--epoch_lim", "2")
     for command in ("predict", "evaluate", "embed", "explain"):
@@ -311,7 +311,7 @@ def test_wrong_options(cohort, cli):
 
 
 def test_a_shared_model_is_not_overwritten_by_training(trained, cli):
-    """Nor such folds; a run that was killed between its first checkpoints starts again."""
+    """Nor are shared folds; a run that was killed between its first checkpoints starts again."""
     folder = trained / "trained_models" / "defect"
     (folder / "last_checkpoint.pt").unlink()
     before = (folder / "best_checkpoint.pt").read_bytes()
@@ -385,7 +385,7 @@ def test_labels_that_cannot_be_learnt_are_reported_and_blank(cohort, cli):
 
 
 def test_start_from_another_model(trained, cli):
-    """Heads go by label name; at no learning the kept head predicts as before."""
+    """Heads are matched by label name; without learning, a loaded head predicts as before."""
     assert cli("predict")[0] == 0
     before = pd.read_csv("trained_models/defect/predictions_site.csv")
     table = pd.read_csv("labels.csv")
@@ -408,7 +408,7 @@ def test_start_from_another_model(trained, cli):
 
 
 def test_units_are_compared(cohort, cli):
-    """Of a model and a task that evaluates it: refused. Of a model to start from: a fresh head."""
+    """Different units are refused in evaluation; with --init_from they cause a new head."""
     assert cli("train", "--task", "sizes", "--epoch_lim", "1")[0] == 0
     config = json.loads(Path("config.json").read_text())
     config["task"]["mm"] = config["task"]["sizes"] | {"units": {"size": "mm"}}
@@ -432,7 +432,7 @@ def test_units_are_compared(cohort, cli):
 
 
 def test_embeddings_of_other_settings_are_reported(trained, cli):
-    """By evaluate, in its table and its page too, and by embed, explain and a start from them."""
+    """By evaluate (also in its table and page), embed, explain, and train --init_from."""
     for path in Path("emb").glob("*.hdf5"):
         with h5py.File(path, "a") as f:
             f.attrs["clip_len"] = 8
@@ -458,7 +458,7 @@ def test_embeddings_of_other_settings_are_reported(trained, cli):
 
 
 def test_the_best_checkpoint_is_of_the_run(trained, cli):
-    """Gone, or another run's: neither is called the run's; a run at its end keeps its record."""
+    """A best checkpoint that is missing or from another run is an error."""
     line, folder = ["train", "--task", "defect", "--epoch_lim"], Path("trained_models/defect")
     best = folder / "best_checkpoint.pt"
     before = {p: (folder / p).read_bytes() for p in ("run.json", "train_args.csv")}

@@ -1,4 +1,4 @@
-"""Cross-validation in one line, and models whose answers are averaged."""
+"""Cross-validation with one command, and models whose answers are averaged."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_folds_pooled_and_averaged(cohort, cli):
 
 
 def explained(cli, folder, models):
-    """Each video's score is the mean of the members' scores, beside the averaged answer."""
+    """A video's score is the mean of the members' scores; the answer is averaged too."""
     few = ("--subset", "all", "--sample_limit", "4")
     status, _, err = cli("explain", "--model_name", "defect", *few, "--page")
     assert status == 0, err
@@ -105,7 +105,7 @@ def averaged(cli, folder, each):
 
 
 def unseen_alone_are_test(cli, folder):
-    """Every patient was seen by some fold: none is test, until new ones come."""
+    """Some fold has seen every patient: only new patients are test."""
     status, _, err = cli("evaluate", "--model_name", "defect", "--n_boot", "0")
     assert status == 1 and "none has seen its patient" in err
     rng = np.random.default_rng(5)
@@ -131,7 +131,7 @@ def unseen_alone_are_test(cli, folder):
 
 
 def test_thresholds_by_two_rules_are_not_averaged(capsys):
-    """The answers are; new thresholds are chosen by any rule that is asked for."""
+    """But their answers are averaged."""
     a, b = (
         LoadedModel(
             Path(rule), StudyModel(1, depth=0), "t", Outputs.of("x", "binary"), None,

@@ -1,4 +1,4 @@
-"""DICOM files whose headers differ from what they hold: read right, or refused with a reason."""
+"""DICOM files with wrong headers: read correctly, or refused with a reason."""
 
 import contextlib
 import io
@@ -71,7 +71,7 @@ def save(dataset, path, syntax):
 
 
 def jpeg_of(frame, components):
-    """A JPEG of RGB or YCbCr components without a mark that says which."""
+    """A JPEG of RGB or YCbCr components without a marker of the colour space."""
     file, options = io.BytesIO(), {"keep_rgb": True} if components == "RGB" else {}
     Image.fromarray(frame).save(file, "JPEG", quality=95, subsampling=0, **options)
     data = file.getvalue()
@@ -179,7 +179,7 @@ def test_uncompressed_and_rle(tmp_path, stored, label, planar, syntax):
 
 @pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
 def test_blank_frames_do_not_decide(tmp_path, stored):
-    """The first, middle and last frame black: colours and blackness are judged by the others."""
+    """If the first, middle and last frames are black, the others determine the colours."""
     frames = TRUTH.copy()
     frames[[0, 3, 5]] = 0
     coded = [jpeg_of(frame, stored) for frame in frames]
@@ -244,7 +244,7 @@ def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
 
 
 def test_what_another_decoder_may_read_is_tried_again(tmp_path):
-    """Once a plugin is installed, the same line reads it: the file is not at fault."""
+    """After a plugin is installed, the same command reads the file."""
     sample = pydicom.data.get_testdata_file("JPGExtended.dcm")
     dataset = pydicom.dcmread(sample)
     (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
@@ -369,7 +369,7 @@ def test_wrong_planar_configuration_of_a_real_echo_is_refused(tmp_path, planar):
 
 @pytest.mark.parametrize("big_endian", [False, True])
 def test_grey_of_any_depth(tmp_path, big_endian):
-    """8, 12 and 16 bits in either byte order; refused where the values are of another depth."""
+    """8, 12 and 16 bits in both byte orders; refused if the values have another depth."""
     for shift, stored in ((4, 12), (8, 16), (0, 8), (0, 12), (4, 10)):
         dataset = write_dicom(tmp_path / "a", GREY.astype(np.uint16) << shift, "MONOCHROME2")
         dataset.BitsStored, dataset.HighBit = stored, stored - 1
@@ -461,7 +461,7 @@ def test_what_may_be_an_echo_is_read_with_a_note(tmp_path):
     [("100.1", "mpeg2.m2v"), ("102", "h264.mp4"), ("103", "h264.ts"), ("108", "hevc.mp4")],
 )
 def test_video_streams_in_dicom(tmp_path, monkeypatch, syntax, name):
-    """The copy that is decoded has no name: a reader that is killed leaves no pixels."""
+    """The temporary copy has no name, so a killed reader leaves no pixels on disk."""
     (tmp_path / "copies").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
     data, square = (VIDEOS / name).read_bytes(), moving_square(24, 48, 64)[..., ::-1]
@@ -523,7 +523,7 @@ def test_single_frames_of_a_series_are_one_cine(tmp_path):
 
 
 def test_stills_are_no_cine(tmp_path):
-    """Of series of their own, of one series with other sizes or cines, and of one that could be."""
+    """In separate series, in one series with other sizes or with cines, and one that could be."""
     stills = [
         phantom.phantom_cine(v, frames=2, seed=s)[:1] for s in range(3) for v in phantom.VIEWS
     ]
@@ -581,7 +581,7 @@ def test_header_facts_of_odd_files(tmp_path):
 
 
 def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
-    """Frames of 12,000 x 12,000, as header and as JPEG 2000 say; more frames than fit."""
+    """Frames of 12,000 x 12,000, by the header and by JPEG 2000; too many frames."""
     write_dicom(tmp_path / "size", TRUTH, "RGB", Rows=12_000, Columns=12_000)
     vast = bytearray(j2k_of(TRUTH[0]))
     vast[8:16] = struct.pack(">II", 12_000, 12_000)
@@ -593,7 +593,7 @@ def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
 
 
 def test_damaged_files_end_in_a_reason(tmp_path):
-    """Bits flipped, parts cut out or blanked: a reason, or images; nothing else."""
+    """With flipped bits or parts removed or zeroed, the result is a reason or images."""
     write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
     data, rng = (tmp_path / "a").read_bytes(), np.random.default_rng(0)
     for case in range(60):
@@ -612,7 +612,7 @@ def test_damaged_files_end_in_a_reason(tmp_path):
 
 
 def test_nothing_of_a_header_is_shown(tmp_path):
-    """No tag's value on the screen, whatever it is: pydicom quotes values in warnings."""
+    """No value of a tag is printed, although pydicom quotes values in warnings."""
     mark = "SMITH^J"
     tags = dict.fromkeys(("StudyInstanceUID", "Modality", "PatientName", "SOPClassUID"), mark)
     with pydicom.config.disable_value_validation():

@@ -1,4 +1,4 @@
-"""Training through the encoder: exact gradients, bounded memory, files; by the command line."""
+"""End-to-end training: exact gradients, bounded memory, files, the command line."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def images(n, seed=0):
 
 
 def gradients(net, clips, lengths, plain=False):
-    """Of the sum of squares of the logits, with the same draws; plain: all clips at once."""
+    """Gradients of the logits' sum of squares, with the same draws; plain: all clips at once."""
     net.train()
     rng = np.random.default_rng(5)
     if plain:
@@ -115,14 +115,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def with_small_network(path, code):
-    """A program for a process of its own, as text: `code` after what `small_network` does."""
+    """The source of a program that runs `code` with the changes of `small_network`."""
     path.write_text(SMALL.format(tests=str(ROOT / "tests"), root=str(ROOT)) + code)
     return str(path)
 
 
 @pytest.mark.slow
 def test_memory_is_bounded(tmp_path):
-    """From 5 to 50 clips of a study the peak grows by little more than the images themselves."""
+    """From 5 to 50 clips per study, peak memory grows little more than the size of the images."""
     program = with_small_network(tmp_path / "peak.py", PEAK)
 
     def peak(n):

@@ -375,7 +375,7 @@ def test_task_finds_published_models_by_label_count(cohort, cli):
 
 
 def test_start_from_a_released_model(cohort, cli):
-    """Its heads have the registry's labels, whatever the new task is."""
+    """Its heads have the registry's labels for any new task."""
     published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
     edit_config(task_labels=["ASD"])
     pd.read_csv("labels.csv").rename(columns={"finding": "ASD"}).to_csv("labels.csv", index=False)

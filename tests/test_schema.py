@@ -1,4 +1,4 @@
-"""Options, the config, a checkpoint's record: what is refused, and which value is used."""
+"""Options, the config, a checkpoint's record: refused values, and precedence."""
 
 import json
 import subprocess
@@ -159,7 +159,7 @@ def resolved(config, *line, model=None):
 
 
 def test_who_wins(tmp_path):
-    """Typed, the config's dataset, its task (in settings or as a plain key), recipe, default."""
+    """Precedence: command line, dataset, task (in settings or as a key), recipe, default."""
     config = schema.read_config(
         named(
             tmp_path,
@@ -190,7 +190,7 @@ def test_a_model_of_another_dataset_falls_back_to_the_first(trained, cli):
 
 
 def test_paths_on_the_command_line(cohort, cli):
-    """--embedding_path and --label_path stand for the dataset's, or for one that has no name."""
+    """--embedding_path and --label_path replace those of the dataset, or define an unnamed one."""
     Path("emb").rename("other")
     Path("labels.csv").rename("table.csv")
     line = ("--task", "defect", "--label_path", "table.csv", "--embedding_path", "other")
@@ -205,7 +205,7 @@ def test_paths_on_the_command_line(cohort, cli):
 
 
 def test_published_spellings():
-    """What the later published branch takes on its command line."""
+    """The command-line spellings of the later published branch."""
     parse = ef.build_parser().parse_args
 
     def typed(*line):
@@ -339,7 +339,7 @@ def odd_records():
 
 
 def test_no_record_is_a_traceback():
-    """One clear line that names the file, or a record whose values are of the right kinds."""
+    """One line that names the file, or a record with values of the right types."""
     refused = read = 0
     for raw in [*odd_records(), None, 5, [1], torch.zeros(1)]:
         try:
@@ -430,7 +430,7 @@ def test_one_vector_a_label(cohort, cli):
 
 
 def test_few_videos_of_a_study(cohort):
-    """The same ones each time outside training; in training any of them."""
+    """Always the same videos outside training; random ones in training."""
     whole, store = open_store(Path("emb")), open_store(Path("emb"), most_videos=2)
     eid = next(e for e in whole.files if len(whole.read(e).videos) == 4)
     assert store.size(eid) == 8 and whole.size(eid) == 16
@@ -449,7 +449,7 @@ def test_few_videos_of_a_study(cohort):
 
 @pytest.fixture
 def trained_on_small_images(cohort, cli):
-    """A model whose embeddings say: images of 56 pixels, 3 clips, random weights."""
+    """A model trained on embeddings with 56 pixels, 3 clips and random weights."""
     digest = extract.load_panecho("random").sha256
     for path in Path("emb").iterdir():
         with h5py.File(path, "a") as f:

@@ -1,4 +1,4 @@
-"""Metrics and their intervals against scikit-learn, scipy, slow obvious versions and hand work."""
+"""Metrics and intervals against scikit-learn, scipy, slow obvious versions and manual results."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def repeated(weights, *arrays):
 
 
 def each_resample(patients, n_boot=12):
-    """Weights (S, B) of float32, as the bootstrap has them."""
+    """Weights (S, B), float32, as in the bootstrap."""
     return np.concatenate(list(st.resamples(patients, n_boot, seed=3)), axis=1)
 
 
@@ -335,7 +335,7 @@ def test_patients_are_drawn_whole_and_the_same_whatever_the_chunks():
 
 
 def test_a_study_twice_adds_nothing_when_its_patient_is_given():
-    """Three copies of each study leave the interval as it is; as patients they narrow it."""
+    """Three copies of each study do not change the interval; as other patients they narrow it."""
     _, y, p, *_ = studies(8, 150)
     width = {}
     for name, copies, distinct in (("once", 1, False), ("copies", 3, False), ("patients", 3, True)):
@@ -386,7 +386,7 @@ def cohort(rng, n_patients):
 
 
 def coverage(n_cohorts, n_patients, n_boot):
-    """{metric: percent of cohorts whose interval holds the true value}."""
+    """{metric: percent of cohorts whose interval contains the true value}."""
     inside = dict.fromkeys(TRUE, 0)
     for i in range(n_cohorts):
         patients, outcomes = cohort(np.random.default_rng(1000 + i), n_patients)
@@ -411,7 +411,7 @@ def test_intervals_hold_the_true_value_95_times_in_100():
 
 
 def slow_delong(y, scores):
-    """Every pair: the covariance of AUROCs of DeLong 1988, as its formulas stand."""
+    """The covariance of AUROCs by the formulas of DeLong 1988, over all pairs."""
     a, b = scores[y == 1], scores[y == 0]
     won = (a[:, None] > b[None]) + (a[:, None] == b[None]) / 2  # (m, n, M)
     of_a, of_b = won.mean(axis=1), won.mean(axis=0)

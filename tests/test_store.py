@@ -52,7 +52,7 @@ def pack(folder, dtype="float32"):
 
 
 def flip(path, pattern, at=1):
-    """Change one byte of the first place where a pattern of bytes occurs."""
+    """Change one byte in the first occurrence of a byte pattern."""
     raw = bytearray(path.read_bytes())
     raw[raw.index(pattern) + at] ^= 1
     path.write_bytes(raw)
@@ -89,7 +89,7 @@ def test_a_study_file_reads_back(folder):
 
 
 def test_our_files_have_no_text_of_varying_length(folder):
-    """It would be in HDF5's global heap, where a damaged byte can stop a reader for ever."""
+    """It would be in HDF5's global heap, where a damaged byte can make a reader hang."""
     assert b"GCOL" not in (folder / "s0.hdf5").read_bytes()
     assert b"GCOL" not in pack(folder).read_bytes()
 
@@ -104,7 +104,7 @@ def test_the_checksum_is_the_one_documented(folder):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_same_videos_in_two_studies(folder, packed):
-    """Found by checksums and numbers; of two patients an error, of one a warning."""
+    """They are detected by checksums and values; an error for two patients, a warning for one."""
     for name in "tu":
         shutil.copy(folder / "s0.hdf5", folder / f"{name}.hdf5")
     if packed:
@@ -192,7 +192,7 @@ def test_what_extraction_records(folder, capsys):
     ],
 )
 def test_study_ids_lose_the_published_ending_alone(tmp_path, name, eid):
-    """Whatever the file holds, and whether or not its neighbours open."""
+    """For any content of the file, and even if other files cannot be opened."""
     folder = tmp_path / "emb"
     folder.mkdir()
     (folder / "0.hdf5").write_bytes(b"damaged")
@@ -315,7 +315,7 @@ def test_attributes_and_names_as_other_programs_write_them(tmp_path):
 
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_files_cost_their_study_alone(folder, kind, monkeypatch):
-    """Listed with the reason, in every store; nothing outside is read; the others are."""
+    """Every store lists them with the reason, reads nothing outside, and reads the others."""
     monkeypatch.chdir(folder)
     Path("secret.txt").write_bytes(b"name of a patient" * 2000)
     with h5py.File("../secret.h5", "w") as f:
@@ -491,7 +491,7 @@ def test_packs_that_are_not_used(folder):
 
 
 def test_a_pack_of_a_study_that_kept_its_size_and_time(folder):
-    """As `cp -p` leaves a study that was extracted again."""
+    """For example, after `cp -p` of a study that was extracted again."""
     pack(folder)
     assert isinstance(st.open_store(folder), st.PackedEmbeddings)
     before = st.open_folder(folder).stamp("s0")
@@ -538,7 +538,7 @@ def some_seen(key="00"):
 
 @pytest.mark.parametrize(("attribute", "n"), [("listed", 1), ("elsewhere", 0), (None, 0)])
 def test_embeddings_say_whether_their_weights_have_a_list(tmp_path, attribute, n):
-    """A copy without the list is reported, of a folder and of its pack."""
+    """A copy of a folder or pack without the list is reported."""
     facts = {"weights": "w.pt", "weights_sha256": "ab"}
     for eid in "ab":
         more = {"weights_seen": attribute} if attribute else {}
@@ -556,7 +556,7 @@ def test_embeddings_say_whether_their_weights_have_a_list(tmp_path, attribute, n
 
 
 def test_a_folder_has_a_list_of_its_own_beside_its_pack(folder):
-    """One of them may be copied alone; an empty entry counts as none."""
+    """One of them may be copied without the other; an empty entry counts as missing."""
     st.keep_encoder_seen(folder, "ab", some_seen())
     sidecar = st.packed_seen(pack(folder))
     path = folder / st.ENCODER_SEEN
@@ -637,7 +637,7 @@ def test_commands_read_a_half_precision_pack(trained, cli):
 
 
 def test_many_unreadable_studies_in_a_row(trained, cli):
-    """The others are answered; without any, the command fails with one line."""
+    """The others get predictions; if there are none, the command fails with one line."""
     for i in range(20):
         (trained / "emb" / f"{1010 + i}.hdf5").write_bytes(b"")
     assert cli("predict", "--out", "p.csv")[0] == 0 and len(pd.read_csv("p.csv")) == 40

@@ -1,4 +1,4 @@
-"""Which files make a study, what it is called, and who extracts it."""
+"""Grouping of files into studies, names of studies, and shards of workers."""
 
 import csv
 import gzip
@@ -148,7 +148,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
-    """By header wherever the files lie; named by a folder of their own, or with a digest."""
+    """Grouped by header in any folders; named after a separate folder, or with a digest."""
     files, expected = LAYOUTS[layout]
     lay_out(tmp_path / "SOURCE", files)
     assert layout_of(tmp_path / "SOURCE") == expected
@@ -266,7 +266,7 @@ def test_packed_files_say_what_to_do(tmp_path, cli):
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
-    """Not UTF-8, two normal forms, escape sequences, 250 characters, pipes: a study each."""
+    """Names that are not UTF-8, in two normal forms, with escape sequences or 250 characters."""
     root = tmp_path / "in"
     cafe = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     odd = os.fsdecode(b"caf\xe9")

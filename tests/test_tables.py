@@ -1,4 +1,4 @@
-"""Tables: every form gives its cells, or is refused with its line; no cell moves."""
+"""Tables: every format is read correctly, or refused with its line; no cell moves."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ READ_AS_PLAIN = {  # content; part of the note
 
 @pytest.mark.parametrize("case", READ_AS_PLAIN)
 def test_read_as_meant(tmp_path, case):
-    """Every way of writing the table gives its cells; what was recognised is reported."""
+    """Every format gives the same cells; the detected format is reported."""
     content, note = READ_AS_PLAIN[case]
     table, findings = read(tmp_path / "t.csv", content)
     assert [list(table), *table.to_numpy().tolist()] == PLAIN

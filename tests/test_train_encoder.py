@@ -1,4 +1,4 @@
-"""embed/train.py on phantoms in the three published layouts, by its command line."""
+"""embed/train.py on phantoms in the three published layouts, with its command line."""
 
 import json
 import os
@@ -151,7 +151,7 @@ def test_other_backbones_name_their_package(cli, here, dynamic, monkeypatch, lin
 
 
 def test_a_backbone_with_batch_normalisation(cli, here, dynamic, monkeypatch):
-    """Trained, resumed, evaluated and started from, whatever it counts beside its weights."""
+    """It is trained, resumed, evaluated and used as initial weights, despite its counters."""
 
     def build(name, pretrained):
         parts = torch.nn.Conv3d(3, 8, 3, 4), torch.nn.BatchNorm3d(8), torch.nn.AdaptiveAvgPool3d(1)
@@ -200,7 +200,7 @@ def test_odd_lists(here, dynamic):
 
 
 def test_own_tasks(here, dynamic):
-    """A task list of one's own; classes by name, one of them None; values that are not a class."""
+    """A JSON task list; classes by name, one of them None; values that are not a class."""
     table = pd.read_csv(dynamic / "FileList.csv").head(6)
     table["grade"] = ["mild", "severe", "none", "severe", "awful", ""]
     table["AVStenosis"] = ["None", "Severe", "", "NA", "", ""]
@@ -294,7 +294,7 @@ def test_losses_against_scikit_learn():
 
 
 def test_cached_clips_are_the_frames(here, dynamic):
-    """A clip from the cache is what decoding, resizing and cropping the file gives; kept small."""
+    """A clip from the cache equals the decoded, resized and cropped file."""
     path = str(dynamic / "Videos" / "0X05.avi")
     store = cache.FrameCache("frames", 32)
     assert store.fill([path], 1) == {}
@@ -351,7 +351,7 @@ def test_copies_have_the_same_frames(tmp_path, dynamic, capsys):
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 def test_what_is_missing_in_the_cache_is_decoded_again(tmp_path, dynamic, suffix):
-    """As after a run that was killed; a reason why there are no frames is kept."""
+    """For example after a killed run; the reason of an unusable video is kept."""
     good, bad = dynamic / "Videos" / "0X05.avi", tmp_path / "bad.avi"
     bad.write_bytes(b"nothing")
     store = cache.FrameCache(tmp_path / "frames", 32)
@@ -500,7 +500,7 @@ def test_two_processes_are_one(cli, here, dynamic):
 
 
 def test_pediatric_views_and_folds(cli, here, monkeypatch):
-    """Both views of an accession are one answer; finished folds are skipped; folds are pooled."""
+    """Both views of an accession give one answer; finished folds are skipped; folds are pooled."""
     for module in (cohorts, train):
         monkeypatch.setattr(module, "PEDIATRIC_FOLDS", 3)
     for view, n in (("A4C", 9), ("PSAX", 6)):
@@ -612,7 +612,7 @@ def test_hospital_tables(here, hospital):
 
 
 def test_changes_on_resume(cli, here, dynamic):
-    """Refused: what changes the meaning of a run's weights, or how they were learnt."""
+    """Changes that affect the meaning of the weights, or the training, are refused."""
 
     def facts(unit="", **changes):
         task = {"name": "EF", "type": "regression", "unit": unit}
@@ -675,7 +675,7 @@ def test_weights_of_another_run_are_not_reported_as_those_of_this_one(tmp_path):
 
 
 def test_steps_for_all_processes():
-    """Where batch statistics are shared, no process is without a video in a step."""
+    """With shared batch statistics, every process has a video in each step."""
     order = list("abcdefghi")
     assert train.steps_of(order, 4) == [list("abcd"), list("efgh"), ["i"]]
     assert train.steps_of(order, 4, 2) == [list("abcd"), list("efghi")]
@@ -685,7 +685,7 @@ def test_steps_for_all_processes():
 
 
 def test_pooled_folds_of_every_kind(here):
-    """Classes are judged as classes; a task that a fold lacks is in no summary."""
+    """Classes are evaluated as classes; a task that a fold lacks is not in the summary."""
     tasks = [
         {"name": "b", "type": "binary_classification", "class_names": ["no", "yes"]},
         {"name": "m", "type": "multi-class_classification", "class_names": ["x", "y", "z"]},
@@ -711,7 +711,7 @@ def test_pooled_folds_of_every_kind(here):
 
 
 def test_start_from_imagenet(cli, here, dynamic, monkeypatch):
-    """torchvision's names and digest; another file is refused; no network is one line."""
+    """torchvision's names and digest; other files are refused; without a network, one line."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "hub"))
     line = f"--cohort echonetdynamic --data_dir {dynamic} --output_dir i --max_epochs 1"
     line += f" --sample_limit 2 {SMALL.replace('--rand_init', '')}"
@@ -735,7 +735,7 @@ def test_start_from_imagenet(cli, here, dynamic, monkeypatch):
 
 
 def test_start_from_a_published_run(here, capsys):
-    """Its highest epoch; heads of the same task are kept, others fresh; the wrong one refused."""
+    """Uses its highest epoch and the heads of the same tasks; other networks are refused."""
     tasks = [dict(t, mean=1.0) for t in panecho.TASKS if t["name"] == "EF"]
     theirs = panecho.PanEcho(tasks, False, 4)
     Path("panecho").mkdir()
@@ -773,8 +773,8 @@ def seen_of(videos, fold):
     return (train.Seen.of(split, "00"),)
 
 
-def test_whom_the_start_has_seen_is_in_no_test(capsys):
-    """By patient or study, validated ones in the test alone; a start that does not say is told."""
+def test_patients_of_the_initial_weights_are_not_tested(capsys):
+    """By patient or study; validation patients only leave the test; no record is reported."""
     videos = pd.DataFrame({"study": list("abcdef"), "patient": list("ABCDEE")}, list("uvwxyz"))
     cohort = SimpleNamespace(videos=videos)
     folds = pd.Series(["train", "train", "val", "val", "test", "test"], videos.index)
@@ -798,7 +798,7 @@ def test_whom_the_start_has_seen_is_in_no_test(capsys):
 
 
 def test_stochastic_depth_is_torchvisions():
-    """In expectation nothing changes; a clip's draws do not depend on its company."""
+    """The expectation does not change; a clip's draws do not depend on its batch."""
     net = panecho.PanEcho("EF", False, 4)
     assert np.allclose(net.encoder.drop_rates, np.linspace(0, 0.1, 4))
     alone, _ = draw_factors(net.encoder, ["a"], 0, 4)

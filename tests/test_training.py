@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs of several processes, against one that was left alone."""
+"""Killed runs and runs of several processes give the results of an uninterrupted run."""
 
 import contextlib
 import multiprocessing
@@ -34,7 +34,7 @@ LINE += ["--checkpoint_minutes", "0"]
 
 @pytest.fixture(scope="module")
 def whole(one_cohort, tmp_path_factory):
-    """The checkpoint of a run that nothing disturbed."""
+    """The checkpoint of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(one_cohort, folder, dirs_exist_ok=True)
     with contextlib.chdir(folder):
@@ -64,7 +64,7 @@ def torchrun(*line):
 
 @pytest.fixture
 def start(cohort, monkeypatch):
-    """Start a program as a fork of a process that has everything imported."""
+    """Start a program as a fork of a process with all imports."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -84,7 +84,7 @@ def start(cohort, monkeypatch):
 
 
 def wait_for_new(path, process, before, seconds=120):
-    """Until the file is there and not the one of time `before`; False when the process ended."""
+    """Wait for a file newer than `before`; False if the process ended first."""
     end = time.time() + seconds
     while time.time() < end:
         if path.exists() and path.stat().st_mtime_ns != before:
@@ -133,7 +133,7 @@ def workers_of(process):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for workers in /proc")
 def test_several_processes_and_a_dead_worker(whole, start):
-    """Two processes, one of which is killed and restarted by torchrun: the losses of one."""
+    """torchrun restarts a killed process; the losses equal those of one process."""
     process = start(torchrun, *LINE, "--run_id", "two", "--device", "cpu")
     path = last_of("defect_two")
     assert wait_for_new(path, process, 0), OUT.read_text()

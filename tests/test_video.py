@@ -1,4 +1,4 @@
-"""Decoding against known pixels, the published sampling against its description, odd files."""
+"""Decoding against expected pixels, sampling against its published description, odd files."""
 
 import hashlib
 import os
@@ -117,7 +117,7 @@ def test_an_avi_that_says_one_frame(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.webm", "a.mp4", "fast.mp4"])
 def test_a_container_that_ends_early_is_cut(tmp_path, name):
-    """Within the last frames too, whatever count it declares."""
+    """Also within the last frames, and for any declared count."""
     if name == "fast.mp4":  # its index is before the pictures
         data = (VIDEOS / "h264.mp4").read_bytes()
     else:
@@ -153,7 +153,7 @@ def write_plain_avi(path, frames, top_down=False):
 
 @pytest.mark.parametrize("width, top_down", [(80, False), (17, True), (17, False)])
 def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
-    """In a process of its own: OpenCV may end it over the rows that lie bottom up."""
+    """In a separate process, since OpenCV may crash on rows that are stored bottom up."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 20, width, 3), dtype=np.uint8)
     write_plain_avi(tmp_path / "a.avi", frames, top_down)
     code = "import sys, numpy as np; from echofocus_core.video.decode import read_frames\n"
@@ -235,7 +235,7 @@ def test_resize_and_crop():
 
 
 def test_the_centre_alone_is_resized_to_the_same_numbers():
-    """Frames of which the centre ends between pixels, within one, both, or that are enlarged."""
+    """The centre ends between pixels, within a pixel, or both; or the frames are enlarged."""
     rng = np.random.default_rng(0)
     sides = [(600, 800), (768, 1024), (480, 640), (708, 1016), (240, 320), (512, 100)]
     for height, width in [
@@ -250,7 +250,7 @@ def test_the_centre_alone_is_resized_to_the_same_numbers():
 
 
 def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
-    """They are not decoded, which a mask would need; but damage in them is damage of the file."""
+    """They are not decoded (without a mask), but damage in them is still detected."""
     sampling = video.Sampling(n_clips=1, clip_len=4)
     (clips,) = video.read_clips(REAL, sampling)
     every = video.read_frames(REAL)
@@ -295,7 +295,7 @@ def corrupt_frame(path):
 
 
 def damage_frame(path):
-    """600 odd bytes within a JPEG that has all its marks: decoders continue after them."""
+    """600 random bytes within a JPEG with valid markers: decoders continue after them."""
     data = bytearray(REAL.read_bytes())
     end = data.index(b"\xff\xd9", len(data) // 2)
     data[end - 3000 : end - 2400] = np.random.default_rng(0).bytes(600)
@@ -490,7 +490,7 @@ def test_a_still_scene_cannot_be_masked(tmp_path):
 
 
 def test_transformed_copies():
-    """Copies differ from the plain clips and each other, and come again from the same seed."""
+    """Copies differ from the plain clips and from each other; the same seed gives the same."""
     sampling = video.Sampling(n_clips=2, size=56, augment=2)
     copies = video.read_clips(REAL, sampling)
     again = video.read_clips(REAL, sampling)
@@ -527,7 +527,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, limit):
-    """It would be left out for ever; also where a decoder's errors become reasons of the file."""
+    """Otherwise the file would never be read again; also for errors of a decoder."""
     fault, message = LIMITS[limit]
 
     def fail(*_, **__):

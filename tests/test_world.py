@@ -1,4 +1,4 @@
-"""What torchrun and SLURM set in the environment: used where it is valid, else one clear line."""
+"""Environment variables of torchrun and SLURM: used if valid, else one clear error line."""
 
 import pytest
 
@@ -48,7 +48,7 @@ def test_contradictions(environment):
     ],
 )
 def test_processes_that_cannot_connect(tmp_path, monkeypatch, cli, variables, name):
-    """`train` ends in one line before anything is read."""
+    """`train` stops with one line before it reads anything."""
     monkeypatch.chdir(tmp_path)
     for unset in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(unset, raising=False)

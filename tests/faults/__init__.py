@@ -4,14 +4,14 @@
     python -m tests.faults --area dicom kill --cases 500 --seed 7
     python -m tests.faults --area kill --seed 7 --number 12     # one case again
 
-A case is made from (area, seed, number) alone, in its own folder and a forked process. It passes
-if the command ends in time and without a traceback: with status 0, or with one line that names the
-file. Files that can only be made on purpose may cause a traceback. The undamaged files of the same
-run must give the same numbers, no code of a file may run, and nothing may be written outside of the
-case's folder.
+A case depends only on (area, seed, number), and runs in a separate folder and a forked process. It
+passes if the command ends in time and without a traceback: with status 0, or with one line that
+names the file. Files that can only be made on purpose may cause a traceback. The undamaged files of
+the same run must give the same numbers, no code in a file may run, and nothing may be written
+outside the case's folder.
 
     changes.py     damage to bytes, names and values
-    commands.py    running command lines, judging how they end, the cohort that all cases share
+    commands.py    running command lines, checking how they end, the cohort of all cases
     files.py       areas of damaged files
     processes.py   areas of killed and concurrent commands
     values.py      areas of odd numbers and of patient data

@@ -25,7 +25,7 @@ MEMORY = 3 << 20  # kB that a process may take
 
 
 def watch(outer):
-    """Record in outer/outside what a damaged file must not cause: writes elsewhere, programs."""
+    """Record in outer/outside forbidden effects of a damaged file: writes elsewhere, programs."""
     allowed = (str(outer), "/dev/", "/proc/", tempfile.gettempdir(), os.path.expanduser("~/."))
     opened = os.open(outer / "outside", os.O_CREAT | os.O_WRONLY)
 
@@ -42,7 +42,7 @@ def watch(outer):
 
 
 def do_case(area, seed, number, base, outer):
-    """In a fork: make a case in outer/here, judge it, write the answer to outer/answer."""
+    """In a fork: run a case in outer/here and write its result to outer/answer."""
     (outer / "here").mkdir()
     (outer / "canary").write_text("unchanged")
     os.chdir(outer / "here")
@@ -69,7 +69,7 @@ def case(area, seed, number, base):
 
 
 def campaign(area, cases, seed, base):
-    """Run the cases of an area and print those that fail; returns how many failed."""
+    """Run the cases of an area and print those that fail; returns their number."""
     tried, failed = Counter(), 0
     for number in cases:
         fault, complaint = case(area, seed, number, base)

@@ -12,7 +12,7 @@ def choose(rng, options):
 
 
 def place(data, rng):
-    """A position in the bytes; half of all are in the first kilobyte, where headers are."""
+    """A position in the bytes; half of the positions are in the first kilobyte, the header."""
     end = len(data) if rng.random() < 0.5 else min(len(data), 1024)
     return int(rng.integers(max(end, 1)))
 
@@ -92,7 +92,7 @@ TEXTS = [
 
 
 def odd_value(rng):
-    """A JSON or torch value that does not belong where it is put."""
+    """A JSON or torch value that is wrong in most places."""
     numbers = [None, True, 0, -1, 10**30, 0.5, float("nan"), float("inf"), 1e308]
     return choose(rng, [*numbers, [], {}, [[]], {"a": 1}, [None], *TEXTS])
 

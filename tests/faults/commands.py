@@ -1,4 +1,4 @@
-"""Running command lines in forks, judging how they end, and the cohort that all cases share."""
+"""Run command lines in forks, check how they end, and make the cohort of all cases."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def use_narrow_network():
 
 
 def start(function, *args):
-    """Call a function in a fork that is a process group of its own; returns its pid."""
+    """Call a function in a fork with a separate process group; returns its pid."""
     sys.stdout.flush(), sys.stderr.flush()
     if pid := os.fork():
         return pid
@@ -76,7 +76,7 @@ def start(function, *args):
 
 
 def wait(pid, seconds):
-    """The exit status of a fork, negative for a signal; None if it was killed for its time."""
+    """The exit status of a fork, negative for a signal; None if it was killed after a timeout."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -126,10 +126,10 @@ def run(*line):
 
 
 def complaint_of(result, *names, failed=True, crafted=False):
-    """What is wrong with how a command ended; '' if nothing.
+    """What is wrong with the end of a command; '' if nothing is.
 
-    names: one of them must be in the message of an error. failed: whether it may fail. crafted:
-    whether the file can only be made on purpose; a traceback is accepted then.
+    names: one of them must be in an error message. failed: whether it may fail. crafted: whether
+    the file can only be made on purpose; then a traceback is accepted.
     """
     if "Traceback" in result.text and crafted:
         return ""

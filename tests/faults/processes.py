@@ -1,6 +1,6 @@
 """Areas of commands that are killed, or run twice at once.
 
-Each is repeated afterwards and must give what a run without interruption gives.
+Each command is then repeated and must give the results of a run without interruption.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def write_cine(path, seed):
 
 
 def prepare(command, base):
-    """What a command of LINES reads, in the current folder."""
+    """Write the input of a command of LINES to the current folder."""
     if command == "encoder":
         rows = []
         for i in range(20):
@@ -97,7 +97,7 @@ def run_whole(command, base):
 
 @functools.cache
 def whole(command, base):
-    """(folder of a run without interruption, seconds that it took); made once for all cases."""
+    """(folder of a run without interruption, its seconds); made once for all cases."""
     folder = base / "whole" / command
     if not (folder / "seconds").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,14 +110,14 @@ def whole(command, base):
 
 
 def results_in(folder):
-    """Name -> path of what a run leaves, without what depends on where and when it ran."""
+    """Name -> path of a run's output files, except those that depend on place or time."""
     paths = (p for p in folder.rglob("*") if p.is_file() and "frame_cache" not in p.parts)
     names = {re.sub("source_[0-9a-f]{8}", "source", str(p.relative_to(folder))): p for p in paths}
     return {k: p for k, p in names.items() if k != "seconds" and not k.endswith((".tmp", ".lock"))}
 
 
 def content_of(path):
-    """What must be equal in the files of two runs."""
+    """The content that must be equal in the files of two runs."""
     if path.suffix == ".pt":
         saved = torch.load(path, weights_only=True)
         parts = ("model_state_dict", "encoder_state_dict", "weights")
@@ -150,7 +150,7 @@ def difference(expected):
 
 
 def repeated(command, base):
-    """Complaint about the command when it is run again to its end."""
+    """Run the command again to its end; returns a complaint or ''."""
     result = Command(*LINES[command]).result()
     return complaint_of(result, failed=False) or difference(whole(command, base)[0])
 
@@ -171,7 +171,7 @@ def kill(rng, base):
 
 
 def two_at_once(rng, base):
-    """The second stops with an error, or does no harm."""
+    """The second process stops with an error, or has no effect on the results."""
     command = choose(rng, LINES)
     expected, seconds = whole(command, base)
     prepare(command, base)
