@@ -77,7 +77,7 @@ ALL_FOLDS = -1
 
 
 def fold_in(value):
-    """'all' -> ALL_FOLDS; a number as it is."""
+    """'all' -> ALL_FOLDS; a number is unchanged."""
     text = str(value)
     if text == "all":
         return ALL_FOLDS
@@ -108,7 +108,7 @@ def parse_split(text):
 
 
 def file_name(name):
-    """Refuse a name that would lead out of its folder or be hidden in it."""
+    """Refuse a name that would be outside its folder or hidden in it."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
         raise ValueError(f"{ascii(name)[:60]} is not a name; use letters, digits, . - + and _")
     return name
@@ -116,7 +116,7 @@ def file_name(name):
 
 def readable_text(text):
     if not text.strip() or not text.isprintable():
-        raise ValueError(f"{ascii(text)[:60]} is empty or holds a character that cannot be printed")
+        raise ValueError(f"{ascii(text)[:60]} is empty or has a character that cannot be printed")
     return text
 
 
@@ -185,8 +185,8 @@ def option(
 ):
     """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
 
-    on_resume: what a resumed training does with another value: refuse it ("fixed"), or use it and
-    report it ("reported"); "unrecorded" options do not decide the weights and are in no checkpoint.
+    on_resume: what a resumed training does with another value: refuse it ("fixed"), or use and
+    report it ("reported"); "unrecorded" options do not affect the weights and are not saved.
     None: as its group says.
     moves_folds: whether another value puts other patients into the validation fold.
     """
@@ -203,14 +203,14 @@ def option(
 
 # fmt: off
 class CohortOptions(Entry):
-    """Which videos with labels the encoder is trained on; `check` reads them too."""
+    """The labelled videos for training the encoder; `check` reads them too."""
 
     cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
         "", "layout of the encoder's training data", WHAT, "train_encoder check"
     )
     data_dir: str = option("", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check")
     tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "tasks of PanEcho to learn, or your own JSON file [EF; hospital: every task in the "
+        [], "PanEcho tasks to learn, or a JSON file of tasks [EF; hospital: every task in the "
         "tables]", WHAT, "train_encoder check"
     )
 
@@ -232,12 +232,13 @@ class Settings(CohortOptions):
         "", "folder in ./trained_models, or a path [train: the task; else the only one]; several "
         "are averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
     )
-    run_id: str = option("", "appended to the model's name, to keep runs apart", WHAT, ALL)
+    run_id: str = option("", "suffix of the model's name, to separate runs", WHAT, ALL)
     task: str = option(
-        "", "a task of the config [the model's, else the first]", WHAT, ALL, moves_folds=True
+        "", "task in the config [the model's, else the first]", WHAT, ALL, moves_folds=True
     )
     dataset: str = option(
-        "", "of the config [the model's, else the first]", WHAT, f"{ALL} pack", moves_folds=True
+        "", "dataset in the config [the model's, else the first]", WHAT, f"{ALL} pack",
+        moves_folds=True
     )
     datasets: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "several datasets, instead of --dataset", WHAT, "embed"
@@ -253,15 +254,15 @@ class Settings(CohortOptions):
         "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
     )
     eids: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "studies to explain, whatever their fold", WHAT, "explain"
+        [], "studies to explain, in any fold", WHAT, "explain"
     )
     source: str = option(
         "", "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
         WHAT, "download inspect", nargs="?"
     )
     list_: bool = option(False, "list the released models", WHAT, "download")
-    sha256: str = option("", "the file's SHA-256, if you know it", WHAT, "download")
-    studies: int = option(80, "phantom studies to make", WHAT, "demo", least=1)
+    sha256: str = option("", "expected SHA-256 of the file", WHAT, "download")
+    studies: int = option(80, "number of phantom studies", WHAT, "demo", least=1)
 
     subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
@@ -280,20 +281,21 @@ class Settings(CohortOptions):
         moves_folds=True
     )
     seed: int = option(
-        0, "of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
+        0, "seed of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
         "train evaluate", least=-SEEDS, below=SEEDS, on_resume="fixed", moves_folds=True
     )
     n_folds: int = option(
-        0, "cross-validation instead of --split; 0: none", DATA, "train", on_resume="fixed",
+        0, "folds of a cross-validation, instead of --split; 0: no cross-validation", DATA, "train",
+        on_resume="fixed",
         moves_folds=True
     )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
-        0, "test fold of --n_folds, the next one validates; 'all': each in turn, into "
+        0, "test fold of --n_folds; the next one is validation; 'all': each in turn, into "
         "<model>/fold_<k>", DATA, "train", type=str, on_resume="fixed", moves_folds=True
     )
     stratify: str = option(
-        "", "deal patients by this label, so that each fold has its share of a rare one; patients "
-        "added later are test", DATA, "train", on_resume="fixed", moves_folds=True
+        "", "split patients by this label, so that each fold has its share of rare findings; "
+        "patients added later are test", DATA, "train", on_resume="fixed", moves_folds=True
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train",
@@ -308,13 +310,13 @@ class Settings(CohortOptions):
         DATA, "train evaluate explain", moves_folds=True
     )
     assume_unseen: bool = option(
-        False, "count a dataset as unseen by the model and the encoder, where their training "
-        "patients are not listed or other patients have the same ids", DATA,
+        False, "treat a dataset as unseen by the model and the encoder, if their training "
+        "patients are not recorded or other patients have the same ids", DATA,
         "train evaluate explain", on_resume="unrecorded"
     )
 
     n_boot: int = option(
-        1000, "resamples of the patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
+        1000, "resamples of patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
         least=0, below=MOST_BATCH + 1, also="n_bootstrap"
     )
 
@@ -330,10 +332,10 @@ class Settings(CohortOptions):
         "predict evaluate"
     )
     per: Literal["study", "patient"] = option(
-        "study", "what is counted: studies, or patients with their studies pooled", DATA, "evaluate"
+        "study", "unit of analysis: studies, or patients with pooled studies", DATA, "evaluate"
     )
     pool: Literal["mean", "first", "last"] = option(
-        "mean", "of --per patient: mean of the predictions, or one study, see --order_by", DATA,
+        "mean", "for --per patient: mean of the predictions, or one study, see --order_by", DATA,
         "evaluate"
     )
     by: Annotated[list[str], BeforeValidator(names_in)] = option(
@@ -344,7 +346,7 @@ class Settings(CohortOptions):
         [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
     )
     predictions: str = option(
-        "", "a table of anyone's predictions to evaluate instead of a model", WHAT, "evaluate"
+        "", "table of predictions to evaluate instead of a model", WHAT, "evaluate"
     )
 
     allow_mixed: bool = option(
@@ -353,11 +355,11 @@ class Settings(CohortOptions):
     )
 
     device: str = option(
-        "", "cpu, cuda, cuda:1 [CUDA if there is one]", COMPUTING, f"{ALL} extract",
+        "", "cpu, cuda, cuda:1 [CUDA if available]", COMPUTING, f"{ALL} extract",
         on_resume="unrecorded"
     )
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", "of the computation", COMPUTING, f"{ALL} extract"
+        "fp32", "number format", COMPUTING, f"{ALL} extract"
     )
     batch_tokens: int = option(
         4096, "clips computed together, at least one study", COMPUTING, ALL, least=1
@@ -381,19 +383,19 @@ class Settings(CohortOptions):
     )
 
     learning_rate: float = option(
-        1e-4, "of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
+        1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
     )
     head_learning_rate: float = option(
-        0.0, "of the labels' parameters, end to end of the study-level model; 0: as the others, "
-        "end to end 1e-4", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
+        0.0, "learning rate of the head (with --end_to_end: of the study-level model); 0: as "
+        "--learning_rate (1e-4)", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
     )
     layer_decay: float = option(
-        1.0, "rate of each layer relative to the layer above it, as in 0.8", TRAINING, "train",
+        1.0, "learning rate of each layer relative to the layer above it", TRAINING, "train",
         least=1e-3, below=1.0000001, on_resume="fixed"
     )
     freeze: Annotated[str, AfterValidator(frozen)] = option(
-        "", "parts not trained: aggregator (a linear probe on --init_from); end to end also "
-        "encoder, or stages:N of the image encoder", TRAINING, "train", on_resume="fixed"
+        "", "part that is not trained: aggregator (a linear probe with --init_from); with "
+        "--end_to_end also encoder or stages:N", TRAINING, "train", on_resume="fixed"
     )
     grid: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
@@ -413,12 +415,13 @@ class Settings(CohortOptions):
         10, "stop after this many epochs without improvement", TRAINING, "train", least=1
     )
     checkpoint_minutes: float = option(
-        10, "between checkpoints within an epoch; 0: after every step", TRAINING, "train", least=0,
+        10, "minutes between checkpoints within an epoch; 0: after every step", TRAINING, "train",
+        least=0,
         on_resume="unrecorded"
     )
 
     spread: Literal["", "clips", "videos", "none"] = option(
-        "", "range beside each answer: how much it changes with other clips, or also with other "
+        "", "range of each answer: how much it changes with other clips, or also with other "
         "videos; predict takes about 14 times as long [with --page: clips; else none]", OUTPUT,
         "predict explain"
     )
@@ -436,18 +439,18 @@ class Settings(CohortOptions):
         True, "multiquery models: the mean over labels, or one vector per label", OUTPUT, "embed"
     )
     map: Literal["", "pca", "tsne"] = option(
-        "", "also draw the studies in a plane: pca (default) or tsne", OUTPUT, "embed", nargs="?",
+        "", "also draw a map of the studies: pca (default) or tsne", OUTPUT, "embed", nargs="?",
         const="pca"
     )
     color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
-    dtype: Literal["float32", "float16"] = option("float32", "of the numbers", OUTPUT, "pack")
+    dtype: Literal["float32", "float16"] = option("float32", "type of the numbers", OUTPUT, "pack")
     out: str = option(
-        "", "table to write [predictions_<dataset>.csv beside the model]", FILES, "predict"
+        "", "table to write [predictions_<dataset>.csv in the model's folder]", FILES, "predict"
     )
     embed_file: str = option(
-        "", "file to write [embeddings_<dataset>_<task>.h5 beside the model]", FILES, "embed"
+        "", "file to write [embeddings_<dataset>_<task>.h5 in the model's folder]", FILES, "embed"
     )
-    json_: str = option("", "file for the same as JSON", FILES, "inspect")
+    json_: str = option("", "also write the description to this file, as JSON", FILES, "inspect")
 
     explain_n: int = option(
         5, "top videos in the published table", EXPLAINING, "explain", least=1, below=MOST_CLIPS + 1
@@ -474,7 +477,7 @@ class Settings(CohortOptions):
         EXPLAINING, "explain"
     )
     curves: bool = option(
-        False, "also remove and add videos by score and at random, and report the answers to "
+        False, "also remove and restore videos by score and at random, and report the answers for "
         "labelled studies", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
@@ -486,18 +489,19 @@ class Settings(CohortOptions):
         "video_base_path", END_TO_END, "train"
     )
     num_clips: int = option(
-        1, "clips of a video in a step, drawn each epoch", END_TO_END, "train", least=1,
+        1, "clips per video and step, drawn in each epoch", END_TO_END, "train", least=1,
         below=MOST_CLIPS + 1
     )
     clips_at_once: int = option(
-        8, "clips in the encoder at a time, which limits the memory", END_TO_END, "train", least=1,
+        8, "clips encoded at a time, which limits memory", END_TO_END, "train", least=1,
         on_resume="unrecorded"
     )
     encoder_learning_rate: float = option(
-        1e-6, "of AdamW", END_TO_END, "train", least=1e-12, below=MOST_RATE
+        1e-6, "learning rate of the encoder", END_TO_END, "train", least=1e-12, below=MOST_RATE
     )
     ping_pong: bool = option(
-        False, "train the study-level model and the encoder in turn, by epochs", END_TO_END, "train"
+        False, "train the study-level model and the encoder in alternate epochs", END_TO_END,
+        "train"
     )
     cache_dir: str = option(
         "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
@@ -505,14 +509,14 @@ class Settings(CohortOptions):
 
     weights: str = option(
         "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
-        "into torch.hub's cache), or 'random' to try without", EXTRACTION, READS_VIDEOS
+        "into torch.hub's cache), or 'random' for a trial", EXTRACTION, READS_VIDEOS
     )
     group: Literal["dicom", "folder", "one"] = option(
         "dicom", "what makes a study: the DICOM StudyInstanceUID (other files: the subfolder), a "
         "subfolder, or the whole source", EXTRACTION, READS_VIDEOS
     )
     study_id: Literal["folder", "uid", "digest"] = option(
-        "folder", "name of a study: its folder, the StudyInstanceUID, or a digest of that",
+        "folder", "name of a study: its folder, the StudyInstanceUID, or a digest of the UID",
         EXTRACTION, READS_VIDEOS
     )
     manifest: list[str] = option(
@@ -520,10 +524,12 @@ class Settings(CohortOptions):
         "EchoNet's FileList; paths are relative to the source", EXTRACTION, READS_VIDEOS
     )
     mask: Literal["none", "sector"] = option(
-        "none", "'sector' blackens everything outside the ultrasound sector, such as names",
+        "none", "'sector' makes everything outside the ultrasound sector black, such as names",
         EXTRACTION, EXTRACTS
     )
-    n_clips: int = option(16, "clips a video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1)
+    n_clips: int = option(
+        16, "clips per video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
+    )
     clip_len: int = option(
         16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
         on_resume="fixed"
@@ -544,17 +550,18 @@ class Settings(CohortOptions):
         "encoder's work, or independent as published", EXTRACTION, EXTRACTS
     )
     image_batch: int = option(
-        0, "images per batch; 0: by device", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
+        0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
     )
     workers: int = option(
-        0, "decoders; 0: by cores", EXTRACTION, READS_VIDEOS, least=0, below=MOST_WORKERS + 1
+        0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0,
+        below=MOST_WORKERS + 1
     )
     shard: str = option(
-        "auto", "share to start with, I/N; 'auto' uses the environment of torchrun or SLURM",
+        "auto", "part of the studies, I/N; 'auto' uses the environment of torchrun or SLURM",
         EXTRACTION, EXTRACTS
     )
     redo: bool = option(
-        False, "recreate damaged files and those of other settings", EXTRACTION, EXTRACTS
+        False, "replace damaged files and files made with other settings", EXTRACTION, EXTRACTS
     )
 # fmt: on
 
@@ -565,7 +572,7 @@ IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"].in_co
 
 
 def options_of(command, settings=Settings):
-    """Option -> its declaration, of a command, among those of `settings`."""
+    """Option -> declaration, for the options of a command in `settings`."""
     fields = settings.model_fields.items()
     return {n: f for n, f in fields if command in f.json_schema_extra["commands"]}
 
@@ -589,7 +596,7 @@ def needs_videos(name):
 
 
 def add_options(parser, command, settings=Settings):
-    """Give a parser a command's options, in groups; one that is not typed is not in the result."""
+    """Add a command's options to a parser, in groups; options not given are not in the result."""
     groups = {}
     for name, f in options_of(command, settings).items():
         meta, kind = f.json_schema_extra, f.annotation
@@ -614,7 +621,7 @@ def add_options(parser, command, settings=Settings):
 
 
 def one_name(values, others=None):
-    """Options under their own names, beside others; ValueError where one is given twice."""
+    """Rename synonyms to option names, keep other keys; ValueError if an option is given twice."""
     named = dict(others or {})
     for key, value in values.items():
         name = SYNONYMS.get(key, key)
@@ -625,12 +632,12 @@ def one_name(values, others=None):
 
 
 def given(settings):
-    """The options that a Settings was given, without defaults."""
+    """The options that were set in a Settings, without defaults."""
     return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
 def checked_options(typed):
-    """Options as typed -> the same, in their one form. Raises UserError with all faults."""
+    """Command-line options -> the same in their normal form. Raises UserError with all faults."""
     settings = validated(Settings, typed)
     return {name: getattr(settings, name) for name in typed}
 
@@ -654,7 +661,7 @@ def validated(kind, values, file=""):
 
 
 def fault_lines(error, kind, file):
-    """A fault that pydantic found, in lines with its place: 'config.json, task chd, item 1'."""
+    """A fault from pydantic, as lines with its place: 'config.json, task chd, item 1'."""
     place = [key for key in error["loc"] if key != "[key]"]
     words = [f"item {x + 1}" if isinstance(x, int) else printable(x)[:60] for x in place]
     if file and len(words) > 1 and words[0] in ("task", "dataset"):
@@ -671,7 +678,7 @@ def fault_lines(error, kind, file):
 
 
 def shown(value):
-    """A value from a file, short, for a line about it."""
+    """A short form of a value from a file, for messages."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -680,7 +687,7 @@ def shown(value):
 
 
 def keys_at(kind, place):
-    """The keys that an entry may have, at a place below the model `kind`."""
+    """The keys that an entry may have, at a place in the model `kind`."""
     for key in place:
         inner = get_args(kind)  # of dict[name, entry] or list[entry]
         kind = inner[-1] if inner else kind.model_fields[key].annotation
@@ -696,7 +703,7 @@ def grid_of(texts):
         name = SYNONYMS.get(name, name)
         if name in OPTIONS and OPTIONS[name].json_schema_extra["moves_folds"]:
             raise UserError(
-                f"--grid {text}: it moves the folds, and losses on other patients do not compare"
+                f"--grid {text}: this option changes the folds, so the losses are not comparable"
             )
         if name not in options_of("train") or name not in RECORDED or not values:
             hint = nearest(name, RECORDED)
@@ -708,7 +715,7 @@ def grid_of(texts):
 
 
 def value_in(text):
-    """A number where the text is one."""
+    """The text as a number, if it is one."""
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
