@@ -18,6 +18,7 @@ from echofocus_core.study.loading import ensemble_of
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.predictions import answer_studies
 from echofocus_core.video.store import open_store
 
 MODELS = Path("trained_models")
@@ -144,6 +145,31 @@ def test_thresholds_by_two_rules_are_not_averaged(capsys):
     assert thresholds_for(Job(Settings(), model=both)) == {}
     with pytest.raises(UserError, match="in another dataset"):  # it would choose new ones
         thresholds_for(Job(Settings(target="youden", dataset="s"), model=both))
+
+
+def test_the_range_is_that_of_the_averaged_answer(tmp_path):
+    """Two members that move in opposite ways: each has a range, their average does not move."""
+    rng = np.random.default_rng(0)
+    for eid in ("a", "b"):
+        write_embeddings(tmp_path, eid, rng.standard_normal((3, 4, 768)).astype("f4"))
+    members = []
+    for sign in (1, -1):
+        net = StudyModel(1, depth=0).eval().requires_grad_(False)
+        if members:
+            net.load_state_dict(members[0].net.state_dict())
+        net.ff.weight *= sign
+        net.ff.bias *= 0
+        record = Record(labels=["x"], type="binary")
+        members.append(
+            LoadedModel(tmp_path, net, "t", Outputs.of("x", "binary"), None, record, {}, [])
+        )
+    settings, store = Settings(spread="clips"), open_store(tmp_path)
+    one, both = (
+        answer_studies(m, store, ["a", "b"], settings)[0]
+        for m in (members[0], ensemble_of(members, tmp_path))
+    )
+    assert (one["x_high"] - one["x_low"] > 0.01).all()
+    np.testing.assert_allclose(both[["x", "x_low", "x_high"]], 0.5, atol=1e-6)
 
 
 def test_models_of_other_things_are_not_averaged():

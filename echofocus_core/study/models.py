@@ -11,7 +11,13 @@ from echofocus_core.base.console import RUN, Collected, some
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.network import Aggregator, Readings
-from echofocus_core.study.outputs import USUAL_YEARS, Outputs, losses_of_outputs, per_year
+from echofocus_core.study.outputs import (
+    USUAL_YEARS,
+    Outputs,
+    losses_of_outputs,
+    per_year,
+    sigmoid,
+)
 
 IMPLAUSIBLE = "far beyond the training data"
 FAR = 30  # standard deviations of a measurement in training: ten times a usual range of +-3
@@ -130,6 +136,14 @@ class LoadedModel:
             listener.warning(f"{far.sum()} answers of {names} are {IMPLAUSIBLE}", "do not use them")
         return np.where(unlearnt, np.nan, values)
 
+    def range_values(self, logits):
+        """Outputs (S, ...) -> the values (S, T) in which the range of an answer is symmetric."""
+        return np.asarray(logits)
+
+    def from_range_values(self, values):
+        """The inverse, as readable answers (S, T)."""
+        return self.readable(np.asarray(values, np.float32), Collected())
+
 
 class Ensemble(nn.Module):
     """Several networks of the same labels: their outputs side by side, embeddings averaged."""
@@ -170,6 +184,19 @@ class LoadedEnsemble(LoadedModel):
         learnt = np.stack([~np.isin(self.labels, m.record.unlearnt) for m in self.members])[:, None]
         total, n = np.where(learnt, answers, 0).sum(axis=0), learnt.sum(axis=0)
         return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
+
+    @property
+    def findings(self):
+        return np.array([self.kind(name) == "binary" for name in self.labels])
+
+    def range_values(self, logits):
+        """The averaged answers, findings in log-odds: a resample changes all members alike."""
+        values = self.readable(logits, Collected()).astype(np.float64)
+        p = np.clip(values, 1e-7, 1 - 1e-7)
+        return np.where(self.findings, np.log(p) - np.log1p(-p), values)
+
+    def from_range_values(self, values):
+        return np.where(self.findings, sigmoid(values), values)
 
     def implausible(self, logits):
         """(S, T): where it is so for one of the averaged answers."""

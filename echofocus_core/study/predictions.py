@@ -1,11 +1,9 @@
 """The table of a model's answers, a row a study: probabilities or values, ranges, warnings."""
 
-from functools import partial
-
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, Collected, UserError
+from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
 from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
@@ -31,18 +29,15 @@ def answer_studies(model, store, eids, settings):
 
 
 def half_widths_of(model, store, outcome, settings, input_report):
-    """`interval_half_width` (S, outputs) of the logits of an Outcome; or None.
-
-    Of averaged models each has its own columns, as in the logits.
-    """
+    """`interval_half_width` (S, T) of an Outcome's answers, in `model.range_values`; or None."""
     unit = settings.spread or ("clips" if settings.page else "none")
     if unit == "none" or isinstance(model.net, Readings) or not len(outcome):
         return None
     keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
     resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
-    draws = np.full((len(keys), model.net.n_labels), np.nan)  # NaN where a file vanished since
+    draws = np.full((len(keys), len(model.labels)), np.nan)  # NaN where a file vanished since
     place = {key: i for i, key in enumerate(keys)}
-    draws[[place[key] for key in resampled.eids]] = resampled.logits
+    draws[[place[key] for key in resampled.eids]] = model.range_values(resampled.logits)
     draws = draws.reshape(len(outcome), DRAWS, -1)
     clips = np.divide(outcome.n_clips, outcome.n_videos)
     modulo = [input_report.modulo[eid] for eid in outcome.eids]
@@ -84,7 +79,6 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     finite answer is not in the table; labels never learnt are blank, and a single answer that is
     not a number is blank with a warning.
     """
-    readable = partial(model.readable, listener=Collected())
     values = model.readable(outcome.logits)
     values = np.where(np.isfinite(values), values, np.nan)
     learnt = ~np.isin(model.labels, model.record.unlearnt)
@@ -93,8 +87,8 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     table = {"eid": outcome.eids, "n_videos": outcome.n_videos, "n_clips": outcome.n_clips}
     parts = {"": values}
     if half_widths is not None:
-        low, high = (outcome.logits + sign * half_widths for sign in (-1, 1))
-        parts |= {"_low": readable(low.astype(np.float32)), "_high": readable(high.astype("f4"))}
+        middle, answers = model.range_values(outcome.logits), model.from_range_values
+        parts |= {"_low": answers(middle - half_widths), "_high": answers(middle + half_widths)}
     for i, label in enumerate(model.labels):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
