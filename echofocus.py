@@ -57,7 +57,7 @@ def cmd_evaluate(job):
     settings = job.settings
     timed = job.model.outputs.of_kind("survival")
     if timed and (settings.per, settings.pool) == ("patient", "mean"):
-        raise UserError(f"{timed[0]}: times are not pooled: --pool first or last")
+        raise UserError(f"{timed[0]}: times cannot be averaged; use --pool first or last")
     columns = {
         column: (cells.rename(stored_names(cells.index, job.source.store)), edges)
         for column, (cells, edges) in group_columns(job).items()
@@ -406,19 +406,17 @@ def bag_of(eid, array):
 
 # ------------------------------------------------------------------------------- the command line
 
-WITH_JOB = {  # commands that take a Job
-    "train": cmd_train,
-    "evaluate": cmd_evaluate,
-    "predict": cmd_predict,
-    "embed": cmd_embed,
-    "explain": cmd_explain,
-    "pack": cmd_pack,
-}
-WITH_SETTINGS = {  # commands that take the options as they are typed
-    "check": cmd_check,
-    "download": cmd_download,
-    "inspect": cmd_inspect,
-    "demo": cmd_demo,
+COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes the typed options)
+    "train": (cmd_train, "training_job"),
+    "evaluate": (cmd_evaluate, "evaluation_job"),
+    "predict": (cmd_predict, "model_job"),
+    "embed": (cmd_embed, "model_job"),
+    "explain": (cmd_explain, "model_job"),
+    "pack": (cmd_pack, "dataset_job"),
+    "check": (cmd_check, ""),
+    "download": (cmd_download, ""),
+    "inspect": (cmd_inspect, ""),
+    "demo": (cmd_demo, ""),
 }
 SHARED = {"train": "share each optimiser step", "explain": "share the studies"}  # by processes
 
@@ -427,7 +425,7 @@ def build_parser():
     parser = Parser(prog="echofocus.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, function in (WITH_JOB | WITH_SETTINGS).items():
+    for command, (function, _) in COMMANDS.items():
         summary = " ".join(function.__doc__.split("\n\n")[0].split())
         sub = commands.add_parser(command, help=summary, description=summary)
         add_options(sub, command)
@@ -442,14 +440,15 @@ def main(argv=None):
 
     if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
-    if command in WITH_SETTINGS:
-        return WITH_SETTINGS[command](validated(Settings, typed))
-    from echofocus_core.study.job import resolve
+    function, maker = COMMANDS[command]
+    if not maker:
+        return function(validated(Settings, typed))
+    from echofocus_core.study import job
 
     device = pick_device(typed.get("device", ""))
     shared = command in SHARED
     with join_world(device, SHARED[command]) if shared else nullcontext(World()) as world:
-        WITH_JOB[command](resolve(command, typed, world))
+        function(getattr(job, maker)(command, typed, world))
 
 
 def program():

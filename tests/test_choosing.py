@@ -151,12 +151,13 @@ def test_another_aggregator_is_one_class(cohort, cli, monkeypatch):
     before, after = state("defect"), state("probe")
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert set(before) - same == {"last.weight", "last.bias"} and len(same) == 4
-    for command in (("inspect", "probe"), ("predict",), ("evaluate",), ("embed",), ("explain",)):
-        status, _, err = cli(*command)
+    model = ("--model_name", "probe")
+    for command in ("inspect", "predict", "evaluate", "embed", "explain"):
+        status, _, err = cli(command, *model)
         assert status == 0, err
-    status, _, err = cli("explain", "--explain_method", "attention")
+    status, _, err = cli("explain", *model, "--explain_method", "attention")
     assert status == 1 and "has no attention" in err
-    assert cli("embed", "--no_pool_queries")[0] == 1
+    assert cli("embed", *model, "--no_pool_queries")[0] == 1
 
 
 def test_heads_are_copied_by_label_along_the_axis_of_labels():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import by_rule, write_embeddings
+from helpers import by_rule, edit_config, write_embeddings
 from torch.nn import functional as F
 
 import echofocus as ef
@@ -25,7 +25,16 @@ from echofocus_core.study.loop import LoopContext, run_steps
 from echofocus_core.study.metrics import breslow, c_index
 from echofocus_core.study.models import LoadedModel, survival_at
 from echofocus_core.study.network import StudyModel
-from echofocus_core.study.outputs import EVENT, Outputs, class_numbers, cox_losses, study_losses
+from echofocus_core.study.outputs import (
+    EVENT,
+    KINDS,
+    Multiclass,
+    Outputs,
+    Regression,
+    class_numbers,
+    cox_losses,
+    study_losses,
+)
 from echofocus_core.study.training import rate_groups
 
 pytestmark = pytest.mark.xdist_group("outputs")  # one process: a model that several tests ask
@@ -542,3 +551,36 @@ def test_an_average_is_explained_by_its_members(outlook):
     x = torch.randn(12, 768)
     logits = model.net(x, [5, 7])[0].numpy()
     assert model.survival(logits, [4])["death_survival_4"].shape == (2,)
+
+
+class Ordinal(Multiclass):
+    """Classes in order, with the key of `Multiclass`."""
+
+    kind = "ordinal"
+
+
+class Count(Regression):
+    kind, score_name = "count", "counts"
+
+    def answer_columns(self, p):
+        return {f"{self.name}_whole": p[:, 0].round()}
+
+    def more_answers(self, row):
+        return [(f"{self.name}, rounded", f"{row[self.name + '_whole']:.0f}")]
+
+
+def test_another_kind_of_label_is_one_class(cohort, cli, monkeypatch):
+    """Two kinds share a key; a derived kind is scaled, answered and evaluated."""
+    for kind in (Ordinal, Count):
+        monkeypatch.setitem(KINDS, kind.kind, kind)
+    classes = {"classes": {"a": ["x", "y"], "b": ["x", "y"]}}
+    task = Task(task_labels=["a", "b"], type={"a": "ordinal", "b": "multiclass"}, **classes)
+    assert task.outputs.groups == [slice(0, 2), slice(2, 4)]
+    with pytest.raises(ValueError, match="multiclass or ordinal of b: one is missing"):
+        Task(task_labels=["a", "b"], type={"a": "ordinal", "b": "binary"}, **classes)
+    edit_config(task_labels=["size"], type="count")
+    assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0
+    assert cli("predict")[0] == 0
+    table = pd.read_csv("trained_models/defect/predictions_site.csv")
+    assert (table["size_whole"] == table["size"].round()).all() and table["size"].median() > 2
+    assert cli("evaluate")[0] == cli("explain", "--sample_limit", "1")[0] == 0

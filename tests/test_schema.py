@@ -271,7 +271,7 @@ def test_help_is_in_groups(cli):
 
 
 def test_every_option_is_some_commands():
-    commands = {*ef.WITH_JOB, *ef.WITH_SETTINGS, "extract", "train_encoder"}
+    commands = {*ef.COMMANDS, "extract", "train_encoder"}
     for name, f in OPTIONS.items():
         assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
     assert extract.sampling_of(Settings()) == Sampling()

@@ -147,7 +147,7 @@ class Report:
 
     def draw_forests(self):
         """Draw a forest plot of the labels of each kind if they have the same unit."""
-        for kind in st.OUTCOMES:
+        for kind in dict.fromkeys(map(type, self.studies.outcomes)):
             rows = [self.headlines[o.label] for o in self.studies.outcomes if type(o) is kind]
             if len(rows) > 1 and len({x.unit for x in rows}) == 1:
                 name = metric_name(kind.headline, rows[0].unit)
@@ -235,7 +235,7 @@ def page_tables(report):
     """[(title, metrics, [(outcome, {metric: Estimate})])] for the page; the rest is in the CSV."""
     by_key = {(x.label, x.metric): x for x in report.estimates}
     tables = []
-    for kind in st.OUTCOMES:
+    for kind in dict.fromkeys(map(type, report.studies.outcomes)):
         for title, metrics in kind.tables:
             outcomes = [o for o in report.studies.outcomes if type(o) is kind]
             if title == "At the threshold":

@@ -229,16 +229,14 @@ class StudyView:
 
 
 def more_answers(model, row):
-    answers = [
-        (f"{label}, most probable class", row.get(label))
-        for label in model.outputs.of_kind("multiclass")
+    """[(what, text)]: answers of a row of `predict` beside the outputs, without blank ones."""
+    answers = [pair for label in model.outputs.each for pair in label.more_answers(row)]
+    answers = [(what, x if isinstance(x, str) else number(x)) for what, x in answers]
+    return [
+        (what, x if isinstance(x, str) else percent(x))
+        for what, x in answers
+        if x not in ("", None)
     ]
-    for label in model.outputs.of_kind("survival"):
-        start = f"{label}_survival_"
-        for name, value in row.items():
-            if name.startswith(start) and number(value) is not None:
-                answers.append((f"no {label} until {name.removeprefix(start)}", percent(value)))
-    return [(what, answer) for what, answer in answers if answer]
 
 
 # ------------------------------------------------------------------------------------------ labels

@@ -166,12 +166,11 @@ class Labelled(Entry):
             return ["labels must name at least one label, and none twice"]
         faults, outputs = [], self.outputs_of(labels)
         for label in labels:
-            for kind in KINDS.values():
-                has_key = kind.task_key and label in getattr(self, kind.task_key)
-                if kind.task_key and (self.kind(label) == kind.kind) != has_key:
-                    faults.append(
-                        f"{kind.task_key} and type {kind.kind} of {label}: one is missing"
-                    )
+            for key in {kind.task_key for kind in KINDS.values()} - {""}:
+                kinds = [name for name, kind in KINDS.items() if kind.task_key == key]
+                if (self.kind(label) in kinds) != (label in getattr(self, key)):
+                    names = " or ".join(kinds)
+                    faults.append(f"{key} and type {names} of {label}: one is missing")
         for key in ("type", "classes", "survival", "units", *keys):
             named = getattr(self, key)
             for name in () if isinstance(named, str) else named or ():

@@ -212,11 +212,7 @@ def score_unit(model, label, settings):
         return 1.0, "share"
     if settings.explain_mode == "loss":
         return 1.0, "loss"
-    if model.kind(label) != "regression":
-        return 1.0, {"binary": "log-odds", "survival": "log hazard"}[model.kind(label)]
-    if model.scaling[label]["apply_boxcox"]:
-        return 1.0, "standard deviations"  # of the transformed label: its unit is not linear
-    return float(model.scaling[label]["stdev"]), model.unit(label) or "label's unit"
+    return model.outputs.by_output[label].score_unit(model.scaling, model.unit(label))
 
 
 def normalised(model, truths):

@@ -63,22 +63,25 @@ class Job:
         return replace(self, settings=settings, dataset=dataset, source=source)
 
 
-def resolve(command, typed, world=None):
-    """The Job of a command with a model, or of `pack`. typed: options by name. Raises UserError."""
-    world = world or World()
-    if command == "pack":
-        config = read_config(typed.get("config"), needed=not typed.get("embedding_path"))
-        name, dataset, _ = pick_dataset(command, typed, config)
-        return Job(Settings(**typed).model_copy(update={"dataset": name}), dataset=dataset)
-    if command == "train":
-        return training_job(typed, world)
+# Each of these makes the Job of a command from its name, the typed options and the processes.
+
+
+def dataset_job(command, typed, world):
+    """The Job of a command on a dataset without a model."""
+    config = read_config(typed.get("config"), needed=not typed.get("embedding_path"))
+    name, dataset, _ = pick_dataset(command, typed, config)
+    return Job(Settings(**typed).model_copy(update={"dataset": name}), dataset=dataset)
+
+
+def evaluation_job(command, typed, world):
+    """The Job of `evaluate`."""
     if typed.get("predictions"):
         return predictions_job(typed)
     return model_job(command, typed, world)
 
 
 def model_job(command, typed, world):
-    """The Job of `evaluate`, `predict`, `embed` or `explain`."""
+    """The Job of a command with a trained model."""
     if typed.get("datasets"):
         typed = typed | {"dataset": typed["datasets"][0]}
     videos, task = typed.get("videos"), typed.get("task", "")
@@ -172,11 +175,11 @@ def compared_models(job, config):
     return others
 
 
-def training_job(typed, world):
+def training_job(command, typed, world):
     """The Job of `train`."""
     config = read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
-    settings, dataset = resolve_settings("train", typed, config)
+    settings, dataset = resolve_settings(command, typed, config)
     if not settings.end_to_end:
         refuse_video_options(typed, "is for training with --end_to_end", ["videos"])
     check_settings(settings)

@@ -37,6 +37,7 @@ class Label:
     by_step: ClassVar[bool] = False  # whether a study's loss depends on the others of its step
     is_finding: ClassVar[bool] = False  # whether studies are in groups, not along a scale
     metric_name: ClassVar[str] = "AUROC"
+    score_name: ClassVar[str] = "log-odds"  # the network's unit
 
     @property
     def outputs(self):
@@ -121,6 +122,24 @@ class Label:
 
         return auroc(y[:, 0], p[:, 0])
 
+    def threshold(self, y, p, rule):
+        """The threshold by a rule on a validation fold, or None; arguments as `outcome`."""
+
+    def hazard(self, y, p):
+        """`metrics.breslow` of a validation fold, or None; arguments as `outcome`."""
+
+    def answer_columns(self, p):
+        """{column of `predict`: (S,)} beside its readable answers (S, n)."""
+        return {}
+
+    def more_answers(self, row):
+        """[(what, text or probability)] of a row of `predict`, beside its outputs."""
+        return []
+
+    def score_unit(self, scaling, unit):
+        """(factor from the network's units, name of the unit) of scores of its outputs."""
+        return 1.0, self.score_name
+
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         """The outcome of `study.statistics` that evaluates targets (S, c) and answers (S, n)."""
         raise NotImplementedError
@@ -150,6 +169,11 @@ class Binary(Label):
     def readable(self, z, scaling, hazards):
         return sigmoid(z)
 
+    def threshold(self, y, p, rule):
+        from echofocus_core.study.metrics import choose_threshold
+
+        return choose_threshold(y[:, 0], p[:, 0], rule)
+
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         from echofocus_core.study.statistics import BinaryOutcome
 
@@ -170,6 +194,11 @@ class Regression(Label):
 
     def metric(self, y, p):
         return np.median(abs(y - p)) if len(y) else np.nan
+
+    def score_unit(self, scaling, unit):
+        if scaling[self.name]["apply_boxcox"]:
+            return 1.0, "standard deviations"  # of the transformed label: its unit is not linear
+        return float(scaling[self.name]["stdev"]), unit or "label's unit"
 
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         from echofocus_core.study.statistics import RegressionOutcome
@@ -223,6 +252,15 @@ class Multiclass(Label):
             [super(Multiclass, self).metric(y == k, p[:, [k]]) for k in range(p.shape[1])]
         )
 
+    def answer_columns(self, p):
+        """The most probable class, '' where it is unknown."""
+        answered = ~np.isnan(p).any(axis=1)
+        best = np.where(answered[:, None], p, 0).argmax(axis=1)
+        return {self.name: np.where(answered, np.array(self.classes)[best], "")}
+
+    def more_answers(self, row):
+        return [(f"{self.name}, most probable class", row.get(self.name))]
+
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         from echofocus_core.study.statistics import MulticlassOutcome
 
@@ -231,6 +269,7 @@ class Multiclass(Label):
 
 class Survival(Label):
     kind, task_key, is_number, by_step, metric_name = "survival", "survival", True, True, "C"
+    score_name = "log hazard"
     is_finding = True  # by its events
 
     @property
@@ -331,6 +370,16 @@ class Survival(Label):
 
         return c_index(y[:, 0], y[:, 1] == 1, p[:, 0]) if len(y) else np.nan
 
+    def hazard(self, y, p):
+        from echofocus_core.study.metrics import breslow
+
+        return breslow(*y.T, p[:, 0])
+
+    def more_answers(self, row):
+        start = f"{self.name}_survival_"
+        times = {k.removeprefix(start): v for k, v in row.items() if k.startswith(start)}
+        return [(f"no {self.name} until {time}", p) for time, p in times.items()]
+
     def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
         from echofocus_core.study.statistics import SurvivalOutcome
 
@@ -361,13 +410,19 @@ class Outputs:
         """A Label each, in order."""
         return [label_of(x, self.kinds[x], self.classes.get(x, ())) for x in self.labels]
 
-    def of_kind(self, *kinds):
-        return [label for label in self.labels if self.kinds[label] in kinds]
+    def of_kind(self, kind):
+        """Names of the labels of a kind, and of kinds derived from it."""
+        return [label.name for label in self.each if isinstance(label, KINDS[kind])]
 
     @cached_property
     def names(self):
         """One for each output: the label, label_class of each class, label_risk of survival."""
         return [name for label in self.each for name in label.outputs]
+
+    @cached_property
+    def by_output(self):
+        """Output -> its Label."""
+        return {name: label for label in self.each for name in label.outputs}
 
     def names_of(self, label):
         return self.names[self.slices[label]]

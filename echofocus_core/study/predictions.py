@@ -93,7 +93,8 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
     table |= model.member_columns(outcome.logits, values)
-    table |= most_probable_classes(model, values)
+    for label in model.outputs.each:
+        table |= label.answer_columns(values[:, model.outputs.slices[label.name]])
     table |= survival_columns(model, outcome.logits, years)
     table |= decisions_of(model, values)
     if input_report.novelty:
@@ -110,17 +111,6 @@ def decisions_of(model, values):
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
         columns[f"{label}_decision"] = pd.array(decided, dtype="Int64")
         columns[f"{label}_threshold"] = threshold
-    return columns
-
-
-def most_probable_classes(model, values):
-    """Multiclass label -> the name of the most probable class of each study, '' where unknown."""
-    columns = {}
-    for label in model.outputs.of_kind("multiclass"):
-        names, part = np.array(model.outputs.classes[label]), values[:, model.outputs.slices[label]]
-        answered = ~np.isnan(part).any(axis=1)
-        best = np.where(answered[:, None], part, 0).argmax(axis=1)
-        columns[label] = np.where(answered, names[best], "")
     return columns
 
 

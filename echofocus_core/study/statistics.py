@@ -442,9 +442,6 @@ class SurvivalOutcome(Outcome):
         return metrics
 
 
-OUTCOMES = (BinaryOutcome, RegressionOutcome, MulticlassOutcome, SurvivalOutcome)
-
-
 # ------------------------------------------------------------------------ resamples and intervals
 
 

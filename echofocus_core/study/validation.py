@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from echofocus_core.study.metrics import breslow, choose_threshold
 from echofocus_core.study.outputs import scale
 
 
@@ -14,24 +13,23 @@ def thresholds_and_hazards(truth, values, outputs, learnt, rule):
     thresholds, hazards = {}, {}
     for label in outputs.each:
         y, p = truth[:, outputs.places[label.name]], values[:, outputs.slices[label.name]]
-        if label.name in learnt and label.kind == "binary":
-            thresholds[label.name] = choose_threshold(y[:, 0], p[:, 0], rule)
-        elif label.name in learnt and label.kind == "survival":
-            hazards[label.outputs[0]] = breslow(*y.T, p[:, 0])
+        if label.name in learnt:
+            thresholds[label.name] = label.threshold(y, p, rule)
+            hazards[label.outputs[0]] = label.hazard(y, p)
     return [{k: x for k, x in each.items() if x is not None} for each in (thresholds, hazards)]
 
 
 def metric_line(truth, values, outputs, learnt, scaling):
     """One metric for each kind of label, as text: the median over its labels. The error of a single
     measurement is in its unit, of several in standard deviations. Arguments as above."""
-    in_sd, metrics = len(outputs.of_kind("regression")) > 1, {}
+    measured, metrics = outputs.of_kind("regression"), {}
     for label in outputs.each:
         if label.name not in learnt:
             continue
         y, p = truth[:, outputs.places[label.name]], values[:, outputs.slices[label.name]]
         rows = np.isfinite(y).all(axis=1) & np.isfinite(p).all(axis=1)
         y, p, name = y[rows], p[rows], label.metric_name
-        if label.kind == "regression" and in_sd:
+        if label.name in measured and len(measured) > 1:
             y, p = (scale(x, [label.name], scaling) for x in (y, p))
             name += " in SD"
         metrics.setdefault(name, []).append(label.metric(y, p))
