@@ -1,14 +1,14 @@
 """EchoFocus: one answer per echocardiography study from all of its videos.
 
-    python echofocus.py demo                                  # the whole path on phantoms
+    python echofocus.py demo                                  # all steps on phantoms
     python echofocus.py download EchoFocus_CHD                # a released model; --list names them
-    python echofocus.py inspect  EchoFocus_CHD                # what a model is and where it is from
+    python echofocus.py inspect  EchoFocus_CHD                # architecture, labels and origin
     python echofocus.py train    --task chd                   # learn a task from a label table
     python echofocus.py evaluate --model_name chd             # metrics and figures on the test fold
     python echofocus.py predict  --model_name chd --videos F  # DICOM in, probabilities out
-    python echofocus.py embed    --dataset outside            # one 768-vector a study
-    python echofocus.py explain                               # the videos that drove an answer
-    python echofocus.py check                                 # what a long run would fail on
+    python echofocus.py embed    --dataset outside            # one vector per study
+    python echofocus.py explain                               # the videos behind each answer
+    python echofocus.py check                                 # problems of a long run
 
 What is left out has a default, and the tool prints which it took. Files: a config (JSON: tasks and
 datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
@@ -46,7 +46,7 @@ def cmd_train(job):
 
 
 def cmd_evaluate(job):
-    """Metrics with intervals, tables, figures and a page: of a model's fold, or of predictions."""
+    """Write metrics with intervals, tables, figures and a page, for a fold or for predictions."""
     from echofocus_core.report.evaluation import evaluate_file, evaluate_fold
     from echofocus_core.study.evaluation import group_columns
     from echofocus_core.study.folds import stored_names
@@ -67,7 +67,7 @@ def cmd_evaluate(job):
 
 
 def cmd_predict(job):
-    """One row a study: eid, n_videos, n_clips, then a column a label. No labels needed."""
+    """Write one row per study: eid, n_videos, n_clips, one column per label. Needs no labels."""
     from echofocus_core.base.files import write_table
     from echofocus_core.study import predictions
     from echofocus_core.study.folds import sample_ids
@@ -99,7 +99,7 @@ def cmd_predict(job):
 
 
 def predict_page(job, folder, table, left_out):
-    """The page of predictions, with the contribution of each video to each answer."""
+    """Write the page of predictions, with the contribution of each video to each answer."""
     from echofocus_core.report.page import make_page
     from echofocus_core.study.explanations import explain_studies, label_columns
     from echofocus_core.study.network import Readings
@@ -111,7 +111,7 @@ def predict_page(job, folder, table, left_out):
 
 
 def cmd_embed(job):
-    """Embeddings of the model as an HDF5 file, one 768-vector a study or a video; and their map."""
+    """Write the model's embeddings as HDF5, one vector per study or video, and draw their map."""
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
     from echofocus_core.study.embeddings import embed_source, is_embedded
@@ -141,7 +141,7 @@ def cmd_embed(job):
 
 
 def cmd_explain(job):
-    """The contribution of every video to every answer, and the published table of the top n."""
+    """Write the contribution of every video to every answer, and the published top-n table."""
     from echofocus_core.base.files import open_journal
     from echofocus_core.study import explanations as ex
     from echofocus_core.study.explanation_tables import explanation_names
@@ -195,7 +195,7 @@ def write_explained(job, eids, explanations, truths, patients, names, warnings, 
 
 
 def cmd_check(settings):
-    """What a long run would fail on, each with its remedy, and how long it would take.
+    """Report the problems of a long run, each with its remedy, and its run time.
 
     It calls the readers of config, labels, embeddings and models that a run calls, and collects
     what they report. After an error it continues with what can still be checked. It writes no file.
@@ -207,7 +207,7 @@ def cmd_check(settings):
 
 
 def cmd_pack(job):
-    """One HDF5 file of a dataset's embeddings, <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
+    """Pack a dataset's embeddings into <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
     import numpy as np
 
     from echofocus_core.base.files import lock, packed_path
@@ -227,9 +227,9 @@ def cmd_pack(job):
 
 
 def cmd_download(settings):
-    """Put a released model, or one from a URL, zip, folder or .pt file, into ./trained_models.
+    """Install a released model, or one from a URL, zip, folder or .pt file, in ./trained_models.
 
-    It is refused when it cannot be read safely. Its SHA-256 is recorded and checked at each use.
+    It is refused if it cannot be read safely. Its SHA-256 is recorded and checked at each use.
     """
     from echofocus_core.base import releases
     from echofocus_core.study.config import MODELS
@@ -258,7 +258,7 @@ def cmd_download(settings):
 
 
 def cmd_inspect(settings):
-    """Print what a model folder or .pt file holds: architecture, labels, history, origin."""
+    """Describe a model folder or .pt file: architecture, labels, history, origin."""
     from echofocus_core.base.files import atomic_path, begins, output_path
     from echofocus_core.report.inspect import describe_file, print_description
     from echofocus_core.study.config import read_config
@@ -276,7 +276,7 @@ def cmd_inspect(settings):
 
 
 def cmd_demo(settings):
-    """Phantoms and a real DICOM cine through the public commands, in ./demo, printing each."""
+    """Run and print the public commands on phantoms and a real DICOM cine, in ./demo."""
     from echofocus_core.report.demo import run_demo
 
     run_demo(settings.studies)
@@ -286,7 +286,7 @@ def cmd_demo(settings):
 
 
 def load(model_name, task="", device=""):
-    """A model for the functions below, by its name in ./trained_models or a path: LoadedModel.
+    """The LoadedModel with this name in ./trained_models, or at this path.
 
     task: of the config, where a published checkpoint does not say which labels it has; device:
     as --device. Raises UserError.
@@ -300,7 +300,7 @@ def load(model_name, task="", device=""):
 
 
 def predict(model, source, **options):
-    """One row a study with the model's answers: DataFrame, see `prediction_table`.
+    """A DataFrame with the model's answers, one row per study, see `prediction_table`.
 
     source: clip embeddings of a study (V videos, C clips, 768), a dict of study id to such arrays,
     a folder of embedding files or of videos, or a store. options: those of `predict`, e.g.
@@ -316,7 +316,7 @@ def predict(model, source, **options):
 
 
 def study_embeddings(model, source, **options):
-    """One 768-vector a study: DataFrame (S, 768) by study id; otherwise as `predict`."""
+    """Study embeddings: DataFrame (S, 768) by study id; other arguments as for `predict`."""
     import pandas as pd
 
     from echofocus_core.study.loop import run_studies
@@ -330,7 +330,7 @@ def study_embeddings(model, source, **options):
 
 
 def attribute(model, study, labels=None, **options):
-    """What each video of a study counted for in each answer: DataFrame, see `video_rows`.
+    """The contribution of each video to each answer: DataFrame, see `video_rows`.
 
     study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
     options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
@@ -452,7 +452,7 @@ def main(argv=None):
 
 
 def program():
-    """What the command line runs, from the clone or installed."""
+    """Run the command line, from a clone or installed."""
     run_main(main, Path(sys.argv[0]).name)
 
 

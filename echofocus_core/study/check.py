@@ -1,4 +1,4 @@
-"""What a long run would fail on, each finding with its remedy."""
+"""Problems of a long run, each with its remedy."""
 
 import time
 from collections import Counter
@@ -101,7 +101,7 @@ def check_section(levels, title, remedy):
 
 
 def check_model(typed, config, listener):
-    """The model of --model_name, or the one that `train` would resume; None without one."""
+    """The model of --model_name, or the one that `train` would resume; None if there is none."""
     name, run_id = typed.get("model_name"), typed.get("run_id", "")
     task = config.pick("task", typed["task"]) if typed.get("task") else ""
     if not name and not config.tasks:
@@ -128,7 +128,7 @@ def check_task(model, task, listener):
 
 
 def choose_job(typed, config, model, listener):
-    """The Job that a run would have; None where only --videos can be checked."""
+    """The Job of a run; None if only --videos can be checked."""
     extracted = any(d.embedding_path.is_dir() for d in config.datasets.values())
     if typed.get("videos") and not typed.get("dataset") and not extracted:
         return listener.ok("no dataset is extracted yet: only --videos is checked")
@@ -147,7 +147,7 @@ def choose_job(typed, config, model, listener):
 
 
 def check_videos(typed, config, model, listener):
-    """The folder of --videos: files, encoder and time."""
+    """Check the folder of --videos: files, encoder and time."""
     if not typed.get("videos"):
         return listener.ok("none checked; --videos names a folder")
     options = {name: typed[name] for name in typed if name in options_of("extract")}
@@ -158,7 +158,7 @@ def check_videos(typed, config, model, listener):
 
 
 def check_data(job, section):
-    """Labels, embeddings, folds and time of a run."""
+    """Check labels, embeddings, folds and time of a run."""
     settings, dataset, model = job.settings, job.dataset, job.model
     task = table = store = studies = folds = None
     headers = {}
@@ -196,7 +196,7 @@ def check_data(job, section):
 
 
 def check_labels(job, listener):
-    """(task, label table) as a run reads them; a model needs none to predict."""
+    """(task, label table), read as in a run; predictions need no label table."""
     task, model = job.task, job.model
     if model and task.task_labels == model.outputs.labels:
         task = task_for(model, task)
@@ -256,7 +256,7 @@ def check_folds(job, data, listener):
 
 
 def seconds_of(step):
-    """How long a function takes, called a second time: the first one warms up."""
+    """The time of a function's second call; the first call warms up."""
     step()
     began = time.perf_counter()
     step()
@@ -264,7 +264,7 @@ def seconds_of(step):
 
 
 def check_time(n_labels, store, eids, folds, settings, listener):
-    """How long an epoch and a prediction take, from eight studies on this machine."""
+    """Estimate the time of an epoch and of a prediction, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
     net = build(settings, n_labels).to(device)

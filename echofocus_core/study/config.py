@@ -1,4 +1,4 @@
-"""The config of a user, and the record of a model inside its checkpoint."""
+"""The user's config, and the record of a model in its checkpoint."""
 
 import json
 import math
@@ -133,7 +133,7 @@ OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Pre
 
 
 class Labelled(Entry):
-    """Labels and their kinds, as a task or a model's record gives them."""
+    """Labels and their kinds, in a task or in a model's record."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -146,7 +146,7 @@ class Labelled(Entry):
     units: ByLabel = Field({})  # label -> unit, for tables and figures
 
     def kind(self, label):
-        """A label's kind, '' where it is not given: the values decide."""
+        """A label's kind; '' if not given, so that the values decide."""
         kind = self.type.get(label, "") if isinstance(self.type, dict) else self.type
         for other in KINDS.values():
             if not kind and other.task_key and label in getattr(self, other.task_key):
@@ -154,7 +154,7 @@ class Labelled(Entry):
         return kind
 
     def columns_of(self, label):
-        """The columns of the label table that a label is read from."""
+        """The columns of the label table for a label."""
         return self.survival.get(label, [label])
 
     def outputs_of(self, labels):
@@ -184,7 +184,7 @@ class Labelled(Entry):
 
 
 def column_faults(outputs, units):
-    """Labels whose columns in our tables would have the name of another column."""
+    """Labels whose columns in our tables would have the same name as another column."""
     owners, faults = dict.fromkeys(OWN_COLUMNS, "our tables"), []
     for label in outputs.each:
         names = dict.fromkeys([label.name, *label.outputs])

@@ -1,5 +1,5 @@
-"""Is a study like those that a model was trained on, and how much does its answer change with other
-clips?"""
+"""Compare a study with the training data, and estimate how much its answer changes with other
+clips."""
 
 import zlib
 from collections import Counter
@@ -119,7 +119,7 @@ def over_variance(parts, variance):
 
 @dataclass
 class Novelty:
-    """How much a study differs from those that a model was trained on.
+    """How much a study differs from a model's training studies.
 
     It holds no data of a patient: only a distribution, and quantiles of the distances of studies
     from the distribution of other patients.
@@ -188,7 +188,7 @@ def ranks(distances, quantiles):
 
 @dataclass
 class InputReport:
-    """What is recorded about studies before they are answered, each a dict by study id."""
+    """Records about studies before prediction, each a dict by study id."""
 
     warnings: dict[str, str] = field(default_factory=dict)  # unlike the model's training data
     notes: dict[str, str] = field(default_factory=dict)  # what else the reader should know
@@ -230,7 +230,7 @@ class InputCheck:
 
 
 def report_warnings(warnings, model_name):
-    """A few lines on screen; all warnings are in the table."""
+    """Print a summary; all warnings are in the table."""
     for text, n in Counter(warnings.values()).most_common(3):
         RUN.warning(
             f"{n} studies are unlike the training data of {model_name}: {text}",

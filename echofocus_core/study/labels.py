@@ -132,7 +132,7 @@ def read_cells(file, columns, listener, words=None):
 
 
 def missing_column(column, table):
-    """What to do about a column that a label table does not have."""
+    """The remedy for a column that is missing in a label table."""
     if name := next((x for x in table if (table[x] == column).any()), ""):
         return (
             f"it has a row for each study and measurement ({column} is a value in '{name}'): "
@@ -205,7 +205,7 @@ def given_folds(cells, path, listener):
 
 
 def refuse_split_patients(table, column, path, listener):
-    """A patient whose studies a given split puts into two folds is an error."""
+    """Report an error if a given split puts a patient's studies into two folds."""
     folds = table.dropna(subset=[GIVEN_FOLD]).groupby("pid")[GIVEN_FOLD].nunique()
     both = folds.index[folds > 1]
     if len(both):
@@ -251,7 +251,7 @@ def lines_of(rows):
 
 
 def label_values(cells, task, path, listener):
-    """The target columns of all labels (DataFrame float64), NaN for what cannot be used."""
+    """The target columns of all labels (DataFrame float64), NaN for unusable cells."""
     columns = [x for name in task.task_labels for x in task.columns_of(name)]
     plain = [x for x in dict.fromkeys(columns) if x not in task.classes]
     numbers = to_numbers(cells[plain], path, listener) if plain else None
@@ -286,7 +286,7 @@ def decide_kinds(table, task, path, listener):
 
 
 def other_unit(label, units, others):
-    """Whether two tasks give a label two units."""
+    """Whether a label has different units in two tasks."""
     both = [x.get(label, "").replace(" ", "").casefold() for x in (units, others)]
     return all(both) and both[0] != both[1]
 

@@ -263,7 +263,7 @@ def released_task(task):
 
 
 def labels_for(folder, record, n_labels, tasks, task=""):
-    """(task, labels, units, their origin) of a model with n_labels outputs. Raises UserError.
+    """(task, labels, units, origin of these) of a model with n_labels outputs. Raises UserError.
 
     By its own record. A published checkpoint has none: a released one (by its folder's record or
     name) has the registry's labels; any other those of the task that is named, of the task called
@@ -364,7 +364,7 @@ def ensemble_of(members, folder):
 
 
 def refuse_other_model(first, model):
-    """UserError for a model whose answers are not of the first one's labels, units or input."""
+    """UserError for a model with other labels, units or input than the first one."""
 
     def facts(m):
         values = {"labels": m.labels, "type": m.outputs.kinds, "level": m.record.level}

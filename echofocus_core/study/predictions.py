@@ -1,4 +1,4 @@
-"""The table of a model's answers, a row a study: probabilities or values, ranges, warnings."""
+"""The table of a model's answers, one row per study: probabilities or values, ranges, warnings."""
 
 import numpy as np
 import pandas as pd
@@ -143,7 +143,7 @@ def page_folder(path):
 
 
 def report_left_out(left_out, path):
-    """Studies without a prediction and why: on screen, and in a table beside the predictions'."""
+    """Print studies without a prediction and why, and write them next to the predictions."""
     table, left_out = left_out_path(path), dict(sorted(left_out.items()))
     table.unlink(missing_ok=True)
     if left_out:
@@ -157,7 +157,7 @@ PAGE = r"<!doctype html>\s+<html lang=.en.>\s+<head>[\s\S]*\"page\.css\""  # of 
 
 
 def refuse_other_tables(settings):
-    """UserError, before any work, for an --out that would replace what `predict` did not write."""
+    """UserError, before any work, if --out is a file that `predict` did not write."""
     path = output_path(settings.out, "table of predictions", begins("eid,n_videos,n_"))
     output_path(left_out_path(path), "list of studies left out", begins("eid,reason\\s"))
     if path.suffix.lower() not in ("", ".csv"):

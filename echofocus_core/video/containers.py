@@ -1,4 +1,4 @@
-"""Video files in: AVI, MP4/MOV, MKV/WebM, WMV, MPEG; and the streams that DICOM holds in one piece.
+"""Read video files (AVI, MP4/MOV, MKV/WebM, WMV, MPEG) and video streams in DICOM.
 
     file -> iter_container: uint8 (H, W, 3) BGR, one after the other
 
@@ -23,7 +23,7 @@ BGR24 = int.from_bytes(b"BGR\x18", "little")  # FFmpeg's code of uncompressed pi
 
 @contextmanager
 def open_capture(path):
-    """OpenCV's reader of a video file. VideoError when it cannot be opened."""
+    """OpenCV's reader of a video file. VideoError if it cannot be opened."""
     import cv2
 
     with plain_name(path) as name:
@@ -37,7 +37,7 @@ def open_capture(path):
 
 
 def container_rate(path):
-    """Frames a second as the container has it."""
+    """Frames per second from the container."""
     import cv2
 
     with open_capture(path) as capture:
@@ -95,7 +95,7 @@ def read_pictures(capture, turn):
 
 
 def avi_head(path):
-    """The first bytes of an AVI file, b'' for another."""
+    """The first bytes of an AVI file, b'' for other files."""
     with open_file(path) as f:
         head = f.read(1 << 16)
     return head if head[:4] == b"RIFF" else b""

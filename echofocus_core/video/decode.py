@@ -1,4 +1,4 @@
-"""Video in: one opened file a video, and the published clip sampling.
+"""Read videos, opening each file once, and sample clips as published.
 
     file -> VideoFile.frames: uint8 (H, W, 3) BGR, one after the other -> resize_centre: (S, S, 3)
          -> clip_starts, clip_frames: which frames make the clips -> Clips
@@ -78,7 +78,7 @@ class VideoFile:
             self.dicom.file.close()
 
     def check(self):
-        """VideoError where it will give no clips, as far as shows before a frame is decoded."""
+        """VideoError if the video has no clips, as far as its header shows."""
         if self.dicom:
             open_frames(self.dicom, [], self.is_series)
         else:
@@ -140,7 +140,7 @@ def read_frames(source):
 
 @contextmanager
 def reachable():
-    """Errors of the system in the block become NotNow."""
+    """Convert system errors in the block to NotNow."""
     try:
         yield
     except PermissionError as error:
@@ -150,7 +150,7 @@ def reachable():
 
 
 def is_readable_dicom(path):
-    """Whether a video is to be read as DICOM. VideoError when it cannot be opened or is empty."""
+    """Whether to read a video as DICOM. VideoError if it cannot be opened or is empty."""
     with reachable(), open_file(path) as f:
         if not f.read(1):
             raise VideoError("empty file")
@@ -164,7 +164,7 @@ def is_readable_dicom(path):
 
 
 def first_picture(source):
-    """The first frame of a video, uint8 (64, 64, 3); None where it cannot be read."""
+    """The first frame of a video, uint8 (64, 64, 3); None if it cannot be read."""
     import cv2
 
     try:
@@ -206,7 +206,7 @@ def crop_centre(image, size=224):
 
 
 def resize_centre(frame, size=224):
-    """The same numbers as crop_centre(resize(frame)), (size, size, 3), in less time.
+    """The same result as crop_centre(resize(frame)), (size, size, 3), in less time.
 
     Where the centre begins and ends between two pixels of the frame, the rest is not resized: each
     pixel of an area resize is a mean over one area of the frame (if the frame shrinks).
@@ -251,13 +251,13 @@ def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
 
 
 def random_generator(seed, key):
-    """A numpy Generator that is a function of a number and a text."""
+    """A numpy Generator that depends only on a number and a text."""
     words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4")
     return np.random.default_rng([seed, *words.tolist()])
 
 
 def first_frames(starts):
-    """The frame that a clip begins with: the published reader seeks to start - 1."""
+    """The first frame of a clip: the published reader seeks to start - 1."""
     return np.maximum(np.asarray(starts) - 1, 0)  # as the released models were trained
 
 
@@ -272,7 +272,7 @@ def clip_frames(starts, n_frames, clip_len):
 
 @dataclass
 class Sampling:
-    """How a video becomes clips."""
+    """Settings for sampling clips of a video."""
 
     n_clips: int = 16
     clip_len: int = 16  # frames
@@ -285,7 +285,7 @@ class Sampling:
 
 @dataclass
 class Clips:
-    """The clips of one video (or of one transformed copy), each frame held once."""
+    """The clips of one video (or of one transformed copy), with each frame stored once."""
 
     frames: np.ndarray  # uint8 (F, size, size, 3) BGR: the distinct frames that the clips use
     index: np.ndarray  # int64 (n_clips, clip_len) into frames
@@ -476,7 +476,7 @@ def region_mask(boxes, full):
 
 
 def answer(function, arguments):
-    """What a function returns, or a VideoError: NotNow where the machine was at its limits."""
+    """The result of a function, or a VideoError: NotNow if the machine caused the error."""
     try:
         return function(*arguments)
     except NotNow as error:

@@ -1,4 +1,4 @@
-"""DICOM in: headers, frames, and which files are one cine.
+"""Read DICOM: headers, frames, and the files that form one cine.
 
     file -> DicomFile: header and pixel data -> open_frames: an echo? where are its frames?
          -> choose_rule -> uint8 (H, W, 3) BGR, one after the other
@@ -160,7 +160,7 @@ def read_header(file, tags, **options):
 
 
 def number(header, name):
-    """An element's value as an int, None when it is absent or no whole number."""
+    """An element's value as an int; None if it is absent or not a whole number."""
     try:
         return int(header[name].value)
     except Exception:  # pydicom converts values only now
@@ -168,7 +168,7 @@ def number(header, name):
 
 
 def text(header, name):
-    """A text element's value, to be compared and never shown; '' when it is absent."""
+    """A text element's value, for comparison only, never for output; '' if it is absent."""
     try:
         return str(header[name].value or "").strip(" \0")
     except Exception:
@@ -180,7 +180,7 @@ def text(header, name):
 
 @dataclass(frozen=True)
 class HeaderFacts:
-    """What grouping needs of a header; '' or 0 where it is absent or cannot be read."""
+    """The header values for grouping; '' or 0 if absent or unreadable."""
 
     study_uid: str = ""  # where it is valid: not for outputs, unless the user asks for it
     series_uid: str = ""
@@ -195,7 +195,7 @@ class HeaderFacts:
 
 
 def read_header_facts(path):
-    """The HeaderFacts of any file; all empty when it is not a readable DICOM file."""
+    """The HeaderFacts of any file; all empty if it is not a readable DICOM file."""
     if not is_dicom(path):
         return HeaderFacts()
     try:
@@ -235,7 +235,7 @@ def short_text(header, name):
 
 
 def short_digest(text):
-    """Eight hex digits that stand for a text which outputs must not hold."""
+    """Eight hex digits instead of a text that must not be in outputs."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -355,7 +355,7 @@ def regions(header):
 
 @dataclass(frozen=True)
 class PixelHeader:
-    """What a header declares of its pixels, checked to be possible."""
+    """The pixel format declared in a header, after a check that it is possible."""
 
     frames: int
     rows: int
@@ -393,7 +393,7 @@ class PixelHeader:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of a cine, each read and decoded when it is asked for."""
+    """The frames of a cine, each read and decoded on demand."""
 
     header: PixelHeader
     layout: colour.Layout | None  # of uncompressed frames; others are decoded by their own marks
@@ -421,7 +421,7 @@ class Frames:
         return form
 
     def check_decoder(self):
-        """VideoError when no decoder for the first frame is installed."""
+        """VideoError if no decoder for the first frame is installed."""
         if self.layout is None:
             with self.named_errors(0):
                 form = self.format_of(self.stored(0))
@@ -470,7 +470,7 @@ class Frames:
             self.components(i, small=True)
 
     def bgr(self, i, rule):
-        """Frame i, uint8 (H, W, 3) BGR. VideoError when it does not decode."""
+        """Frame i, uint8 (H, W, 3) BGR. VideoError if it does not decode."""
         if rule.colour == "YBR" and self.layout is None:
             with self.named_errors(i):
                 form = self.format_of(data := self.stored(i))

@@ -1,4 +1,4 @@
-"""Clip embeddings from echo videos, one HDF5 file a study.
+"""Clip embeddings from echo videos, one HDF5 file per study.
 
     python embed/extract.py SOURCE --out DIR
 
@@ -87,13 +87,13 @@ LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
 
 
 class DecoderProcess:
-    """`video/decode.py` in a process of its own, started when needed and again after a crash."""
+    """`video/decode.py` in a separate process, started when needed and restarted after a crash."""
 
     def __init__(self):
         self.process = None
 
     def __call__(self, *call):
-        """Run (function, *arguments): (what it returns, or a VideoError; seconds it took)."""
+        """Run (function, *arguments): (its result or a VideoError, seconds)."""
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("decode.py"))],
@@ -183,7 +183,7 @@ class Pending:
         self.features = []  # their features, (n, 768) pieces in order
 
     def take(self, n):
-        """The next images, `n` at most, normalised: float32 (n, 3, S, S)."""
+        """The next images, at most `n`, normalised: float32 (n, 3, S, S)."""
         numbers = self.images[self.taken : self.taken + n]
         self.taken += len(numbers)
         # A plane is normalised by its own channel, whatever its position in the image.
@@ -263,7 +263,7 @@ class Encoder:
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """The summary of a run."""
 
     written: list[str] = field(default_factory=list)  # study names
     finished: list[str] = field(default_factory=list)  # complete before the run
@@ -309,7 +309,7 @@ class Summary:
             print(f"{len(self.undone)} studies left for the next run: {listed(self.undone)}")
 
     def refuse_nothing(self, source):
-        """UserError for a run without any usable study."""
+        """UserError if a run has no usable study."""
         if not (self.written or self.finished):
             raise UserError(f"no study in {source} has a usable video")
 
@@ -337,7 +337,7 @@ class StudyProgress:
 
 
 class Run:
-    """One pass over studies: which videos to read, and what is written of them."""
+    """One pass over studies: chooses the videos to read and writes the results."""
 
     def __init__(self, out, attributes, redo, log):
         """attributes: of the HDF5 files. log: takes a row of LOG_COLUMNS for each video."""
@@ -352,7 +352,7 @@ class Run:
             yield from self.begin(study, bar)
 
     def begin(self, study, bar):
-        """Yield a study's videos that are new, changed, or failed for a reason that may pass."""
+        """Yield a study's videos that are new, changed, or failed for a temporary reason."""
         path, before = self.previous(study)
         videos = {visible(video): video for video in study.videos}
         stamps = {name: stamp_of_source(study.source(v)) for name, v in videos.items()}
@@ -499,7 +499,7 @@ def stamp_of_source(source):
 
 
 def is_unchanged(record, stamp, source):
-    """Whether a file's earlier result still holds: by its size and time, else by its bytes."""
+    """Whether a file's earlier result is still valid: by its size and time, else by its bytes."""
     if record.result == "again":
         return False
     if record.stamp == stamp:
@@ -511,12 +511,12 @@ def is_unchanged(record, stamp, source):
 
 
 def decoders(asked):
-    """How many decoder processes; 0 asked for: half the cores, 16 at most."""
+    """The number of decoder processes; for 0, half the cores, at most 16."""
     return asked or max(1, min(16, (os.cpu_count() or 1) // 2))
 
 
 def default_batch(device, size):
-    """Images a batch: many on a GPU; on a CPU so few that their activations stay in the cache."""
+    """Images per batch: many on a GPU; on a CPU few, so that activations stay in the cache."""
     return 256 if torch.device(device).type == "cuda" else min(32, max(1, 8 * 224**2 // size**2))
 
 
@@ -528,7 +528,7 @@ def sampling_of(settings):
 
 
 def attributes_of(settings, digest):
-    """HDF5 attributes that say how embeddings were made. digest: SHA-256 of the weights."""
+    """HDF5 attributes with the settings of embeddings. digest: SHA-256 of the weights."""
     weights = Path(settings.weights).name
     return {
         "encoder": "PanEcho",
@@ -610,5 +610,5 @@ def main(argv=None):
 
 
 def program():
-    """What the command line runs, from the clone or installed."""
+    """Run the command line, from a clone or installed."""
     run_main(main, Path(sys.argv[0]).name)

@@ -16,7 +16,7 @@ USUAL_RATE = 30.0  # frames a second of a video without a rate
 
 @dataclass(frozen=True)
 class Playback:
-    """What is in a clip that was written."""
+    """The properties of a written clip."""
 
     frames: int
     rate: float  # frames a second

@@ -84,7 +84,7 @@ def study_path(out, study):
 
 
 def empty_path(out, study):
-    """Where a study without a usable video is recorded, outside the dataset's files."""
+    """The record of a study without a usable video, outside the dataset's files."""
     return Path(out) / ".empty" / f"{study.name}.hdf5"
 
 
@@ -268,7 +268,7 @@ def write_encoder_seen(path, lists):
 
 
 def keep_encoder_seen(folder, digest, seen):
-    """Record the training patients of an encoder beside the embeddings that it makes."""
+    """Record the training patients of an encoder next to its embeddings."""
     path = Path(folder) / ENCODER_SEEN
     lists = read_encoder_seen(path)
     if not lists.get(digest):
@@ -312,7 +312,7 @@ class StudyClips:
 
 @dataclass(frozen=True)
 class Header:
-    """What a study's file says without reading its numbers."""
+    """The content of a study's file except its embeddings."""
 
     copies: int  # the plain embeddings and the transformed copies
     videos: int
@@ -414,7 +414,7 @@ def check_shape(shape):
 
 
 def draw_copy(rng, copies):
-    """A random copy's number, all equally likely; 0 (the plain embeddings) without rng."""
+    """The number of a random copy, all equally likely; 0 (the plain embeddings) without rng."""
     return int(rng.integers(copies)) if rng is not None and copies > 1 else 0
 
 
@@ -422,7 +422,7 @@ def draw_copy(rng, copies):
 
 
 class Store:
-    """What all stores have in common; each defines `open`. See the top of the file."""
+    """The base of all stores; each defines `open`. See the top of the file."""
 
     most_videos = 0  # at most this many videos of a study are read; 0: all
 
@@ -456,13 +456,13 @@ class Store:
         return self.headers[eid]
 
     def readable(self, eids):
-        """(study id, Header) of the studies whose header can be read."""
+        """(study id, Header) for studies with a readable header."""
         for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
             with suppress(UnreadableStudy):
                 yield eid, self.header(eid)
 
     def size(self, eid):
-        """Clips of a study; 0 where its file cannot be read."""
+        """The number of a study's clips; 0 if its file cannot be read."""
         try:
             header = self.header(eid)
         except UnreadableStudy:
@@ -557,7 +557,7 @@ class Store:
 
 
 def reason_of(error, folder):
-    """What went wrong, as text without the folder's path."""
+    """An error as text, without the folder's path."""
     return clean_text(str(error).replace(f"{folder}{os.sep}", ""))
 
 
@@ -611,7 +611,7 @@ def open_folder(path):
 
 
 class EmbeddingFolder(Store):
-    """A folder of one HDF5 file a study, from embed/extract.py or the published scripts.
+    """A folder with one HDF5 file per study, from embed/extract.py or the published scripts.
 
     A study's id is its file's name; the published endings _embed and _trim_embed do not belong to
     it.

@@ -1,4 +1,4 @@
-"""Which videos make a study: by DICOM header, by folder or by a list; the shards of workers.
+"""Group videos into studies by DICOM header, folder or list; the shards of workers.
 
     files below the source -> their header facts -> groups of files -> a name each -> Study
 
@@ -145,7 +145,7 @@ def find_repeats(source, files, facts):
 
 
 def are_alike(picture, other):
-    """Whether two pictures differ by less than a tenth of their contrast."""
+    """Whether two images differ by less than a tenth of their contrast."""
     return np.abs(picture.astype(float) - other).mean() <= 0.1 * max(picture.std(), other.std(), 1)
 
 
@@ -221,7 +221,7 @@ def read_facts(source, files):
 
 
 def listed(names):
-    """The first of them, and how many more."""
+    """The first name, and the number of others."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
@@ -434,7 +434,7 @@ def choose_folders(groups):
 
 
 def file_name(name):
-    """A study's name as one for files: visible, not hidden, not too long for file systems."""
+    """A study's name as a file name: visible, not hidden, not too long for file systems."""
     name = re.sub(r"[/\\]", "%2F", visible(name))
     name = re.sub(r"^\.", "%2E", name)
     if len(name.encode()) <= LONGEST_NAME:
@@ -521,7 +521,7 @@ def read_manifest(manifest, source, listener):
 
 
 def path_below(source, path):
-    """A path as a POSIX path relative to the source; None when it leads elsewhere."""
+    """A path as a POSIX path relative to the source; None if it is outside."""
     path = os.path.normpath(source.absolute() / path)
     for root in (os.path.normpath(source.absolute()), os.path.realpath(source)):
         if path.startswith(os.path.join(root, "")):
