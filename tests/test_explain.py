@@ -26,13 +26,13 @@ from helpers import (
 import echofocus as ef
 from echofocus_core.base.options import Settings
 from echofocus_core.study.attribution import Objectives, attribute_clips, explain_study
-from echofocus_core.study.outputs import losses_of_outputs
+from echofocus_core.study.outputs import label_of, losses_of_outputs
 from echofocus_core.video.store import open_store
 
 
 def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
     def losses(logits, targets, columns):
-        return losses_of_outputs(logits, targets, [kind] * len(columns))
+        return losses_of_outputs(logits, targets, [label_of("x", kind)] * len(columns))
 
     objectives = Objectives(list(columns), targets, losses)
     return attribute_clips(net, np.asarray(bag), Settings(**options), objectives, baseline)

@@ -33,6 +33,7 @@ from echofocus_core.study.outputs import (
     Regression,
     class_numbers,
     cox_losses,
+    losses_of_outputs,
     study_losses,
 )
 from echofocus_core.study.training import rate_groups
@@ -560,7 +561,11 @@ class Ordinal(Multiclass):
 
 
 class Count(Regression):
-    kind, score_name = "count", "counts"
+    kind = "count"
+
+    @staticmethod
+    def losses(z, y):
+        return abs(z - y)
 
     def answer_columns(self, p):
         return {f"{self.name}_whole": p[:, 0].round()}
@@ -583,4 +588,6 @@ def test_another_kind_of_label_is_one_class(cohort, cli, monkeypatch):
     assert cli("predict")[0] == 0
     table = pd.read_csv("trained_models/defect/predictions_site.csv")
     assert (table["size_whole"] == table["size"].round()).all() and table["size"].median() > 2
-    assert cli("evaluate")[0] == cli("explain", "--sample_limit", "1")[0] == 0
+    assert cli("evaluate")[0] == cli("explain", "--select", "wrong")[0] == 0
+    labels, y = Outputs.of(["n"], "count").each, torch.tensor([[4.0]])
+    assert losses_of_outputs(torch.tensor([[1.0]]), y, labels) == 3

@@ -59,7 +59,9 @@ class LoadedModel:
 
     def losses(self, logits, targets, columns):
         """The loss of each study's answers to some labels, all (S, T)."""
-        return losses_of_outputs(logits, targets, [self.kind(self.labels[i]) for i in columns])
+        return losses_of_outputs(
+            logits, targets, [self.outputs.by_output[self.labels[i]] for i in columns]
+        )
 
     def kind(self, name):
         """What an output is: binary (a finding, or a class), regression or survival."""

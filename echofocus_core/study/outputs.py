@@ -32,6 +32,7 @@ class Label:
     classes: tuple[str, ...] = ()  # of a multiclass label
 
     kind: ClassVar[str] = "readings"  # of PanEcho's own heads, which are not trained here
+    output_kind: ClassVar[str] = "readings"  # how each output is read, also of derived kinds
     task_key: ClassVar[str] = ""  # the key of a task that labels of this kind need
     is_number: ClassVar[bool] = False  # whether a valid_range may be given
     by_step: ClassVar[bool] = False  # whether a study's loss depends on the others of its step
@@ -43,11 +44,6 @@ class Label:
     def outputs(self):
         """Names of its outputs."""
         return [self.name]
-
-    @property
-    def output_kind(self):
-        """How one of its outputs is read."""
-        return self.kind
 
     @property
     def columns(self):
@@ -146,7 +142,7 @@ class Label:
 
 
 class Binary(Label):
-    kind, is_finding = "binary", True
+    kind, output_kind, is_finding = "binary", "binary", True
 
     def faults(self, y, low, high):
         return {"not 0 or 1": y.notna() & ~y.isin([0, 1])}
@@ -183,7 +179,8 @@ class Binary(Label):
 
 
 class Regression(Label):
-    kind, is_number, metric_name = "regression", True, "median absolute error"
+    kind, output_kind, is_number = "regression", "regression", True
+    metric_name = "median absolute error"
 
     @staticmethod
     def losses(z, y):
@@ -207,15 +204,11 @@ class Regression(Label):
 
 
 class Multiclass(Label):
-    kind, task_key, is_finding = "multiclass", "classes", True
+    kind, output_kind, task_key, is_finding = "multiclass", "binary", "classes", True
 
     @property
     def outputs(self):
         return [f"{self.name}_{x}" for x in self.classes]
-
-    @property
-    def output_kind(self):
-        return "binary"
 
     def read(self, cells, numbers, task, path, listener):
         y = class_numbers(self.name, cells[self.name], self.classes, path, listener)
@@ -269,7 +262,7 @@ class Multiclass(Label):
 
 class Survival(Label):
     kind, task_key, is_number, by_step, metric_name = "survival", "survival", True, True, "C"
-    score_name = "log hazard"
+    output_kind, score_name = "survival", "log hazard"
     is_finding = True  # by its events
 
     @property
@@ -517,15 +510,16 @@ def study_losses(logits, targets, outputs):
     return (losses * has_value).sum(1) / len(outputs.labels)
 
 
-def losses_of_outputs(logits, targets, kinds):
+def losses_of_outputs(logits, targets, labels):
     """The loss of each output by itself, (S, O); NaN where the target (S, O) is, and of survival,
     whose loss is not of one study."""
     import torch
 
     columns = []
-    for kind, z, y in zip(kinds, logits.T, targets.T, strict=True):
-        alone = KINDS[kind] if kind in KINDS and not KINDS[kind].by_step else None
-        losses = alone.losses(z, y.nan_to_num()) if alone else z * torch.nan
+    for label, z, y in zip(labels, logits.T, targets.T, strict=True):
+        kind = label.kind if len(label.outputs) == 1 else label.output_kind  # a class is binary
+        alone = kind in KINDS and not label.by_step
+        losses = KINDS[kind].losses(z, y.nan_to_num()) if alone else z * torch.nan
         columns.append(torch.where(y.isnan(), torch.nan, losses))
     return torch.stack(columns, dim=1)
 
