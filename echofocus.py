@@ -31,7 +31,13 @@ from pathlib import Path
 from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
 from echofocus_core.base.console import PROGRAM, RUN, Collected, Parser, UserError, run_main
-from echofocus_core.base.options import Settings, add_options, checked_options, given, validated
+from echofocus_core.base.options import (
+    Settings,
+    add_options,
+    check_options,
+    given_options,
+    validate_as,
+)
 
 
 def cmd_train(job):
@@ -203,7 +209,7 @@ def cmd_check(settings):
     from echofocus_core.encoder.preview import preview_cohort
     from echofocus_core.study.check import check_run
 
-    check_run(given(settings), preview_cohort)
+    check_run(given_options(settings), preview_cohort)
 
 
 def cmd_pack(job):
@@ -339,7 +345,7 @@ def attribute(model, study, labels=None, **options):
     from echofocus_core.study.explanations import explain, label_columns
     from echofocus_core.video.store import StudyClips
 
-    settings = validated(Settings, options)
+    settings = validate_as(Settings, options)
     bag = study if isinstance(study, StudyClips) else bag_of("study", study)
     explanation = explain(model, "study", bag, label_columns(model, labels), settings)
     return video_rows(model, explanation, settings).drop(columns="eid")
@@ -355,7 +361,7 @@ def studies_of(model, source, options):
     from echofocus_core.study.sources import warn_of_other_input
     from echofocus_core.video.store import open_store
 
-    settings = validated(Settings, input_options(model.record.input) | options)
+    settings = validate_as(Settings, input_options(model.record.input) | options)
     if isinstance(source, dict):
         store = Arrays(source)
     elif not isinstance(source, str | os.PathLike):
@@ -435,14 +441,14 @@ def build_parser():
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
-    typed = checked_options(typed)
+    typed = check_options(typed)
     from echofocus_core.base.world import World, from_environment, join_world, pick_device
 
     if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
     function, maker = COMMANDS[command]
     if not maker:
-        return function(validated(Settings, typed))
+        return function(validate_as(Settings, typed))
     from echofocus_core.study import job
 
     device = pick_device(typed.get("device", ""))

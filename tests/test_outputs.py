@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import echofocus as ef
 from echofocus_core.base.console import Collected, UserError
-from echofocus_core.base.options import Settings, validated
+from echofocus_core.base.options import Settings, validate_as
 from echofocus_core.study.config import Record, Task, read_config
 from echofocus_core.study.folds import split_patients
 from echofocus_core.study.labels import load_labels
@@ -325,7 +325,7 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
 def test_faults_of_kinds(change, text):
     entry = SITE["task"]["outlook"] | {"type": "", "units": {}, "names": {}}
     with pytest.raises(UserError) as error:
-        validated(Task, entry | change, "config.json")
+        validate_as(Task, entry | change, "config.json")
     assert text in str(error.value)
 
 
@@ -355,7 +355,7 @@ def test_events_of_another_code(outlook, cli, codes):
     _, actual = load_labels(config.tasks["outlook"], config.datasets["site"], Collected())
     pd.testing.assert_frame_equal(actual, plain)
     with pytest.raises(UserError, match="codes and their meaning"):
-        validated(Task, SITE["task"]["outlook"] | {"events": {"1": 2}}, "config.json")
+        validate_as(Task, SITE["task"]["outlook"] | {"events": {"1": 2}}, "config.json")
 
 
 def in_days(table):

@@ -20,7 +20,7 @@ from echofocus_core.base.options import (
     OPTIONS,
     RECORDED,
     Settings,
-    checked_options,
+    check_options,
     options_of,
 )
 from echofocus_core.study import config as schema
@@ -155,7 +155,7 @@ def resolved(config, *line, model=None):
     """The settings of a command line, by the real parser."""
     typed = vars(ef.build_parser().parse_args([*line]))
     command = typed.pop("command")
-    return resolve_settings(command, checked_options(typed), config, model)[0]
+    return resolve_settings(command, check_options(typed), config, model)[0]
 
 
 def test_who_wins(tmp_path):
@@ -211,7 +211,7 @@ def test_published_spellings():
     def typed(*line):
         actual = vars(parse(list(line)))
         del actual["command"]
-        return checked_options(actual)
+        return check_options(actual)
 
     assert typed("train", "--split", "(64,16,20)") == {"split": "64,16,20"}
     assert typed("train", "--split", "[64.5, 15.5, 20]") == {"split": "64.5,15.5,20"}

@@ -220,7 +220,7 @@ def some(names, n=3):
     return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
-def listed(reasons, n=9):
+def reason_lines(reasons, n=9):
     """The first `n` entries of a dict {name: reason} as text, one line each."""
     lines = [f"\n{name}: {reason}" for name, reason in list(reasons.items())[:n]]
     return "".join(lines) + "\n..." * (len(reasons) > n)

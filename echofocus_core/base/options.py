@@ -1,7 +1,7 @@
 """Options: each declared once, with its default, bounds, group in --help, commands and properties.
 
-`validated` turns what pydantic finds wrong in options, the config or a checkpoint's record into one
-line for each fault, with its place.
+`validate_as` reports each fault that pydantic detects in options, the config or a checkpoint's
+record on one line, with its place.
 """
 
 import json
@@ -631,21 +631,21 @@ def one_name(values, others=None):
     return named
 
 
-def given(settings):
+def given_options(settings):
     """The options that were set in a Settings, without defaults."""
     return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 
-def checked_options(typed):
+def check_options(typed):
     """Command-line options -> the same in their normal form. Raises UserError with all faults."""
-    settings = validated(Settings, typed)
+    settings = validate_as(Settings, typed)
     return {name: getattr(settings, name) for name in typed}
 
 
 # ------------------------------------------------------------------------------------------- faults
 
 
-def validated(kind, values, file=""):
+def validate_as(kind, values, file=""):
     """`values` as a `kind`. Raises UserError with a line for each fault, and its place in `file`.
 
     Without a file they are options as typed.
@@ -711,7 +711,7 @@ def grid_of(texts):
                 f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
             )
         axes[name] = [value_in(x) for x in values.split(",")]
-    return [checked_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+    return [check_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
 
 
 def value_in(text):

@@ -47,7 +47,7 @@ def read_source(folder):
     return source
 
 
-def released(folder):
+def registry_entry(folder):
     """The registry entry of a model folder, by its record, or else by its name; {} if missing."""
     name = read_source(folder).get("released", folder.resolve().name)
     return registry().get(str(name), {})

@@ -2,7 +2,7 @@
 
 import time
 
-from echofocus_core.base.console import duration, listed, progress
+from echofocus_core.base.console import duration, progress, reason_lines
 from echofocus_core.base.files import derive_seed
 from echofocus_core.encoder.cohorts import read_cohort
 from echofocus_core.video.decode import small_frames, why_skipped
@@ -37,7 +37,7 @@ def preview_cohort(typed, listener):
             n += 1
     if reasons:
         listener.warning(
-            f"{len(reasons)} videos cannot be used:{listed(reasons)}",
+            f"{len(reasons)} videos cannot be used:{reason_lines(reasons)}",
             "export them again; training leaves them out",
         )
     if not n:

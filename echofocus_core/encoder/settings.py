@@ -19,7 +19,7 @@ from echofocus_core.base.options import (
     WHAT,
     CohortOptions,
     option,
-    validated,
+    validate_as,
 )
 from echofocus_core.encoder.backbones import NAMES
 from echofocus_core.encoder.cohorts import PEDIATRIC_FOLDS
@@ -146,7 +146,7 @@ RECORDED = [
 
 def resolve_settings(typed):
     """Command-line options -> EncoderSettings. Raises UserError for conflicting options."""
-    settings = validated(EncoderSettings, typed)
+    settings = validate_as(EncoderSettings, typed)
     if not settings.cohort:
         raise UserError("--cohort is missing: hospital, echonetdynamic or echonetpediatric")
     if settings.model_dir_path and settings.rand_init:

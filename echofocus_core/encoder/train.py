@@ -28,7 +28,7 @@ import torch
 
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import save
-from echofocus_core.base.console import RUN, Parser, UserError, listed, progress, run_main
+from echofocus_core.base.console import RUN, Parser, UserError, progress, reason_lines, run_main
 from echofocus_core.base.epochs import EpochProgress, EpochTraining, refuse_finished_model
 from echofocus_core.base.files import atomic_path, derive_seed, write_table
 from echofocus_core.base.options import FOLDS, add_options
@@ -498,7 +498,7 @@ def decode_cohort(cohort, cache, settings, world):
     names = cohort.videos.index[cohort.videos["path"].isin(list(reasons))]
     if len(names):
         why = {name: reasons[cohort.videos.at[name, "path"]] for name in names}
-        RUN.warning(f"{len(names)} videos cannot be used and are left out:{listed(why)}")
+        RUN.warning(f"{len(names)} videos cannot be used and are left out:{reason_lines(why)}")
     content = {path: cache.content(path) for path in part}
     content = {k: v for part in world.gather(content) for k, v in part.items()}
     cohort.videos = cohort.videos.assign(content=cohort.videos["path"].map(content))

@@ -70,7 +70,7 @@ def cumulative_counts(truth, score, weights):
     counts = []
     for y in (1, 0):
         rows = np.flatnonzero(truth == y)
-        at = mt.grouped(part[rows], len(cuts), weights, rows)
+        at = mt.sum_by_group(part[rows], len(cuts), weights, rows)
         counts.append(np.concatenate([np.zeros((1, at.shape[1])), np.cumsum(at, axis=0)]))
     return counts
 

@@ -123,7 +123,7 @@ def find_model_file(name):
 
 def origin_of(folder):
     """The source, licence and citation of a model, from its record or the registry."""
-    entry = releases.released(folder)
+    entry = releases.registry_entry(folder)
     entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
     return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
 

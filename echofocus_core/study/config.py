@@ -31,7 +31,7 @@ from echofocus_core.base.options import (
     one_name,
     readable_text,
     shown,
-    validated,
+    validate_as,
 )
 from echofocus_core.study.outputs import EVENT, KINDS, PER_YEAR, Outputs
 
@@ -336,7 +336,7 @@ def read_config(path="", needed=True):
         raise UserError(f"no config {path}; copy config-example.json and edit it") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    file = validated(ConfigFile, raw, str(path))
+    file = validate_as(ConfigFile, raw, str(path))
     sections = [
         {name: with_paths(entry, path.parent) for name, entry in section.items()}
         for section in (file.task, file.dataset)
@@ -450,4 +450,4 @@ def read_record(saved, file):
     for name in ("task", "labels", "type"):
         if name not in raw:
             raise UserError(f"{file}, its record: '{name}' is missing")
-    return validated(Record, raw, f"{file}, its record")
+    return validate_as(Record, raw, f"{file}, its record")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
-from echofocus_core.base.console import RUN, Parser, UserError, listed, run_main, some
+from echofocus_core.base.console import RUN, Parser, UserError, reason_lines, run_main, some
 from echofocus_core.base.files import derive_seed, output_path, sha256_file, sha256_of
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Input
@@ -214,7 +214,7 @@ class VideoStore:
             self.reasons |= reasons
         lost = {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
         if lost:
-            RUN.warning(f"{len(lost)} videos cannot be used and are left out:{listed(lost)}")
+            RUN.warning(f"{len(lost)} videos cannot be used and are left out:{reason_lines(lost)}")
 
     def videos(self, eid):
         """The names of a study's videos that can be decoded."""

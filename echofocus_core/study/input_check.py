@@ -13,7 +13,7 @@ import torch
 from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import RUN, some
 from echofocus_core.base.files import derive_seed
-from echofocus_core.base.options import validated
+from echofocus_core.base.options import validate_as
 from echofocus_core.study.config import Input
 from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, almost_the_same
 
@@ -50,7 +50,7 @@ class TrainingInput:
         shared = {k: v for k, v in shared.items() if v != "" and str(v).isprintable()}
         if norms:
             shared |= {"norm_mean": float(np.mean(norms)), "norm_sd": float(np.std(norms))}
-        description = validated(Input, shared, "the attributes of the embedding files")
+        description = validate_as(Input, shared, "the attributes of the embedding files")
         novelty = Novelty.of(videos, groups)
         return cls(description, torch.from_numpy(mean).float(), novelty)
 

@@ -10,10 +10,10 @@ from echofocus_core.base.options import (
     ALL_FOLDS,
     OPTIONS,
     Settings,
-    given,
+    given_options,
     needs_videos,
     options_of,
-    validated,
+    validate_as,
 )
 from echofocus_core.base.tables import read_table
 from echofocus_core.base.world import World, pick_device
@@ -131,7 +131,7 @@ def predictions_job(typed):
             raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
     models = [name for name in typed.get("compare", ()) if not is_table(name)]
     config = read_config(typed.get("config"), needed=False)
-    settings, path = validated(Settings, typed), Path(typed["predictions"])
+    settings, path = validate_as(Settings, typed), Path(typed["predictions"])
     asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
     if not (models or settings.task or settings.label_path) and holds_truths(path):
         return Job(settings, others=dict.fromkeys(settings.compare)).but(**asked)
@@ -188,7 +188,8 @@ def training_job(command, typed, world):
         changes["batch_size"] = 1  # a study's images are large
     if settings.init_from:
         folder = find_model(settings.init_from)
-        task = "" if releases.released(folder) else settings.task  # a released one has its own
+        is_released = bool(releases.registry_entry(folder))
+        task = "" if is_released else settings.task  # the registry has the task of released models
         model = load_model(folder, config.tasks, task)
         if not isinstance(model.net, Aggregator):
             raise UserError(f"{settings.init_from} is not a study-level model to start from")
@@ -237,7 +238,7 @@ def resolve_settings(command, typed, config, model=None):
         ("task", config.tasks, task),
     ):
         if entry in entries:
-            layers.append((f"the config's {kind} {entry}", given(entries[entry].settings)))
+            layers.append((f"the config's {kind} {entry}", given_options(entries[entry].settings)))
     if model and (typed.get("videos") or command == "extract" or dataset.is_of_videos):
         trained = input_options(model.record.input).items()
         trained = {n: v for n, v in trained if v != OPTIONS[n].default}
@@ -259,7 +260,7 @@ def resolve_settings(command, typed, config, model=None):
                     taken.append(f"{option} = {layer[option]} ({source})")
                 break
     print("using " + "; ".join(taken))
-    return validated(Settings, values), dataset
+    return validate_as(Settings, values), dataset
 
 
 def pick_dataset(command, typed, config, model=None):

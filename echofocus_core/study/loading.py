@@ -95,7 +95,7 @@ def is_of_task(path, task, tasks):
     except UserError as error:
         print(f"skipped {path.parent.name}: {error}")
         return False
-    name = record.task if record else releases.released(path.parent).get("task")
+    name = record.task if record else releases.registry_entry(path.parent).get("task")
     if name or task not in tasks:
         return name == task
     return len(tasks[task].task_labels) == n_labels
@@ -271,7 +271,7 @@ def labels_for(folder, record, n_labels, tasks, task=""):
     """
     if record:
         return record.task, record.labels, record.units, "its own file"
-    entry = releases.released(folder)
+    entry = releases.registry_entry(folder)
     if not entry and task not in tasks:
         entry = released_task(task)
     if (

@@ -29,7 +29,7 @@ def sums(columns, weights):
     return np.stack([np.asarray(c, weights.dtype) for c in columns]) @ weights
 
 
-def grouped(group, n_groups, weights, rows=None):
+def sum_by_group(group, n_groups, weights, rows=None):
     """(n_groups, B): weights summed by group. `rows`: the studies of `group`; by default all."""
     rows = np.arange(len(group)) if rows is None else rows
     one = np.ones(len(rows), weights.dtype)
@@ -78,14 +78,14 @@ def weights_at_cuts(key, left, right, weights, left_weights=None, also=()):
     """
     cuts = np.unique(np.concatenate([key[left], also]))
     slot = np.searchsorted(cuts, key[right], side="right")  # cuts[slot - 1] <= key < cuts[slot]
-    below = running_sum(grouped(slot, len(cuts) + 1, weights, right))[:-1]
+    below = running_sum(sum_by_group(slot, len(cuts) + 1, weights, right))[:-1]
     tie = np.flatnonzero(slot)
     tie = tie[cuts[slot[tie] - 1] == key[right[tie]]]
-    tied = grouped(slot[tie] - 1, len(cuts), weights, right[tie])
+    tied = sum_by_group(slot[tie] - 1, len(cuts), weights, right[tie])
     place = np.searchsorted(cuts, key[left])
     if left_weights is None:
-        return cuts, grouped(place, len(cuts), weights, left), below, tied
-    return cuts, grouped(place, len(cuts), left_weights), below, tied
+        return cuts, sum_by_group(place, len(cuts), weights, left), below, tied
+    return cuts, sum_by_group(place, len(cuts), left_weights), below, tied
 
 
 def dot(a, b):
@@ -155,7 +155,7 @@ def share_on_grid(x, weights):
     """
     distinct, value = np.unique(x, return_inverse=True)
     if len(distinct) <= 2 * NODES or weights.shape[1] == 1:
-        return distinct, grouped(value, len(distinct), weights)
+        return distinct, sum_by_group(value, len(distinct), weights)
     nodes = np.linspace(distinct[0], distinct[-1], NODES)
     place = (x - nodes[0]) / (nodes[1] - nodes[0])
     lower = np.minimum(place.astype(int), NODES - 2)
@@ -322,7 +322,7 @@ def mid_ranks(values, weights):
     """(mid-ranks (G, B) of the distinct values minus their mean, the index (S,) of each study's
     value, the sum of squares of the ranks (B,))."""
     distinct, place = np.unique(values, return_inverse=True)
-    half = grouped(place, len(distinct), weights)
+    half = sum_by_group(place, len(distinct), weights)
     ranks = running_sum(half)
     ranks -= half.sum(axis=0) / 2
     half *= 0.5  # in place: these arrays are large
@@ -337,7 +337,9 @@ def weighted_median(values, weights, block=64):
     order = np.argsort(values)
     n_blocks = -(-len(order) // block)
     before = np.zeros((n_blocks + 1, weights.shape[1]), weights.dtype)
-    np.cumsum(grouped(np.arange(len(order)) // block, n_blocks, weights, order), 0, out=before[1:])
+    np.cumsum(
+        sum_by_group(np.arange(len(order)) // block, n_blocks, weights, order), 0, out=before[1:]
+    )
     half, column = before[-1] / 2, np.arange(weights.shape[1])
 
     def first(reached):  # the value at which the running weight has reached half
@@ -361,7 +363,7 @@ def confusion(truth, predicted, n_classes, weights=None):
     """(K, K, B): weight of studies by truth (rows) and predicted class, both integers (S,)."""
     weights = weights_or_ones(weights, len(truth))
     cell = np.asarray(truth, int) * n_classes + np.asarray(predicted, int)
-    return grouped(cell, n_classes**2, weights).reshape(n_classes, n_classes, -1)
+    return sum_by_group(cell, n_classes**2, weights).reshape(n_classes, n_classes, -1)
 
 
 def agreement(table):
@@ -395,10 +397,10 @@ def c_index(time, event, risk, weights=None):
     time, event = np.asarray(time, float), np.asarray(event, bool)
     place = np.unique(np.stack([time, ~event], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
     rank = np.unique(risk, return_inverse=True)[1]
-    at = grouped(place, place.max(initial=0) + 1, weights)
+    at = sum_by_group(place, place.max(initial=0) + 1, weights)
     later = at.sum(axis=0) - running_sum(at)
     events = np.flatnonzero(event)
-    comparable = dot(grouped(place[events], len(at), weights, events), later)
+    comparable = dot(sum_by_group(place[events], len(at), weights, events), later)
     won = np.zeros(weights.shape[1])
     for bit in range(int(place.max(initial=0)).bit_length()):
         upper = (place >> bit) & 1
@@ -408,7 +410,7 @@ def c_index(time, event, risk, weights=None):
         cuts, at, below, tied = weights_at_cuts(
             key, left, right, weights, also=np.unique(start[left])
         )
-        earlier_blocks = grouped(np.searchsorted(cuts, start[left]), len(cuts), weights, left)
+        earlier_blocks = sum_by_group(np.searchsorted(cuts, start[left]), len(cuts), weights, left)
         won += dot(at, below + tied / 2) - dot(earlier_blocks, below)
     with np.errstate(all="ignore"):
         share = np.where(comparable > 0, won / comparable, np.nan)
@@ -425,12 +427,14 @@ def dynamic_auroc(time, event, risk, at, weights=None):
     time, event, risk = np.asarray(time, float), np.asarray(event, bool), np.asarray(risk)
     case, control = np.flatnonzero(event & (time <= at)), np.flatnonzero(time > at)
     distinct, place = np.unique(time, return_inverse=True)
-    at_risk = grouped(place, len(distinct), weights)
+    at_risk = sum_by_group(place, len(distinct), weights)
     at_risk = at_risk.sum(axis=0) - running_sum(at_risk) + at_risk
     ends = np.flatnonzero(event)
-    at_risk -= grouped(place[ends], len(distinct), weights, ends)  # an event precedes censoring
+    at_risk -= sum_by_group(
+        place[ends], len(distinct), weights, ends
+    )  # an event precedes censoring
     censored = np.flatnonzero(~event)
-    censored = grouped(place[censored], len(distinct), weights, censored)
+    censored = sum_by_group(place[censored], len(distinct), weights, censored)
     stays = 1 - np.divide(censored, at_risk, out=np.zeros_like(censored), where=at_risk > 0)
     uncensored = np.concatenate([np.ones((1, stays.shape[1])), np.cumprod(stays, axis=0)])
     uncensored = uncensored[place[case]].astype(weights.dtype)

@@ -162,7 +162,7 @@ class Outcome:
         return replace(self, **pooled), int(mixed.sum())
 
 
-def checked_arrays(label, *arrays):
+def check_arrays(label, *arrays):
     """Float arrays of one length, the truth (S,) first. Raises UserError with the label's name."""
     arrays = [np.asarray(x, float) for x in arrays]
     if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
@@ -201,7 +201,7 @@ class BinaryOutcome(Outcome):
     figures = ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion")
 
     def __post_init__(self):
-        self.truth, self.probability = checked_arrays(self.label, self.truth, self.probability)
+        self.truth, self.probability = check_arrays(self.label, self.truth, self.probability)
         if not np.isin(self.truth[np.isfinite(self.truth)], (0, 1)).all():
             raise UserError(f"{self.label}: a truth is neither 0, 1 nor missing")
         if np.any((self.probability < 0) | (self.probability > 1)):
@@ -275,7 +275,7 @@ class RegressionOutcome(Outcome):
     figures = ("scatter_plots", "bland_altman")
 
     def __post_init__(self):
-        self.truth, self.values = checked_arrays(self.label, self.truth, self.values)
+        self.truth, self.values = check_arrays(self.label, self.truth, self.values)
 
     @property
     def predicted(self):
@@ -324,7 +324,7 @@ class MulticlassOutcome(Outcome):
     figures = ("roc_classes", "confusion_classes")
 
     def __post_init__(self):
-        self.truth, self.probabilities = checked_arrays(self.label, self.truth, self.probabilities)
+        self.truth, self.probabilities = check_arrays(self.label, self.truth, self.probabilities)
         self.classes, K = tuple(self.classes), len(self.classes)
         if self.probabilities.shape != (len(self.truth), K):
             shape = self.probabilities.shape
@@ -387,7 +387,7 @@ class SurvivalOutcome(Outcome):
     figures = ("kaplan_meier",)
 
     def __post_init__(self):
-        arrays = checked_arrays(self.label, self.truth, self.event, self.risk)
+        arrays = check_arrays(self.label, self.truth, self.event, self.risk)
         self.truth, self.event, self.risk = arrays
         if not np.isin(self.event[np.isfinite(self.event)], (0, 1)).all():
             raise UserError(f"{self.label}: an event is neither 0, 1 nor missing")

@@ -41,7 +41,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Parser, UserError, clean_text, progress, run_main
 from echofocus_core.base.files import atomic_path, lock, stamp_of
 from echofocus_core.base.hdf5 import UNREADABLE
-from echofocus_core.base.options import Settings, add_options, validated
+from echofocus_core.base.options import Settings, add_options, validate_as
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
@@ -73,7 +73,7 @@ from echofocus_core.video.store import (
     weights_seen,
     write_study,
 )
-from echofocus_core.video.studies import find_studies, listed, shard_from, visible
+from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -280,7 +280,7 @@ class Summary:
             kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
             print(f"notes in extract_log.csv: {kinds}")
         if self.copies:
-            pairs = listed([" and ".join(pair) for pair in self.copies])
+            pairs = first_and_count([" and ".join(pair) for pair in self.copies])
             RUN.warning(
                 f"{len(self.copies)} files have the same frames as one of another study: {pairs}",
                 "if they are of two patients, one may be in training and the other in the test",
@@ -304,9 +304,13 @@ class Summary:
             kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         if self.empty:
-            print(f"{len(self.empty)} studies without a usable video: {listed(self.empty)}")
+            print(
+                f"{len(self.empty)} studies without a usable video: {first_and_count(self.empty)}"
+            )
         if self.undone:
-            print(f"{len(self.undone)} studies left for the next run: {listed(self.undone)}")
+            print(
+                f"{len(self.undone)} studies left for the next run: {first_and_count(self.undone)}"
+            )
 
     def refuse_nothing(self, source):
         """UserError if a run has no usable study."""
@@ -599,7 +603,7 @@ def main(argv=None):
     add_options(parser, "extract")
     typed = vars(parser.parse_args(argv))
     source, out = typed.pop("source"), typed.pop("out")
-    options = validated(Settings, typed)
+    options = validate_as(Settings, typed)
     grouping = options.group, options.manifest, options.study_id
     studies = find_studies(source, *grouping, leave_out=out)
     summary = extract(studies, out, options)

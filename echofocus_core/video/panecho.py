@@ -36,7 +36,7 @@ from echofocus_core.base.releases import (
     check_source,
     read_source,
     registry,
-    released,
+    registry_entry,
 )
 from echofocus_core.video.record import EncoderRecord, record_of
 
@@ -487,7 +487,7 @@ def licence_of(path, record):
     """The licence of a weights file, from its record, its download or the registry."""
     if record:
         return record.licence
-    entry = read_source(path.parent) or released(path.parent)
+    entry = read_source(path.parent) or registry_entry(path.parent)
     if path.name == "panecho.pt" and not entry:
         entry = registry()["PanEcho"]
     return str(entry.get("licence", "not known"))

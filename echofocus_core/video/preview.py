@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from echofocus_core.base.console import duration, listed, progress, some
+from echofocus_core.base.console import duration, progress, reason_lines, some
 from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
@@ -35,7 +35,7 @@ def preview_extraction(settings, trained_on, listener):
     odd = {name: reason for name, reason in reasons.items() if not reason.startswith(USUAL)}
     if odd:
         listener.warning(
-            f"{len(odd)} files cannot be used:{listed(odd)}",
+            f"{len(odd)} files cannot be used:{reason_lines(odd)}",
             "export them again, or delete them; extraction skips and lists them",
         )
     if empty := sorted({s.name for s in studies} - {s.name for s, _ in usable}):

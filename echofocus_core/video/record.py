@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AliasChoices, Field, model_validator
 
 from echofocus_core.base.console import UserError
-from echofocus_core.base.options import Entry, Text, readable_text, validated
+from echofocus_core.base.options import Entry, Text, readable_text, validate_as
 
 KINDS = {
     "binary": "binary_classification",
@@ -80,7 +80,7 @@ def read_tasks(path):
         raise UserError(f"cannot read the task list {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    task_list = validated(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
+    task_list = validate_as(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
     if not task_list.tasks:
         raise UserError(f"{path} has no task; a task has a name, a type, and classes or a unit")
     return [task.entry() for task in task_list.tasks]
@@ -124,4 +124,4 @@ def record_of(saved, path):
     """The EncoderRecord in the dict of a weights file; None in published files. UserError."""
     if "encoder" not in saved:
         return None
-    return validated(EncoderRecord, saved["encoder"], f"the record in {path}")
+    return validate_as(EncoderRecord, saved["encoder"], f"the record in {path}")

@@ -41,9 +41,9 @@ from echofocus_core.base.console import (
     RUN,
     UserError,
     clean_text,
-    listed,
     printable,
     progress,
+    reason_lines,
     some,
 )
 from echofocus_core.base.files import atomic_path, derive_seed, packed_path, stamp_of
@@ -879,7 +879,7 @@ class VideosOf(Store):
                 self.files[f"{eid}/{name}"] = store.files[eid]
         if left_out:
             findings.warning(
-                f"the videos of {len(left_out)} studies are left out:{listed(left_out, 50)}",
+                f"the videos of {len(left_out)} studies are left out:{reason_lines(left_out, 50)}",
                 "extract these again",
             )
 

@@ -189,15 +189,17 @@ def find_videos(folder, leave_out=None):
                 others[visible(path.suffix.lower()) or "no ending"] += 1
     notes = []
     if packed:
-        notes.append(f"{len(packed)} files are packed and not read: {listed(packed)}")
+        notes.append(f"{len(packed)} files are packed and not read: {first_and_count(packed)}")
     if unreadable:
-        notes.append(f"{len(unreadable)} subfolders cannot be read: {listed(unreadable)}")
+        notes.append(f"{len(unreadable)} subfolders cannot be read: {first_and_count(unreadable)}")
     if others:
         kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
         notes.append(f"{others.total()} files are not videos: {kinds}")
     empty = sorted(set(top) - {video.split("/")[0] for video in videos})
     if 0 < len(empty) < len(top):
-        notes.append(f"{len(empty)} folders hold no video: {listed(list(map(visible, empty)))}")
+        notes.append(
+            f"{len(empty)} folders hold no video: {first_and_count(list(map(visible, empty)))}"
+        )
     return sorted(videos), notes
 
 
@@ -220,7 +222,7 @@ def read_facts(source, files):
         return dict(zip(files, shown, strict=True))
 
 
-def listed(names):
+def first_and_count(names):
     """The first name, and the number of others."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
@@ -256,7 +258,7 @@ def group_by_header(source, files, facts, listener):
             uids.setdefault(folder, set()).add(uid)
     if bad := [visible(f) for f in files if facts[f].bad_uid]:
         listener.warning(
-            f"{len(bad)} files have a StudyInstanceUID that is not valid: {listed(bad)}",
+            f"{len(bad)} files have a StudyInstanceUID that is not valid: {first_and_count(bad)}",
             "they are grouped by folder",
         )
     if not studies:
@@ -274,14 +276,16 @@ def group_by_header(source, files, facts, listener):
     if left_out:
         listener.warning(
             f"{len(left_out)} files have no StudyInstanceUID and are beside DICOM that has: "
-            f"{listed(left_out)}; they are left out",
+            f"{first_and_count(left_out)}; they are left out",
             "--group folder takes the files of a folder together, a --manifest lists them",
         )
     groups = split_studies(studies.values(), facts, listener)
     without = first_folders(others)
     if without:
         names = [visible(group.folder) for group in without]
-        listener.note(f"{len(without)} studies without a StudyInstanceUID: {listed(names)}")
+        listener.note(
+            f"{len(without)} studies without a StudyInstanceUID: {first_and_count(names)}"
+        )
     return [*groups, *without]
 
 
@@ -315,7 +319,7 @@ def split_studies(groups, facts, listener):
     if split:
         listener.warning(
             f"{len(split)} StudyInstanceUIDs are in several folders whose files do not name one "
-            f"patient: {listed(split)}; each folder is a study",
+            f"patient: {first_and_count(split)}; each folder is a study",
             "if they are one study: --group one, or a --manifest",
         )
     return result
@@ -394,7 +398,7 @@ def name_groups(source, groups, study_id, listener):
     if study_id == "uid":
         if without := [name for group, name in zip(groups, names, strict=True) if not group.uid]:
             listener.error(
-                f"no StudyInstanceUID of their own in the files of {listed(without)}",
+                f"no StudyInstanceUID of their own in the files of {first_and_count(without)}",
                 "--study_id folder, and --group dicom where the files are DICOM",
             )
         return [group.uid or name for group, name in zip(groups, names, strict=True)]
@@ -454,7 +458,9 @@ def studies_of_manifests(source, manifests, listener):
     times = Counter(f for paths in files.values() for f in paths)
     present = {f for f in times if os.path.isfile(source / f)}
     if several := sorted(visible(f) for f, n in times.items() if n > 1):
-        listener.warning(f"{len(several)} files are listed in two studies: {listed(several)}")
+        listener.warning(
+            f"{len(several)} files are listed in two studies: {first_and_count(several)}"
+        )
     facts = read_facts(source, sorted(present))
     studies, mixed = [], []
     for name, paths in sorted(files.items()):
