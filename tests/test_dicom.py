@@ -391,6 +391,15 @@ def test_exchanged_bytes_and_high_bits_are_refused(tmp_path):
     assert "12 bits" in refusal(tmp_path / "b")
 
 
+def test_rle_in_several_fragments(tmp_path):
+    dataset = write_dicom(tmp_path / "a", TRUTH, "RGB")
+    dataset.compress(pydicom.uid.RLELossless)
+    frames = list(generate_frames(dataset.PixelData, number_of_frames=6))
+    dataset.PixelData = encapsulate(frames, fragments_per_frame=3)
+    dataset.save_as(tmp_path / "a", enforce_file_format=True)
+    assert error_of(tmp_path / "a") == (0, "")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "fragments", "RLE"])
 def test_compressed_frames_are_counted(tmp_path, kind):
     path = tmp_path / "a"

@@ -213,6 +213,17 @@ def test_one_uid_merges_folders_of_one_patient_only(tmp_path):
         assert [len(n) for n in names] == [len(expected)] * 2
 
 
+def test_one_uid_in_deeper_folders_is_reported(tmp_path):
+    """Series of one study, or patients below one more folder: nothing in the files decides."""
+    for patient, warned in (("", True), ("P", False)):
+        root, listener = tmp_path / f"source{patient}", Collected()
+        for folder in ("site/x", "site/y"):
+            put(root, f"{folder}/a", "1", PatientID=patient)
+        assert len(layout_of(root, listener=listener)) == 1
+        texts = [f.text for f in listener.findings if f.level == "WARNING"]
+        assert any("site/x and site/y" in text for text in texts) == warned
+
+
 def jpeg_copy(path, source, **tags):
     """Write a DICOM file again as JPEG, with other tags."""
     ds = pydicom.dcmread(source)

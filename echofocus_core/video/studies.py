@@ -306,12 +306,16 @@ def places(file, medium):
 def split_studies(groups, facts, listener):
     """Groups of a UID each, split by first folder where nothing says that these are of one patient:
     some programs write one UID into all files."""
-    result, split = [], []
+    result, split, unsure = [], [], []
     for group in groups:
         of_uid = [f for f in group.files if facts[f].study_uid]
         patients = {facts[f].patient for f in of_uid}
-        if len(first_folders(of_uid)) == 1 or (len(patients) == 1 and patients != {""}):
+        one_patient = len(patients) == 1 and patients != {""}
+        if len(first_folders(of_uid)) == 1 or one_patient:
             result.append(group)
+            folders = sorted({PurePosixPath(f).parent.as_posix() for f in of_uid})
+            if len(folders) > 1 and not one_patient:
+                unsure.append(" and ".join(map(visible, folders[:LISTED])))
             continue
         parts = first_folders(group.files)
         result += [replace(part, shared_uid=group.uid) for part in parts]
@@ -321,6 +325,12 @@ def split_studies(groups, facts, listener):
             f"{len(split)} StudyInstanceUIDs are in several folders whose files do not name one "
             f"patient: {first_and_count(split)}; each folder is a study",
             "if they are one study: --group one, or a --manifest",
+        )
+    if unsure:
+        listener.warning(
+            f"{len(unsure)} studies have files without one PatientID in several folders: "
+            f"{first_and_count(unsure)}; each StudyInstanceUID is taken as one study",
+            "if each folder is a patient: give the folder above them as SOURCE, or a --manifest",
         )
     return result
 
