@@ -338,6 +338,20 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
     assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
 
 
+def test_one_forest_plot_for_findings_and_grades(tmp_path):
+    """Both kinds have the AUROC as their main metric: two figures of one name would be one."""
+    rng = np.random.default_rng(0)
+    truth, p = rng.integers(2, size=40), rng.random(40)
+    outcomes = [st.BinaryOutcome(label, truth, p) for label in "ab"]
+    for label in "cd":
+        outcomes.append(st.MulticlassOutcome(label, truth, np.stack([1 - p, p], 1), ("no", "yes")))
+    studies = evaluation.Studies([str(i) for i in range(40)], np.arange(40), outcomes)
+    report = Report(tmp_path, "x", studies, n_boot=20)
+    report.write()
+    files = [figure["file"] for figure in report.figures if figure["file"].startswith("forest")]
+    assert files == ["forest_auroc_x"]
+
+
 def test_folds_of_a_cross_validation_say_who_is_missing():
     table = pd.DataFrame({"pid": list("abcd")}, index=list("1234"))
     parts = [["train", "test", "val", "known to m"], ["test", "train", "test", "train"]]

@@ -146,14 +146,15 @@ class Report:
             self.figure(file, title, draw, panel.legend)
 
     def draw_forests(self):
-        """Draw a forest plot of the labels of each kind if they have the same unit."""
-        for kind in dict.fromkeys(map(type, self.studies.outcomes)):
-            rows = [self.headlines[o.label] for o in self.studies.outcomes if type(o) is kind]
+        """Draw a forest plot of the labels with the same main metric, where it has one unit."""
+        outcomes = self.studies.outcomes
+        for metric in dict.fromkeys(o.headline for o in outcomes):
+            rows = [self.headlines[o.label] for o in outcomes if o.headline == metric]
             if len(rows) > 1 and len({x.unit for x in rows}) == 1:
-                name = metric_name(kind.headline, rows[0].unit)
+                name = metric_name(metric, rows[0].unit)
                 more = f" of the first {curves.MAX_ROWS} labels" * (len(rows) > curves.MAX_ROWS)
                 draw = partial(curves.forest, [(x.label, x) for x in rows], name)
-                self.figure(f"forest_{kind.headline}", f"{name}{more}", draw)
+                self.figure(f"forest_{metric}", f"{name}{more}", draw)
 
     def write_groups(self, column):
         """Write the table and forest plots of a column's groups; returns [(group, Estimate)]."""
