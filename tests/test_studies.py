@@ -452,7 +452,7 @@ def test_videos_of_a_published_config(tmp_path):
     (study,) = studies.studies_of_dataset(tmp_path, form, ["102", "7", "../x"], listener)
     assert study.name == "102" and study.source("s/b.avi") == tmp_path / "102_trim" / "s" / "b.avi"
     assert [f.text for f in listener.findings] == [
-        f"2 studies have no video below {tmp_path}: 7, ../x"
+        f"2 studies have no video in {tmp_path}/{{echo_id}}_trim: 7, ../x"
     ]
     with pytest.raises(UserError, match=r"no \{echo_id\}"):
         studies.studies_of_dataset(tmp_path, "trim")

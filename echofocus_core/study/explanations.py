@@ -68,9 +68,10 @@ def explained_studies(job):
     if settings.subset != "all":
         eids = [eid for eid in eids if folds[eid] == settings.subset]
     if not eids:
-        hint = "; --subset all includes studies that the models have seen"
-        hint *= isinstance(model, LoadedEnsemble)
-        raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
+        raise UserError(
+            f"no study of {settings.dataset} is in the fold {settings.subset}; --subset all "
+            f"includes those that {model.folder.name} has seen"
+        )
     return sorted(eids), truths, patients
 
 

@@ -575,7 +575,10 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
         if has_one_patient(files, facts, listener):
             studies.append(study_of(eid, base, Group(files, folder=folder), facts))
     if absent:
-        listener.warning(f"{len(absent)} studies have no video below {base}: {some(absent)}")
+        listener.warning(
+            f"{len(absent)} studies have no video in {base / folder_format}: {some(absent)}",
+            "video_subdir_format in the config gives the name of a study's folder",
+        )
     return studies
 
 
