@@ -25,6 +25,7 @@ from echofocus_core.study.sources import refuse_mixed
 from echofocus_core.video import panecho
 from echofocus_core.video import store as st
 from echofocus_core.video.record import EncoderRecord
+from echofocus_core.video.single_videos import VideosOf
 from tests.helpers import normal, write_embeddings
 
 TEXT = h5py.string_dtype()
@@ -111,7 +112,7 @@ def test_the_same_videos_in_two_studies(folder, packed):
         pack(folder)
     store = st.open_store(folder, Collected(), most_videos=1)
     assert store.copies(list(store.files)) == [["s0", "t", "u"]]
-    videos = st.VideosOf(store)
+    videos = VideosOf(store)
     assert videos.copies([x for x in videos.files if x != "s0/v0.avi"]) == [
         ["s0/v1.avi", "t/v0.avi", "u/v0.avi"]
     ]

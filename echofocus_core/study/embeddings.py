@@ -11,7 +11,8 @@ from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.network import EachQuery
 from echofocus_core.study.sources import warn_of_other_input
-from echofocus_core.video.store import UnreadableStudy, VideosAsStudies
+from echofocus_core.video.single_videos import VideosAsStudies
+from echofocus_core.video.store import UnreadableStudy
 
 
 def is_embedded(path):

@@ -9,7 +9,8 @@ from echofocus_core.base.console import EXTRACT, RUN, some
 from echofocus_core.study.folds import sample_ids, stored_names
 from echofocus_core.study.labels import label_file, read_rows
 from echofocus_core.video import extract, panecho
-from echofocus_core.video.store import MADE_WITH, VideosOf, open_store
+from echofocus_core.video.single_videos import VideosOf
+from echofocus_core.video.store import MADE_WITH, open_store
 from echofocus_core.video.studies import studies_of_dataset
 
 CLIP_EMBEDDINGS = Path("clip_embeddings")  # of --videos, unless --keep names another folder
