@@ -3,12 +3,13 @@
 The table is what `echofocus.py predict` writes with the same encoder; other options are passed on.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, not embed/
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # the repository, not embed/
 
-import echofocus  # noqa: E402
 from echofocus_core.base.console import Parser, run_main  # noqa: E402
 from echofocus_core.video.panecho import find_weights  # noqa: E402
 
@@ -23,7 +24,7 @@ def main(argv=None):
     file = find_weights(typed.weights).resolve()
     out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"
     line = [f"--model_name={file}", f"--weights={file}", f"--out={out}", f"--videos={typed.folder}"]
-    echofocus.main(["predict", *line, *more])
+    sys.exit(subprocess.call([sys.executable, ROOT / "echofocus.py", "predict", *line, *more]))
 
 
 if __name__ == "__main__":

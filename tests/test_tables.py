@@ -219,8 +219,8 @@ def test_one_column_says_how_another_is_read():
     ],
 )  # fmt: skip
 def test_dates(cells, expected, order):
-    dates, how = tables.read_dates(pd.Series(cells, dtype=object))
-    assert how == order and (dates is None) == (expected is None)
+    dates, read_order = tables.read_dates(pd.Series(cells, dtype=object))
+    assert read_order == order and (dates is None) == (expected is None)
     if expected:
         actual = dates.dropna().dt.tz_localize(None).tolist()
         assert actual == [pd.Timestamp(x) for x in expected]
