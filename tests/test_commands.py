@@ -297,6 +297,7 @@ def test_wrong_options(cohort, cli):
     for line, message in (
         (["train", "--task", "defects"], "no task defects; did you mean defect"),
         (["train", "--split", "50,50"], "three percentages"),
+        (["train", "--split", "60,20,30"], "sum to 100"),
         (["train", "--clip-dropout", "1"], "--clip_dropout should be less"),
         (["train", "--learning-rate", "nan"], "--learning_rate should be"),
         (["train", "--batch_number", "0"], "--batch_number should be"),

@@ -276,7 +276,8 @@ def test_folds_of_a_labelled_dataset(dataset, stratify, new):
     table = table_of("abcd", "1234")
     parent = Seen.of(table[:2].assign(fold=["train", "val"]), "00")
     ancestor = Seen.of(table[1:3].assign(fold="train"), "01")
-    record = Record(labels=["x"], dataset="s", settings=Settings(split="9,0,0", stratify=stratify))
+    settings = Settings(split="100,0,0", stratify=stratify)
+    record = Record(labels=["x"], dataset="s", settings=settings)
     model = SimpleNamespace(seen=[parent, ancestor], record=record, folder=Path("m"))
     folds, evidence = fd.folds_for(model, table, dataset, Collected())
     assert list(folds) == ["train", "val", "seen by an ancestor", new]

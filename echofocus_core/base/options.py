@@ -5,7 +5,6 @@ record on one line, with its place.
 """
 
 import json
-import math
 import re
 from argparse import SUPPRESS
 from ast import literal_eval
@@ -97,8 +96,8 @@ def percentages(value):
         numbers = [float(x) for x in words]
     except (TypeError, ValueError):
         numbers = []
-    if len(numbers) != 3 or not min(numbers) >= 0 or not 0 < sum(numbers) < math.inf:
-        raise ValueError(f"three percentages as in 64,16,20, not {shown(value)}")
+    if len(numbers) != 3 or not min(numbers) >= 0 or not abs(sum(numbers) - 100) < 0.2:
+        raise ValueError(f"three percentages that sum to 100, as in 64,16,20, not {shown(value)}")
     return ",".join(f"{x:.15g}" for x in numbers)
 
 
