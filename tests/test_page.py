@@ -224,7 +224,7 @@ def test_pixels_in_the_browser_are_those_of_the_video(folder, tab):
         tab.wait_for_function(
             "v => !v.seeking && v.readyState > 1", arg=player.locator("video").element_handle()
         )
-        tab.wait_for_timeout(150)
+        tab.wait_for_timeout(400)
         data = np.frombuffer(player.locator("video").screenshot(), np.uint8)
         image = cv2.resize(cv2.imdecode(data, cv2.IMREAD_COLOR), (160, 120))[10:110, 10:150]
         alike.append([

@@ -113,7 +113,11 @@ def results_in(folder):
     """Name -> path of a run's output files, except those that depend on place or time."""
     paths = (p for p in folder.rglob("*") if p.is_file() and "frame_cache" not in p.parts)
     names = {re.sub("source_[0-9a-f]{8}", "source", str(p.relative_to(folder))): p for p in paths}
-    return {k: p for k, p in names.items() if k != "seconds" and not k.endswith((".tmp", ".lock"))}
+    return {
+        k: p
+        for k, p in names.items()
+        if k != "seconds" and ".tmp" not in k and not k.endswith(".lock")
+    }
 
 
 def content_of(path):
