@@ -78,9 +78,10 @@ class VideoFile:
             self.dicom.file.close()
 
     def check(self):
-        """VideoError if the video has no clips, as far as its header shows."""
+        """VideoError if the video has no clips, as far as its header and a few frames show."""
         if self.dicom:
             open_frames(self.dicom, [], self.is_series)
+            next(self.frames(), None)  # compares the declared layout with others
         else:
             check_size(self.path)
 
