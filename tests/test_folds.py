@@ -188,12 +188,12 @@ def test_patients_whom_the_encoder_saw(trained, cli):
     """They leave validation and test, by patient or study, in training and in later tests."""
     tests, val = sorted(trained["test"]), sorted(trained["val"])
     patients = pd.read_csv("labels.csv", dtype=str).set_index("eid")["pid"]
-    whom = {"pid": ["none", patients[val[0]], "none"], "fold": ["train"] * 2 + ["val"]}
-    whom = pd.DataFrame(whom, index=[tests[0], "elsewhere", tests[-1]])
+    seen_ids = {"pid": ["none", patients[val[0]], "none"], "fold": ["train"] * 2 + ["val"]}
+    seen_ids = pd.DataFrame(seen_ids, index=[tests[0], "elsewhere", tests[-1]])
     for path in Path("emb").glob("*.hdf5"):
         with h5py.File(path, "a") as f:
             f.attrs["weights_sha256"] = "ab"
-    keep_encoder_seen("emb", "ab", [Seen.of(whom, "00")])
+    keep_encoder_seen("emb", "ab", [Seen.of(seen_ids, "00")])
     keep_encoder_seen("emb", "other", [Seen.of(patients.to_frame().assign(fold="train"), "00")])
     gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
     warning = f"left out {len(gone)} studies of val and test: the encoder has seen them"
