@@ -329,8 +329,8 @@ def study_embeddings(model, source, **options):
 
     settings, store, eids = studies_of(model, source, options)
     unreadable = {}
-    outcome = run_studies(model.net, store, eids, settings, unreadable=unreadable)
-    table = pd.DataFrame(outcome.embeddings, index=pd.Index(outcome.eids, name="eid"))
+    results = run_studies(model.net, store, eids, settings, unreadable=unreadable)
+    table = pd.DataFrame(results.embeddings, index=pd.Index(results.eids, name="eid"))
     table.attrs["left_out"] = unreadable
     return table
 

@@ -166,7 +166,7 @@ def measure_compute(folder, store, eids, targets, args, ways):
         p: torch.optim.AdamW(ours.parameters(), lr=1e-4, weight_decay=0.01) for p in args.precision
     }
     common = dict(
-        targets=targets, outputs=Outputs.of([str(i) for i in range(ours.n_labels)], "binary")
+        targets=targets, outputs=Outputs.of([str(i) for i in range(ours.n_outputs)], "binary")
     )
 
     def train(precision):

@@ -73,9 +73,9 @@ def by_rule(**kwargs):
     return net
 
 
-def published_model(folder, n_labels, scaling=None, numpy_1=False, kind="standard"):
+def published_model(folder, n_outputs, scaling=None, numpy_1=False, kind="standard"):
     """A model folder as released: published keys, with numpy objects in the checkpoint."""
-    net = StudyModel(n_labels, kind)
+    net = StudyModel(n_outputs, kind)
     if scaling:
         scaling = {k: dict(v) if isinstance(v, dict) else v for k, v in scaling.items()}
         for entry in (x for x in scaling.values() if isinstance(x, dict)):

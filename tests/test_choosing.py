@@ -127,7 +127,7 @@ class MeanOfClips(Aggregator):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.layers = nn.ModuleList(nn.Linear(768, 768) for _ in range(self.depth))
-        self.last = nn.Linear(768, self.n_labels)
+        self.last = nn.Linear(768, self.n_outputs)
 
     def read(self, tokens, lengths, rng):
         x = torch.stack([study.mean(0) for study in tokens.split(list(lengths))])

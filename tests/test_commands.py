@@ -362,7 +362,9 @@ def test_malicious_checkpoint_is_refused(cohort, cli):
 
     folder = cohort / "trained_models" / "evil"
     folder.mkdir(parents=True)
-    torch.save({"model_state_dict": by_rule(n_labels=1).state_dict(), "x": Evil()}, folder / "b.pt")
+    torch.save(
+        {"model_state_dict": by_rule(n_outputs=1).state_dict(), "x": Evil()}, folder / "b.pt"
+    )
     (folder / "b.pt").rename(folder / "best_checkpoint.pt")
     status, _, err = cli("predict", "--model_name", "evil")
     assert status == 1 and "refused" in err and "io.open" in err

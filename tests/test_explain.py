@@ -40,7 +40,7 @@ def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=Non
 
 def test_published_integrated_gradients():
     """With the published quadrature (64 right Riemann steps) the published attributions."""
-    numbers, net = recorded("study_parity.npz"), by_rule(n_labels=22)
+    numbers, net = recorded("study_parity.npz"), by_rule(n_outputs=22)
     published = dict(explain_method="riemann_right", explain_steps=64)
     actual = attributed(net, study(2), **published)
     clips = numbers["ig/A/2/attributions"].sum(2)
@@ -52,12 +52,12 @@ def test_published_integrated_gradients():
 
 
 MODELS = [
-    dict(n_labels=3),
-    dict(n_labels=3, depth=3),
-    dict(n_labels=3, depth=0),
-    dict(n_labels=3, combine="max"),
-    dict(n_labels=3, kind="query"),
-    dict(n_labels=3, kind="multiquery", depth=2),
+    dict(n_outputs=3),
+    dict(n_outputs=3, depth=3),
+    dict(n_outputs=3, depth=0),
+    dict(n_outputs=3, combine="max"),
+    dict(n_outputs=3, kind="query"),
+    dict(n_outputs=3, kind="multiquery", depth=2),
 ]
 
 
@@ -80,7 +80,7 @@ def test_the_substitution_of_the_path():
     """Each video's score against Captum's own engine along alpha = u^5, 64 Gauss-Legendre nodes."""
     from captum.attr import IntegratedGradients
 
-    net, bag = by_rule(n_labels=22), study(2)[:, :8]
+    net, bag = by_rule(n_outputs=22), study(2)[:, :8]
     actual = attributed(net, bag, [0, 5])
     x = bag.flatten(0, 1)
 
@@ -96,7 +96,7 @@ def test_the_substitution_of_the_path():
 
 
 def test_leave_one_out_is_the_change_without_the_video():
-    net, bag = by_rule(n_labels=4, depth=2), study(2)[:, :3]
+    net, bag = by_rule(n_outputs=4, depth=2), study(2)[:, :3]
     actual = attributed(net, bag, [1, 3], explain_method="leave_one_out", batch_tokens=40)
     whole = net(bag.flatten(0, 1), [21])[0][0, [1, 3]]
     for v in range(7):

@@ -21,7 +21,7 @@ from echofocus_core.study.input_check import (
     interval_half_width,
 )
 from echofocus_core.study.loading import novelty_from
-from echofocus_core.study.loop import Outcome, run_studies
+from echofocus_core.study.loop import Results, run_studies
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
@@ -48,7 +48,7 @@ class DrawnStore:
 
 
 def test_another_extraction_is_in_the_range_nine_times_of_ten():
-    net, studies = by_rule(n_labels=4).eval(), range(12)
+    net, studies = by_rule(n_outputs=4).eval(), range(12)
     resamples = Resamples(DrawnStore(), "clips")
     drawn = [resamples.read((s, k)).embeddings for s in studies for k in range(DRAWS)]
     half_width = interval_half_width(answers(net, drawn).reshape(12, DRAWS, 4), [6] * 12, [8] * 12)
@@ -172,11 +172,11 @@ def test_a_study_that_vanishes_has_no_range(cohort):
         Path("m"), net, "t", Outputs.of("ab", "binary"), None, Record(labels=["a", "b"]), {}
     )
     settings, eids = Settings(spread="clips"), ["1000", "1001"]
-    outcome = run_studies(net, store, eids, settings)
+    results = run_studies(net, store, eids, settings)
     report = InputReport(modulo=dict.fromkeys(eids, False))
-    before = half_widths_of(model, store, outcome, settings, report)
+    before = half_widths_of(model, store, results, settings, report)
     (cohort / "emb" / "1000.hdf5").unlink()
-    after = half_widths_of(model, store, outcome, settings, report)
+    after = half_widths_of(model, store, results, settings, report)
     assert np.isnan(after[0]).all()
     np.testing.assert_allclose(after[1], before[1], rtol=1e-4)
 
@@ -187,7 +187,7 @@ def test_the_end_of_a_box_cox_scale_is_a_warning():
     scaling = {"a": plain | {"apply_boxcox": True, "lmbda": -1.0}, "b": plain}
     record = Record(labels=["a", "b"])
     model = LoadedModel(Path("m"), None, "t", Outputs.of("ab", "regression"), scaling, record, {})
-    outcome = Outcome(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
-    rows, _ = prediction_table(model, outcome, InputReport(), np.full((2, 2), 0.1))
+    results = Results(["x", "y"], np.float32([[5, 1], [0, 1]]), None, [], [1, 1], [4, 4])
+    rows, _ = prediction_table(model, results, InputReport(), np.full((2, 2), 0.1))
     assert rows["warning"].tolist() == ["a: past the end of the Box-Cox scale", ""]
     assert np.isnan(rows["a"][0]) and rows["a_low"][1] < rows["a"][1] < rows["a_high"][1]

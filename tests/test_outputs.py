@@ -79,7 +79,7 @@ def test_cox_partial_likelihood():
 def test_losses_of_mixed_labels():
     """Each label's loss, as torch has it on the raw scores of the classes; missing ones add 0."""
     rng = np.random.default_rng(1)
-    net, grouped = by_rule(n_labels=6), by_rule(n_labels=6, groups=MIXED.groups)
+    net, grouped = by_rule(n_outputs=6), by_rule(n_outputs=6, groups=MIXED.groups)
     x, lengths = torch.tensor(rng.normal(size=(20, 768)), dtype=torch.float32), [4] * 5
     raw, _ = net(x, lengths)
     logits, _ = grouped(x, lengths)
@@ -288,7 +288,7 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
     }
 
     def gradients(tokens):
-        net = by_rule(n_labels=1).requires_grad_(True)
+        net = by_rule(n_outputs=1).requires_grad_(True)
         for module in net.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -15,7 +15,7 @@ from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import InputReport
 from echofocus_core.study.job import Job
 from echofocus_core.study.loading import read_checkpoint
-from echofocus_core.study.loop import Outcome
+from echofocus_core.study.loop import Results
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
@@ -49,8 +49,8 @@ def test_one_answer_that_is_no_number_is_blank_with_a_warning():
     net = StudyModel(2)
     record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
     model = LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
-    outcome = Outcome(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
-    rows, left_out = prediction_table(model, outcome, InputReport({"x": "odd"}))
+    results = Results(["x", "y"], np.float32([[2, np.nan], [-1, 1]]), None, [], [1, 1], [4, 4])
+    rows, left_out = prediction_table(model, results, InputReport({"x": "odd"}))
     assert left_out == {} and rows["warning"].tolist() == ["odd; b: no number", ""]
     assert rows["b_decision"].isna().tolist() == [True, False] and rows["b_decision"][1] == 1
     assert rows["a_decision"].tolist() == [1, 0] and (rows["b_threshold"] == 0.4).all()
@@ -213,10 +213,10 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, _, err = cli("predict", "--model_name", "PanEcho", "--out", "p.csv")
     assert status == 0, err
-    outcome = pd.read_csv("p.csv").set_index("eid")
+    results = pd.read_csv("p.csv").set_index("eid")
     for eid, rows in (("a", slice(0, 4)), ("b", slice(4, 6))):
         mean = {name: out[rows].mean(0).tolist() for name, out in outputs.items()}
-        row = outcome.loc[eid]
+        row = results.loc[eid]
         assert row["EF [%]"] == pytest.approx(mean["EF"][0], rel=1e-4)
         assert row["E|EAvg"] == pytest.approx(mean["E|EAvg"][0], rel=1e-4)
         assert row["AVStenosis: Severe"] == pytest.approx(mean["AVStenosis"][2], rel=1e-4)
@@ -225,7 +225,7 @@ def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
             mean["LVWallMotionAbnormalities"][0], rel=1e-4
         )
         assert row["LVOT20mmHg"] == pytest.approx(mean["LVOT20mmHg"][0], rel=1e-4)
-    assert len(outcome.columns) == 2 + sum(out.shape[1] for out in outputs.values()) + 1
+    assert len(results.columns) == 2 + sum(out.shape[1] for out in outputs.values()) + 1
     status, _, err = cli("embed", "--model_name", "PanEcho")
     with h5py.File(folder / "embeddings_site_panecho.h5") as f:
         np.testing.assert_allclose(f["a"][:], embeddings[:4].mean(0), rtol=1e-4, atol=1e-6)

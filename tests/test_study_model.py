@@ -13,11 +13,11 @@ from echofocus_core.study.config import Task
 from echofocus_core.study.outputs import Outputs, scale, study_losses, unscale
 
 MODELS = {
-    "A": dict(n_labels=22),
-    "Amax": dict(n_labels=22, combine="max"),
-    "B": dict(n_labels=18, depth=5),
-    "Q": dict(n_labels=12, kind="query"),
-    "Q0": dict(n_labels=12, kind="query", depth=0),
+    "A": dict(n_outputs=22),
+    "Amax": dict(n_outputs=22, combine="max"),
+    "B": dict(n_outputs=18, depth=5),
+    "Q": dict(n_outputs=12, kind="query"),
+    "Q0": dict(n_outputs=12, kind="query", depth=0),
 }
 
 
@@ -39,7 +39,7 @@ def test_published_outputs_and_study_embeddings(name):
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_equals_torch_modules(kind, depth):
     """Packed studies and the shortened last layer against torch's modules, a study at a time."""
-    net = by_rule(n_labels=4, kind=kind, depth=depth)
+    net = by_rule(n_outputs=4, kind=kind, depth=depth)
     bags = [torch.from_numpy(normal(n, n, 768)) for n in (3, 17, 5)]
     logits, _ = net(torch.cat(bags), [3, 17, 5])
     for bag, actual in zip(bags, logits, strict=True):
@@ -55,7 +55,7 @@ def test_equals_torch_modules(kind, depth):
 
 
 def test_training_mode_drops_out():
-    net = by_rule(n_labels=2).train()
+    net = by_rule(n_outputs=2).train()
     x = torch.from_numpy(normal(0, 6, 768))
     torch.manual_seed(0)
     assert not torch.allclose(net(x, [6])[0], net(x, [6])[0])
@@ -111,7 +111,7 @@ def test_dropout_on_a_cpu():
     assert torch.allclose(x.grad, kept * 1.25)
     assert torch.equal(packed.drop(x, dropout, np.random.default_rng(0)), y)
     assert not torch.equal(packed.drop(x, dropout, np.random.default_rng(1)), y)
-    net, bag = by_rule(n_labels=3, depth=2), torch.from_numpy(normal(5, 30, 768))
+    net, bag = by_rule(n_outputs=3, depth=2), torch.from_numpy(normal(5, 30, 768))
     expected = net(bag, [10, 20])[0]
     for module in net.modules():
         if isinstance(module, nn.Dropout):

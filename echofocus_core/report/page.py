@@ -138,7 +138,9 @@ def write_page(page):
         text = report.render(common, up="../", study=view, before=before, after=after)
         write_text(folder / view.href, text)
     left_out = [tuple(map(printable, pair)) for pair in page.left_out.items()]
-    labels = [f"{x} ({page.plain[x]})" if page.plain.get(x) else x for x in page.model.labels]
+    labels = [
+        f"{x} ({page.plain[x]})" if page.plain.get(x) else x for x in page.model.outputs.names
+    ]
     text = environment.get_template("page_list.html").render(
         common, up="", studies=views, left_out=left_out, labels=labels,
         data=[view.list_data() for view in views],
@@ -202,7 +204,7 @@ class StudyView:
     def __init__(self, page, study, href):
         self.page, self.study, self.href = page, study, href
         self.eid, self.row, self.videos = study.eid, study.row, study.videos
-        self.labels = [label_view(page, study, i) for i in range(len(page.model.labels))]
+        self.labels = [label_view(page, study, i) for i in range(len(page.model.outputs.names))]
         explained = [label for label in self.labels if label.scores]
         for label in sorted(explained, key=lambda label: -label.clarity)[:MAX_DETAILS]:
             label.details = True
@@ -362,7 +364,7 @@ class Scores:
 
 def label_view(page, study, i):
     """LabelView of output i of a PageStudy."""
-    model, label = page.model, page.model.labels[i]
+    model, label = page.model, page.model.outputs.names[i]
     unit = model.unit(label)
     ending = f" [{unit}]" if unit else ""
     value, low, high = (

@@ -1,7 +1,7 @@
 """The contribution of each clip of a study to the answers of a study-level model.
 
 `net` is a model called as net(tokens (N, D), lengths (S)) -> (outputs (S, T), embeddings), with
-`n_labels`, `turning_point` and `clip_shares`; `model` is a loaded model, with `net`.
+`n_outputs`, `turning_point` and `clip_shares`; `model` is a loaded model, with `net`.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     method, (V, C, _) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
     if method == "attention":
-        shares = net.clip_shares(tokens).expand(net.n_labels, -1)
+        shares = net.clip_shares(tokens).expand(net.n_outputs, -1)
         scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
         return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
     if method == "leave_one_out":
@@ -162,7 +162,7 @@ def outputs_without(net, bag, settings):
     V, C, _ = bag.shape
     device = device_of(net)
     if V == 1:
-        return torch.full((1, net.n_labels), torch.nan, device=device)
+        return torch.full((1, net.n_outputs), torch.nan, device=device)
     bag, outputs = torch.from_numpy(np.ascontiguousarray(bag, np.float32)).to(device), []
     together = max(1, min(settings.batch_tokens // ((V - 1) * C), settings.batch_size or V))
     for first in range(0, V, together):
@@ -211,7 +211,7 @@ def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
     NaN if missing, for the loss.
     """
     net = model.net
-    truths = np.full(net.n_labels, np.nan) if truths is None else truths
+    truths = np.full(net.n_outputs, np.nan) if truths is None else truths
     targets = None
     if settings.explain_mode == "loss":
         columns = [i for i in columns if not np.isnan(truths[i])]
@@ -221,7 +221,7 @@ def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
         return explanation
     tokens = as_tokens(net, bag.embeddings)
     outputs = outputs_of(net, [tokens, path_start(baseline, tokens)], settings)
-    losses = model.losses(outputs[:1], torch.tensor(truths).to(outputs)[None], range(net.n_labels))
+    losses = model.losses(outputs[:1], torch.tensor(truths).to(outputs)[None], range(net.n_outputs))
     objectives = Objectives(columns, targets, model.losses)
     attribution = attribute_clips(net, bag.embeddings, settings, objectives, baseline)
     without = outputs_without(net, bag.embeddings, settings)

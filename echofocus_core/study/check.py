@@ -113,7 +113,7 @@ def check_model(typed, config, listener):
             return listener.ok(f"no model {name} yet, none checked; --model_name names one")
     model = load_named(name, run_id, config.tasks, task, pick_device(typed.get("device", "")))
     folder = model.folder
-    listener.ok(f"{folder.name}: task {model.task}, {len(model.labels)} labels")
+    listener.ok(f"{folder.name}: task {model.task}, {len(model.outputs.names)} labels")
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
     return model
@@ -191,8 +191,8 @@ def check_data(job, section):
             folds = check_folds(job, (task, table, studies, store), listener)
     if headers and (model or task):
         with section("time", "") as listener:
-            n_labels = len(model.labels if model else task.outputs.names)
-            check_time(n_labels, store, sorted(headers), folds, settings, listener)
+            n_outputs = len(model.outputs.names if model else task.outputs.names)
+            check_time(n_outputs, store, sorted(headers), folds, settings, listener)
 
 
 def check_labels(job, listener):
@@ -263,13 +263,13 @@ def seconds_of(step):
     return time.perf_counter() - began
 
 
-def check_time(n_labels, store, eids, folds, settings, listener):
+def check_time(n_outputs, store, eids, folds, settings, listener):
     """Estimate the time of an epoch and of a prediction, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
-    net = build(settings, n_labels).to(device)
-    outputs = Outputs.of(list(map(str, range(n_labels))), "binary")
-    targets = dict.fromkeys(eids, np.zeros(n_labels))
+    net = build(settings, n_outputs).to(device)
+    outputs = Outputs.of(list(map(str, range(n_outputs))), "binary")
+    targets = dict.fromkeys(eids, np.zeros(n_outputs))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
     context = LoopContext(net, store, settings, targets, outputs)
     steps = {

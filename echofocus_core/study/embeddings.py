@@ -53,7 +53,7 @@ def embed_studies(f, model, store, eids, settings, unreadable):
     """
     net = model.net
     if not settings.pool_queries:
-        net, f.attrs["labels"] = EachQuery(net), model.labels
+        net, f.attrs["labels"] = EachQuery(net), model.outputs.names
     outcome = run_studies(net, store, eids, settings, unreadable=unreadable, label="embed")
     for eid, embedding in zip(outcome.eids, outcome.embeddings, strict=True):
         f[eid] = embedding

@@ -67,7 +67,7 @@ class EndToEnd(nn.Module):
         self.stages = int(freeze.removeprefix("stages:")) if freeze.startswith("stages:") else 0
         self.begin_epoch(1)
 
-    n_labels = property(lambda self: self.study.n_labels)
+    n_outputs = property(lambda self: self.study.n_outputs)
 
     @property
     def encoder_frozen(self):

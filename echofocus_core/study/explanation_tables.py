@@ -27,7 +27,7 @@ def video_rows(model, explanation, settings):
     parts, videos = [], np.array(explanation["videos"], object)
     answers = {k: model.readable(explanation[k]) for k in ("answer", "baseline", "without")}
     for k, i in enumerate(explanation["columns"]):
-        label, absolute = model.labels[i], explanation["absolute"][k]
+        label, absolute = model.outputs.names[i], explanation["absolute"][k]
         factor, unit = score_unit(model, label, settings)
         order = np.argsort(-absolute, kind="stable")
         columns = {
@@ -48,7 +48,11 @@ def top_rows(model, explanation, settings, truths, dataset):
     for k, i in enumerate(explanation["columns"]):
         absolute, videos = explanation["absolute"][k], explanation["videos"]
         loss = np.nan if np.isnan(explanation["truths"][i]) else explanation["losses"][i]
-        row = {"echo_id": explanation["eid"], "measure": model.labels[i], "y_true": truths[i]}
+        row = {
+            "echo_id": explanation["eid"],
+            "measure": model.outputs.names[i],
+            "y_true": truths[i],
+        }
         row |= {"y_pred": values[i], "loss": loss}
         best = [(videos[v], absolute[v]) for v in np.argsort(-absolute, kind="stable")]
         best += [("", np.nan)] * settings.explain_n  # blank if a study has fewer videos
@@ -77,11 +81,11 @@ def write_explanations(job, explanations, truths, names, warnings):
             truth = truths.loc[explanation["eid"]].to_numpy()
             rows = video_rows(model, explanation, settings)
             if labelled:
-                of_label = dict(zip(model.labels, truth, strict=True))
+                of_label = dict(zip(model.outputs.names, truth, strict=True))
                 rows.insert(2, "y_true", rows["label"].map(of_label))
             videos.append(rows)
             tops += top_rows(model, explanation, settings, truth, dataset)
-            labels = [model.labels[i] for i in explanation["columns"]]
+            labels = [model.outputs.names[i] for i in explanation["columns"]]
             f[f"{explanation['eid']}/scores"] = explanation["scores"]  # (T, V, C), network's units
             for name, texts in (("labels", labels), ("videos", explanation["videos"])):
                 f[explanation["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
@@ -114,8 +118,8 @@ def explanation_names(model, settings, dataset, columns, eids):
     if settings.eids or settings.select != "all":
         key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
         chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
-    if len(columns) < len(model.labels):
-        labels = [model.labels[i] for i in columns]
+    if len(columns) < len(model.outputs.names):
+        labels = [model.outputs.names[i] for i in columns]
         text, exact = "_".join(re.sub(r"\W", "-", x) for x in labels), "_".join(labels)
         if len(text) > 40 or text != exact:
             digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]

@@ -28,10 +28,10 @@ def label_columns(model, labels=None):
     for label in labels or ():
         if label in unlearnt:
             raise UserError(f"{name} has not learnt {label}: nothing to explain")
-        if label not in model.labels:
-            raise UserError(f"no label {label} in {name}{nearest(label, model.labels)}")
-    labels = labels or [label for label in model.labels if label not in unlearnt]
-    return [model.labels.index(label) for label in labels]
+        if label not in model.outputs.names:
+            raise UserError(f"no label {label} in {name}{nearest(label, model.outputs.names)}")
+    labels = labels or [label for label in model.outputs.names if label not in unlearnt]
+    return [model.outputs.names.index(label) for label in labels]
 
 
 # ---------------------------------------------------------------------------------------- studies
@@ -76,7 +76,7 @@ def explained_studies(job):
 
 
 def no_truths(model, eids):
-    return pd.DataFrame(np.nan, index=pd.Index(eids, name="eid"), columns=model.labels)
+    return pd.DataFrame(np.nan, index=pd.Index(eids, name="eid"), columns=model.outputs.names)
 
 
 def select_studies(job, eids, truths, columns):
@@ -84,24 +84,24 @@ def select_studies(job, eids, truths, columns):
     model, settings, select = job.model, job.settings, job.settings.select
     if select == "all":
         return sample_ids(eids, settings.sample_limit)
-    kinds = {model.kind(model.labels[i]) for i in columns}
+    kinds = {model.kind(model.outputs.names[i]) for i in columns}
     if len(kinds) > 1:
         raise UserError(
             f"--select {select} needs labels of one type; choose them with --explain_tasks"
         )
     if kinds != {"binary"} and (select != "wrong" or kinds != {"regression"}):
         raise UserError(f"--select {select} does not support labels of type {kinds.pop()}")
-    outcome = run_studies(model.net, job.source.store, eids, settings, label="select")
-    answers = model.readable(outcome.logits)[:, columns]
-    truth = truths.loc[outcome.eids].to_numpy()[:, columns]
-    labels = [model.labels[i] for i in columns]
+    results = run_studies(model.net, job.source.store, eids, settings, label="select")
+    answers = model.readable(results.logits)[:, columns]
+    truth = truths.loc[results.eids].to_numpy()[:, columns]
+    labels = [model.outputs.names[i] for i in columns]
     if kinds == {"binary"}:
         cuts = np.array([model.record.thresholds.get(label, 0.5) for label in labels])
         order = rank_findings(log_odds(answers), truth, log_odds(cuts), select)
     else:
         scaled = (scale(x, labels, model.scaling) for x in (answers, truth))
         order = rank_errors(*scaled)
-    chosen = [outcome.eids[i] for i in order][: settings.sample_limit or SELECTED]
+    chosen = [results.eids[i] for i in order][: settings.sample_limit or SELECTED]
     if not chosen:
         raise UserError(f"--select {select} selects no study")
     print(f"explaining {len(chosen)} of {len(eids)} studies: {select}")
@@ -200,7 +200,7 @@ def mean_explanation(model, each, settings):
 
 def weights_of(model, member, columns, settings):
     """Factors that convert a member's scores to the scale of the average; 0: not learnt."""
-    labels = [model.labels[i] for i in columns]
+    labels = [model.outputs.names[i] for i in columns]
     factors = [
         score_unit(member, x, settings)[0] / score_unit(model, x, settings)[0] for x in labels
     ]
@@ -218,7 +218,7 @@ def score_unit(model, label, settings):
 
 def normalised(model, truths):
     """Labels (S, T) in physical units -> in the units of the network's outputs."""
-    return scale(np.asarray(truths), model.labels, model.scaling or {})
+    return scale(np.asarray(truths), model.outputs.names, model.scaling or {})
 
 
 def journal_header(job, eids, columns, truths):

@@ -44,7 +44,7 @@ def study_curves(model, bag, explanation, truths, settings):
         return model.readable(np.concatenate(parts))
 
     def curve(answers, i):
-        label = model.labels[i]
+        label = model.outputs.names[i]
         if model.kind(label) == "binary":
             quality = np.abs(1 - truths[i] - answers[:, i])
         else:
@@ -59,7 +59,7 @@ def study_curves(model, bag, explanation, truths, settings):
         if np.isnan(truths[i]):
             continue
         scores = explanation["scores"][k].sum(1)
-        support = support_of_truth(scores, truths[i], model.kind(model.labels[i]), settings)
+        support = support_of_truth(scores, truths[i], model.kind(model.outputs.names[i]), settings)
         order = np.argsort(-support, kind="stable")
         random = np.mean([curve(answers, i) for answers in random_answers], axis=0)
         curves[i, "insertion", "score"] = curve(answers_along(order), i)
@@ -95,7 +95,7 @@ def write_curves(model, store, explanations, targets, patients, settings, path):
     rows, areas = [], []
     for (i, kind, order), curves in by_key.items():
         table = pd.DataFrame(curves)  # (GRID, studies)
-        part = {"label": model.labels[i], "kind": kind}
+        part = {"label": model.outputs.names[i], "kind": kind}
         for share, quality in zip(GRID, table.mean(axis=1), strict=True):
             rows.append(part | {"order": order, "share": share, "quality": quality})
         if order == "random":

@@ -106,9 +106,9 @@ def answer_fold(job, thresholds):
         RUN.warning(text, "declare the unit in both, or give the column of the same times")
         warnings.append(text)
     unreadable, eids = {}, list(table.index)
-    outcome = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="evaluate")
+    results = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="evaluate")
     report_unreadable(unreadable)
-    if not len(outcome):
+    if not len(results):
         raise UserError("no study could be read: nothing to evaluate")
     chosen = chosen_folds(settings)
     reasons = folds.map(lambda fold: "" if fold in chosen else fold_in_words(fold))
@@ -116,24 +116,24 @@ def answer_fold(job, thresholds):
         ("no label", whole[task.task_labels].isna().all(axis=1)),
         ("no clip embeddings", ~whole.index.isin(list(store.files))),
         (NOT_ASKED, ~whole.index.isin(table.index)),
-        (UNREADABLE_EMBEDDINGS, ~whole.index.isin(outcome.eids)),
+        (UNREADABLE_EMBEDDINGS, ~whole.index.isin(results.eids)),
     ):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = study_flow(whole, reasons)
-    studies = studies_of_answers(model, table, outcome, thresholds, settings)
+    studies = studies_of_answers(model, table, results, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
     return studies.take(order), flow, evidence, warnings
 
 
-def studies_of_answers(model, table, outcome, thresholds, settings):
-    """Studies of an Outcome and the label table."""
-    table = table.loc[outcome.eids]
-    truth, predicted = table[model.outputs.columns], model.readable(outcome.logits)
+def studies_of_answers(model, table, results, thresholds, settings):
+    """Studies of Results and the label table."""
+    table = table.loc[results.eids]
+    truth, predicted = table[model.outputs.columns], model.readable(results.logits)
     outcomes = outcomes_of(
         model.outputs, truth.to_numpy(), predicted, model.units, thresholds,
         settings.prevalence, settings.years,
     )  # fmt: skip
-    return Studies(outcome.eids, table["pid"].to_numpy(), outcomes)
+    return Studies(results.eids, table["pid"].to_numpy(), outcomes)
 
 
 def fold_in_words(fold):

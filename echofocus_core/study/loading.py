@@ -91,14 +91,14 @@ def only_model(task, tasks):
 def is_of_task(path, task, tasks):
     """Whether a checkpoint is of a task: by its record, the registry or the number of labels."""
     try:
-        record, _, n_labels = read_network(read_checkpoint(path), path)
+        record, _, n_outputs = read_network(read_checkpoint(path), path)
     except UserError as error:
         print(f"skipped {path.parent.name}: {error}")
         return False
     name = record.task if record else releases.registry_entry(path.parent).get("task")
     if name or task not in tasks:
         return name == task
-    return len(tasks[task].task_labels) == n_labels
+    return len(tasks[task].task_labels) == n_outputs
 
 
 def load_named(name, run_id, tasks, task="", device="cpu"):
@@ -145,10 +145,10 @@ def load_model(folder, tasks=(), task="", device="cpu"):
         return load_readings(file, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
-    record, net, n_labels = read_network(saved, path)
-    task, labels, units, origin = labels_for(folder, record, n_labels, tasks, task)
+    record, net, n_outputs = read_network(saved, path)
+    task, labels, units, origin = labels_for(folder, record, n_outputs, tasks, task)
     if not record:
-        print(f"labels of {folder.name}: task {task} of {origin} ({n_labels})")
+        print(f"labels of {folder.name}: task {task} of {origin} ({n_outputs})")
     outputs, scaling = outputs_from(saved, record, labels, path)
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
@@ -190,14 +190,14 @@ def read_network(saved, path):
     """(Record or None, Aggregator, number of outputs) of a checkpoint's dict. Raises UserError."""
     record, state = read_record(saved, path), saved["model_state_dict"]
     if record:
-        settings, n_labels = record.settings, len(record.outputs.names)
+        settings, n_outputs = record.settings, len(record.outputs.names)
     else:
-        settings, n_labels = published_architecture(state, path)
+        settings, n_outputs = published_architecture(state, path)
     groups = record.outputs.groups if record else ()
     with torch.device("meta"):
-        net = build(settings, n_labels, groups)
+        net = build(settings, n_outputs, groups)
     checkpoints.load_strictly(net, state, path, "an EchoFocus model")
-    return record, net, n_labels
+    return record, net, n_outputs
 
 
 def published_architecture(state, path):
@@ -214,12 +214,12 @@ def published_architecture(state, path):
     elif "query_tokens" in state:
         kind, counted = "multiquery", ("query_tokens", 1)
     shape = checkpoints.describe(state[counted[0]])
-    n_labels = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
-    if not 0 < n_labels <= MOST_LABELS or len(layers) > MOST_LAYERS:
+    n_outputs = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
+    if not 0 < n_outputs <= MOST_LABELS or len(layers) > MOST_LAYERS:
         raise UserError(
             f"{path} is not an EchoFocus model: {counted[0]} is {shape}, {len(layers)} layers"
         )
-    return Settings(transformer_type=kind, encoder_depth=len(layers)), n_labels
+    return Settings(transformer_type=kind, encoder_depth=len(layers)), n_outputs
 
 
 def outputs_from(saved, record, labels, path):
@@ -262,12 +262,12 @@ def released_task(task):
     return next((e for e in releases.registry().values() if e.get("task") == task), {})
 
 
-def labels_for(folder, record, n_labels, tasks, task=""):
-    """(task, labels, units, origin of these) of a model with n_labels outputs. Raises UserError.
+def labels_for(folder, record, n_outputs, tasks, task=""):
+    """(task, labels, units, origin of these) of a model with `n_outputs`. Raises UserError.
 
     By its own record. A published checkpoint has none: a released one (by its folder's record or
     name) has the registry's labels; any other those of the task that is named, of the task called
-    like the folder, or of the only task of the config with n_labels labels.
+    like the folder, or of the only task of the config with this number of labels.
     """
     if record:
         return record.task, record.labels, record.units, "its own file"
@@ -276,14 +276,14 @@ def labels_for(folder, record, n_labels, tasks, task=""):
         entry = released_task(task)
     if (
         entry.get("task") == (task or entry.get("task"))
-        and len(entry.get("labels", ())) == n_labels
+        and len(entry.get("labels", ())) == n_outputs
     ):
         return entry["task"], entry["labels"], {}, "the registry of released models"
     candidates = [name for name in tasks if name == task or not task]
-    fits = [name for name in candidates if len(tasks[name].task_labels) == n_labels]
+    fits = [name for name in candidates if len(tasks[name].task_labels) == n_outputs]
     if not fits:
         raise UserError(
-            f"{folder.name} has {n_labels} outputs and the config has no task"
+            f"{folder.name} has {n_outputs} outputs and the config has no task"
             f"{' ' + task if task else ''} with this number of labels; add it, in output order"
         )
     if folder.name in fits:
@@ -296,9 +296,9 @@ def labels_for(folder, record, n_labels, tasks, task=""):
 def check_download(folder, entry):
     """UserError for a downloaded model that cannot be used. entry: of the registry, or {}."""
     for path in sorted(folder.glob("*_checkpoint.pt")):
-        record, _, n_labels = read_network(read_checkpoint(path), path)
-        if not record and n_labels != len(entry.get("labels", range(n_labels))):
-            raise UserError(f"{path} has {n_labels} outputs, not {len(entry['labels'])}")
+        record, _, n_outputs = read_network(read_checkpoint(path), path)
+        if not record and n_outputs != len(entry.get("labels", range(n_outputs))):
+            raise UserError(f"{path} has {n_outputs} outputs, not {len(entry['labels'])}")
     if (folder / "panecho.pt").is_file():
         panecho.load_panecho(folder / "panecho.pt")
 
@@ -348,11 +348,11 @@ def ensemble_of(members, folder):
             "evaluate --target chooses new ones on the validation fold",
         )
     else:
-        for label in first.labels:
+        for label in first.outputs.names:
             cuts = [m.record.thresholds.get(label) for m in members]
             if None not in cuts:
                 thresholds[label] = float(np.mean(cuts))
-    unlearnt = [x for x in first.labels if all(x in m.record.unlearnt for m in members)]
+    unlearnt = [x for x in first.outputs.names if all(x in m.record.unlearnt for m in members)]
     changes = {"thresholds": thresholds, "unlearnt": unlearnt, "settings": settings}
     print(f"averaging {len(members)} models: {some(m.folder.name for m in members)}")
     return LoadedEnsemble(
@@ -367,7 +367,7 @@ def refuse_other_model(first, model):
     """UserError for a model with other labels, units or input than the first one."""
 
     def facts(m):
-        values = {"labels": m.labels, "type": m.outputs.kinds, "level": m.record.level}
+        values = {"labels": m.outputs.names, "type": m.outputs.kinds, "level": m.record.level}
         values |= {"units": m.units, "encoder": m.record.encoder_sha256}
         return values | {name: getattr(m.record.input, name) for name in MADE_WITH}
 

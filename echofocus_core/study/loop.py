@@ -72,7 +72,7 @@ class Batch:
 
 
 @dataclass
-class Outcome:
+class Results:
     """Results of the loop, one row per study."""
 
     eids: list[str]
@@ -86,14 +86,14 @@ class Outcome:
         return len(self.eids)
 
     def take(self, rows):
-        """An Outcome of these rows, in this order."""
+        """Results of these rows, in this order."""
         columns = []
         for column in (getattr(self, f.name) for f in fields(self)):
             if isinstance(column, np.ndarray):
                 columns.append(column[rows] if len(column) else column)
             else:
                 columns.append([column[i] for i in rows])
-        return Outcome(*columns)
+        return Results(*columns)
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -183,10 +183,10 @@ def collate(studies, ends_step, pin=False):
 def run_steps(context, eids, optimizer=None, epoch=0, label=""):
     """Run every study through the net once, in steps (`plan_batches`).
 
-    Yields (Outcome, number of studies, mean loss) of each step. With an optimiser the net is
+    Yields (Results, number of studies, mean loss) of each step. With an optimiser the net is
     trained: each step ends with an update on the mean of its studies' losses. The batches of a step
     are divided among the processes of `context.world`, which sum their gradients, so that all make
-    the same update. An Outcome has only the studies of this process; the number and the mean loss
+    the same update. Results has only the studies of this process; the number and the mean loss
     are over all processes.
 
     Random draws depend only on (settings.seed, epoch, study): a resumed epoch continues exactly
@@ -217,16 +217,16 @@ def run_steps(context, eids, optimizer=None, epoch=0, label=""):
                 bar.update(len(batch.eids) if world.size == 1 else 0)
             if not batch.ends_step:
                 continue
-            outcome, rows = outcome_of_rows(rows, net), []
-            n, loss = len(outcome), np.nan
+            results, rows = results_of_rows(rows, net), []
+            n, loss = len(results), np.nan
             if training:
-                n, loss = update(net, optimizer, total, outcome.losses, world)
+                n, loss = update(net, optimizer, total, results.losses, world)
                 total = None
                 bar.update(n if world.size > 1 else 0)
                 if np.isfinite(loss):
                     average = loss if average is None else 0.9 * average + 0.1 * loss
                 bar.set_postfix(loss=f"{loss if average is None else average:.4f}", refresh=False)
-            yield outcome, n, loss
+            yield results, n, loss
 
 
 def compute_parallel(batches, compute, device):
@@ -363,39 +363,39 @@ def run_studies(net, store, eids, settings, label="", **options):
 
 
 def run_all_steps(context, eids, label=""):
-    """Collect `run_steps`: one Outcome with a row for every readable study, in the given order.
+    """Collect `run_steps`: Results with a row for each readable study, in the given order.
 
     With targets it includes the studies' losses; survival losses depend on all studies.
     """
-    steps = [outcome for outcome, _, _ in run_steps(context, eids, label=label)]
-    outcome = merge_outcomes(steps, eids, context.net, context.world)
-    if context.targets is not None and len(outcome):
-        targets = context.targets_of(outcome.eids)
-        losses = study_losses(torch.from_numpy(outcome.logits), targets, context.outputs)
-        outcome = replace(outcome, losses=losses.numpy())
-    return outcome
+    steps = [results for results, _, _ in run_steps(context, eids, label=label)]
+    results = merge_results(steps, eids, context.net, context.world)
+    if context.targets is not None and len(results):
+        targets = context.targets_of(results.eids)
+        losses = study_losses(torch.from_numpy(results.logits), targets, context.outputs)
+        results = replace(results, losses=losses.numpy())
+    return results
 
 
-def merge_outcomes(outcomes, eids, net, world=None):
-    """Join the Outcomes of several steps and processes, in the order of `eids`."""
-    outcomes = chain(*(world or World()).gather(outcomes))
-    outcome = outcome_of_rows([[getattr(x, f.name) for f in fields(x)] for x in outcomes], net)
+def merge_results(steps, eids, net, world=None):
+    """Join the Results of several steps and processes, in the order of `eids`."""
+    steps = chain(*(world or World()).gather(steps))
+    results = results_of_rows([[getattr(x, f.name) for f in fields(x)] for x in steps], net)
     place = {eid: i for i, eid in enumerate(eids)}
-    return outcome.take(sorted(range(len(outcome)), key=lambda i: place[outcome.eids[i]]))
+    return results.take(sorted(range(len(results)), key=lambda i: place[results.eids[i]]))
 
 
-def outcome_of_rows(rows, net):
-    """Join rows with the fields of an Outcome, tensors or arrays, into one Outcome."""
+def results_of_rows(rows, net):
+    """Join rows with the fields of Results, tensors or arrays, into Results."""
     rows = [row for row in rows if row[0]]  # without steps in which nothing could be read
     if not rows:
-        return Outcome([], np.zeros((0, net.n_labels)), np.zeros((0, 0)), np.zeros(0), [], [])
+        return Results([], np.zeros((0, net.n_outputs)), np.zeros((0, 0)), np.zeros(0), [], [])
     columns = []
     for column in zip(*rows, strict=True):
         if isinstance(column[0], list):
             columns.append(list(chain(*column)))
         else:
             columns.append(np.concatenate([torch.as_tensor(x).cpu().numpy() for x in column]))
-    return Outcome(*columns)
+    return Results(*columns)
 
 
 def report_unreadable(unreadable, listener=RUN):

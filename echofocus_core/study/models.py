@@ -41,12 +41,7 @@ class LoadedModel:
 
     def __repr__(self):
         """One line: weights and hashes of patients are not for a screen."""
-        return f"{type(self).__name__}({self.folder}: task {self.task}, {some(self.labels)})"
-
-    @property
-    def labels(self):
-        """One an output: a label, or label_class of its classes."""
-        return self.outputs.names
+        return f"{type(self).__name__}({self.folder}: task {self.task}, {some(self.outputs.names)})"
 
     @property
     def type(self):
@@ -60,7 +55,7 @@ class LoadedModel:
     def losses(self, logits, targets, columns):
         """The loss of each study's answers to some labels, all (S, T)."""
         return losses_of_outputs(
-            logits, targets, [self.outputs.by_output[self.labels[i]] for i in columns]
+            logits, targets, [self.outputs.by_output[self.outputs.names[i]] for i in columns]
         )
 
     def kind(self, name):
@@ -80,7 +75,7 @@ class LoadedModel:
         columns = {}
         for label in self.outputs.of_kind("survival"):
             (name,) = self.outputs.names_of(label)
-            risk, hazard = np.asarray(logits)[:, self.labels.index(name)], self.hazard(name)
+            risk, hazard = np.asarray(logits)[:, self.outputs.names.index(name)], self.hazard(name)
             year = per_year(self.units.get(label, ""))
             for at in years or [x for x in USUAL_YEARS if hazard and x * year <= hazard.end]:
                 values = np.full(len(risk), np.nan)
@@ -114,27 +109,27 @@ class LoadedModel:
         values = self.outputs.readable(outputs, self.scaling, self.record.hazards)
         far = abs(outputs) > 100
         for label in self.outputs.of_kind("regression"):
-            i = self.labels.index(label)
+            i = self.outputs.names.index(label)
             low, high = self.record.ranges.get(label, (0, 0))
             of_value = abs(values[:, i] - (low + high) / 2) > 5 * (high - low)
             far[:, i] = of_value if high > low else abs(outputs[:, i]) > FAR
-        return far & np.isfinite(outputs) & ~np.isin(self.labels, self.record.unlearnt)
+        return far & np.isfinite(outputs) & ~np.isin(self.outputs.names, self.record.unlearnt)
 
     def readable(self, logits, listener=RUN):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
         if isinstance(self.net, Readings):
             return np.asarray(logits)
         values = self.outputs.readable(logits, self.scaling, self.record.hazards)
-        unlearnt = np.isin(self.labels, self.record.unlearnt)
+        unlearnt = np.isin(self.outputs.names, self.record.unlearnt)
         lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         if lost.any():
-            names = some(x for x, y in zip(self.labels, lost.any(axis=0), strict=True) if y)
+            names = some(x for x, y in zip(self.outputs.names, lost.any(axis=0), strict=True) if y)
             listener.warning(
                 f"{lost.sum()} answers of {names} are past the end of the Box-Cox scale",
                 "they stay blank",
             )
         if (far := self.implausible(logits)).any():
-            names = some(x for x, y in zip(self.labels, far.any(axis=0), strict=True) if y)
+            names = some(x for x, y in zip(self.outputs.names, far.any(axis=0), strict=True) if y)
             listener.warning(f"{far.sum()} answers of {names} are {IMPLAUSIBLE}", "do not use them")
         return np.where(unlearnt, np.nan, values)
 
@@ -153,7 +148,7 @@ class Ensemble(nn.Module):
     def __init__(self, nets):
         super().__init__()
         self.nets = nn.ModuleList(nets)
-        self.n_labels = sum(net.n_labels for net in nets)
+        self.n_outputs = sum(net.n_outputs for net in nets)
         self.has_attention = all(net.has_attention for net in nets)
 
     def forward(self, tokens, lengths, rng=None):
@@ -183,13 +178,15 @@ class LoadedEnsemble(LoadedModel):
         """The mean over the members that learnt a label; NaN where one of these has no answer: what
         is left out is at an end of the scale."""
         answers = self.answers(logits, listener)
-        learnt = np.stack([~np.isin(self.labels, m.record.unlearnt) for m in self.members])[:, None]
+        learnt = np.stack([~np.isin(self.outputs.names, m.record.unlearnt) for m in self.members])[
+            :, None
+        ]
         total, n = np.where(learnt, answers, 0).sum(axis=0), learnt.sum(axis=0)
         return np.divide(total, n, out=np.full(total.shape, np.nan), where=n > 0)
 
     @property
     def findings(self):
-        return np.array([self.kind(name) == "binary" for name in self.labels])
+        return np.array([self.kind(name) == "binary" for name in self.outputs.names])
 
     def range_values(self, logits):
         """The averaged answers, findings in log-odds: a resample changes all members alike."""
@@ -219,7 +216,9 @@ class LoadedEnsemble(LoadedModel):
         """label_sd -> (S,): the SD of the members' answers, NaN where `values` (S, T) is."""
         answers = np.ma.masked_invalid(self.answers(logits, Collected()))
         sd = np.where(np.isnan(values), np.nan, answers.std(axis=0, ddof=1).filled(np.nan))
-        return {f"{label}_sd": column for label, column in zip(self.labels, sd.T, strict=True)}
+        return {
+            f"{label}_sd": column for label, column in zip(self.outputs.names, sd.T, strict=True)
+        }
 
 
 def survival_at(at, risk, mean, times, cumulative):

@@ -25,10 +25,10 @@ class Aggregator(nn.Module):
     embeds_labels = False  # whether `read` gives one embedding per label
     has_attention = False  # whether `clip_shares` is available
 
-    def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
+    def __init__(self, n_outputs, kind="standard", depth=1, combine="avg", groups=()):
         """groups: slices of the outputs, each with the classes of one label."""
         super().__init__()
-        self.n_labels, self.kind, self.depth, self.combine = n_labels, kind, depth, combine
+        self.n_outputs, self.kind, self.depth, self.combine = n_outputs, kind, depth, combine
         self.groups = groups
 
     @property
@@ -65,7 +65,7 @@ class Aggregator(nn.Module):
     def label_axes(self):
         """Parameter -> its axis of labels, for parameters that have one."""
         with torch.device("meta"):
-            more = type(self)(self.n_labels + 1, self.kind, self.depth, self.combine)
+            more = type(self)(self.n_outputs + 1, self.kind, self.depth, self.combine)
         pairs = zip(self.state_dict().items(), more.state_dict().values(), strict=True)
         differ = {k: [a != b for a, b in zip(x.shape, y.shape, strict=True)] for (k, x), y in pairs}
         return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
@@ -90,19 +90,19 @@ class StudyModel(Aggregator):
 
     heads, has_attention = ("ff", "query_tokens"), True
 
-    def __init__(self, n_labels, kind="standard", depth=1, combine="avg", groups=()):
-        super().__init__(n_labels, kind, depth, combine, groups)
+    def __init__(self, n_outputs, kind="standard", depth=1, combine="avg", groups=()):
+        super().__init__(n_outputs, kind, depth, combine, groups)
         self.embeds_labels = kind == "multiquery"
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
-            self.query_tokens = nn.Parameter(torch.randn(1, n_labels, D) * 0.02)
+            self.query_tokens = nn.Parameter(torch.randn(1, n_outputs, D) * 0.02)
         if depth:
             layer = nn.TransformerEncoderLayer(D, HEADS, D, DROPOUT, batch_first=True)
             self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         else:
             self.encoder = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
-        self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_labels)
+        self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_outputs)
 
     @property
     def queries(self):
@@ -190,10 +190,10 @@ class StudyModel(Aggregator):
 AGGREGATORS = {"standard": StudyModel, "query": StudyModel, "multiquery": StudyModel}
 
 
-def build(settings, n_labels, groups=()):
+def build(settings, n_outputs, groups=()):
     """The Aggregator of these settings; groups: see Aggregator."""
     kind, depth = settings.transformer_type, settings.encoder_depth
-    return AGGREGATORS[kind](n_labels, kind, depth, settings.tf_combine, groups)
+    return AGGREGATORS[kind](n_outputs, kind, depth, settings.tf_combine, groups)
 
 
 class EachQuery(nn.Module):
@@ -201,7 +201,7 @@ class EachQuery(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.n_labels = net, net.n_labels
+        self.net, self.n_outputs = net, net.n_outputs
 
     def forward(self, tokens, lengths, rng=None):
         return self.net(tokens, lengths, rng, pool_queries=False)
@@ -217,7 +217,7 @@ class Readings(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.heads, self.columns = encoder, encoder.columns()
-        self.n_labels = len(self.columns)
+        self.n_outputs = len(self.columns)
         del self.heads.encoder  # no video is encoded
 
     def forward(self, tokens, lengths, rng=None):

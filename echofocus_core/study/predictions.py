@@ -6,7 +6,7 @@ import pandas as pd
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
-from echofocus_core.study.loop import LoopContext, merge_outcomes, run_steps, run_studies
+from echofocus_core.study.loop import LoopContext, merge_results, run_steps, run_studies
 from echofocus_core.study.models import IMPLAUSIBLE
 from echofocus_core.study.network import Readings
 
@@ -14,40 +14,42 @@ from echofocus_core.study.network import Readings
 def answer_studies(model, store, eids, settings):
     """(table, why the others have no answer, warnings) of studies, see `prediction_table`."""
     check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
-    outcomes, ranges, unreadable = [], {}, {}
+    steps, ranges, unreadable = [], {}, {}
     context = LoopContext(model.net, store, settings, unreadable=unreadable, look=check)
-    for outcome, _, _ in run_steps(context, eids, label="predict"):
-        outcomes.append(outcome)
-        half_widths = half_widths_of(model, store, outcome, settings, check.report)
+    for results, _, _ in run_steps(context, eids, label="predict"):
+        steps.append(results)
+        half_widths = half_widths_of(model, store, results, settings, check.report)
         if half_widths is not None:
-            ranges |= dict(zip(outcome.eids, half_widths, strict=True))
-    outcome = merge_outcomes(outcomes, eids, model.net)
-    note_cut_studies(store, outcome, check.report)
-    half_widths = np.array([ranges[eid] for eid in outcome.eids]) if ranges else None
-    table, no_number = prediction_table(model, outcome, check.report, half_widths, settings.years)
+            ranges |= dict(zip(results.eids, half_widths, strict=True))
+    results = merge_results(steps, eids, model.net)
+    note_cut_studies(store, results, check.report)
+    half_widths = np.array([ranges[eid] for eid in results.eids]) if ranges else None
+    table, no_number = prediction_table(model, results, check.report, half_widths, settings.years)
     return table, unreadable | no_number, check.report.warnings
 
 
-def half_widths_of(model, store, outcome, settings, input_report):
-    """`interval_half_width` (S, T) of an Outcome's answers, in `model.range_values`; or None."""
+def half_widths_of(model, store, results, settings, input_report):
+    """`interval_half_width` (S, T) of Results's answers, in `model.range_values`; or None."""
     unit = settings.spread or ("clips" if settings.page else "none")
-    if unit == "none" or isinstance(model.net, Readings) or not len(outcome):
+    if unit == "none" or isinstance(model.net, Readings) or not len(results):
         return None
-    keys = [(eid, k) for eid in outcome.eids for k in range(DRAWS)]
+    keys = [(eid, k) for eid in results.eids for k in range(DRAWS)]
     resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
-    draws = np.full((len(keys), len(model.labels)), np.nan)  # NaN where a file vanished since
+    draws = np.full(
+        (len(keys), len(model.outputs.names)), np.nan
+    )  # NaN where a file vanished since
     place = {key: i for i, key in enumerate(keys)}
     draws[[place[key] for key in resampled.eids]] = model.range_values(resampled.logits)
-    draws = draws.reshape(len(outcome), DRAWS, -1)
-    clips = np.divide(outcome.n_clips, outcome.n_videos)
-    modulo = [input_report.modulo[eid] for eid in outcome.eids]
-    return interval_half_width(draws, outcome.n_videos, clips, modulo, unit == "videos")
+    draws = draws.reshape(len(results), DRAWS, -1)
+    clips = np.divide(results.n_clips, results.n_videos)
+    modulo = [input_report.modulo[eid] for eid in results.eids]
+    return interval_half_width(draws, results.n_videos, clips, modulo, unit == "videos")
 
 
-def note_cut_studies(store, outcome, input_report):
+def note_cut_studies(store, results, input_report):
     """Note in an InputReport the studies of which `--max_videos_per_study` left videos out."""
     if getattr(store, "most_videos", 0):
-        for eid, n in zip(outcome.eids, outcome.n_videos, strict=True):
+        for eid, n in zip(results.eids, results.n_videos, strict=True):
             if n < (whole := store.header(eid).videos):
                 note = f"from {n} of its {whole} videos (--max_videos_per_study)"
                 notes = filter(None, [input_report.notes.get(eid), note])
@@ -70,7 +72,7 @@ def survival_columns(model, logits, years):
     return table
 
 
-def prediction_table(model, outcome, input_report, half_widths=None, years=()):
+def prediction_table(model, results, input_report, half_widths=None, years=()):
     """(DataFrame with a row a study, why other studies are not in it).
 
     Columns: ids and counts, one an output (with its unit) and its range, the most probable class,
@@ -79,27 +81,27 @@ def prediction_table(model, outcome, input_report, half_widths=None, years=()):
     finite answer is not in the table; labels never learnt are blank, and a single answer that is
     not a number is blank with a warning.
     """
-    values = model.readable(outcome.logits)
+    values = model.readable(results.logits)
     values = np.where(np.isfinite(values), values, np.nan)
-    learnt = ~np.isin(model.labels, model.record.unlearnt)
+    learnt = ~np.isin(model.outputs.names, model.record.unlearnt)
     lost = np.isnan(values)[:, learnt].all(axis=1)
-    left_out = {outcome.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
-    table = {"eid": outcome.eids, "n_videos": outcome.n_videos, "n_clips": outcome.n_clips}
+    left_out = {results.eids[i]: "the model gives no number" for i in np.flatnonzero(lost)}
+    table = {"eid": results.eids, "n_videos": results.n_videos, "n_clips": results.n_clips}
     parts = {"": values}
     if half_widths is not None:
-        middle, answers = model.range_values(outcome.logits), model.from_range_values
+        middle, answers = model.range_values(results.logits), model.from_range_values
         parts |= {"_low": answers(middle - half_widths), "_high": answers(middle + half_widths)}
-    for i, label in enumerate(model.labels):
+    for i, label in enumerate(model.outputs.names):
         unit = f" [{model.unit(label)}]" if model.unit(label) else ""
         table |= {f"{label}{end}{unit}": part[:, i] for end, part in parts.items()}
-    table |= model.member_columns(outcome.logits, values)
+    table |= model.member_columns(results.logits, values)
     for label in model.outputs.each:
         table |= label.answer_columns(values[:, model.outputs.slices[label.name]])
-    table |= survival_columns(model, outcome.logits, years)
+    table |= survival_columns(model, results.logits, years)
     table |= decisions_of(model, values)
     if input_report.novelty:
-        table["novelty"] = [input_report.novelty.get(eid, np.nan) for eid in outcome.eids]
-    table["warning"] = warnings_of(model, outcome, input_report, np.isnan(values) & learnt)
+        table["novelty"] = [input_report.novelty.get(eid, np.nan) for eid in results.eids]
+    table["warning"] = warnings_of(model, results, input_report, np.isnan(values) & learnt)
     return pd.DataFrame(table)[~lost].reset_index(drop=True), left_out
 
 
@@ -107,28 +109,28 @@ def decisions_of(model, values):
     """label_decision -> 1 or 0, blank without an answer; label_threshold -> its threshold."""
     columns = {}
     for label, threshold in model.record.thresholds.items():
-        column = values[:, model.labels.index(label)]
+        column = values[:, model.outputs.names.index(label)]
         decided = np.where(np.isnan(column), np.nan, column >= threshold)
         columns[f"{label}_decision"] = pd.array(decided, dtype="Int64")
         columns[f"{label}_threshold"] = threshold
     return columns
 
 
-def warnings_of(model, outcome, input_report, blank):
+def warnings_of(model, results, input_report, blank):
     """The warning of each study, in words. blank (S, T): answers of learnt labels that are NaN."""
-    n_labels = len(model.labels)
-    shape = len(blank), outcome.logits.shape[1] // n_labels, n_labels
-    finite = np.isfinite(outcome.logits).reshape(shape).any(axis=1)  # of some averaged model
-    far = model.implausible(outcome.logits)
+    n_outputs = len(model.outputs.names)
+    shape = len(blank), results.logits.shape[1] // n_outputs, n_outputs
+    finite = np.isfinite(results.logits).reshape(shape).any(axis=1)  # of some averaged model
+    far = model.implausible(results.logits)
     texts = []
-    for i, eid in enumerate(outcome.eids):
+    for i, eid in enumerate(results.eids):
         parts = [input_report.warnings.get(eid), input_report.notes.get(eid)]
         for which, text in (
             (blank[i] & finite[i], "past the end of the Box-Cox scale"),
             (blank[i] & ~finite[i], "no number"),
             (far[i], IMPLAUSIBLE),
         ):
-            names = [label for label, no in zip(model.labels, which, strict=True) if no]
+            names = [label for label, no in zip(model.outputs.names, which, strict=True) if no]
             parts.append(f"{', '.join(names)}: {text}" if names else "")
         texts.append("; ".join(filter(None, parts)))
     return texts

@@ -35,7 +35,7 @@ def with_output_grads(batches, compute_logits, context):
 def step_with_output_grads(step, compute_logits, context):
     """The batches of one step, see `with_output_grads`."""
     logits = [compute_logits(batch).cpu() for batch in step if batch.eids]
-    logits = torch.cat(logits) if logits else torch.zeros(0, context.net.n_labels)
+    logits = torch.cat(logits) if logits else torch.zeros(0, context.net.n_outputs)
     eids = [eid for batch in step for eid in batch.eids]
     processes = context.world.gather((eids, logits.numpy()))
     every_eid = [eid for eids, _ in processes for eid in eids]

@@ -317,7 +317,7 @@ class Training(EpochTraining):
             self.save_if_due()
 
     def answers(self, validation):
-        """(true values, readable answers, outputs, labels that can be learnt) of an Outcome."""
+        """(true values, readable answers, outputs, labels that can be learnt) of Results."""
         cohort, outputs = self.cohort, self.cohort.outputs
         truth = cohort.table.loc[validation.eids, outputs.columns].to_numpy()
         values = outputs.readable(validation.logits, cohort.scaling, {})
