@@ -76,7 +76,7 @@ def copy_weights(net, outputs, parent, units):
         for label in labels
         if kinds.get(label) == outputs.kind_of[label] and not other_unit(label, units, parent.units)
     ]
-    to, origin = [labels.index(x) for x in shared], [parent.labels.index(x) for x in shared]
+    to, origin = [labels.index(x) for x in shared], [parent.outputs.names.index(x) for x in shared]
     for name, tensor in parent.net.state_dict().items():
         if name in axes:
             rows, others = (x.movedim(axes[name], 0) for x in (state[name], tensor))
