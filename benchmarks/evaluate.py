@@ -22,15 +22,17 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks.machine import describe, peak_memory
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
+from echofocus_core.study.kinds.binary import BinaryOutcome
+from echofocus_core.study.kinds.regression import RegressionOutcome
 
 THRESHOLD = 0.2  # for all findings
 
 
-class Ranking(st.BinaryOutcome):
+class Ranking(BinaryOutcome):
     """A finding with AUROC and average precision only."""
 
     def metrics(self, weights):
-        return mt.ranking(self.truth, self.probability, weights)
+        return mt.ranking(self.truth, self.predicted, weights)
 
 
 def cohort(args):
@@ -42,9 +44,9 @@ def cohort(args):
         x = rng.normal(size=args.studies)
         y = (rng.random(args.studies) < special.expit(x - 2)).astype(float)  # one in six
         p = special.expit(1.2 * x - 2 + 0.5 * rng.normal(size=args.studies))
-        findings.append(st.BinaryOutcome(f"finding {k}", y, p, threshold=THRESHOLD))
+        findings.append(BinaryOutcome(f"finding {k}", y, p, threshold=THRESHOLD))
         f = 60 + 8 * x + 5 * rng.normal(size=args.studies)
-        measurements.append(st.RegressionOutcome(f"measurement {k}", 60 + 10 * x, f))
+        measurements.append(RegressionOutcome(f"measurement {k}", 60 + 10 * x, f))
     return patients, findings, measurements
 
 

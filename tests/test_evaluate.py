@@ -17,6 +17,8 @@ from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import sample_ids
+from echofocus_core.study.kinds.binary import BinaryOutcome
+from echofocus_core.study.kinds.multiclass import MulticlassOutcome
 
 FEW = ("--n_boot", "200")
 
@@ -227,7 +229,7 @@ def test_the_studies_asked_for_and_no_others(site, table, cli):
 
 def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     path = tmp_path / "theirs.csv"
-    x = st.BinaryOutcome("x", [0, 1], [0.4, 0.5], threshold=0.2)
+    x = BinaryOutcome("x", [0, 1], [0.4, 0.5], threshold=0.2)
     studies = evaluation.Studies(["a", "b"], np.array(["p", "q"]), [x])
     assert list(studies.saveout()["x_threshold"]) == [0.2, 0.2]
 
@@ -241,7 +243,7 @@ def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
         ({"x": [0.3, 0.7], "x_threshold": [0.6, 0.5]}, [0.6, 0.5]),
     ):
         other = compared(cells)
-        assert list(other.probability) == [0.3, 0.7] and list(other.truth) == [0, 1]
+        assert list(other.predicted) == [0.3, 0.7] and list(other.truth) == [0, 1]
         assert np.array_equal(other.threshold, threshold)
     with pytest.raises(UserError, match="x_threshold: 1 of 2"):
         compared({"x": [0.3, 0.7], "x_threshold": [0.6, None]})
@@ -264,27 +266,27 @@ def test_tables_of_truths_without_patients_or_with_copies_are_reported(tmp_path,
 
 def test_a_patient_is_named_by_the_study_that_is_taken():
     cuts = np.array([0.1, 0.1, 0.1, 0.9])
-    x = st.BinaryOutcome("x", [np.nan, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], threshold=cuts)
+    x = BinaryOutcome("x", [np.nan, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], threshold=cuts)
     studies = evaluation.Studies(list("abcd"), np.array(["p", "p", "p", "q"]), [x])
     for rule, eids, p in (("first", ["b", "d"], [0.2, 0.4]), ("last", ["c", "d"], [0.3, 0.4])):
         pooled, _ = studies.per_patient(rule)
-        assert pooled.eids == eids and list(pooled.outcomes[0].probability) == p
+        assert pooled.eids == eids and list(pooled.outcomes[0].predicted) == p
         assert list(pooled.outcomes[0].threshold) == [0.1, 0.9]  # that of the patient's fold
 
 
 def test_patients_are_compared_on_the_studies_that_both_have():
     ones, p = np.ones(3), np.array([0.2, 0.6, 0.4])
     one = evaluation.Studies(list("abc"), np.array(["p", "p", "q"]), [
-        st.BinaryOutcome("x", ones, p, threshold=0.5)
+        BinaryOutcome("x", ones, p, threshold=0.5)
     ])  # fmt: skip
     other = evaluation.Studies(
-        list("cb"), np.array(["q", "p"]), [st.BinaryOutcome("x", [1, 1], [0, 0])]
+        list("cb"), np.array(["q", "p"]), [BinaryOutcome("x", [1, 1], [0, 0])]
     )
     *both, notes = evaluation.pair_studies(one, other, "theirs")
     assert notes == ["theirs: not compared at a threshold; theirs has none of x"]
     pooled = [studies.per_patient()[0] for studies in both]
     assert [s.eids for s in pooled] == [["b", "c"]] * 2
-    assert list(pooled[0].outcomes[0].probability) == [0.6, 0.4]
+    assert list(pooled[0].outcomes[0].predicted) == [0.6, 0.4]
     metrics = st.compare(both[0].outcomes, both[1].outcomes, both[0].patients, 0)
     (note,) = (e.note for e in metrics if e.metric == "sensitivity")
     assert note == "the other: no threshold is stored with the model"
@@ -293,7 +295,7 @@ def test_patients_are_compared_on_the_studies_that_both_have():
 def test_two_hundred_labels_are_a_bounded_number_of_panels(tmp_path):
     rng = np.random.default_rng(0)
     y, p = (rng.random((200, 60)) < 0.3).astype(float), rng.random((200, 60))
-    outcomes = [st.BinaryOutcome(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
+    outcomes = [BinaryOutcome(f"label {k}", y[k], p[k], threshold=0.5) for k in range(200)]
     shown = curves.select_panels(outcomes)
     size = [min(o.n_positive, o.n - o.n_positive) for o in outcomes]
     assert len(shown) == curves.MAX_PANELS
@@ -331,7 +333,7 @@ def test_a_flow_counts_patients_once():
 
 
 def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
-    outcome = st.BinaryOutcome('<img src="x">', np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40))
+    outcome = BinaryOutcome('<img src="x">', np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40))
     studies = evaluation.Studies([str(i) for i in range(40)], np.arange(40), [outcome])
     Report(tmp_path, "x", studies, {"model_name": "<b>"}, n_boot=100).write()
     page = (tmp_path / "report_x.html").read_text()
@@ -342,9 +344,9 @@ def test_one_forest_plot_for_findings_and_grades(tmp_path):
     """Both kinds have the AUROC as their main metric: two figures of one name would be one."""
     rng = np.random.default_rng(0)
     truth, p = rng.integers(2, size=40), rng.random(40)
-    outcomes = [st.BinaryOutcome(label, truth, p) for label in "ab"]
+    outcomes = [BinaryOutcome(label, truth, p) for label in "ab"]
     for label in "cd":
-        outcomes.append(st.MulticlassOutcome(label, truth, np.stack([1 - p, p], 1), ("no", "yes")))
+        outcomes.append(MulticlassOutcome(label, truth, np.stack([1 - p, p], 1), ("no", "yes")))
     studies = evaluation.Studies([str(i) for i in range(40)], np.arange(40), outcomes)
     report = Report(tmp_path, "x", studies, n_boot=20)
     report.write()
@@ -360,9 +362,7 @@ def test_folds_of_a_cross_validation_say_who_is_missing():
     assert [x["studies"] for x in flow] == [4, 1, 1, 2]
     assert [x["text"] for x in flow[1:3]] == [evaluation.UNREADABLE_EMBEDDINGS, "known to m"]
     parts = [
-        evaluation.Studies(
-            list("12"), np.arange(2), [st.BinaryOutcome("x", [0, 1], p, threshold=cut)]
-        )
+        evaluation.Studies(list("12"), np.arange(2), [BinaryOutcome("x", [0, 1], p, threshold=cut)])
         for p, cut in (([0.2, 0.6], 0.5), ([np.nan, np.nan], None))
     ]
     assert len(list(evaluation.fold_notes(parts))) == 2

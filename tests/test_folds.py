@@ -303,7 +303,7 @@ def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
     nothing = SimpleNamespace(label_path=None, columns={}, level="study")
     store = SimpleNamespace(encoder_seen=lambda *_: (encoder, True))
     source = SimpleNamespace(eids=["1", "2", "3"], store=store)
-    model = SimpleNamespace(seen=seen, labels=["x"])
+    model = SimpleNamespace(seen=seen, outputs=Outputs.of(["x"], "binary"))
     for assumed, tested in ((False, ["3"]), (True, ["2", "3"])):
         settings = Settings(task="t", dataset="s", subset="test", assume_unseen=assumed)
         job = SimpleNamespace(

@@ -18,7 +18,8 @@ from echofocus_core.study import folds as fd
 from echofocus_core.study import labels as lb
 from echofocus_core.study.config import Record, Task, read_config
 from echofocus_core.study.models import LoadedModel
-from echofocus_core.study.outputs import Outputs, scale, scaling_fault, unscale
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.scaling import scale, scaling_fault, unscale
 
 
 def warnings(values, **task):

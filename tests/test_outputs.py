@@ -19,23 +19,16 @@ from echofocus_core.base.console import Collected, UserError
 from echofocus_core.base.options import Settings, validate_as
 from echofocus_core.study.config import Record, Task, read_config
 from echofocus_core.study.folds import split_patients
+from echofocus_core.study.kinds.multiclass import Multiclass, class_numbers
+from echofocus_core.study.kinds.regression import Regression
+from echofocus_core.study.kinds.survival import EVENT, cox_losses
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
 from echofocus_core.study.loop import LoopContext, run_steps
 from echofocus_core.study.metrics import breslow, c_index
 from echofocus_core.study.models import LoadedModel, survival_at
 from echofocus_core.study.network import StudyModel
-from echofocus_core.study.outputs import (
-    EVENT,
-    KINDS,
-    Multiclass,
-    Outputs,
-    Regression,
-    class_numbers,
-    cox_losses,
-    losses_of_outputs,
-    study_losses,
-)
+from echofocus_core.study.outputs import KINDS, Outputs, losses_of_outputs, study_losses
 from echofocus_core.study.training import rate_groups
 
 pytestmark = pytest.mark.xdist_group("outputs")  # one process: a model that several tests ask

@@ -13,6 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from echofocus_core.base.console import UserError
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
+from echofocus_core.study.kinds.binary import BinaryOutcome
+from echofocus_core.study.kinds.multiclass import MulticlassOutcome
+from echofocus_core.study.kinds.regression import RegressionOutcome
+from echofocus_core.study.kinds.survival import SurvivalOutcome
 
 NAN = math.nan
 
@@ -61,7 +65,7 @@ def residual(intercept, x, truth):
 @pytest.mark.parametrize("n", [40, 3000])
 def test_findings_against_scikit_learn(n, ties):
     patients, y, p, *_ = studies(1, n, ties)
-    outcome = st.BinaryOutcome("VSD", y, p, threshold=0.35, prevalence=0.02)
+    outcome = BinaryOutcome("VSD", y, p, threshold=0.35, prevalence=0.02)
     for metrics, weights, tolerance in in_both_precisions(outcome, patients):
         y_, p_ = repeated(weights, y, p)
         called = p_ >= 0.35
@@ -108,7 +112,7 @@ def test_findings_against_scikit_learn(n, ties):
 @pytest.mark.parametrize("n", [30, 2000])
 def test_measurements_against_scikit_learn_and_scipy(n, ties):
     patients, _, _, y, f = studies(2, n, ties)
-    outcome = st.RegressionOutcome("EF", y, f, "%")
+    outcome = RegressionOutcome("EF", y, f, "%")
     edges = np.quantile(y, [0, 0.25, 0.5, 0.75, 1])
     for metrics, weights, tolerance in in_both_precisions(outcome, patients):
         y_, f_ = repeated(weights, y, f)
@@ -138,7 +142,7 @@ def test_measurements_against_scikit_learn_and_scipy(n, ties):
 def test_large_values_lose_no_digits_in_a_resample():
     patients, _, _, y, f = studies(3, 500)
     y, f = y + 1e6, f + 3e6
-    outcome = st.RegressionOutcome("", y, f)
+    outcome = RegressionOutcome("", y, f)
     for metrics, weights, _ in in_both_precisions(outcome, patients):
         y_, f_ = repeated(weights, y, f)
         assert metrics["pearson"] == pytest.approx(np.corrcoef(y_, f_)[0, 1], rel=1e-4)
@@ -152,7 +156,7 @@ def test_grades_against_scikit_learn(n):
     patients, y = rng.integers(0, n // 2, n), rng.integers(0, 3, n).astype(float)
     p = special.softmax(rng.normal(size=(n, 3)) + 1.5 * np.eye(3)[y.astype(int)], axis=1).round(2)
     p /= p.sum(axis=1, keepdims=True)
-    outcome = st.MulticlassOutcome("grade", y, p, ("none", "mild", "severe"))
+    outcome = MulticlassOutcome("grade", y, p, ("none", "mild", "severe"))
     for metrics, weights, tolerance in in_both_precisions(outcome, patients):
         y_, p_ = repeated(weights, y, p)
         called = p_.argmax(axis=1)
@@ -205,7 +209,7 @@ def test_survival_against_every_pair(ties):
     time, event = rng.exponential(5 * np.exp(-risk)), rng.random(n) < 0.6
     if ties:
         time, risk = time.round(), risk.round()
-    outcome = st.SurvivalOutcome("death", time, event, risk, years=(1, 3))
+    outcome = SurvivalOutcome("death", time, risk, event, years=(1, 3))
     for metrics, weights, tolerance in in_both_precisions(outcome, patients):
         resample = repeated(weights, time, event, risk)
         assert metrics["c_index"] == pytest.approx(slow_c_index(*resample), rel=tolerance)
@@ -243,12 +247,10 @@ def by_metric(outcome, patients=None, **more):
 def test_few_studies_give_no_wrong_number_and_no_warning(kind, n, recwarn):
     one = np.ones(n)
     outcome = {
-        "binary": lambda: st.BinaryOutcome("a", one, one * 0.3, threshold=0.5, prevalence=0.1),
-        "regression": lambda: st.RegressionOutcome("a", one, one * 0.3),
-        "multiclass": lambda: st.MulticlassOutcome(
-            "a", one, np.tile([0.2, 0.8], (n, 1)), ("x", "y")
-        ),
-        "survival": lambda: st.SurvivalOutcome("a", one, one * 0, one, years=(1,)),
+        "binary": lambda: BinaryOutcome("a", one, one * 0.3, threshold=0.5, prevalence=0.1),
+        "regression": lambda: RegressionOutcome("a", one, one * 0.3),
+        "multiclass": lambda: MulticlassOutcome("a", one, np.tile([0.2, 0.8], (n, 1)), ("x", "y")),
+        "survival": lambda: SurvivalOutcome("a", one, one, one * 0, years=(1,)),
     }[kind]()
     actual = by_metric(outcome, n_boot=200)
     assert not recwarn.list
@@ -269,27 +271,27 @@ def test_net_benefit_and_a_single_class():
     y, p = np.array([0.0, 1, 1, 0]), np.array([0.1, 0.3, 0.9, 0.5])
     assert mt.net_benefit(y, p, [0.2])[0, 0] == pytest.approx((2 - 1 / 4) / 4)
     p = np.array([0.2, 0.4, 0.9])
-    none = by_metric(st.BinaryOutcome("a", np.zeros(3), p, threshold=0.5), n_boot=200)
+    none = by_metric(BinaryOutcome("a", np.zeros(3), p, threshold=0.5), n_boot=200)
     assert none["auroc"].note == none["sensitivity"].note == "no positive study"
     assert none["specificity"].value == pytest.approx(2 / 3) and none["auroc"].n_positive == 0
-    all_ = by_metric(st.BinaryOutcome("a", np.ones(3), p), n_boot=200)
+    all_ = by_metric(BinaryOutcome("a", np.ones(3), p), n_boot=200)
     assert all_["auroc"].note == "no negative study" and np.isnan(all_["sensitivity"].value)
     y = np.array([3.0, 4, 5])
-    actual = by_metric(st.RegressionOutcome("a", y, y * 0 + 4, "mm"), n_boot=200)
+    actual = by_metric(RegressionOutcome("a", y, y * 0 + 4, "mm"), n_boot=200)
     assert np.isnan(actual["pearson"].value) and actual["r2"].value == pytest.approx(0)
     assert (actual["rmse"].unit, actual["r2"].unit, actual["r2"].n_positive) == ("mm", "", -1)
-    one = by_metric(st.RegressionOutcome("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9))
+    one = by_metric(RegressionOutcome("a", np.arange(9.0), np.arange(9.0) ** 1.1), np.zeros(9))
     assert one["rmse"].value > 0 and np.isnan(one["rmse"].ci_low)  # of one patient
 
 
 def test_outcomes_that_cannot_be_evaluated():
     for make, label in (
-        (lambda: st.BinaryOutcome("VSD", [0, 2.0], [0.1, 0.2]), "VSD"),
-        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
-        (lambda: st.BinaryOutcome("VSD", [0, 1.0], [0.1]), "VSD"),
-        (lambda: st.RegressionOutcome("EF", [np.inf, 1.0], [1, 2]), "EF"),
-        (lambda: st.MulticlassOutcome("g", [0, 3.0], np.ones((2, 3)), "abc"), "0 to 2"),
-        (lambda: st.SurvivalOutcome("d", [1, -1.0], [0, 1], [0, 1]), "below zero"),
+        (lambda: BinaryOutcome("VSD", [0, 2.0], [0.1, 0.2]), "VSD"),
+        (lambda: BinaryOutcome("VSD", [0, 1.0], [0.1, 4.0]), "logits"),
+        (lambda: BinaryOutcome("VSD", [0, 1.0], [0.1]), "VSD"),
+        (lambda: RegressionOutcome("EF", [np.inf, 1.0], [1, 2]), "EF"),
+        (lambda: MulticlassOutcome("g", [0, 3.0], np.ones((2, 3)), "abc"), "0 to 2"),
+        (lambda: SurvivalOutcome("d", [1, -1.0], [0, 1], [0, 1]), "below zero"),
         (lambda: mt.choose_threshold(np.ones(2), np.ones(2), "sensitivity=95"), "youden"),
     ):
         with pytest.raises(UserError, match=label):
@@ -301,16 +303,16 @@ def test_missing_truths_and_predictions_count_nowhere():
     rng = np.random.default_rng(6)
     y_, f_ = np.where(rng.random(200) < 0.3, NAN, y), np.where(rng.random(200) < 0.3, NAN, f)
     present = ~np.isnan(y_)
-    gaps, full = st.BinaryOutcome("a", y_, p), st.BinaryOutcome("a", y[present], p[present])
+    gaps, full = BinaryOutcome("a", y_, p), BinaryOutcome("a", y[present], p[present])
     assert gaps.n == present.sum()
     ones = np.ones((200, 1))
     assert gaps.metrics(ones)["auroc"] == full.metrics(ones[present])["auroc"]
-    assert st.RegressionOutcome("a", ef, f_).n == (~np.isnan(f_)).sum()
+    assert RegressionOutcome("a", ef, f_).n == (~np.isnan(f_)).sum()
 
 
 def test_perfect_separation_has_no_slope_and_an_interval_that_is_not_certain():
     y, p = np.repeat([0.0, 1], [8, 7]), np.linspace(0.1, 0.9, 15)
-    actual = by_metric(st.BinaryOutcome("a", y, p, threshold=0.51))
+    actual = by_metric(BinaryOutcome("a", y, p, threshold=0.51))
     assert actual["auroc"].value == 1 and actual["auroc"].ci_high == 1
     assert 0.4 < actual["auroc"].ci_low < 0.7  # by seven patients, not certain
     assert np.isnan(actual["calibration_slope"].value) and actual["calibration_slope"].note
@@ -340,9 +342,7 @@ def test_a_study_twice_adds_nothing_when_its_patient_is_given():
     width = {}
     for name, copies, distinct in (("once", 1, False), ("copies", 3, False), ("patients", 3, True)):
         patients = np.arange(150 * copies) if distinct else np.tile(np.arange(150), copies)
-        e = by_metric(st.BinaryOutcome("a", np.tile(y, copies), np.tile(p, copies)), patients)[
-            "auroc"
-        ]
+        e = by_metric(BinaryOutcome("a", np.tile(y, copies), np.tile(p, copies)), patients)["auroc"]
         width[name] = e.ci_high - e.ci_low
     assert width["copies"] == pytest.approx(width["once"], rel=1e-3)
     assert width["patients"] == pytest.approx(width["once"] / np.sqrt(3), rel=0.15)
@@ -351,9 +351,9 @@ def test_a_study_twice_adds_nothing_when_its_patient_is_given():
 def test_macro_means_are_of_the_same_resamples_and_never_of_two_units():
     patients, y, p, ef, f = studies(9, 300)
     of = [
-        st.BinaryOutcome("a", y, p),
-        st.BinaryOutcome("b", y[::-1], p),
-        st.BinaryOutcome("c", y * 0, p),
+        BinaryOutcome("a", y, p),
+        BinaryOutcome("b", y[::-1], p),
+        BinaryOutcome("c", y * 0, p),
     ]
     actual = {(e.label, e.metric): e for e in st.estimates(of, patients, n_boot=200)}
     mean = actual["mean", "auroc"]
@@ -361,7 +361,7 @@ def test_macro_means_are_of_the_same_resamples_and_never_of_two_units():
         (actual["a", "auroc"].value + actual["b", "auroc"].value) / 2
     )
     assert mean.note == "mean of 2 of 3 labels" and mean.ci_low < mean.value < mean.ci_high
-    of = [st.RegressionOutcome("a", ef, f, "%"), st.RegressionOutcome("b", ef, f, "mm")]
+    of = [RegressionOutcome("a", ef, f, "%"), RegressionOutcome("b", ef, f, "mm")]
     named = {e.metric for e in st.estimates(of, patients, n_boot=200) if e.label == "mean"}
     assert "r2" in named and "rmse" not in named
 
@@ -380,8 +380,8 @@ def cohort(rng, n_patients):
     ef, actual = 60 + 10 * latent, 60 + 8 * latent + 4 * scanner + 3 * noise
     finding = (latent > 1).astype(float)
     return patients, [
-        st.BinaryOutcome("a", finding, p, threshold=0.2),
-        st.RegressionOutcome("b", ef, actual),
+        BinaryOutcome("a", finding, p, threshold=0.2),
+        RegressionOutcome("b", ef, actual),
     ]
 
 
@@ -442,7 +442,7 @@ def test_delong_against_the_bootstrap_with_several_studies_a_patient():
     _, y, p, q = two_models(11, 400)
     patients = np.repeat(np.arange(100), 4)
     y = np.repeat(y[::4], 4)  # a patient's studies have the same truth: far from independent
-    of = [[st.BinaryOutcome("a", y, x)] for x in (p, q)]
+    of = [[BinaryOutcome("a", y, x)] for x in (p, q)]
     difference = {e.metric: e for e in st.compare(*of, patients, n_boot=4000)}["auroc"]
     one, other = (st.bootstrap(o, patients, 4000)["a", "auroc"] for o in of)
     _, covariance = st.delong(y, np.stack([p, q], axis=1), patients)
@@ -457,19 +457,17 @@ def test_delong_against_the_bootstrap_with_several_studies_a_patient():
 
 def test_two_models_are_compared_on_the_studies_of_both():
     patients, _, _, ef, f = studies(12, 200)
-    a, b = st.RegressionOutcome("EF", ef, np.where(np.arange(200) < 50, NAN, f), "%"), f + 2
-    actual = {
-        e.metric: e for e in st.compare([a], [st.RegressionOutcome("EF", ef, b, "%")], patients)
-    }
+    a, b = RegressionOutcome("EF", ef, np.where(np.arange(200) < 50, NAN, f), "%"), f + 2
+    actual = {e.metric: e for e in st.compare([a], [RegressionOutcome("EF", ef, b, "%")], patients)}
     assert actual["bias"].value == pytest.approx(-2) and actual["bias"].n == 150
     assert actual["bias"].unit == "%" and actual["pearson"].value == pytest.approx(0, abs=1e-12)
     rmse = [np.sqrt(np.mean((x - ef)[50:] ** 2)) for x in (f, b)]
     assert actual["rmse"].value == pytest.approx(rmse[0] - rmse[1])
     assert actual["rmse"].ci_low < actual["rmse"].value < actual["rmse"].ci_high
     with pytest.raises(UserError, match="EF"):
-        st.compare([a], [st.RegressionOutcome("EF", ef + 1, b)], patients)
+        st.compare([a], [RegressionOutcome("EF", ef + 1, b)], patients)
     with pytest.raises(UserError, match="label"):
-        st.compare([a], [st.RegressionOutcome("LVEDV", ef, b)], patients)
+        st.compare([a], [RegressionOutcome("LVEDV", ef, b)], patients)
 
 
 # ------------------------------------------------------------------------------ thresholds, pooling
@@ -511,7 +509,7 @@ def test_studies_of_a_patient_are_pooled():
     patients = np.array(["b", "a", "b", "c", "b", "c"])
     truth = np.array([1.0, 0, 1, 0, NAN, 1])
     p = np.array([0.2, 0.5, 0.4, 0.1, 0.9, 0.3])
-    finding = st.BinaryOutcome("x", truth, p)
+    finding = BinaryOutcome("x", truth, p)
     for rule, y, q, mixed in (
         ("mean", [0, 1, NAN], [0.5, 0.3, 0.2], 1),
         ("first", [0, 1, 0], [0.5, 0.2, 0.1], 0),
@@ -519,13 +517,13 @@ def test_studies_of_a_patient_are_pooled():
     ):
         pooled, n = finding.by_patient(patients, rule)
         assert np.array_equal(pooled.truth, y, equal_nan=True) and n == mixed
-        assert pooled.probability == pytest.approx(q)
-    pooled, n = st.RegressionOutcome("x", truth * 10, p).by_patient(patients, "mean")
+        assert pooled.predicted == pytest.approx(q)
+    pooled, n = RegressionOutcome("x", truth * 10, p).by_patient(patients, "mean")
     assert list(pooled.truth) == [0, 10, 5] and n == 0
-    grades = st.MulticlassOutcome("x", truth, np.stack([p, 1 - p], axis=1), "ab")
+    grades = MulticlassOutcome("x", truth, np.stack([p, 1 - p], axis=1), "ab")
     pooled, _ = grades.by_patient(patients, "mean")
-    assert pooled.probabilities == pytest.approx(np.array([[0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]))
-    none, _ = st.BinaryOutcome("x", truth * NAN, p).by_patient(patients, "mean")
-    assert np.isnan(none.probability).all() and len(none.truth) == 3
+    assert pooled.predicted == pytest.approx(np.array([[0.5, 0.5], [0.3, 0.7], [0.2, 0.8]]))
+    none, _ = BinaryOutcome("x", truth * NAN, p).by_patient(patients, "mean")
+    assert np.isnan(none.predicted).all() and len(none.truth) == 3
     with pytest.raises(UserError, match="--pool first or last"):
-        st.SurvivalOutcome("x", truth, truth, p).by_patient(patients, "mean")
+        SurvivalOutcome("x", truth, p, truth).by_patient(patients, "mean")

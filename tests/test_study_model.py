@@ -10,7 +10,8 @@ from torch import nn
 from echofocus_core.study import attention as packed
 from echofocus_core.study import labels as lb
 from echofocus_core.study.config import Task
-from echofocus_core.study.outputs import Outputs, scale, study_losses, unscale
+from echofocus_core.study.outputs import Outputs, study_losses
+from echofocus_core.study.scaling import scale, unscale
 
 MODELS = {
     "A": dict(n_outputs=22),

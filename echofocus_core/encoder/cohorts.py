@@ -21,8 +21,8 @@ from echofocus_core.base.files import sha256_of
 from echofocus_core.base.hdf5 import shortest_distinct
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import MISSING, clean_ids, read_table, to_numbers
+from echofocus_core.study.kinds.multiclass import class_numbers
 from echofocus_core.study.labels import one_form, warn_of_suspicious_values
-from echofocus_core.study.outputs import class_numbers
 from echofocus_core.video.panecho import TASKS
 from echofocus_core.video.record import read_tasks
 

@@ -181,7 +181,7 @@ def draw_decision(axis, outcome, **_):
 def draw_confusion(axis, outcome, **_):
     """Counts by truth (rows) and prediction, shaded by the share of the row."""
     y, p = outcome.pairs()
-    if isinstance(outcome, st.MulticlassOutcome):
+    if p.ndim == 2:
         names, predicted = outcome.classes, p.argmax(axis=1)
     else:
         names, predicted = ("absent", "present"), outcome.positive[outcome.usable]
@@ -253,7 +253,9 @@ def draw_classes(axis, outcome, **_):
 
 def draw_kaplan_meier(axis, outcome, **_):
     """Survival by thirds of risk, with Greenwood's intervals."""
-    time, event, risk = (x[outcome.usable] for x in (outcome.truth, outcome.event, outcome.risk))
+    time, event, risk = (
+        x[outcome.usable] for x in (outcome.truth, outcome.event, outcome.predicted)
+    )
     third = mt.risk_thirds(risk) if len(risk) else risk
     names = ("low risk", "middle", "high risk")
     for k, (name, colour) in enumerate(zip(names, (GREEN, BLUE, ORANGE), strict=True)):
@@ -330,10 +332,7 @@ PANELS = {
 def select_panels(outcomes):
     """The MAX_PANELS outcomes with the most examples of the rarer class, in their order."""
 
-    def size(o):
-        return min(o.n_positive, o.n - o.n_positive) if isinstance(o, st.BinaryOutcome) else o.n
-
-    rows = sorted(range(len(outcomes)), key=lambda i: (-size(outcomes[i]), i))[:MAX_PANELS]
+    rows = sorted(range(len(outcomes)), key=lambda i: -outcomes[i].n_examples)[:MAX_PANELS]
     return [outcomes[i] for i in sorted(rows)]
 
 

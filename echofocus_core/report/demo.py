@@ -129,7 +129,7 @@ Look at, in {folder}:
 def plot_demo(ef, defect, videos, path):
     """Plot ejection fractions, the defect's ROC, and scores of videos with and without a defect."""
     from echofocus_core.report.curves import draw_roc
-    from echofocus_core.study.statistics import BinaryOutcome
+    from echofocus_core.study.kinds.binary import BinaryOutcome
 
     figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
     left.axline((45, 45), slope=1, color="grey", lw=0.8)

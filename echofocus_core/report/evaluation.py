@@ -45,6 +45,7 @@ from echofocus_core.study.fold_answers import (
     studies_of_answers,
     thresholds_for,
 )
+from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import load_model
 from echofocus_core.study.loop import report_unreadable, run_studies
@@ -199,7 +200,7 @@ class Report:
         env.globals |= {"metric_name": metric_name}
         page = env.get_template("evaluation.html").render(
             report=self, version=__version__, tables=page_tables(self), few=FEW,
-            kinds={o.kind for o in self.studies.outcomes}, **uncertain_labels(self),
+            **uncertain_labels(self),
             n_patients=len(np.unique(self.studies.patients)),
         )  # fmt: skip
         with atomic_path(self.folder / f"report_{self.name}.html") as temporary:
@@ -237,15 +238,14 @@ def page_tables(report):
     by_key = {(x.label, x.metric): x for x in report.estimates}
     tables = []
     for kind in dict.fromkeys(map(type, report.studies.outcomes)):
-        for title, metrics in kind.tables:
-            outcomes = [o for o in report.studies.outcomes if type(o) is kind]
-            if title == "At the threshold":
-                outcomes = [o for o in outcomes if o.threshold is not None]
-                if any(o.prevalence for o in outcomes):
-                    metrics += st.AT_PREVALENCE
-            if outcomes:
-                rows = [(o, {m: by_key[o.label, m] for m in metrics}) for o in outcomes]
-                tables.append((title, metrics, rows))
+        outcomes = [o for o in report.studies.outcomes if type(o) is kind]
+        available = [m for m in kind.METRICS if not all(o.lacks(m) for o in outcomes)]
+        for heading in dict.fromkeys(m.heading for m in available if m.heading):
+            metrics = [m for m in available if m.heading == heading]
+            shown = [o for o in outcomes if not o.lacks(metrics[0])]
+            names = [m.name for m in metrics]
+            rows = [(o, {name: by_key[o.label, name] for name in names}) for o in shown]
+            tables.append((heading, names, rows))
     return tables
 
 
@@ -255,7 +255,7 @@ def uncertain_labels(report):
     small = [
         f"{o.label} ({o.n_positive} of {o.n})"
         for o in report.studies.outcomes
-        if isinstance(o, st.BinaryOutcome) and 0 < min(o.n_positive, o.n - o.n_positive) < FEW
+        if isinstance(o, BinaryOutcome) and 0 < o.n_examples < FEW
     ]
     rows = report.headlines.values()
     undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)

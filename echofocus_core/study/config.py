@@ -33,7 +33,8 @@ from echofocus_core.base.options import (
     shown,
     validate_as,
 )
-from echofocus_core.study.outputs import EVENT, KINDS, PER_YEAR, Outputs
+from echofocus_core.study.kinds.survival import EVENT, PER_YEAR
+from echofocus_core.study.outputs import KINDS, Outputs
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
 PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing

@@ -17,8 +17,10 @@ from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import ages_to_years, clean_ids, read_table, to_numbers
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, sample_ids
+from echofocus_core.study.kinds.base import examples_of, finite_rows
+from echofocus_core.study.kinds.binary import BinaryOutcome
+from echofocus_core.study.kinds.regression import RegressionOutcome
 from echofocus_core.study.labels import label_file, read_rows
-from echofocus_core.study.outputs import examples_of
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
 PUBLISHED = {"auroc": "roc_auc_score", "r2": "r2_score"}  # names in the JSON of the later branch
@@ -72,7 +74,7 @@ class Studies:
     def at_prevalence(self, prevalence):
         """The same, with PPV and NPV of findings at this prevalence too."""
         outcomes = [
-            replace(o, prevalence=prevalence) if isinstance(o, st.BinaryOutcome) else o
+            replace(o, prevalence=prevalence) if isinstance(o, BinaryOutcome) else o
             for o in self.outcomes
         ]
         return replace(self, outcomes=outcomes)
@@ -130,7 +132,7 @@ def pair_studies(studies, other, name):
     notes = []
     for model, outcomes in zip(("this model", name), pair, strict=True):
         missing = [
-            o.label for o in outcomes if isinstance(o, st.BinaryOutcome) and o.threshold is None
+            o.label for o in outcomes if isinstance(o, BinaryOutcome) and o.threshold is None
         ]
         if missing:
             notes.append(
@@ -253,10 +255,7 @@ def studies_of_labels(path, task, table):
 
 def warn_of_truths(path, outcomes):
     """Report labels whose predictions equal the truths: another column may be the right one."""
-    numeric = [
-        o for o in outcomes if isinstance(o, st.BinaryOutcome | st.RegressionOutcome) and o.n
-    ]
-    equal = [o for o in numeric if np.array_equal(o.truth[o.usable], o.predicted[o.usable])]
+    equal = [o for o in outcomes if o.n and np.array_equal(*o.pairs())]
     if equal:
         names = some(o.label for o in equal)
         RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
@@ -284,30 +283,26 @@ def studies_with_truths(path):
         binary = np.isin(y[np.isfinite(y)], (0, 1)).all()
         threshold = thresholds.get(label)
         outcomes.append(
-            st.BinaryOutcome(label, y, p, threshold)
-            if binary
-            else st.RegressionOutcome(label, y, p)
+            BinaryOutcome(label, y, p, threshold) if binary else RegressionOutcome(label, y, p)
         )
     return Studies(list(rows.index), clean_ids(rows[pid], path, RUN).to_numpy(), outcomes)
 
 
 def studies_to_compare(path, outcomes, studies):
     """Studies of another table of predictions and its thresholds, with the truths of `studies`."""
-    if not all(isinstance(o, st.BinaryOutcome | st.RegressionOutcome) for o in outcomes):
+    if not all(isinstance(o, BinaryOutcome | RegressionOutcome) for o in outcomes):
         raise UserError(f"{path}: a table is compared for findings and measurements only")
-    units = {o.label: o.unit("bias") for o in outcomes}
+    units = {o.label: o.units for o in outcomes}
     predicted, thresholds = read_predictions(read_prediction_rows(path), path, list(units), units)
     part = studies.take([i for i, eid in enumerate(studies.eids) if eid in predicted.index])
     predicted = predicted.loc[part.eids]
     thresholds = thresholds_of(thresholds, predicted, path)
     others = []
     for o in part.outcomes:
-        values = predicted[o.label].to_numpy()
-        if isinstance(o, st.BinaryOutcome):
-            o = replace(o, probability=values, threshold=thresholds.get(o.label))
-        else:
-            o = replace(o, values=values)
-        others.append(o)
+        changes = {"predicted": predicted[o.label].to_numpy()}
+        if isinstance(o, BinaryOutcome):
+            changes["threshold"] = thresholds.get(o.label)
+        others.append(replace(o, **changes))
     return replace(part, outcomes=others)
 
 
@@ -494,7 +489,7 @@ def fold_notes(parts):
     for."""
     for folds in zip(*(part.outcomes for part in parts), strict=True):
         label = folds[0].label
-        blank = [k for k, o in enumerate(folds) if not st.finite_rows(o.predicted).any()]
+        blank = [k for k, o in enumerate(folds) if not finite_rows(o.predicted).any()]
         if blank:
             n = sum(int(np.isfinite(folds[k].truth).sum()) for k in blank)
             yield f"{label}: not learnt in fold {some(blank)}, whose {n} test studies are ignored"

@@ -15,7 +15,7 @@ from echofocus_core.study.fold_answers import labelled_folds
 from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.loop import run_studies
 from echofocus_core.study.models import LoadedEnsemble
-from echofocus_core.study.outputs import scale
+from echofocus_core.study.scaling import scale
 from echofocus_core.study.sources import labelled_ids
 from echofocus_core.video.store import UnreadableStudy
 

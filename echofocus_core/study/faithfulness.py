@@ -9,7 +9,7 @@ from echofocus_core.base.figures import OKABE_ITO, new_figure, save_figure
 from echofocus_core.base.files import derive_seed, write_table
 from echofocus_core.base.tables import clean_ids, read_table
 from echofocus_core.study.attribution import as_tokens, outputs_of
-from echofocus_core.study.outputs import scale
+from echofocus_core.study.scaling import scale
 from echofocus_core.study.statistics import mean_interval
 from echofocus_core.video.store import UnreadableStudy
 

@@ -157,7 +157,7 @@ def thresholds_for(job):
         )
     studies, *_ = answer_fold(job.but(subset="val", sample_limit=0), {})
     cuts = {
-        o.label: choose_threshold(o.truth, o.probability, rule)
+        o.label: choose_threshold(o.truth, o.predicted, rule)
         for o in studies.outcomes
         if o.label in findings
     }

@@ -18,7 +18,7 @@ from echofocus_core.base.seen import STUDY, Seen, normal_form, seen_levels, stud
 from echofocus_core.base.tables import read_table
 from echofocus_core.study.config import Task
 from echofocus_core.study.labels import GIVEN_FOLD, scaling_of
-from echofocus_core.study.outputs import scale
+from echofocus_core.study.scaling import scale
 
 # The evidence that a test study is unseen; several are joined by '; '.
 BY_ID, ELSEWHERE = "by patient and study id", "trained elsewhere, not compared"

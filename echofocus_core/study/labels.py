@@ -14,7 +14,8 @@ from echofocus_core.base.console import RUN, UserError, nearest, printable, some
 from echofocus_core.base.seen import STUDY, id_key
 from echofocus_core.base.tables import clean_ids, read_dates, read_table, to_numbers
 from echofocus_core.study.config import PUBLISHED_BOXCOX
-from echofocus_core.study.outputs import examples_of, fit_scaling, scaling_fault
+from echofocus_core.study.kinds.base import examples_of
+from echofocus_core.study.scaling import fit_scaling, scaling_fault
 
 GIVEN_FOLD = "fold given"  # the column of a label table (as read) with the folds of `split_column`
 FOLD_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}

@@ -17,7 +17,8 @@ from echofocus_core.study.end_to_end import ENCODER_FILE
 from echofocus_core.study.input_check import Novelty
 from echofocus_core.study.models import Ensemble, LoadedEnsemble, LoadedModel
 from echofocus_core.study.network import Readings, build
-from echofocus_core.study.outputs import Outputs, scaling_fault
+from echofocus_core.study.outputs import Outputs
+from echofocus_core.study.scaling import scaling_fault
 from echofocus_core.video import panecho
 from echofocus_core.video.panecho import published_parts
 from echofocus_core.video.store import MADE_WITH

@@ -10,14 +10,10 @@ from torch import nn
 from echofocus_core.base.console import RUN, Collected, some
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import Novelty
+from echofocus_core.study.kinds.base import sigmoid
+from echofocus_core.study.kinds.survival import USUAL_YEARS, per_year
 from echofocus_core.study.network import Aggregator, Readings
-from echofocus_core.study.outputs import (
-    USUAL_YEARS,
-    Outputs,
-    losses_of_outputs,
-    per_year,
-    sigmoid,
-)
+from echofocus_core.study.outputs import Outputs, losses_of_outputs
 
 IMPLAUSIBLE = "far beyond the training data"
 FAR = 30  # standard deviations of a measurement in training: ten times a usual range of +-3

@@ -1,38 +1,26 @@
-"""Metrics with 95 % intervals from truths and predictions: pure functions of arrays.
+"""Metrics of outcomes with 95 % intervals, and their differences between two models.
 
     outcomes = [BinaryOutcome("VSD", truth, p, threshold=0.31), RegressionOutcome("EF", ef, f, "%")]
     for estimate in estimates(outcomes, patients): print(estimate.row())
 
-An outcome is a label with its truths and predictions. Its `metrics(weights)` are computed from
-`weights` (S, B): how often each of S studies occurs in each of B resamples. The value is the same
-computation with weights of one, so that value and interval are consistent. Patients are resampled,
-not studies: a resample has all studies of a patient, or none.
-
-Truths are NaN if missing; such studies are ignored.
+An outcome (`study.kinds`) computes its metrics from `weights` (S, B): how often each of S studies
+occurs in each of B resamples. The value is the same computation with weights of one, so that value
+and interval are consistent. Patients are resampled, not studies: a resample has all studies of a
+patient, or none.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pandas as pd
 from scipy import special
 from threadpoolctl import threadpool_limits
 
 from echofocus_core.base.console import UserError
-from echofocus_core.study import metrics as mt
+from echofocus_core.study.kinds.binary import BinaryOutcome
 
 CHUNK_BYTES = 2**24  # of weights, to fit the cache; a metric needs several arrays of this size
-QUARTERS = 4  # quantile groups of the truth, for which a regression's error is also computed
-COUNTS = ("true_positive", "false_positive", "true_negative", "false_negative")
-DISCRIMINATION = (
-    *("auroc", "average_precision", "brier"),
-    *("calibration_slope", "calibration_intercept", "ece"),
-)
-AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "lr_positive", "lr_negative", "f1")
-AT_PREVALENCE = ("ppv_at_prevalence", "npv_at_prevalence")
 
 
 @dataclass(frozen=True)
@@ -62,384 +50,6 @@ class Estimate:
             k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in vars(self).items()
         }
         return row | {"n_positive": None if self.n_positive < 0 else self.n_positive}
-
-
-# ---------------------------------------------------------------------------------------- outcomes
-
-
-@dataclass(eq=False)
-class Outcome:
-    """A label with its truths and predictions. `truth` (S,), NaN if missing.
-
-    A subclass for a kind of label declares its main metric (`headline`), the metrics in the tables
-    of the page by heading, and its figures (of `report.curves`).
-    """
-
-    label: str
-    truth: np.ndarray
-
-    kind = headline = ""
-    tables = ()
-    figures = ()
-    n_positive = -1
-    threshold = None
-
-    @property
-    def predicted(self):
-        """(S,) or (S, K)."""
-        raise NotImplementedError
-
-    @property
-    def truth_columns(self):
-        """Name -> (S,): the truths of the table `saveout`."""
-        return {self.label: self.truth}
-
-    @property
-    def predicted_columns(self):
-        """Name -> (S,): the predictions of the table `saveout`, named like a model's outputs."""
-        return {self.label: self.predicted}
-
-    @cached_property
-    def usable(self):
-        """(S,) bool: studies with a truth and a prediction."""
-        return np.isfinite(self.truth) & finite_rows(self.predicted)
-
-    @property
-    def n(self):
-        return int(self.usable.sum())
-
-    def pairs(self):
-        """(truths, predictions) of the usable studies."""
-        return self.truth[self.usable], self.predicted[self.usable]
-
-    def unit(self, metric):
-        return ""
-
-    def metrics(self, weights):
-        """Metric -> (B,): its value in each resample. weights (S, B), see above."""
-        with np.errstate(all="ignore"):  # an undefined value is NaN, and estimate() reports it
-            return self.compute(weights if self.usable.all() else weights[self.usable])
-
-    def compute(self, weights):
-        """`metrics` of the usable studies, with their weights (n, B)."""
-        raise NotImplementedError
-
-    def denominator_mask(self, metric):
-        """(S,) bool: the denominator, if the metric is a proportion of studies; else None."""
-        return None
-
-    def why_missing(self, metric):
-        """Why a metric is not defined for these studies."""
-        return "no study has both a truth and a prediction" if not self.n else ""
-
-    def arrays(self):
-        """Field -> array, for the fields that have one row per study."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: v for name, v in values.items() if isinstance(v, np.ndarray)}
-
-    def take(self, rows):
-        """The outcome of some studies. rows: an index or a mask."""
-        return replace(self, **{name: values[rows] for name, values in self.arrays().items()})
-
-    def by_patient(self, patients, rule):
-        """(outcome with one row per patient, in sorted order; number of patients without a truth
-        because their studies differ). rule: mean, first or last of the patient's usable studies."""
-        patients, usable = np.asarray(patients), self.usable
-        table = pd.concat(
-            {name: pd.DataFrame(x[usable]) for name, x in self.arrays().items()}, axis=1
-        )
-        groups, names = table.groupby(patients[usable]), np.unique(patients)
-        rows = getattr(groups, rule)().reindex(names)
-        pooled = {
-            name: rows[name].to_numpy().reshape(-1, *values.shape[1:])
-            for name, values in self.arrays().items()
-        }
-        mixed = np.zeros(len(names), bool)
-        if rule == "mean" and not isinstance(self, RegressionOutcome):
-            truths = pd.Series(self.truth[usable]).groupby(patients[usable]).nunique()
-            mixed = truths.reindex(names).to_numpy() > 1
-        pooled["truth"] = np.where(mixed, np.nan, pooled["truth"])
-        return replace(self, **pooled), int(mixed.sum())
-
-
-def check_arrays(label, *arrays):
-    """Float arrays of one length, the truth (S,) first. Raises UserError with the label's name."""
-    arrays = [np.asarray(x, float) for x in arrays]
-    if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
-        shapes = ", ".join(str(x.shape) for x in arrays)
-        raise UserError(f"{label}: truths and predictions have different shapes: {shapes}")
-    if any(np.isinf(x).any() for x in arrays):
-        raise UserError(f"{label}: a truth or a prediction is infinite")
-    return arrays
-
-
-def finite_rows(values):
-    """(S,) bool of (S,) or (S, K)."""
-    return np.isfinite(values) if values.ndim == 1 else np.isfinite(values).all(axis=1)
-
-
-def smaller(a, b):
-    return a if a.sum() <= b.sum() else b
-
-
-@dataclass(eq=False)
-class BinaryOutcome(Outcome):
-    """A finding: truth 0 or 1, probability (S,). A study is positive from `threshold` on.
-
-    threshold: one number, or (S,) one per study: each fold of a cross-validation has its own.
-    """
-
-    probability: np.ndarray
-    threshold: float | np.ndarray | None = None
-    prevalence: float | None = None
-
-    kind, headline = "binary", "auroc"
-    tables = (
-        ("Discrimination and calibration", DISCRIMINATION),
-        ("At the threshold", AT_THRESHOLD),
-    )
-    figures = ("roc_curves", "pr_curves", "reliability", "decision_curves", "confusion")
-
-    def __post_init__(self):
-        self.truth, self.probability = check_arrays(self.label, self.truth, self.probability)
-        if not np.isin(self.truth[np.isfinite(self.truth)], (0, 1)).all():
-            raise UserError(f"{self.label}: a truth is neither 0, 1 nor missing")
-        if np.any((self.probability < 0) | (self.probability > 1)):
-            raise UserError(
-                f"{self.label}: a probability is not between 0 and 1; are these logits?"
-            )
-        cuts = np.atleast_1d(0.0 if self.threshold is None else self.threshold)
-        if (cuts < 0).any() or (cuts > 1).any():
-            raise UserError(f"{self.label}: a threshold is not between 0 and 1")
-
-    @property
-    def predicted(self):
-        return self.probability
-
-    @property
-    def n_positive(self):
-        return int(self.truth[self.usable].sum())
-
-    @property
-    def positive(self):
-        """(S,) bool: positive at the threshold; none without a threshold."""
-        return self.probability >= (np.inf if self.threshold is None else self.threshold)
-
-    def denominator_mask(self, metric):
-        with_finding, without = (self.usable & (self.truth == y) for y in (1, 0))
-        return {
-            "auroc": smaller(with_finding, without),
-            "sensitivity": with_finding,
-            "specificity": without,
-            "ppv": self.usable & self.positive,
-            "npv": self.usable & ~self.positive,
-        }.get(metric)
-
-    def why_missing(self, metric):
-        if text := super().why_missing(metric):
-            return text
-        if metric in AT_THRESHOLD + COUNTS + AT_PREVALENCE and self.threshold is None:
-            return "no threshold is stored with the model"
-        if not self.n_positive:
-            return "no positive study"
-        if self.n_positive == self.n:
-            return "no negative study"
-        if metric in AT_PREVALENCE and self.prevalence is None:
-            return "no prevalence is given"
-        if metric.startswith("calibration"):
-            return "no finite fit: the probabilities are all equal or separate the classes"
-        return "division by zero: all or none of the studies are positive at the threshold"
-
-    def compute(self, weights):
-        y, p, positive = (x[self.usable] for x in (self.truth, self.probability, self.positive))
-        metrics = mt.ranking(y, p, weights) | mt.calibration(y, p, weights)
-        cells = [positive * y, positive * (1 - y), ~positive * (1 - y), ~positive * y]
-        counts = mt.sums(cells, weights)
-        if self.threshold is None:
-            counts = np.full_like(counts, np.nan)
-        return metrics | mt.operating(*counts, self.prevalence)
-
-
-@dataclass(eq=False)
-class RegressionOutcome(Outcome):
-    """A measurement in `units`: truth and values (S,)."""
-
-    values: np.ndarray
-    units: str = ""
-
-    kind, headline = "regression", "median_absolute_error"
-    tables = (
-        ("Error", ("median_absolute_error", "mean_absolute_error", "rmse", "bias")),
-        ("Agreement", ("loa_low", "loa_high", "r2", "pearson", "spearman")),
-    )
-    figures = ("scatter_plots", "bland_altman")
-
-    def __post_init__(self):
-        self.truth, self.values = check_arrays(self.label, self.truth, self.values)
-
-    @property
-    def predicted(self):
-        return self.values
-
-    def unit(self, metric):
-        return "" if metric in ("r2", "pearson", "spearman") else self.units
-
-    def why_missing(self, metric):
-        if text := super().why_missing(metric):
-            return text
-        if self.n == 1:
-            return "only one study"
-        if np.ptp(self.truth[self.usable]) == 0:
-            return "the truth is the same in all studies"
-        if np.ptp(self.values[self.usable]) == 0:
-            return "the prediction is the same in all studies"
-        return "no study in this quarter"
-
-    @cached_property
-    def edges(self):
-        """(QUARTERS + 1,): quantiles of the truth, the limits of the quarters q1, q2, ..."""
-        truth = self.truth[self.usable]
-        return np.quantile(truth, np.linspace(0, 1, QUARTERS + 1)) if len(truth) else np.array([])
-
-    def compute(self, weights):
-        y, f = self.pairs()
-        metrics = mt.errors(y, f, weights) | {"spearman": mt.spearman(y, f, weights)}
-        metrics["median_absolute_error"] = mt.weighted_median(abs(f - y), weights)
-        part = np.searchsorted(self.edges[1:-1], y, side="left")
-        for q in range(QUARTERS):
-            name, rows = f"median_absolute_error_q{q + 1}", np.flatnonzero(part == q)
-            metrics[name] = mt.weighted_median(abs(f - y)[rows], weights[rows])
-        return metrics
-
-
-@dataclass(eq=False)
-class MulticlassOutcome(Outcome):
-    """Grades: truth 0 .. K-1, probabilities (S, K), `classes` their K names in order."""
-
-    probabilities: np.ndarray
-    classes: tuple[str, ...]
-
-    kind, headline = "multiclass", "auroc"
-    tables = (("Grades", ("auroc", "balanced_accuracy", "kappa")),)
-    figures = ("roc_classes", "confusion_classes")
-
-    def __post_init__(self):
-        self.truth, self.probabilities = check_arrays(self.label, self.truth, self.probabilities)
-        self.classes, K = tuple(self.classes), len(self.classes)
-        if self.probabilities.shape != (len(self.truth), K):
-            shape = self.probabilities.shape
-            raise UserError(f"{self.label}: {K} classes, probabilities {shape}")
-        if not np.isin(self.truth[np.isfinite(self.truth)], range(K)).all():
-            raise UserError(f"{self.label}: a truth is not one of 0 to {K - 1}")
-
-    @property
-    def predicted(self):
-        return self.probabilities
-
-    @property
-    def truth_columns(self):
-        names = np.array([*self.classes, None], object)
-        return {self.label: names[np.where(np.isfinite(self.truth), self.truth, -1).astype(int)]}
-
-    @property
-    def predicted_columns(self):
-        names = [f"{self.label}_{name}" for name in self.classes]
-        return dict(zip(names, self.probabilities.T, strict=True))
-
-    def denominator_mask(self, metric):
-        for k, name in enumerate(self.classes):
-            if metric == f"auroc_{name}":
-                of_class = self.usable & (self.truth == k)
-                return smaller(of_class, self.usable & ~of_class)
-        return None
-
-    def why_missing(self, metric):
-        if text := super().why_missing(metric):
-            return text
-        absent = set(range(len(self.classes))) - set(self.truth[self.usable].astype(int))
-        names = ", ".join(self.classes[k] for k in sorted(absent))
-        return f"no study of class {names}" if absent else "all studies are of one class"
-
-    def compute(self, weights):
-        y, p = self.pairs()
-        areas = [mt.auroc(y == k, p[:, k], weights) for k in range(len(self.classes))]
-        metrics = {"auroc": np.mean(areas, axis=0)}
-        metrics |= {f"auroc_{name}": x for name, x in zip(self.classes, areas, strict=True)}
-        table = mt.confusion(y, p.argmax(axis=1), len(self.classes), weights)
-        return metrics | mt.agreement(table)
-
-
-@dataclass(eq=False)
-class SurvivalOutcome(Outcome):
-    """Time to an event: truth = time (S,), event 1 or 0 (censored), risk (S,): higher is earlier.
-
-    `years`: the times at which the cumulative/dynamic AUROC is given; a year is `per_year` units.
-    """
-
-    event: np.ndarray
-    risk: np.ndarray
-    years: tuple[float, ...] = ()
-    units: str = "years"
-    per_year: float = 1.0
-
-    kind, headline = "survival", "c_index"
-    tables = (("Survival", ("c_index",)),)
-    figures = ("kaplan_meier",)
-
-    def __post_init__(self):
-        arrays = check_arrays(self.label, self.truth, self.event, self.risk)
-        self.truth, self.event, self.risk = arrays
-        if not np.isin(self.event[np.isfinite(self.event)], (0, 1)).all():
-            raise UserError(f"{self.label}: an event is neither 0, 1 nor missing")
-        if (self.truth < 0).any():
-            raise UserError(f"{self.label}: a time is below zero")
-
-    @property
-    def predicted(self):
-        return np.stack([self.event, self.risk], axis=1)
-
-    @property
-    def truth_columns(self):
-        return {self.label: self.truth, f"{self.label}_event": self.event}
-
-    @property
-    def predicted_columns(self):
-        return {f"{self.label}_risk": self.risk}
-
-    @property
-    def n_positive(self):
-        return int(self.event[self.usable].sum())
-
-    def by_patient(self, patients, rule):
-        if rule == "mean":
-            raise UserError(f"{self.label}: times cannot be averaged; use --pool first or last")
-        return super().by_patient(patients, rule)
-
-    def denominator_mask(self, metric):
-        with_event = self.usable & (self.event == 1)
-        if metric == "c_index":
-            return with_event
-        at = float(metric.removeprefix("auroc_at_")) * self.per_year
-        case = with_event & (self.truth <= at)
-        return smaller(case, self.usable & ~case)
-
-    def why_missing(self, metric):
-        if text := super().why_missing(metric):
-            return text
-        if not self.n_positive:
-            return "no event"
-        if metric == "c_index":
-            return "no comparable pair of studies"
-        return "no event before this time, or no follow-up beyond it"
-
-    def compute(self, weights):
-        time, risk = self.truth[self.usable], self.risk[self.usable]
-        event = self.event[self.usable] == 1
-        metrics = {"c_index": mt.c_index(time, event, risk, weights)}
-        for year in self.years:
-            auroc = mt.dynamic_auroc(time, event, risk, year * self.per_year, weights)
-            metrics[f"auroc_at_{year:g}"] = auroc
-        return metrics
 
 
 # ------------------------------------------------------------------------ resamples and intervals
@@ -522,15 +132,16 @@ def count_patients(patients, mask):
 
 def estimate(outcome, metric, values, patients):
     """Estimate of one metric from its bootstrap (1 + n_boot,), with its `note`."""
-    if metric in COUNTS:
+    described, n_patients = outcome.metric(metric), count_patients(patients, outcome.usable)
+    if described.is_count:
         values = values[:1]
-    mask, n_patients = outcome.denominator_mask(metric), count_patients(patients, outcome.usable)
-    proportion_of = 0 if mask is None else count_patients(patients, mask)
+    mask = described.denominator
+    proportion_of = count_patients(patients, mask(outcome)) if mask else 0
     low, high, n_boot = interval(values, n_patients, proportion_of)
     note = ""
     if np.isnan(values[0]):
         note = outcome.why_missing(metric)
-    elif metric in COUNTS:
+    elif described.is_count:
         note = "a count"
     elif np.isinf(values[0]):
         note = "infinite: division by zero"
@@ -562,7 +173,8 @@ def macro_means(outcomes, values, patients):
     without a value on all studies are left out; `note` gives the number of labels in the mean.
     """
     rows = []
-    for metric in sorted({metric for _, metric in values} - set(COUNTS)):
+    counts = {m.name for o in outcomes for m in o.METRICS if m.is_count}
+    for metric in sorted({metric for _, metric in values} - counts):
         defined = [o for o in outcomes if np.isfinite(values.get((o.label, metric), [np.nan])[0])]
         units = {o.unit(metric) for o in defined}
         if len(defined) < 2 or len(units) > 1:
@@ -591,10 +203,10 @@ def compare(first, second, patients, n_boot=1000, seed=0):
     first, second = on_both(first, second)
     values, others = (bootstrap(o, patients, n_boot, seed) for o in (first, second))
     pairs = {a.label: (a, b) for a, b in zip(first, second, strict=True)}
-    shared = [key for key in values if key in others and key[1] not in COUNTS]
     return [
         difference(*pairs[label], metric, values[label, metric], others[label, metric], patients)
-        for label, metric in shared
+        for label, metric in values
+        if (label, metric) in others and not pairs[label][0].metric(metric).is_count
     ]
 
 
@@ -625,10 +237,10 @@ def on_both(first, second):
         raise UserError("the two models do not have the same labels")
     pairs = []
     for a, b in zip(first, second, strict=True):
-        truths = type(a) is type(b) and [(a.truth, b.truth)]
-        if truths and isinstance(a, SurvivalOutcome):
-            truths.append((a.event, b.event))
-        if not truths or not all(np.array_equal(*pair, equal_nan=True) for pair in truths):
+        if type(a) is not type(b) or not all(
+            np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True)
+            for name in a.truth_fields
+        ):
             raise UserError(f"{a.label}: the two models have different truths for the same studies")
         truth = np.where(a.usable & b.usable, a.truth, np.nan)
         pairs.append((replace(a, truth=truth), replace(b, truth=truth)))
@@ -638,7 +250,7 @@ def on_both(first, second):
 def delong_difference(a, b, patients):
     """(low, high, p value) of AUROC(a) - AUROC(b); NaN if the variance is not defined."""
     usable = a.usable
-    scores = np.stack([a.probability[usable], b.probability[usable]], axis=1)
+    scores = np.stack([a.predicted[usable], b.predicted[usable]], axis=1)
     area, covariance = delong(a.truth[usable], scores, np.asarray(patients)[usable])
     contrast = np.array([1, -1])
     less, sd = contrast @ area, np.sqrt(max(contrast @ covariance @ contrast, 0))

@@ -22,10 +22,10 @@ from echofocus_core.study.folds import (
     training_folds,
 )
 from echofocus_core.study.job import check_settings, refuse_other_architecture
+from echofocus_core.study.kinds.survival import EVENT
 from echofocus_core.study.labels import load_labels, other_unit
 from echofocus_core.study.loading import folds_in_folder, load_model, model_folder, read_checkpoint
 from echofocus_core.study.loop import report_unreadable, run_studies
-from echofocus_core.study.outputs import EVENT
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
 from echofocus_core.study.training import Training, is_finished, refuse_model_without_checkpoint
 from echofocus_core.video import extract, panecho

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from echofocus_core.study.outputs import scale
+from echofocus_core.study.scaling import scale
 
 
 def thresholds_and_hazards(truth, values, outputs, learnt, rule):

@@ -1,0 +1,1 @@
+"""Kinds of label, a file for each: see `base`."""
