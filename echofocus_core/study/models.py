@@ -70,7 +70,7 @@ class LoadedModel:
         """{label_survival_year: (S,)} for these years, or those of USUAL_YEARS that are covered."""
         columns = {}
         for label in self.outputs.of_kind("survival"):
-            (name,) = self.outputs.names_of(label)
+            (name,) = self.outputs.names[self.outputs.slices[label]]
             risk, hazard = np.asarray(logits)[:, self.outputs.names.index(name)], self.hazard(name)
             year = per_year(self.units.get(label, ""))
             for at in years or [x for x in USUAL_YEARS if hazard and x * year <= hazard.end]:
@@ -201,7 +201,7 @@ class LoadedEnsemble(LoadedModel):
         """The mean over the members that learnt a label, at times that all of these cover."""
         columns = {}
         for label in self.outputs.of_kind("survival"):
-            (risk,) = self.outputs.names_of(label)
+            (risk,) = self.outputs.names[self.outputs.slices[label]]
             each = [m.survival(x, years) for m, x in self.split(logits) if m.hazard(risk)]
             for name in [x for x in each[0] if x.startswith(f"{label}_survival_")] if each else ():
                 if all(name in values for values in each):
