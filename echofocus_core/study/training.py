@@ -163,7 +163,8 @@ class Training(EpochTraining):
     def record(self):
         """What a checkpoint records about the training: see `Record`."""
         s, cohort = self.settings, self.cohort
-        unlearnt = [x for label in cohort.unlearnt for x in cohort.outputs.names_of(label)]
+        labels = cohort.outputs.by_output.items()
+        unlearnt = [output for output, label in labels if label.name in cohort.unlearnt]
         learnt = cohort.table.loc[cohort.eids["train"], cohort.outputs.of_kind("regression")]
         ends = learnt.agg(["min", "max"]).dropna(axis=1)
         return Record(
