@@ -86,7 +86,7 @@ def copy_study(eid, to):
     """A study's file, with the checksum that extraction writes, in place of another's."""
     with h5py.File(f"emb/{eid}.hdf5", "a") as f:
         names = f["videos"].asstr()[:].tolist()
-        f.attrs["crc32"] = np.array([checksum(f["embeddings"][()], names)], np.uint32)
+        f.attrs["crc32"] = np.array([checksum(f["embeddings"][()], names, {})], np.uint32)
     shutil.copy(f"emb/{eid}.hdf5", f"emb/{to}.hdf5")
 
 

@@ -24,7 +24,7 @@ from echofocus_core.study.loop import trainable_parameters
 from echofocus_core.study.network import StudyModel
 from echofocus_core.video import panecho
 from echofocus_core.video.phantom import write_video
-from echofocus_core.video.store import encoders_seen
+from echofocus_core.video.store import read_encoder_seen
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
 
@@ -185,7 +185,7 @@ def test_a_model_and_its_encoder(site, cli):
     (seen,) = panecho.read_encoder(folder / "encoder.pt").seen
     assert len(seen.train) == 16 and len(seen.val) == 4  # patients and studies
     assert panecho.seen_by(folder)[0].key == seen.key  # as a training that begins with it asks
-    assert encoders_seen(folder / "clip_embeddings")[best["echofocus"]["encoder_sha256"]]
+    assert read_encoder_seen(folder / "clip_embeddings")[best["echofocus"]["encoder_sha256"]]
 
     files = {eid: folder / "clip_embeddings" / f"{eid}.hdf5" for eid in ("e8", "e9")}
     for path in files.values():  # as an earlier best epoch left them

@@ -21,7 +21,7 @@ from echofocus_core.study.config import Record
 from echofocus_core.study.explanations import explained_studies
 from echofocus_core.study.folds import training_folds
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.video.store import keep_encoder_seen
+from echofocus_core.video.store import write_encoder_seen
 
 DEFECT = ("train", "--task", "defect", "--epoch_lim", "1")
 MODELS = Path("trained_models")
@@ -193,8 +193,8 @@ def test_patients_whom_the_encoder_saw(trained, cli):
     for path in Path("emb").glob("*.hdf5"):
         with h5py.File(path, "a") as f:
             f.attrs["weights_sha256"] = "ab"
-    keep_encoder_seen("emb", "ab", [Seen.of(seen_ids, "00")])
-    keep_encoder_seen("emb", "other", [Seen.of(patients.to_frame().assign(fold="train"), "00")])
+    write_encoder_seen("emb", {"ab": [Seen.of(seen_ids, "00")]})
+    write_encoder_seen("emb", {"other": [Seen.of(patients.to_frame().assign(fold="train"), "00")]})
     gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
     warning = f"left out {len(gone)} studies of val and test: the encoder has seen them"
     for line in (("check", "--task", "defect", "--run_id", "b"), (*DEFECT, "--run_id", "b")):

@@ -422,7 +422,7 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     digest = embedded.header("s").made_with["weights_sha256"]
     assert embedded.read("s").embeddings.shape == (1, 1, 768)
     assert digest == backbones.sha256_file("run/chkpt_epoch-12.pt")
-    (seen,) = store.encoders_seen("emb")[digest]
+    (seen,) = store.read_encoder_seen("emb")[digest]
     assert embedded.header("s").made_with["weights_seen"] == "listed"
     assert seen.levels(split)[0].tolist() == [2]
     status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
@@ -764,7 +764,7 @@ def test_start_from_a_published_run(here, capsys):
             with pytest.raises(UserError, match=f"with {name} = {was}, not"):
                 start.load_start(net, file, train.EncoderSettings(**options | {name: value}))
     start.load_start(net, "ours.pt", train.EncoderSettings(**options))
-    assert "was trained with clip_len = 32, not 16" in capsys.readouterr().out
+    assert "clip_len was 32 and is now 16" in capsys.readouterr().out
 
 
 def seen_of(videos, fold):

@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from echofocus_core import __version__
-from echofocus_core.base.console import printable, progress
+from echofocus_core.base.console import RUN, printable, progress
 from echofocus_core.base.files import atomic_path
+from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.study.explanations import score_unit
 from echofocus_core.study.input_check import UNUSUAL
 from echofocus_core.study.loading import released_task
@@ -23,7 +24,7 @@ from echofocus_core.video.decode import first_frames
 from echofocus_core.video.errors import VideoError
 from echofocus_core.video.extract import decoders, in_processes
 from echofocus_core.video.playback import Playback, stored_clip
-from echofocus_core.video.store import StudyDetails, open_folder, read_details
+from echofocus_core.video.store import StudyDetails, load_details, open_folder
 from echofocus_core.video.studies import visible
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -105,7 +106,15 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
         explanation = by_study.get(eid)
         names = explanation["videos"] if explanation else job.source.store.read(eid).videos
         truth = None if truths is None else truths.loc[eid].to_numpy()
-        details = read_details(files[eid]) if eid in files else StudyDetails()
+        try:
+            details = load_details(files[eid]) if eid in files else StudyDetails()
+        except UNREADABLE:
+            details = StudyDetails()
+            RUN.warning(
+                f"{files[eid].name} is damaged: the page neither marks its clips nor lists the "
+                "skipped files",
+                "extract or copy it again",
+            )
         studies.append(PageStudy(eid, row, names, explanation, truth, details, sources.get(eid)))
     plain = released_task(job.model.task).get("names", {}) | (job.task.names if job.task else {})
     page = Page(folder, job.model, job.settings, studies, left_out, plain)
@@ -175,12 +184,12 @@ def write_clips(folder, studies, mask, workers=0):
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     calls = []
     for study in studies:
-        contents = study.details.contents
+        contents = {name: record.content for name, record in study.details.files.items()}
         for video in study.videos:
             if video.name not in study.files:
                 continue
             source = study.source.source(study.files[video.name])
-            if video.name not in contents:
+            if not contents.get(video.name):
                 video.note = (
                     "matched by name only: the embeddings do not record the video's content"
                 )
@@ -445,7 +454,7 @@ def clip_marks(details, video, scores):
     best = int(np.argmax(scores if scores.sum() >= 0 else -scores))
     marks = []
     for c in np.unique(np.append(np.unique(first, return_index=True)[1], best)):
-        end = min(first[c] + details.clip_len, frames)
+        end = min(first[c] + details.attributes.get("clip_len", 0), frames)
         marks.append({
             "left": round(100 * first[c] / frames, 3), "best": c == best,
             "width": round(100 * (end - first[c]) / frames, 3),

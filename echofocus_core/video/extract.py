@@ -21,7 +21,6 @@ study's last video is finished).
 """
 
 import contextlib
-import csv
 import hashlib
 import os
 import pickle
@@ -35,11 +34,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Parser, UserError, clean_text, progress, run_main
-from echofocus_core.base.files import atomic_path, lock, stamp_of
+from echofocus_core.base.files import atomic_path, lock, stamp_of, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.base.options import Settings, add_options, validate_as
 from echofocus_core.base.parallel import map_ahead
@@ -64,13 +64,13 @@ from echofocus_core.video.panecho import (
 )
 from echofocus_core.video.store import (
     FileRecord,
+    StudyDetails,
     almost_the_same,
     empty_path,
-    keep_encoder_seen,
+    load_copies,
     load_details,
-    read_results,
     study_path,
-    weights_seen,
+    write_encoder_seen,
     write_study,
 )
 from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
@@ -170,13 +170,15 @@ def distinct_images(index):
 
 
 class Pending:
-    """A copy of a video whose images are being encoded."""
+    """A video whose images are being encoded: those of its clips, and of their copies."""
 
-    def __init__(self, job, clips, device):
-        frames = torch.from_numpy(clips.frames).to(device)  # (F, S, S, 3)
-        self.job, self.clips = job, clips
-        self.planes = frames.permute(0, 3, 1, 2).flatten(0, 1)  # (3 F, S, S)
-        images, positions = distinct_images(clips.index)
+    def __init__(self, job, reply, device):
+        self.job, self.reply = job, reply
+        frames = torch.from_numpy(np.concatenate([clips.frames for clips in reply[0]])).to(device)
+        self.planes = frames.permute(0, 3, 1, 2).flatten(0, 1)  # of (F, S, S, 3): (3 F, S, S)
+        first = np.cumsum([0] + [len(clips.frames) for clips in reply[0]])
+        index = [clips.index + first[k] for k, clips in enumerate(reply[0])]
+        images, positions = distinct_images(np.concatenate(index))  # of (copies * C, L)
         self.images = torch.from_numpy(images).to(device)
         self.positions = torch.from_numpy(positions).to(device)
         self.taken = 0  # images sent to the encoder
@@ -213,14 +215,13 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, decoded):
-        """(job, reply) -> (job, reply, embeddings): see `decode`; a list with (C, 768) float32
-        for each Clips of the reply, empty when it is a VideoError."""
+        """(job, reply) -> (job, reply, embeddings): see `decode`; float32 (copies, C, 768), or None
+        when the reply is a VideoError."""
         for job, reply in decoded:
             if isinstance(reply[0], VideoError):
-                yield job, reply, []
+                yield job, reply, None
                 continue
-            for clips in reply[0]:
-                self.put(Pending((job, reply), clips, self.device))
+            self.put(Pending(job, reply, self.device))
             yield from self.pop_finished()
         if self.batch:
             self.run_batch()
@@ -244,18 +245,15 @@ class Encoder:
         self.batch, self.free = [], self.batch_size
 
     def pop_finished(self):
-        """Videos all of whose copies are encoded, in the order of arrival."""
-        while self.waiting:
-            (job, reply) = self.waiting[0].job
-            copies = [self.waiting[k] for k in range(len(reply[0]))]
-            if any(sum(map(len, p.features)) < len(p.images) for p in copies):
-                return
-            yield job, reply, [self.clip_embeddings(self.waiting.popleft()) for _ in copies]
-
-    def clip_embeddings(self, pending):
-        with self.autocast():
-            clips = torch.cat(pending.features)[pending.positions]  # (C, L, 768)
-            return self.backbone.encode_clips(clips).float().cpu().numpy()
+        """Videos all of whose images are encoded, in the order of arrival."""
+        while self.waiting and sum(map(len, self.waiting[0].features)) == len(
+            self.waiting[0].images
+        ):
+            video = self.waiting.popleft()
+            with self.autocast():
+                clips = torch.cat(video.features)[video.positions]  # (copies * C, L, 768)
+                embeddings = self.backbone.encode_clips(clips).float().cpu().numpy()
+            yield video.job, video.reply, np.stack(np.split(embeddings, len(video.reply[0])))
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -279,22 +277,18 @@ class Summary:
         if self.notes:
             kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
             print(f"notes in extract_log.csv: {kinds}")
-        if self.copies:
-            pairs = first_and_count([" and ".join(pair) for pair in self.copies])
-            RUN.warning(
-                f"{len(self.copies)} files have the same frames as one of another study: {pairs}",
-                "if they are of two patients, one may be in training and the other in the test",
-            )
-        if n := self.notes[ALMOST]:
-            RUN.warning(
-                f"{n} videos have almost the same embeddings as another of their study",
-                f"they may be one loop that was exported twice: see '{ALMOST}' in extract_log.csv",
-            )
-        if n := self.notes[TOO_MUCH]:
-            RUN.warning(
-                f"--mask sector removes more than a tenth of the moving pixels of {n} videos",
-                f"look at some of them, see '{TOO_MUCH}' in extract_log.csv",
-            )
+        pairs = first_and_count([" and ".join(pair) for pair in self.copies])
+        for n, text, remedy in (
+            (len(self.copies), f"files have the same frames as one of another study: {pairs}",
+             "if they are of two patients, one may be in training and the other in the test"),
+            (self.notes[ALMOST], "videos have almost the same embeddings as another of their study",
+             f"they may be one loop that was exported twice: see '{ALMOST}' in extract_log.csv"),
+            (self.notes[TOO_MUCH],
+             "videos lose more than a tenth of their moving pixels by --mask sector",
+             f"look at some of them, see '{TOO_MUCH}' in extract_log.csv"),
+        ):  # fmt: skip
+            if n:
+                RUN.warning(f"{n} {text}", remedy)
         if self.skipped:
             print(f"{len(self.skipped)} files skipped:")
             for study, video, reason in self.skipped[:LISTED]:
@@ -303,14 +297,11 @@ class Summary:
                 print(f"  and {len(self.skipped) - LISTED} more, in extract_log.csv")
             kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
-        if self.empty:
-            print(
-                f"{len(self.empty)} studies without a usable video: {first_and_count(self.empty)}"
-            )
-        if self.undone:
-            print(
-                f"{len(self.undone)} studies left for the next run: {first_and_count(self.undone)}"
-            )
+        for names, text in (
+            (self.empty, "without a usable video"), (self.undone, "left for the next run")
+        ):  # fmt: skip
+            if names:
+                print(f"{len(names)} studies {text}: {first_and_count(names)}")
 
     def refuse_nothing(self, source):
         """UserError if a run has no usable study."""
@@ -341,12 +332,14 @@ class StudyProgress:
 
 
 class Run:
-    """One pass over studies: chooses the videos to read and writes the results."""
+    """One pass over studies: chooses the videos to read and writes the results.
 
-    def __init__(self, out, attributes, redo, log):
-        """attributes: of the HDF5 files. log: takes a row of LOG_COLUMNS for each video."""
+    attributes: of the HDF5 files.
+    """
+
+    def __init__(self, out, attributes, redo):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
-        self.log, self.summary = log, Summary()
+        self.summary, self.log = Summary(), []  # log: a row of LOG_COLUMNS for each video
         self.in_work = {}  # study name -> StudyProgress
         self.first_of = {}  # start of a digest of frames -> the first study/video that has it
 
@@ -357,7 +350,8 @@ class Run:
 
     def begin(self, study, bar):
         """Yield a study's videos that are new, changed, or failed for a temporary reason."""
-        path, before = self.previous(study)
+        path, details = self.previous(study)
+        before, starts = details.files, details.starts
         videos = {visible(video): video for video in study.videos}
         stamps = {name: stamp_of_source(study.source(v)) for name, v in videos.items()}
         kept = {
@@ -373,7 +367,11 @@ class Run:
             # What a file repeats may have gone or changed.
             kept = {name: record for name, record in kept.items() if record.result != "repeat"}
             try:
-                results = read_results(path, [n for n, r in kept.items() if r.result == "ok"])
+                copies = load_copies(path) if starts else None  # (1 + K, V, C, 768)
+                results = {
+                    video: (starts[video], copies[:, i])
+                    for i, video in enumerate(starts) if video in kept
+                }  # fmt: skip
             except UNREADABLE:  # damaged since it was written
                 kept = before = {}
         waiting = videos.keys() - kept.keys()
@@ -385,24 +383,23 @@ class Run:
             yield study, videos[name]
 
     def previous(self, study):
-        """(path, FileRecords) of an earlier run's file of a study; no records without a usable one.
+        """(path, StudyDetails) of an earlier run's file of a study; empty without a usable one.
 
         Raises UserError where the file was made with other settings and there is no --redo.
         """
-        for path in (study_path(self.out, study), empty_path(self.out, study)):
+        main, empty = study_path(self.out, study), empty_path(self.out, study)
+        present = {k: v for k, v in self.attributes.items() if k not in NOT_COMPARED}
+        for path in [main] if self.redo else [main, empty]:
             try:
-                record = load_details(path)
+                details = load_details(path)
             except UNREADABLE:  # missing or damaged
                 continue
-            present = {k: v for k, v in self.attributes.items() if k not in NOT_COMPARED}
-            if path == study_path(self.out, study) and not self.redo:
+            if path == main and not self.redo:
                 remedy = "use another folder for the embeddings, or --redo to replace such files"
-                check_resume(path, record.attributes, present, remedy=remedy)
-            elif path == empty_path(self.out, study) and self.redo:
-                continue
-            if not differences(record.attributes, present):
-                return path, record.files
-        return study_path(self.out, study), {}
+                check_resume(path, details.attributes, present, remedy=remedy)
+            if not differences(details.attributes, present):
+                return path, details
+        return main, StudyDetails()
 
     def collect(self, study, video, reply, embeddings, seconds):
         """Take a video's Clips or VideoError; with the last one of a study, write the study."""
@@ -418,7 +415,7 @@ class Run:
             plain = reply[0]
             facts = str(plain.n_frames), plain.note, plain.pixels
             record = FileRecord(stamp, plain.content, "ok", *facts)
-            work.results[name] = plain.starts, np.stack(embeddings)
+            work.results[name] = plain.starts, embeddings
         work.records[name], work.seconds[name] = record, seconds
         work.waiting.remove(name)
         if not work.waiting:
@@ -467,7 +464,7 @@ class Run:
                     notes.append(f"the same frames as {first}")
             result = "ok" if record.result == "ok" else "skipped"
             seconds = f"{work.seconds[name]:.3f}" if name in work.seconds else ""
-            self.log((study.name, name, record.frames, seconds, result, "; ".join(notes)))
+            self.log.append((study.name, name, record.frames, seconds, result, "; ".join(notes)))
 
 
 def compare_videos(records, results):
@@ -557,18 +554,19 @@ def extract(studies, out, settings):
     name = f"_{index}of{count}" if count > 1 else ""
     with lock(Path(out) / f".extract{name}", timeout=0):
         encoder, attributes = prepare_encoder(out, settings)
-        with write_log(Path(out) / f"extract_log{name}.csv") as log:
-            run = Run(out, attributes, settings.redo, log)
-            n_videos = sum(len(study.videos) for study in studies)
-            label = f"extract {index}/{count}" if count > 1 else "extract"
-            bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
-            with exact_convolutions(), bar:
-                jobs = run.jobs(studies, bar)
-                decoded = decode(jobs, sampling_of(settings), decoders(settings.workers))
-                with contextlib.closing(decoded):
-                    for (study, video), (reply, seconds), embeddings in encoder(decoded):
-                        bar.update()
-                        run.collect(study, video, reply, embeddings, seconds)
+        run = Run(out, attributes, settings.redo)
+        n_videos = sum(len(study.videos) for study in studies)
+        label = f"extract {index}/{count}" if count > 1 else "extract"
+        bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
+        with exact_convolutions(), bar:
+            jobs = run.jobs(studies, bar)
+            decoded = decode(jobs, sampling_of(settings), decoders(settings.workers))
+            with contextlib.closing(decoded):
+                for (study, video), (reply, seconds), embeddings in encoder(decoded):
+                    bar.update()
+                    run.collect(study, video, reply, embeddings, seconds)
+        log = pd.DataFrame(run.log, columns=LOG_COLUMNS)
+        write_table(log, Path(out) / f"extract_log{name}.csv")
     return run.summary
 
 
@@ -580,20 +578,11 @@ def prepare_encoder(out, settings):
         print("RANDOM WEIGHTS: the encoder is untrained; for trials only, not for results")
     warn_of_other_clips(loaded.record, settings.weights, sampling.size, sampling.clip_len)
     if loaded.seen:
-        keep_encoder_seen(out, loaded.sha256, loaded.seen)
+        write_encoder_seen(out, {loaded.sha256: loaded.seen})
     batch = settings.image_batch or default_batch(device, sampling.size)
     encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, sampling.size)
     attributes = attributes_of(settings, loaded.sha256)
-    return encoder, attributes | {"weights_seen": weights_seen(loaded.seen)}
-
-
-@contextlib.contextmanager
-def write_log(path):
-    """A function that writes a row of the log; the file appears when the block ends."""
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(LOG_COLUMNS)
-        yield writer.writerow
+    return encoder, attributes | {"weights_seen": "listed" if loaded.seen else "elsewhere"}
 
 
 def main(argv=None):

@@ -38,6 +38,7 @@ from echofocus_core.base.releases import (
     registry,
     registry_entry,
 )
+from echofocus_core.base.resume import differences
 from echofocus_core.video.record import EncoderRecord, record_of
 
 WEIGHTS_URL = "https://github.com/CarDS-Yale/PanEcho/releases/download/v1.0/panecho.pt"
@@ -467,7 +468,7 @@ def read_encoder(path):
     saved = saved if isinstance(saved, dict) else {}
     state, seen = saved.get("weights"), ()
     if "seen" in saved:
-        from echofocus_core.base.seen import seen_from
+        from echofocus_core.base.seen import seen_from  # with pandas, which torch.hub does not need
 
         seen = tuple(seen_from(saved, path))
     if parts := published_parts(saved.get("model_state_dict")):
@@ -495,18 +496,13 @@ def licence_of(path, record):
 
 def warn_of_other_clips(record, path, size, clip_len, rate=1):
     """Warn if clips differ from those of the encoder's training. record: None without one."""
-    if record is None:
-        return
-    rate_before = record.settings.get("sampling_rate", 1)
-    for name, before, now in (
-        ("size", record.size, size),
-        ("clip_len", record.clip_len, clip_len),
-        ("sampling_rate", rate_before, rate),
-    ):
-        if before != now:
-            RUN.warning(
-                f"{path} was trained with {name} = {before}, not {now}: its embeddings may be worse"
-            )
+    if record:
+        before = {"sampling_rate": record.settings.get("sampling_rate", 1)}
+        before |= {"size": record.size, "clip_len": record.clip_len}
+        now = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
+        for change in differences(before, now):
+            RUN.warning(f"the clips differ from those that {path} was trained on: {change}",
+                        "use the same values; else the embeddings may be worse")  # fmt: skip
 
 
 def tasks_in(state, record):
@@ -557,11 +553,10 @@ def build(pretrained=True, image_encoder_only=False, backbone_only=False, **opti
     """The result of `torch.hub.load(..., 'PanEcho', ...)`, see hubconf.py; options: of PanEcho."""
     model = without_weights(**options) if pretrained else PanEcho(**options)
     if pretrained:
-        path = find_weights()
-        heads = tuple(f"{t['name']}_head." for t in TASKS)
-        kept = tuple(f"{t['name']}_head." for t in model.tasks)
+        path, parts = find_weights(), dict(model.named_children())
         state = read_encoder(path).state
-        state = {k: v for k, v in state.items() if k.startswith(kept) or not k.startswith(heads)}
+        names = {name: name.partition(".")[0] for name in state}  # encoder, or <task>_head
+        state = {k: v for k, v in state.items() if names[k] in parts or "_head" not in names[k]}
         load_strictly(model, state, path, "PanEcho")
     if image_encoder_only:
         return model.encoder.encoder

@@ -12,17 +12,18 @@ PackedEmbeddings; `open_store` selects):
     copies(eids)      lists of studies that hold the same videos, by the files' checksums
     made_with(eids)   the settings of the studies, and which studies have which
 
-header, read and read_all raise UnreadableStudy with the reason; a damaged file never ends a run.
+header, read and read_all raise UnreadableStudy with the reason; a damaged file never stops a run.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
@@ -44,7 +45,7 @@ from echofocus_core.base.console import (
     progress,
     some,
 )
-from echofocus_core.base.files import atomic_path, derive_seed, packed_path, stamp_of
+from echofocus_core.base.files import atomic_path, derive_seed, packed_path, sha256_of, stamp_of
 from echofocus_core.base.hdf5 import (
     MOST_BYTES,
     UNREADABLE,
@@ -118,8 +119,7 @@ def write_study(path, videos, attributes, files):
             if len(embeddings) > 1:
                 f["augmented"] = embeddings[1:]
             names = [clean_text(name) for name in videos]
-            made_with = {k: attributes[k] for k in MADE_WITH if k in attributes}
-            crc32 = [checksum(copy, names, made_with) for copy in embeddings]
+            crc32 = [checksum(copy, names, attributes) for copy in embeddings]
             f.attrs["crc32"] = np.array(crc32, np.uint32)
         f["videos"] = fixed_texts(videos, (len(videos),))
         f["skipped"] = fixed_texts(skipped, (len(skipped), 2))
@@ -136,12 +136,14 @@ def fixed_texts(texts, shape):
     return np.array(coded, dtype).reshape(shape)
 
 
-def checksum(embeddings, videos, made_with=None):
+def checksum(embeddings, videos, attributes):
     """CRC-32 of embeddings (V, C, D), their type and shape, the videos' names and the settings.
 
-    made_with: MADE_WITH name -> value. CRC-32 of a JSON list of all these, then of the numbers.
+    attributes: a dict, of which MADE_WITH counts. CRC-32 of a JSON list of all these, then of the
+    numbers.
     """
-    facts = [embeddings.dtype.str, embeddings.shape, videos, made_with or {}]
+    made_with = {name: attributes[name] for name in MADE_WITH if name in attributes}
+    facts = [embeddings.dtype.str, embeddings.shape, videos, made_with]
     start = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     return zlib.crc32(np.ascontiguousarray(embeddings), start)
 
@@ -151,22 +153,11 @@ def checksum(embeddings, videos, made_with=None):
 
 @dataclass
 class StudyDetails:
-    """What a study's file holds beside the embeddings; empty where it does not."""
+    """The content of a study's file except its embeddings; empty in published files."""
 
     attributes: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)  # name -> FileRecord
     starts: dict = field(default_factory=dict)  # video -> clip starts as drawn, (C,)
-
-    @property
-    def clip_len(self):
-        """In frames; 0 if not recorded."""
-        clip_len = self.attributes.get("clip_len")
-        return clip_len if isinstance(clip_len, int) else 0
-
-    @property
-    def contents(self):
-        """Video -> SHA-256 of its bytes."""
-        return {name: record.content for name, record in self.files.items() if record.content}
 
     @property
     def skipped(self):
@@ -175,8 +166,10 @@ class StudyDetails:
 
 
 def load_details(path):
-    """The StudyDetails of a file that extraction wrote. Raises one of UNREADABLE."""
+    """A file's StudyDetails, empty for a published file. Raises one of UNREADABLE."""
     with open_hdf5(path) as f:
+        if "files" not in f:
+            return StudyDetails()
         rows = read_texts(f, "files", (None, 7), LONGEST_NAME).tolist()
         videos = read_texts(f, "videos", (None,), LONGEST_NAME).tolist()
         starts = open_dataset(f, "clip_starts", "i")[()] if videos else []
@@ -186,34 +179,14 @@ def load_details(path):
         )
 
 
-def read_details(path):
-    """As `load_details`; empty for a published file and, with a warning, for a damaged one."""
-    try:
-        with open_hdf5(path) as f:
-            ours = "files" in f
-        return load_details(path) if ours else StudyDetails()
-    except UNREADABLE:
-        RUN.warning(
-            f"{printable(path)} is damaged: the page neither marks its clips nor lists the files "
-            "that were left out",
-            "extract or copy it again",
-        )
-        return StudyDetails()
+def load_copies(path):
+    """The embeddings of all copies in a file of ours: (1 + K, V, C, 768), the plain ones first.
 
-
-def read_results(path, names):
-    """Of some videos of a study's file: name -> (clip starts (C,), embeddings (1 + K, C, 768)).
-
-    Raises one of UNREADABLE when the file is damaged.
+    Raises one of UNREADABLE, also for a damaged file.
     """
-    if not names:
-        return {}
-    starts = load_details(path).starts
     with open_hdf5(path) as f:
         study = describe_own(f)
-        embeddings = np.stack([study.clips(k).embeddings for k in range(study.header.copies)])
-    position = {name: i for i, name in enumerate(starts)}
-    return {name: (starts[name], embeddings[:, position[name]]) for name in names}
+        return np.stack([study.clips(k).embeddings for k in range(study.header.copies)])
 
 
 # How near the mean clip embeddings of two videos of a study are where these are almost the same: as
@@ -235,14 +208,10 @@ def almost_the_same(embeddings):
     means = embeddings.mean(1, dtype=np.float64)
     squares = (means**2).sum(1)
     distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * means @ means.T, 0))
-    upper = np.triu_indices(len(means), 1)
-    bound = max(ALMOST_OF_LENGTH * np.sqrt(np.median(squares)),
-                ALMOST_OF_DISTANCE * np.median(distances[upper]))  # fmt: skip
-    first = {}
-    for i, j in zip(*upper, strict=True):
-        if distances[i, j] < bound:
-            first.setdefault(int(j), int(i))
-    return [(i, j) for j, i in sorted(first.items())]
+    median = np.median(distances[np.triu_indices(len(means), 1)])
+    bound = max(ALMOST_OF_LENGTH * np.sqrt(np.median(squares)), ALMOST_OF_DISTANCE * median)
+    near = np.triu(distances < bound, 1)
+    return [(int(near[:, j].argmax()), int(j)) for j in np.flatnonzero(near.any(0))]
 
 
 # ---------------------------------------------------------------- the training patients of encoders
@@ -250,44 +219,29 @@ def almost_the_same(embeddings):
 ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; beside a pack
 
 
-def read_encoder_seen(path):
-    """SHA-256 of an encoder -> list of Seen, its training patients; {} without a file.
-
-    Raises UserError for a damaged file.
-    """
-    if not path.is_file():
-        return {}
-    saved = load_safely(path)
-    return {digest: [Seen.load(part, path) for part in parts] for digest, parts in saved.items()}
+def seen_paths(folder):
+    """Where these lists are: next to the pack of a folder of embeddings, and in the folder."""
+    pack = packed_path(Path(folder))
+    return pack.with_name(f"{pack.name}.{ENCODER_SEEN}"), Path(folder) / ENCODER_SEEN
 
 
-def write_encoder_seen(path, lists):
-    save({digest: [part.saved() for part in seen] for digest, seen in lists.items()}, path)
-
-
-def keep_encoder_seen(folder, digest, seen):
-    """Record the training patients of an encoder next to its embeddings."""
-    path = Path(folder) / ENCODER_SEEN
-    lists = read_encoder_seen(path)
-    if not lists.get(digest):
-        write_encoder_seen(path, lists | {digest: seen})
-
-
-def encoders_seen(folder):
-    """As `read_encoder_seen`, of a folder of embeddings and its pack."""
+def read_encoder_seen(folder):
+    """SHA-256 of an encoder -> list of Seen, its training patients. Raises UserError."""
     lists = {}
-    for path in (packed_seen(packed_path(Path(folder))), Path(folder) / ENCODER_SEEN):
-        lists |= {digest: seen for digest, seen in read_encoder_seen(path).items() if seen}
+    for path in filter(Path.is_file, seen_paths(folder)):
+        for digest, parts in load_safely(path).items():
+            if parts:
+                lists[digest] = [Seen.load(part, path) for part in parts]
     return lists
 
 
-def weights_seen(seen):
-    """The attribute that says whether an encoder's weights have a list of training patients."""
-    return "listed" if seen else "elsewhere"
-
-
-def packed_seen(path):
-    return path.with_name(f"{path.name}.{ENCODER_SEEN}")
+def write_encoder_seen(folder, lists, packed=False):
+    """Add lists to those of a folder of embeddings, or write those of its pack."""
+    if lists:
+        pack, own = seen_paths(folder)
+        lists = read_encoder_seen(folder) | lists
+        saved = {digest: [part.saved() for part in seen] for digest, seen in lists.items()}
+        save(saved, pack if packed else own)
 
 
 # ------------------------------------------------------------------------------- reading embeddings
@@ -301,8 +255,6 @@ class UnreadableStudy(Exception):
 
 @dataclass
 class StudyClips:
-    """A study's clip embeddings."""
-
     embeddings: np.ndarray  # (V, C, D) float32
     videos: list[str]  # (V,) names, no absolute paths
     made_with: dict = field(default_factory=dict)  # of MADE_WITH and REPORTED
@@ -322,10 +274,6 @@ class Header:
         if not (self.videos and self.clips):
             raise ValueError("it holds no video")
 
-    def checksum(self, embeddings, videos):
-        made_with = {k: self.made_with[k] for k in MADE_WITH if k in self.made_with}
-        return checksum(embeddings, videos, made_with)
-
 
 @dataclass(frozen=True)
 class OpenStudy:
@@ -337,24 +285,18 @@ class OpenStudy:
 
     def clips(self, number):
         """StudyClips of a copy. Raises ValueError when they are not what was written."""
-        header = self.header
         embeddings, videos = np.ascontiguousarray(self.read_copy(number)), self.read_videos()
-        if header.crc32 and header.checksum(embeddings, videos) != header.crc32[number]:
-            raise ValueError(
-                "it is damaged, its content is not what was written: extract or copy it again"
-            )
-        embeddings = as_float32(embeddings)
+        crc32, made_with = self.header.crc32, self.header.made_with
+        if crc32 and checksum(embeddings, videos, made_with) != crc32[number]:
+            raise ValueError("it is damaged: its content has changed; extract or copy it again")
+        if embeddings.dtype != np.float32:  # by torch, which is ten times as fast as numpy
+            embeddings = torch.from_numpy(embeddings).float().numpy()
         largest = max(embeddings.max(), -embeddings.min())  # NaN, where there is one
         if np.isnan(largest):
             raise ValueError("it holds NaN")
         if not 0 < largest < BEYOND:
             raise ValueError(f"its numbers are not embeddings, the largest is {largest:g}")
-        return StudyClips(embeddings, videos, header.made_with)
-
-
-def as_float32(array):
-    """An array of numbers as float32; torch's conversion is ten times as fast as numpy's."""
-    return array if array.dtype == np.float32 else torch.from_numpy(array).float().numpy()
+        return StudyClips(embeddings, videos, made_with)
 
 
 def describe(f):
@@ -367,9 +309,7 @@ def describe_own(f):
     copies = open_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
     check_shape(embeddings.shape)
     if copies is not None and copies.shape[1:] != embeddings.shape:
-        raise ValueError(
-            f"augmented copies are of shape {copies.shape}, embeddings of {embeddings.shape}"
-        )
+        raise ValueError(f"augmented copies {copies.shape} of embeddings {embeddings.shape}")
     V, C, _ = embeddings.shape
     crc32 = tuple(read_attributes(f, ["crc32"], ndim=1).get("crc32", ()))
     n_copies = 1 if copies is None else 1 + len(copies)
@@ -390,25 +330,22 @@ def describe_published(f):
     site: a video's name is the last part of it, or as many parts as distinguish the videos."""
     paths = find_datasets(f, "emb")
     arrays = [check_dataset(f[path], "emb") for path in paths]
-    shapes = sorted({array.shape for array in arrays})
-    if len(shapes) > 1:
-        raise ValueError(f"its videos differ in shape: {some(shapes)}")
+    if len(shapes := {array.shape for array in arrays}) != 1:
+        raise ValueError(f"it holds no video, or videos of different shapes: {some(shapes)}")
     if sum(array.nbytes for array in arrays) > MOST_BYTES:
         raise ValueError(f"it claims {sum(a.nbytes for a in arrays) / 1e9:.3g} GB")
-    check_shape((len(arrays), *(shapes[0] if shapes else (0, D))))
+    check_shape(shape := (len(arrays), *arrays[0].shape))
     return OpenStudy(
-        Header(1, len(arrays), shapes[0][0] if shapes else 0, read_attributes(f, MADE_WITH)),
+        Header(1, *shape[:2], read_attributes(f, MADE_WITH)),
         lambda number: np.stack([array[()] for array in arrays]),
         lambda: shortest_distinct([path.removesuffix(b"/emb") for path in paths]),
     )
 
 
 def check_shape(shape):
-    if len(shape) == 3 and shape[2] != D:
-        raise ValueError(f"its clip embeddings have {shape[2]} numbers, not {D}: they are of "
-                         "another encoder")  # fmt: skip
-    if len(shape) != 3:
-        raise ValueError(f"its numbers are of shape {shape}, expected (videos, clips, {D})")
+    if len(shape) != 3 or shape[2] != D:
+        raise ValueError(f"its embeddings have shape {shape}, not (videos, clips, {D}): they are "
+                         "of another encoder")  # fmt: skip
 
 
 def draw_copy(rng, copies):
@@ -428,9 +365,6 @@ class Store:
         self.folder, self.files, self.headers = folder, files, {}
         self.place = folder  # of the dataset; of a pack, the folder that it was made of
 
-    def source_name(self, eid):
-        return f"study {eid} of {self.files[eid].name}"
-
     @contextmanager
     def opened(self, eid):
         """The study's OpenStudy; errors until the block ends are an UnreadableStudy."""
@@ -438,8 +372,8 @@ class Store:
             with self.open(eid) as study:
                 yield study
         except UNREADABLE as error:
-            reason = reason_of(error, self.folder)
-            raise UnreadableStudy(f"{self.source_name(eid)}: {reason}") from error
+            where = f"study {eid} of {self.files[eid].name}"
+            raise UnreadableStudy(f"{where}: {reason_of(error, self.folder)}") from error
 
     def header(self, eid):
         """A study's Header, read once. Raises UnreadableStudy."""
@@ -514,11 +448,10 @@ class Store:
         for eid, header in self.readable(eids):
             if header.crc32:
                 by_checksum[header.crc32[0], header.videos, header.clips].append(eid)
-        for key, same in by_checksum.items():
+        for same in by_checksum.values():
             for eid in same if len(same) > 1 else ():
                 with suppress(UnreadableStudy):
-                    numbers = np.ascontiguousarray(next(self.read_all(eid)).embeddings)
-                    by_numbers[key, hashlib.sha256(numbers).digest()].append(eid)
+                    by_numbers[sha256_of(next(self.read_all(eid)).embeddings)].append(eid)
         return [same for same in by_numbers.values() if len(same) > 1]
 
     def made_with(self, eids):
@@ -538,20 +471,21 @@ class Store:
         It is incomplete where the weights had such a list, by the files' attribute `weights_seen`,
         and it is not in the folder: the listener gets a warning.
         """
-        lists, seen, complete = encoders_seen(self.place), [], True
-        for digest, studies in self.made_with(eids)["weights_sha256"].items():
-            headers = [self.header(eid).made_with for eid in studies]
+        lists, encoders, lost = read_encoder_seen(self.place), set(), {}
+        for eid, header in self.readable(eids):
+            digest = header.made_with.get("weights_sha256")
             if digest in lists:
-                seen += lists[digest]
-            elif any(made_with.get("weights_seen") == "listed" for made_with in headers):
-                complete = False
-                listener.warning(
-                    f"the training patients of the encoder of {len(studies)} studies "
-                    f"({printable(headers[0].get('weights', ''))}) are not listed here: they may "
-                    "be among the tests",
-                    f"put {ENCODER_SEEN} of the extraction beside them, or extract them again",
-                )
-        return all_seen(seen), complete
+                encoders.add(digest)
+            elif header.made_with.get("weights_seen") == "listed":
+                lost[eid] = header.made_with.get("weights", "")
+        if lost:
+            listener.warning(
+                f"the training patients of the encoder of {len(lost)} studies "
+                f"({some(sorted(set(lost.values())))}) are not listed here: they may be among the "
+                "test patients",
+                f"put {ENCODER_SEEN} of the extraction next to them, or extract them again",
+            )
+        return all_seen(*(lists[digest] for digest in sorted(encoders))), not lost
 
 
 def reason_of(error, folder):
@@ -560,42 +494,36 @@ def reason_of(error, folder):
 
 
 def open_store(path, findings=RUN, most_videos=0):
-    """The Store of a dataset: its pack, or its folder.
+    """The Store of a dataset: its pack, or its folder. Raises UserError.
 
     A pack that is damaged or older than a file of the folder is not used, with a warning.
     most_videos: see Store.read.
     """
-    store = open_pack_or_folder(path, findings)
-    if isinstance(store, EmbeddingShards) and store.index.get("transform") not in (
-        None,
-        "none",
-        "",
-    ):
+    store = open_pack(path, findings) or open_folder(path)
+    if isinstance(store, EmbeddingShards) and store.transform:
         findings.warning(
-            f"{path.name} was made with the transform {printable(store.index['transform'])[:60]}: "
-            "if that is the random one of training, it holds one augmented draw of each video",
+            f"{path.name} was made with the transform {printable(store.transform)[:60]}: if it "
+            "is random, it has one augmented copy of each video",
             "evaluate on embeddings without it",
         )
     store.most_videos, store.place = most_videos, path
     return store
 
 
-def open_pack_or_folder(path, findings):
+def open_pack(path, findings):
+    """The pack of a folder; None where there is none that can be used."""
     packed = packed_path(path)
     if not packed.exists():
-        return open_folder(path)
+        return None
     try:
         store = PackedEmbeddings(packed)
+        if path.is_dir() and not store.is_of(open_folder(path)):
+            raise UserError(f"{packed.name} is out of date and not used")
     except UserError as error:
         if not path.is_dir():
             raise
         findings.warning(str(error), "run pack again")
-        return open_folder(path)
-    if path.is_dir():
-        folder = open_folder(path)
-        if not store.is_of(folder):
-            findings.warning(f"{packed.name} is out of date and not used", "run pack again")
-            return folder
+        return None
     findings.note(f"reading {packed.name}")
     return store
 
@@ -616,19 +544,15 @@ class EmbeddingFolder(Store):
     """
 
     def __init__(self, path):
-        names = sorted(e.name for e in os.scandir(path) if not e.name.startswith("."))
-        names = [name for name in names if name.endswith((".hdf5", ".h5"))]
-        if not names:
-            raise UserError(f"{path} holds no .hdf5 file; make them with {EXTRACT}")
-        files = {}
-        for name in names:
-            eid = study_id(name.rpartition(".")[0])
+        names, files = [e.name for e in os.scandir(path) if not e.name.startswith(".")], {}
+        for name in sorted(name for name in names if name.endswith((".hdf5", ".h5"))):
+            eid = re.sub(r"(?<=.)(_trim)?_embed$", "", name.rpartition(".")[0])
             if eid in files:
-                raise UserError(
-                    f"{path}: {files[eid].name} and {printable(name)} are both study {eid}; keep "
-                    "one of them"
-                )
+                both = f"{files[eid].name} and {printable(name)}"
+                raise UserError(f"{path}: {both} are both study {eid}; keep one of them")
             files[eid] = path / name
+        if not files:
+            raise UserError(f"{path} holds no .hdf5 file; make them with {EXTRACT}")
         super().__init__(path, files)
 
     @contextmanager
@@ -644,43 +568,38 @@ class EmbeddingFolder(Store):
         texts = [f"{x:08x}" for x in crc32]
         return "crc32 " + " ".join(texts) if texts else super().content(eid)
 
-    def source_name(self, eid):
-        return self.files[eid].name
-
-
-def study_id(stem):
-    """The study id of an embedding file's name without its suffix."""
-    return re.sub(r"(?<=.)(_trim)?_embed$", "", stem)
-
 
 class EmbeddingShards(Store):
     """The embedding cache of the published later branch, read as a dataset.
 
-    cache_index.json lists the studies (`eids`) and how many shards there are (`num_shards`);
-    shard_00000.h5 and so on hold a group a study with `emb` (V, C, 768) float16. Videos have no
-    names there and are numbered from 000. Index and shards must agree.
+    cache_index.json lists the studies (`eids`); shard_00000.h5 and so on hold a group a study with
+    `emb` (V, C, 768) float16. Videos have no names there and are numbered from 000.
     """
 
     def __init__(self, path):
-        self.folder, self.index, files = path, read_cache_index(path), {}
-        for number in range(self.index["num_shards"]):
-            shard = path / f"shard_{number:05d}.h5"
-            try:
-                with open_hdf5(shard) as f:
-                    names = [printable(name) for name in f]
-            except UNREADABLE as error:
-                self.refuse(f"{shard.name} cannot be read ({reason_of(error, path)})")
-            if twice := sorted(set(names) & set(files)):
-                self.refuse(f"study {twice[0]} is in {files[twice[0]].name} and in {shard.name}")
-            files |= dict.fromkeys(names, shard)
-        in_index = {printable(eid) for eid in self.index["eids"]}
-        if others := sorted(in_index ^ set(files)) or not files:
-            self.refuse(f"these studies are in one of them only: {some(others or ['none'])}")
+        names, listed, files, file = [], [], {}, path / "cache_index.json"
+        try:
+            index = json.loads(file.read_bytes())
+            listed = [printable(eid) for eid in index["eids"]]
+            for file in sorted(path.glob("shard_*.h5")):
+                with open_hdf5(file) as f:
+                    names += [printable(name) for name in f]
+                    files |= {name: file for name in f}
+        except UNREADABLE as error:
+            raise UserError(
+                f"{path.name}/{file.name} cannot be read ({reason_of(error, path)}); create the "
+                "cache again"
+            ) from error
+        names, listed = Counter(names), Counter(listed)
+        if others := sorted((names - listed) + (listed - names)):
+            raise UserError(
+                f"{path.name}/cache_index.json and its shards disagree on the studies "
+                f"{some(others)}; create the cache again"
+            )
+        transform, clip_len = index.get("transform"), index.get("clip_len")
+        self.transform = "" if transform in (None, "none") else transform
+        self.settings = {"clip_len": clip_len} if isinstance(clip_len, int) else {}
         super().__init__(path, dict(sorted(files.items())))
-
-    def refuse(self, text):
-        where = f"{self.folder.name}/cache_index.json"
-        raise UserError(f"{where} and its shards disagree: {text}; create the cache again")
 
     @contextmanager
     def open(self, eid):
@@ -690,36 +609,11 @@ class EmbeddingShards(Store):
             embeddings = open_dataset(f[eid], "emb")
             check_shape(embeddings.shape)
             V, C, _ = embeddings.shape
-            dtype, clips = self.index.get("dtype"), self.index.get("num_clips")
-            if dtype not in (None, embeddings.dtype.name) or clips not in (None, C):
-                raise ValueError(
-                    f"it has {C} clips in {embeddings.dtype}, the index says {clips} in {dtype}"
-                )
-            clip_len = self.index["clip_len"]
             yield OpenStudy(
-                Header(1, V, C, {} if clip_len is None else {"clip_len": clip_len}),
+                Header(1, V, C, self.settings),
                 lambda number: embeddings[()],
                 lambda: [f"{number:03}" for number in range(V)],
             )
-
-
-def read_cache_index(path):
-    """The index of a cache of shards; clip_len is a whole number or None. Raises UserError."""
-    try:
-        index = json.loads((path / "cache_index.json").read_bytes())
-        n, eids, clip_len = index["num_shards"], index["eids"], index.get("clip_len")
-        if type(n) is not int or not all(type(eid) in (int, str) for eid in eids):
-            raise ValueError("num_shards is a number, eids a list of study ids")
-        if clip_len is not None:  # 16.0 and "16", by other writers
-            index["clip_len"] = int(float(clip_len))
-            if index["clip_len"] != float(clip_len) or index["clip_len"] < 1:
-                raise ValueError(f"clip_len is a number of frames, not {clip_len}")
-        return {"clip_len": None} | index
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(
-            f"{path.name}/cache_index.json cannot be used as an index of embeddings in shards: "
-            f"{type(error).__name__} {clean_text(error)}"
-        ) from error
 
 
 # -------------------------------------------------------------------------------------------- packs
@@ -732,13 +626,13 @@ class PackedStudy:
     """A study's entry in the index of a pack."""
 
     row: int  # of `embeddings`, its first
-    shape: list  # copies, videos, clips of a video; [0, 0, 0] where its header is unreadable
+    shape: list  # copies, videos, clips of a video
     stamp: list  # size and time of the file that it was packed from
     content: str  # see `Store.content`, of that file
     crc32: list = field(default_factory=list)  # of each copy, see `checksum`
     videos: list = field(default_factory=list)  # names
     made_with: dict = field(default_factory=dict)
-    reason: str = ""  # why its numbers are missing
+    reason: str = ""  # why its numbers are missing, else ''
 
 
 class PackedEmbeddings(Store):
@@ -769,13 +663,11 @@ class PackedEmbeddings(Store):
     @contextmanager
     def open(self, eid):
         study = self.index[eid]
-        copies, V, C = study.shape
-        if not copies:
+        if study.reason:
             raise UnreadableStudy(study.reason)
+        copies, V, C = study.shape
 
         def read_copy(number):
-            if study.reason:
-                raise UnreadableStudy(study.reason)
             array = np.empty((V, C, D), self.dtype)
             position = self.offset + (study.row + number * V * C) * D * self.dtype.itemsize
             if os.preadv(self.file.fileno(), [array.view(np.uint8)], position) != array.nbytes:
@@ -785,17 +677,14 @@ class PackedEmbeddings(Store):
         header = Header(copies, V, C, study.made_with, tuple(study.crc32))
         yield OpenStudy(header, read_copy, lambda: study.videos)
 
-    def stamp(self, eid):
-        return self.index[eid].stamp
-
     def is_of(self, folder):
         """Whether it holds what the files of a Store are now: by size and time first, then by the
         checksums, since a copy may keep size and time."""
         index = self.index
         return (
             folder.files.keys() == index.keys()
-            and all(folder.stamp(eid) == index[eid].stamp for eid in index)
-            and all(folder.content(eid) == index[eid].content for eid in index)
+            and all(folder.stamp(eid) == study.stamp for eid, study in index.items())
+            and all(folder.content(eid) == study.content for eid, study in index.items())
         )
 
     def content(self, eid):
@@ -809,7 +698,7 @@ def write_pack(source, path, dtype):
     Returns study id -> reason of those whose numbers cannot be read. An existing pack is replaced
     when the new one is complete. Raises OSError.
     """
-    lists, index = encoders_seen(source.folder), {}
+    index = {}
     rows = sum(header.copies * header.videos * header.clips
                for _, header in source.readable(source.files))  # fmt: skip
     if rows * D * np.dtype(dtype).itemsize > shutil.disk_usage(path.parent).free:
@@ -817,14 +706,13 @@ def write_pack(source, path, dtype):
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
         embeddings, row = f.create_dataset("embeddings", (max(rows, 1), D), dtype), 0
         for eid in progress(source.files, desc="pack", unit="study"):
-            study = index[eid] = pack_study(source, eid, embeddings, row)
-            row += 0 if study.reason else int(np.prod(study.shape))
+            index[eid] = pack_study(source, eid, embeddings, row)
+            row += math.prod(index[eid].shape)
         text = json.dumps({eid: vars(study) for eid, study in index.items()}).encode()
         f.create_dataset("index", data=np.frombuffer(text, np.uint8), fletcher32=True)
         f.attrs["format"] = np.bytes_(PACK_FORMAT)
         f.attrs["version"] = np.bytes_(__version__)
-    if lists:
-        write_encoder_seen(packed_seen(path), lists)
+    write_encoder_seen(source.folder, read_encoder_seen(source.folder), packed=True)
     return {eid: study.reason for eid, study in index.items() if study.reason}
 
 
@@ -832,21 +720,18 @@ def pack_study(source, eid, embeddings, row):
     """Copy a study into the dataset `embeddings`, from `row` on; its PackedStudy."""
     study = PackedStudy(row, [0, 0, 0], source.stamp(eid), source.content(eid))
     try:
-        header = source.header(eid)
-        study.shape = [header.copies, header.videos, header.clips]
-        study.made_with = header.made_with
+        header, crc32 = source.header(eid), []
+        n = header.videos * header.clips
         for clips in source.read_all(eid):
-            if clips.embeddings.shape[:2] != (header.videos, header.clips):
-                raise UnreadableStudy(f"the file of study {eid} changed while it was packed")
             with np.errstate(over="ignore"):  # checked below
                 block = clips.embeddings.astype(embeddings.dtype)
             if not np.isfinite(block).all():
                 raise UnreadableStudy(f"study {eid} has numbers beyond {block.dtype.name}")
-            study.crc32.append(header.checksum(block, clips.videos))
-            study.videos = clips.videos
-            n = header.videos * header.clips
+            crc32.append(checksum(block, clips.videos, header.made_with))
             embeddings[row : row + n] = block.reshape(n, D)
             row += n
+        study.shape, study.crc32 = [header.copies, header.videos, header.clips], crc32
+        study.videos, study.made_with = clips.videos, header.made_with
     except UnreadableStudy as error:
-        study.reason, study.crc32, study.videos = str(error), [], []
+        study.reason = str(error)
     return study
