@@ -15,7 +15,7 @@ and any file names will do. Each study becomes DIR/<study>.hdf5:
 
 and DIR/extract_log.csv, written when the run ends, has a row a video.
 
-Data flow: studies.find_studies -> Run.jobs (videos without a result) -> decode (worker processes)
+Data flow: studies.find_studies -> Run.begin (videos without a result) -> decode (worker processes)
 -> Encoder (batches of images across videos and studies) -> Run.collect -> write_study (when the
 study's last video is finished).
 """
@@ -31,6 +31,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,15 @@ import pandas as pd
 import torch
 
 from echofocus_core import __version__
-from echofocus_core.base.console import RUN, Parser, UserError, clean_text, progress, run_main
+from echofocus_core.base.console import (
+    RUN,
+    Parser,
+    UserError,
+    clean_text,
+    progress,
+    reason_lines,
+    run_main,
+)
 from echofocus_core.base.files import atomic_path, lock, stamp_of, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.base.options import Settings, add_options, validate_as
@@ -267,7 +276,7 @@ class Summary:
     finished: list[str] = field(default_factory=list)  # complete before the run
     empty: list[str] = field(default_factory=list)  # no video gave clips
     undone: list[str] = field(default_factory=list)  # their files could not be reached
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)  # study, video, reason
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # study/video, reason
     notes: Counter = field(default_factory=Counter)  # kinds of notes on files that were read
     copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same frames
 
@@ -290,12 +299,9 @@ class Summary:
             if n:
                 RUN.warning(f"{n} {text}", remedy)
         if self.skipped:
-            print(f"{len(self.skipped)} files skipped:")
-            for study, video, reason in self.skipped[:LISTED]:
-                print(f"  {study}/{video}: {reason}")
-            if len(self.skipped) > LISTED:
-                print(f"  and {len(self.skipped) - LISTED} more, in extract_log.csv")
-            kinds = Counter(reason.split(":")[0] for _, _, reason in self.skipped)
+            lines = reason_lines(dict(self.skipped), LISTED)
+            print(f"{len(self.skipped)} files skipped, see extract_log.csv:{lines}")
+            kinds = Counter(reason.split(":")[0] for _, reason in self.skipped)
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         for names, text in (
             (self.empty, "without a usable video"), (self.undone, "left for the next run")
@@ -342,11 +348,6 @@ class Run:
         self.summary, self.log = Summary(), []  # log: a row of LOG_COLUMNS for each video
         self.in_work = {}  # study name -> StudyProgress
         self.first_of = {}  # start of a digest of frames -> the first study/video that has it
-
-    def jobs(self, study_list, bar):
-        """Yield the (study, video) pairs to read."""
-        for study in study_list:
-            yield from self.begin(study, bar)
 
     def begin(self, study, bar):
         """Yield a study's videos that are new, changed, or failed for a temporary reason."""
@@ -438,26 +439,25 @@ class Run:
             (summary.finished if usable else summary.empty).append(study.name)
         else:
             (summary.written if usable else summary.empty).append(study.name)
-            self.write(study, work, usable)
+            path, other = study_path(self.out, study), empty_path(self.out, study)
+            if not usable:
+                path, other = other, path
+            with atomic_path(path) as temporary:
+                write_study(temporary, work.results, self.attributes, work.records)
+            other.unlink(missing_ok=True)
         self.report(study, work)
-
-    def write(self, study, work, usable):
-        path, other = study_path(self.out, study), empty_path(self.out, study)
-        if not usable:
-            path, other = other, path
-        with atomic_path(path) as temporary:
-            write_study(temporary, work.results, self.attributes, work.records)
-        other.unlink(missing_ok=True)
 
     def report(self, study, work):
         """Add a study's files to the summary and to the log; name those of another study too."""
         for name, record in sorted(work.records.items()):
-            notes = [note for note in record.reason.split("; ") if note]
+            notes, file = (
+                [note for note in record.reason.split("; ") if note],
+                f"{study.name}/{name}",
+            )
             if record.result != "ok":
-                self.summary.skipped.append((study.name, name, record.reason))
+                self.summary.skipped.append((file, record.reason))
             else:
                 self.summary.notes.update(note.split(":")[0] for note in notes)
-                file = f"{study.name}/{name}"
                 first = self.first_of.setdefault(record.pixels[:16], file)
                 if first != file:
                     self.summary.copies.append((file, first))
@@ -559,7 +559,7 @@ def extract(studies, out, settings):
         label = f"extract {index}/{count}" if count > 1 else "extract"
         bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
         with exact_convolutions(), bar:
-            jobs = run.jobs(studies, bar)
+            jobs = chain.from_iterable(run.begin(study, bar) for study in studies)
             decoded = decode(jobs, sampling_of(settings), decoders(settings.workers))
             with contextlib.closing(decoded):
                 for (study, video), (reply, seconds), embeddings in encoder(decoded):

@@ -1,10 +1,11 @@
 """Stores whose studies are single videos: for labels of videos, and for embeddings of videos."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 
 from echofocus_core.base.console import RUN, progress, reason_lines
-from echofocus_core.video.store import Store, UnreadableStudy, draw_copy
+from echofocus_core.video.store import OpenStudy, Store, UnreadableStudy
 
 
 class VideosOf(Store):
@@ -17,16 +18,11 @@ class VideosOf(Store):
         for eid in progress(store.files, desc="videos", unit="study", leave=False, delay=2):
             try:
                 with store.opened(eid) as study:
-                    names = list(study.read_videos())
+                    for number, name in enumerate(study.read_videos()):
+                        self.numbers[f"{eid}/{name}"] = eid, number
+                        self.files[f"{eid}/{name}"] = store.files[eid]
             except UnreadableStudy as error:
                 left_out[eid] = str(error)
-                continue
-            if len(set(names)) < len(names):
-                left_out[eid] = "two of its videos have one name"
-                continue
-            for number, name in enumerate(names):
-                self.numbers[f"{eid}/{name}"] = eid, number
-                self.files[f"{eid}/{name}"] = store.files[eid]
         if left_out:
             findings.warning(
                 f"the videos of {len(left_out)} studies are left out:{reason_lines(left_out, 50)}",
@@ -37,17 +33,14 @@ class VideosOf(Store):
         with self.store.opened(eid) as study:
             return study.clips(copy)
 
-    def header(self, video):
-        return replace(self.store.header(self.numbers[video][0]), videos=1, crc32=())
-
-    def read(self, video, rng=None):
+    @contextmanager
+    def open(self, video):
         eid, number = self.numbers[video]
-        return only(self.whole(eid, draw_copy(rng, self.store.header(eid).copies)), number)
-
-    def read_all(self, video):
-        eid, number = self.numbers[video]
-        for clips in self.store.read_all(eid):
-            yield only(clips, number)
+        yield OpenStudy(
+            replace(self.store.header(eid), videos=1, crc32=()),
+            lambda copy: self.whole(eid, copy).embeddings[[number]],
+            lambda: [video.removeprefix(f"{eid}/")],
+        )
 
     def copies(self, videos):
         """Of whole studies, each represented by the first of its videos."""
@@ -56,27 +49,20 @@ class VideosOf(Store):
             first.setdefault(self.numbers[video][0], video)
         return [[first[eid] for eid in same] for same in self.store.copies(list(first))]
 
-    def stamp(self, video):
-        return self.store.stamp(self.numbers[video][0])
-
     def content(self, video):
         eid, number = self.numbers[video]
         return f"{self.store.content(eid)} {number}"
 
 
-def only(clips, number):
-    """The StudyClips of one video of a study."""
-    return replace(clips, embeddings=clips.embeddings[[number]], videos=[clips.videos[number]])
-
-
 class VideosAsStudies:
-    """A study's StudyClips as a store: each of its videos, by number, is a study of its own."""
+    """A study's StudyClips as a store whose studies are its videos, by number."""
 
     def __init__(self, study):
         self.study = study
 
     def read(self, number, rng=None):
-        return only(self.study, number)
+        embeddings, videos = self.study.embeddings[[number]], [self.study.videos[number]]
+        return replace(self.study, embeddings=embeddings, videos=videos)
 
     def size(self, number):
         return self.study.embeddings.shape[1]
