@@ -63,16 +63,6 @@ from echofocus_core.base.seen import Seen, all_seen
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
 REPORTED = ("weights", "weights_seen", "starts")  # also in a Header
-ATTRIBUTES = (
-    *MADE_WITH,
-    *REPORTED,
-    "encoder",
-    "precision",
-    "n_clips",
-    "seed",
-    "augment",
-    "version",
-)
 LONGEST_NAME = 4096  # characters of a file's name, relative to its study's folder
 
 # ------------------------------------------------------------------------------------------ writing
@@ -93,7 +83,7 @@ class FileRecord:
 
     stamp: str = ""  # a digest of its size and time: another one may be another file
     content: str = ""  # SHA-256 of its bytes, if it gave clips
-    # 'ok', 'skipped', 'again' (skipped for a reason that may pass) or 'repeat' (of another file)
+    # 'ok', 'skipped', 'again' (skipped, to be tried again) or 'repeat' (of another file)
     result: str = "ok"
     frames: str = ""
     reason: str = ""  # why it was skipped, or notes
@@ -175,7 +165,9 @@ def load_details(path):
         starts = open_dataset(f, "clip_starts", "i")[()] if videos else []
         files = {name: FileRecord(*row) for name, *row in rows}
         return StudyDetails(
-            read_attributes(f, ATTRIBUTES), files, dict(zip(videos, starts, strict=True))
+            read_attributes(f, set(f.attrs) - {"crc32"}),
+            files,
+            dict(zip(videos, starts, strict=True)),
         )
 
 
@@ -189,11 +181,11 @@ def load_copies(path):
         return np.stack([study.clips(k).embeddings for k in range(study.header.copies)])
 
 
-# How near the mean clip embeddings of two videos of a study are where these are almost the same: as
-# a share of their length, or of the median distance in the study. Measured between copies (JPEG of
-# quality 75 to 95, AVI, MP4) and other loops (phantoms, also of one heart and view; the cine of
-# pydicom), see benchmarks/RESULTS.md: of the length 0.006 at most and 0.0098 at least by an
-# untrained encoder; of the median distance 0.079 and 0.65 by the standardised one of the demo.
+# Two videos of a study are almost the same if the distance of their mean clip embeddings is below
+# this share of the embeddings' length, or of the median distance in the study. Measured between
+# copies (JPEG of quality 75 to 95, AVI, MP4) and between other loops (benchmarks/RESULTS.md): at
+# most 0.006 and at least 0.0098 of the length by an untrained encoder; at most 0.079 and at least
+# 0.65 of the median distance by the standardised encoder of the demo.
 ALMOST_OF_LENGTH, ALMOST_OF_DISTANCE = 0.008, 0.15
 MOST_COMPARED = 1000  # videos
 
@@ -216,11 +208,11 @@ def almost_the_same(embeddings):
 
 # ---------------------------------------------------------------- the training patients of encoders
 
-ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; beside a pack
+ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; next to a pack
 
 
 def seen_paths(folder):
-    """Where these lists are: next to the pack of a folder of embeddings, and in the folder."""
+    """The files with these lists: next to the pack of a folder of embeddings, and in the folder."""
     pack = packed_path(Path(folder))
     return pack.with_name(f"{pack.name}.{ENCODER_SEEN}"), Path(folder) / ENCODER_SEEN
 
@@ -270,9 +262,15 @@ class Header:
     made_with: dict = field(default_factory=dict)  # of MADE_WITH and REPORTED
     crc32: tuple = ()  # of each copy, see `checksum`; () in published files
 
-    def __post_init__(self):
-        if not (self.videos and self.clips):
+    @classmethod
+    def of(cls, shape, made_with, copies=1, crc32=()):
+        """The Header of embeddings of this shape. Raises ValueError if it is not (V, C, 768)."""
+        if len(shape) != 3 or shape[2] != D:
+            text = f"its embeddings have shape {shape}, not (videos, clips, {D})"
+            raise ValueError(f"{text}: they are of another encoder")
+        if 0 in shape:
             raise ValueError("it holds no video")
+        return cls(copies, *shape[:2], made_with, crc32)
 
 
 @dataclass(frozen=True)
@@ -299,53 +297,44 @@ class OpenStudy:
         return StudyClips(embeddings, videos, made_with)
 
 
-def describe(f):
-    """An open study file -> OpenStudy; ours or, by its groups, one of the published scripts'."""
-    return describe_own(f) if "embeddings" in f else describe_published(f)
-
-
 def describe_own(f):
+    """The OpenStudy of an open file that extraction wrote."""
     embeddings = open_dataset(f, "embeddings")
     copies = open_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
-    check_shape(embeddings.shape)
     if copies is not None and copies.shape[1:] != embeddings.shape:
         raise ValueError(f"augmented copies {copies.shape} of embeddings {embeddings.shape}")
-    V, C, _ = embeddings.shape
     crc32 = tuple(read_attributes(f, ["crc32"], ndim=1).get("crc32", ()))
-    n_copies = 1 if copies is None else 1 + len(copies)
-    if crc32 and len(crc32) != n_copies:
-        raise ValueError(f"it has {len(crc32)} checksums for {n_copies} copies of the embeddings")
+    made_with, n = (
+        read_attributes(f, (*MADE_WITH, *REPORTED)),
+        1 if copies is None else 1 + len(copies),
+    )
+    header = Header.of(embeddings.shape, made_with, n, crc32)
+    if crc32 and len(crc32) != n:
+        raise ValueError(f"it has {len(crc32)} checksums for {n} copies of the embeddings")
     names = open_dataset(f, "videos", "text")
-    if names.shape != (V,):
-        raise ValueError(f"{V} videos and {names.shape} names differ in number")
+    if names.shape != (header.videos,):
+        raise ValueError(f"{header.videos} videos and {names.shape} names differ in number")
     return OpenStudy(
-        Header(n_copies, V, C, read_attributes(f, (*MADE_WITH, *REPORTED)), crc32),
+        header,
         lambda number: copies[number - 1] if number else embeddings[()],
-        lambda: read_texts(f, "videos", (V,)).tolist(),
+        lambda: read_texts(f, "videos", names.shape).tolist(),
     )
 
 
 def describe_published(f):
-    """An OpenStudy of a published file, whose groups above each `emb` spell an absolute path of the
-    site: a video's name is the last part of it, or as many parts as distinguish the videos."""
+    """The OpenStudy of an open published file. The groups above each `emb` spell an absolute path:
+    a video's name is its last part, or as many parts as distinguish the videos."""
     paths = find_datasets(f, "emb")
     arrays = [check_dataset(f[path], "emb") for path in paths]
     if len(shapes := {array.shape for array in arrays}) != 1:
         raise ValueError(f"it holds no video, or videos of different shapes: {some(shapes)}")
-    if sum(array.nbytes for array in arrays) > MOST_BYTES:
-        raise ValueError(f"it claims {sum(a.nbytes for a in arrays) / 1e9:.3g} GB")
-    check_shape(shape := (len(arrays), *arrays[0].shape))
+    if (size := sum(array.nbytes for array in arrays)) > MOST_BYTES:
+        raise ValueError(f"it has {size / 1e9:.3g} GB")
     return OpenStudy(
-        Header(1, *shape[:2], read_attributes(f, MADE_WITH)),
+        Header.of((len(arrays), *arrays[0].shape), read_attributes(f, MADE_WITH)),
         lambda number: np.stack([array[()] for array in arrays]),
         lambda: shortest_distinct([path.removesuffix(b"/emb") for path in paths]),
     )
-
-
-def check_shape(shape):
-    if len(shape) != 3 or shape[2] != D:
-        raise ValueError(f"its embeddings have shape {shape}, not (videos, clips, {D}): they are "
-                         "of another encoder")  # fmt: skip
 
 
 def draw_copy(rng, copies):
@@ -363,11 +352,11 @@ class Store:
 
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
-        self.place = folder  # of the dataset; of a pack, the folder that it was made of
+        self.place = folder  # of the dataset; for a pack, the folder that was packed
 
     @contextmanager
     def opened(self, eid):
-        """The study's OpenStudy; errors until the block ends are an UnreadableStudy."""
+        """Yield the study's OpenStudy; an error in the block is raised as UnreadableStudy."""
         try:
             with self.open(eid) as study:
                 yield study
@@ -430,8 +419,8 @@ class Store:
         return stamp_of(self.files[eid]) or [0, 0]
 
     def content(self, eid):
-        """What identifies a study's embeddings: the checksums in its file or, where there are none
-        (published files), the file's size and time."""
+        """A text that identifies a study's embeddings: the checksums in its file, or the size and
+        time of a file without checksums (a published one)."""
         return str(self.stamp(eid))
 
     def digest(self, eids):
@@ -442,7 +431,7 @@ class Store:
     def copies(self, eids):
         """Lists of the studies that have the same embeddings and names of videos.
 
-        Selected by the files' checksums, then compared: checksums may agree by chance.
+        The files' checksums select them; the embeddings are compared, since checksums can collide.
         """
         by_checksum, by_numbers = defaultdict(list), defaultdict(list)
         for eid, header in self.readable(eids):
@@ -468,8 +457,8 @@ class Store:
     def encoder_seen(self, eids, listener=RUN):
         """(list of Seen: the training patients of these studies' encoders; whether it is complete).
 
-        It is incomplete where the weights had such a list, by the files' attribute `weights_seen`,
-        and it is not in the folder: the listener gets a warning.
+        The listener gets a warning if the list is missing in the folder although the weights had
+        one, by the files' attribute `weights_seen`.
         """
         lists, encoders, lost = read_encoder_seen(self.place), set(), {}
         for eid, header in self.readable(eids):
@@ -539,8 +528,7 @@ def open_folder(path):
 class EmbeddingFolder(Store):
     """A folder with one HDF5 file per study, from embed/extract.py or the published scripts.
 
-    A study's id is its file's name; the published endings _embed and _trim_embed do not belong to
-    it.
+    A study's id is its file's name without the published endings _embed and _trim_embed.
     """
 
     def __init__(self, path):
@@ -558,7 +546,7 @@ class EmbeddingFolder(Store):
     @contextmanager
     def open(self, eid):
         with open_hdf5(self.files[eid]) as f:
-            yield describe(f)
+            yield describe_own(f) if "embeddings" in f else describe_published(f)
 
     def content(self, eid):
         """As `Store.content`; it reads one attribute (0.3 ms a file of a local disk)."""
@@ -607,12 +595,10 @@ class EmbeddingShards(Store):
             if not isinstance(f.get(eid, getlink=True), h5py.HardLink):
                 raise ValueError("it is a link, which is not followed")
             embeddings = open_dataset(f[eid], "emb")
-            check_shape(embeddings.shape)
-            V, C, _ = embeddings.shape
             yield OpenStudy(
-                Header(1, V, C, self.settings),
+                Header.of(embeddings.shape, self.settings),
                 lambda number: embeddings[()],
-                lambda: [f"{number:03}" for number in range(V)],
+                lambda: [f"{number:03}" for number in range(len(embeddings))],
             )
 
 
@@ -678,8 +664,8 @@ class PackedEmbeddings(Store):
         yield OpenStudy(header, read_copy, lambda: study.videos)
 
     def is_of(self, folder):
-        """Whether it holds what the files of a Store are now: by size and time first, then by the
-        checksums, since a copy may keep size and time."""
+        """Whether it agrees with the files of a Store: with their sizes and times, then with their
+        checksums, since another file can have the same size and time."""
         index = self.index
         return (
             folder.files.keys() == index.keys()
