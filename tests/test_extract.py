@@ -363,7 +363,7 @@ def test_the_same_frames_count_once(source, tmp_path, run):
         assert "A_1/copy.dcm: a repeat" in text and "C/c.dcm and A_1/x.dcm" in text
         log = read_log(tmp_path / "out")
         assert log["A_1", "copy.dcm"]["reason"] == "a repeat: the same frames as IM0001"
-        assert log["C", "c.dcm"]["reason"] == "the same frames as A_1/x.dcm"
+        assert log["C", "c.dcm"]["reason"] == "the same frames as in another study: A_1/x.dcm"
         assert log["A_1", "x.dcm"]["reason"] == ""
 
 

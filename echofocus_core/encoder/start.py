@@ -18,7 +18,6 @@ from echofocus_core.video.panecho import (
     find_weights,
     licence_of,
     read_encoder,
-    tasks_in,
     warn_of_other_clips,
 )
 from echofocus_core.video.record import EncoderRecord
@@ -57,7 +56,7 @@ def load_start(net, source, settings):
     state, record = without_counters(file.state), file.record
     if record or path.name == DOWNLOADED.name:
         refuse_other_network(record or EncoderRecord(tasks=[]), path, settings)
-    given = {t["name"]: t for t in tasks_in(state, record)}
+    given = {t["name"]: t for t in file.tasks}
     fresh = net.state_dict()
     kept = []
     for task in net.tasks:

@@ -29,7 +29,7 @@ import sys
 import threading
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -88,6 +88,18 @@ DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
 ALMOST = "almost the same as another video"  # the kind of a note
+COPY = "the same frames as in another study"
+NOTES = {  # kind -> warning on the videos with such a note, remedy
+    COPY: ("files have the same frames as one of another study",
+           "if they are of two patients, one may be in training and the other in the test"),
+    ALMOST: ("videos have almost the same embeddings as another of their study",
+             "they may be one loop that was exported twice"),
+    TOO_MUCH: ("videos lose more than a tenth of their moving pixels by --mask sector",
+               "look at some of them"),
+}  # fmt: skip
+# The states of a study after a run.
+EXTRACTED, FINISHED = "extracted", "already there"
+EMPTY, UNDONE = "without a usable video", "left for the next run"
 LISTED = 20  # skipped files named on screen; all of them are in the log
 LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
 
@@ -270,48 +282,38 @@ class Encoder:
 
 @dataclass
 class Summary:
-    """The summary of a run."""
+    """The outcome of a run."""
 
-    written: list[str] = field(default_factory=list)  # study names
-    finished: list[str] = field(default_factory=list)  # complete before the run
-    empty: list[str] = field(default_factory=list)  # no video gave clips
-    undone: list[str] = field(default_factory=list)  # their files could not be reached
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # study/video, reason
-    notes: Counter = field(default_factory=Counter)  # kinds of notes on files that were read
-    copies: list[tuple[str, str]] = field(default_factory=list)  # study/video of the same frames
+    studies: dict[str, str] = field(default_factory=dict)  # name -> state, such as EXTRACTED
+    rows: list[tuple] = field(default_factory=list)  # of the log: LOG_COLUMNS of each video
 
     def print(self):
         """Print counts, then the skipped files with their reasons."""
-        print(f"{len(self.written)} studies extracted, {len(self.finished)} already there")
-        if self.notes:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in self.notes.most_common())
+        states, notes, skipped = Counter(self.studies.values()), Counter(), {}
+        for study, video, _, _, result, reason in self.rows:
+            if result == "skipped":
+                skipped[f"{study}/{video}"] = reason
+            else:
+                notes.update(note.split(":")[0] for note in reason.split("; ") if note)
+        print(f"{states[EXTRACTED]} studies {EXTRACTED}, {states[FINISHED]} {FINISHED}")
+        if notes:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in notes.most_common())
             print(f"notes in extract_log.csv: {kinds}")
-        pairs = first_and_count([" and ".join(pair) for pair in self.copies])
-        for n, text, remedy in (
-            (len(self.copies), f"files have the same frames as one of another study: {pairs}",
-             "if they are of two patients, one may be in training and the other in the test"),
-            (self.notes[ALMOST], "videos have almost the same embeddings as another of their study",
-             f"they may be one loop that was exported twice: see '{ALMOST}' in extract_log.csv"),
-            (self.notes[TOO_MUCH],
-             "videos lose more than a tenth of their moving pixels by --mask sector",
-             f"look at some of them, see '{TOO_MUCH}' in extract_log.csv"),
-        ):  # fmt: skip
-            if n:
-                RUN.warning(f"{n} {text}", remedy)
-        if self.skipped:
-            lines = reason_lines(dict(self.skipped), LISTED)
-            print(f"{len(self.skipped)} files skipped, see extract_log.csv:{lines}")
-            kinds = Counter(reason.split(":")[0] for _, reason in self.skipped)
+        for kind, (text, remedy) in NOTES.items():
+            if n := notes[kind]:
+                RUN.warning(f"{n} {text}", f"{remedy}; see '{kind}' in extract_log.csv")
+        if skipped:
+            lines = reason_lines(skipped, LISTED)
+            print(f"{len(skipped)} files skipped, see extract_log.csv:{lines}")
+            kinds = Counter(reason.split(":")[0] for reason in skipped.values())
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
-        for names, text in (
-            (self.empty, "without a usable video"), (self.undone, "left for the next run")
-        ):  # fmt: skip
-            if names:
-                print(f"{len(names)} studies {text}: {first_and_count(names)}")
+        for state in (EMPTY, UNDONE):
+            if names := [name for name in self.studies if self.studies[name] == state]:
+                print(f"{len(names)} studies {state}: {first_and_count(names)}")
 
     def refuse_nothing(self, source):
         """UserError if a run has no usable study."""
-        if not (self.written or self.finished):
+        if not {EXTRACTED, FINISHED} & set(self.studies.values()):
             raise UserError(f"no study in {source} has a usable video")
 
 
@@ -319,8 +321,8 @@ def merge_summaries(summaries):
     """The Summary of all shards."""
     total = Summary()
     for summary in summaries:
-        for f in fields(Summary):
-            setattr(total, f.name, getattr(total, f.name) + getattr(summary, f.name))
+        total.studies |= summary.studies
+        total.rows += summary.rows
     return total
 
 
@@ -345,7 +347,7 @@ class Run:
 
     def __init__(self, out, attributes, redo):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
-        self.summary, self.log = Summary(), []  # log: a row of LOG_COLUMNS for each video
+        self.summary = Summary()
         self.in_work = {}  # study name -> StudyProgress
         self.first_of = {}  # start of a digest of frames -> the first study/video that has it
 
@@ -423,48 +425,33 @@ class Run:
             self.finish(study)
 
     def finish(self, study):
-        """Write a study whose videos all have a result, and add it to the summary and the log."""
-        work, summary = self.in_work.pop(study.name), self.summary
+        """Write a study whose videos all have a result, and add it to the summary."""
+        work = self.in_work.pop(study.name)
         if work.results:
             compare_videos(work.records, work.results)
         usable = any(record.result == "ok" for record in work.records.values())
-        if work.gone:
-            summary.undone.append(study.name)
-            if not study.folder.is_dir():
-                raise UserError(
-                    f"{study.folder} can no longer be reached; finished studies are kept, run the "
-                    "same command again to resume"
-                )
-        elif work.records == work.before:
-            (summary.finished if usable else summary.empty).append(study.name)
-        else:
-            (summary.written if usable else summary.empty).append(study.name)
+        state = (FINISHED if work.records == work.before else EXTRACTED) if usable else EMPTY
+        self.summary.studies[study.name] = UNDONE if work.gone else state
+        if work.gone and not study.folder.is_dir():
+            raise UserError(
+                f"{study.folder} can no longer be reached; finished studies are kept, run the same "
+                "command again to resume"
+            )
+        if not work.gone and work.records != work.before:
             path, other = study_path(self.out, study), empty_path(self.out, study)
             if not usable:
                 path, other = other, path
             with atomic_path(path) as temporary:
                 write_study(temporary, work.results, self.attributes, work.records)
             other.unlink(missing_ok=True)
-        self.report(study, work)
-
-    def report(self, study, work):
-        """Add a study's files to the summary and to the log; name those of another study too."""
         for name, record in sorted(work.records.items()):
-            notes, file = (
-                [note for note in record.reason.split("; ") if note],
-                f"{study.name}/{name}",
-            )
-            if record.result != "ok":
-                self.summary.skipped.append((file, record.reason))
-            else:
-                self.summary.notes.update(note.split(":")[0] for note in notes)
-                first = self.first_of.setdefault(record.pixels[:16], file)
+            file, result, reason = f"{study.name}/{name}", "skipped", record.reason
+            if record.result == "ok":
+                result, first = "ok", self.first_of.setdefault(record.pixels[:16], file)
                 if first != file:
-                    self.summary.copies.append((file, first))
-                    notes.append(f"the same frames as {first}")
-            result = "ok" if record.result == "ok" else "skipped"
+                    reason = "; ".join(filter(None, [reason, f"{COPY}: {first}"]))
             seconds = f"{work.seconds[name]:.3f}" if name in work.seconds else ""
-            self.log.append((study.name, name, record.frames, seconds, result, "; ".join(notes)))
+            self.summary.rows.append((study.name, name, record.frames, seconds, result, reason))
 
 
 def compare_videos(records, results):
@@ -565,7 +552,7 @@ def extract(studies, out, settings):
                 for (study, video), (reply, seconds), embeddings in encoder(decoded):
                     bar.update()
                     run.collect(study, video, reply, embeddings, seconds)
-        log = pd.DataFrame(run.log, columns=LOG_COLUMNS)
+        log = pd.DataFrame(run.summary.rows, columns=LOG_COLUMNS)
         write_table(log, Path(out) / f"extract_log{name}.csv")
     return run.summary
 

@@ -441,7 +441,7 @@ def find_weights(source="panecho"):
 
 def published_parts(state):
     """A published end-to-end state dict -> {'encoder': ..., 'study': ...}; {} for any other."""
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+    if not isinstance(state, dict):
         return {}
     parts = {
         part: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -458,6 +458,13 @@ class EncoderFile:
     record: EncoderRecord | None  # None in a published file
     seen: tuple  # of Seen: its training patients; () if not recorded
 
+    @property
+    def tasks(self):
+        """The tasks of the heads, by the record or by TASKS; [] for a backbone."""
+        if self.record:
+            return [task.entry() for task in self.record.tasks]
+        return [t for t in TASKS if f"{t['name']}_head.1.weight" in self.state]
+
 
 def read_encoder(path):
     """The EncoderFile of a path, published or from EchoFocus. No code in the file runs.
@@ -467,13 +474,13 @@ def read_encoder(path):
     saved = load_safely(path)
     saved = saved if isinstance(saved, dict) else {}
     state, seen = saved.get("weights"), ()
-    if "seen" in saved:
-        from echofocus_core.base.seen import seen_from  # with pandas, which torch.hub does not need
+    if "seen" in saved:  # never in published files: torch.hub runs without pandas
+        from echofocus_core.base.seen import seen_from
 
         seen = tuple(seen_from(saved, path))
     if parts := published_parts(saved.get("model_state_dict")):
         state, saved = {f"encoder.{k}": v for k, v in parts["encoder"].items()}, {}
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
+    if not isinstance(state, dict):
         raise WeightsError(f"{path} has no dict 'weights'; the published panecho.pt has one")
     state = {k: v for k, v in state.items() if not k.endswith("time_encoder.pe")}
     return EncoderFile(state, record_of(saved, path), seen)
@@ -503,13 +510,6 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
         for change in differences(before, now):
             RUN.warning(f"the clips differ from those that {path} was trained on: {change}",
                         "use the same values; else the embeddings may be worse")  # fmt: skip
-
-
-def tasks_in(state, record):
-    """The tasks of the heads in a file, by its record or by TASKS; [] for a backbone."""
-    if record:
-        return [task.entry() for task in record.tasks]
-    return [t for t in TASKS if any(k.startswith(f"{t['name']}_head.") for k in state)]
 
 
 def weights_digest(weights):
@@ -544,7 +544,7 @@ def load_panecho(weights="panecho", clip_len=16):
             f"'{file.record.normalization}': extraction supports only PanEcho's architecture "
             "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
         )
-    model = without_weights(tasks=tasks_in(file.state, file.record), clip_len=clip_len)
+    model = without_weights(tasks=file.tasks, clip_len=clip_len)
     load_strictly(model, file.state, path, "PanEcho")
     return LoadedEncoder(model.eval(), digest, file.record, file.seen)
 

@@ -1,4 +1,4 @@
-"""The record in an encoder's weights file: its tasks and its training. It is not trusted."""
+"""The record in an encoder's weights file: its tasks and its training; validated when read."""
 
 import json
 import re
@@ -47,10 +47,8 @@ class EncoderTask(Entry):
         if len({c.lower() for c in self.classes}) < n:
             raise ValueError(f"{self.name}: two classes have the same name")
         if n not in N_CLASSES[kind]:
-            raise ValueError(
-                f"{self.name} has {n} classes; a binary task has two (no, yes), a multi-class task "
-                "three or more, a regression no classes"
-            )
+            raise ValueError(f"{self.name} has {n} classes; a binary task has two (no, yes), a "
+                             "multi-class task three or more, a regression none")  # fmt: skip
         return self
 
     def entry(self):
@@ -76,10 +74,8 @@ def read_tasks(path):
     """A JSON list of tasks -> entries like those of `panecho.TASKS`. UserError."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read the task list {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the task list {path} as JSON: {error}") from error
     task_list = validate_as(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
     if not task_list.tasks:
         raise UserError(f"{path} has no task; a task has a name, a type, and classes or a unit")
@@ -116,8 +112,7 @@ class EncoderRecord(TaskList):
 
     def to_save(self):
         """The record as plain Python values."""
-        saved = self.model_dump(exclude={"tasks"})
-        return saved | {"tasks": [task.model_dump(by_alias=True) for task in self.tasks]}
+        return self.model_dump(by_alias=True)
 
 
 def record_of(saved, path):
