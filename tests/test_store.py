@@ -139,7 +139,7 @@ def test_a_changed_byte_is_noticed(folder, packed, what):
     if packed and what == "name":  # the index as a whole is refused
         flip(path, b"v1.avi")
         with pytest.raises(UserError):
-            st.PackedEmbeddings(path)
+            st.PackedEmbeddings(folder)
         return
     flip(path, clips(0)[1, 2, 5:8].tobytes() if what == "number" else b"v1.avi")
     store = st.open_store(folder, Collected())
@@ -538,8 +538,9 @@ def test_embeddings_say_whether_their_weights_have_a_list(tmp_path, attribute, n
         more = {"weights_seen": attribute} if attribute else {}
         write_ours(tmp_path / "emb" / f"{eid}.hdf5", 0, **facts, **more)
     write_ours(tmp_path / "emb" / "c.hdf5", 0, **facts, weights_seen="elsewhere")
-    for store in (st.open_folder(tmp_path / "emb"), st.PackedEmbeddings(pack(tmp_path / "emb"))):
-        store.place, listener = tmp_path / "emb", Collected()
+    pack(tmp_path / "emb")
+    for store in (st.open_folder(tmp_path / "emb"), st.PackedEmbeddings(tmp_path / "emb")):
+        listener = Collected()
         assert store.encoder_seen(["a", "b"], listener) == ([], not n)
         assert [x.level for x in listener.findings] == ["WARNING"] * n
         refuse_mixed(store, ["a", "c"], False, RUN)  # it is not a difference of input

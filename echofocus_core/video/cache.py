@@ -47,7 +47,7 @@ class ClipSampling:
 class FrameCache:
     """The small frames of videos, in a folder, for images of `size` pixels.
 
-    A video is the path of its file, or a tuple of the paths of its single frames.
+    In all methods, a video is the path of its file, or a tuple of the paths of its single frames.
     """
 
     def __init__(self, folder, size=224):
@@ -68,7 +68,7 @@ class FrameCache:
         return self.folder / key[:2] / f"{key[2:]}{suffix}"
 
     def record(self, video):
-        """{"sha256": of the frames} or {"reason": why there are none}; {} before `fill`."""
+        """{"sha256": of the frames} or {"reason": why it has none}; {} before `fill`."""
         try:
             record = json.loads(self.place(video, ".json").read_text())
         except (OSError, ValueError):
@@ -94,7 +94,7 @@ class FrameCache:
         return reasons
 
     def put(self, video, reply):
-        """Write a video's frames, or the reason why there are none unless it is temporary."""
+        """Write a video's frames, or the reason why it has none, unless that is temporary."""
         if isinstance(reply, NotNow):
             return
         if isinstance(reply, VideoError):
@@ -107,7 +107,7 @@ class FrameCache:
             temporary.write_text(json.dumps(record))
 
     def content(self, video):
-        """SHA-256 of a video's frames; '' if there are none."""
+        """SHA-256 of a video's frames; '' if it has none."""
         return self.record(video).get("sha256", "")
 
     def copies(self, videos):

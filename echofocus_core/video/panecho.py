@@ -184,7 +184,7 @@ def images_at_once(stage, H, W):
 
 
 def can_pack(dtype):
-    """Whether this torch and this CPU can run a PackedBlock."""
+    """Whether this build of torch and this CPU can run a PackedBlock."""
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
         return False
@@ -386,14 +386,13 @@ def save_untrained(path, clips):
     LayerNorm is set so that over these clips each feature has mean 0, and all features together
     have standard deviation 1. clips: float32 (3, L, H, W) each, normalised.
     """
-    state, model = random_weights(), load_panecho("random").model.encoder
-    embeddings = torch.cat([model(clip[None]) for clip in clips])  # (n, 768)
-    centre = embeddings.mean(0)
+    model = load_panecho("random").model
+    embeddings = torch.cat([model.encoder(clip[None]) for clip in clips])  # (n, 768)
+    centre, norm = embeddings.mean(0), model.encoder.transformer.layers[-1].norm2
     spread = (embeddings - centre).std()
-    last = "encoder.transformer.layers.3.norm2."
-    state[last + "weight"] = state[last + "weight"] / spread
-    state[last + "bias"] = (state[last + "bias"] - centre) / spread
-    save({"weights": state}, path)
+    norm.weight /= spread
+    norm.bias.sub_(centre).div_(spread)
+    save({"weights": model.state_dict()}, path)
 
 
 def weights_path(source="panecho"):
@@ -419,7 +418,7 @@ def weights_path(source="panecho"):
 
 
 def find_weights(source="panecho"):
-    """The file of `weights_path`, after downloading it if necessary and comparing its digest.
+    """The file of `weights_path`, downloaded if it is missing; its digest is compared.
 
     The digest is recorded at the download: in source.json, or next to the file in torch.hub's cache
     (`panecho.pt.sha256`). Raises WeightsError.
@@ -467,7 +466,7 @@ class EncoderFile:
 
 
 def read_encoder(path):
-    """The EncoderFile of a path, published or from EchoFocus. No code in the file runs.
+    """Read a weights file, published or from EchoFocus: an EncoderFile. No code in the file runs.
 
     A published end-to-end checkpoint has a backbone and no heads. Raises WeightsError.
     """
@@ -487,7 +486,7 @@ def read_encoder(path):
 
 
 def seen_by(weights):
-    """The Seen of an encoder, see `load_panecho`."""
+    """The training patients of an encoder, see `EncoderFile.seen`."""
     return () if weights == "random" else read_encoder(find_weights(weights)).seen
 
 
@@ -513,7 +512,7 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
 
 
 def weights_digest(weights):
-    """The SHA-256 that identifies weights, see `load_panecho`."""
+    """The SHA-256 of the weights that `load_panecho` loads."""
     return RANDOM_SHA256 if weights == "random" else sha256_file(find_weights(weights))
 
 

@@ -11,13 +11,17 @@ from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
 
-# Files that every export contains in addition to cines.
-USUAL = ("still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
-         "a repeat")  # fmt: skip
+USUAL = (  # reasons for skipping files that every export contains next to cines
+    "still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
+    "a repeat",
+)  # fmt: skip
 
 
 def preview_extraction(settings, trained_on, listener):
-    """Report on the videos of --videos. trained_on: SHA-256 of a model's encoder, or ''."""
+    """Report on the files of --videos, the encoder's weights and the time of an extraction.
+
+    trained_on: SHA-256 of the encoder of a model, or ''.
+    """
     source, sampling = Path(settings.videos), extract.sampling_of(settings)
     grouping = settings.group, settings.manifest, settings.study_id
     studies = extract.find_studies(source, *grouping, listener=listener)
@@ -40,10 +44,8 @@ def preview_extraction(settings, trained_on, listener):
         )
     if empty := sorted({s.name for s in studies} - {s.name for s, _ in usable}):
         report = listener.warning if usable else listener.error
-        report(
-            f"{len(empty)} studies have no usable video: {some(empty)}",
-            "see the reasons above; these studies get no prediction",
-        )
+        report(f"{len(empty)} studies have no usable video: {some(empty)}",
+               "see the reasons above; these studies get no prediction")  # fmt: skip
     encoder = preview_encoder(settings.weights, sampling, trained_on, listener)
     if usable:
         estimate_time(settings, sampling, encoder, usable, listener)
@@ -70,12 +72,11 @@ def preview_encoder(weights, sampling, trained_on, listener):
 
 
 def estimate_time(settings, sampling, encoder, usable, listener):
-    """Estimate the run time for the (study, video) pairs from one video and a few images."""
+    """Report the estimated run time for (study, video) pairs, from one video and a few images."""
     device, workers = pick_device(settings.device), extract.decoders(settings.workers)
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
-        listener.warning(f"{study.name}/{name}: {reply}", "it will be skipped")
-        return
+        return listener.warning(f"{study.name}/{name}: {reply}", "extraction skips it")
     images, _ = extract.distinct_images(reply[0].index)
     batch = torch.zeros(min(8, len(images)), 3, sampling.size, sampling.size, device=device)
     encoder.encoder.to(device)

@@ -9,15 +9,15 @@ from echofocus_core.video.store import OpenStudy, Store, UnreadableStudy
 
 
 class VideosOf(Store):
-    """The videos of a store's studies, each a study of its own, with the id study/video."""
+    """The videos of a store's studies as studies with the id study/video."""
 
     def __init__(self, store, findings=RUN):
         super().__init__(store.folder, {})
-        self.store, self.place, self.numbers, left_out = store, store.place, {}, {}
+        self.store, self.numbers, left_out = store, {}, {}
         self.whole = lru_cache(maxsize=64)(self.read_study)
         for eid in progress(store.files, desc="videos", unit="study", leave=False, delay=2):
             try:
-                with store.opened(eid) as study:
+                with store.open_study(eid) as study:
                     for number, name in enumerate(study.read_videos()):
                         self.numbers[f"{eid}/{name}"] = eid, number
                         self.files[f"{eid}/{name}"] = store.files[eid]
@@ -30,7 +30,7 @@ class VideosOf(Store):
             )
 
     def read_study(self, eid, copy):
-        with self.store.opened(eid) as study:
+        with self.store.open_study(eid) as study:
             return study.clips(copy)
 
     @contextmanager

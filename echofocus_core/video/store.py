@@ -177,7 +177,7 @@ def load_copies(path):
     Raises one of UNREADABLE, also for a damaged file.
     """
     with open_hdf5(path) as f:
-        study = describe_own(f)
+        study = open_extracted(f)
         return np.stack([study.clips(k).embeddings for k in range(study.header.copies)])
 
 
@@ -230,10 +230,10 @@ def read_encoder_seen(folder):
 def write_encoder_seen(folder, lists, packed=False):
     """Add lists to those of a folder of embeddings, or write those of its pack."""
     if lists:
-        pack, own = seen_paths(folder)
+        path = seen_paths(folder)[0 if packed else 1]
         lists = read_encoder_seen(folder) | lists
         saved = {digest: [part.saved() for part in seen] for digest, seen in lists.items()}
-        save(saved, pack if packed else own)
+        save(saved, path)
 
 
 # ------------------------------------------------------------------------------- reading embeddings
@@ -297,7 +297,7 @@ class OpenStudy:
         return StudyClips(embeddings, videos, made_with)
 
 
-def describe_own(f):
+def open_extracted(f):
     """The OpenStudy of an open file that extraction wrote."""
     embeddings = open_dataset(f, "embeddings")
     copies = open_dataset(f, "augmented", most=64 * MOST_BYTES) if "augmented" in f else None
@@ -321,7 +321,7 @@ def describe_own(f):
     )
 
 
-def describe_published(f):
+def open_published(f):
     """The OpenStudy of an open published file. The groups above each `emb` spell an absolute path:
     a video's name is its last part, or as many parts as distinguish the videos."""
     paths = find_datasets(f, "emb")
@@ -352,23 +352,22 @@ class Store:
 
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
-        self.place = folder  # of the dataset; for a pack, the folder that was packed
 
     @contextmanager
-    def opened(self, eid):
+    def open_study(self, eid):
         """Yield the study's OpenStudy; an error in the block is raised as UnreadableStudy."""
         try:
             with self.open(eid) as study:
                 yield study
         except UNREADABLE as error:
             where = f"study {eid} of {self.files[eid].name}"
-            raise UnreadableStudy(f"{where}: {reason_of(error, self.folder)}") from error
+            raise UnreadableStudy(f"{where}: {reason_of(error, self.files[eid])}") from error
 
     def header(self, eid):
         """A study's Header, read once. Raises UnreadableStudy."""
         if eid not in self.headers:
             try:
-                with self.opened(eid) as study:
+                with self.open_study(eid) as study:
                     self.headers[eid] = study.header
             except UnreadableStudy as error:
                 self.headers[eid] = str(error)
@@ -376,7 +375,7 @@ class Store:
             raise UnreadableStudy(self.headers[eid])
         return self.headers[eid]
 
-    def readable(self, eids):
+    def readable_headers(self, eids):
         """(study id, Header) for studies with a readable header."""
         for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
             with suppress(UnreadableStudy):
@@ -397,7 +396,7 @@ class Store:
         equally likely; then the videos, if there are more than `most_videos`. Without rng the
         result is always the same.
         """
-        with self.opened(eid) as study:
+        with self.open_study(eid) as study:
             clips = study.clips(draw_copy(rng, study.header.copies))
         n, most = len(clips.videos), self.most_videos
         if not most or n <= most:
@@ -410,7 +409,7 @@ class Store:
     def read_all(self, eid):
         """Yield a study's plain StudyClips, then those of its transformed copies, one at a time."""
         for number in range(self.header(eid).copies):
-            with self.opened(eid) as study:
+            with self.open_study(eid) as study:
                 clips = study.clips(number)
             yield clips  # outside: errors of the caller are not the study's
 
@@ -434,7 +433,7 @@ class Store:
         The files' checksums select them; the embeddings are compared, since checksums can collide.
         """
         by_checksum, by_numbers = defaultdict(list), defaultdict(list)
-        for eid, header in self.readable(eids):
+        for eid, header in self.readable_headers(eids):
             if header.crc32:
                 by_checksum[header.crc32[0], header.videos, header.clips].append(eid)
         for same in by_checksum.values():
@@ -449,7 +448,7 @@ class Store:
         The value is '' where a file does not have it; unreadable files are ignored.
         """
         values = {name: defaultdict(list) for name in MADE_WITH}
-        for eid, header in self.readable(eids):
+        for eid, header in self.readable_headers(eids):
             for name in MADE_WITH:
                 values[name][str(header.made_with.get(name, ""))].append(eid)
         return values
@@ -460,8 +459,8 @@ class Store:
         The listener gets a warning if the list is missing in the folder although the weights had
         one, by the files' attribute `weights_seen`.
         """
-        lists, encoders, lost = read_encoder_seen(self.place), set(), {}
-        for eid, header in self.readable(eids):
+        lists, encoders, lost = read_encoder_seen(self.folder), set(), {}
+        for eid, header in self.readable_headers(eids):
             digest = header.made_with.get("weights_sha256")
             if digest in lists:
                 encoders.add(digest)
@@ -477,9 +476,9 @@ class Store:
         return all_seen(*(lists[digest] for digest in sorted(encoders))), not lost
 
 
-def reason_of(error, folder):
-    """An error as text, without the folder's path."""
-    return clean_text(str(error).replace(f"{folder}{os.sep}", ""))
+def reason_of(error, path):
+    """An error with a file as text, without its folder."""
+    return clean_text(str(error).replace(f"{path.parent}{os.sep}", ""))
 
 
 def open_store(path, findings=RUN, most_videos=0):
@@ -495,25 +494,25 @@ def open_store(path, findings=RUN, most_videos=0):
             "is random, it has one augmented copy of each video",
             "evaluate on embeddings without it",
         )
-    store.most_videos, store.place = most_videos, path
+    store.most_videos = most_videos
     return store
 
 
-def open_pack(path, findings):
-    """The pack of a folder; None where there is none that can be used."""
-    packed = packed_path(path)
-    if not packed.exists():
+def open_pack(folder, findings):
+    """The pack of a folder, or None without a pack that can be used."""
+    name = packed_path(folder).name
+    if not packed_path(folder).exists():
         return None
     try:
-        store = PackedEmbeddings(packed)
-        if path.is_dir() and not store.is_of(open_folder(path)):
-            raise UserError(f"{packed.name} is out of date and not used")
+        store = PackedEmbeddings(folder)
+        if folder.is_dir() and not store.is_of(open_folder(folder)):
+            raise UserError(f"{name} is out of date and not used")
     except UserError as error:
-        if not path.is_dir():
+        if not folder.is_dir():
             raise
         findings.warning(str(error), "run pack again")
         return None
-    findings.note(f"reading {packed.name}")
+    findings.note(f"reading {name}")
     return store
 
 
@@ -546,7 +545,7 @@ class EmbeddingFolder(Store):
     @contextmanager
     def open(self, eid):
         with open_hdf5(self.files[eid]) as f:
-            yield describe_own(f) if "embeddings" in f else describe_published(f)
+            yield open_extracted(f) if "embeddings" in f else open_published(f)
 
     def content(self, eid):
         """As `Store.content`; it reads one attribute (0.3 ms a file of a local disk)."""
@@ -575,7 +574,7 @@ class EmbeddingShards(Store):
                     files |= {name: file for name in f}
         except UNREADABLE as error:
             raise UserError(
-                f"{path.name}/{file.name} cannot be read ({reason_of(error, path)}); create the "
+                f"{path.name}/{file.name} cannot be read ({reason_of(error, file)}); create the "
                 "cache again"
             ) from error
         names, listed = Counter(names), Counter(listed)
@@ -622,7 +621,7 @@ class PackedStudy:
 
 
 class PackedEmbeddings(Store):
-    """A dataset in one HDF5 file.
+    """The pack of a folder of embeddings: a dataset in one HDF5 file.
 
     `embeddings` is a flat array (rows, 768) of float32 or float16: study after study, copy after
     copy, video after video. `index` is JSON, in bytes: study id -> fields of PackedStudy. Numbers
@@ -630,8 +629,8 @@ class PackedEmbeddings(Store):
     The file is kept open: readers are not affected when a new pack replaces it.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, folder):
+        path = packed_path(folder)
         try:
             with open_hdf5(path) as f:
                 if read_attributes(f, ["format"]).get("format") != PACK_FORMAT:
@@ -642,9 +641,9 @@ class PackedEmbeddings(Store):
             self.index = {eid: PackedStudy(**entry) for eid, entry in index.items()}
             self.file = open(path, "rb")  # noqa: SIM115
         except UNREADABLE as error:
-            reason = reason_of(error, path.parent)
+            reason = reason_of(error, path)
             raise UserError(f"{path.name} cannot be used as a pack: {reason}") from error
-        super().__init__(path.parent, dict.fromkeys(self.index, path))
+        super().__init__(folder, dict.fromkeys(self.index, path))
 
     @contextmanager
     def open(self, eid):
@@ -686,7 +685,7 @@ def write_pack(source, path, dtype):
     """
     index = {}
     rows = sum(header.copies * header.videos * header.clips
-               for _, header in source.readable(source.files))  # fmt: skip
+               for _, header in source.readable_headers(source.files))  # fmt: skip
     if rows * D * np.dtype(dtype).itemsize > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
