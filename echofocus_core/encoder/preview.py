@@ -6,7 +6,7 @@ from echofocus_core.base.console import duration, progress, reason_lines
 from echofocus_core.base.files import derive_seed
 from echofocus_core.encoder.cohorts import read_cohort
 from echofocus_core.video.decode import small_frames, why_skipped
-from echofocus_core.video.extract import decoders, in_processes
+from echofocus_core.video.extract import map_in_processes
 
 
 def preview_cohort(typed, listener):
@@ -30,7 +30,7 @@ def preview_cohort(typed, listener):
     sample = sample.iloc[sample.map(derive_seed).argsort()[:200]]
     n, began = 0, time.perf_counter()
     calls = ((video, (small_frames, path, 224)) for video, path in sample.items())
-    for video, (reply, _) in in_processes(calls, decoders(0)):
+    for video, (reply, _) in map_in_processes(calls, 0):
         if isinstance(reply, Exception):
             reasons[video] = str(reply)
         else:

@@ -22,7 +22,7 @@ from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
 from echofocus_core.video.decode import first_frames
 from echofocus_core.video.errors import VideoError
-from echofocus_core.video.extract import decoders, in_processes
+from echofocus_core.video.extract import map_in_processes
 from echofocus_core.video.playback import Playback, stored_clip
 from echofocus_core.video.store import StudyDetails, load_details, open_folder
 from echofocus_core.video.studies import visible
@@ -195,7 +195,7 @@ def write_clips(folder, studies, mask, workers=0):
                 )
             call = stored_clip, source, folder / "clips", mask, contents.get(video.name, "")
             calls.append((video, call))
-    replies = in_processes(calls, decoders(workers)) if calls else ()
+    replies = map_in_processes(calls, workers) if calls else ()
     for video, (reply, _) in progress(replies, desc="clips", unit="video", total=len(calls)):
         if isinstance(reply, VideoError):
             video.missing = str(reply)

@@ -29,7 +29,7 @@ from echofocus_core.video.decode import (
     resize,
     small_frames,
 )
-from echofocus_core.video.extract import decoders, in_processes
+from echofocus_core.video.extract import map_in_processes
 
 BLANK = 16  # grey levels: a video with a smaller range is blank
 
@@ -86,7 +86,7 @@ class FrameCache:
                 reasons[video] = record["reason"]
         calls = ((video, (small_frames, video, self.size)) for video in missing)
         with progress(total=len(missing), desc=label, unit="video", disable=quiet) as bar:
-            for video, (reply, _) in in_processes(calls, decoders(workers)):
+            for video, (reply, _) in map_in_processes(calls, workers):
                 bar.update()
                 if isinstance(reply, VideoError):
                     reasons[video] = str(reply)

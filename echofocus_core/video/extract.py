@@ -148,14 +148,15 @@ class DecoderProcess:
 def decode(jobs, sampling, workers):
     """(study, video) jobs -> ((study, video), (list of Clips or a VideoError, seconds))."""
     calls = (((study, video), (read_clips, study.source(video), sampling)) for study, video in jobs)
-    yield from in_processes(calls, workers)
+    yield from map_in_processes(calls, workers)
 
 
-def in_processes(calls, workers):
+def map_in_processes(calls, workers):
     """(job, call) pairs -> (job, reply of a DecoderProcess), in order, computed ahead of use.
 
-    At most twice as many replies as workers are held.
+    workers: see `n_decoders`. At most twice as many replies as workers are held.
     """
+    workers = n_decoders(workers)
     idle = [DecoderProcess() for _ in range(workers)]
 
     def work(item):
@@ -367,7 +368,7 @@ class Run:
         }
         results = {}
         if self.redo or kept | left_out != before or videos.keys() - kept.keys():
-            # What a file repeats may have gone or changed.
+            # The first file with the frames of a repeat may have changed: read the repeats again.
             kept = {name: record for name, record in kept.items() if record.result != "repeat"}
             try:
                 copies = load_copies(path) if starts else None  # (1 + K, V, C, 768)
@@ -457,7 +458,7 @@ class Run:
 def compare_videos(records, results):
     """Keep one of a study's videos with the same frames, and note those that are almost the same.
 
-    Changes the FileRecords and results of StudyProgress, to what they are in any order of reading.
+    Changes the FileRecords and results of a StudyProgress; the order of reading has no effect.
     """
     first_of, names = {}, sorted(results, key=lambda name: (name.count("/"), name))
     for name in names:
@@ -478,7 +479,7 @@ def compare_videos(records, results):
 def stamp_of_source(source):
     """A digest of the size and time of a video's file or files; '' when one is missing.
 
-    A digest, since the time of a file can be the date of an exam.
+    The time itself is not recorded, since it can be the date of an exam.
     """
     stamps = [stamp_of(path) for path in (source if isinstance(source, list) else [source])]
     if None in stamps:
@@ -498,9 +499,9 @@ def is_unchanged(record, stamp, source):
         return False
 
 
-def decoders(asked):
-    """The number of decoder processes; for 0, half the cores, at most 16."""
-    return asked or max(1, min(16, (os.cpu_count() or 1) // 2))
+def n_decoders(workers):
+    """The number of decoder processes; by default (0), half the cores, at most 16."""
+    return workers or max(1, min(16, (os.cpu_count() or 1) // 2))
 
 
 def default_batch(device, size):
@@ -547,7 +548,7 @@ def extract(studies, out, settings):
         bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
         with exact_convolutions(), bar:
             jobs = chain.from_iterable(run.begin(study, bar) for study in studies)
-            decoded = decode(jobs, sampling_of(settings), decoders(settings.workers))
+            decoded = decode(jobs, sampling_of(settings), settings.workers)
             with contextlib.closing(decoded):
                 for (study, video), (reply, seconds), embeddings in encoder(decoded):
                     bar.update()
@@ -558,7 +559,7 @@ def extract(studies, out, settings):
 
 
 def prepare_encoder(out, settings):
-    """(Encoder, attributes of the HDF5 files) of a run; writes who trained it into the folder."""
+    """(Encoder, attributes of the HDF5 files) of a run; writes the encoder's training patients."""
     device, sampling = pick_device(settings.device), sampling_of(settings)
     loaded = load_panecho(settings.weights, sampling.clip_len)
     if settings.weights == "random":

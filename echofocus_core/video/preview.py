@@ -73,7 +73,7 @@ def preview_encoder(weights, sampling, trained_on, listener):
 
 def estimate_time(settings, sampling, encoder, usable, listener):
     """Report the estimated run time for (study, video) pairs, from one video and a few images."""
-    device, workers = pick_device(settings.device), extract.decoders(settings.workers)
+    device, workers = pick_device(settings.device), extract.n_decoders(settings.workers)
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
         return listener.warning(f"{study.name}/{name}: {reply}", "extraction skips it")
