@@ -75,17 +75,15 @@ class FrameCache:
             return {}
         return record if "reason" in record or self.place(video).is_file() else {}
 
-    def fill(self, videos, workers=0, label="decode", quiet=False):
+    def fill(self, videos, workers=0, quiet=False):
         """Decode videos that are not in the cache; returns video -> reason of unusable ones."""
-        reasons, missing = {}, []
-        for video in videos:
-            record = self.record(video)
-            if not record:
-                missing.append(video)
-            elif "reason" in record:
-                reasons[video] = record["reason"]
+        records = {video: self.record(video) for video in videos}
+        reasons = {
+            video: record["reason"] for video, record in records.items() if "reason" in record
+        }
+        missing = [video for video, record in records.items() if not record]
         calls = ((video, (small_frames, video, self.size)) for video in missing)
-        with progress(total=len(missing), desc=label, unit="video", disable=quiet) as bar:
+        with progress(total=len(missing), desc="decode", unit="video", disable=quiet) as bar:
             for video, (reply, _) in map_in_processes(calls, workers):
                 bar.update()
                 if isinstance(reply, VideoError):
