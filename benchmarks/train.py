@@ -33,8 +33,8 @@ from echofocus_core.study.loop import (
     LoopContext,
     plan_batches,
     read_batches,
-    run_steps,
     run_studies,
+    train_steps,
 )
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
@@ -172,7 +172,7 @@ def measure_compute(folder, store, eids, targets, args, ways):
     def train(precision):
         settings, optimizer = settings_for(precision, args.tokens), optimizers[precision]
         context = LoopContext(ours, store, settings, **common)
-        return lambda part: list(run_steps(context, part, optimizer))
+        return lambda part: list(train_steps(context, part, optimizer))
 
     def predict(precision):
         settings = settings_for(precision, args.tokens)
@@ -200,11 +200,12 @@ def measure_compute(folder, store, eids, targets, args, ways):
 
 def measure_loading(folder, stores, ways, device):
     settings, packed = settings_for("fp32", 4096), stores["packed"]
+    net = torch.nn.Linear(1, 1).to(device)
 
     def ours(store):
         def load(part):
-            plan = plan_batches(store, part, settings, False)
-            for batch in read_batches(store, plan, settings, {}):
+            context = LoopContext(net, store, settings)
+            for batch in read_batches(context, plan_batches(context, part, False)):
                 batch.tokens.to(device)
 
         return load

@@ -24,7 +24,7 @@ from echofocus_core.study.kinds.regression import Regression
 from echofocus_core.study.kinds.survival import EVENT, cox_losses
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import ensemble_of
-from echofocus_core.study.loop import LoopContext, run_steps
+from echofocus_core.study.loop import LoopContext, train_steps
 from echofocus_core.study.metrics import breslow, c_index
 from echofocus_core.study.models import LoadedModel, survival_at
 from echofocus_core.study.network import StudyModel
@@ -291,7 +291,7 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
         settings = Settings(batch_number=40, batch_tokens=tokens)
         context = LoopContext(net, store, settings, targets, outputs)
-        ((_, n, loss),) = run_steps(context, eids, optimizer)
+        ((n, loss),) = train_steps(context, eids, optimizer)
         assert n == 40
         after = [p.detach() for p in net.parameters()]
         return loss, torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])

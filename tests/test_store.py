@@ -19,7 +19,7 @@ from echofocus_core.base.options import Settings
 from echofocus_core.base.seen import Seen
 from echofocus_core.study import attention as packed
 from echofocus_core.study.folds import report_copies
-from echofocus_core.study.loop import plan_batches, read_batches
+from echofocus_core.study.loop import LoopContext, plan_batches, read_batches
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.sources import refuse_mixed
 from echofocus_core.video import panecho
@@ -700,14 +700,15 @@ def test_a_study_of_thousands_of_videos_trains_in_bounded_memory():
 def test_batches_hold_true_counts(cohort):
     store = st.open_store(cohort / "emb")
     eids, settings = list(store.files), Settings(batch_tokens=12, clip_dropout=0.0)
-    plan = list(plan_batches(store, eids, settings, False))
-    for planned in plan:
-        n = [len(h5py.File(store.files[e])["embeddings"]) * 4 for e in planned.eids]
+    context = LoopContext(torch.nn.Linear(1, 1), store, settings)
+    plan = list(plan_batches(context, eids, False))
+    for batch, _ in plan:
+        n = [len(h5py.File(store.files[e])["embeddings"]) * 4 for e in batch]
         assert sum(n) <= 12 or len(n) == 1
-    assert sorted(e for p in plan for e in p.eids) == eids
-    assert [p.ends_step for p in plan] == [False] * (len(plan) - 1) + [True]
-    batches = list(read_batches(store, plan, settings, {}))
-    assert [b.eids for b in batches] == [p.eids for p in plan]
+    assert sorted(e for batch, _ in plan for e in batch) == eids
+    assert [ends_step for _, ends_step in plan] == [False] * (len(plan) - 1) + [True]
+    batches = list(read_batches(context, plan))
+    assert [b.eids for b in batches] == [batch for batch, _ in plan]
     assert all(b.lengths == [store.size(e) for e in b.eids] for b in batches)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import echofocus as ef
 from echofocus_core.base.options import Settings
 from echofocus_core.study.loading import read_checkpoint
-from echofocus_core.study.loop import LoopContext, run_steps
+from echofocus_core.study.loop import LoopContext, train_steps
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video.store import open_store
@@ -166,7 +166,7 @@ def test_batches_side_by_side_train_as_one_after_the_other(cohort):
             optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
             context = LoopContext(net, store, settings, targets, Outputs.of("x", "binary"))
             before = torch.get_rng_state()
-            losses = [loss for *_, loss in run_steps(context, eids, optimizer)]
+            losses = [loss for _, loss in train_steps(context, eids, optimizer)]
             assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == n
             return losses, torch.cat([p.detach().flatten() for p in net.parameters()])
         finally:

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from echofocus_core.base.checkpoints import load_safely, save
 from echofocus_core.base.console import UserError
-from echofocus_core.base.files import remove_temporaries
+from echofocus_core.base.files import derive_seed, remove_temporaries
 from echofocus_core.base.resume import check_resume, restoring
 from echofocus_core.base.world import World
 
@@ -32,9 +32,9 @@ class EpochTraining:
     """Training in epochs. The last checkpoint has the whole state, so a resume is exact.
 
     A subclass defines `items` (the plural noun that an epoch counts), `remedy` (for a run that
-    cannot be resumed), history_key (in a
-    checkpoint), losses_of (a history), scores, finished, best_file, one_epoch, state,
-    read_record, facts, restore, write_best, write_history, write_start and refuse_finished_model.
+    cannot be resumed), history_key (in a checkpoint), losses_of (a history), scores, finished,
+    best_file, one_epoch, state, read_record, facts, restore, write_best, write_history, write_start
+    and refuse_finished_model.
     """
 
     def __init__(self, folder, settings, world=None):
@@ -131,6 +131,11 @@ class EpochTraining:
                 f"the best checkpoint of {self.folder} is missing or from another run than "
                 f"{LAST}; restore it, or {self.remedy}"
             )
+
+    def rest_of_epoch(self, items, number):
+        """The items that `progress` does not count yet, in the order of epoch `number`."""
+        rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
+        return [items[i] for i in rng.permutation(len(items))[self.progress.items :]]
 
     def start_clock(self):
         self.last_saved = time.time()

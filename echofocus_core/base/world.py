@@ -78,6 +78,14 @@ class World:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def sum_each(self, tensors):
+        """The sum of each tensor over all processes."""
+        if self.size == 1:
+            return tensors
+        flat = self.sum(torch.cat([x.flatten() for x in tensors]))
+        parts = flat.split([x.numel() for x in tensors])
+        return [part.view_as(x) for part, x in zip(parts, tensors, strict=True)]
+
     def gather(self, value):
         """Every process's `value`, in order of rank."""
         values = [value] * self.size

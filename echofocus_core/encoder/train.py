@@ -19,7 +19,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +83,8 @@ class Run(EpochTraining):
         self.names, self.left_out = names_of(unseen, settings), int((unseen != folds).sum())
         self.device = pick_device(settings.device)
         self.net = net.to(self.device)
-        self.synced = self.world.size > 1 and self.device.type == "cuda" and has_batch_norm(net)
+        norms = [m for m in net.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+        self.synced = self.world.size > 1 and self.device.type == "cuda" and bool(norms)
         if self.synced:
             self.net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         kind = torch.optim.AdamW if settings.adamw else torch.optim.Adam
@@ -201,16 +201,15 @@ class Run(EpochTraining):
 
     # -------------------------------------------------------------------------------------- batches
 
-    def read_clips(self, name, n_clips, sampling, seed):
-        path = self.cohort.videos.at[name, "path"]
-        return self.cache.clips(path, n_clips, sampling, seed, name)
-
     def batches(self, steps, n_clips, sampling, seed):
         """Yield (names, clips uint8 (len * n_clips, L, S, S, 3)) of each list of names, read ahead
         by threads; the clips of a video are consecutive."""
         threads = self.settings.num_workers or max(1, min(READERS, os.cpu_count() or 1))
-        read = partial(self.read_clips, n_clips=n_clips, sampling=sampling, seed=seed)
-        names = [name for step in steps for name in step]
+        paths, names = self.cohort.videos["path"], [name for step in steps for name in step]
+
+        def read(name):
+            return self.cache.clips(paths[name], n_clips, sampling, seed, name)
+
         most = 1 + 2 * threads + 2 * max(map(len, steps), default=0)
         with ThreadPoolExecutor(threads, "clips") as pool:
             clips = map_ahead(pool, read, names, most)
@@ -267,11 +266,8 @@ class Run(EpochTraining):
     def finish_epoch(self, number):
         """Train on the videos of an epoch that `progress` does not count yet."""
         s, done, world = self.settings, self.progress, self.world
-        seed = derive_seed(s.seed, number)
-        rng = np.random.default_rng(derive_seed("order", s.seed, number))
-        order = [self.names["train"][i] for i in rng.permutation(len(self.names["train"]))]
-        least = world.size if self.synced else 1
-        steps = steps_of(order[done.items :], s.batch_size * world.size, least)
+        seed, rest = derive_seed(s.seed, number), self.rest_of_epoch(self.names["train"], number)
+        steps = steps_of(rest, s.batch_size * world.size, world.size if self.synced else 1)
         parts = [step[world.rank :: world.size] for step in steps]
         sampling = ClipSampling(s.clip_len, s.size, s.sampling_rate, s.augment)
         self.net.train()
@@ -309,20 +305,15 @@ class Run(EpochTraining):
                 sums = self.loss.sums(outputs, torch.from_numpy(targets).to(self.device))
                 loss = self.loss.mean(sums, divisors)
                 self.scaler.scale(loss).backward()
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
         if self.world.size > 1:
-            self.add_gradients()
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            for p, gradient in zip(parameters, self.world.sum_each(gradients), strict=True):
+                p.grad = gradient
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return float(self.world.sum(loss.detach().double()))
-
-    def add_gradients(self):
-        """Sum each parameter's gradient over the processes."""
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
-        zeros = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
-        flat = self.world.sum(torch.cat([g.flatten() for g in zeros]))
-        for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = g.view_as(p)
 
     # ---------------------------------------------------------------------------------- predictions
 
@@ -333,15 +324,12 @@ class Run(EpochTraining):
         part = names[world.rank :: world.size]
         each = max(1, s.batch_size // s.num_clips)
         steps = [part[i : i + each] for i in range(0, len(part), each)]
-        sampling, seed = (
-            ClipSampling(s.clip_len, s.size, s.sampling_rate),
-            derive_seed("clips", s.seed),
-        )
+        sampling = ClipSampling(s.clip_len, s.size, s.sampling_rate)
         self.net.eval()
+        batches = self.batches(steps, s.num_clips, sampling, derive_seed("clips", s.seed))
         batches = progress(
-            self.batches(steps, s.num_clips, sampling, seed), desc=fold, total=len(steps),
-            unit="step", leave=False, disable=world.rank > 0,
-        )  # fmt: skip
+            batches, desc=fold, total=len(steps), unit="step", leave=False, disable=world.rank > 0
+        )
         means = {}
         for step, clips in batches:
             outputs = self.forward(clips)
@@ -437,10 +425,6 @@ def learnable_tasks(tasks, labels):
     if not kept:
         raise UserError("no task can be learnt: its training labels need two different values")
     return kept
-
-
-def has_batch_norm(net):
-    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
 
 
 def steps_of(order, each, least=1):

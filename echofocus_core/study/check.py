@@ -33,7 +33,7 @@ from echofocus_core.study.loading import (
     other_times,
     read_checkpoint,
 )
-from echofocus_core.study.loop import LoopContext, report_unreadable, run_steps, run_studies
+from echofocus_core.study.loop import LoopContext, report_unreadable, run_studies, train_steps
 from echofocus_core.study.network import build
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
@@ -273,7 +273,7 @@ def check_time(n_outputs, store, eids, folds, settings, listener):
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)
     context = LoopContext(net, store, settings, targets, outputs)
     steps = {
-        "train": lambda: list(run_steps(context, eids, optimizer)),
+        "train": lambda: list(train_steps(context, eids, optimizer)),
         "predict": lambda: run_studies(net, store, eids, settings),
     }
     drawn = [(eid, k) for eid in eids[:2] for k in range(DRAWS)]

@@ -1,7 +1,7 @@
 """Which study is in which fold, which were seen elsewhere, and what a training learns from them.
 
-No patient may be on both sides. The folds are a seeded hash of the patient, or given by a column of
-the label table; what a model, its ancestors or the encoder were trained on leaves the test.
+No patient may be in two folds. The folds are a seeded hash of the patient, or given by a column of
+the label table. Patients that a model, its ancestors or the encoder were trained on are not tested.
 """
 
 from collections import defaultdict
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, printable, some
-from echofocus_core.base.files import derive_seed, sha256_of, write_table
+from echofocus_core.base.files import derive_seed, sha256_of
 from echofocus_core.base.options import FOLDS, parse_split
 from echofocus_core.base.seen import STUDY, Seen, normal_form, seen_levels, studies_in
 from echofocus_core.base.tables import read_table
@@ -34,17 +34,12 @@ def sample_ids(ids, limit):
     return [x for x in ids if x in chosen]
 
 
-def fold_of(pid, seed, percent, n_folds=0, test_fold=0):
-    """The fold of a patient by a seeded hash of the id, independent of the other patients.
+def fold_at(share, percent, n_folds=0, test_fold=0):
+    """The fold at a place from 0 to 1 among the patients.
 
     With n_folds the patients are divided into equal parts: part `test_fold` is the test fold,
     the next one validates, the others train.
     """
-    return fold_at(derive_seed("split", seed, pid) / 2**63, percent, n_folds, test_fold)
-
-
-def fold_at(share, percent, n_folds=0, test_fold=0):
-    """The fold at a place from 0 to 1 among the patients, see `fold_of`."""
     if n_folds:
         part = (int(share * n_folds) - test_fold) % n_folds
         return {0: "test", 1: "val"}.get(part, "train")
@@ -59,44 +54,39 @@ def split_patients(table, settings, outputs=None):
     """Label table -> Series of study id to fold, by patient, as the settings of a training say.
 
     outputs: of the labels, for `stratify`. A column GIVEN_FOLD decides instead; where it is blank
-    the study is 'left out'.
+    the study is 'left out'. Otherwise a seeded hash of the patient's id decides, independent of the
+    other patients.
     """
     if GIVEN_FOLD in table:
         return table[GIVEN_FOLD].fillna("left out").rename("fold")
-    rule = parse_split(settings.split), settings.n_folds, settings.fold
+    rule, patients = (parse_split(settings.split), settings.n_folds, settings.fold), table["pid"]
+    hashes = {pid: derive_seed("split", settings.seed, pid) for pid in patients.unique()}
     if settings.stratify:
-        folds = stratified_folds(table, settings.stratify, settings.seed, rule, outputs)
+        label = outputs.each[outputs.labels.index(settings.stratify)]
+        folds = stratified_folds(label, table, hashes, rule)
     else:
-        folds = {pid: fold_of(pid, settings.seed, *rule) for pid in table["pid"].unique()}
-    return table["pid"].map(folds).rename("fold")
+        folds = {pid: fold_at(x / 2**63, *rule) for pid, x in hashes.items()}
+    return patients.map(folds).rename("fold")
 
 
-def stratified_folds(table, name, seed, rule, outputs):
-    """Patient -> fold: patients alike in a label are dealt in equal shares, in the hash's order.
+def stratified_folds(label, table, hashes, rule):
+    """Patient -> fold: patients alike in a label are divided in equal shares, in order of the hash.
 
     Alike: with a positive study (or the event), with none, or without the label; of classes, the
-    highest of the patient's; of a measurement, the third that the patient's mean is in. Unlike by
-    the hash alone, patients who come later would move others: the folds of a training are written
-    down, and later patients count as test.
+    highest of the patient's; of a measurement, the third that the patient's mean is in. Unlike with
+    the hash alone, later patients would change the folds of others: the folds of a training are
+    recorded, and later patients are in the test fold.
     """
-    label = outputs.each[outputs.labels.index(name)]
     y = label.contrast(table).groupby(table["pid"]).agg("max" if label.is_finding else "mean")
     stratum = y
     if not label.is_finding:
-        stratum = pd.Series(np.searchsorted(y.quantile([1 / 3, 2 / 3]), y), y.index).where(
-            y.notna()
-        )
+        stratum = y.where(y.isna(), np.searchsorted(y.quantile([1 / 3, 2 / 3]), y))
     folds = {}
     for _, alike in y.groupby(stratum.fillna(-1)):
-        order = sorted(alike.index, key=lambda pid: derive_seed("split", seed, pid))
+        order = sorted(alike.index, key=hashes.get)
         places = (np.arange(len(order)) + 0.5) / len(order)
         folds |= {pid: fold_at(x, *rule) for pid, x in zip(order, places, strict=True)}
     return folds
-
-
-def write_split(folder, split):
-    """split.csv: study, patient and fold, for a person to look up. split: pid and fold by eid."""
-    write_table(split.rename_axis("eid"), folder / "split.csv")
 
 
 def refuse_other_folds(folder, folds):
@@ -105,12 +95,9 @@ def refuse_other_folds(folder, folds):
     written = read_table(path, RUN) if path.is_file() else pd.DataFrame()
     if not {"eid", "fold"} <= set(written):
         raise UserError(f"{path} is missing or damaged; use another --model_name or --run_id")
-    before, now = written.set_index("eid")["fold"].sort_index(), folds.sort_index().astype(str)
-    if not before.index.equals(now.index):
-        moved = before.index.symmetric_difference(now.index)
-    else:
-        moved = now.index[now != before]
-    if len(moved):
+    before, now = written.set_index("eid")["fold"], folds.astype(str)
+    moved = sorted({eid for eid, _ in set(before.items()) ^ set(now.items())})
+    if moved:
         raise UserError(
             f"{len(moved)} studies are in other folds than when {folder} was started "
             f"({some(map(printable, moved))}): restore the label table, encoder_seen.pt, "
@@ -122,10 +109,10 @@ def refuse_other_folds(folder, folds):
 
 
 def seen_by_model(model, dataset, assume_unseen):
-    """(list of Seen to keep away from a test, evidence). Raises UserError if there is none.
+    """(list of Seen to leave out of a test, evidence). Raises UserError if there is no evidence.
 
-    A published model was trained elsewhere, and nothing can be compared. One of ours lists its
-    patients; without that list the user must say `--assume_unseen`.
+    A published model was trained elsewhere, and nothing can be compared. A model of this program
+    lists its patients; without that list the user must give `--assume_unseen`.
     """
     name = model.folder.name
     if model.seen is not None:
@@ -134,7 +121,7 @@ def seen_by_model(model, dataset, assume_unseen):
         print(f"{name} was trained elsewhere, on patients it does not list: all count as unseen")
         return [], ELSEWHERE
     if assume_unseen:
-        RUN.warning(f"{dataset} counts as unseen by {name}, as --assume_unseen says")
+        RUN.warning(f"{dataset} counts as unseen by {name} (--assume_unseen)")
         return [], ASSUMED
     raise UserError(
         f"{name} does not list the patients it was trained on: studies of {dataset} may be among "
@@ -161,28 +148,28 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
         by an ancestor       no fold *                         no fold *
         not at all           by the rule of its training       test
 
-    * with `assume_unseen` as not seen at all. Averaged models are at home nowhere, and each of them
-    counts: a study is test where none has seen its patient, and val where none trained on it. Where
-    the training was stratified, new patients are test.
+    * with `assume_unseen` as not seen at all. The dataset of averaged models is elsewhere, and each
+    member counts: a study is test where none has seen its patient, and val where none trained on
+    it. Where the training was stratified, new patients are in the test fold.
     """
+    name, members = model.folder.name, len(getattr(model, "members", ()))
     seen, evidence = seen_by_model(model, dataset, assume_unseen)
-    levels_by(model.folder.name, seen, table, listener)
-    is_average = bool(getattr(model, "members", ()))
-    at_home = dataset == model.record.dataset and not is_average
+    levels_by(name, seen, table, listener)
+    at_home = dataset == model.record.dataset and not members
     if at_home and seen:
         refuse_moved(seen[0], table, listener)
-    n_own = len(seen) if is_average else 1
+    n_own = len(seen) if members else 1
     by_training, by_ancestors = (seen_levels(x, table) for x in (seen[:n_own], seen[n_own:]))
     by_ancestors = by_ancestors.where(by_training == 0, 0)
-    avoidable = (by_ancestors > 0) | (by_training > 0 if not at_home else False)
+    avoidable = (by_ancestors > 0) | (by_training > 0) & (not at_home)
     if assume_unseen and avoidable.any():
-        evidence = count_as_unseen(avoidable, model.folder.name, listener)
+        evidence = count_as_unseen(avoidable, name, listener)
         by_training = by_training.mask(avoidable, 0)
         by_ancestors = by_ancestors.mask(avoidable, 0)
     elif avoidable.any() and not at_home:
         listener.note(
-            f"left out {avoidable.sum()} labelled studies: {model.folder.name} was trained on "
-            "them or their patients, by the ids"
+            f"left out {avoidable.sum()} labelled studies: {name} was trained on them or their "
+            "patients, by the ids"
         )
     folds = pd.Series("test", table.index, name="fold")
     if at_home and not model.record.settings.stratify:
@@ -192,9 +179,9 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
 
 
 def count_as_unseen(seen, name, listener):
-    """Warn of studies that `name` has seen and --assume_unseen overrules; the evidence, as text."""
+    """Warn of studies that `name` has seen but --assume_unseen includes; returns the evidence."""
     text = f"{seen.sum()} studies are known to {name}"
-    listener.warning(f"{text}, by the ids; they count as unseen, as --assume_unseen says")
+    listener.warning(f"{text}, by the ids; they count as unseen (--assume_unseen)")
     return f"{ASSUMED}: {text}"
 
 
@@ -214,21 +201,19 @@ def seen_elsewhere(whole, settings, encoder, begun_from=None, listener=RUN):
     """([(name, `seen_levels`)] of the model to start from and of the encoder, caveats as text).
 
     whole: the label table before any study is left out, since a patient is known by each study;
-    encoder: see `Store.encoder_seen`. What --assume_unseen overrules is a caveat.
+    encoder: see `Store.encoder_seen`. What only --assume_unseen includes is a caveat.
     """
-    (seen, is_complete), caveats = encoder, []
-    sources = [("the encoder", seen, settings.assume_unseen)]
+    (by_encoder, is_complete), assumed, caveats = encoder, settings.assume_unseen, []
+    sources = [("the encoder", by_encoder, assumed)]
     if begun_from:
-        by_start, evidence = seen_by_model(begun_from, settings.dataset, settings.assume_unseen)
+        seen, evidence = seen_by_model(begun_from, settings.dataset, assumed)
         caveats += [evidence] if evidence == ASSUMED else []
-        is_home = settings.dataset == begun_from.record.dataset
-        sources.insert(
-            0, (begun_from.folder.name, by_start, settings.assume_unseen and not is_home)
-        )
+        elsewhere = settings.dataset != begun_from.record.dataset
+        sources.insert(0, (begun_from.folder.name, seen, assumed and elsewhere))
     kept = []
-    for name, seen, is_overruled in sources:
+    for name, seen, counts_as_unseen in sources:
         levels = levels_by(name, seen, whole, listener)
-        if not is_overruled:
+        if not counts_as_unseen:
             kept.append((name, levels))
         elif levels.any():
             caveats.append(count_as_unseen(levels > 0, name, listener))
@@ -236,9 +221,9 @@ def seen_elsewhere(whole, settings, encoder, begun_from=None, listener=RUN):
 
 
 def without_seen(folds, seen, listener=RUN, what="studies"):
-    """Folds less the val and test patients that were seen, see `seen_elsewhere`.
+    """Folds without the val and test patients that were seen, see `seen_elsewhere`.
 
-    what: that the folds are of, studies or videos.
+    what: the rows of the folds: studies or videos.
     """
     for name, levels in seen:
         levels = levels.loc[folds.index]
@@ -316,14 +301,13 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
     """
     labelled = table[task.task_labels].notna().any(axis=1)
     rows = table[labelled & table.index.isin(list(store.files))]
+    stored, named = set(store.files), set(table.index)
     for text, eids, remedy in (
-        ("studies of the label table have no embeddings", set(table.index) - set(store.files),
-         "extract them"),
-        ("embedded studies are not in the label table", set(store.files) - set(table.index),
-         "add their rows"),
-        ("studies have no label at all", table.index[~labelled], "fill them in"),
-    ):  # fmt: skip
-        if len(eids):
+        ("studies of the label table have no embeddings", named - stored, "extract them"),
+        ("embedded studies are not in the label table", stored - named, "add their rows"),
+        ("studies have no label at all", set(table.index[~labelled]), "fill them in"),
+    ):
+        if eids:
             examples = some(map(printable, sorted(eids)))
             listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
     if first_only:
@@ -348,22 +332,21 @@ def report_copies(pids, store, listener):
     """Report studies that are the same videos: an error where they are of two patients, since one
     may be in training and the other in the test. pids: study id -> patient."""
     copies = store.copies(list(pids.index))
-    for report, same, whose, remedy in (
-        (listener.error, [x for x in copies if pids[x].nunique() > 1], "of different patients are",
-         "leave all but one out of the label table, or give them one patient if they are"),
-        (listener.warning, [x for x in copies if pids[x].nunique() == 1], "of one patient are",
-         "leave all but one out of the label table; the videos count twice"),
-    ):  # fmt: skip
-        if same:
+    for differ, report, patients, remedy in (
+        (True, listener.error, "different patients", "or give them one patient if they are"),
+        (False, listener.warning, "one patient", "since the videos count twice"),
+    ):
+        if same := [x for x in copies if (pids[x].nunique() > 1) == differ]:
             pairs = some(" and ".join(map(printable, eids[:3])) for eids in same)
-            n = sum(map(len, same))
             report(
-                f"{n} studies {whose} the same videos, with the same embeddings: {pairs}", remedy
+                f"{sum(map(len, same))} studies of {patients} are the same videos, with the same "
+                f"embeddings: {pairs}",
+                f"leave all but one out of the label table, {remedy}",
             )
 
 
 def training_folds(table, settings, task, seen=(), listener=RUN):
-    """Study id -> fold for training; else why it is in none: 'left out' by a given split, or known.
+    """Study id -> fold of a training, or why it is in none.
 
     seen: by the model to start from and the encoder, see `seen_elsewhere`.
     """
@@ -373,7 +356,7 @@ def training_folds(table, settings, task, seen=(), listener=RUN):
         if not (folds == fold).any():
             text, remedy = f"no study falls into the {fold} fold", "change --split, --seed"
             if why := sorted(set(folds[rule == fold])):
-                text += f": those that would are {some(why)}"
+                text += f": those of the split are {some(why)}"
                 remedy = "use a --split_column with the folds of that training, or --split, --seed"
             listener.error(text, remedy)
     listener.note("labels by fold\n" + fold_table(table, folds, task).to_string(max_rows=60))
@@ -413,7 +396,7 @@ def fold_table(table, folds, task):
 def cohort_of(task, table, folds, inherited=None, listener=RUN):
     """The Cohort of a table (of `match_studies`) in folds (of `training_folds`).
 
-    inherited: label -> scaling of the model to start from, so that its heads mean what they meant.
+    inherited: label -> scaling of the model to start from, which keeps the meaning of its heads.
     """
     training = table[folds == "train"]
     unlearnt = unlearnable_labels(training, task, listener)

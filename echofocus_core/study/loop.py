@@ -18,7 +18,6 @@ from echofocus_core.base.files import derive_seed
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.world import World
 from echofocus_core.study.outputs import Outputs, study_losses
-from echofocus_core.study.step_losses import with_output_grads
 from echofocus_core.video.store import UnreadableStudy
 
 READERS = min(16, os.cpu_count() or 1)  # threads that read studies
@@ -50,14 +49,6 @@ class LoopContext:
 
 
 @dataclass
-class Planned:
-    """Studies that are computed together."""
-
-    eids: list[str]
-    ends_step: bool  # the last batch of its step
-
-
-@dataclass
 class Batch:
     """The clips of several studies, joined without padding. Empty if no study can be read."""
 
@@ -66,7 +57,7 @@ class Batch:
     lengths: list[int]  # clips of each study; sums to N
     n_videos: list[int]
     ends_step: bool
-    # Only for losses that depend on the whole step, see `step_losses`:
+    # Only for losses that depend on the whole step, see `with_output_grads`:
     losses: torch.Tensor | None = None  # (S,)
     output_grad: torch.Tensor | None = None  # gradient with respect to the outputs, (S, O)
 
@@ -85,10 +76,13 @@ class Results:
     def __len__(self):
         return len(self.eids)
 
+    def columns(self):
+        return [getattr(self, f.name) for f in fields(self)]
+
     def take(self, rows):
         """Results of these rows, in this order."""
         columns = []
-        for column in (getattr(self, f.name) for f in fields(self)):
+        for column in self.columns():
             if isinstance(column, np.ndarray):
                 columns.append(column[rows] if len(column) else column)
             else:
@@ -99,21 +93,20 @@ class Results:
 # ----------------------------------------------------------------------------------------- batches
 
 
-def plan_batches(store, eids, settings, training, world=None):
-    """Yield the Planned batches of this process; the last one of a step has `ends_step`.
+def plan_batches(context, eids, training):
+    """Yield (study ids, whether it ends a step) of each batch of this process.
 
     A step is `settings.batch_number` studies in training. Within a step, studies of similar size
     share a batch, up to the limits in `settings`; the plan depends only on the studies. The
-    batches of a step are divided among the processes of `world`.
+    batches of a step are divided among the processes.
     """
-    world = world or World()
+    settings, world = context.settings, context.world
     step = settings.batch_number if training else WINDOW
     kept = 1 - settings.clip_dropout if training else 1
     for start in range(0, len(eids), step):
-        chunk = eids[start : start + step]
-        sizes = {eid: kept * store.size(eid) for eid in chunk}
+        sizes = {eid: kept * context.store.size(eid) for eid in eids[start : start + step]}
         batches, n = [[]], 0.0
-        for eid in sorted(chunk, key=sizes.get, reverse=True):  # largest first: peak memory early
+        for eid in sorted(sizes, key=sizes.get, reverse=True):  # largest first: peak memory early
             full = settings.batch_size and len(batches[-1]) == settings.batch_size
             if batches[-1] and (full or n + sizes[eid] > settings.batch_tokens):
                 batches.append([])
@@ -121,48 +114,47 @@ def plan_batches(store, eids, settings, training, world=None):
             batches[-1].append(eid)
             n += sizes[eid]
         *others, last = batches[world.rank :: world.size] or [[]]
-        yield from (Planned(batch, False) for batch in others)
-        yield Planned(last, True)
+        yield from ((batch, False) for batch in others)
+        yield last, True
 
 
-def read_batches(store, plan, settings, unreadable, train_seed=None, look=None, pin=False):
-    """Yield the Batch of every Planned, in order; threads read ahead, and one thread joins clips.
+def read_batches(context, plan, seed=None):
+    """Yield the Batch of every item of `plan_batches`; threads read ahead, one thread joins clips.
 
-    unreadable: dict that gets study id -> reason for studies that cannot be read and are skipped.
-    train_seed: in training; draws, for each study, a transformed copy of the videos if available,
+    seed: in training; draws, for each study, a transformed copy of the videos if available,
     and the clips that `settings.clip_dropout` leaves out; at least one clip remains.
-    look: called with the id and the StudyClips of every study that is read.
-    pin: use page-locked memory, which a GPU copies from while it computes.
     """
+    dropout, pin = context.settings.clip_dropout, context.device.type == "cuda"
 
     def read(eid):
         """(tokens (N, D), number of videos) of a study, or the UnreadableStudy."""
-        rng = None
-        if train_seed is not None:
-            rng = np.random.default_rng(derive_seed("study", train_seed, eid))
+        rng = None if seed is None else np.random.default_rng(derive_seed("study", seed, eid))
         try:
-            study = store.read(eid, rng)
+            study = context.store.read(eid, rng)
         except UnreadableStudy as error:
             return error
-        if look:
-            look(eid, study)
+        if context.look:
+            context.look(eid, study)
         tokens = study.embeddings  # (V, C, D), or of images (V, C, L, S, S, 3)
         tokens = tokens.reshape(-1, *tokens.shape[2:])
-        if rng is not None and settings.clip_dropout:
-            kept = np.flatnonzero(rng.random(len(tokens)) >= settings.clip_dropout)
+        if rng is not None and dropout:
+            kept = np.flatnonzero(rng.random(len(tokens)) >= dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
         return tokens, len(study.videos)
 
-    def collect(planned, futures):
-        studies = {eid: f.result() for eid, f in zip(planned.eids, futures, strict=True)}
-        failed = {eid: x for eid, x in studies.items() if isinstance(x, UnreadableStudy)}
-        unreadable.update((eid, str(error)) for eid, error in failed.items())
-        read = {eid: x for eid, x in studies.items() if eid not in failed}
-        return collate(read, planned.ends_step, pin)
+    def join(job):
+        eids, ends_step, futures = job
+        studies = {}
+        for eid, future in zip(eids, futures, strict=True):
+            if isinstance(study := future.result(), UnreadableStudy):
+                context.unreadable[eid] = str(study)
+            else:
+                studies[eid] = study
+        return collate(studies, ends_step, pin)
 
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
-        jobs = ((batch, [readers.submit(read, eid) for eid in batch.eids]) for batch in plan)
-        yield from map_ahead(joiner, lambda job: collect(*job), jobs, READ_AHEAD + 1)
+        jobs = ((eids, ends, [readers.submit(read, eid) for eid in eids]) for eids, ends in plan)
+        yield from map_ahead(joiner, join, jobs, READ_AHEAD + 1)
 
 
 def collate(studies, ends_step, pin=False):
@@ -180,53 +172,62 @@ def collate(studies, ends_step, pin=False):
 # ---------------------------------------------------------------------------------------- the loop
 
 
-def run_steps(context, eids, optimizer=None, epoch=0, label=""):
-    """Run every study through the net once, in steps (`plan_batches`).
+def train_steps(context, eids, optimizer, epoch=0, label=""):
+    """Train the net on every study once. Yields (number of studies, mean loss) of each step.
 
-    Yields (Results, number of studies, mean loss) of each step. With an optimiser the net is
-    trained: each step ends with an update on the mean of its studies' losses. The batches of a step
-    are divided among the processes of `context.world`, which sum their gradients, so that all make
-    the same update. Results has only the studies of this process; the number and the mean loss
-    are over all processes.
+    Each step ends with an update on the mean of its studies' losses. The batches of a step are
+    divided among the processes, which sum their gradients, so that all make the same update.
 
     Random draws depend only on (settings.seed, epoch, study): a resumed epoch continues exactly
     as an uninterrupted one.
     """
-    net, world, settings = context.net, context.world, context.settings
-    training = optimizer is not None
-    seed = derive_seed("dropout", settings.seed, epoch) if training else None
-    batches = read_batches(
-        context.store, plan_batches(context.store, eids, settings, training, world), settings,
-        context.unreadable, derive_seed(settings.seed, epoch) if training else None, context.look,
-        pin=context.device.type == "cuda",
-    )  # fmt: skip
+    average = None
+    with study_bar(context, eids, label) as bar:
+        for results, gradients in run_steps(context, eids, epoch):
+            n, loss = update(context.net, optimizer, gradients, results.losses, context.world)
+            if np.isfinite(loss):
+                average = loss if average is None else 0.9 * average + 0.1 * loss
+            bar.update(n)
+            bar.set_postfix(loss=f"{loss if average is None else average:.4f}", refresh=False)
+            yield n, loss
+
+
+def run_steps(context, eids, epoch=None):
+    """Run every study through the net once, in steps (`plan_batches`).
+
+    Yields (Results, summed gradients or None) of each step, of the studies of this process.
+    epoch: its number, in training.
+    """
+    training, settings, dropout_seed, read_seed = epoch is not None, context.settings, None, None
+    if training:
+        dropout_seed = derive_seed("dropout", settings.seed, epoch)
+        read_seed = derive_seed(settings.seed, epoch)
+    batches = read_batches(context, plan_batches(context, eids, training), read_seed)
     if training and context.outputs.by_step:
-        batches = with_output_grads(
-            batches, lambda batch: forward(context, batch, seed, graph=False)[0], context
-        )
-    net.train(training)
-    rows, total, average = [], None, None
-    hidden = not label or world.rank > 0
-    with progress(total=len(eids), desc=label, unit="study", leave=False, disable=hidden) as bar:
-        compute = partial(run_batch, context, seed=seed)
-        for batch, result in compute_parallel(batches, compute, context.device):
-            if batch.eids:
-                *arrays, gradients = result
-                total = add_gradients(total, gradients)
-                rows.append((batch.eids, *arrays, batch.n_videos, batch.lengths))
-                bar.update(len(batch.eids) if world.size == 1 else 0)
-            if not batch.ends_step:
-                continue
-            results, rows = results_of_rows(rows, net), []
-            n, loss = len(results), np.nan
-            if training:
-                n, loss = update(net, optimizer, total, results.losses, world)
-                total = None
-                bar.update(n if world.size > 1 else 0)
-                if np.isfinite(loss):
-                    average = loss if average is None else 0.9 * average + 0.1 * loss
-                bar.set_postfix(loss=f"{loss if average is None else average:.4f}", refresh=False)
-            yield results, n, loss
+        batches = with_output_grads(context, batches, dropout_seed)
+    context.net.train(training)
+    rows, total = [], None
+    compute = partial(run_batch, context, seed=dropout_seed)
+    for batch, (row, gradients) in compute_parallel(batches, compute, context.device):
+        rows.append(row)
+        total = add_gradients(total, gradients)
+        if batch.ends_step:
+            yield results_of_rows(rows, context.net), total
+            rows, total = [], None
+
+
+def predict_steps(context, eids, label=""):
+    """Yield the Results of each step of studies, without training."""
+    with study_bar(context, eids, label) as bar:
+        for results, _ in run_steps(context, eids):
+            bar.update(len(results))
+            yield results
+
+
+def study_bar(context, eids, label):
+    """The progress bar over studies of the first process; none without a label."""
+    hidden = not label or context.world.rank > 0
+    return progress(total=len(eids), desc=label, unit="study", leave=False, disable=hidden)
 
 
 def compute_parallel(batches, compute, device):
@@ -271,13 +272,13 @@ def forward(context, batch, seed, graph):
 
 
 def run_batch(context, batch, seed=None):
-    """(logits, embeddings, losses, gradients) of a Batch, on the net's device; None if empty.
+    """(row with the fields of Results, gradients) of a Batch, on the net's device.
 
     seed: of the dropout, in training. Losses (S,) and gradients (of `trainable_parameters`) are
     only computed in training. Embeddings are (S, 0) if there are targets.
     """
     if not batch.eids:
-        return None
+        return ([],), None
     training = seed is not None
     logits, embeddings = forward(context, batch, seed, graph=training)
     losses, gradients = torch.zeros(0), None
@@ -293,7 +294,42 @@ def run_batch(context, batch, seed=None):
             gradients = torch.autograd.grad(losses.sum(), parameters)
     if context.targets is not None:
         embeddings = embeddings[:, :0]
-    return logits.detach(), embeddings.detach().float(), losses.detach(), gradients
+    arrays = logits.detach(), embeddings.detach().float(), losses.detach()
+    return (batch.eids, *arrays, batch.n_videos, batch.lengths), gradients
+
+
+def with_output_grads(context, batches, seed):
+    """Yield the batches with `losses` (S,) and `output_grad` (S, O), for losses of a whole step.
+
+    With outputs z_s of each study s of a step and parameters w, the loss L(z_1, ..., z_S) has
+
+        dL/dw = sum over s of (dL/dz_s) (dz_s/dw)
+
+    so two passes are enough: this one computes all z without a graph, which gives dL/dz; then each
+    batch is computed again with its graph and the same dropout, for its part of the sum. A step has
+    the studies of all processes. All its clips are in memory at once, but not their activations.
+    """
+    world, step = context.world, []
+    for batch in batches:
+        step.append(batch)
+        if not batch.ends_step:
+            continue
+        logits = [forward(context, x, seed, graph=False)[0].cpu() for x in step if x.eids]
+        logits = torch.cat(logits) if logits else torch.zeros(0, context.net.n_outputs)
+        processes = world.gather(([eid for x in step for eid in x.eids], logits.numpy()))
+        eids = [eid for part, _ in processes for eid in part]
+        if eids:
+            logits = torch.tensor(np.concatenate([x for _, x in processes]), requires_grad=True)
+            with torch.enable_grad():
+                losses = study_losses(logits, context.targets_of(eids), context.outputs)
+            (grads,) = torch.autograd.grad(losses.sum(), logits)
+            row = sum(len(part) for part, _ in processes[: world.rank])
+            for x in step:
+                rows = slice(row, row + len(x.eids))
+                x.losses, x.output_grad = losses[rows].detach(), grads[rows]
+                row = rows.stop
+        yield from step
+        step = []
 
 
 @contextmanager
@@ -335,11 +371,7 @@ def update(net, optimizer, gradients, losses, world):
     parameters = trainable_parameters(net)
     gradients = gradients or [torch.zeros_like(p) for p in parameters]
     n_and_loss = torch.tensor([len(losses), losses.sum(dtype=np.float64)]).to(gradients[0])
-    if world.size > 1:
-        parts = [*gradients, n_and_loss]
-        flat = world.sum(torch.cat([part.flatten() for part in parts]))
-        *parts, n_and_loss = flat.split([part.numel() for part in parts])
-        gradients = [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
+    *gradients, n_and_loss = world.sum_each([*gradients, n_and_loss])
     n, loss = n_and_loss.tolist()
     finite = np.isfinite(loss) and torch.stack(torch._foreach_norm(gradients)).isfinite().all()
     if n and not finite:
@@ -363,12 +395,11 @@ def run_studies(net, store, eids, settings, label="", **options):
 
 
 def run_all_steps(context, eids, label=""):
-    """Collect `run_steps`: Results with a row for each readable study, in the given order.
+    """Results with a row for each readable study, in the given order, without training.
 
     With targets it includes the studies' losses; survival losses depend on all studies.
     """
-    steps = [results for results, _, _ in run_steps(context, eids, label=label)]
-    results = merge_results(steps, eids, context.net, context.world)
+    results = merge_results(predict_steps(context, eids, label), eids, context)
     if context.targets is not None and len(results):
         targets = context.targets_of(results.eids)
         losses = study_losses(torch.from_numpy(results.logits), targets, context.outputs)
@@ -376,10 +407,10 @@ def run_all_steps(context, eids, label=""):
     return results
 
 
-def merge_results(steps, eids, net, world=None):
-    """Join the Results of several steps and processes, in the order of `eids`."""
-    steps = chain(*(world or World()).gather(steps))
-    results = results_of_rows([[getattr(x, f.name) for f in fields(x)] for x in steps], net)
+def merge_results(steps, eids, context):
+    """Join the Results of several steps, and of all processes, in the order of `eids`."""
+    steps = chain(*context.world.gather(list(steps)))
+    results = results_of_rows((x.columns() for x in steps), context.net)
     place = {eid: i for i, eid in enumerate(eids)}
     return results.take(sorted(range(len(results)), key=lambda i: place[results.eids[i]]))
 

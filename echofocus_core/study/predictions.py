@@ -6,7 +6,7 @@ import pandas as pd
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
-from echofocus_core.study.loop import LoopContext, merge_results, run_steps, run_studies
+from echofocus_core.study.loop import LoopContext, merge_results, predict_steps, run_studies
 from echofocus_core.study.models import IMPLAUSIBLE
 from echofocus_core.study.network import Readings
 
@@ -16,12 +16,12 @@ def answer_studies(model, store, eids, settings):
     check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
     steps, ranges, unreadable = [], {}, {}
     context = LoopContext(model.net, store, settings, unreadable=unreadable, look=check)
-    for results, _, _ in run_steps(context, eids, label="predict"):
+    for results in predict_steps(context, eids, "predict"):
         steps.append(results)
         half_widths = half_widths_of(model, store, results, settings, check.report)
         if half_widths is not None:
             ranges |= dict(zip(results.eids, half_widths, strict=True))
-    results = merge_results(steps, eids, model.net)
+    results = merge_results(steps, eids, context)
     note_cut_studies(store, results, check.report)
     half_widths = np.array([ranges[eid] for eid in results.eids]) if ranges else None
     table, no_number = prediction_table(model, results, check.report, half_widths, settings.years)

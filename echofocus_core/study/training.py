@@ -22,10 +22,10 @@ from echofocus_core.base.seen import all_seen
 from echofocus_core.base.world import pick_device
 from echofocus_core.study.config import Hazard, Record, read_record
 from echofocus_core.study.end_to_end import EncoderStart, EndToEnd
-from echofocus_core.study.folds import refuse_other_folds, write_split
+from echofocus_core.study.folds import refuse_other_folds
 from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
-from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, run_steps
+from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, train_steps
 from echofocus_core.study.network import build
 from echofocus_core.study.validation import metric_line, thresholds_and_hazards
 
@@ -299,22 +299,15 @@ class Training(EpochTraining):
         progress, step = self.progress, self.settings.batch_number
         if self.encoder:
             self.net.begin_epoch(number)
-        rng = np.random.default_rng(derive_seed("order", self.settings.seed, number))
-        eids = self.cohort.eids["train"]
-        order = [eids[i] for i in rng.permutation(len(eids))]
-        steps = run_steps(
-            self.context(), order[progress.items :], self.optimizer, number, self.epoch_name(number)
-        )
-        for _, n, loss in steps:
-            progress.items = min(progress.items + step, len(order))
+        eids, name = self.cohort.eids["train"], self.epoch_name(number)
+        rest = self.rest_of_epoch(eids, number)
+        for n, loss in train_steps(self.context(), rest, self.optimizer, number, name):
+            progress.items = min(progress.items + step, len(eids))
             if np.isfinite(loss):
                 progress.n, progress.losses = progress.n + n, progress.losses + n * loss
             else:
                 progress.dropped += 1
-                print(
-                    f"{self.epoch_name(number)}: loss not finite; skipped the step, halved "
-                    "learning rates"
-                )
+                print(f"{name}: loss not finite; skipped the step, halved learning rates")
             self.save_if_due()
 
     def answers(self, validation):
@@ -340,7 +333,7 @@ class Training(EpochTraining):
     def write_start(self, resumed):
         """Write split.csv, the settings, versions and digests."""
         if not resumed:
-            write_split(self.folder, self.cohort.split)
+            write_table(self.cohort.split.rename_axis("eid"), self.folder / "split.csv")
         names = {"model_name": self.folder.name, "task": self.settings.task}
         names |= {"dataset": self.settings.dataset} | self.recorded_settings()
         write_table(pd.DataFrame([names]), self.folder / "train_args.csv")
