@@ -94,7 +94,7 @@ def test_a_frozen_aggregator_and_a_search(cohort, cli):
         losses = pd.read_csv(MODELS / row.model / "train_losses.csv")
         assert row.val_loss == losses["val_loss"].min()
         assert losses["lr"][0] == row.learning_rate
-    assert not list(MODELS.rglob("saveout_*")) and "no test was looked at" in out
+    assert not list(MODELS.rglob("saveout_*")) and "no test fold was read" in out
 
     grid, before = ("train", "--task", "defect", "--stratify", "finding", *one), table.to_csv()
     status, _, err = cli(*grid, "--grid", "lr=1e-6,1e-7")  # those folders are of other rates

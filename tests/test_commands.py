@@ -330,12 +330,9 @@ def test_a_shared_model_is_not_overwritten_by_training(trained, cli):
 
 
 def test_invalid_model_names(trained, cli):
-    for name in (".", "..", "./", "trained_models/"):
-        with pytest.raises(UserError, match="does not name a folder for a model"):
-            folder_to_train_in(Settings(model_name=name))
     for name in ("defect,", ",defect", "defect,,defect"):
         status, _, err = cli("predict", "--model_name", name)
-        assert status == 1 and "a name is missing beside a comma" in err
+        assert status == 1 and "a name is missing next to a comma" in err
     status, _, err = cli("evaluate", "--compare", "")
     assert status == 1 and "--compare: a name is empty" in err
 

@@ -21,6 +21,7 @@ from echofocus_core.base.files import sha256_of
 from echofocus_core.base.hdf5 import shortest_distinct
 from echofocus_core.base.options import FOLDS
 from echofocus_core.base.tables import MISSING, clean_ids, read_table, to_numbers
+from echofocus_core.study.folds import report_copies_in
 from echofocus_core.study.kinds.multiclass import class_numbers
 from echofocus_core.study.labels import one_form, warn_of_suspicious_values
 from echofocus_core.video.panecho import TASKS
@@ -95,8 +96,7 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
     names = names or [task for task in available if task in cells]
     if not names:
         raise UserError(
-            f"{file} has no column with the name of a PanEcho task; choose tasks with --tasks, or "
-            "your own in a JSON file"
+            f"{file} has no column with the name of a PanEcho task; give others (--tasks)"
         )
     for task in names:
         if task not in cells:
@@ -106,7 +106,12 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
             )
     chosen = [dict(available[task]) for task in names]
     labels = {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
-    refuse_duplicates(cells, file)
+    again = cells[cells["path"].map(os.path.realpath).duplicated() | cells["name"].duplicated()]
+    if len(again):
+        raise UserError(
+            f"{file}: {len(again)} videos are in two rows ({some(map(printable, again['name']))}); "
+            "keep one row per video"
+        )
     cells["patient"] = one_form(cells["patient"], file, listener)
     videos = cells[["path", "study", "patient", "split"]].set_axis(cells["name"])
     cohort = VideoCohort(name, chosen, videos, pd.DataFrame(labels).set_axis(cells["name"]))
@@ -158,10 +163,9 @@ def read_echonet(folder, splits, listener, words, view=""):
 
 
 def read_dynamic(folder, listener, words):
-    """EchoNet-Dynamic: each video counts as a study and a patient."""
+    """EchoNet-Dynamic: each video is a study and a patient."""
     cells, path = read_echonet(folder, FOLDS, listener, words)
-    cells["study"] = cells["patient"] = cells["stem"]
-    return cells, path
+    return cells.assign(study=cells["stem"], patient=cells["stem"]), path
 
 
 def read_pediatric(folder, listener, words):
@@ -170,7 +174,7 @@ def read_pediatric(folder, listener, words):
     if not views:
         raise UserError(f"{folder} has no folder A4C or PSAX; --cohort echonetpediatric needs one")
     if len(views) == 1:
-        listener.warning(f"{folder} has only {views[0]}", "the other view is left out")
+        listener.warning(f"{folder} has only {views[0]}", "the other view is not used")
     parts, splits = [], [str(k) for k in range(PEDIATRIC_FOLDS)]
     for view in views:
         cells, path = read_echonet(folder / view, splits, listener, words, f"{view}/")
@@ -232,17 +236,6 @@ LAYOUTS = {
     "echonetdynamic": read_dynamic,
     "echonetpediatric": read_pediatric,
 }
-
-
-def refuse_duplicates(cells, file):
-    """UserError if a file (by its real path) or a name is in two rows."""
-    files = cells["path"].map(os.path.realpath)
-    again = cells[files.duplicated() | cells["name"].duplicated()]
-    if len(again):
-        raise UserError(
-            f"{file}: {len(again)} videos are in two rows, such as "
-            f"{printable(Path(again['path'].iloc[0]).name)}; keep one row per video"
-        )
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -337,22 +330,16 @@ def report_suspicious_values(cohort, file, listener):
 def report_copies(cohort, copies, listener=RUN):
     """Report videos with the same pixels; an error in hospital tables if they have different
     patients or folds. copies: lists of names."""
-    sets = {True: [], False: []}
-    for names in copies:
-        alike = cohort.videos.loc[names]
-        sets[alike["patient"].nunique() > 1 or alike["split"].nunique() > 1].append(names)
-    for apart, report_as, whose, remedy in (
-        (True, listener.error if cohort.by_metric else listener.warning,
-         "of different patients or folds", "it may be in training and in the test"),
-        (False, listener.warning, "of one patient", "it counts twice"),
-    ):  # fmt: skip
-        if sets[apart]:
-            pairs = some(" and ".join(map(printable, names[:3])) for names in sets[apart])
-            report_as(
-                f"{cohort.name}: {sum(map(len, sets[apart]))} videos {whose} have the same "
-                f"pixels: {pairs}",
-                f"keep one of each in the tables: {remedy}",
-            )
+    rows = [cohort.videos.loc[names] for names in copies]
+    serious = listener.error if cohort.by_metric else listener.warning
+    remedy = "keep one of each in the tables"
+    report_copies_in(
+        copies, [x["patient"].nunique() > 1 or x["split"].nunique() > 1 for x in rows],
+        (serious, f"videos of {cohort.name}, of different patients or folds, have the same pixels",
+         f"{remedy}: it may be in training and in the test"),
+        (listener.warning, f"videos of {cohort.name}, of one patient, have the same pixels",
+         f"{remedy}: it counts twice"),
+    )  # fmt: skip
 
 
 def usable_cohort(cohort, folder, listener):
@@ -361,7 +348,7 @@ def usable_cohort(cohort, folder, listener):
     absent = pd.Series([not Path(p).is_file() for p in cohort.videos["path"]], unlabelled.index)
     for where, text, remedy in (
         (unlabelled, "have no label", "fill them in"),
-        (absent, "do not exist", "put the files where the tables say"),
+        (absent, "do not exist", "copy the files to the paths in the tables"),
     ):
         names = some(printable(n) for n in where.index[where])
         if where.all() and len(where):

@@ -131,16 +131,6 @@ class Run(EpochTraining):
     def best_file(self):
         return weights_path(self.folder)
 
-    @property
-    def result_folds(self):
-        return [fold for fold in ("val", "test") if self.names.get(fold)]
-
-    @property
-    def results_written(self):
-        """Whether the results of the best epoch exist: the summaries are written last, and a new
-        best epoch deletes them."""
-        return all((self.folder / f"{fold}_summary.txt").is_file() for fold in self.result_folds)
-
     def record(self):
         s = self.settings
         return EncoderRecord(
@@ -387,13 +377,15 @@ class Run(EpochTraining):
 
     def write_results(self):
         """Write predictions, metrics and figures of the best weights, unless they exist."""
-        if self.results_written:
+        folds = [fold for fold in ("val", "test") if self.names.get(fold)]
+        summaries = [self.folder / f"{fold}_summary.txt" for fold in folds]
+        if all(path.is_file() for path in summaries):  # a new best epoch deletes them
             print(f"{self.folder} is finished")
             return
         best = self.folder / f"chkpt_epoch-{self.best_epoch}.pt"
         self.net.load_state_dict(read_encoder(best).state)
         print(f"best: epoch {self.best_epoch} of {self.epoch}")
-        for fold in self.result_folds:
+        for fold in folds:
             predictions = self.predict(fold)
             if not self.world.rank:
                 write_results(self, fold, predictions)

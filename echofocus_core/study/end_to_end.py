@@ -164,10 +164,9 @@ class EncoderStart:
         )  # fmt: skip
 
     def write(self, folder, seen):
-        """Write encoder.pt, with heads only where the encoder is the one they go with.
+        """Write encoder.pt; with heads only if it was frozen, since other heads would be wrong.
 
-        Heads that did not learn with it would give wrong readings. seen: list of Seen, of the
-        training and of what it started from. Returns its Input.
+        seen: list of Seen, of the training and of the models it started from. Returns its Input.
         """
         s, path = self.settings, Path(folder, ENCODER_FILE)
         state, tasks = self.start.model.state_dict(), self.start.model.tasks

@@ -332,17 +332,26 @@ def report_copies(pids, store, listener):
     """Report studies that are the same videos: an error where they are of two patients, since one
     may be in training and the other in the test. pids: study id -> patient."""
     copies = store.copies(list(pids.index))
-    for differ, report, patients, remedy in (
-        (True, listener.error, "different patients", "or give them one patient if they are"),
-        (False, listener.warning, "one patient", "since the videos count twice"),
-    ):
-        if same := [x for x in copies if (pids[x].nunique() > 1) == differ]:
-            pairs = some(" and ".join(map(printable, eids[:3])) for eids in same)
-            report(
-                f"{sum(map(len, same))} studies of {patients} are the same videos, with the same "
-                f"embeddings: {pairs}",
-                f"leave all but one out of the label table, {remedy}",
-            )
+    same = "are the same videos, with the same embeddings"
+    report_copies_in(
+        copies, [pids[eids].nunique() > 1 for eids in copies],
+        (listener.error, f"studies of different patients {same}",
+         "leave all but one out of the label table, or give them one patient if they are"),
+        (listener.warning, f"studies of one patient {same}",
+         "leave all but one out of the label table, since the videos count twice"),
+    )  # fmt: skip
+
+
+def report_copies_in(copies, apart, if_apart, if_not):
+    """Report lists of ids with the same content, in two groups.
+
+    apart: for each list, whether it is of several patients or folds. if_apart, if_not: (function of
+    a listener, text, remedy).
+    """
+    for group, (report, text, remedy) in ((True, if_apart), (False, if_not)):
+        if same := [ids for ids, x in zip(copies, apart, strict=True) if x == group]:
+            pairs = some(" and ".join(map(printable, ids[:3])) for ids in same)
+            report(f"{sum(map(len, same))} {text}: {pairs}", remedy)
 
 
 def training_folds(table, settings, task, seen=(), listener=RUN):

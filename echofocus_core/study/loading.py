@@ -46,8 +46,8 @@ def folds_in_folder(folder):
 def find_model(name, run_id="", task="", tasks=()):
     """The folder of a trained model, or an encoder file. Raises UserError.
 
-    name: as in ./trained_models, or a path of the folder or of a file in it; without one it is the
-    only one in ./trained_models (of a task, where one is named).
+    name: in ./trained_models, or the path of the folder or of a file in it. Without a name: the
+    only model in ./trained_models, of the task if there is one.
     """
     if not name:
         return only_model(task, tasks)
@@ -109,7 +109,7 @@ def load_named(name, run_id, tasks, task="", device="cpu"):
     """
     names = name.split(",")
     if len(names) > 1 and not all(map(str.strip, names)):
-        raise UserError(f"{name}: a name is missing beside a comma")
+        raise UserError(f"{name}: a name is missing next to a comma")
     folders = [find_model(x, run_id, task, tasks) for x in names]
     folder = folders[0]
     if len(folders) > 1:
@@ -202,9 +202,9 @@ def read_network(saved, path):
 
 
 def published_architecture(state, path):
-    """(Settings, number of outputs) by the names and shapes in a published state dict.
+    """(Settings, number of outputs) from the names and shapes in a published state dict.
 
-    Judged before memory is taken for them. Raises UserError.
+    Refuses sizes before memory is allocated for them. Raises UserError.
     """
     if "ff.weight" not in state:
         raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
@@ -266,9 +266,9 @@ def released_task(task):
 def labels_for(folder, record, n_outputs, tasks, task=""):
     """(task, labels, units, origin of these) of a model with `n_outputs`. Raises UserError.
 
-    By its own record. A published checkpoint has none: a released one (by its folder's record or
-    name) has the registry's labels; any other those of the task that is named, of the task called
-    like the folder, or of the only task of the config with this number of labels.
+    They are in its record. A published checkpoint has no record: the labels of a released one are
+    in the registry; others have those of `task`, of the task with the name of the folder, or of the
+    only task of the config with this number of labels.
     """
     if record:
         return record.task, record.labels, record.units, "its own file"
@@ -332,7 +332,7 @@ def ensemble_of(members, folder):
     for model in members[1:]:
         refuse_other_model(first, model)
     if first.type == "readings":
-        raise UserError("PanEcho's readings are one model's: they are not averaged")
+        raise UserError("PanEcho's readings cannot be averaged")
     unknown = [m.folder.name for m in members if m.seen is None]
     if unknown and any(m.record.labels for m in members):
         raise UserError(
@@ -345,7 +345,7 @@ def ensemble_of(members, folder):
         settings = settings.model_copy(update={"target": SEVERAL_RULES})
         RUN.warning(
             f"the thresholds of these models were chosen by {SEVERAL_RULES} ({some(rules)}): the "
-            "average decides nothing",
+            "average has no thresholds",
             "evaluate --target chooses new ones on the validation fold",
         )
     else:

@@ -28,15 +28,15 @@ class LoadedModel:
     task: str
     outputs: Outputs  # labels stripped, in output order
     scaling: dict | None  # the published input_norm_dict
-    record: Record  # of a published checkpoint: what is known of its input
+    record: Record  # of a published checkpoint: only what was published of its input
     units: dict
     seen: list | None = None  # of Seen: its own, then ancestors'; None: its file has no list
-    encoder_file: Path | None = None  # that it was trained with, where it is in its folder
-    clip_mean: torch.Tensor | None = None  # (D,) of the training fold, where it is recorded
-    novelty: Novelty | None = None  # measures how unlike the training fold a study is
+    encoder_file: Path | None = None  # the encoder of its training, if that is in its folder
+    clip_mean: torch.Tensor | None = None  # (D,) of the training fold, if it is recorded
+    novelty: Novelty | None = None  # measures how different a study is from the training fold
 
     def __repr__(self):
-        """One line: weights and hashes of patients are not for a screen."""
+        """One line, without weights and hashes of patients."""
         return f"{type(self).__name__}({self.folder}: task {self.task}, {some(self.outputs.names)})"
 
     @property
@@ -94,7 +94,7 @@ class LoadedModel:
         return None if name in self.record.unlearnt else self.record.hazards.get(name)
 
     def implausible(self, logits):
-        """(S, T): where an answer is far beyond the training data, as a damaged weight makes it.
+        """(S, T): where an answer is far beyond the training data, for example by damaged weights.
 
         A measurement: outside an interval ten times as wide as that of the training fold, around
         its middle; without a record of it beyond FAR. A log-odds or log hazard: beyond 100.
@@ -155,9 +155,10 @@ class Ensemble(nn.Module):
 
 @dataclass(repr=False)
 class LoadedEnsemble(LoadedModel):
-    """Models of the same labels, as of the folds of a cross-validation, whose answers are averaged.
+    """Models of the same labels, such as those of a cross-validation, whose answers are averaged.
 
-    Each answers in its own scale; a threshold is the mean of theirs. Logits are (S, members * T).
+    Each member has its own scaling; a threshold is the mean of the members'. Logits are
+    (S, members * T).
     """
 
     members: list = ()
@@ -171,8 +172,8 @@ class LoadedEnsemble(LoadedModel):
         return np.stack([m.readable(x, listener) for m, x in self.split(logits)])
 
     def readable(self, logits, listener=RUN):
-        """The mean over the members that learnt a label; NaN where one of these has no answer: what
-        is left out is at an end of the scale."""
+        """The mean over the members that learnt a label; NaN where one of these has no answer,
+        since its answer is at an end of the scale."""
         answers = self.answers(logits, listener)
         learnt = np.stack([~np.isin(self.outputs.names, m.record.unlearnt) for m in self.members])[
             :, None
@@ -194,7 +195,7 @@ class LoadedEnsemble(LoadedModel):
         return np.where(self.findings, sigmoid(values), values)
 
     def implausible(self, logits):
-        """(S, T): where it is so for one of the averaged answers."""
+        """(S, T): where the answer of a member is implausible."""
         return np.any([m.implausible(x) for m, x in self.split(logits)], axis=0)
 
     def survival(self, logits, years=()):

@@ -33,7 +33,7 @@ class Aggregator(nn.Module):
 
     @property
     def architecture(self):
-        """The options that it was built by."""
+        """The options of its architecture."""
         names = ("transformer_type", "encoder_depth", "tf_combine")
         return dict(zip(names, (self.kind, self.depth, self.combine), strict=True))
 
@@ -71,7 +71,8 @@ class Aggregator(nn.Module):
         return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
 
     def turning_point(self, start, tokens):
-        """The point of the path (0 to 1) from start to tokens, both (N, D), where answers turn."""
+        """The point on the path (0 to 1) from start to tokens, both (N, D), from which the tokens
+        determine the answers."""
         return 1.0
 
     def clip_shares(self, tokens):
@@ -150,7 +151,7 @@ class StudyModel(Aggregator):
         """The point at which the tokens dominate the first LayerNorm.
 
         The median over tokens of the norm of its input at the start, divided by the norm of the
-        change of that input: before it the start determines its output, beyond it the tokens.
+        change of that input: before it the start determines its output, after it the tokens.
         """
         if not self.depth:
             return 1.0

@@ -46,7 +46,7 @@ def open_source(job, limited=False):
 
 
 def open_embeddings(dataset, task, settings, listener=RUN):
-    """The store of a dataset's clip embeddings, by study, or by video where the labels are."""
+    """The store of a dataset's clip embeddings, by study, or by video if the labels are."""
     store = open_store(dataset.embedding_path, listener, settings.max_videos_per_study)
     return of_level(store, task, listener)
 
@@ -65,7 +65,7 @@ def extract_videos(job, limited=False):
         videos = Path(settings.videos)
         grouping = [settings.group, settings.manifest, settings.study_id]
         studies = extract.find_studies(videos, *grouping)
-        limited = limited or settings.select == "all"  # else it is of what is explained
+        limited = limited or settings.select == "all"  # else the limit is on explanations
     else:
         videos, grouping = dataset.video_base_path, [dataset.video_subdir_format]
         print(f"{settings.dataset} has no clip embeddings yet; reading its videos in {videos}")
@@ -116,7 +116,7 @@ def refuse_mixed(store, eids, allowed, findings):
         ]
         text = f"the embeddings were made with different {name}: {some(groups)}"
         if allowed:
-            findings.warning(text, "used all the same (--allow_mixed)")
+            findings.warning(text, "they are used (--allow_mixed)")
         else:
             remedy = f"extract all with the same settings ({EXTRACT} --redo), or --allow_mixed"
             findings.error(text, remedy)
@@ -148,12 +148,12 @@ def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
     if not encoder:
         listener.ok(f"{name} does not record its encoder")
     elif not warnings:
-        listener.ok("the model and the embeddings go with one encoder")
+        listener.ok("the model and the embeddings use the same encoder")
     return warnings
 
 
 def labelled_ids(job):
-    """The study ids of the dataset's label table, where there is one that has its studies."""
+    """The study ids of the dataset's label table; none if it has no table or other studies."""
     task, dataset, store = job.task, job.dataset, job.source.store
     file = label_file(task, dataset)
     if file.path is None or not file.path.is_file():

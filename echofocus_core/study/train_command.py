@@ -2,7 +2,6 @@
 
 import os
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from echofocus_core.base.console import RUN, UserError, nearest
 from echofocus_core.base.files import lock, write_table
 from echofocus_core.base.options import ALL_FOLDS, grid_of
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.config import MODELS, read_record
+from echofocus_core.study.config import read_record
 from echofocus_core.study.end_to_end import open_videos
 from echofocus_core.study.folds import (
     cohort_of,
@@ -35,7 +34,7 @@ from echofocus_core.video.store import open_store
 def search(job):
     """`train --grid`: each combination into <model>/grid_<i>, and a table by validation loss.
 
-    As one of a SLURM array it trains the combination of its index alone. No test fold is read.
+    In a SLURM array, each job trains only the combination of its index. No test fold is read.
     """
     folder = model_folder(job.settings.model_name, job.settings.run_id)
     combinations = grid_of(job.settings.grid)
@@ -48,7 +47,7 @@ def search(job):
         if index is None or int(index) == i:
             text = ", ".join(f"{k} = {v}" for k, v in combination.items())
             print(f"grid {i} of {len(combinations)}: {text}")
-            best_of(place, combination)  # which refuses another combination's folder
+            best_of(place, combination)  # refuses the folder of another combination
             one = job.but(**combination, model_name=os.path.relpath(place), run_id="")
             check_settings(one.settings)
             train_model(one)
@@ -58,13 +57,13 @@ def search(job):
         table = pd.DataFrame(rows).sort_values("val_loss", kind="stable")
         write_table(table, folder / "grid.csv")
         print(
-            table.to_string(index=False) + f"\nwrote {folder / 'grid.csv'}; no test was looked at"
+            table.to_string(index=False) + f"\nwrote {folder / 'grid.csv'}; no test fold was read"
         )
 
 
 def best_of(place, combination):
     """The best epoch of a grid's model as a dict; None before its training is finished. Raises
-    UserError where the folder has another combination's model."""
+    UserError if the folder has the model of another combination."""
     path = place / "last_checkpoint.pt"
     if not path.is_file():
         return None
@@ -74,7 +73,7 @@ def best_of(place, combination):
         if getattr(trained, name) != value:
             raise UserError(
                 f"{place.parent.name}/{place.name} was trained with {name} = "
-                f"{getattr(trained, name)}, not {value}: take another --model_name for this grid"
+                f"{getattr(trained, name)}, not {value}: use another --model_name for this grid"
             )
     losses = [row[2] for row in saved["perf_log"]]
     if not is_finished(losses, trained):
@@ -83,7 +82,7 @@ def best_of(place, combination):
 
 
 def train_model(job):
-    """What each process of `train` does, for one model or one cross-validation.
+    """Train one model or one cross-validation; every process calls this.
 
     Returns the arguments of `report.evaluation.evaluate_folds` after a cross-validation.
     """
@@ -96,7 +95,7 @@ def train_model(job):
     series, evidence = seen_elsewhere(whole, settings, encoder, start)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
-    for k in parts:  # all before any is trained, so that faults are reported now
+    for k in parts:  # all before the first training, so that faults are reported now
         of_fold = settings.model_copy(update={"fold": k})
         if len(parts) > 1:
             print(f"fold {k} of {len(parts)}")
@@ -116,7 +115,7 @@ def train_model(job):
 
 
 def read_labels_and_store(job):
-    """(task with its kinds decided, label table, store of what is trained on)."""
+    """(task with the kinds of its labels, label table, store of the training data)."""
     settings = job.settings
     task, table = load_labels(
         job.task, job.dataset, settings=settings, split_column=settings.split_column
@@ -137,8 +136,8 @@ def read_labels_and_store(job):
 
 
 def seen_by_encoder(job, store, eids):
-    """(lists of Seen of the encoder, whether they are recorded), see `seen_elsewhere`; warns of
-    embeddings that do not go together."""
+    """(list of Seen of the encoder, whether it is recorded), see `seen_elsewhere`; reports
+    embeddings that were made in different ways."""
     if job.settings.end_to_end:
         return list(panecho.seen_by(job.settings.weights)), True
     refuse_mixed(store, eids, job.settings.allow_mixed, RUN)
@@ -148,18 +147,16 @@ def seen_by_encoder(job, store, eids):
 
 
 def folder_to_train_in(settings):
-    """The model's folder. Raises UserError for one that holds something else."""
+    """The model's folder. Raises UserError if it has something else."""
     folder = model_folder(settings.model_name, settings.run_id)
     best, every_fold = folder / "best_checkpoint.pt", settings.fold == ALL_FOLDS
     other = f"train under another --model_name, with --init_from {folder.name} to start from it"
     for wrong, text in (
         ("," in settings.model_name, f"train makes one model, not {settings.model_name}"),
-        (folder.resolve() in (Path.cwd(), MODELS.resolve()),
-         f"--model_name {settings.model_name} does not name a folder for a model"),
         (folds_in_folder(folder) and not every_fold,
-         f"{folder} is a cross-validation: resume it with --fold all, or take another name"),
+         f"{folder} is a cross-validation: resume it with --fold all, or use another name"),
         (best.is_file() and every_fold,
-         f"{folder} is one model: take another --model_name for --fold all"),
+         f"{folder} is one model: use another --model_name for --fold all"),
         (releases.read_source(folder), f"{folder} was downloaded and is not changed: {other}"),
     ):  # fmt: skip
         if wrong:
@@ -170,7 +167,7 @@ def folder_to_train_in(settings):
 
 
 def train_cohort(run):
-    """One training to its end, from where it stopped."""
+    """Train to the end, or resume a training, and report it."""
     run.run()
     print(
         f"best validation loss {-max(run.scores):.4f} after epoch {run.best_epoch} of {run.epoch}; "
@@ -182,11 +179,10 @@ def train_cohort(run):
 
 
 def validate_extracted(run):
-    """The validation of a model that was trained through its encoder, on the published number of
-    clips: extracted into the model's folder, as every later command extracts. The thresholds of
-    the best checkpoint are those of this validation.
+    """Validate a model that was trained through its encoder on the published number of clips,
+    extracted into the model's folder. The best checkpoint gets the thresholds of this validation.
 
-    What an earlier best epoch's encoder extracted there is replaced.
+    Embeddings of an earlier best epoch are replaced.
     """
     best = load_model(run.folder, device=pick_device(run.settings.device))
     options = {"weights": str(best.encoder_file), "redo": True}
@@ -208,8 +204,8 @@ def validate_extracted(run):
 
 
 def refuse_small_steps(settings, task, training):
-    """Cox's partial likelihood compares the studies of a step: refuse steps of one, and warn where
-    many have no event."""
+    """Refuse steps of one study for survival labels, and warn if many steps have no event: Cox's
+    partial likelihood compares the studies of a step."""
     for label in task.outputs.of_kind("survival"):
         if settings.batch_number < 2:
             raise UserError(
@@ -219,13 +215,13 @@ def refuse_small_steps(settings, task, training):
         if events < 3:
             RUN.warning(
                 f"a step of {settings.batch_number} studies has {events:.2g} events of {label}: "
-                "nothing is learnt from one that has none",
-                "a larger --batch_number",
+                "the model learns nothing from a step without an event",
+                "use a larger --batch_number",
             )
 
 
 def inherited_scaling(start, task):
-    """Label -> scaling of the model to start from, of those that it has learnt and the task has."""
+    """Label -> scaling of the model to start from, for labels of the task that it has learnt."""
     if not start or not start.scaling:
         return {}
     labels = set(task.outputs.of_kind("regression")) - set(start.record.unlearnt)
