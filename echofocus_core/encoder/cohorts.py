@@ -153,11 +153,11 @@ def read_echonet(folder, splits, listener, words, view=""):
     cells["name"] = view + cells["stem"] + ".avi"
     cells["path"] = f"{folder / 'Videos'}{os.sep}" + cells["stem"] + ".avi"
     cells["split"] = cells["Split"].str.lower().str.removesuffix(".0")
-    odd = cells[~cells["split"].isin(list(splits))]
-    if len(odd):
+    wrong = cells[~cells["split"].isin(list(splits))]
+    if len(wrong):
         raise UserError(
-            f"{path}, line {odd.index[0]}: the Split {printable(odd['Split'].iloc[0])[:30]} is not "
-            f"one of {', '.join(splits)}"
+            f"{path}, line {wrong.index[0]}: the Split {printable(wrong['Split'].iloc[0])[:30]} is "
+            f"not one of {', '.join(splits)}"
         )
     return cells, path
 
@@ -335,9 +335,9 @@ def report_copies(cohort, copies, listener=RUN):
     remedy = "keep one of each in the tables"
     report_copies_in(
         copies, [x["patient"].nunique() > 1 or x["split"].nunique() > 1 for x in rows],
-        (serious, f"videos of {cohort.name}, of different patients or folds, have the same pixels",
+        (serious, f"videos of {cohort.name} of different patients or folds have the same pixels",
          f"{remedy}: it may be in training and in the test"),
-        (listener.warning, f"videos of {cohort.name}, of one patient, have the same pixels",
+        (listener.warning, f"videos of {cohort.name} of one patient have the same pixels",
          f"{remedy}: it counts twice"),
     )  # fmt: skip
 

@@ -97,21 +97,21 @@ def without_seen_videos(start, folds, cohort):
     seen, name = start.seen, start.name
     notes = []
     if start.echo and not seen:
-        notes.append(f"{name} has no record of its training patients")
+        notes = [f"{name} has no record of its training patients"]
         print(f"{notes[0]}: all patients count as unseen")
     table = cohort.videos.rename(columns={"patient": "pid", "study": STUDY})
     unseen = without_seen(folds, [(name, levels_by(name, seen, table, RUN))], what="videos")
     fold_notes = {}
     for fold in ("val", "test"):
-        n, lost = int((folds == fold).sum()), int(((folds == fold) & (unseen != fold)).sum())
-        if lost == n > 0:
+        n, kept = (int((x == fold).sum()) for x in (folds, unseen))
+        if n and not kept:
             raise UserError(
                 f"--model_dir_path: {name} has seen the patients or studies of all {n} "
                 f"{fold} videos, by their ids: start from other weights, or use other videos (if "
                 "only the ids are the same, add the site's name to them)"
             )
-        left_out = f"left out: {lost} of {n} videos, whose patients or studies {name} has seen"
-        fold_notes[fold] = [left_out] * (lost > 0) + notes
+        left_out = f"left out: {n - kept} of {n} videos, whose patients or studies {name} has seen"
+        fold_notes[fold] = [left_out] * (kept < n) + notes
     return unseen, fold_notes
 
 

@@ -200,6 +200,7 @@ class VideoStore:
         self.most_videos, self.reasons = most_videos, {}
 
     def source(self, eid, video):
+        """The path of a video, or a tuple of the paths of its frames."""
         source = self.files[eid].source(video)
         return tuple(source) if isinstance(source, list) else source
 
@@ -211,9 +212,10 @@ class VideoStore:
         part = list(every.values())[world.rank :: world.size]
         for reasons in world.gather(self.cache.fill(part, workers, quiet=world.rank > 0)):
             self.reasons |= reasons
-        lost = {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
-        if lost:
-            RUN.warning(f"{len(lost)} videos cannot be used and are left out:{reason_lines(lost)}")
+        unused = {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
+        if unused:
+            n, reasons = len(unused), reason_lines(unused)
+            RUN.warning(f"{n} videos cannot be used and are left out:{reasons}")
 
     def videos(self, eid):
         """The names of a study's videos that can be decoded."""
@@ -235,8 +237,8 @@ class VideoStore:
             raise UnreadableStudy(f"no usable video: {some(sorted(why))}")
         draw = rng or np.random.default_rng(derive_seed("videos", eid))
         if self.most_videos and len(names) > self.most_videos:
-            taken = np.sort(draw.choice(len(names), self.most_videos, replace=False))
-            names = [names[i] for i in taken]
+            chosen = np.sort(draw.choice(len(names), self.most_videos, replace=False))
+            names = [names[i] for i in chosen]
         seed = self.seed if rng is None else int(rng.integers(2**62))
         sampling = self.sampling if rng is None else self.augmented
         images = []
@@ -280,7 +282,7 @@ def open_videos(settings, dataset, ids, world):
             "dataset in the config"
         )
     names = {study.name for study in studies} & set(ids)
-    if not settings.first_study_only:  # which decides before the limit does
+    if not settings.first_study_only:  # which is applied before the limit
         names = set(sample_ids(sorted(names), settings.sample_limit))
     store = VideoStore(
         [study for study in studies if study.name in names],

@@ -70,20 +70,20 @@ def split_patients(table, settings, outputs=None):
 
 
 def stratified_folds(label, table, hashes, rule):
-    """Patient -> fold: patients alike in a label are divided in equal shares, in order of the hash.
+    """Patient -> fold: each stratum is divided by the split, in order of the hash.
 
-    Alike: with a positive study (or the event), with none, or without the label; of classes, the
-    highest of the patient's; of a measurement, the third that the patient's mean is in. Unlike with
-    the hash alone, later patients would change the folds of others: the folds of a training are
-    recorded, and later patients are in the test fold.
+    Strata: patients with a positive study (or the event), with none, or without the label; of
+    classes, the patient's highest; of a measurement, the thirds of the patients' means. Later
+    patients would change the folds of others, unlike with the hash alone: the folds of a training
+    are recorded, and later patients are in the test fold.
     """
     y = label.contrast(table).groupby(table["pid"]).agg("max" if label.is_finding else "mean")
     stratum = y
     if not label.is_finding:
         stratum = y.where(y.isna(), np.searchsorted(y.quantile([1 / 3, 2 / 3]), y))
     folds = {}
-    for _, alike in y.groupby(stratum.fillna(-1)):
-        order = sorted(alike.index, key=hashes.get)
+    for _, patients in y.groupby(stratum.fillna(-1)):
+        order = sorted(patients.index, key=hashes.get)
         places = (np.arange(len(order)) + 0.5) / len(order)
         folds |= {pid: fold_at(x, *rule) for pid, x in zip(order, places, strict=True)}
     return folds
@@ -200,7 +200,7 @@ def refuse_moved(seen, table, listener):
 def seen_elsewhere(whole, settings, encoder, begun_from=None, listener=RUN):
     """([(name, `seen_levels`)] of the model to start from and of the encoder, caveats as text).
 
-    whole: the label table before any study is left out, since a patient is known by each study;
+    whole: the label table before any study is left out, since each study may identify a patient;
     encoder: see `Store.encoder_seen`. What only --assume_unseen includes is a caveat.
     """
     (by_encoder, is_complete), assumed, caveats = encoder, settings.assume_unseen, []
@@ -227,13 +227,13 @@ def without_seen(folds, seen, listener=RUN, what="studies"):
     """
     for name, levels in seen:
         levels = levels.loc[folds.index]
-        lost = (levels == 2) & folds.isin(["val", "test"]) | (levels == 1) & (folds == "test")
-        if lost.any():
+        used = (levels == 2) & folds.isin(["val", "test"]) | (levels == 1) & (folds == "test")
+        if used.any():
             listener.note(
-                f"left out {lost.sum()} {what} of val and test: {name} has seen them or their "
-                f"patients ({some(map(printable, lost.index[lost]))})"
+                f"left out {used.sum()} {what} of val and test: {name} has seen them or their "
+                f"patients ({some(map(printable, used.index[used]))})"
             )
-        folds = folds.mask(lost, f"known to {name}")
+        folds = folds.mask(used, f"known to {name}")
     return folds
 
 
@@ -374,7 +374,7 @@ def training_folds(table, settings, task, seen=(), listener=RUN):
 
 
 def warn_of_one_class(table, folds, task, listener):
-    """Report labels that cannot be evaluated in a fold: all its studies are alike."""
+    """Report labels that cannot be evaluated in a fold, since all its studies have one value."""
     outputs = task.outputs
     for label in outputs.each:
         y = label.contrast(table)
@@ -386,7 +386,7 @@ def warn_of_one_class(table, folds, task, listener):
                 chooses = label.by_step and len(outputs.labels) == 1 and fold == "val"
                 report = listener.error if chooses else listener.warning  # no epoch is the best
                 report(
-                    f"label {label.name} has {lacks} in the {fold} fold: it cannot be judged there",
+                    f"label {label.name} has {lacks} in the {fold} fold: it cannot be evaluated",
                     f"--stratify {label.name}, or fewer folds",
                 )
 
@@ -446,10 +446,10 @@ def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
     values = table[columns].mask(~folds.isin(FOLDS)).to_numpy(copy=True)
     had_value = ~np.isnan(values)
     values = scale(values, columns, scaling or {})
-    for label, lost in zip(columns, (had_value & np.isnan(values)).sum(0), strict=True):
-        if lost:
+    for label, n in zip(columns, (had_value & np.isnan(values)).sum(0), strict=True):
+        if n:
             listener.warning(
-                f"label {label}: {lost} values are below what its Box-Cox can take",
+                f"label {label}: {n} values are below the range of its Box-Cox transform",
                 "leave it out of boxcox in the task; they count as missing",
             )
     for label in unlearnt:

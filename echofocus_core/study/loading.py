@@ -140,7 +140,7 @@ def is_encoder(saved):
 
 
 def load_model(folder, tasks=(), task="", device="cpu"):
-    """Load a model folder's checkpoint, published or our own, or PanEcho. Raises UserError."""
+    """Load the checkpoint in a model folder, or PanEcho. Raises UserError."""
     path = folder / BEST
     if not path.is_file() and (file := encoder_in(folder)):
         return load_readings(file, device)
@@ -346,7 +346,7 @@ def ensemble_of(members, folder):
         RUN.warning(
             f"the thresholds of these models were chosen by {SEVERAL_RULES} ({some(rules)}): the "
             "average has no thresholds",
-            "evaluate --target chooses new ones on the validation fold",
+            "evaluate --target chooses new thresholds on the validation fold",
         )
     else:
         for label in first.outputs.names:

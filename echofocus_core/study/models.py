@@ -117,16 +117,14 @@ class LoadedModel:
             return np.asarray(logits)
         values = self.outputs.readable(logits, self.scaling, self.record.hazards)
         unlearnt = np.isin(self.outputs.names, self.record.unlearnt)
-        lost = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
-        if lost.any():
-            names = some(x for x, y in zip(self.outputs.names, lost.any(axis=0), strict=True) if y)
-            listener.warning(
-                f"{lost.sum()} answers of {names} are past the end of the Box-Cox scale",
-                "they stay blank",
-            )
-        if (far := self.implausible(logits)).any():
-            names = some(x for x, y in zip(self.outputs.names, far.any(axis=0), strict=True) if y)
-            listener.warning(f"{far.sum()} answers of {names} are {IMPLAUSIBLE}", "do not use them")
+        beyond = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
+        for where, text, remedy in (
+            (beyond, "past the end of the Box-Cox scale", "they stay blank"),
+            (self.implausible(logits), IMPLAUSIBLE, "do not use them"),
+        ):
+            if where.any():
+                names = some(np.array(self.outputs.names)[where.any(axis=0)])
+                listener.warning(f"{where.sum()} answers of {names} are {text}", remedy)
         return np.where(unlearnt, np.nan, values)
 
     def range_values(self, logits):
@@ -186,7 +184,7 @@ class LoadedEnsemble(LoadedModel):
         return np.array([self.kind(name) == "binary" for name in self.outputs.names])
 
     def range_values(self, logits):
-        """The averaged answers, findings in log-odds: a resample changes all members alike."""
+        """The averaged answers, findings in log-odds; a resample is the same for all members."""
         values = self.readable(logits, Collected()).astype(np.float64)
         p = np.clip(values, 1e-7, 1 - 1e-7)
         return np.where(self.findings, np.log(p) - np.log1p(-p), values)

@@ -83,8 +83,8 @@ def extract_videos(job, limited=False):
         "folder to free the space"
     )
     store = open_store(folder, RUN, settings.max_videos_per_study)
-    names = sorted(s.name for s in studies)
-    store.files = {eid: store.files[eid] for eid in names if eid in store.files}  # no older ones
+    names = sorted(s.name for s in studies)  # the folder may have others
+    store.files = {eid: store.files[eid] for eid in names if eid in store.files}
     requested, units = names, of_level(store, job.task)
     if units is not store:
         requested = [*units.files, *(eid for eid in names if eid not in store.files)]
@@ -103,10 +103,8 @@ def folder_of(videos, grouping, settings):
 
 
 def refuse_mixed(store, eids, allowed, findings):
-    """An error where studies were made with different encoders or settings, or some have no record.
-
-    With --allow_mixed it is a warning.
-    """
+    """Report an error if embeddings were made with different encoders or settings, or some have no
+    record; with --allow_mixed a warning."""
     for name, studies in store.made_with(eids).items():
         if len(studies) < 2:
             continue
