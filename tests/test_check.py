@@ -197,7 +197,7 @@ FAULTS = {  # how to plant it; exit status; level and text of each finding
     "model of another encoder": (
         train_then_change_encoder,
         0,
-        [("WARNING", "another encoder")],
+        [("WARNING", "of the encoder weights")],
     ),
     "moved patient": (train_then_move, 1, [("ERROR", "gives 1 studies to other patients")]),
     "damaged model": (damage_model, 1, [("ERROR", "best_checkpoint.pt")]),

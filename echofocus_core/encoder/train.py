@@ -61,6 +61,7 @@ class Predictions:
 class Run(EpochTraining):
     """The training of one encoder."""
 
+    read_record = staticmethod(record_of)
     items, history_key, remedy = "videos", "history", "use another --output_dir"
 
     def __init__(self, folder, settings, cohort, folds, cache, world):
@@ -142,9 +143,6 @@ class Run(EpochTraining):
             labels_sha256=self.cohort.digest(), videos_sha256=self.cohort.content_digest(),
             left_out=self.left_out, settings={name: getattr(s, name) for name in RECORDED},
         )  # fmt: skip
-
-    def read_record(self, saved, path):
-        return record_of(saved, path)
 
     def facts(self, record, saved):
         """name -> value of everything that a resumed run compares."""

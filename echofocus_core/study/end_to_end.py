@@ -62,12 +62,10 @@ class EndToEnd(nn.Module):
     def __init__(self, encoder, study, clips_at_once=8, freeze="", ping_pong=False):
         """encoder: a PanEcho's FrameTransformer; study: a StudyModel; freeze: as `--freeze`."""
         super().__init__()
-        self.encoder, self.study = encoder, study
+        self.encoder, self.study, self.n_outputs = encoder, study, study.n_outputs
         self.clips_at_once, self.freeze, self.ping_pong = clips_at_once, freeze, ping_pong
         self.stages = int(freeze.removeprefix("stages:")) if freeze.startswith("stages:") else 0
         self.begin_epoch(1)
-
-    n_outputs = property(lambda self: self.study.n_outputs)
 
     @property
     def encoder_frozen(self):

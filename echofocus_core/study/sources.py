@@ -123,25 +123,20 @@ def refuse_mixed(store, eids, allowed, findings):
 def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
     """Warn about studies embedded with another encoder or other clips than the model's training
     data. Returns {warning: study ids}."""
-    name, trained, warnings = model.folder.name, model.record.input, {}
-    encoder, made_with = model.record.encoder_sha256, store.made_with(eids)
+    name, trained, warnings = model.folder.name, model.record.input.model_dump(), {}
+    trained["weights_sha256"] = encoder = model.record.encoder_sha256
+    made_with = store.made_with(eids)
     for what in names:
-        was = str((encoder if what == "weights_sha256" else getattr(trained, what)) or "")
+        before = str(trained[what] or "")
         for value, studies in made_with[what].items():
-            if not was or value in ("", was):
+            if not before or value in ("", before):
                 continue
-            which = f"{len(studies)} studies ({some(studies)}"
-            if what == "weights_sha256":
-                text = (
-                    f"{name} was trained on embeddings of another encoder than those of {which}; "
-                    f"weights {value[:12]}): its answers mean nothing there"
-                )
-                remedy = f"extract them with the encoder weights of SHA-256 {was[:12]}"
-            else:
-                text = f"{name} was trained on embeddings of {what} {was}, those of {which}) are "
-                text += f"of {value}: its answers may mean nothing there"
-                remedy = "extract them with the settings of those it was trained on"
-            listener.warning(text, remedy)
+            fact, n = ("the encoder weights", 12) if what == "weights_sha256" else (what, None)
+            text = (
+                f"{name} was trained on embeddings of {fact} {before[:n]}, but {len(studies)} "
+                f"studies ({some(studies)}) have {value[:n]}: its answers may mean nothing there"
+            )
+            listener.warning(text, "extract them with the settings of its training")
             warnings[text] = studies
     if not encoder:
         listener.ok(f"{name} does not record its encoder")

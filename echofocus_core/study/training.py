@@ -29,8 +29,6 @@ from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_st
 from echofocus_core.study.network import build
 from echofocus_core.study.validation import metric_line, thresholds_and_hazards
 
-REMEDY = "use another --model_name or --run_id"
-
 # ----------------------------------------------------------------------------------- the network
 
 
@@ -108,7 +106,8 @@ def refuse_model_without_checkpoint(folder):
 class Training(EpochTraining):
     """The training of one study-level model."""
 
-    items, history_key, remedy = "studies", "perf_log", REMEDY
+    read_record = staticmethod(read_record)
+    items, history_key, remedy = "studies", "perf_log", "use another --model_name or --run_id"
 
     def __init__(self, folder, settings, cohort, store, parent=None, world=None, encoder_seen=()):
         super().__init__(folder, settings, world)  # history: [epoch, train_loss, val_loss, lr, s]
@@ -176,9 +175,6 @@ class Training(EpochTraining):
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()),
         )  # fmt: skip
-
-    def read_record(self, saved, path):
-        return read_record(saved, path)
 
     @cached_property
     def data_sha256(self):
