@@ -1,7 +1,7 @@
-"""Figures of an evaluation: each function draws one outcome on one axis, from plain arrays.
+"""Figures of an evaluation: each function draws one outcome on one axis.
 
 A figure has one panel per label, at most `MAX_PANELS`. Bands and bars are 95 % intervals over
-patients. Each kind of outcome lists its figures (`study.statistics`), which PANELS describes.
+patients. Each kind of label lists its figures (`study.kinds`); PANELS describes them.
 """
 
 from dataclasses import dataclass
@@ -76,7 +76,8 @@ def cumulative_counts(truth, score, weights):
 
 
 def curves(truth, score, weights):
-    """(sensitivity where 1 - specificity is GRID, precision where sensitivity is GRID): (G, B)."""
+    """(sensitivity at each 1 - specificity of GRID, precision at each sensitivity of GRID), each
+    (G, B)."""
     true, false = cumulative_counts(truth, score, weights)
     roc, precision = np.full((2, len(GRID), weights.shape[1]), np.nan)
     for b in np.flatnonzero((true[-1] > 0) & (false[-1] > 0)):
@@ -86,10 +87,10 @@ def curves(truth, score, weights):
     return roc, precision
 
 
-def bands(outcomes, patients, seed=0, n_boot=BAND_BOOT):
+def bands(outcomes, patients, seed=0):
     """label -> (ROC (G, 2), precision (G, 2)): pointwise 95 % bands of findings."""
     chunks = {o.label: [] for o in outcomes}
-    for weights in st.resamples(patients, n_boot, seed):
+    for weights in st.resamples(patients, BAND_BOOT, seed):
         for o in outcomes:
             chunks[o.label].append(curves(*o.pairs(), weights[o.usable]))
     limits = {}
@@ -253,15 +254,13 @@ def draw_classes(axis, outcome, **_):
 
 def draw_kaplan_meier(axis, outcome, **_):
     """Survival by thirds of risk, with Greenwood's intervals."""
-    time, event, risk = (
-        x[outcome.usable] for x in (outcome.truth, outcome.event, outcome.predicted)
-    )
-    third = mt.risk_thirds(risk) if len(risk) else risk
+    (time, risk), event = outcome.pairs(), outcome.event[outcome.usable]
+    third = np.searchsorted(np.quantile(risk, (1 / 3, 2 / 3)), risk) if len(risk) else risk
     names = ("low risk", "middle", "high risk")
     for k, (name, colour) in enumerate(zip(names, (GREEN, BLUE, ORANGE), strict=True)):
         rows = third == k
         if rows.any():
-            times, survival, low, high, _ = mt.kaplan_meier(time[rows], event[rows])
+            times, survival, low, high = mt.kaplan_meier(time[rows], event[rows])
             text = f"{name} ({event[rows].sum():.0f} of {rows.sum()})"
             axis.step(times, survival, where="post", color=colour, label=text)
             axis.fill_between(times, low, high, step="post", color=colour, alpha=0.15, lw=0)
@@ -330,14 +329,13 @@ PANELS = {
 
 
 def select_panels(outcomes):
-    """The MAX_PANELS outcomes with the most examples of the rarer class, in their order."""
-
+    """The MAX_PANELS outcomes with the most examples, in their order."""
     rows = sorted(range(len(outcomes)), key=lambda i: -outcomes[i].n_examples)[:MAX_PANELS]
     return [outcomes[i] for i in sorted(rows)]
 
 
-def panel_figure(outcomes, draw, titles, path, extra=None):
-    """Draw one panel per outcome. titles: label -> Estimate; extra: label -> keywords of `draw`."""
+def panel_figure(outcomes, draw, titles, path, patients=None, bands=None):
+    """Draw one panel per outcome. titles: label -> Estimate; bands: of `bands`, by label."""
     n = len(outcomes)
     columns = {4: 2, 5: 3, 6: 3}.get(n, min(n, 4))
     rows = -(-n // columns)
@@ -350,7 +348,7 @@ def panel_figure(outcomes, draw, titles, path, extra=None):
     for axis in axes.flat[n:]:
         axis.axis("off")
     for axis, outcome in zip(axes.flat, outcomes, strict=False):
-        draw(axis, outcome, **(extra or {}).get(outcome.label, {}))
+        draw(axis, outcome, patients=patients, band=(bands or {}).get(outcome.label))
         axis.set_title(title_of(titles[outcome.label]), fontsize=8)
         axis.tick_params(labelsize=8)
         axis.xaxis.label.set_size(9)

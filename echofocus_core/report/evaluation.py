@@ -127,7 +127,7 @@ class Report:
 
     def draw_panels(self):
         """Draw the figures of each kind of label."""
-        patients = self.studies.patients
+        patients, bands = self.studies.patients, {}
         for file, panel in curves.PANELS.items():
             outcomes = [o for o in self.studies.outcomes if file in o.figures]
             if file == "confusion":
@@ -137,13 +137,12 @@ class Report:
             shown, title = curves.select_panels(outcomes), panel.title
             if file == "roc_curves":
                 bands = curves.bands(shown, patients, self.seed)
-            extra = {o.label: {"patients": patients} for o in shown}
-            if file in ("roc_curves", "pr_curves"):
-                extra = {o.label: {"band": bands.get(o.label)} for o in shown}
             if len(shown) < len(outcomes):
                 title += f" ({len(shown)} of {len(outcomes)} labels: those with the most examples)"
             titles = {x.label: x for x in self.estimates if x.metric == panel.metric}
-            draw = partial(curves.panel_figure, shown, panel.draw, titles, extra=extra)
+            draw = partial(
+                curves.panel_figure, shown, panel.draw, titles, patients=patients, bands=bands
+            )
             self.figure(file, title, draw, panel.legend)
 
     def draw_forests(self):

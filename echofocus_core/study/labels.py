@@ -1,10 +1,10 @@
 """Label tables: rows to studies, cells to numbers in physical units.
 
-A label table has a row for each study: pid, eid and one column for each label. What is odd in it is
-reported to a listener (`base.console`), in a run and in `check` alike.
+A label table has a row for each study: pid, eid and one column for each label. Problems are
+reported to a listener (`base.console`), in a run and by `check`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +27,21 @@ class LabelFile:
     """A label table's file and how to read it."""
 
     path: Path | None
-    # our name of a column -> the table's, where they differ
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)  # our name -> the table's name
     level: str = "study"
-    # sort studies by this column of dates, '' for the only one; None: the order of the rows
-    order: str | None = None
+    order: str | None = None  # sort by this column of dates, '' for the only one; None: do not sort
 
 
 def label_file(task, dataset, settings=None):
-    """The LabelFile of a dataset; sorted where the settings use the first or last of a patient."""
+    """The LabelFile of a dataset; sorted if the settings use one study of each patient."""
     path = dataset.label_path or (task.label_path if task else None)
-    of_one = settings and (settings.per == "patient" and settings.pool != "mean")
-    order = settings.order_by if settings and (settings.first_study_only or of_one) else None
     columns = (task.columns if task else {}) | dataset.columns
-    return LabelFile(path, columns, task.level if task else "study", order)
+    file = LabelFile(path, columns, task.level if task else "study")
+    if settings and (
+        settings.first_study_only or (settings.per == "patient" and settings.pool != "mean")
+    ):
+        return replace(file, order=settings.order_by)
+    return file
 
 
 def load_labels(task, dataset, listener=RUN, settings=None, split_column=""):
@@ -49,15 +50,14 @@ def load_labels(task, dataset, listener=RUN, settings=None, split_column=""):
     if file.path is None:
         raise UserError("no label table: set label_path of the task or the dataset in the config")
     task, table = read_labels(file, task, listener, split_column)
-    if table is not None:
-        path = file.path
-        task = decide_kinds(table, task, path, listener)
-        for label in task.outputs.each:
-            if label.is_number:
-                unit, more = task.units.get(label.name, ""), "; valid_range excludes some"
-                warn_of_suspicious_values(
-                    label.name, table[label.name].dropna(), unit, path, listener, more
-                )
+    if table is None:
+        return task, None
+    task = decide_kinds(table, task, file.path, listener)
+    for label in task.outputs.each:
+        if label.is_number:
+            y, unit = table[label.name].dropna(), task.units.get(label.name, "")
+            more = "; valid_range excludes some"
+            warn_of_suspicious_values(label.name, y, unit, file.path, listener, more)
     return task, table
 
 
@@ -65,8 +65,8 @@ def read_labels(file, task, listener=RUN, split_column=""):
     """(task with the labels that the table has, label table); None without ids or without labels.
 
     The table is a DataFrame indexed by study id (text), with columns pid (text) and the targets of
-    each label, float64 in physical units (see `Label.columns`); values that cannot be used are
-    missing and reported. `split_column` becomes GIVEN_FOLD. file: a LabelFile.
+    each label, float64 in physical units (see `Label.columns`); unusable values are missing and
+    reported. `split_column` becomes GIVEN_FOLD. file: a LabelFile.
     """
     path = file.path
     columns = [column for label in task.task_labels for column in task.columns_of(label)]
@@ -90,7 +90,7 @@ def read_labels(file, task, listener=RUN, split_column=""):
 
 
 def read_rows(file, columns, listener=RUN):
-    """pid and some more columns of a LabelFile, as text, one row for each study (the index)."""
+    """pid and other columns of a LabelFile, as text, one row for each study (the index)."""
     cells = read_cells(file, columns, listener)
     return None if cells is None else one_row_a_study(cells, file.path, listener)
 
@@ -98,9 +98,9 @@ def read_rows(file, columns, listener=RUN):
 def read_cells(file, columns, listener, words=None):
     """pid, eid and those of `columns` that exist, as text; the index is the line in the file.
 
-    Of level 'video' a row is a video's, by a column `video` too: eid is study/video, and STUDY the
-    study. words: see `read_table`. Rows without ids are left out. None where a column of ids is
-    missing, or ids in every row.
+    At level 'video', a row is for a video, and the table also has a column `video`: eid becomes
+    study/video, and STUDY is the study. words: see `read_table`. Rows without ids are left out.
+    None if a column of ids is missing, or no row has ids.
     """
     path, level = file.path, file.level
     raw = read_table(path, listener, "label table", words)
@@ -147,7 +147,7 @@ def missing_column(column, table):
 
 
 def sorted_by_date(rows, whole, file, listener):
-    """Rows by the dates of a column of the `whole` table, as file.order says."""
+    """Rows in the order of a column of dates of the `whole` table, see `LabelFile.order`."""
     repeated = rows["eid"].groupby(rows["pid"]).transform("nunique") > 1
     if not repeated.any():
         return rows
@@ -155,31 +155,32 @@ def sorted_by_date(rows, whole, file, listener):
     if file.order and file.order not in whole:
         listener.error(f"{file.path} has no column '{file.order}'", "correct --order_by")
         return rows
-    differs = {x: (whole[x].groupby(rows["pid"]).nunique() > 1).any() for x in names}  # no births
-    read = {x: read_dates(whole[x]) for x in names if file.order or differs[x]}
-    read = {x: (dates, how) for x, (dates, how) in read.items() if how or file.order}
-    if len(read) != 1:
+    if not file.order:  # a date of birth is the same in all studies of a patient
+        names = [x for x in names if (whole[x].groupby(rows["pid"]).nunique() > 1).any()]
+    columns = {x: read_dates(whole[x]) for x in names}
+    columns = {x: (dates, form) for x, (dates, form) in columns.items() if form or file.order}
+    if len(columns) != 1:
         listener.warning(
-            f"{file.path}: the first study of a patient is the first row, for {len(read)} columns "
-            f"hold dates of studies{f' ({some(read)})' if read else ''}",
+            f"{file.path}: the first study of a patient is the first row, because {len(columns)} "
+            f"columns hold dates of studies{f' ({some(columns)})' if columns else ''}",
             "name one with --order_by",
         )
         return rows
-    ((name, (dates, how)),) = read.items()
+    ((name, (dates, form)),) = columns.items()
     if dates is None:
         examples = some(map(printable, whole[name].dropna()))
-        text = f"{how} dates" if how else "no dates"
+        text = f"{form} dates" if form else "no dates"
         listener.error(f"{file.path}: {name} holds {text}: {examples}", "write them as 2020-12-31")
         return rows
-    listener.note(f"{file.path}: studies of a patient are in the order of {name} ({how})")
+    listener.note(f"{file.path}: studies of a patient are in the order of {name} ({form})")
     if n := int((dates.isna() & repeated).sum()):
         listener.warning(f"{file.path}: {n} studies have no {name}", "they count as the last ones")
     return rows.loc[dates.sort_values(kind="stable").index]
 
 
 def one_form(pids, path, listener):
-    """Patient ids, those with the same `id_key` in the form of the first: else the studies of one
-    patient could be in two folds."""
+    """Patient ids; ids with the same `id_key` are replaced by the first of them, because one
+    patient's studies must not be in two folds."""
     keys = pids.map(id_key)
     first = keys.map(pids.groupby(keys).first())
     if len(odd := pids[pids != first].unique()):
@@ -220,7 +221,7 @@ def refuse_split_patients(table, column, path, listener):
 
 
 def one_row_a_study(rows, path, listener):
-    """Rows with pid and eid -> one for each study, its id the index; contradictions are errors."""
+    """Rows with pid and eid -> one row for each study id (the index); contradictions are errors."""
     again = rows[rows.duplicated()]
     if len(again):
         listener.warning(
@@ -230,20 +231,15 @@ def one_row_a_study(rows, path, listener):
     rows = rows.drop_duplicates()
     twice = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
     if len(twice):
+        differ = (twice.groupby("eid").agg(lambda x: x.nunique(dropna=False)) > 1).any()
         listener.error(
             f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
             f"{lines_of(twice)}",
-            f"keep one row for each study; they differ in {some(different_columns(twice))}",
+            f"keep one row for each study; they differ in {some(differ.index[differ])}",
         )
     table = rows.drop_duplicates("eid").set_index("eid")
     listener.ok(f"{path}: {len(table)} studies of {table['pid'].nunique()} patients")
     return table
-
-
-def different_columns(rows):
-    """The columns in which rows of one study differ."""
-    each = rows.groupby("eid").agg(lambda x: x.nunique(dropna=False))
-    return [name for name in each if (each[name] > 1).any()]
 
 
 def lines_of(rows):
@@ -263,8 +259,8 @@ def label_values(cells, task, path, listener):
 
 
 def decide_kinds(table, task, path, listener):
-    """The task with a kind for each label: of those whose kind is not given, 'binary' when every
-    value of all of them is 0, 1 or missing, else 'regression'."""
+    """The task with a kind for each label. Labels whose kind is not given are binary if all values
+    of all of them are 0, 1 or missing, else regression."""
     kinds = {label: task.kind(label) for label in task.task_labels}
     undecided = [label for label, kind in kinds.items() if not kind]
     binary = {label: table[label].dropna().isin([0, 1]) for label in undecided}
@@ -295,7 +291,7 @@ def other_unit(label, units, others):
 def warn_of_suspicious_values(label, y, unit, path, listener, more=""):
     """Report codes for 'missing' and percentages above 100 among the values of a measurement.
 
-    y: by study id; more: what else a user can do. The values are used as they are.
+    y: by study id; more: another remedy, after "; ". The values are used as they are.
     """
     codes = y.isin(missing_codes(y.to_numpy()))
     for odd, text, remedy in (
@@ -316,7 +312,7 @@ CODES |= {-1} | {-x for x in CODES}
 
 
 def missing_codes(y):
-    """Values of a label at the end of its range, and apart from the rest, such as 99 and -9."""
+    """Values at the end of a label's range and far from the others, such as 99 and -9."""
     values, counts = np.unique(y, return_counts=True)
     codes, values, counts = [], list(values), list(counts)
     while len(values) > 1 and values[-1] in CODES and values[-1] > 0:
@@ -336,7 +332,7 @@ def missing_codes(y):
 def scaling_of(table, task, unlearnt=(), listener=RUN):
     """The published `input_norm_dict` from training labels (DataFrame, physical units), or None.
 
-    A label whose numbers no model could be loaded with is an error.
+    A scaling with which no model could be loaded is an error.
     """
     measured = task.outputs.of_kind("regression")
     boxcox = PUBLISHED_BOXCOX if task.boxcox is None else task.boxcox

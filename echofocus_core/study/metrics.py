@@ -474,8 +474,8 @@ def breslow(time, event, risk, most=400):
 
 
 def kaplan_meier(time, event):
-    """(times, survival, low, high, at risk), each (G,), from time 0 on: the product-limit estimate
-    with Greenwood's 95 % interval on the scale of log(-log), NaN where survival is 1 or 0.
+    """(times, survival, low, high), each (G,), from time 0: the product-limit estimate with
+    Greenwood's 95 % interval on the scale of log(-log), NaN where survival is 1 or 0.
 
     Studies are assumed independent: pass one per patient.
     """
@@ -488,10 +488,4 @@ def kaplan_meier(time, event):
         ends = survival.confidence_interval(method="log-log")
     curves = [np.r_[1.0, c.probabilities] for c in (survival, ends.low, ends.high)]
     curves[1][0] = curves[2][0] = np.nan
-    times = np.r_[0.0, survival.quantiles]
-    return times, *curves, len(time) - np.searchsorted(np.sort(time), times, side="left")
-
-
-def risk_thirds(risk):
-    """(S,): 0, 1 or 2 by the thirds of risk, cut at its quantiles; equal risks share a third."""
-    return np.searchsorted(np.quantile(risk, (1 / 3, 2 / 3)), risk, side="left")
+    return np.r_[0.0, survival.quantiles], *curves

@@ -162,8 +162,8 @@ class Training(EpochTraining):
     def record(self):
         """What a checkpoint records about the training: see `Record`."""
         s, cohort = self.settings, self.cohort
-        labels = cohort.outputs.by_output.items()
-        unlearnt = [output for output, label in labels if label.name in cohort.unlearnt]
+        pairs = cohort.outputs.by_output.items()
+        unlearnt = [output for output, label in pairs if label.name in cohort.unlearnt]
         learnt = cohort.table.loc[cohort.eids["train"], cohort.outputs.of_kind("regression")]
         ends = learnt.agg(["min", "max"]).dropna(axis=1)
         return Record(
