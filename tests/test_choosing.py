@@ -59,7 +59,7 @@ def test_a_fold_without_a_positive_is_reported(rare):
     folds[9] = "val"
     warn_of_one_class(rare, folds, Task(task_labels=["rare"], type="binary"), listener)
     assert [f.text for f in listener.findings] == [
-        "label rare has no positive in the test fold: it cannot be evaluated"
+        "label rare cannot be evaluated in the test fold: always 0"
     ]
 
 

@@ -267,7 +267,7 @@ def test_few_studies_give_no_wrong_number_and_no_warning(kind, n, recwarn):
 
 def test_net_benefit_and_a_single_class():
     y, p = np.array([0.0, 1, 1, 0]), np.array([0.1, 0.3, 0.9, 0.5])
-    assert mt.net_benefit(y, p, [0.2])[0, 0] == pytest.approx((2 - 1 / 4) / 4)
+    assert mt.net_benefit(y, p, [0.2])[0] == pytest.approx((2 - 1 / 4) / 4)
     p = np.array([0.2, 0.4, 0.9])
     none = by_metric(BinaryOutcome("a", np.zeros(3), p, threshold=0.5), n_boot=200)
     assert none["auroc"].note == none["sensitivity"].note == "no positive study"

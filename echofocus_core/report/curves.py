@@ -362,11 +362,11 @@ def forest(rows, title, path, reference=None, headings=()):
     height = 0.9 + 0.25 * len(rows)
     figure, axis = new_figure(figsize=(9, height))
     figure.subplots_adjust(0.27, 0.6 / height, 0.66, 0.98)
-    beside = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    style = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8)
     limits = []
     for i, (text, x) in enumerate(rows):
         bold = "bold" if text in headings else "normal"
-        axis.text(-0.02, i, text, ha="right", fontweight=bold, **beside)
+        axis.text(-0.02, i, text, ha="right", fontweight=bold, **style)
         if np.isfinite(x.value):
             ends = [e if np.isfinite(e) else x.value for e in (x.ci_low, x.ci_high)]
             limits += ends
@@ -374,7 +374,7 @@ def forest(rows, title, path, reference=None, headings=()):
             axis.plot(x.value, i, "s", color=BLUE, ms=5)
         positive = "" if x.n_positive < 0 else f", {x.n_positive} +"
         value = with_interval(x) if np.isfinite(x.value) else f"n/a: {x.note}"
-        axis.text(1.02, i, f"{value}   n = {x.n}{positive}", ha="left", **beside)
+        axis.text(1.02, i, f"{value}   n = {x.n}{positive}", ha="left", **style)
     if reference is not None and np.isfinite(reference):
         axis.axvline(reference, color=GREY, lw=0.8, ls="--")
     if limits:

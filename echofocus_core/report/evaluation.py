@@ -57,12 +57,12 @@ FOREST = "Squares: the value; lines: 95 % intervals over patients."
 
 @dataclass
 class Report:
-    """An evaluation, written to a folder under `name`, such as test_site.
+    """An evaluation. Its files are in `folder`, and their names end with `name`, such as test_site.
 
-    facts: for the JSON and the table of settings: name -> text or number. by: column -> (cells as
-    text in the order of the studies, edges). others: name of another model -> (Studies of this
-    model, of the other) of `pair_studies`. notes: cautions for the reader. folds: Studies of each
-    fold of a cross-validation, to report their mean and SD.
+    facts: name -> text or number, for the JSON and the table of settings; by: column -> (cells in
+    the order of the studies, edges); others: name of another model -> (Studies of this model, of
+    the other model) by `pair_studies`; notes: warnings for the reader; folds: Studies of each fold
+    of a cross-validation, to report the mean and SD over folds.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ class Report:
     folds: list = field(default_factory=list)
 
     def write(self):
-        """Write tables, figures and the page; returns the lines for the screen."""
+        """Write tables, figures and the page; return the lines for the screen."""
         studies = self.studies
         self.figures, self.files = [], []
         self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
@@ -119,14 +119,14 @@ class Report:
         self.files.append(f"{name}_{self.name}.csv")
 
     def figure(self, file, title, draw, legend=FOREST):
-        """Draw a figure with draw(path=), and keep it for the page."""
+        """Draw a figure with draw(path=), and add it to the page."""
         path = self.folder / f"{file}_{self.name}"
         draw(path=path)
         png = base64.b64encode(path.with_name(path.name + ".png").read_bytes()).decode()
         self.figures.append({"title": title, "file": path.name, "png": png, "legend": legend})
 
     def draw_panels(self):
-        """Draw the figures of each kind of label."""
+        """Draw the figures in PANELS that the kinds of labels have."""
         patients, bands = self.studies.patients, {}
         for file, panel in curves.PANELS.items():
             outcomes = [o for o in self.studies.outcomes if file in o.figures]
@@ -146,7 +146,7 @@ class Report:
             self.figure(file, title, draw, panel.legend)
 
     def draw_forests(self):
-        """Draw a forest plot of the labels with the same main metric, where it has one unit."""
+        """Draw a forest plot for each headline metric that several labels have in one unit."""
         outcomes = self.studies.outcomes
         for metric in dict.fromkeys(o.headline for o in outcomes):
             rows = [self.headlines[o.label] for o in outcomes if o.headline == metric]
@@ -157,7 +157,7 @@ class Report:
                 self.figure(f"forest_{metric}", f"{name}{more}", draw)
 
     def write_groups(self, column):
-        """Write the table and forest plots of a column's groups; returns [(group, Estimate)]."""
+        """Write the table and forest plots of a column's groups; return [(group, Estimate)]."""
         cells, edges = self.by[column]
         groups = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
         rows = [{"column": column, "group": group} | x.row() for group, x in groups]
@@ -181,7 +181,7 @@ class Report:
         return groups
 
     def compare(self, name):
-        """Rows of this model minus another, on the studies that both predict."""
+        """Rows with this model's metrics minus another's, on the studies that both predict."""
         first, second = self.others[name]
         differences = st.compare(
             first.outcomes, second.outcomes, first.patients, self.n_boot, self.seed
@@ -233,7 +233,7 @@ def number_or_na(value):
 
 
 def page_tables(report):
-    """[(title, metrics, [(outcome, {metric: Estimate})])] for the page; the rest is in the CSV."""
+    """[(heading, metrics, [(outcome, {metric: Estimate})])] of the metrics with a heading."""
     by_key = {(x.label, x.metric): x for x in report.estimates}
     tables = []
     for kind in dict.fromkeys(map(type, report.studies.outcomes)):
@@ -249,8 +249,8 @@ def page_tables(report):
 
 
 def uncertain_labels(report):
-    """Labels for which the page has a warning: small (texts), undefined (note -> labels),
-    no_interval (labels)."""
+    """Labels that the page warns about: small (texts), undefined (note -> labels), no_interval
+    (labels)."""
     small = [
         f"{o.label} ({o.n_positive} of {o.n})"
         for o in report.studies.outcomes
@@ -272,8 +272,8 @@ def uncertain_labels(report):
 def evaluate_file(job):
     """`evaluate --predictions`: evaluate a table of study ids and predictions of any model.
 
-    The truths are in this table (<label>_Correct and PID, as `evaluate` writes) or in the label
-    table.
+    The truths are in the label table, or in this table (<label>_Correct and PID, like the tables
+    that `evaluate` writes).
     """
     settings, path, table = job.settings, Path(job.settings.predictions), None
     if job.task:
@@ -289,27 +289,25 @@ def evaluate_file(job):
     studies = studies.subset(settings.first_study_only, settings.sample_limit)
     if not studies.usable.any():
         raise UserError(f"{path}: no study has both a truth and a prediction")
-    flow = []
-    if table is not None:
-        flow = study_flow(table, reasons | dict.fromkeys(studies.eids, ""))
+    evaluated = dict.fromkeys(studies.eids, "")
+    flow = [] if table is None else study_flow(table, reasons | evaluated)
     columns = group_columns(job)
-    if settings.prevalence:
-        studies = studies.at_prevalence(settings.prevalence)
+    studies = studies.at_prevalence(settings.prevalence)
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
     facts = {"run_id": "", "model_name": path.stem, "fold": "all"}
-    others = compared_studies(job, studies)
-    report_evaluation(folder, name, studies, flow, facts, settings, columns, others)
+    report_evaluation(folder, name, studies, flow, facts, job, columns)
 
 
-def report_evaluation(folder, name, studies, flow, facts, settings, columns, others):
-    """Write and print the evaluation of some studies, pooled by patient if requested.
+def report_evaluation(folder, name, studies, flow, facts, job, columns):
+    """Write the evaluation of some studies, pooled by patient if requested, and print a summary.
 
-    columns: of `group_columns`; others: name of a model to compare -> (Studies, notes).
+    columns: of `group_columns`.
     """
-    pairs, notes = {}, unseen_notes(settings.subset, facts.get("unseen"))
+    settings, pairs = job.settings, {}
+    notes = unseen_notes(settings.subset, facts.get("unseen"))
     notes += filter(None, [facts.get("warning")])
-    for other, (theirs, more) in others.items():
+    for other, (theirs, more) in compared_studies(job, studies).items():
         *pairs[other], missing = pair_studies(studies, theirs, other)
         notes += [f"{other}: {note}" for note in more] + missing
     if settings.per == "patient":  # compared on the same studies of a patient
@@ -336,12 +334,12 @@ def evaluate_fold(job, columns):
     facts = {"run_id": settings.run_id, "model_name": model.folder.name}
     facts |= {"unseen": evidence if settings.subset == "test" else ""}
     facts |= {"warning": "; ".join(warnings)} if warnings else {}
-    others = compared_studies(job, studies)
-    report_evaluation(model.folder, name, studies, flow, facts, settings, columns, others)
+    report_evaluation(model.folder, name, studies, flow, facts, job, columns)
 
 
 def evaluate_folds(folder, settings, cohorts, store, evidence=()):
-    """Evaluate a cross-validation: each study by the model of the fold that has not seen it.
+    """Evaluate a cross-validation: the predictions of a study are from the model that has not seen
+    it.
 
     evidence: of `seen_elsewhere`, on whether another model or the encoder has seen the studies.
     """

@@ -2,8 +2,8 @@
 
     studies = Studies(eids, patients, [BinaryOutcome("VSD", truth, probability, 0.31)])
 
-Nothing here knows models or embedding files: a table with the predictions of any model will do.
-The pages are written by report/evaluation.py.
+The predictions may come from any model: no function here needs a network or clip embeddings.
+report/evaluation.py writes the pages.
 """
 
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ NOT_ASKED = "not asked for (first study only, or sample limit)"
 
 @dataclass(frozen=True)
 class Studies:
-    """What is evaluated: outcomes (one for each label) of the same S studies, and the patients."""
+    """S studies to evaluate: their ids, their patients (S,) and an Outcome for each label."""
 
     eids: list[str]
     patients: np.ndarray
@@ -42,7 +42,7 @@ class Studies:
 
     @property
     def usable(self):
-        """(S,) bool: studies with truth and prediction of some label."""
+        """(S,) bool: studies with a truth and a prediction for at least one label."""
         return np.any([o.usable for o in self.outcomes], axis=0)
 
     def take(self, rows):
@@ -62,7 +62,7 @@ class Studies:
         return pd.DataFrame(columns)
 
     def subset(self, first_only, limit):
-        """The usable studies of --first_study_only and --sample_limit; all without these."""
+        """The usable studies that the options select; all studies without these options."""
         if not first_only and not limit:
             return self
         rows = np.flatnonzero(self.usable)
@@ -72,7 +72,7 @@ class Studies:
         return self.take([i for i in rows if self.eids[i] in eids])
 
     def at_prevalence(self, prevalence):
-        """The same, with PPV and NPV of findings at this prevalence too."""
+        """These Studies with a prevalence, for PPV and NPV of findings."""
         outcomes = [
             replace(o, prevalence=prevalence) if isinstance(o, BinaryOutcome) else o
             for o in self.outcomes
@@ -82,25 +82,23 @@ class Studies:
     def per_patient(self, rule="mean"):
         """(Studies with a row for each patient, {label: patients left out}); `Outcome.by_patient`.
 
-        A row has the id of the patient's first usable study, or of the last with the rule last; of
-        the first study where none is usable.
+        A row has the id of the patient's first usable study (rule last: the last one), or of the
+        first study if none is usable.
         """
         rows, usable = pd.Series(range(len(self))), self.usable
-        end = "last" if rule == "last" else "first"
         row = rows.groupby(self.patients).first()
-        row.update(rows[usable].groupby(self.patients[usable]).agg(end))
-        outcomes, left_out = [], {}
-        for o in self.outcomes:
-            pooled, left_out[o.label] = o.by_patient(self.patients, rule)
-            outcomes.append(pooled)
-        studies = Studies([self.eids[int(i)] for i in row], row.index.to_numpy(), outcomes)
-        return studies, {label: n for label, n in left_out.items() if n}
+        of_usable = rows[usable].groupby(self.patients[usable])
+        row.update(of_usable.agg("last" if rule == "last" else "first"))
+        pooled = [o.by_patient(self.patients, rule) for o in self.outcomes]
+        eids, outcomes = [self.eids[int(i)] for i in row], [o for o, _ in pooled]
+        return Studies(eids, row.index.to_numpy(), outcomes), {o.label: n for o, n in pooled if n}
 
 
 def join_folds(parts):
-    """Studies of several parts, one after the other: the test folds of a cross-validation.
+    """Join the Studies of the test folds of a cross-validation.
 
-    The threshold of a finding becomes that of its fold for each study; None where a fold has none.
+    The threshold of a finding becomes an array with that of each study's fold, or None if a fold
+    has no threshold.
     """
     outcomes = []
     for folds in zip(*(part.outcomes for part in parts), strict=True):
@@ -116,7 +114,7 @@ def join_folds(parts):
 
 
 def pair_studies(studies, other, name):
-    """(Studies of this model, of the other, notes): what both predict, label by label."""
+    """(Studies of this model, of the other model, notes), with the studies and labels of both."""
     place = {eid: i for i, eid in enumerate(other.eids)}
     first = studies.take([i for i, eid in enumerate(studies.eids) if eid in place])
     if not len(first):
@@ -141,72 +139,66 @@ def pair_studies(studies, other, name):
     return *(Studies(first.eids, first.patients, outcomes) for outcomes in pair), notes
 
 
-def outcomes_of(outputs, truth, predicted, units, thresholds, prevalence=None, years=()):
-    """One outcome for each label. truth (S, C) and predicted (S, O) of `study.outputs`, in physical
-    units, probabilities and log hazards; years: the times of the AUROC of survival."""
+def outcomes_of(outputs, truth, predicted, units, thresholds, years=()):
+    """One Outcome for each label. truth (S, C); predicted (S, O): readable answers; see
+    `study.outputs`; years: times of the AUROC of survival."""
     return [
-        label.outcome(
-            truth[:, outputs.places[label.name]], predicted[:, outputs.slices[label.name]],
-            units.get(label.name, ""), thresholds.get(label.name), prevalence, years,
-        )
-        for label in outputs.each
-    ]  # fmt: skip
+        label.outcome(y, p, units.get(label.name, ""), thresholds.get(label.name), years)
+        for label, y, p in outputs.parts(truth, predicted)
+    ]
 
 
 # -------------------------------------------------------------------------- predictions of a table
 
 
-def read_prediction_rows(path, listener=RUN):
+def read_prediction_rows(path):
     """The rows of a table of predictions as text, indexed by study id. Raises UserError."""
-    rows = read_table(path, listener, "table of predictions")
+    rows = read_table(path, RUN, "table of predictions")
     column = next((c for c in ("eid", "Echo_ID") if c in rows), None)
     if column is None:
         raise UserError(f"{path} has no column of study ids; name it eid")
-    rows = rows_with_id(rows, column, path, listener)
-    ids = clean_ids(rows[column], path, listener)
+    rows = rows_with_id(rows, column, path)
+    ids = clean_ids(rows[column], path, RUN)
     if ids.duplicated().any():
         repeated = some(map(printable, ids[ids.duplicated()].unique()))
         raise UserError(f"{path} has studies more than once: {repeated}; keep one row each")
     return rows.set_axis(pd.Index(ids, name="eid"), axis=0)
 
 
-def rows_with_id(rows, column, path, listener):
-    kept = rows.dropna(subset=[column])
-    if lost := len(rows) - len(kept):
-        listener.warning(f"{path}: {lost} rows have no {column}", "fill in; they are ignored")
-    return kept
+def rows_with_id(rows, column, path):
+    if blank := int(rows[column].isna().sum()):
+        RUN.warning(f"{path}: {blank} rows have no {column}", "fill in; they are ignored")
+    return rows.dropna(subset=[column])
 
 
-def read_predictions(rows, path, labels, units=(), listener=RUN):
+def read_predictions(rows, path, labels, units=()):
     """(predictions, thresholds) of `read_prediction_rows`: DataFrames, a float64 column a label.
 
-    Predictions are `<label>_Predict`, `<label> [unit]` or `<label>`, as `evaluate` and `predict`
-    write them: where the first exists, `<label>` is something else, such as the truth. Thresholds
-    are `<label>_threshold`. Raises UserError.
+    The column of a label is `<label>_Predict`, `<label> [unit]` or `<label>`, the names that
+    `evaluate` and `predict` write; if there are several, the first, because `<label>` may be the
+    truth. Thresholds are `<label>_threshold`. Raises UserError.
     """
     columns = {}
     for label in labels:
         names = (f"{label}_Predict", f"{label} [{dict(units).get(label)}]", label)
         columns[label], *others = [name for name in names if name in rows] or [None]
         if others:
-            listener.note(
-                f"{path}: predictions of {label} are {columns[label]}, not {some(others)}"
-            )
+            RUN.note(f"{path}: predictions of {label} are {columns[label]}, not {some(others)}")
     if missing := [label for label, column in columns.items() if column is None]:
         raise UserError(
             f"{path} has no predictions of {some(missing)}; name the column like the label, or "
             f"<label>_Predict (it has: {some(map(printable, rows.columns))})"
         )
-    values = numeric_columns(rows, columns.values(), path, listener).set_axis(list(columns), axis=1)
+    values = numeric_columns(rows, columns.values(), path).set_axis(list(columns), axis=1)
     decided = [label for label in labels if f"{label}_threshold" in rows]
-    thresholds = numeric_columns(rows, [f"{label}_threshold" for label in decided], path, listener)
+    thresholds = numeric_columns(rows, [f"{label}_threshold" for label in decided], path)
     return values, thresholds.set_axis(decided, axis=1)
 
 
-def numeric_columns(rows, columns, path, listener):
-    """Columns as float64. UserError for a cell with other text, which would go unnoticed."""
+def numeric_columns(rows, columns, path):
+    """Columns as float64. Raises UserError for a cell that is not a number."""
     text = rows[list(columns)]
-    values = to_numbers(text, path, listener)
+    values = to_numbers(text, path, RUN)
     for name in text:
         odd = text[name][values[name].isna() & text[name].notna()]
         if len(odd):
@@ -218,19 +210,18 @@ def numeric_columns(rows, columns, path, listener):
 
 
 def thresholds_of(table, predicted, path):
-    """label -> its threshold in a table: a number, or (S,) one for each study where they differ.
+    """label -> its threshold in a table: a number, or (S,) if studies have different ones.
 
-    UserError for a study with a prediction and without the threshold of its column.
+    Raises UserError if some studies with a prediction have no threshold.
     """
     thresholds = {}
-    for label, values in table.loc[predicted.index].items():
+    for label, values in table.loc[predicted.index].dropna(axis=1, how="all").items():
         needed, numbers = predicted[label].notna(), values.dropna().unique()
-        if len(numbers) and (blank := int(values[needed].isna().sum())):
+        if blank := int(values[needed].isna().sum()):
             raise UserError(
                 f"{path}, {label}_threshold: {blank} of {needed.sum()} are blank; fill them in"
             )
-        if len(numbers):
-            thresholds[label] = float(numbers[0]) if len(numbers) == 1 else values.to_numpy()
+        thresholds[label] = float(numbers[0]) if len(numbers) == 1 else values.to_numpy()
     return thresholds
 
 
@@ -254,7 +245,7 @@ def studies_of_labels(path, task, table):
 
 
 def warn_of_truths(path, outcomes):
-    """Report labels whose predictions equal the truths: another column may be the right one."""
+    """Report labels whose predictions equal the truths: the column may be the wrong one."""
     equal = [o for o in outcomes if o.n and np.array_equal(*o.pairs())]
     if equal:
         names = some(o.label for o in equal)
@@ -262,7 +253,7 @@ def warn_of_truths(path, outcomes):
 
 
 def studies_with_truths(path):
-    """Studies of a table that holds its truths (`saveout_*`), or None where it does not."""
+    """Studies of a table that contains its truths (`saveout_*`), or None if it does not."""
     rows = read_prediction_rows(path)
     pid = next((c for c in ("PID", "pid") if c in rows), None)
     labels = [c.removesuffix("_Correct") for c in rows if c.endswith("_Correct")]
@@ -272,26 +263,25 @@ def studies_with_truths(path):
     if other:
         raise UserError(
             f"{path} has truths of {some(map(printable, other))} and no prediction of that name: "
-            "classes and times are evaluated by a label table; name its --task"
+            "classes and times need a label table; name its --task"
         )
-    rows = rows_with_id(rows, pid, path, RUN)
-    truth = numeric_columns(rows, [f"{x}_Correct" for x in labels], path, RUN)
+    rows = rows_with_id(rows, pid, path)
+    truth = numeric_columns(rows, [f"{x}_Correct" for x in labels], path)
     predicted, thresholds = read_predictions(rows, path, labels)
     outcomes, thresholds = [], thresholds_of(thresholds, predicted, path)
     for label in labels:
         y, p = truth[f"{label}_Correct"].to_numpy(), predicted[label].to_numpy()
-        binary = np.isin(y[np.isfinite(y)], (0, 1)).all()
-        threshold = thresholds.get(label)
-        outcomes.append(
-            BinaryOutcome(label, y, p, threshold) if binary else RegressionOutcome(label, y, p)
-        )
+        if np.isin(y[np.isfinite(y)], (0, 1)).all():
+            outcomes.append(BinaryOutcome(label, y, p, thresholds.get(label)))
+        else:
+            outcomes.append(RegressionOutcome(label, y, p))
     return Studies(list(rows.index), clean_ids(rows[pid], path, RUN).to_numpy(), outcomes)
 
 
 def studies_to_compare(path, outcomes, studies):
     """Studies of another table of predictions and its thresholds, with the truths of `studies`."""
     if not all(isinstance(o, BinaryOutcome | RegressionOutcome) for o in outcomes):
-        raise UserError(f"{path}: a table is compared for findings and measurements only")
+        raise UserError(f"{path}: only findings and measurements can be compared with a table")
     units = {o.label: o.units for o in outcomes}
     predicted, thresholds = read_predictions(read_prediction_rows(path), path, list(units), units)
     part = studies.take([i for i, eid in enumerate(studies.eids) if eid in predicted.index])
@@ -316,32 +306,24 @@ def read_by(text):
         edges = [float(x) for x in numbers.split(",")] if numbers else []
     except ValueError:
         edges = [np.nan]
-    if not column or sorted(set(edges)) != edges or not np.isfinite(edges).all():
+    if column in ("", "eid") or sorted(set(edges)) != edges or not np.isfinite(edges).all():
         raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
     return column, edges
 
 
 def group_columns(job):
     """Column -> (its cells as text by study id, edges) of `--by`. Raises UserError."""
-    edges = {}
-    for column, numbers in map(read_by, job.settings.by):
-        if column == "eid":
-            raise UserError("--by eid: each study would be a group; name a column that groups them")
-        if column in edges:
-            raise UserError(f"--by {column} is given twice")
-        edges[column] = numbers
+    edges = dict(map(read_by, job.settings.by))
     if not edges:
         return {}
     if not job.task:
         raise UserError("--by reads the label table: name a --task of the config")
     file = label_file(job.task, job.dataset)
     rows = read_rows(file, list(edges))
-    for column, numbers in edges.items():
-        if numbers:
-            rows[column] = numeric_groups(rows[column], file.path)
-        else:
-            rows[column] = one_word_a_group(rows[column], file.path)
-    return {column: (rows[column], edges[column]) for column in edges}
+    return {
+        column: ((numeric_groups if numbers else merge_words)(rows[column], file.path), numbers)
+        for column, numbers in edges.items()
+    }
 
 
 SEX = {"m": "m", "male": "m", "männlich": "m", "maennlich": "m", "man": "m", "homme": "m"}
@@ -350,18 +332,18 @@ SEX |= {"woman": "f", "femme": "f", "féminin": "f", "femenino": "f"}
 SEX |= {x: x for x in ("o", "other", "u", "unknown", "d", "divers")}
 
 
-def numeric_groups(cells, path, listener=RUN):
+def numeric_groups(cells, path):
     """A column of text as numbers; ages as in DICOM, such as 011M, in years. Raises UserError."""
     years = ages_to_years(cells)
     if n := years.notna().sum():
-        listener.note(f"{path}, {cells.name}: {n} ages such as 018Y and 011M are read as years")
+        RUN.note(f"{path}, {cells.name}: {n} ages such as 018Y and 011M are read as years")
     rest = cells.mask(years.notna()).to_frame()
-    return numeric_columns(rest, rest.columns, path, listener)[cells.name].fillna(years)
+    return numeric_columns(rest, rest.columns, path)[cells.name].fillna(years)
 
 
-def one_word_a_group(cells, path, listener=RUN):
-    """A column of text: words that differ in case only, and those of a sex, become the most
-    frequent of them."""
+def merge_words(cells, path):
+    """A column of text in which words with one meaning (the case differs, or both are words for a
+    sex) are replaced by the most frequent of them."""
     keys = cells.str.strip().str.casefold()
     if keys.dropna().isin(list(SEX)).all():
         keys = keys.map(SEX)
@@ -369,13 +351,13 @@ def one_word_a_group(cells, path, listener=RUN):
     merged = keys.map(names)
     for name, others in cells[cells.notna() & (cells != merged)].groupby(merged):
         words = some(map(printable, sorted(others.unique())))
-        listener.note(f"{path}, {cells.name}: {words} count as {printable(name)}")
+        RUN.note(f"{path}, {cells.name}: {words} count as {printable(name)}")
     return merged
 
 
 def groups_of(cells, edges):
-    """(names in order, (S,) group of each study or -1) of a column of text, or of numbers cut at
-    `edges`. Raises UserError for more than MAX_GROUPS groups."""
+    """(names in order, (S,) the group of each study or -1) of a column of text, or of numbers that
+    are cut at `edges`. Raises UserError for more than MAX_GROUPS groups."""
     column, filled = cells.name, cells.notna().to_numpy()
     if edges:
         place = np.where(filled, np.searchsorted(edges, cells, side="right"), -1)
@@ -392,7 +374,7 @@ def groups_of(cells, edges):
 
 
 def subgroups(studies, cells, edges, n_boot, seed):
-    """[(group, Estimate)] of every group of a column and label; 'missing' is a group too."""
+    """[(group, Estimate)] for each group of a column, and for studies where it is missing."""
     names, place = groups_of(cells, edges)
     rows = []
     for k, name in [*enumerate(names), (-1, "missing")]:
@@ -407,11 +389,11 @@ def subgroups(studies, cells, edges, n_boot, seed):
 
 
 def study_flow(table, reasons):
-    """[{"text", "studies", "patients", "left_out"}]: the label table, who was left out and why in
-    the order of `reasons`, and who was evaluated.
+    """[{"text", "studies", "patients", "left_out"}]: the label table, the studies left out for each
+    reason in the order of `reasons`, and the studies evaluated.
 
-    table: pid, indexed by study id; reasons: study id -> text, '' where it was evaluated. A patient
-    counts as left out where none of their studies is left.
+    table: pid, indexed by study id; reasons: study id -> text, '' for evaluated studies. A patient
+    counts as left out if none of their studies remains.
     """
     reasons = pd.Series(reasons).reindex(table.index).fillna("")
     pids = table["pid"]
@@ -425,7 +407,7 @@ def study_flow(table, reasons):
 
 
 def fold_flow(table, folds, tested):
-    """The same of a cross-validation; folds: for each part a Series of study -> fold."""
+    """`study_flow` of a cross-validation; folds: for each part a Series of study -> fold."""
     reasons = dict.fromkeys(table.index, UNREADABLE_EMBEDDINGS)
     for part in folds:
         reasons |= dict(part[~part.isin(FOLDS)])
@@ -460,33 +442,29 @@ def headlines_of(studies, estimates):
     return {x.label: x for x in estimates if metrics.get(x.label) == x.metric}
 
 
+UNSEEN_NOTES = {
+    ELSEWHERE: "The model was trained elsewhere; it is assumed not to have seen these patients",
+    ASSUMED: "The user states that the model has not seen these patients; not compared",
+    ENCODER_UNKNOWN: "It is not recorded which patients the encoder of the embeddings was trained "
+    "on; it is assumed not to have seen these patients",
+}
+
+
 def unseen_notes(fold, unseen):
     """Sentences on whether the model has seen these studies. unseen: of `study.folds`, or None."""
     if fold != "test" and unseen is not None:
         return [f"Studies of the {fold} fold: the model was trained on them or chosen by them."]
-    notes = []
-    for evidence in (unseen or "").split("; "):
-        evidence, _, detail = evidence.partition(": ")
-        if evidence == ELSEWHERE:
-            notes.append(
-                "The model was trained elsewhere; that it has not seen these patients is assumed."
-            )
-        elif evidence == ASSUMED:
-            ids = f" ({detail} by the ids)" * bool(detail)
-            notes.append(
-                f"The user states that the model has not seen these patients; not compared{ids}."
-            )
-        elif evidence == ENCODER_UNKNOWN:
-            notes.append(
-                "It is not recorded which patients the encoder of the embeddings was trained on; "
-                "that it has not seen these patients is assumed."
-            )
-    return notes
+    parts = [text.partition(": ") for text in (unseen or "").split("; ")]
+    return [
+        UNSEEN_NOTES[evidence] + (f" ({detail} by the ids)." if detail else ".")
+        for evidence, _, detail in parts
+        if evidence in UNSEEN_NOTES
+    ]
 
 
 def fold_notes(parts):
-    """Sentences on labels that a fold of a cross-validation could not learn, or has no threshold
-    for."""
+    """Sentences on labels that a fold of a cross-validation could not learn, or that have no
+    threshold in it."""
     for folds in zip(*(part.outcomes for part in parts), strict=True):
         label = folds[0].label
         blank = [k for k, o in enumerate(folds) if not finite_rows(o.predicted).any()]

@@ -130,10 +130,10 @@ def studies_of_answers(model, table, results, thresholds, settings):
     table = table.loc[results.eids]
     truth, predicted = table[model.outputs.columns], model.readable(results.logits)
     outcomes = outcomes_of(
-        model.outputs, truth.to_numpy(), predicted, model.units, thresholds,
-        settings.prevalence, settings.years,
-    )  # fmt: skip
-    return Studies(results.eids, table["pid"].to_numpy(), outcomes)
+        model.outputs, truth.to_numpy(), predicted, model.units, thresholds, settings.years
+    )
+    studies = Studies(results.eids, table["pid"].to_numpy(), outcomes)
+    return studies.at_prevalence(settings.prevalence)
 
 
 def fold_in_words(fold):

@@ -382,11 +382,11 @@ def warn_of_one_class(table, folds, task, listener):
             continue  # it cannot be learned, which is reported
         for fold in ("val", "test"):
             values = y[folds == fold].dropna()
-            if len(values) and (lacks := label.why_unjudgeable(values)):
+            if len(values) and label.is_finding and (why := label.why_constant(values)):
                 chooses = label.by_step and len(outputs.labels) == 1 and fold == "val"
                 report = listener.error if chooses else listener.warning  # no epoch is the best
                 report(
-                    f"label {label.name} has {lacks} in the {fold} fold: it cannot be evaluated",
+                    f"label {label.name} cannot be evaluated in the {fold} fold: {why}",
                     f"--stratify {label.name}, or fewer folds",
                 )
 
@@ -422,7 +422,7 @@ def unlearnable_labels(table, task, listener=RUN):
     for label in task.outputs.each:
         y = label.contrast(table).dropna()
         counts = label.counts(y)
-        if why := label.why_unlearnable(y):
+        if why := label.why_constant(y):
             listener.warning(
                 f"label {label.name} cannot be learnt: {why} in the training fold",
                 "add such studies, or drop it; it stays blank",

@@ -4,9 +4,8 @@ weights (S, B): how often each of S studies occurs in each of B resamples; a fun
 one value per resample. One column of ones gives the plain metric. Sums of weights are integers,
 exact in float32 up to 16 million.
 
-A bootstrap is slow if every resample is sorted and summed again. Here each label is sorted once;
-for a resample, only running sums and products of the weights with a sparse matrix (which study is
-in which group) are computed.
+A bootstrap that sorts every resample is slow. Here each label is sorted once; a resample needs only
+running sums and products of the weights with a sparse matrix (which study is in which group).
 """
 
 import warnings
@@ -19,6 +18,7 @@ from echofocus_core.base.console import UserError
 NODES = 512  # of the grid on which the calibration curve of a resample is fitted
 BINS = 10  # of the expected calibration error, of equal width
 NEAREST = 1e-6  # smallest distance of a probability from 0 and 1, for its logit
+MAX_KNOTS = 400  # times of a baseline hazard
 
 
 # --------------------------------------------------------------------------------- building blocks
@@ -55,14 +55,10 @@ def squares_about_mean(total, total_of_squares, n):
     return np.where(squares > rounding, squares, np.nan)
 
 
-def sd_or_one(values):
-    """The SD as a divisor: 1 if it is zero."""
-    return (values.std() if len(values) else 0) or 1
-
-
 def standardise(values):
-    """(values - mean) / SD, whose sums lose no digits in float32."""
-    return (values - values.mean()) / sd_or_one(values) if len(values) else values
+    """((values - mean) / SD, SD), whose sums lose no digits in float32; an SD of 0 counts as 1."""
+    sd = (values.std() if len(values) else 0) or 1
+    return (values - values.mean()) / sd if len(values) else values, sd
 
 
 def weights_at_cuts(key, left, right, weights, left_weights=None, also=()):
@@ -101,7 +97,8 @@ def weights_or_ones(weights, n):
 
 
 def auroc(truth, score, weights=None):
-    """Area under the ROC curve, ties half; a float, or (B,) for weights; NaN for one class."""
+    """Area under the ROC curve, where ties count half: a float, or (B,) for weights; NaN for one
+    class."""
     truth, score = np.asarray(truth), np.asarray(score)
     with np.errstate(all="ignore"):
         area = ranking(truth, score, weights_or_ones(weights, len(truth)))["auroc"]
@@ -149,9 +146,9 @@ def calibration(truth, probability, weights):
 def share_on_grid(x, weights):
     """(nodes (G,), weights at the nodes (G, B)), for sums of smooth functions of x.
 
-    The nodes are the distinct values if these are few or there is one resample. Otherwise the
-    weight of a study is split between the two nearest nodes: the error of a logistic function of x
-    is then the spacing squared / 80, at most 1e-5.
+    The nodes are the distinct values if these are few or there is one resample. Otherwise, the
+    weight of a study is split between the two nearest nodes of a grid; the error of a logistic
+    function of x is then the spacing squared / 80, at most 1e-5.
     """
     distinct, value = np.unique(x, return_inverse=True)
     if len(distinct) <= 2 * NODES or weights.shape[1] == 1:
@@ -169,7 +166,7 @@ def fit_logistic(x, weights, target, slope_is_1):
     """(2, B): intercept and slope by Newton's method; NaN where no finite solution exists.
 
     x (G,), weights (G, B); target (2, B): weighted sums of truth and of truth times x. All
-    resamples start from the fit of their sum and leave the iteration when they have converged.
+    resamples start from the fit of their sum; those that have converged are not computed again.
     Example: x = (-1, 1), weights (4, 4), 1 and 3 positive studies. The target is (4, 2), and the
     fit is intercept 0, slope log(3), with predicted sums 4 (p1 + p2) = 4 and 4 (p2 - p1) = 2.
     """
@@ -229,15 +226,14 @@ def operating(true_positive, false_positive, true_negative, false_negative, prev
     }
 
 
-def net_benefit(truth, probability, cuts, weights=None):
-    """(len(cuts), B): (true positives - false positives * cut / (1 - cut)) / number of studies.
+def net_benefit(truth, probability, cuts):
+    """(len(cuts),): (true positives - false positives * cut / (1 - cut)) / number of studies.
 
     The decision curve of Vickers & Elkin, Med Decis Making 2006;26:565. For "treat all", set every
     probability to 1.
     """
-    weights = weights_or_ones(weights, len(truth))
     gain = [(probability >= c) * (truth - (1 - truth) * c / (1 - c)) for c in cuts]
-    return sums(gain, weights) / weights.sum(axis=0)
+    return np.mean(gain, axis=1)
 
 
 def choose_threshold(truth, probability, rule="youden"):
@@ -245,9 +241,9 @@ def choose_threshold(truth, probability, rule="youden"):
 
     rule: "youden", the largest sensitivity + specificity (Youden, Cancer 1950;3:32);
     "sensitivity=0.95", the highest threshold that reaches it; "specificity=0.95", the lowest. The
-    threshold is halfway to the next lower probability, so that rounding has no effect. None with
-    only one class, or if no threshold is better than chance (youden) or detects a positive study
-    (specificity).
+    threshold is halfway to the next lower probability, so that rounding has no effect. None if
+    there is only one class, or if no threshold is better than chance (youden) or detects a positive
+    study (specificity).
     """
     goal, target = read_target(rule)
     usable = np.isfinite(truth) & np.isfinite(probability)
@@ -291,8 +287,7 @@ def read_target(rule):
 def errors(truth, values, weights):
     """mean_absolute_error, rmse, bias (mean of value - truth), loa_low, loa_high (bias -+ 1.96 SD,
     Bland & Altman, Lancet 1986;1:307), r2 (1 - squared error / variance), pearson: each (B,)."""
-    scale, e = sd_or_one(truth), values - truth
-    y, f = standardise(truth), standardise(values)
+    (y, scale), (f, _), e = standardise(truth), standardise(values), values - truth
     middle = e.mean() if len(e) else 0  # subtracted first: its square would lose digits
     off, e = (e - middle) / scale, e / scale
     columns = [np.ones(len(y)), y, y**2, f, f**2, y * f, off, off**2, e**2, abs(e)]
@@ -311,7 +306,7 @@ def errors(truth, values, weights):
 
 
 def spearman(truth, values, weights):
-    """(B,): the correlation of mid-ranks; each resample has its own ranks."""
+    """(B,): the correlation of mid-ranks, which are computed in each resample."""
     (x, x_of, sxx), (y, y_of, syy) = mid_ranks(truth, weights), mid_ranks(values, weights)
     x, y = np.take(x, x_of, axis=0), np.take(y, y_of, axis=0)
     correlation = np.einsum("sb,sb,sb->b", weights, x, y) / np.sqrt(sxx) / np.sqrt(syy)
@@ -342,7 +337,7 @@ def weighted_median(values, weights, block=64):
     )
     half, column = before[-1] / 2, np.arange(weights.shape[1])
 
-    def first(reached):  # the value at which the running weight has reached half
+    def first(reached):  # the first value whose running weight satisfies `reached`
         start = np.maximum((~reached(before)).sum(axis=0) - 1, 0).clip(max=n_blocks - 1)
         rows = start * block + np.arange(block)[:, None]
         inside = np.where(
@@ -417,22 +412,18 @@ def c_index(time, event, risk, weights=None):
     return float(share[0]) if single else share
 
 
-def dynamic_auroc(time, event, risk, at, weights=None):
-    """AUROC of studies with the event by time `at` against studies followed longer: float or (B,).
+def dynamic_auroc(time, event, risk, at, weights):
+    """(B,): AUROC of studies with the event by time `at` against studies with a longer follow-up.
 
     Cumulative cases, dynamic controls; cases weighted by 1 / probability of not being censored
     before their time (Uno, J Am Stat Assoc 2007;102:527), estimated in each resample.
     """
-    single, weights = weights is None, weights_or_ones(weights, len(time))
-    time, event, risk = np.asarray(time, float), np.asarray(event, bool), np.asarray(risk)
     case, control = np.flatnonzero(event & (time <= at)), np.flatnonzero(time > at)
     distinct, place = np.unique(time, return_inverse=True)
     at_risk = sum_by_group(place, len(distinct), weights)
     at_risk = at_risk.sum(axis=0) - running_sum(at_risk) + at_risk
     ends = np.flatnonzero(event)
-    at_risk -= sum_by_group(
-        place[ends], len(distinct), weights, ends
-    )  # an event precedes censoring
+    at_risk -= sum_by_group(place[ends], len(distinct), weights, ends)  # events precede censoring
     censored = np.flatnonzero(~event)
     censored = sum_by_group(place[censored], len(distinct), weights, censored)
     stays = 1 - np.divide(censored, at_risk, out=np.zeros_like(censored), where=at_risk > 0)
@@ -443,14 +434,13 @@ def dynamic_auroc(time, event, risk, at, weights=None):
     _, cases, below, tied = weights_at_cuts(risk, case, control, weights, w)
     with np.errstate(all="ignore"):
         pairs = cases.sum(axis=0) * sums([time > at], weights)[0]
-        area = np.where(pairs > 0, dot(cases, below + tied / 2) / pairs, np.nan)
-    return float(area[0]) if single else area
+        return np.where(pairs > 0, dot(cases, below + tied / 2) / pairs, np.nan)
 
 
-def breslow(time, event, risk, most=400):
+def breslow(time, event, risk):
     """The baseline hazard, which converts log hazards to survival, as a dict: `mean` (of `risk`),
     `times`, and `cumulative`, the cumulative hazard at these times for a study of mean risk. The
-    times are 0, the times of events (with more than `most` events, that many quantiles) and the
+    times are 0, the times of events (with more than MAX_KNOTS events, that many quantiles) and the
     longest time, rounded to three digits.
 
     Breslow's estimate (J R Stat Soc B 1972;34:216). None if no time is above 0. See
@@ -464,9 +454,9 @@ def breslow(time, event, risk, most=400):
     time, event, hazard = time[order], event[order], np.exp(risk[order] - risk.mean())
     at_risk = np.cumsum(hazard[::-1])[::-1][np.searchsorted(time, time, side="left")]
     total = np.concatenate([[0.0], np.cumsum(event / at_risk)])
-    knots = np.quantile(time[event == 1], np.linspace(0, 1, most)) if event.any() else []
-    if event.sum() <= most:
-        knots = time[event == 1]
+    knots = time[event == 1]
+    if len(knots) > MAX_KNOTS:
+        knots = np.quantile(knots, np.linspace(0, 1, MAX_KNOTS))
     knots = np.unique([float(f"{x:.3g}") for x in (0, *knots, time[-1])])
     cumulative = total[np.searchsorted(time, knots * (1 + 1e-9), side="right")]
     cumulative[-1] = total[-1]
@@ -486,6 +476,5 @@ def kaplan_meier(time, event):
     with warnings.catch_warnings():  # it is not defined at 0 and 1
         warnings.simplefilter("ignore", RuntimeWarning)
         ends = survival.confidence_interval(method="log-log")
-    curves = [np.r_[1.0, c.probabilities] for c in (survival, ends.low, ends.high)]
-    curves[1][0] = curves[2][0] = np.nan
-    return np.r_[0.0, survival.quantiles], *curves
+    low, high = (np.r_[np.nan, end.probabilities] for end in (ends.low, ends.high))
+    return np.r_[0.0, survival.quantiles], np.r_[1.0, survival.probabilities], low, high

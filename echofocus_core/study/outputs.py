@@ -91,6 +91,13 @@ class Outputs:
         """Whether a study's loss depends on the others of its optimiser step."""
         return any(label.by_step for label in self.each)
 
+    def parts(self, targets, answers):
+        """[(label, targets (S, c), answers (S, n))] of each label, from (S, C) and (S, O)."""
+        return [
+            (label, targets[:, self.places[label.name]], answers[:, self.slices[label.name]])
+            for label in self.each
+        ]
+
     def truths(self, table):
         """Target columns -> DataFrame (S, O): 1 and 0 for classes, NaN for survival."""
         columns = {k: y for label in self.each for k, y in label.truths(table).items()}
@@ -129,16 +136,14 @@ def study_losses(logits, targets, outputs):
     """
     import torch
 
-    has_value = ~targets[:, [outputs.places[label].start for label in outputs.labels]].isnan()
-    filled, kinds = targets.nan_to_num(), {type(label) for label in outputs.each}
+    has_value = ~targets[:, [place.start for place in outputs.places.values()]].isnan()
+    kinds = {type(label) for label in outputs.each}
     if kinds in ({Binary}, {Regression}):  # all labels at once
-        losses = kinds.pop().losses(logits, filled)
+        losses = kinds.pop().losses(logits, targets.nan_to_num())
     else:
-        parts = []
-        for label in outputs.each:
-            y = (targets if label.by_step else filled)[:, outputs.places[label.name]]
-            parts.append(label.losses(logits[:, outputs.slices[label.name]], y))
-        losses = torch.cat(parts, dim=1)
+        parts = outputs.parts(targets, logits)
+        losses = [label.losses(z, y if label.by_step else y.nan_to_num()) for label, y, z in parts]
+        losses = torch.cat(losses, dim=1)
     return (losses * has_value).sum(1) / len(outputs.each)
 
 

@@ -29,7 +29,7 @@ class Estimate:
 
     value, ci_low, ci_high are NaN if not defined; `note` then gives the reason. n: number of
     studies; n_positive: those with the finding or event (-1: does not apply); n_boot: number of
-    resamples with a value; p_value: only of a difference.
+    resamples with a value; p_value: only for a difference.
     """
 
     label: str
@@ -58,8 +58,9 @@ class Estimate:
 def resamples(patients, n_boot, seed=0, chunk_bytes=CHUNK_BYTES):
     """Yield weights (S, b), float32, in chunks of at most `chunk_bytes`: `n_boot` resamples in all.
 
-    A resample draws as many patients as there are, with replacement; a study counts as often as its
-    patient was drawn. patients (S,): any identifiers. The draws depend only on patients and seed.
+    A resample draws as many patients as the studies have, with replacement; a study counts as often
+    as its patient is drawn. patients (S,): any identifiers. The draws depend only on patients and
+    seed.
     """
     names, patient = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed % 2**64)  # numpy takes no negative seed
@@ -74,7 +75,7 @@ def resamples(patients, n_boot, seed=0, chunk_bytes=CHUNK_BYTES):
 
 def bootstrap(outcomes, patients, n_boot=1000, seed=0):
     """{(label, metric): (1 + n_boot,)}: the value on all studies, then on each resample of the
-    patients. All outcomes use the same resamples."""
+    patients, the same for all outcomes."""
     threads = max(1, min(len(outcomes), os.cpu_count() or 1, 8))  # one label per thread
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
 
@@ -103,10 +104,10 @@ def interval(values, n_patients, proportion_of=0):
     (Hesterberg, Am Stat 2015;69:371). A proportion of `proportion_of` patients (0: another metric)
     has Wilson's interval with the effective sample size from its variance over resamples (Dean &
     Pagano, J Surv Stat Methodol 2015;3:484). For a sensitivity of 0.9 in 40 patients with several
-    studies each, percentiles covered the true value 78 times in 100, Wilson's interval 96 times;
-    and for 15 correct of 15 it is not "1.00 to 1.00". The expected calibration error is biased
+    studies each, percentiles covered the true value 78 times in 100, and Wilson's interval 96
+    times; for 15 correct of 15, it is not "1.00 to 1.00". The expected calibration error is biased
     upwards in small samples, and so is its interval: coverage is 90 % with 150 patients. NaN for
-    one patient, for less than 100 resamples with a value, or if all these are equal.
+    one patient, for fewer than 100 resamples with a value, or if these are all equal.
     """
     value, resampled = values[0], values[1:][~np.isnan(values[1:])]
     n_boot = len(resampled)
@@ -169,7 +170,7 @@ def estimates(outcomes, patients, n_boot=1000, seed=0):
 def macro_means(outcomes, values, patients):
     """[Estimate] labelled "mean", for each metric that two or more labels have in the same unit.
 
-    values: of `bootstrap`. A resample's mean is over the labels that have a value in it. Labels
+    values: from `bootstrap`. A resample's mean is over the labels that have a value in it. Labels
     without a value on all studies are left out; `note` gives the number of labels in the mean.
     """
     rows = []
@@ -185,9 +186,9 @@ def macro_means(outcomes, values, patients):
             mean = np.where(finite, stacked, 0).sum(axis=0) / finite.sum(axis=0)
         usable = np.any([o.usable for o in defined], axis=0)
         low, high, n_boot = interval(mean, count_patients(patients, usable))
-        note = f"mean of {len(defined)} of {len(outcomes)} labels"
-        row = Estimate("mean", metric, float(mean[0]), low, high, int(usable.sum()))
-        rows.append(replace(row, unit=units.pop(), note=note, n_boot=n_boot))
+        note, n = f"mean of {len(defined)} of {len(outcomes)} labels", int(usable.sum())
+        value, unit = float(mean[0]), units.pop()
+        rows.append(Estimate("mean", metric, value, low, high, n, -1, unit, note, n_boot))
     return rows
 
 
@@ -215,21 +216,22 @@ def difference(a, b, metric, values, others, patients):
     with np.errstate(invalid="ignore"):
         less = values - others
     low, high, n_boot = interval(less, count_patients(patients, a.usable))
-    row = Estimate(a.label, metric, float(less[0]), low, high, a.n, a.n_positive, a.unit(metric))
-    row = replace(row, n_boot=n_boot)
+    n, positive, unit = a.n, a.n_positive, a.unit(metric)
+    row = Estimate(a.label, metric, float(less[0]), low, high, n, positive, unit, "", n_boot)
     if metric == "auroc" and isinstance(a, BinaryOutcome):
         low, high, p_value = delong_difference(a, b, patients)
         row = replace(row, ci_low=low, ci_high=high, p_value=p_value, n_boot=0)
+    if np.isnan(values[0]):
+        return replace(row, note=a.why_missing(metric))
     if np.isnan(row.value):
-        missing, whose = (a, "") if np.isnan(values[0]) else (b, "the other: ")
-        return replace(row, note=whose + missing.why_missing(metric))
+        return replace(row, note=f"the other: {b.why_missing(metric)}")
     if np.isnan(row.ci_low):
         return replace(row, note="no interval: too few patients, or all resamples are equal")
     return row
 
 
 def on_both(first, second):
-    """Two models' outcomes, with truths only for the studies that both predict.
+    """The outcomes of two models, with truths only for the studies that both predict.
 
     UserError if labels or truths differ.
     """
@@ -264,9 +266,8 @@ def delong(truth, scores, patients=None):
     """(AUROCs (M,), their covariance (M, M)) of M models on the same studies; scores (S, M).
 
     DeLong (Biometrics 1988;44:837) by mid-ranks (Sun & Xu, IEEE Signal Process Lett 2014;21:1389).
-    With `patients`, whose studies are not independent, sums over patients replace single studies
-    (Obuchowski, Biometrics 1997;53:567); with one study per patient both are equal. NaN if a class
-    has fewer than two patients.
+    Studies of one patient are not independent: with `patients`, sums over patients replace single
+    studies (Obuchowski, Biometrics 1997;53:567). NaN if a class has fewer than two patients.
     """
     scores, truth = np.asarray(scores, float).reshape(len(truth), -1), np.asarray(truth)
     positive, negative = scores[truth == 1], scores[truth == 0]

@@ -27,7 +27,7 @@ from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, train_steps
 from echofocus_core.study.network import build
-from echofocus_core.study.validation import metric_line, thresholds_and_hazards
+from echofocus_core.study.validation import metric_line
 
 # ----------------------------------------------------------------------------------- the network
 
@@ -307,22 +307,28 @@ class Training(EpochTraining):
             self.save_if_due()
 
     def answers(self, validation):
-        """(true values, readable answers, outputs, labels that can be learnt) of Results."""
+        """[(label, targets (S, c), readable answers (S, n))] of Results, for labels that are
+        learnt."""
         cohort, outputs = self.cohort, self.cohort.outputs
         truth = cohort.table.loc[validation.eids, outputs.columns].to_numpy()
         values = outputs.readable(validation.logits, cohort.scaling, {})
-        return truth, values, outputs, [x for x in outputs.labels if x not in cohort.unlearnt]
+        return [
+            part for part in outputs.parts(truth, values) if part[0].name not in cohort.unlearnt
+        ]
 
     def decide(self, validation, target=None):
         """Choose thresholds and baseline hazards on the validation fold; target: the rule."""
         target = (self.settings.target if target is None else target) or "youden"
-        answers = self.answers(validation)
-        self.thresholds, hazards = thresholds_and_hazards(*answers, target)
-        self.hazards = {name: Hazard(**hazard) for name, hazard in hazards.items()}
+        self.thresholds, self.hazards = {}, {}
+        for label, y, p in self.answers(validation):
+            if (threshold := label.threshold(y, p, target)) is not None:
+                self.thresholds[label.name] = threshold
+            if (hazard := label.hazard(y, p)) is not None:
+                self.hazards[label.outputs[0]] = Hazard(**hazard)
 
     def metrics(self, validation):
         """The metrics of a validation, as text."""
-        return metric_line(*self.answers(validation), self.cohort.scaling)
+        return metric_line(self.answers(validation), self.cohort.scaling)
 
     # ------------------------------------------------------------------------------------- files
 

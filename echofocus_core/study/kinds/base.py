@@ -85,15 +85,11 @@ class Label:
         """A short text on `contrast` values without NaN, for the table of folds."""
         return f"median {y.median():.3g} of {len(y)}" if len(y) else "none"
 
-    def why_unlearnable(self, y):
-        """Why the training fold's `contrast` values, without NaN, cannot be learnt, or ''."""
+    def why_constant(self, y):
+        """Why `contrast` values, without NaN, do not differ between studies, or ''."""
         if y.nunique() > 1:
             return ""
         return f"always {self.value_name(y.iloc[0])}" if len(y) else "always missing"
-
-    def why_unjudgeable(self, y):
-        """Why a fold with these `contrast` values, without NaN, has no metric, or ''."""
-        return ""
 
     def truths(self, table):
         """Target columns -> one column for each output, to compare with its readable answer."""
@@ -132,7 +128,7 @@ class Label:
         """(factor from the network's unit, name of the unit) of scores of its outputs."""
         return 1.0, self.score_name
 
-    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+    def outcome(self, y, p, unit="", threshold=None, years=()):
         """The Outcome of targets (S, c) and readable answers (S, n)."""
         raise NotImplementedError
 
@@ -176,6 +172,17 @@ class Outcome:
     n_positive = -1
     threshold = None
     units = ""
+
+    def __post_init__(self):
+        """Convert to float arrays. Raises UserError if they cannot be evaluated."""
+        names = (*self.truth_fields, "predicted")
+        arrays = [np.asarray(getattr(self, name), float) for name in names]
+        if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
+            shapes = ", ".join(str(x.shape) for x in arrays)
+            raise UserError(f"{self.label}: truths and predictions have different shapes: {shapes}")
+        if any(np.isinf(x).any() for x in arrays):
+            raise UserError(f"{self.label}: a truth or a prediction is infinite")
+        vars(self).update(zip(names, arrays, strict=True))
 
     @property
     def truth_columns(self):
@@ -269,17 +276,6 @@ class Outcome:
             mixed = groups["truth"].nunique().reindex(names).to_numpy()[:, 0] > 1
         pooled["truth"] = np.where(mixed, np.nan, pooled["truth"])
         return replace(self, **pooled), int(mixed.sum())
-
-
-def check_arrays(label, *arrays):
-    """Float arrays of one length, the truth (S,) first. Raises UserError with the label's name."""
-    arrays = [np.asarray(x, float) for x in arrays]
-    if arrays[0].ndim != 1 or any(len(x) != len(arrays[0]) for x in arrays):
-        shapes = ", ".join(str(x.shape) for x in arrays)
-        raise UserError(f"{label}: truths and predictions have different shapes: {shapes}")
-    if any(np.isinf(x).any() for x in arrays):
-        raise UserError(f"{label}: a truth or a prediction is infinite")
-    return arrays
 
 
 def finite_rows(values):

@@ -7,7 +7,7 @@ import numpy as np
 
 from echofocus_core.base.console import UserError
 from echofocus_core.study import metrics as mt
-from echofocus_core.study.kinds.base import Label, Metric, Outcome, check_arrays, rarer, sigmoid
+from echofocus_core.study.kinds.base import Label, Metric, Outcome, rarer, sigmoid
 
 
 class Binary(Label):
@@ -21,9 +21,6 @@ class Binary(Label):
 
     def summary(self, y):
         return f"{y.sum():.0f} of {len(y)}" + (f" ({y.mean():.1%})" if len(y) else "")
-
-    def why_unjudgeable(self, y):
-        return "" if y.nunique() > 1 else f"no {'negative' if y.iloc[0] else 'positive'}"
 
     @staticmethod
     def losses(z, y):
@@ -40,8 +37,8 @@ class Binary(Label):
     def threshold(self, y, p, rule):
         return mt.choose_threshold(y[:, 0], p[:, 0], rule)
 
-    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
-        return BinaryOutcome(self.name, y[:, 0], p[:, 0], threshold, prevalence)
+    def outcome(self, y, p, unit="", threshold=None, years=()):
+        return BinaryOutcome(self.name, y[:, 0], p[:, 0], threshold)
 
 
 def with_finding(outcome):
@@ -102,7 +99,7 @@ class BinaryOutcome(Outcome):
     )
 
     def __post_init__(self):
-        self.truth, self.predicted = check_arrays(self.label, self.truth, self.predicted)
+        super().__post_init__()
         if not np.isin(self.truth[np.isfinite(self.truth)], (0, 1)).all():
             raise UserError(f"{self.label}: a truth is neither 0, 1 nor missing")
         if np.any((self.predicted < 0) | (self.predicted > 1)):

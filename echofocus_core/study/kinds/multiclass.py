@@ -11,7 +11,6 @@ from echofocus_core.study.kinds.base import (
     Label,
     Metric,
     Outcome,
-    check_arrays,
     mask_faults,
     rarer,
     sigmoid,
@@ -41,9 +40,6 @@ class Multiclass(Label):
     def summary(self, y):
         return ", ".join(f"{x} {n}" for x, n in self.counts(y).items())
 
-    def why_unjudgeable(self, y):
-        return "" if y.nunique() > 1 else f"only studies of {self.value_name(y.iloc[0])}"
-
     def truths(self, table):
         y = table[self.name]
         return {x: (y == k).astype(float).mask(y.isna()) for k, x in enumerate(self.outputs)}
@@ -69,7 +65,7 @@ class Multiclass(Label):
     def more_answers(self, row):
         return [(f"{self.name}, most probable class", row.get(self.name))]
 
-    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+    def outcome(self, y, p, unit="", threshold=None, years=()):
         return MulticlassOutcome(self.name, y[:, 0], p, self.classes)
 
 
@@ -87,7 +83,7 @@ class MulticlassOutcome(Outcome):
     methods = "Grades were assessed by one-vs-rest AUROC, balanced accuracy and quadratic kappa."
 
     def __post_init__(self):
-        self.truth, self.predicted = check_arrays(self.label, self.truth, self.predicted)
+        super().__post_init__()
         self.classes, K = tuple(self.classes), len(self.classes)
         if self.predicted.shape != (len(self.truth), K):
             raise UserError(f"{self.label}: {K} classes, probabilities {self.predicted.shape}")

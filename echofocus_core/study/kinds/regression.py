@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from echofocus_core.study import metrics as mt
-from echofocus_core.study.kinds.base import Label, Metric, Outcome, check_arrays
+from echofocus_core.study.kinds.base import Label, Metric, Outcome
 from echofocus_core.study.scaling import unscale
 
 QUARTERS = 4  # quantile groups of the truth, for which the error is also computed
@@ -33,7 +33,7 @@ class Regression(Label):
             return 1.0, "standard deviations"  # of the transformed label: its unit is not linear
         return float(scaling[self.name]["stdev"]), unit or "label's unit"
 
-    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+    def outcome(self, y, p, unit="", threshold=None, years=()):
         return RegressionOutcome(self.name, y[:, 0], p[:, 0], unit)
 
 
@@ -68,9 +68,6 @@ class RegressionOutcome(Outcome):
         "Agreement of measurements was assessed by the median and mean absolute error, root mean "
         "squared error, R2, correlation, and bias with 95 % limits of agreement."
     )
-
-    def __post_init__(self):
-        self.truth, self.predicted = check_arrays(self.label, self.truth, self.predicted)
 
     def why_undefined(self):
         if self.n == 1:

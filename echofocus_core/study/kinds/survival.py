@@ -12,7 +12,6 @@ from echofocus_core.study.kinds.base import (
     Label,
     Metric,
     Outcome,
-    check_arrays,
     examples_of,
     mask_faults,
     rarer,
@@ -105,11 +104,8 @@ class Survival(Label):
     def summary(self, y):
         return f"{y.sum():.0f} events of {len(y)}" + (f" ({y.mean():.1%})" if len(y) else "")
 
-    def why_unlearnable(self, y):
+    def why_constant(self, y):
         return "" if y.any() else "no event" if len(y) else "always missing"
-
-    def why_unjudgeable(self, y):
-        return "" if y.any() else "no event"
 
     def truths(self, table):
         return {self.outputs[0]: table[self.name] * np.nan}
@@ -133,7 +129,7 @@ class Survival(Label):
         times = {k.removeprefix(start): v for k, v in row.items() if k.startswith(start)}
         return [(f"no {self.name} until {time}", p) for time, p in times.items()]
 
-    def outcome(self, y, p, unit="", threshold=None, prevalence=None, years=()):
+    def outcome(self, y, p, unit="", threshold=None, years=()):
         years = tuple(years or USUAL_YEARS)
         return SurvivalOutcome(
             self.name, y[:, 0], p[:, 0], y[:, 1], years, unit or "years", per_year(unit)
@@ -165,8 +161,7 @@ class SurvivalOutcome(Outcome):
     methods = "Time to event was assessed by Harrell's C and survival by thirds of predicted risk."
 
     def __post_init__(self):
-        arrays = check_arrays(self.label, self.truth, self.predicted, self.event)
-        self.truth, self.predicted, self.event = arrays
+        super().__post_init__()
         if not np.isin(self.event[np.isfinite(self.event)], (0, 1)).all():
             raise UserError(f"{self.label}: an event is neither 0, 1 nor missing")
         if (self.truth < 0).any():
