@@ -554,7 +554,7 @@ def test_a_folder_has_a_list_of_its_own_beside_its_pack(folder):
     """One of them may be copied without the other; an empty entry counts as missing."""
     st.write_encoder_seen(folder, {"ab": some_seen()})
     pack(folder)
-    sidecar, path = st.seen_paths(folder)
+    sidecar, path = st.seen_path(folder, packed=True), st.seen_path(folder)
     for before in (None, {"ab": []}):
         path.unlink()
         if before:

@@ -54,6 +54,7 @@ from echofocus_core.base.options import Settings, add_options, validate_as
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
+from echofocus_core.video import panecho, store
 from echofocus_core.video.decode import (
     SAMPLINGS,
     TOO_MUCH,
@@ -63,24 +64,6 @@ from echofocus_core.video.decode import (
     VideoError,
     content_digest,
     read_clips,
-)
-from echofocus_core.video.panecho import (
-    can_pack,
-    clip_planes,
-    load_panecho,
-    normalise,
-    warn_of_other_clips,
-)
-from echofocus_core.video.store import (
-    FileRecord,
-    StudyDetails,
-    almost_the_same,
-    empty_path,
-    load_copies,
-    load_details,
-    study_path,
-    write_encoder_seen,
-    write_study,
 )
 from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
 
@@ -185,7 +168,7 @@ def distinct_images(index):
     3 * frame + channel, and (C, L) positions in that list. Clips that start a multiple of three
     frames apart share images (see `panecho.clip_planes`), and each is encoded once.
     """
-    channel, position = np.moveaxis(clip_planes(index.shape[1]), -1, 0)  # (L, 3) each
+    channel, position = np.moveaxis(panecho.clip_planes(index.shape[1]), -1, 0)  # (L, 3) each
     planes = 3 * index[:, position] + channel  # (C, L, 3)
     images, inverse = np.unique(planes.reshape(-1, 3), axis=0, return_inverse=True)
     return images, inverse.reshape(index.shape)
@@ -211,7 +194,7 @@ class Pending:
         numbers = self.images[self.taken : self.taken + n]
         self.taken += len(numbers)
         # A plane is normalised by its own channel, whatever its position in the image.
-        return normalise(self.planes[numbers], numbers % 3)
+        return panecho.normalise(self.planes[numbers], numbers % 3)
 
 
 class Encoder:
@@ -228,7 +211,7 @@ class Encoder:
         half = dtype == torch.bfloat16
         self.autocast = partial(torch.autocast, kind, torch.bfloat16, half)
         self.autocast_images = self.autocast
-        if kind == "cpu" and can_pack(dtype):
+        if kind == "cpu" and panecho.can_pack(dtype):
             backbone.encoder.model.pack(dtype, size)
         elif kind == "cuda" and half:
             backbone.encoder.model.features.to(dtype)
@@ -333,8 +316,8 @@ class StudyProgress:
 
     waiting: set[str]  # videos without a result
     stamps: dict[str, str]  # of each video's file, when the study was started
-    before: dict[str, FileRecord]  # from an earlier run
-    records: dict[str, FileRecord]
+    before: dict[str, store.FileRecord]  # from an earlier run
+    records: dict[str, store.FileRecord]
     results: dict[str, tuple]  # (starts, embeddings), of videos with clips
     seconds: dict[str, float] = field(default_factory=dict)
     gone: bool = False  # a file can no longer be reached
@@ -364,14 +347,15 @@ class Run:
             if name in before and is_unchanged(before[name], stamps[name], study.source(video))
         }
         left_out = {
-            visible(v): FileRecord(result="again", reason=why) for v, why in study.left_out.items()
+            visible(v): store.FileRecord(result="again", reason=why)
+            for v, why in study.left_out.items()
         }
         results = {}
         if self.redo or kept | left_out != before or videos.keys() - kept.keys():
             # The first file with the frames of a repeat may have changed: read the repeats again.
             kept = {name: record for name, record in kept.items() if record.result != "repeat"}
             try:
-                copies = load_copies(path) if starts else None  # (1 + K, V, C, 768)
+                copies = store.load_copies(path) if starts else None  # (1 + K, V, C, 768)
                 results = {
                     video: (starts[video], copies[:, i])
                     for i, video in enumerate(starts) if video in kept
@@ -391,11 +375,11 @@ class Run:
 
         Raises UserError where the file was made with other settings and there is no --redo.
         """
-        main, empty = study_path(self.out, study), empty_path(self.out, study)
+        main, empty = store.study_path(self.out, study), store.empty_path(self.out, study)
         present = {k: v for k, v in self.attributes.items() if k not in NOT_COMPARED}
         for path in [main] if self.redo else [main, empty]:
             try:
-                details = load_details(path)
+                details = store.load_details(path)
             except UNREADABLE:  # missing or damaged
                 continue
             if path == main and not self.redo:
@@ -403,7 +387,7 @@ class Run:
                 check_resume(path, details.attributes, present, remedy=remedy)
             if not differences(details.attributes, present):
                 return path, details
-        return main, StudyDetails()
+        return main, store.StudyDetails()
 
     def collect(self, study, video, reply, embeddings, seconds):
         """Take a video's Clips or VideoError; with the last one of a study, write the study."""
@@ -413,12 +397,12 @@ class Run:
             reply = NotNow("it changed while it was read")
         if isinstance(reply, VideoError):
             result = "again" if isinstance(reply, NotNow) else "skipped"
-            record = FileRecord(stamp, "", result, "", clean_text(reply))
+            record = store.FileRecord(stamp, "", result, "", clean_text(reply))
             work.gone |= isinstance(reply, SourceGone)
         else:
             plain = reply[0]
             facts = str(plain.n_frames), plain.note, plain.pixels
-            record = FileRecord(stamp, plain.content, "ok", *facts)
+            record = store.FileRecord(stamp, plain.content, "ok", *facts)
             work.results[name] = plain.starts, embeddings
         work.records[name], work.seconds[name] = record, seconds
         work.waiting.remove(name)
@@ -439,11 +423,11 @@ class Run:
                 "command again to resume"
             )
         if not work.gone and work.records != work.before:
-            path, other = study_path(self.out, study), empty_path(self.out, study)
+            path, other = store.study_path(self.out, study), store.empty_path(self.out, study)
             if not usable:
                 path, other = other, path
             with atomic_path(path) as temporary:
-                write_study(temporary, work.results, self.attributes, work.records)
+                store.write_study(temporary, work.results, self.attributes, work.records)
             other.unlink(missing_ok=True)
         for name, record in sorted(work.records.items()):
             file, result, reason = f"{study.name}/{name}", "skipped", record.reason
@@ -471,7 +455,7 @@ def compare_videos(records, results):
             del results[name]
     names = [name for name in names if name in results]
     embeddings = np.stack([results[name][1][0] for name in names])
-    for i, j in almost_the_same(embeddings):
+    for i, j in store.almost_the_same(embeddings):
         notes = filter(None, [records[names[j]].reason, f"{ALMOST}: {names[i]}"])
         records[names[j]] = replace(records[names[j]], reason="; ".join(notes))
 
@@ -561,12 +545,12 @@ def extract(studies, out, settings):
 def prepare_encoder(out, settings):
     """(Encoder, attributes of the HDF5 files) of a run; writes the encoder's training patients."""
     device, sampling = pick_device(settings.device), sampling_of(settings)
-    loaded = load_panecho(settings.weights, sampling.clip_len)
+    loaded = panecho.load_panecho(settings.weights, sampling.clip_len)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; for trials only, not for results")
-    warn_of_other_clips(loaded.record, settings.weights, sampling.size, sampling.clip_len)
+    panecho.warn_of_other_clips(loaded.record, settings.weights, sampling.size, sampling.clip_len)
     if loaded.seen:
-        write_encoder_seen(out, {loaded.sha256: loaded.seen})
+        store.write_encoder_seen(out, {loaded.sha256: loaded.seen})
     batch = settings.image_batch or default_batch(device, sampling.size)
     encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, sampling.size)
     attributes = attributes_of(settings, loaded.sha256)

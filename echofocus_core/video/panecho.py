@@ -113,12 +113,12 @@ class PackedBlock(nn.Module):
         scale = block.layer_scale.detach().view(-1)
         self.conv, self.norm = conv.to(dtype), norm.to(dtype)
 
-        def packed(weight, bias):  # for products with this number of rows
+        def pack(weight, bias):  # for products with this number of rows
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
             return weight, bias.to(dtype)
 
-        self.up = packed(up.weight.detach(), up.bias.detach())
-        self.down = packed(down.weight.detach() * scale[:, None], down.bias.detach() * scale)
+        self.up = pack(up.weight.detach(), up.bias.detach())
+        self.down = pack(down.weight.detach() * scale[:, None], down.bias.detach() * scale)
 
     def forward(self, x):  # (B, C, H, W)
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))  # (B, H, W, C)
@@ -136,8 +136,8 @@ class ConvNeXt(nn.Module):
         layers = [nn.Sequential(nn.Conv2d(3, width, 4, stride=4), LayerNorm2d(width, eps=1e-6))]
         for stage, (dim, blocks) in enumerate(CONVNEXT_TINY):
             if stage:
-                before = CONVNEXT_TINY[stage - 1][0]
-                downsample = (LayerNorm2d(before, eps=1e-6), nn.Conv2d(before, dim, 2, stride=2))
+                n_in = CONVNEXT_TINY[stage - 1][0]
+                downsample = (LayerNorm2d(n_in, eps=1e-6), nn.Conv2d(n_in, dim, 2, stride=2))
                 layers.append(nn.Sequential(*downsample))
             layers.append(nn.Sequential(*(ConvNeXtBlock(dim) for _ in range(blocks))))
         self.features = nn.Sequential(*layers)
@@ -503,10 +503,10 @@ def licence_of(path, record):
 def warn_of_other_clips(record, path, size, clip_len, rate=1):
     """Warn if clips differ from those of the encoder's training. record: None without one."""
     if record:
-        before = {"sampling_rate": record.settings.get("sampling_rate", 1)}
-        before |= {"size": record.size, "clip_len": record.clip_len}
-        now = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
-        for change in differences(before, now):
+        trained = {"sampling_rate": record.settings.get("sampling_rate", 1)}
+        trained |= {"size": record.size, "clip_len": record.clip_len}
+        current = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
+        for change in differences(trained, current):
             RUN.warning(f"the clips differ from those that {path} was trained on: {change}",
                         "use the same values; else the embeddings may be worse")  # fmt: skip
 

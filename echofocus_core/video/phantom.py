@@ -191,13 +191,13 @@ def phantom_cine(view="A4C", ef=60.0, shows_defect=False, frames=16, size=(120, 
         u0, v0 = displace(u, v, start, half_axes(long, short, view.across))
         map_x = (cx + side * v0 * cos - u0 * sin) * px + W / 2
         map_y = (cz + side * v0 * sin + u0 * cos) * px
-        now = cv2.remap(scene, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        warped = cv2.remap(scene, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         noise = rng.standard_normal((H, W), dtype=np.float32) * 0.01
         # A low gain: speckle stays dimmer than turbulent flow.
-        image = 0.4 * ((now[..., 0] * fade).clip(0) ** 0.6 + noise * fan)
+        image = 0.4 * ((warped[..., 0] * fade).clip(0) ** 0.6 + noise * fan)
         if view.colour:
-            flow = now[..., 1] * max(filling[i], 0) + now[..., 2] * max(-filling[i], 0)
-            jet = now[..., 3] * (phase[i] % 1 < 0.54)  # throughout systole
+            flow = warped[..., 1] * max(filling[i], 0) + warped[..., 2] * max(-filling[i], 0)
+            jet = warped[..., 3] * (phase[i] % 1 < 0.54)  # throughout systole
             image = colourise(image, flow * box, jet * box, rng)
         out[i] = (image.reshape(H, W, -1) * 255).clip(0, 255)
     return out

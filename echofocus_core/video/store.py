@@ -211,29 +211,28 @@ def almost_the_same(embeddings):
 ENCODER_SEEN = "encoder_seen.pt"  # in a folder of embeddings; next to a pack
 
 
-def seen_paths(folder):
-    """The files with these lists: next to the pack of a folder of embeddings, and in the folder."""
+def seen_path(folder, packed=False):
+    """The file with these lists: in a folder of embeddings, or next to its pack."""
     pack = packed_path(Path(folder))
-    return pack.with_name(f"{pack.name}.{ENCODER_SEEN}"), Path(folder) / ENCODER_SEEN
+    return pack.with_name(f"{pack.name}.{ENCODER_SEEN}") if packed else Path(folder) / ENCODER_SEEN
 
 
 def read_encoder_seen(folder):
     """SHA-256 of an encoder -> list of Seen, its training patients. Raises UserError."""
     lists = {}
-    for path in filter(Path.is_file, seen_paths(folder)):
-        for digest, parts in load_safely(path).items():
+    for path in (seen_path(folder, packed=True), seen_path(folder)):
+        saved = load_safely(path) if path.is_file() else {}
+        for digest, parts in saved.items():
             if parts:
                 lists[digest] = [Seen.load(part, path) for part in parts]
     return lists
 
 
 def write_encoder_seen(folder, lists, packed=False):
-    """Add lists to those of a folder of embeddings, or write those of its pack."""
-    if lists:
-        path = seen_paths(folder)[0 if packed else 1]
-        lists = read_encoder_seen(folder) | lists
+    """Add lists to those of a folder, and write all into the folder or next to its pack."""
+    if lists := read_encoder_seen(folder) | lists:
         saved = {digest: [part.saved() for part in seen] for digest, seen in lists.items()}
-        save(saved, path)
+        save(saved, seen_path(folder, packed))
 
 
 # ------------------------------------------------------------------------------- reading embeddings
@@ -242,7 +241,7 @@ BEYOND = 1e9  # clip embeddings are far smaller; the squares of larger numbers o
 
 
 class UnreadableStudy(Exception):
-    """Why a study's embeddings cannot be used."""
+    """A study's embeddings cannot be used; the text has the reason."""
 
 
 @dataclass
@@ -411,7 +410,7 @@ class Store:
         for number in range(self.header(eid).copies):
             with self.open_study(eid) as study:
                 clips = study.clips(number)
-            yield clips  # outside: errors of the caller are not the study's
+            yield clips  # after the block: an error of the caller is not an unreadable study
 
     def stamp(self, eid):
         """Size and time of a study's file; [0, 0] when it is missing."""
@@ -656,7 +655,7 @@ class PackedEmbeddings(Store):
             array = np.empty((V, C, D), self.dtype)
             position = self.offset + (study.row + number * V * C) * D * self.dtype.itemsize
             if os.preadv(self.file.fileno(), [array.view(np.uint8)], position) != array.nbytes:
-                raise ValueError("the file is truncated: run pack again")
+                raise ValueError("the pack is truncated: run pack again")
             return array
 
         header = Header(copies, V, C, study.made_with, tuple(study.crc32))
@@ -697,7 +696,7 @@ def write_pack(source, path, dtype):
         f.create_dataset("index", data=np.frombuffer(text, np.uint8), fletcher32=True)
         f.attrs["format"] = np.bytes_(PACK_FORMAT)
         f.attrs["version"] = np.bytes_(__version__)
-    write_encoder_seen(source.folder, read_encoder_seen(source.folder), packed=True)
+    write_encoder_seen(source.folder, {}, packed=True)
     return {eid: study.reason for eid, study in index.items() if study.reason}
 
 
