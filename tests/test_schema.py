@@ -450,7 +450,7 @@ def test_few_videos_of_a_study(cohort):
 @pytest.fixture
 def trained_on_small_images(cohort, cli):
     """A model trained on embeddings with 56 pixels, 3 clips and random weights."""
-    digest = extract.panecho.load_panecho("random").sha256
+    digest = panecho.load_panecho("random").sha256
     for path in Path("emb").iterdir():
         with h5py.File(path, "a") as f:
             f.attrs.update(size=56, mask="sector", weights_sha256=digest, clip_len=16)

@@ -36,15 +36,7 @@ import torch
 from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
-from echofocus_core.base.console import (
-    EXTRACT,
-    RUN,
-    UserError,
-    clean_text,
-    printable,
-    progress,
-    some,
-)
+from echofocus_core.base.console import EXTRACT, RUN, UserError, clean_text, progress, some
 from echofocus_core.base.files import atomic_path, derive_seed, packed_path, sha256_of, stamp_of
 from echofocus_core.base.hdf5 import (
     MOST_BYTES,
@@ -489,7 +481,7 @@ def open_store(path, findings=RUN, most_videos=0):
     store = open_pack(path, findings) or open_folder(path)
     if isinstance(store, EmbeddingShards) and store.transform:
         findings.warning(
-            f"{path.name} was made with the transform {printable(store.transform)[:60]}: if it "
+            f"{path.name} was made with the transform {clean_text(store.transform)}: if it "
             "is random, it has one augmented copy of each video",
             "evaluate on embeddings without it",
         )
@@ -534,7 +526,7 @@ class EmbeddingFolder(Store):
         for name in sorted(name for name in names if name.endswith((".hdf5", ".h5"))):
             eid = re.sub(r"(?<=.)(_trim)?_embed$", "", name.rpartition(".")[0])
             if eid in files:
-                both = f"{files[eid].name} and {printable(name)}"
+                both = f"{files[eid].name} and {clean_text(name)}"
                 raise UserError(f"{path}: {both} are both study {eid}; keep one of them")
             files[eid] = path / name
         if not files:
@@ -566,10 +558,10 @@ class EmbeddingShards(Store):
         names, listed, files, file = [], [], {}, path / "cache_index.json"
         try:
             index = json.loads(file.read_bytes())
-            listed = [printable(eid) for eid in index["eids"]]
+            listed = [clean_text(eid) for eid in index["eids"]]
             for file in sorted(path.glob("shard_*.h5")):
                 with open_hdf5(file) as f:
-                    names += [printable(name) for name in f]
+                    names += [clean_text(name) for name in f]
                     files |= {name: file for name in f}
         except UNREADABLE as error:
             raise UserError(
