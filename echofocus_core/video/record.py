@@ -59,32 +59,10 @@ class EncoderTask(Entry):
         return entry | ({"unit": self.unit} if kind == "regression" else {})
 
 
-class TaskList(Entry):
-    tasks: Annotated[list[EncoderTask], Field(max_length=1000)]
-
-    @model_validator(mode="after")
-    def check_names(self):
-        names = [task.name for task in self.tasks]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two tasks have the same name: {', '.join(sorted(names))[:200]}")
-        return self
-
-
-def read_tasks(path):
-    """A JSON list of tasks -> entries like those of `panecho.TASKS`. UserError."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the task list {path} as JSON: {error}") from error
-    task_list = validate_as(TaskList, raw if isinstance(raw, dict) else {"tasks": raw}, str(path))
-    if not task_list.tasks:
-        raise UserError(f"{path} has no task; a task has a name, a type, and classes or a unit")
-    return [task.entry() for task in task_list.tasks]
-
-
-class EncoderRecord(TaskList):
+class EncoderRecord(Entry):
     """The `encoder` entry of weights that `embed/train.py` wrote."""
 
+    tasks: Annotated[list[EncoderTask], Field(max_length=1000)]
     format: Literal[1] = 1
     version: Word = ""
     cohort: Word = ""
@@ -104,6 +82,13 @@ class EncoderRecord(TaskList):
     left_out: int = 0  # val and test videos that the initial weights were trained on
     settings: dict[str, str | int | float | bool | list[str]] = Field({})
 
+    @model_validator(mode="after")
+    def check_names(self):
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tasks have the same name: {', '.join(sorted(names))[:200]}")
+        return self
+
     @property
     def is_panecho(self):
         """Whether the encoder has PanEcho's architecture, which extraction requires."""
@@ -115,8 +100,21 @@ class EncoderRecord(TaskList):
         return self.model_dump(by_alias=True)
 
 
+def read_tasks(path):
+    """A JSON list of tasks -> entries like those of `panecho.TASKS`. Raises UserError."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the task list {path} as JSON: {error}") from error
+    record = raw if isinstance(raw, dict) else {"tasks": raw}
+    tasks = validate_as(EncoderRecord, record, str(path)).tasks
+    if not tasks:
+        raise UserError(f"{path} has no task; a task has a name, a type, and classes or a unit")
+    return [task.entry() for task in tasks]
+
+
 def record_of(saved, path):
-    """The EncoderRecord in the dict of a weights file; None in published files. UserError."""
+    """The EncoderRecord in the dict of a weights file; None in published files."""
     if "encoder" not in saved:
         return None
     return validate_as(EncoderRecord, saved["encoder"], f"the record in {path}")
