@@ -200,11 +200,11 @@ def numeric_columns(rows, columns, path):
     text = rows[list(columns)]
     values = to_numbers(text, path, RUN)
     for name in text:
-        odd = text[name][values[name].isna() & text[name].notna()]
-        if len(odd):
+        invalid = text[name][values[name].isna() & text[name].notna()]
+        if len(invalid):
             raise UserError(
-                f"{path}, {name}: {len(odd)} cells are not numbers: {examples_of(odd, odd.index)}; "
-                "write numbers, or leave these cells empty"
+                f"{path}, {name}: {len(invalid)} cells are not numbers: "
+                f"{examples_of(invalid, invalid.index)}; write numbers, or leave these cells empty"
             )
     return values
 
@@ -234,7 +234,7 @@ def studies_of_labels(path, task, table):
     if not len(eids):
         ids, expected = (some(map(printable, x.index)) for x in (predicted, table))
         raise UserError(
-            f"{path} has no study of the label table (its ids: {ids}; there: {expected})"
+            f"{path} has no study of the label table (its ids: {ids}; the label table: {expected})"
         )
     if others := len(predicted) - len(eids):
         RUN.warning(f"{others} studies of {path} are not in the label table", "they are ignored")

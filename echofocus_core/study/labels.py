@@ -105,7 +105,7 @@ def read_cells(file, columns, listener, words=None):
     path, level = file.path, file.level
     raw = read_table(path, listener, "label table", words)
     whole = raw.drop(columns=[x for x in file.columns if x in raw])
-    whole = whole.assign(**{x: raw[theirs] for x, theirs in file.columns.items() if theirs in raw})
+    whole = whole.assign(**{x: raw[name] for x, name in file.columns.items() if name in raw})
     ids = ("pid", "eid", "video") if level == "video" else ("pid", "eid")
     missing = [column for column in (*ids, *columns) if column not in whole]
     for column in missing:
@@ -118,10 +118,10 @@ def read_cells(file, columns, listener, words=None):
     for column in ("pid", "eid"):
         rows[column] = clean_ids(rows[column], path, listener)
     rows["pid"] = one_form(rows["pid"], path, listener)
-    if lost := len(raw) - len(rows):
+    if blank := len(raw) - len(rows):
         report = listener.warning if len(rows) else listener.error
         report(
-            f"{path}: {lost} rows have no {' or no '.join(ids)}", "fill them in; they are left out"
+            f"{path}: {blank} rows have no {' or no '.join(ids)}", "fill them in; they are left out"
         )
     if not len(rows):
         return None
@@ -183,10 +183,12 @@ def one_form(pids, path, listener):
     patient's studies must not be in two folds."""
     keys = pids.map(id_key)
     first = keys.map(pids.groupby(keys).first())
-    if len(odd := pids[pids != first].unique()):
-        pairs = some(f"{printable(pid)} and {printable(first[pids == pid].iloc[0])}" for pid in odd)
+    if len(others := pids[pids != first].unique()):
+        pairs = some(
+            f"{printable(pid)} and {printable(first[pids == pid].iloc[0])}" for pid in others
+        )
         listener.warning(
-            f"{path}: {len(odd)} patient ids differ from others only in case, spaces or leading "
+            f"{path}: {len(others)} patient ids differ from others only in case, spaces or leading "
             f"zeros: {pairs}; they count as one patient each",
             "write a patient's id in one way, and different patients' ids differently",
         )
@@ -196,11 +198,11 @@ def one_form(pids, path, listener):
 def given_folds(cells, path, listener):
     """The cells of a split column (text) -> train, val, test or None; other words are an error."""
     folds = cells.str.lower().map(FOLD_WORDS)
-    odd = cells[folds.isna() & cells.notna()]
-    if len(odd):
+    invalid = cells[folds.isna() & cells.notna()]
+    if len(invalid):
         listener.error(
-            f"{path}, {cells.name}: not folds: {some(map(printable, odd.unique()))} "
-            f"(line {some(odd.index)})",
+            f"{path}, {cells.name}: not folds: {some(map(printable, invalid.unique()))} "
+            f"(line {some(invalid.index)})",
             f"use train, val and test ({', '.join(FOLD_WORDS)} are understood)",
         )
     return folds.astype(object)
@@ -222,19 +224,19 @@ def refuse_split_patients(table, column, path, listener):
 
 def one_row_a_study(rows, path, listener):
     """Rows with pid and eid -> one row for each study id (the index); contradictions are errors."""
-    again = rows[rows.duplicated()]
-    if len(again):
+    repeated = rows[rows.duplicated()]
+    if len(repeated):
         listener.warning(
-            f"{path}: {len(again)} rows repeat another one: {lines_of(again)}",
+            f"{path}: {len(repeated)} rows repeat another one: {lines_of(repeated)}",
             "delete them; each is read once",
         )
     rows = rows.drop_duplicates()
-    twice = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
-    if len(twice):
-        differ = (twice.groupby("eid").agg(lambda x: x.nunique(dropna=False)) > 1).any()
+    conflicting = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
+    if len(conflicting):
+        differ = (conflicting.groupby("eid").agg(lambda x: x.nunique(dropna=False)) > 1).any()
         listener.error(
-            f"{path}: rows contradict each other for {twice['eid'].nunique()} studies: "
-            f"{lines_of(twice)}",
+            f"{path}: rows contradict each other for {conflicting['eid'].nunique()} studies: "
+            f"{lines_of(conflicting)}",
             f"keep one row for each study; they differ in {some(differ.index[differ])}",
         )
     table = rows.drop_duplicates("eid").set_index("eid")
@@ -264,18 +266,18 @@ def decide_kinds(table, task, path, listener):
     kinds = {label: task.kind(label) for label in task.task_labels}
     undecided = [label for label, kind in kinds.items() if not kind]
     binary = {label: table[label].dropna().isin([0, 1]) for label in undecided}
-    kind = "binary" if all(where.all() for where in binary.values()) else "regression"
+    kind = "binary" if all(x.all() for x in binary.values()) else "regression"
     if undecided:
         kinds |= dict.fromkeys(undecided, kind)
         which = "the task is" if len(undecided) == len(kinds) else f"{some(undecided)}:"
         listener.note(f"{which} {kind}, by the values of its labels")
-    for label, where in binary.items():
-        if kind == "regression" and where.mean() > 0.8:
-            odd = table.loc[where.index[~where], label]
-            because = f" because of {examples_of(odd.map('{:g}'.format), odd.index)}"
+    for label, is_binary in binary.items():
+        if kind == "regression" and is_binary.mean() > 0.8:
+            others = table.loc[is_binary.index[~is_binary], label]
+            because = f" because of {examples_of(others.map('{:g}'.format), others.index)}"
             listener.warning(
-                f"{path}, {label}: {where.mean():.0%} of the values are 0 or 1, yet the task is a "
-                f"regression{because * (len(odd) > 0)}",
+                f"{path}, {label}: {is_binary.mean():.0%} of the values are 0 or 1, but the task "
+                f"is a regression{because * (len(others) > 0)}",
                 'put "type": "binary" into the task, or correct the values',
             )
     same = set(kinds.values())
@@ -294,15 +296,15 @@ def warn_of_suspicious_values(label, y, unit, path, listener, more=""):
     y: by study id; more: another remedy, after "; ". The values are used as they are.
     """
     codes = y.isin(missing_codes(y.to_numpy()))
-    for odd, text, remedy in (
+    for values, text, remedy in (
         (y[codes], "look like a code for 'missing'", "leave these cells empty"),
         (y[~codes & (y > (100 if unit.startswith("%") else np.inf))], "are above 100 %",
          "correct them"),
     ):  # fmt: skip
-        if len(odd):
-            examples = examples_of(odd.map("{:g}".format), odd.index)
+        if len(values):
+            examples = examples_of(values.map("{:g}".format), values.index)
             listener.warning(
-                f"{path}, {label}: {len(odd)} values {text}: {examples}",
+                f"{path}, {label}: {len(values)} values {text}: {examples}",
                 f"{remedy}; they are used as they are{more}",
             )
 

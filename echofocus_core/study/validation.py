@@ -11,11 +11,11 @@ def metric_line(answers, scaling):
     answers: [(label, targets (S, c), readable answers (S, n))]. The error of a single measurement
     is in its unit, of several measurements in standard deviations.
     """
-    several, metrics = sum(label.kind == "regression" for label, *_ in answers) > 1, {}
+    several, metrics = sum(label.output_kind == "regression" for label, *_ in answers) > 1, {}
     for label, y, p in answers:
         rows = np.isfinite(y).all(axis=1) & np.isfinite(p).all(axis=1)
         y, p, name = y[rows], p[rows], label.metric_name
-        if several and label.kind == "regression":
+        if several and label.output_kind == "regression":
             y, p = (scale(x, [label.name], scaling) for x in (y, p))
             name += " in SD"
         metrics.setdefault(name, []).append(label.metric(y, p))

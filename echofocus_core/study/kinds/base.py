@@ -67,7 +67,7 @@ class Label:
         return {self.name: mask_faults(self.name, self.name, y, faults, cells, path, listener)}
 
     def faults(self, y, low, high):
-        """{what is wrong: where} of numbers (S,)."""
+        """{what is wrong: (S,) bool} of numbers (S,)."""
         return {"out of range": (y < low) | (y > high)}
 
     def contrast(self, table):
@@ -306,15 +306,15 @@ def mask_faults(label, column, y, faults, cells, path, listener):
     """
     usable = y.notna().any() and not np.all(y.isna() | np.any(list(faults.values()), axis=0))
     report = listener.warning if usable else listener.error
-    for fault, where in faults.items():
-        if where.any():
-            examples = examples_of(cells.loc[where, column].fillna(""), cells.loc[where, "eid"])
+    for fault, mask in faults.items():
+        if mask.any():
+            examples = examples_of(cells.loc[mask, column].fillna(""), cells.loc[mask, "eid"])
             report(
-                f"{path}, {label}: {'' if usable else 'all '}{where.sum()} values are {fault}: "
+                f"{path}, {label}: {'' if usable else 'all '}{mask.sum()} values are {fault}: "
                 f"{examples}",
                 "correct them" + "; they count as missing" * bool(usable),
             )
-            y = y.mask(where)
+            y = y.mask(mask)
     return y
 
 

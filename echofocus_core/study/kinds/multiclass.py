@@ -120,7 +120,7 @@ class MulticlassOutcome(Outcome):
 
 
 def class_numbers(label, cells, names, path, listener):
-    """Cells of text (Series) -> the number of the class, 0 to K - 1; NaN for other cells.
+    """Cells of text (Series) -> the number of the class, 0 to K - 1, or NaN.
 
     A cell is the name of a class, in any case, or its number from 0. If names are numbers, only
     names count. Numbers that may count from 1, or that are mixed with names, are an error.
@@ -137,12 +137,12 @@ def class_numbers(label, cells, names, path, listener):
     if not len(used):
         return by_name.astype(float)
     meaning = ", ".join(f"{k} = {name}" for k, name in enumerate(names))
-    odd = "mixed with names" if by_name.notna().any() else ""
-    odd = odd or ("without any 0" if not (used == 0).any() else "")
-    odd = odd or (f"up to {used.max():g}" if used.max() >= len(names) else "")
-    if odd:
+    doubt = "mixed with names" if by_name.notna().any() else ""
+    doubt = doubt or ("without any 0" if not (used == 0).any() else "")
+    doubt = doubt or (f"up to {used.max():g}" if used.max() >= len(names) else "")
+    if doubt:
         listener.error(
-            f"{path}, {label}: numbers for classes {odd}: do they count from 1? ({meaning} here)",
+            f"{path}, {label}: numbers for classes {doubt}: do they count from 1? ({meaning} here)",
             "write the names of the classes",
         )
     listener.note(f"{path}, {label}: numbers are read as {meaning}")

@@ -55,9 +55,9 @@ class Survival(Label):
     def read_times(self, source, cells, numbers, task, path, listener):
         """Times (S,) in the label's unit; dates and times above LONGEST are errors."""
         y, unit = numbers[source], task.units.get(self.name, "")
-        odd = cells[source][y.isna()].dropna()
-        if len(odd) and odd.str.contains(r"^\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").any():
-            examples = examples_of(odd, cells.loc[odd.index, "eid"])
+        invalid = cells[source][y.isna()].dropna()
+        if len(invalid) and invalid.str.contains(r"^\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}").any():
+            examples = examples_of(invalid, cells.loc[invalid.index, "eid"])
             listener.error(
                 f"{path}, {self.name}: {source} holds dates: {examples}",
                 "write the time from the echo to the event or the end of follow-up as a number",
@@ -86,11 +86,11 @@ class Survival(Label):
             y = decode_events(cells[source], codes)
         else:
             y = numbers[source]
-        odd = cells[source][cells[source].notna() & ~y.isin([0, 1])]
-        if len(odd):
+        invalid = cells[source][cells[source].notna() & ~y.isin([0, 1])]
+        if len(invalid):
             listener.error(
-                f"{path}, {self.name}: {len(odd)} events in {source} are neither 0 (censored) nor "
-                f"1: {examples_of(odd, cells.loc[odd.index, 'eid'])}",
+                f"{path}, {self.name}: {len(invalid)} events in {source} are neither 0 (censored) "
+                f"nor 1: {examples_of(invalid, cells.loc[invalid.index, 'eid'])}",
                 'write 0 and 1, or map them in the task of the config: "events": {"1": 0, "2": 1}',
             )
         return y.where(y.isin([0, 1]))
@@ -212,7 +212,7 @@ class SurvivalOutcome(Outcome):
 
 
 def per_year(unit):
-    """How many of a unit of time a year has; years if there is no unit."""
+    """The number of units of time in a year; '' is years."""
     return PER_YEAR[unit.strip().casefold() or "years"]
 
 
@@ -223,10 +223,10 @@ def decode_events(cells, codes):
 
 
 def cox_losses(risk, time, event):
-    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,), 0 where
-    there is none; scaled so that its mean over the known studies is that over events.
+    """Minus the log partial likelihood (Cox 1972, ties by Breslow) of each event, (S,); 0 without
+    an event. It is scaled: its mean over known studies is the mean over events.
 
-    risk: log hazards (S,), time and event (S,), NaN where unknown.
+    risk: log hazards (S,); time, event (S,): NaN if unknown.
     """
     import torch
 
@@ -236,7 +236,7 @@ def cox_losses(risk, time, event):
         return out + 0 * risk.sum()
     order = torch.argsort(time[has_value], descending=True)
     r, t, e = (x[has_value][order] for x in (risk.double(), time, event))
-    at_risk = r.logcumsumexp(0)  # of all whose time is as long or longer, ties included
+    at_risk = r.logcumsumexp(0)  # of studies with the same or a longer time
     last = torch.searchsorted(-t, -t, right=True) - 1
     losses = (at_risk[last] - r) * (e == 1) * (len(r) / n_events)
     rows = has_value.nonzero()[:, 0][order]
