@@ -1,6 +1,5 @@
 """DICOM files with wrong headers: read correctly, or refused with a reason."""
 
-import contextlib
 import io
 import os
 import struct
@@ -19,7 +18,7 @@ from pydicom.encaps import encapsulate, generate_frames
 
 from echofocus_core.video import decode as video
 from echofocus_core.video import dicom, phantom
-from echofocus_core.video.errors import FRAMES, NotNow
+from echofocus_core.video.errors import FRAMES
 
 CASES, VIDEOS = FIXTURES / "dicom", FIXTURES / "videos"
 TRUTH = np.load(CASES / "truth.npz")["frames"]  # uint8 (6, 120, 160, 3) RGB
@@ -115,14 +114,12 @@ def test_wrong_colour_labels(name, limit, noted):
 @pytest.mark.parametrize(
     "stored, mark, label",
     [
-        ("RGB", b"", "RGB"),
         ("RGB", JFIF, "YBR_FULL"),
         ("RGB", ADOBE + b"\0", "YBR_FULL_422"),
         ("RGB", ADOBE + b"\1", "RGB"),
         ("YCbCr", b"", "YBR_FULL_422"),
         ("YCbCr", JFIF, "RGB"),
         ("YCbCr", ADOBE + b"\0", "YBR_FULL"),
-        ("YCbCr", ADOBE + b"\1", "RGB"),
     ],
 )
 def test_jpeg_of_any_components_label_and_mark(tmp_path, stored, mark, label):
@@ -154,12 +151,10 @@ def test_jpeg_2000_of_any_components_and_label(tmp_path, stored, label):
     "stored, label, planar, syntax",
     [
         ("RGB", "RGB", 0, "big"),
-        ("RGB", "RGB", 1, "little"),
         ("RGB", "YBR_FULL", 1, "implicit"),
         ("RGB", "YBR_FULL", 0, "rle"),
         ("YCbCr", "RGB", 0, "little"),
         ("YCbCr", "RGB", 1, "rle"),
-        ("YCbCr", "YBR_FULL", 0, "implicit"),
         ("YCbCr", "YBR_FULL", 1, "big"),
     ],
 )
@@ -207,7 +202,6 @@ def test_palettes(tmp_path, bits, shift):
 @pytest.mark.parametrize(
     "part, label, tint",
     [
-        ("whole", "RGB", (1, 1, 1)),
         ("within", "YBR_FULL", (1, 0.75, 0.45)),
         ("whole", "YBR_FULL", (1, 0.55, 0.15)),
         ("within", "RGB", (0.45, 0.7, 1)),
@@ -215,7 +209,7 @@ def test_palettes(tmp_path, bits, shift):
     ],
 )
 def test_tinted_greyscale_is_not_changed(tmp_path, part, label, tint):
-    """Sepia, blue and green maps, also of the tissue alone."""
+    """Sepia, blue and green maps are kept, also of the tissue alone."""
     frames = TRUTH[:, 40:80, 50:100] if part == "within" else TRUTH
     frames = (frames.max(-1, keepdims=True) * np.array(tint)).astype(np.uint8)
     write_dicom(tmp_path / "a", ybr(frames) if label == "YBR_FULL" else frames, label)
@@ -223,35 +217,21 @@ def test_tinted_greyscale_is_not_changed(tmp_path, part, label, tint):
     assert error < 1 and notes == ""
 
 
-@pytest.mark.parametrize("name", ["rgb_color", "palette_color", "jpeg2k", "ybr_color"])
+@pytest.mark.parametrize("name", ["rgb_color", "palette_color", "jpeg2k"])
 def test_real_ultrasound_is_read_as_pydicom_reads_it(tmp_path, name):
     dataset = getattr(pydicom.examples, name)
-    frames = int(dataset.get("NumberOfFrames", 1))
-    if frames == 1:  # a still, three times
-        dataset.NumberOfFrames = 3
-        if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
-            (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
-            dataset.PixelData = encapsulate([still] * 3)
-        else:
-            dataset.PixelData = dataset.PixelData * 3
+    dataset.NumberOfFrames = 3  # the same still three times
+    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
+        dataset.PixelData = encapsulate([still] * 3)
+    else:
+        dataset.PixelData = dataset.PixelData * 3
     dataset.save_as(tmp_path / "a")
     expected = next(pydicom.pixels.iter_pixels(tmp_path / "a"))
     if name == "palette_color":
         expected = pydicom.pixels.apply_color_lut(expected, dataset) >> 8
-    frames_read, notes = read(tmp_path / "a")
-    assert len(frames_read) == max(3, frames) and notes == ""
-    assert np.abs(frames_read[0] - expected).max() <= 2
-
-
-def test_what_another_decoder_may_read_is_tried_again(tmp_path):
-    """After a plugin is installed, the same command reads the file."""
-    sample = pydicom.data.get_testdata_file("JPGExtended.dcm")
-    dataset = pydicom.dcmread(sample)
-    (still,) = generate_frames(dataset.PixelData, number_of_frames=1)
-    write_coded(tmp_path / "a", [still] * 2, "1.2.840.10008.1.2.4.51", "MONOCHROME2",
-                like=np.zeros((2, 1024, 256), np.uint16))  # fmt: skip
-    with contextlib.suppress(NotNow):  # with a plugin it decodes
-        assert len(read(tmp_path / "a")[0]) == 2
+    frames, notes = read(tmp_path / "a")
+    assert len(frames) == 3 and notes == "" and np.abs(frames[0] - expected).max() <= 2
 
 
 def test_colour_doppler_and_an_ecg_are_not_changed(tmp_path):
@@ -263,7 +243,7 @@ def test_colour_doppler_and_an_ecg_are_not_changed(tmp_path):
         assert error == 0 and notes == ""
 
 
-def test_no_rule_makes_an_echo(tmp_path):
+def test_noise_and_black_frames_are_refused(tmp_path):
     colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], np.uint8)
     noise = colours[np.random.default_rng(0).integers(0, 4, (4, 40, 40))]
     write_dicom(tmp_path / "a", noise, "RGB")
@@ -346,7 +326,7 @@ def test_any_one_wrong_number_is_refused_or_harmless(tmp_path, kind):
     assert refused > 10
 
 
-@pytest.mark.parametrize("kind", ["RGB", "deep", "RLE", "deep RLE"])
+@pytest.mark.parametrize("kind", ["RGB", "deep RLE"])
 def test_exchanged_rows_and_columns_are_refused(tmp_path, kind):
     KINDS[kind](tmp_path / "a")
     dataset = pydicom.dcmread(tmp_path / "a")
@@ -369,7 +349,7 @@ def test_wrong_planar_configuration_of_a_real_echo_is_refused(tmp_path, planar):
 
 @pytest.mark.parametrize("big_endian", [False, True])
 def test_grey_of_any_depth(tmp_path, big_endian):
-    """8, 12 and 16 bits in both byte orders; refused if the values have another depth."""
+    """Values of 8, 12 and 16 bits are read in both byte orders; another depth is refused."""
     for shift, stored in ((4, 12), (8, 16), (0, 8), (0, 12), (4, 10)):
         dataset = write_dicom(tmp_path / "a", GREY.astype(np.uint16) << shift, "MONOCHROME2")
         dataset.BitsStored, dataset.HighBit = stored, stored - 1
@@ -391,15 +371,6 @@ def test_exchanged_bytes_and_high_bits_are_refused(tmp_path):
     assert "12 bits" in refusal(tmp_path / "b")
 
 
-def test_rle_in_several_fragments(tmp_path):
-    dataset = write_dicom(tmp_path / "a", TRUTH, "RGB")
-    dataset.compress(pydicom.uid.RLELossless)
-    frames = list(generate_frames(dataset.PixelData, number_of_frames=6))
-    dataset.PixelData = encapsulate(frames, fragments_per_frame=3)
-    dataset.save_as(tmp_path / "a", enforce_file_format=True)
-    assert error_of(tmp_path / "a") == (0, "")
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "fragments", "RLE"])
 def test_compressed_frames_are_counted(tmp_path, kind):
     path = tmp_path / "a"
@@ -419,16 +390,6 @@ def test_compressed_frames_are_counted(tmp_path, kind):
             assert error < 1.5 and "NumberOfFrames is wrong: 6" in notes
 
 
-def test_odd_frames_and_padding(tmp_path):
-    odd = np.ascontiguousarray(TRUTH[:5, :17, :17])
-    odd[:, 1] = 200
-    dataset = write_dicom(tmp_path / "a", odd, "RGB")  # 4335 bytes
-    dataset.PixelData = odd.tobytes() + b"\0"
-    dataset.save_as(tmp_path / "a", enforce_file_format=True)
-    frames, notes = read(tmp_path / "a")
-    assert notes == "" and (frames == odd).all()
-
-
 @pytest.mark.parametrize("kind", ["RGB", "JPEG", "JPEG 2000", "RLE", "deflated"])
 def test_a_file_that_breaks_off_is_truncated(tmp_path, kind):
     KINDS[kind](tmp_path / "a")
@@ -439,26 +400,21 @@ def test_a_file_that_breaks_off_is_truncated(tmp_path, kind):
         assert "truncated" in reason or "unreadable DICOM header" in reason
 
 
-# ------------------------------------------------------------------------------------ what it is of
+# -------------------------------------------------------------------------------- kinds of objects
 
 
 @pytest.mark.parametrize(
     "sop_class, modality, reason",
-    [
-        ("2.1", "US", "Enhanced CT Image"),
-        ("3.1", "XA", "XA"),
-        ("66.4", "SEG", "Segmentation"),
-        ("6.2", "US", "Enhanced US Volume"),
-    ],
+    [("2.1", "US", "Enhanced CT Image"), ("3.1", "XA", "XA"), ("6.2", "US", "Enhanced US Volume")],
 )
-def test_what_is_not_an_echo_is_skipped_by_name(tmp_path, sop_class, modality, reason):
+def test_other_modalities_and_volumes_are_skipped(tmp_path, sop_class, modality, reason):
     sop_class = f"1.2.840.10008.5.1.4.1.1.{sop_class}"
     write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality=modality)
     assert refusal(tmp_path / "a") == f"not an ultrasound cine: {reason}"
     assert reason in video.why_skipped(tmp_path / "a")
 
 
-def test_what_may_be_an_echo_is_read_with_a_note(tmp_path):
+def test_secondary_captures_and_private_classes_are_read_with_a_note(tmp_path):
     for sop_class, modality in (("1.2.840.10008.5.1.4.1.1.7.4", "OT"), ("1.2.3.4", "SMITH")):
         write_dicom(tmp_path / "a", TRUTH, "RGB", SOPClassUID=sop_class, Modality=modality)
         notes = read(tmp_path / "a")[1]
@@ -531,8 +487,8 @@ def test_single_frames_of_a_series_are_one_cine(tmp_path):
     assert masked[0].frames.shape == clips.frames.shape
 
 
-def test_stills_are_no_cine(tmp_path):
-    """In separate series, in one series with other sizes or with cines, and one that could be."""
+def test_stills_are_not_read_as_a_cine(tmp_path):
+    """They are in separate series, in a series with a cine, or in one series of equal headers."""
     stills = [
         phantom.phantom_cine(v, frames=2, seed=s)[:1] for s in range(3) for v in phantom.VIEWS
     ]
@@ -549,19 +505,12 @@ def test_stills_are_no_cine(tmp_path):
 
 
 @pytest.mark.parametrize("differ", [False, True])
-@pytest.mark.parametrize("kind", ["depth", "palette"])
-def test_a_series_of_unlike_images_is_refused(tmp_path, kind, differ):
+def test_a_series_of_images_of_different_depth_is_refused(tmp_path, differ):
     paths = [tmp_path / str(i) for i in range(12)]
     for i, frame in enumerate(np.concatenate([GREY, GREY])):
-        odd = i % 2 if differ else 0
-        if kind == "depth":
-            stored, tags = frame[None].astype(np.uint16) << 4 * odd, {"BitsStored": 8 + 4 * odd}
-        else:
-            stored, table = frame[None], (np.arange(256) * (1 - odd / 2)).astype(np.uint8)
-            tags = {f"{c}PaletteColorLookupTableData": table.tobytes() for c in COLOURS}
-            tags |= {f"{c}PaletteColorLookupTableDescriptor": [256, 0, 8] for c in COLOURS}
-        label = "PALETTE COLOR" if kind == "palette" else "MONOCHROME2"
-        write_dicom(paths[i], stored, label, InstanceNumber=i + 1, **tags)
+        shift = 4 * (i % 2) if differ else 0
+        stored = frame[None].astype(np.uint16) << shift
+        write_dicom(paths[i], stored, "MONOCHROME2", InstanceNumber=i + 1, BitsStored=8 + shift)
     if differ:
         assert "a series of unlike images" in refusal(paths)
     else:
@@ -569,28 +518,22 @@ def test_a_series_of_unlike_images_is_refused(tmp_path, kind, differ):
 
 
 def test_header_facts_of_odd_files(tmp_path):
-    """No exception, no waiting, and no text with control characters."""
+    """Reading them neither fails nor waits, and gives no text with control characters."""
     (tmp_path / "text").write_text("hello")
     os.mkfifo(tmp_path / "pipe.dcm")
     for name in ("text", "pipe.dcm", "gone"):
         assert dicom.read_header_facts(tmp_path / name) == dicom.HeaderFacts()
-    square = moving_square()
     with pydicom.config.disable_value_validation():
-        write_dicom(tmp_path / "odd", square, "RGB", StudyInstanceUID="1.2\x1b[31m" * 90_000)
-    data = bytearray((tmp_path / "odd").read_bytes())
-    at = data.index(b"\x28\0\x08\0IS") + 8
-    data[at : at + 2] = b"no"  # NumberOfFrames
-    (tmp_path / "odd").write_bytes(data)
+        write_dicom(tmp_path / "odd", TRUTH, "RGB", StudyInstanceUID="1.2\x1b[31m")
     facts = dicom.read_header_facts(tmp_path / "odd")
-    assert facts.study_uid == "" and facts.bad_uid
-    assert (facts.n_frames, facts.rows, facts.columns) == (1, 60, 80)
+    assert facts.study_uid == "" and facts.bad_uid and facts.rows == 120
 
 
 # ---------------------------------------------------------------------------------- damaged files
 
 
-def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
-    """Frames of 12,000 x 12,000, by the header and by JPEG 2000; too many frames."""
+def test_too_large_and_too_many_frames_are_refused(tmp_path):
+    """Frames of 12,000 x 12,000 pixels are refused by the header or by the JPEG 2000 stream."""
     write_dicom(tmp_path / "size", TRUTH, "RGB", Rows=12_000, Columns=12_000)
     vast = bytearray(j2k_of(TRUTH[0]))
     vast[8:16] = struct.pack(">II", 12_000, 12_000)
@@ -601,27 +544,8 @@ def test_more_than_the_budget_is_refused_before_it_is_taken(tmp_path):
         assert "more than" in refusal(tmp_path / name)
 
 
-def test_damaged_files_end_in_a_reason(tmp_path):
-    """With flipped bits or parts removed or zeroed, the result is a reason or images."""
-    write_dicom(tmp_path / "a", TRUTH[:3, :40, :40], "RGB", PatientName="SECRET")
-    data, rng = (tmp_path / "a").read_bytes(), np.random.default_rng(0)
-    for case in range(60):
-        odd = bytearray(data)
-        for at in rng.integers(132, 900 if case % 2 else len(data), 4):
-            length = int(rng.integers(1, 300))
-            odd[at % len(odd)] ^= 1 << rng.integers(8)
-            odd[at : at + length] = bytes(length) if case % 3 else b""
-        (tmp_path / "odd.dcm").write_bytes(odd)
-        try:
-            for frame in video.iter_frames(tmp_path / "odd.dcm"):
-                assert frame.dtype == np.uint8 and frame.shape[2] == 3
-        except video.VideoError as error:
-            assert "SECRET" not in str(error) and len(str(error)) < 200
-        assert isinstance(dicom.read_header_facts(tmp_path / "odd.dcm"), dicom.HeaderFacts)
-
-
-def test_nothing_of_a_header_is_shown(tmp_path):
-    """No value of a tag is printed, although pydicom quotes values in warnings."""
+def test_no_value_of_a_header_is_printed(tmp_path):
+    """Warnings of pydicom, which quote values, are not shown."""
     mark = "SMITH^J"
     tags = dict.fromkeys(("StudyInstanceUID", "Modality", "PatientName", "SOPClassUID"), mark)
     with pydicom.config.disable_value_validation():

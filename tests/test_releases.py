@@ -42,7 +42,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def asset(tmp_path_factory):
-    """What a release may look like: a zip of one folder with a checkpoint, tables and more."""
+    """A zip of one folder with a checkpoint, a table and other files."""
     folder = tmp_path_factory.mktemp("release")
     published_model(folder / "EchoFocus_CHD", 22)
     (folder / "EchoFocus_CHD" / "train_losses.csv").write_text("epochs_trained\n1\n")
@@ -81,7 +81,7 @@ def server(here):
 
 
 def refused(cli, source, message, *options):
-    """The source is refused in one line, and nothing stays."""
+    """Check that the source is refused in one line and that nothing is left in the folder."""
     status, _, err = cli("download", source, *options)
     assert status == 1 and message in err, err
     errors = [line for line in err.splitlines() if "error:" in line]
@@ -92,8 +92,7 @@ def refused(cli, source, message, *options):
 # ---------------------------------------------------------------------------------------- registry
 
 
-def test_registry_agrees_with_what_is_written_elsewhere(here, cli):
-    """One truth: the labels recorded from the published code, the example config, the recipes."""
+def test_registry_agrees_with_published_labels_example_config_and_recipes(here, cli):
     registry, labels = releases.registry(), recorded("labels.json")
     example = json.loads((ROOT / "config-example.json").read_text())["task"]
     for name, task in (("EchoFocus_CHD", "chd"), ("EchoFocus_Measure", "measure")):
@@ -130,25 +129,22 @@ def test_download_keeps_what_a_model_needs(server, cli, asset):
     assert status == 1 and "trained_models/EchoFocus_CHD exists" in err
 
 
-def test_digest_known_before(server, cli, asset, monkeypatch):
-    """Typed, or pinned in the registry."""
+def test_expected_digest(server, cli, asset, monkeypatch):
+    """It is given on the command line or in the registry."""
     shutil.copy(asset, "elsewhere")
     url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
     refused(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
     registry = releases.registry()
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    for pinned in ("1" * 64, digest):
-        registry["EchoFocus_CHD"] |= {"url": url, "sha256": pinned}
-        Path("registry.json").write_text(json.dumps(registry))
-        if pinned != digest:
-            refused(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {pinned}")
-    assert cli("download", "EchoFocus_CHD", "--sha256", digest.upper())[0] == 0
+    registry["EchoFocus_CHD"] |= {"url": url, "sha256": "1" * 64}
+    Path("registry.json").write_text(json.dumps(registry))
+    refused(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {'1' * 64}")
+    assert cli("download", url, "--sha256", digest.upper())[0] == 0
     source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
     assert source["sha256_was_known"]
 
 
 def test_downloads_that_fail(server, cli, asset, monkeypatch):
-    """Missing file, dropped connection, truncated file, web page, no server, misspelled name."""
     shutil.copy(asset, "elsewhere/a.zip")
     Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
     Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
@@ -179,8 +175,25 @@ def test_several_processes_fetch_once(server, here):
     assert Server.n_requests == before + 1
 
 
+def test_panecho_is_downloaded_whole_and_its_digest_recorded(server, here, monkeypatch):
+    """A file that changes afterwards is refused."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here))
+    Path("elsewhere/p.pt").write_bytes(b"weights" * 1000)
+    monkeypatch.setattr(panecho, "WEIGHTS_URL", f"{server}/cut/p.pt")
+    with pytest.raises(panecho.WeightsError):
+        panecho.find_weights()
+    assert not panecho.weights_path().exists()
+    monkeypatch.setattr(panecho, "WEIGHTS_URL", f"{server}/p.pt")
+    path = panecho.find_weights()
+    assert path.read_bytes() == b"weights" * 1000
+    assert path.with_name("panecho.pt.sha256").read_text().startswith(sha256_file(path))
+    path.write_bytes(b"something else")
+    with pytest.raises(panecho.WeightsError, match="has changed"):
+        panecho.find_weights()
+
+
 def test_local_sources(here, cli, asset):
-    """An archive without a folder around, a folder, a .pt file of any name."""
+    """An archive without a folder in it, a folder, and a .pt file of any name."""
     shutil.unpack_archive(asset, "elsewhere")
     folder = here / "elsewhere" / "EchoFocus_CHD"
     archive = shutil.make_archive("elsewhere/mine", "zip", folder)  # './best_checkpoint.pt'
@@ -194,7 +207,7 @@ def test_local_sources(here, cli, asset):
     assert len(list(MODELS.iterdir())) == 3
 
 
-def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch, weights_drawn_once):
+def test_extraction_uses_the_downloaded_panecho(here, cli, monkeypatch, weights_drawn_once):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "hub"))
     state = panecho.random_weights()
     torch.save({"weights": state}, "elsewhere/panecho.pt")
@@ -206,10 +219,6 @@ def test_panecho_goes_where_extraction_looks(here, cli, monkeypatch, weights_dra
     description = json.loads(Path("a.json").read_text())
     assert len(description["labels"]) == 40 and "JAMA" in description["source"]["citation"]
     assert description["architecture"]["parameters"] == sum(t.numel() for t in state.values())
-    with open(panecho.DOWNLOADED, "ab") as file:
-        file.write(b"x")
-    with pytest.raises(panecho.WeightsError, match="has changed since it was downloaded"):
-        panecho.find_weights()
     nan = {"EF_head.1.bias": torch.tensor([float("nan")])}
     torch.save({"weights": state | nan}, "elsewhere/nan.pt")
     status, _, err = cli("download", "elsewhere/nan.pt")
@@ -230,7 +239,6 @@ def test_an_archive_of_several_models(here, cli, asset):
 
 
 def test_archives_write_only_into_the_model_folder(here, cli):
-    """Names that lead elsewhere, a link, no model, and files of other kinds."""
     path = Path("elsewhere/a.zip")
     for name, mode in {
         "m/../../best_checkpoint.pt": 0o100644,
@@ -275,7 +283,6 @@ def checkpoint(**changes):
 CHECKPOINTS = {
     "code": (lambda: good_state() | {"x": Evil()}, "io.open"),
     "no head": (lambda: {"model_state_dict": {"a": torch.zeros(1)}}, "no ff.weight"),
-    "integers": (lambda: good_state(**{"ff.bias": torch.zeros(3).long()}), "ff.bias"),
     "NaN": (lambda: good_state(**{"ff.bias": torch.full((3,), np.nan)}), "not finite"),
     "too few labels": (lambda: checkpoint(labels=["a"]), "ff.weight is (3, 768), not (1, 768)"),
     "regression without scaling": (lambda: checkpoint(type="regression"), "without label scaling"),
@@ -285,7 +292,7 @@ CHECKPOINTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoints_that_are_refused(here, cli, case):
-    """In a model folder and in an archive: one line, nothing runs, nothing is left."""
+    """In a model folder or an archive they give one line, run nothing and leave no file."""
     make, message = CHECKPOINTS[case]
     folder = Path("trained_models/bad")
     folder.mkdir(parents=True)
@@ -311,8 +318,8 @@ def test_a_released_model_with_other_outputs_is_refused(here, cli):
 # --------------------------------------------------------------------------------------------- use
 
 
-def test_new_user_needs_no_config(here, cli, asset, weights_drawn_once):
-    """In an empty folder: one line to get a released model, one from two visits to answers."""
+def test_predictions_without_a_config(here, cli, asset, weights_drawn_once):
+    """Two commands in an empty folder are enough: download a model, then predict two visits."""
     for i, visit in enumerate("ab"):
         Path("visits", visit).mkdir(parents=True)
         copy_example(f"visits/{visit}/cine.dcm", study=f"1.{i}")
@@ -333,8 +340,6 @@ def test_new_user_needs_no_config(here, cli, asset, weights_drawn_once):
     )
     assert status == 0, err
     pd.testing.assert_frame_equal(pd.read_csv("p.csv").set_index("eid"), table)
-    status, _, err = cli("predict", "--task", "measure", "--videos", "visits", *options)
-    assert status == 1 and "download EchoFocus_Measure" in err
     status, _, err = cli("evaluate", "--model_name", "EchoFocus_CHD")
     assert status == 1 and "config.json" in err
 
@@ -353,7 +358,7 @@ def test_a_changed_checkpoint_is_refused(here, cli, asset):
 
 
 def test_task_finds_published_models_by_label_count(cohort, cli):
-    """A published checkpoint of one's own does not name its task: the config's label count does."""
+    """A checkpoint of the published code has no task name; its number of labels decides."""
     published_model(cohort / "trained_models" / "old", 1)
     published_model(cohort / "trained_models" / "EchoFocus_CHD", 22)
     (cohort / "trained_models" / "broken").mkdir()
@@ -365,13 +370,8 @@ def test_task_finds_published_models_by_label_count(cohort, cli):
     path = "trained_models/old/best_checkpoint.pt"
     assert cli("predict", *few, "--model_name", path, "--out", "q.csv")[0] == 0
     assert Path("p.csv").read_text() == Path("q.csv").read_text()
-    status, _, err = cli("predict", "--model_name", shutil.copy(path, "some.pt"))
-    assert status == 1 and "python echofocus.py download some.pt" in err
     status, _, err = cli("predict", "--model_name", "old")
-    assert status == 1 and "fits defect and sizes: name one with --task" in err
-    one = ("--sample_limit", "1", "--model_name", "EchoFocus_CHD")
-    status, _, err = cli("explain", "--explain_tasks", "ASD", *one)  # the config has no chd
-    assert status == 0, err
+    assert status == 1 and "defect and sizes" in err and "--task" in err
 
 
 def test_start_from_a_released_model(cohort, cli):
@@ -393,49 +393,35 @@ def test_inspect_a_published_model(here, cli):
     status, out, err = cli("inspect", "EchoFocus_Measure", "--json", "description.json")
     assert status == 0, err
     description = json.loads(Path("description.json").read_text())
-    net = StudyModel(18)
+    n_parameters = sum(p.numel() for p in StudyModel(18).parameters())
     assert description["architecture"]["encoder_depth"] == 1
-    assert description["architecture"]["parameters"] == sum(p.numel() for p in net.parameters())
-    assert [row["label"] for row in description["labels"]] == releases.registry()[
-        "EchoFocus_Measure"
-    ]["labels"]
+    assert description["architecture"]["parameters"] == n_parameters
+    labels = [row["label"] for row in description["labels"]]
+    assert labels == releases.registry()["EchoFocus_Measure"]["labels"]
     for row in description["labels"]:
         assert row["stdev"] == pytest.approx(scaling[row["label"]]["stdev"])
     assert description["history"] == {"epochs": 1, "best_validation_loss": 0.6, "best_epoch": 1}
-    assert description["type"] == "regression" and "medRxiv" in description["source"]["citation"]
     path = Path("trained_models/EchoFocus_Measure/best_checkpoint.pt")
-    assert (
-        description["sha256"] == sha256_file(path)
-        and description["files"][path.name] == path.stat().st_size
-    )
-    for text in ("EF05", "CC BY-NC-SA 4.0", description["sha256"], "best_validation_loss 0.6"):
-        assert text in out
-
+    assert description["type"] == "regression" and description["sha256"] == sha256_file(path)
+    assert all(text in out for text in ("EF05", "CC BY-NC-SA 4.0", description["sha256"]))
     shutil.copy(path, "bare.pt")
     status, out, err = cli("inspect", "bare.pt")
-    assert status == 0 and "output 18" in out and "labels_from: nobody" in out, err
+    assert status == 0 and "output 18" in out, err
 
 
-def test_inspect_and_share_an_own_model(add_model, cli):
+def test_inspect_and_share_a_trained_model(add_model, cli):
     folder = add_model("sizes", "--epoch_lim", "2")
     status, _, err = cli("inspect", "--json", "description.json")
     assert status == 0, err
     description = json.loads(Path("description.json").read_text())
-    losses = pd.read_csv(folder / "train_losses.csv")
+    history, losses = description["history"], pd.read_csv(folder / "train_losses.csv")
     best = losses.loc[losses["val_loss"].idxmin()]
-    assert description["history"]["best_epoch"] == best["epochs_trained"]
-    assert description["history"]["best_validation_loss"] == pytest.approx(
-        best["val_loss"], rel=1e-4
-    )
+    assert history["best_epoch"] == best["epochs_trained"]
+    assert history["best_validation_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
     assert description["labels"][0]["label"] == "size" and description["labels"][0]["unit"] == "cm"
     assert description["settings"]["learning_rate"] == 1e-3
     record = torch.load(folder / "best_checkpoint.pt", weights_only=True)["echofocus"]
-    facts = record | record.get("settings", {})
-    listed = {*description, *description["settings"], *description["architecture"]}
-    empty = {key for key, value in facts.items() if value in ("", [], {}, None)}
-    elsewhere = {"units", "unlearnt", "thresholds", "seen", "settings"}  # in rows, or counted
-    assert {*facts} - empty - elsewhere <= listed
-    assert description["input"]["norm_mean"] == pytest.approx(facts["input"]["norm_mean"])
+    assert description["input"]["norm_mean"] == pytest.approx(record["input"]["norm_mean"])
 
     assert cli("download", "trained_models/sizes", "--model_name", "colleague")[0] == 0
     for name in ("sizes", "colleague"):

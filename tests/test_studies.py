@@ -4,10 +4,8 @@ import csv
 import gzip
 import os
 import shutil
-import socket
 import unicodedata
 import zipfile
-import zlib
 
 import cv2
 import pydicom
@@ -95,41 +93,20 @@ LAYOUTS = {
         {"DICOM/a": "1", "help/tutorial.mp4": "", "help/note.dcm": ""},
         {"SOURCE": (".", ["DICOM/a", "help/note.dcm"])},
     ),
-    "UIDs that are not valid": (
-        {"x/a": "0", "y/b": "0", "z/c": "1.02", "w/d": "patient"},
-        {"x": ("x", ["a"]), "y": ("y", ["b"]), "z": ("z", ["c"]), "w": ("w", ["d"])},
-    ),
-    "folders of systems": (
-        {
-            "A/x": "1",
-            "A/@eaDir/x": "2",
-            "#recycle/y": "3",
-            "__MACOSX/z.avi": "",
-            "$RECYCLE.BIN/z.avi": "",
-            "lost+found/z.avi": "",
-            "A/Thumbs.db": "",
-        },
+    "folders of operating systems": (
+        {"A/x": "1", "A/@eaDir/x": "2", "__MACOSX/z.avi": "", "A/Thumbs.db": ""},
         {"A": ("A", ["x"])},
-    ),
-    "a study with one series among others": (
-        {"A/s1/x": "1", "A/s2/x": "1", "B/s1/x": "2", "B/s2/x": "2", "C/s1/x": "3"},
-        {
-            "A": ("A", ["s1/x", "s2/x"]),
-            "B": ("B", ["s1/x", "s2/x"]),
-            "C": ("C", ["s1/x"]),
-        },
     ),
     "loose files of one study": ({"a": "1", "b": "1"}, {"SOURCE": (".", ["a", "b"])}),
     "loose files of two studies": (
         {"a": "1", "b": "2"},
         {f"SOURCE-{d('1')}": (".", ["a"]), f"SOURCE-{d('2')}": (".", ["b"])},
     ),
-    "one study of a CD": ({"DICOM/a": "1"}, {"SOURCE": (".", ["DICOM/a"])}),
     "no DICOM at all": (
         {"A/x.avi": "", "A/deep/y.AVI": "", "B/z.Mp4": ""},
         {"A": ("A", ["deep/y.AVI", "x.avi"]), "B": ("B", ["z.Mp4"])},
     ),
-    "DICOM and other videos beside it": (
+    "DICOM and other videos": (
         {"A/x": "1", "A/export/y.avi": "", "B/z.avi": "", "B/s/w.avi": ""},
         {"A": ("A", ["x"]), "B": ("B", ["s/w.avi", "z.avi"])},
     ),
@@ -148,14 +125,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(tmp_path, layout):
-    """Grouped by header in any folders; named after a separate folder, or with a digest."""
+    """Files are grouped by header; a study is named after its folder, or with a digest."""
     files, expected = LAYOUTS[layout]
     lay_out(tmp_path / "SOURCE", files)
     assert layout_of(tmp_path / "SOURCE") == expected
 
 
 def test_a_cd_of_two_patients(tmp_path):
-    """Two studies in one folder: split by header; refused by folder; patients never mix."""
+    """Two studies in one folder are split by header and refused with --group folder."""
     cd = tmp_path / "cd"
     shutil.copytree(FIXTURES / "cd_of_two_patients", cd / "DICOM")
     (cd / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
@@ -165,9 +142,6 @@ def test_a_cd_of_two_patients(tmp_path):
     for group in ("folder", "one"):
         with pytest.raises(UserError, match=r"several studies .*--group dicom"):
             layout_of(cd, group)
-        listener = Collected()  # check continues, with the same findings
-        layout_of(cd, group, listener=listener)
-        assert any(f.level == "ERROR" and "--group dicom" in f.remedy for f in listener.findings)
     assert set(layout_of(cd, study_id="uid")) == set(uids)
     names = layout_of(cd, study_id="digest")
     assert all(len(n) == 16 and set(n) <= set("0123456789abcdef") for n in names)
@@ -177,24 +151,16 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
     put(tmp_path, "A/x", "1", PatientID="MRN-4711")
     put(tmp_path, "A/y", "1", PatientID="MRN-4712")
     put(tmp_path, "B/z", "2", PatientID="MRN-4711")
-    put(tmp_path, "B/w", "2")  # one that does not say
+    put(tmp_path, "B/w", "2")  # without a PatientID
     assert set(layout_of(tmp_path)) == {"B"}
     out = capsys.readouterr().out
-    assert "2 patients: A/x, A/y" in out and "left out" in out and "MRN" not in out
-    shutil.rmtree(tmp_path / "B")
-    with pytest.raises(UserError, match="no study"):
-        layout_of(tmp_path)
+    assert "2 patients: A/x, A/y" in out and "MRN" not in out
 
 
-def test_files_of_no_study_are_left_out(tmp_path, capsys):
+def test_files_without_a_study_are_left_out(tmp_path, capsys):
     lay_out(tmp_path, {"A/x": "1", "A/y": "2", "A/z.avi": "", "B/w": "3", "loose.mp4": ""})
     assert sorted(v for _, vs in layout_of(tmp_path).values() for v in vs) == ["w", "x", "y"]
-    assert "2 files have no StudyInstanceUID" in (out := capsys.readouterr().out)
-    assert "A/z.avi, loose.mp4" in out
-    with pytest.raises(UserError, match=r"no StudyInstanceUID .* of V"):
-        (tmp_path / "V").mkdir()
-        (tmp_path / "V/v.avi").write_text("x")
-        layout_of(tmp_path, study_id="uid")
+    assert "A/z.avi, loose.mp4" in capsys.readouterr().out
 
 
 def test_one_uid_merges_folders_of_one_patient_only(tmp_path):
@@ -214,7 +180,7 @@ def test_one_uid_merges_folders_of_one_patient_only(tmp_path):
 
 
 def test_one_uid_in_deeper_folders_is_reported(tmp_path):
-    """Series of one study, or patients below one more folder: nothing in the files decides."""
+    """Nothing in the files tells series of one study from patients below one more folder."""
     for patient, warned in (("", True), ("P", False)):
         root, listener = tmp_path / f"source{patient}", Collected()
         for folder in ("site/x", "site/y"):
@@ -236,8 +202,8 @@ def jpeg_copy(path, source, **tags):
     ds.save_as(path)
 
 
-def test_one_loop_counts_once(tmp_path, cli):
-    """Sent again with a tag changed, as JPEG, of the same frames; one UID for two loops is two."""
+def test_repeats_of_a_loop_are_skipped(tmp_path, cli):
+    """It repeats with another tag, as JPEG, or with a new UID; another loop has the same UID."""
     A = tmp_path / "in" / "A"
     put(tmp_path / "in", "A/s/best", "1", SOPInstanceUID="1.5", PatientID="P")
     jpeg_copy(A / "a_jpeg", A / "s/best")
@@ -257,27 +223,18 @@ def test_one_loop_counts_once(tmp_path, cli):
     assert rows["a_jpeg"] == ("skipped", "a repeat: the same SOPInstanceUID as A/s/best")
 
 
-def test_packed_files_say_what_to_do(tmp_path, cli):
+def test_compressed_files_are_named(tmp_path, cli):
     root = tmp_path / "in"
     root.mkdir()
     (root / "a.dcm").write_bytes(gzip.compress(b"x" * 500))
     with zipfile.ZipFile(root / "study.zip", "w") as f:
         f.writestr("x", "y")
-    (root / "answer").write_bytes(b"--b\r\nContent-Type: application/dicom\r\n\r\n" + bytes(500))
-    data = bytes(1000)
-    (root / "0d6f").write_bytes(len(data).to_bytes(8, "little") + zlib.compress(data))
-    line = (root, "--out", tmp_path / "o", *OPTIONS)
-    status, text, error = cli(*line, main=extract.main)
-    assert status == 1 and "a.dcm: packed (gzip): unpack it" in text
-    for expected in ("study.zip: packed (zip)", "answer: the multipart", "0d6f: of the database"):
-        assert expected in text
-    (root / "a.dcm").unlink()
-    status, _, error = cli(*line, main=extract.main)
-    assert status == 1 and "study.zip: packed (zip): unpack it" in error
+    status, text, _ = cli(root, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and "a.dcm: packed (gzip)" in text and "study.zip: packed (zip)" in text
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
-    """Names that are not UTF-8, in two normal forms, with escape sequences or 250 characters."""
+    """Names are not UTF-8, in two normal forms, have escape sequences or 250 characters."""
     root = tmp_path / "in"
     cafe = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     odd = os.fsdecode(b"caf\xe9")
@@ -285,14 +242,11 @@ def test_odd_names_and_odd_files(tmp_path, cli):
     for i, name in enumerate(names):
         put(root, f"{name}/v{i}\udcff.DCM", str(i + 1))
     os.mkfifo(root / "a\nb" / "pipe.avi")
-    os.mkfifo(root / "a\nb" / "pipe")
     (root / "a\nb" / "null.dcm").symlink_to("/dev/null")
     (root / "a\nb" / "nowhere.avi").symlink_to(root / "gone")
-    with socket.socket(socket.AF_UNIX) as s:
-        s.bind(str(root / "so.avi"))
     status, text, error = cli(root, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
     assert status == 0, error
-    assert "7 studies extracted" in text and "no regular file 5" in text
+    assert "7 studies extracted" in text and "no regular file 3" in text
     assert "\x1b" not in text + error
     written = {p.stem for p in (tmp_path / "out").glob("[!.]*.hdf5")}
     long = "x" * 191 + "-" + d("x" * 250)
@@ -302,7 +256,7 @@ def test_odd_names_and_odd_files(tmp_path, cli):
     assert again[0] == 0 and "0 studies extracted, 7 already there" in again[1]
 
 
-def test_the_output_folder_is_no_source(source, cli):
+def test_the_output_folder_is_not_read(source, cli):
     out = source / "embeddings"
     for expected in ("2 studies extracted", "0 studies extracted, 2 already there"):
         status, text, _ = cli(source, "--out", out, *OPTIONS, main=extract.main)
@@ -311,7 +265,7 @@ def test_the_output_folder_is_no_source(source, cli):
 
 
 def test_ignored_files_are_counted(source, tmp_path, cli):
-    """Links are followed, but not in circles; other files and empty folders are counted."""
+    """Links are followed once; other files and empty folders are counted."""
     shutil.move(source / "A_1" / "series", tmp_path / "elsewhere")
     (source / "A_1" / "series").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(source)
@@ -324,8 +278,6 @@ def test_ignored_files_are_counted(source, tmp_path, cli):
     }
     _, text, _ = cli(source, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
     assert "4 files are not videos: .txt 2, " in text and "1 folders hold no video: C" in text
-    status, _, error = cli(source / "C", "--out", tmp_path / "out", main=extract.main)
-    assert status == 1 and "3 files are not videos: .txt 1" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
@@ -340,28 +292,22 @@ def test_unreadable_folders_are_named(source, capsys):
 
 
 def test_wrong_sources(tmp_path, cli):
-    status, _, error = cli(tmp_path, "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 1 and "no video or DICOM file" in error
-    status, _, error = cli(tmp_path / "x", "--out", tmp_path / "o", main=extract.main)
-    assert status == 1 and "is not a folder" in error
+    for name, files, message in (
+        ("absent", (), "is not a folder"),
+        ("empty", (), "no video or DICOM file"),
+        ("mixed", ("a.avi", "study/b.avi"), "both study folders and loose videos (a.avi"),
+        ("text", ("a.dcm",), "no study"),
+    ):
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text("no")
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        line = (tmp_path / name, "--out", tmp_path / "o", *OPTIONS)
+        status, _, error = cli(*line, main=extract.main)
+        assert status == 1 and message in error
     (tmp_path / "file").touch()
-    (tmp_path / "s" / "A").mkdir(parents=True)
-    (tmp_path / "s" / "A" / "a.dcm").write_text("no")
-    for out in (tmp_path / "file", tmp_path / "file" / "o"):
-        status, _, error = cli(tmp_path / "s", "--out", out, *OPTIONS, main=extract.main)
-        assert status == 1 and str(tmp_path / "file") in error and "Traceback" not in error
-    shutil.rmtree(tmp_path / "s")
-    (tmp_path / "mixed" / "study").mkdir(parents=True)
-    for path in (tmp_path / "mixed" / "a.avi", tmp_path / "mixed" / "study" / "b.avi"):
-        path.write_text("x")
-    status, _, error = cli(tmp_path / "mixed", "--out", tmp_path / "o", main=extract.main)
-    assert status == 1 and "both study folders and loose videos (a.avi" in error
-    assert "--group one" in error
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "a.dcm").write_text("no")
-    status, text, error = cli(tmp_path / "s", "--out", tmp_path / "o", *OPTIONS, main=extract.main)
-    assert status == 1 and "no study" in error and "a.dcm: not a DICOM file" in text
-    assert not list((tmp_path / "o").glob("*.hdf5"))
+    status, _, error = cli(*line[:2], tmp_path / "file" / "o", *OPTIONS, main=extract.main)
+    assert status == 1 and str(tmp_path / "file") in error and "Traceback" not in error
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -374,7 +320,7 @@ def from_manifest(root, text, listener=None):
 
 
 def test_manifests(tmp_path):
-    """Our list, MIMIC's and EchoNet's."""
+    """A list of study and path, and the tables of MIMIC and EchoNet."""
     lay_out(tmp_path, {"A/x.dcm": "1", "A/s/y.dcm": "1", "B/z.dcm": "2"})
     s1, s2 = from_manifest(tmp_path, "study,path\ns1,A/x.dcm\ns1,A/gone.dcm\ns2,B/z.dcm\n")
     assert (s1.name, s1.videos, list(s1.left_out)) == ("s1", ["x.dcm"], ["gone.dcm"])
@@ -425,7 +371,7 @@ def test_wrong_manifests(tmp_path, text, message):
         studies.find_studies(tmp_path, manifests=["m.csv"], study_id="digest")
 
 
-def test_manifests_may_name_paths_below_the_source_in_full(tmp_path):
+def test_manifests_may_contain_absolute_paths_below_the_source(tmp_path):
     put(tmp_path / "real", "A/x.dcm", "1")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for path in (tmp_path / "link" / "A/x.dcm", tmp_path / "real" / "A/x.dcm"):
@@ -433,7 +379,7 @@ def test_manifests_may_name_paths_below_the_source_in_full(tmp_path):
         assert study.source("x.dcm").is_file()
 
 
-def test_a_manifest_that_mixes_is_followed_with_a_warning(tmp_path):
+def test_a_manifest_that_mixes_studies_gives_warnings(tmp_path):
     lay_out(tmp_path, {"A/x.dcm": "1", "B/z.dcm": "2"})
     listener = Collected()
     from_manifest(tmp_path, "study,path\ns,A/x.dcm\ns,B/z.dcm\nt,B/z.dcm\n", listener)
@@ -443,7 +389,7 @@ def test_a_manifest_that_mixes_is_followed_with_a_warning(tmp_path):
 
 
 def test_videos_of_a_published_config(tmp_path):
-    """`video_base_path` and `video_subdir_format`: the folder's name without what is around it."""
+    """`video_subdir_format` describes the names of folders, which contain the study's id."""
     lay_out(tmp_path, {"101_trim/a.avi": "", "102_trim/s/b.avi": "", "other/c.avi": ""})
     all_studies = studies.studies_of_dataset(tmp_path)
     assert [(s.name, s.videos) for s in all_studies] == [("101", ["a.avi"]), ("102", ["s/b.avi"])]

@@ -3,7 +3,6 @@
 import csv
 import io
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -38,10 +37,10 @@ READ_AS_PLAIN = {  # content; part of the note
     "quoted": ("".join(f'"{r[0]}","{r[1]}","{r[2]}"\n' for r in PLAIN), ""),
     "blanks": (TEXT.replace(",", " , "), ""),
     "blank lines": ("\n" + TEXT.replace("\n", "\n\n"), ""),
-    "rows of nothing": (TEXT + ",,\n,,\n,,,,\n", ""),
-    "a comma more in each line": (TEXT.replace("\n", ",\n"), ""),
-    "a comma more in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", ""),
-    "names with what is not seen": (
+    "empty rows": (TEXT + ",,\n,,\n,,,,\n", ""),
+    "an extra comma in each line": (TEXT.replace("\n", ",\n"), ""),
+    "an extra comma in each row": ("pid,eid,VSD\nP0,001,1,\nP1,002,0.5,\n", ""),
+    "names with invisible characters": (
         "\u200bp\ufeffid,e\u00adid,VSD\u200e\n" + TEXT[TEXT.index("\n") + 1 :],
         "",
     ),
@@ -50,7 +49,7 @@ READ_AS_PLAIN = {  # content; part of the note
 
 
 @pytest.mark.parametrize("case", READ_AS_PLAIN)
-def test_read_as_meant(tmp_path, case):
+def test_formats(tmp_path, case):
     """Every format gives the same cells; the detected format is reported."""
     content, note = READ_AS_PLAIN[case]
     table, findings = read(tmp_path / "t.csv", content)
@@ -59,25 +58,23 @@ def test_read_as_meant(tmp_path, case):
 
 
 REFUSED = {  # content; part of the message
-    "a comma more in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
-    "a comma more in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields and the header"),
-    "a field less": ("pid,eid,VSD\nP0,E0,1\nP1,E1\n", "line 3 has 2 fields"),
-    "a field more in each row": ("eid,VSD\n0,E0,1\n1,E1,0\n", "line 2 has 3 fields"),
+    "an extra comma in the first row": ("no,eid,VSD\n0,E0,1,\n1,E1,0\n", "line 2 has 4 fields"),
+    "an extra comma in a later row": ("eid,VSD\nE0,1\nE1,0,\n", "line 3 has 3 fields"),
+    "a missing field": ("pid,eid,VSD\nP0,E0,1\nP1,E1\n", "line 3 has 2 fields"),
+    "an extra field in each row": ("eid,VSD\n0,E0,1\n1,E1,0\n", "line 2 has 3 fields"),
     "decimal commas between commas": ("pid,eid,EF\nP0,E0,40,5\nP1,E1,41\n", "line 2 has 4 fields"),
     "after a cell of two lines": ('eid,V\n"E\n0",1\nE1,0,1\n', "line 4 has 3 fields"),
     "two columns of a name": ("eid,VSD, VSD\nE0,1,0\n", "two columns 'VSD'"),
     "an open quote": ('eid,VSD\nE0,1\n"E1,0\nE2,1\n', 'line 3: a quote (") does not close'),
-    "a quote within": ('eid,VSD\n"E0"x,1\n', "line 2: a quote"),
     "two open quotes": ('eid,VSD\n"E0,1\nE1,0\nE2",1\n', "line 2: a quote"),
-    "nothing": ("", "is empty"),
-    "blank lines alone": ("\n\n", "is empty"),
-    "a header alone": ("pid,eid,VSD\n", "no rows"),
+    "blank lines only": ("\n\n", "is empty"),
+    "only a header": ("pid,eid,VSD\n", "no rows"),
     "an old Excel file": (b"\xd0\xcf\x11\xe0" + bytes(100), "save it as CSV"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_its_line(tmp_path, case):
+def test_refused_tables(tmp_path, case):
     content, expected = REFUSED[case]
     with pytest.raises(UserError, match=r"t\.csv") as error:
         read(tmp_path / "t.csv", content)
@@ -85,7 +82,7 @@ def test_refused_with_its_line(tmp_path, case):
 
 
 def test_cells_that_hold_delimiters_quotes_and_lines(tmp_path):
-    """As Python's csv writes them, each delimiter; names too."""
+    """Cells and names are those that Python's csv wrote, with each delimiter."""
     rows = [["pid", "eid", "a, b; c"], ["P,0", 'say "E"', "1;2\t3"], ["P\n1", "E|2", "ä"]]
     for delimiter in ",;\t|":
         text = io.StringIO()
@@ -121,7 +118,7 @@ def workbook(path, *sheets):
 
 
 def test_excel(tmp_path):
-    """Ids as text, the first sheet with cells, lines as in the sheet."""
+    """Ids are text, empty sheets are skipped, and the index has the lines of the sheet."""
     path = tmp_path / "t.xlsx"
     rows = [["pid", "eid", "EF"], ["P0", 7, 55.0], [], ["P1", "008", 40.5], ["P2", "-A7", None]]
     workbook(path, [], rows, [["other"]])
@@ -158,16 +155,11 @@ def numbers(**columns):
         (["1.234,5", "17,5"], [1234.5, 17.5], "decimal commas in x"),
         (["1,234.5", "12.5"], [1234.5, 12.5], "separators of thousands in x"),
         (["1,234,567", "1,234"], [1234567, 1234], "separators of thousands in x"),
-        (["40,125", "41,5"], [40.125, 41.5], "decimal commas in x"),
         (["Yes", "no", "YES", None], [1, 0, 1, np.nan], "read as 1/0 in x"),
-        (["TRUE", "FALSE", "0"], [1, 0, 0], "read as 1/0 in x"),
         (["present", "Absent", "maybe"], [1, 0, np.nan], "read as 1/0 in x"),
-        (["positive", "negative"], [1, 0], "read as 1/0 in x"),
         (["55", "no", "60"], [55, np.nan, 60], ""),  # 'not measured' is not 0
         (["Ja", "nein", "j", None], [1, 0, 1, np.nan], "in x: j, ja = 1; nein = 0"),
         (["oui", "NON", "vrai", "faux"], [1, 0, 1, 0], "in x: oui, vrai = 1; faux, non = 0"),
-        (["sí", "no", "si", "0"], [1, 0, 1, 0], "in x: si, sí = 1; no = 0"),
-        (["X", "0", "x"], [1, 0, 1], "in x: x = 1"),
         (["x", None, "x"], [1, np.nan, 1], "empty cells stay missing"),
         (["x", "1", "0"], [np.nan, 1, 0], ""),  # unknown
         (["inf", "1e999", "nan", "x"], [np.nan] * 4, ""),
@@ -190,13 +182,13 @@ def test_numbers(cells, expected, note):
         {"x": ["40,5", "41,5"], "y": ["1.234", "2.345"]},  # y in decimal points, or thousands?
     ],
 )
-def test_numbers_that_may_mean_two_things(columns):
+def test_ambiguous_numbers(columns):
     _, findings = numbers(**columns)
     errors = [text for level, text in findings if level == "ERROR"]
     assert len(errors) == 1 and "may be decimals or thousands" in errors[0]
 
 
-def test_one_column_says_how_another_is_read():
+def test_one_column_decides_how_another_is_read():
     values, _ = numbers(x=["40,5", "41,5"], y=["1,234", "2,345"])
     assert values["y"].tolist() == [1.234, 2.345]
 
@@ -241,17 +233,3 @@ def test_ids():
     tables.clean_ids(cut, "t.csv", listener)
     (finding,) = listener.findings
     assert finding.level == "ERROR" and "t.csv, line 3" in finding.text
-
-
-@pytest.mark.slow
-def test_fifty_thousand_rows_in_seconds(tmp_path):
-    rng = np.random.default_rng(0)
-    table = pd.DataFrame(rng.standard_normal((50_000, 30)).round(3)).add_prefix("L")
-    table.insert(0, "eid", [f"{i:07}" for i in range(len(table))])
-    table.to_csv(tmp_path / "t.csv", index=False, sep=";", decimal=",")
-    began = time.process_time()
-    text = tables.read_table(tmp_path / "t.csv", Collected())
-    values = tables.to_numbers(text.drop(columns="eid"), "t.csv", Collected())
-    assert time.process_time() - began < 20
-    assert text["eid"].iloc[-1] == "0049999"
-    np.testing.assert_array_equal(values, table.drop(columns="eid"))

@@ -13,22 +13,19 @@ import numpy as np
 import pydicom
 import pytest
 from helpers import ROOT, moving_square, write_cine, write_dicom
+from pydicom.encaps import generate_frames
 
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom, studies
 
 REAL = pydicom.examples.get_path("ybr_color")
-CODECS = "echofocus_core.video.codecs"
 VIDEOS = Path(__file__).parent / "fixtures" / "videos"  # of moving_square(24, 48, 64)
 
 
-@pytest.mark.parametrize("name, fourcc", [("a.avi", "MJPG"), ("a.mp4", "mp4v"), ("a.mov", "mp4v")])
+@pytest.mark.parametrize("name, fourcc", [("a.avi", "MJPG"), ("a.mov", "mp4v")])
 def test_containers(tmp_path, name, fourcc):
     frames = moving_square()
-    writer = cv2.VideoWriter(str(tmp_path / name), cv2.VideoWriter_fourcc(*fourcc), 30, (80, 60))
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
+    phantom.write_video(tmp_path / name, frames, fourcc=fourcc)
     result = video.read_frames(tmp_path / name)
     assert result.shape == frames.shape and result.dtype == np.uint8
     inside, outside = result[5, 25:35, 14:26], result[5, 45:, 40:]
@@ -36,38 +33,24 @@ def test_containers(tmp_path, name, fourcc):
     assert np.abs(outside.mean((0, 1)) - 40).max() < 5
 
 
-def test_dicom_is_read_exactly(tmp_path):
-    bgr = moving_square()
-    grey = bgr[..., 0]
-    expected = {"rgb": bgr, "grey": np.repeat(grey[..., None], 3, -1)}
-    expected["inverse"] = expected["grey"]
-    write_dicom(tmp_path / "rgb", np.ascontiguousarray(bgr[..., ::-1]), "RGB")
-    write_dicom(tmp_path / "grey", grey, "MONOCHROME2")
-    write_dicom(tmp_path / "inverse", 255 - grey, "MONOCHROME1")
-    for name, frames in expected.items():
-        np.testing.assert_array_equal(video.read_frames(tmp_path / name), frames)
+def test_inverse_greyscale(tmp_path):
+    grey = moving_square()[..., :1]
+    write_dicom(tmp_path / "a", 255 - grey[..., 0], "MONOCHROME1")
+    np.testing.assert_array_equal(video.read_frames(tmp_path / "a"), np.repeat(grey, 3, -1))
 
 
-def test_a_header_is_read_once(monkeypatch):
-    """One opened file gives frames, digest, regions and rate."""
-    calls, dcmread = [], pydicom.dcmread
-    monkeypatch.setattr(pydicom, "dcmread", lambda *a, **k: calls.append(a) or dcmread(*a, **k))
+def test_digest_regions_and_frame_rate_of_a_file():
     with video.VideoFile(REAL) as file:
-        file.check()
         assert len(list(file.frames())) == len(list(file.frames())) == 30
         assert file.digest == hashlib.sha256(REAL.read_bytes()).hexdigest()
         assert file.boxes == []  # they are outside the image, which was shrunk
-        assert file.rate == pytest.approx(1000 / dcmread(REAL).FrameTime)
-    assert len(calls) == 1
+        assert file.rate == pytest.approx(1000 / pydicom.dcmread(REAL).FrameTime)
 
 
 def test_real_echocardiogram_is_not_tinted():
-    """JPEG YBR_FULL_422: the same pixels as OpenCV's own JPEG decoder; grey tissue stays grey."""
-    from pydicom.encaps import generate_frames
-
+    """The pixels of JPEG YBR_FULL_422 are those of OpenCV's JPEG decoder."""
     result = video.read_frames(REAL)
-    ds = pydicom.dcmread(REAL)
-    jpegs = generate_frames(ds.PixelData, number_of_frames=30)
+    jpegs = generate_frames(pydicom.dcmread(REAL).PixelData, number_of_frames=30)
     expected = [cv2.imdecode(np.frombuffer(j, np.uint8), cv2.IMREAD_COLOR) for j in jpegs]
     assert result.shape == (30, 240, 320, 3)
     assert np.abs(result.astype(int) - np.stack(expected)).max() <= 1
@@ -87,20 +70,15 @@ def test_real_echocardiogram_is_not_tinted():
         ("mpeg2.m2v", 24, False),
     ],
 )
-def test_containers_are_judged_by_what_decodes(tmp_path, name, n, noted):
+def test_decoded_frames_count_not_the_declared_number(tmp_path, name, n, noted):
     path = shutil.copy(VIDEOS / name, tmp_path / name.upper())
     notes = []
     frames = np.stack(list(video.iter_frames(path, notes)))
     assert len(frames) == n and bool(notes) == noted
     assert np.abs(frames.astype(int) - moving_square(24, 48, 64)[-n:]).mean() < 3
-    data = (VIDEOS / name).read_bytes()
-    (tmp_path / f"cut{name}").write_bytes(data[: len(data) * 2 // 3])
-    if name.endswith((".mp4", ".mkv", ".webm", ".wmv")):  # others do not say how long they are
-        with pytest.raises(video.VideoError, match=r"truncated|damaged"):
-            video.read_frames(tmp_path / f"cut{name}")
 
 
-def test_an_avi_that_says_one_frame(tmp_path):
+def test_an_avi_that_declares_one_frame(tmp_path):
     phantom.write_video(tmp_path / "a.avi", moving_square())
     data = bytearray((tmp_path / "a.avi").read_bytes())
     for mark, at in ((b"avih", 24), (b"strh", 40)):
@@ -110,14 +88,10 @@ def test_an_avi_that_says_one_frame(tmp_path):
     notes = []
     assert len(list(video.iter_frames(tmp_path / "a.avi", notes))) == 20
     assert notes == ["count of frames differs: 20 frames decode, the container says 1"]
-    (tmp_path / "a.avi").write_bytes(data[: len(data) // 2])
-    with pytest.raises(video.VideoError, match="truncated"):
-        video.read_frames(tmp_path / "a.avi")
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.webm", "a.mp4", "fast.mp4"])
-def test_a_container_that_ends_early_is_cut(tmp_path, name):
-    """Also within the last frames, and for any declared count."""
+def test_a_truncated_container(tmp_path, name):
     if name == "fast.mp4":  # its index is before the pictures
         data = (VIDEOS / "h264.mp4").read_bytes()
     else:
@@ -128,7 +102,7 @@ def test_a_container_that_ends_early_is_cut(tmp_path, name):
         (tmp_path / name).write_bytes(data[:-cut])
         with pytest.raises(video.VideoError, match="truncated"):
             video.read_frames(tmp_path / name)
-        assert "truncated" in video.why_skipped(tmp_path / name)  # of `check`
+        assert "truncated" in video.why_skipped(tmp_path / name)  # as `check` reports it
 
 
 def write_plain_avi(path, frames, top_down=False):
@@ -151,10 +125,10 @@ def write_plain_avi(path, frames, top_down=False):
     path.write_bytes(chunk(b"RIFF", b"AVI " + head + body))
 
 
-@pytest.mark.parametrize("width, top_down", [(80, False), (17, True), (17, False)])
-def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
-    """In a separate process, since OpenCV may crash on rows that are stored bottom up."""
-    frames = np.random.default_rng(0).integers(0, 256, (5, 20, width, 3), dtype=np.uint8)
+@pytest.mark.parametrize("top_down", [True, False])
+def test_uncompressed_avi_with_rows_in_either_order(tmp_path, top_down):
+    """It is read in a separate process, since OpenCV may crash on rows from bottom to top."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, 20, 17, 3), dtype=np.uint8)
     write_plain_avi(tmp_path / "a.avi", frames, top_down)
     code = "import sys, numpy as np; from echofocus_core.video.decode import read_frames\n"
     code += "np.save(sys.argv[2], read_frames(sys.argv[1]))"
@@ -164,14 +138,10 @@ def test_uncompressed_avi_is_read_whichever_way_up(tmp_path, width, top_down):
     assert (np.load(tmp_path / "a.npy") == frames).all()
 
 
-@pytest.mark.parametrize("fourcc", ["MJPG", "MPNG"])
-def test_a_damaged_frame_in_an_avi(tmp_path, fourcc):
-    """Decoding stops there: refused before half of the frames, else noted."""
+def test_a_damaged_frame_in_an_avi(tmp_path):
+    """Decoding stops there: the file is refused before half of the frames, else there is a note."""
     path = tmp_path / "a.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 30, (80, 60))
-    for frame in moving_square():
-        writer.write(frame)
-    writer.release()
+    phantom.write_video(path, moving_square())
     data, at, starts = path.read_bytes(), 0, []
     while (at := data.find(b"00dc", max(at + 4, data.index(b"movi")), data.rindex(b"idx1"))) > 0:
         starts.append(at + 8)
@@ -189,7 +159,7 @@ def test_a_damaged_frame_in_an_avi(tmp_path, fourcc):
             assert notes == [f"count of frames differs: {message}"]
 
 
-def test_names_that_are_no_text_nor_a_pattern(tmp_path):
+def test_file_names_that_are_not_utf8_or_look_like_a_pattern(tmp_path):
     phantom.write_video(tmp_path / "a.avi", moving_square())
     for name in (b"caf\xe9.avi", b"%03d.avi", "e\u0301.avi".encode()):
         path = Path(os.fsdecode(bytes(tmp_path) + b"/" + name))
@@ -199,7 +169,7 @@ def test_names_that_are_no_text_nor_a_pattern(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.ts"])
 def test_a_playlist_opens_nothing_else(tmp_path, name):
-    """A list that names a playlist, which may name any file: neither is a video."""
+    """A list may name a playlist, which may name any file; both are refused."""
     shutil.copy(VIDEOS / "h264.ts", tmp_path / "other.ts")
     listed = (
         f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n"
@@ -211,8 +181,8 @@ def test_a_playlist_opens_nothing_else(tmp_path, name):
             video.read_frames(path)
 
 
-def test_sampling_is_the_published():
-    """Start s reads frames s - 1 .. s + 14, 0 .. 15 for s = 0; a short video repeats its last."""
+def test_sampling_is_that_of_the_published_models():
+    """Start s reads frames s - 1 to s + 14, start 0 frames 0 to 15; the last frame is repeated."""
     expected = [range(16), range(16), range(1, 17), range(63, 79)]
     np.testing.assert_array_equal(video.clip_frames([0, 1, 2, 64], 80, 16), expected)
     np.testing.assert_array_equal(video.clip_frames([0], 10, 16)[0], [*range(10)] + [9] * 6)
@@ -226,7 +196,7 @@ def test_sampling_is_the_published():
 
 
 def test_resize_and_crop():
-    """Area resize without keeping the aspect, then the centre: each output pixel a block mean."""
+    """Resizing by area ignores the aspect ratio: each output pixel is the mean of a block."""
     frame = np.random.default_rng(0).integers(0, 256, (512, 768, 3), dtype=np.uint8)
     blocks = frame.reshape(256, 2, 256, 3, 3).mean((1, 3))[16:240, 16:240]
     result = video.crop_centre(video.resize(frame))
@@ -235,22 +205,18 @@ def test_resize_and_crop():
 
 
 def test_the_centre_alone_is_resized_to_the_same_numbers():
-    """The centre ends between pixels, within a pixel, or both; or the frames are enlarged."""
+    """Its edges are between pixels or within a pixel, and frames are shrunk or enlarged."""
     rng = np.random.default_rng(0)
-    sides = [(600, 800), (768, 1024), (480, 640), (708, 1016), (240, 320), (512, 100)]
-    for height, width in [
-        *sides,
-        *rng.integers(200, 900, (12, 2)),
-        *16 * rng.integers(9, 60, (12, 2)),
-    ]:
+    sides = [(600, 800), (768, 1024), (708, 1016), (240, 320), (512, 100)]
+    for height, width in [*sides, *rng.integers(200, 900, (12, 2))]:
         frame = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for size in (224, 112, 160):
             expected = video.crop_centre(video.resize(frame, size), size)
             np.testing.assert_array_equal(video.resize_centre(frame, size), expected)
 
 
-def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
-    """They are not decoded (without a mask), but damage in them is still detected."""
+def test_damage_in_frames_that_no_clip_uses_is_detected(tmp_path):
+    """These frames are not decoded if there is no mask."""
     sampling = video.Sampling(n_clips=1, clip_len=4)
     (clips,) = video.read_clips(REAL, sampling)
     every = video.read_frames(REAL)
@@ -266,7 +232,7 @@ def test_frames_that_no_clip_uses_are_checked_all_the_same(tmp_path):
         list(video.iter_frames(tmp_path / "a.dcm", needed=lambda n: []))
 
 
-def test_black_throughout_is_noted(tmp_path):
+def test_a_note_if_all_frames_are_black(tmp_path):
     notes = []
     for level in (0, 90):
         frames = np.full((8, 40, 40, 3), level, np.uint8)
@@ -310,11 +276,8 @@ ODD_FILES = {
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
     "text.avi": (lambda p: p.write_text("hello"), "cannot be opened as a video"),
-    "headless.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:35_040]), "truncated: the pixel"),
-    "cut.dcm": (lambda p: p.write_bytes(REAL.read_bytes()[:60_000]), "does not decode|truncated"),
     "hole.dcm": (corrupt_frame, "does not decode"),
     "pipe.dcm": (os.mkfifo, "not a regular file"),
-    "pipe.avi": (os.mkfifo, "not a regular file"),
     "damage.dcm": (damage_frame, "frame 13 of 30 does not decode: broken JPEG"),
     "signed.dcm": (
         lambda p: write_dicom(p, moving_square()[..., 0], "MONOCHROME2", PixelRepresentation=1),
@@ -335,15 +298,13 @@ def test_odd_files_give_a_reason(tmp_path, name):
 
 @pytest.mark.parametrize("code, reason", [(2, "M-mode"), (3, "spectral")])
 def test_m_mode_and_spectral_are_skipped(tmp_path, code, reason):
-    box = pydicom.Dataset()
-    box.RegionSpatialFormat = code
-    write_dicom(tmp_path / "a.dcm", moving_square(), "RGB", SequenceOfUltrasoundRegions=[box])
+    write_dicom(tmp_path / "a.dcm", moving_square(), "RGB", **region(79, 59, code))
     with pytest.raises(video.VideoError, match=reason):
         video.read_frames(tmp_path / "a.dcm")
 
 
 def test_dicom_without_preamble(tmp_path):
-    """Neither the 128 bytes and 'DICM', nor a transfer syntax; under a name without ending."""
+    """The 128 bytes, 'DICM' and the transfer syntax are missing, and names have no ending."""
     write_dicom(tmp_path / "a.dcm", moving_square(), "RGB")
     data = (tmp_path / "a.dcm").read_bytes()
     (tmp_path / "JPEG").write_bytes(REAL.read_bytes()[132:])
@@ -359,7 +320,6 @@ def test_dicom_without_preamble(tmp_path):
 
 
 def test_pixel_data_without_vr_or_padding(tmp_path):
-    """In a file with VR, as pydicom reads it."""
     frames = moving_square(19, 21, 61)
     write_dicom(tmp_path / "a.dcm", frames[..., ::-1].copy(), "RGB")
     data = (tmp_path / "a.dcm").read_bytes()
@@ -373,7 +333,7 @@ def test_pixel_data_without_vr_or_padding(tmp_path):
 
 
 def sector_cine(width=200, height=150, n=20):
-    """A fan of changing speckle on black, and the same with a name beside the fan."""
+    """A fan of changing speckle on black, and the same with a name outside the fan."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]
     angle, depth = np.arctan2(x - width / 2, y + 1), np.hypot(x - width / 2, y)
@@ -387,10 +347,10 @@ def sector_cine(width=200, height=150, n=20):
     return plain, named
 
 
-def region(x1, y1):
-    """Tags of a 2-D ultrasound region from the first pixel to (x1, y1)."""
+def region(x1, y1, code=1):
+    """Tags of an ultrasound region from the first pixel to (x1, y1); code 1 is 2-D."""
     box = pydicom.Dataset()
-    box.RegionSpatialFormat = 1
+    box.RegionSpatialFormat = code
     box.RegionLocationMinX0, box.RegionLocationMinY0 = 0, 0
     box.RegionLocationMaxX1, box.RegionLocationMaxY1 = x1, y1
     return {"SequenceOfUltrasoundRegions": [box]}
@@ -404,7 +364,7 @@ def masked_frames(path, frames, tags, mask="sector", size=224):
 
 
 @pytest.mark.parametrize("with_regions", [False, True])
-def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
+def test_masking_removes_names_outside_the_sector(tmp_path, with_regions):
     """With --mask sector a planted name changes no pixel that the encoder sees."""
     plain, named = sector_cine()
     tags = region(199, 149) if with_regions else {}
@@ -421,8 +381,8 @@ def test_masking_removes_names_beside_the_sector(tmp_path, with_regions):
 
 @pytest.mark.parametrize("scrolls, with_regions", [(False, True), (True, False)])
 def test_masking_with_an_ecg_that_touches_the_sector(tmp_path, scrolls, with_regions):
-    """A thick trace across the sector's bottom, which is drawn on or scrolls: names beside the
-    sector change no pixel, and 95 % of the sector, also the parts that do not move, is kept."""
+    """A thick trace crosses the bottom of the sector and grows or scrolls. Names outside the
+    sector change no pixel, and 95 % of the sector is kept, with the parts that do not move."""
     H, W, n = 300, 480, 24
     fan = phantom.phantom_cine("A4C", frames=n, size=(H, W), seed=0)
     plain = fan.copy()
@@ -458,7 +418,7 @@ def test_masking_the_real_cine():
 
 @pytest.mark.parametrize("boxes", [[(2, 2, 77, 59), (82, 2, 157, 59)], []])
 def test_masking_keeps_every_sector(tmp_path, boxes):
-    """Two sectors side by side: at least 0.9 of the moving pixels of each, in both outputs."""
+    """At least 0.9 of the moving pixels of each of two sectors are kept."""
     rng, frames = np.random.default_rng(0), np.zeros((12, 60, 160, 3), np.uint8)
     y, x = np.mgrid[:58, :76]
     fan = (np.abs(x - 38) < 4 + 0.6 * y)[..., None]
@@ -475,7 +435,7 @@ def test_masking_keeps_every_sector(tmp_path, boxes):
         assert kept[:, half].sum() > 0.9 * moving[:, half].sum()
 
 
-def test_a_mask_that_removes_much_says_so(tmp_path):
+def test_a_mask_that_removes_much_has_a_note(tmp_path):
     frames, _ = sector_cine()
     write_dicom(tmp_path / "a.dcm", frames, "RGB", **region(80, 149))
     (clips,) = video.read_clips(tmp_path / "a.dcm", video.Sampling(mask="sector"))
@@ -489,21 +449,18 @@ def test_a_still_scene_cannot_be_masked(tmp_path):
         video.read_clips(tmp_path / "a.dcm", video.Sampling(mask="sector"))
 
 
-def test_transformed_copies():
-    """Copies differ from the plain clips and from each other; the same seed gives the same."""
+def test_transformed_copies_differ_and_are_reproducible():
     sampling = video.Sampling(n_clips=2, size=56, augment=2)
     copies = video.read_clips(REAL, sampling)
-    again = video.read_clips(REAL, sampling)
     assert len(copies) == 3
-    for a, b in zip(copies, again, strict=True):
+    for a, b in zip(copies, video.read_clips(REAL, sampling), strict=True):
         np.testing.assert_array_equal(a.frames, b.frames)
     first, second = (c.frames[c.index] for c in copies[1:])
-    assert first.shape == second.shape == (2, 16, 56, 56, 3)
-    assert (first != second).any()
+    assert first.shape == (2, 16, 56, 56, 3) and (first != second).any()
 
 
-def test_random_transform_keeps_what_it_should():
-    """Over many draws: half are flipped, angles within 15 degrees, the centre stays in view."""
+def test_range_of_the_random_transform():
+    """Half of the draws are flipped, angles are at most 15 degrees, the centre stays in view."""
     frame = np.zeros((64, 64, 3), np.uint8)
     frame[28:36, 20:44, :2], frame[28:36, 20:44, 2] = 90, 200  # a bar, 24 wide and 8 high
     frame[28:36, 40:44] = 255  # with a bright right end
@@ -518,27 +475,21 @@ def test_random_transform_keeps_what_it_should():
     assert 12 < max(np.abs(angles)) < 19  # pixels are coarse
 
 
-LIMITS = {
-    "a full disk": (OSError(28, "No space left on device"), "No space left"),
-    "memory": (MemoryError(), "not enough memory"),
-    "a decoder's complaint": (OSError("broken data stream"), ""),
-}
+@pytest.mark.parametrize(
+    "fault, is_temporary",
+    [
+        (OSError(28, "No space left on device"), True),
+        (MemoryError(), True),
+        (OSError("broken data stream"), False),
+    ],
+)
+def test_a_file_is_read_again_after_the_machine_ran_out_of_space(monkeypatch, fault, is_temporary):
+    """Faults of the file itself are permanent."""
 
-
-@pytest.mark.parametrize("limit", LIMITS)
-def test_what_the_machine_lacked_is_no_fault_of_the_file(tmp_path, monkeypatch, limit):
-    """Otherwise the file would never be read again; also for errors of a decoder."""
-    fault, message = LIMITS[limit]
-
-    def fail(*_, **__):
+    def fail(*_):
         raise fault
 
-    with monkeypatch.context() as patch:
-        patch.setattr(f"{CODECS}.decode_jpeg", fail)
-        reply = video.answer(video.read_frames, [Path(REAL)])
-    assert isinstance(reply, video.VideoError) and message in str(reply)
-    assert isinstance(reply, video.NotNow) == bool(message), reply
-    with pytest.raises(cv2.error) as error:
-        cv2.resize(np.zeros((2, 2, 3), np.uint8), (2**20, 2**20))
-    monkeypatch.setattr(f"{CODECS}.decode_jpeg", lambda *_: (_ for _ in ()).throw(error.value))
-    assert isinstance(video.answer(video.read_frames, [Path(REAL)]), video.NotNow)
+    monkeypatch.setattr("echofocus_core.video.codecs.decode_jpeg", fail)
+    reply = video.answer(video.read_frames, [Path(REAL)])
+    assert isinstance(reply, video.VideoError)
+    assert isinstance(reply, video.NotNow) == is_temporary

@@ -6,9 +6,8 @@
 
 A case depends only on (area, seed, number), and runs in a separate folder and a forked process. It
 passes if the command ends in time and without a traceback: with status 0, or with one line that
-names the file. Files that can only be made on purpose may cause a traceback. The undamaged files of
-the same run must give the same numbers, no code in a file may run, and nothing may be written
-outside the case's folder.
+names the file. The undamaged files of the same run must give the same numbers, no program may be
+started, and nothing may be written outside the case's folder.
 
     changes.py     damage to bytes, names and values
     commands.py    running command lines, checking how they end, the cohort of all cases

@@ -16,7 +16,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 import echofocus
@@ -24,8 +23,8 @@ from echofocus_core.base.console import run_main
 from echofocus_core.encoder import train as train_encoder
 from echofocus_core.study import end_to_end
 from echofocus_core.video import extract, panecho, store
+from tests.helpers import FIXTURES
 
-FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 MAINS = {"extract": extract.main, "encoder": train_encoder.main}  # others: echofocus.main
 EXTRACT = ["extract", "source", "--out", "out", "--weights", "random", "--size", "32"]
 EXTRACT += ["--n_clips", "1", "--clip_len", "2", "--workers", "1", "--device", "cpu"]
@@ -90,22 +89,16 @@ def wait(pid, seconds):
 
 
 class Command:
-    """A command line in a fork, such as Command("predict", "--out", "p.csv").
+    """A command line in a fork, such as Command("predict", "--out", "p.csv")."""
 
-    before: function called in the fork before the command.
-    """
-
-    def __init__(self, *line, before=None):
+    def __init__(self, *line):
         self.name, *self.line = [str(x) for x in line]
-        self.before = before
         self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self.pid = start(self.call)
 
     def call(self):
         for descriptor, file in enumerate(self.files, 1):
             os.dup2(file.fileno(), descriptor)
-        if self.before:
-            self.before()
         main = MAINS.get(self.name, echofocus.main)
         line = self.line if self.name in MAINS else [self.name, *self.line]
         run_main(lambda: main(line), "echofocus.py")
@@ -125,14 +118,11 @@ def run(*line):
     return Command(*line).result()
 
 
-def complaint_of(result, *names, failed=True, crafted=False):
+def complaint_of(result, *names, failed=True):
     """What is wrong with the end of a command; '' if nothing is.
 
-    names: one of them must be in an error message. failed: whether it may fail. crafted: whether
-    the file can only be made on purpose; then a traceback is accepted.
+    names: one of them must be in an error message. failed: whether the command may fail.
     """
-    if "Traceback" in result.text and crafted:
-        return ""
     if "Traceback" in result.text:
         return "traceback: " + result.text[result.text.index("Traceback") :][-1500:]
     if result.status == 0:
@@ -156,7 +146,7 @@ def clips(seed, V=1, C=2):
 
 
 def make_base(folder):
-    """Write labels, embeddings, a model, its predictions, a pack, and two videos' embeddings."""
+    """Write labels, embeddings, a model, its predictions, and two videos' embeddings."""
     os.chdir(folder)
     Path("emb").mkdir()
     rows = []
@@ -173,7 +163,7 @@ def make_base(folder):
     config = {"task": {"defect": task}, "dataset": {"site": {"embedding_path": "emb"}}}
     Path("config.json").write_text(json.dumps(config))
     healthy_source(Path("source"))
-    for line in (["train", "--task", "defect"], PREDICT, ["pack"], EXTRACT):
+    for line in (["train", "--task", "defect"], PREDICT, EXTRACT):
         result = run(*line)
         assert result.status == 0, result
 
@@ -186,12 +176,6 @@ def copy_cohort(base, n=5):
     for name in ("config.json", "labels.csv"):
         shutil.copy(base / name, name)
     shutil.copytree(base / "trained_models", "trained_models")
-
-
-def edit_config(**task):
-    config = json.loads(Path("config.json").read_text())
-    config["task"]["defect"] |= task
-    Path("config.json").write_text(json.dumps(config))
 
 
 def predictions(path="p.csv"):
@@ -230,8 +214,3 @@ def healthy_embeddings(folder):
         with h5py.File(path) as f:
             arrays[path.stem] = f["embeddings"][:]
     return arrays
-
-
-def model_bytes(base, name="best"):
-    path = base / "trained_models" / "defect" / f"{name}_checkpoint.pt"
-    return path.read_bytes(), torch.load(path, weights_only=True)

@@ -3,20 +3,14 @@
 
 import io
 import json
-import os
-import pickle
-import shutil
 from pathlib import Path
 
 import h5py
 import pydicom
-import torch
 
 from tests.faults.changes import KINDS, NAMES, choose, damage, odd_entry
 from tests.faults.commands import (
     EXTRACT,
-    FIXTURES,
-    N_STUDIES,
     PREDICT,
     clips,
     complaint_of,
@@ -24,9 +18,9 @@ from tests.faults.commands import (
     differences,
     healthy_embeddings,
     healthy_source,
-    model_bytes,
     run,
 )
+from tests.helpers import FIXTURES
 
 N_FILES = 8  # damaged files in one run of extraction
 
@@ -117,81 +111,6 @@ def hdf5(rng, base):
     return fault, complaint or differences(base, ("s0", "s2", "s3", "s4"), damaged)
 
 
-def packs(rng, base):
-    """A damaged pack is refused, or reported and not used."""
-    copy_cohort(base, N_STUDIES)
-    for path in base.glob("emb.packed*"):
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, path.name)
-    files = [
-        p for p in [*Path().glob("emb.packed*"), *Path().glob("emb.packed*/**/*")] if p.is_file()
-    ]
-    path = choose(rng, sorted(files))
-    fault, data = damage(path.read_bytes(), rng)
-    path.write_bytes(data)
-    if rng.random() < 0.5:
-        shutil.rmtree("emb")
-    result = run(*PREDICT)
-    complaint = complaint_of(result, "packed", "emb")
-    if complaint or result.status:
-        return fault, complaint
-    return fault, differences(base, (), [f"s{i}" for i in range(N_STUDIES)])
-
-
-# --------------------------------------------------------------------------------------- models
-
-
-class Attack:
-    """An object whose unpickling runs a command."""
-
-    def __reduce__(self):
-        return os.system, ("touch ../PWNED",)
-
-
-def torch_bytes(saved):
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    return buffer.getvalue()
-
-
-def damaged_model(data, saved, rng):
-    """(fault, bytes, whether a checksum shows the damage) of a checkpoint."""
-    draw = rng.random()
-    if draw < 0.25:
-        data = bytearray(data)
-        data[int(rng.integers(len(data) // 50, len(data) // 3))] ^= 64  # an exponent of a weight
-        return "bit of a weight", bytes(data), True
-    if draw < 0.6:
-        return *damage(data, rng), True
-    if draw < 0.9:
-        fault, value = odd_entry(saved, rng)
-        return fault, torch_bytes(value), False
-    if draw < 0.95:
-        return "attack", pickle.dumps({"model_state_dict": Attack()}), False
-    return "attack", torch_bytes({"model_state_dict": {}, "echofocus": Attack()}), False
-
-
-STUDIES = ("s0", "s1", "s2", "s3", "s4")
-
-
-def checkpoints(rng, base):
-    """best_checkpoint.pt for predict and inspect; last_checkpoint.pt for a resumed training."""
-    draw = rng.random()
-    copy_cohort(base, N_STUDIES if draw < 0.25 else 5)
-    folder = Path("trained_models/defect")
-    name, line = "best", ["inspect", folder / "best_checkpoint.pt"] if draw < 0.45 else PREDICT
-    if draw < 0.25:
-        name, line = "last", ["train", "--task", "defect", "--epoch_lim", "2"]
-    fault, data, checked = damaged_model(*model_bytes(base, name), rng)
-    (folder / f"{name}_checkpoint.pt").write_bytes(data)
-    result = run(*line)
-    complaint = complaint_of(result, "_checkpoint", "defect", crafted=not checked)
-    if Path("../PWNED").exists():
-        complaint = "CODE OF THE FILE RAN"
-    if not complaint and checked and not result.status and line is PREDICT:
-        complaint = differences(base, STUDIES)
-    return f"{name}: {fault}", complaint
-
-
 # --------------------------------------------------------------------------------------- tables
 
 
@@ -212,5 +131,5 @@ def tables(rng, base):
     names = "labels.csv", "config", "a run would fail", "emb", "defect", "task", "dataset"
     complaint = complaint_of(result, *names)
     if line is PREDICT and not complaint and not result.status:
-        complaint = differences(base, STUDIES)
+        complaint = differences(base, [f"s{i}" for i in range(5)])
     return f"{path}: {fault}", complaint

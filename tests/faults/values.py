@@ -11,50 +11,38 @@ import pydicom
 from tests.faults.changes import choose
 from tests.faults.commands import (
     EXTRACT,
-    FIXTURES,
     N_STUDIES,
     complaint_of,
     copy_cohort,
-    edit_config,
     healthy_source,
     predictions,
     run,
 )
 from tests.faults.files import cine
-
-
-def train_on(table, **task):
-    """Train on odd labels: an error, or a model that predicts finite numbers."""
-    edit_config(**task)
-    table.to_csv("labels.csv", index=False)
-    result = run("train", "--task", "defect", "--model_name", "m")
-    if (complaint := complaint_of(result)) or result.status:
-        return complaint
-    result = run("predict", "--model_name", "m", "--out", "p.csv")
-    if complaint := complaint_of(result, failed=False):
-        return complaint
-    values = predictions().drop(columns="warning").apply(pd.to_numeric, errors="coerce")
-    return "" if np.isfinite(values.fillna(0)).all(axis=None) else "infinite predictions"
-
-
-def huge_values(rng, table):
-    size = float(rng.choice([1e308, 1e160, 1e38, 1e9, 1e-300, 5e-324]))
-    values = np.linspace(0.5, 1, len(table)) * size
-    signs = np.where(np.arange(len(table)) % 2, 1, -1) if rng.random() < 0.5 else 1
-    boxcox = ["finding"] if rng.random() < 0.5 else []
-    return train_on(table.assign(finding=values * signs), boxcox=boxcox)
-
-
-def one_outlier(rng, table):
-    table = table.assign(finding=np.linspace(1, 2, len(table)))
-    table.loc[int(rng.integers(len(table))), "finding"] = float(rng.choice([1e308, -1e308, 1e20]))
-    return train_on(table)
+from tests.helpers import FIXTURES, edit_config
 
 
 def numbers(rng, base):
+    """Training on odd labels ends with an error, or with a model that predicts finite numbers."""
     copy_cohort(base, N_STUDIES)
-    change = choose(rng, [huge_values, one_outlier])
-    return change.__name__, change(rng, pd.read_csv("labels.csv"))
+    table, size = pd.read_csv("labels.csv"), float(choose(rng, [1e308, 1e160, 1e38, 1e9, 1e-300]))
+    table["finding"] = np.linspace(0.5, 1, len(table))
+    if outlier := rng.random() < 0.5:
+        table.loc[int(rng.integers(len(table))), "finding"] = -size
+    else:
+        table["finding"] *= size
+    table.to_csv("labels.csv", index=False)
+    edit_config(boxcox=choose(rng, [["finding"], []]))
+    fault = f"{'one outlier' if outlier else 'all values'}: {size}"
+    result = run("train", "--task", "defect", "--model_name", "m")
+    if (complaint := complaint_of(result)) or result.status:
+        return fault, complaint
+    result = run("predict", "--model_name", "m", "--out", "p.csv")
+    if complaint := complaint_of(result, failed=False):
+        return fault, complaint
+    values = predictions().drop(columns="warning").apply(pd.to_numeric, errors="coerce")
+    is_finite = np.isfinite(values.fillna(0)).all(axis=None)
+    return fault, "" if is_finite else "infinite predictions"
 
 
 # ---------------------------------------------------------------------------------------- privacy
