@@ -18,21 +18,21 @@ def close(a, b, tolerance):
 
 
 @pytest.mark.parametrize("kind", ["standard", "query", "multiquery"])
-def test_a_model_trained_on_a_gpu_answers_alike_on_both(cohort, cli, kind):
+def test_a_model_trained_on_a_gpu_gives_equal_predictions_on_both(cohort, cli, kind):
     line = ("train", "--task", "defect", "--epoch_lim", "2", "--transformer_type", kind)
     status, _, err = cli(*line, "--device", "cuda")
     assert status == 0, err
-    answers = []
+    predictions = []
     for device in DEVICES:
         assert cli("predict", "--device", device, "--out", f"{device}.csv")[0] == 0
         assert cli("explain", "--device", device)[0] == 0
         table = pd.read_csv(f"{device}.csv")
-        answers.append(table["finding"].to_numpy())
-    close(*answers, 1e-4)
+        predictions.append(table["finding"].to_numpy())
+    close(*predictions, 1e-4)
 
 
 def test_training_on_a_gpu_learns_as_on_a_cpu(cohort, cli):
-    """Without anything drawn the losses are the same; what is drawn differs by device."""
+    """Losses are close; random numbers differ by device."""
     losses = {}
     for device in DEVICES:
         line = ("train", "--task", "sizes", "--epoch_lim", "2", "--clip_dropout", "0")

@@ -137,14 +137,11 @@ def test_hub(hub_cache, model):
 
     x = torch.from_numpy(normal(11, 1, 3, 16, 64, 64))
     with torch.inference_mode():
-        everything = load()(x)
-        some = load(tasks=["EF", "AVStenosis"], clip_len=16)(x)
-        assert list(some) == ["EF", "AVStenosis"]
-        for task, actual in some.items():
-            assert torch.allclose(actual, everything[task])
-        assert everything["AVStenosis"].sum() == pytest.approx(1, abs=1e-5)
+        outputs = load(tasks=["EF", "AVStenosis", "RASize"], clip_len=16)(x)
+        assert list(outputs) == ["EF", "AVStenosis", "RASize"]
+        assert outputs["AVStenosis"].sum() == pytest.approx(1, abs=1e-5)
         raw = load(activations=False, tasks="RASize")(x)["RASize"]
-        assert everything["RASize"].item() == pytest.approx(1 - raw.sigmoid().item(), abs=1e-6)
+        assert outputs["RASize"].item() == pytest.approx(1 - raw.sigmoid().item(), abs=1e-6)
         embedding = load(backbone_only=True)(x)
         assert torch.allclose(embedding, model.encoder(x), atol=1e-5)
         assert load(pretrained=False, clip_len=4)(x[:, :, :4])["EF"].shape == (1, 1)

@@ -157,16 +157,13 @@ def test_what_extraction_records(folder):
     details = st.load_details(path)
     assert details.attributes == {"weights_sha256": "ab"}
     assert details.skipped == [("x.avi", "still image")]
-    assert details.starts.keys() == {"v0.avi", "v1.avi"}
+    results = {name: record.result for name, record in details.files.items()}
+    assert results == {"v0.avi": "ok", "v1.avi": "ok", "x.avi": "skipped"}
     assert (details.starts["v1.avi"] == np.arange(4)).all()
-    assert {name: r.result for name, r in details.files.items()} == {
-        "v0.avi": "ok", "v1.avi": "ok", "x.avi": "skipped"
-    }  # fmt: skip
     assert (st.load_copies(folder / "s2.hdf5") == [clips(2), clips(102), clips(202)]).all()
     flip(path, b"0stamp0")  # a record decides what is not extracted again
     with pytest.raises(OSError):
         st.load_details(path)
-    assert (st.open_folder(folder).read("s0").embeddings == clips(0)).all()
     flip(folder / "s1.hdf5", clips(1)[0, 0, :3].tobytes())
     with pytest.raises(ValueError, match="damaged"):
         st.load_copies(folder / "s1.hdf5")
@@ -269,15 +266,8 @@ def test_only_the_study_of_an_odd_file_is_left_out(folder, kind, monkeypatch):
         assert (store.read("s1").embeddings == clips(1)).all()
         with pytest.raises(st.UnreadableStudy, match=text) as error:
             store.read("a")
-        assert str(error.value).startswith("study a of a.hdf5: ") and str(folder) not in str(error.value)
-
-
-def test_names_are_cut_and_made_printable(folder):
-    with h5py.File(folder / "s0.hdf5", "r+") as f:
-        del f["videos"], f.attrs["crc32"]
-        f.create_dataset("videos", data=["a\x1b[2J\nb", "x" * 300_000], dtype=TEXT)
-    first, second = st.open_folder(folder).read("s0").videos
-    assert first == "a?[2J?b" and len(second) == 200 and second.startswith("xxx")
+        assert str(error.value).startswith("study a of a.hdf5: ")
+        assert str(folder) not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- shards
@@ -530,15 +520,6 @@ def test_packed_and_unpacked_train_identically(cohort, cli):
     pd.testing.assert_frame_equal(left_out, pd.read_csv("plain_left_out.csv", dtype=str))
     shutil.move("emb", "gone")
     assert cli("predict", "--model_name", "defect_b", "--out", "packed.csv")[0] == 0
-
-
-def test_predictions_from_a_half_precision_pack(trained, cli):
-    assert cli("predict", "--out", "plain.csv")[0] == 0
-    assert cli("pack", "--dtype", "float16")[0] == 0
-    status, out, err = cli("predict", "--out", "half.csv")
-    assert status == 0 and "emb.packed.h5" in out, err
-    half, plain = pd.read_csv("half.csv"), pd.read_csv("plain.csv")
-    np.testing.assert_allclose(half["finding"], plain["finding"], atol=2e-3)
 
 
 def test_many_unreadable_studies(trained, cli):

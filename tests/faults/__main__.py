@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults import files, processes, values
+from tests.faults import files
 from tests.faults.commands import make_base, start, use_narrow_network, wait
+from tests.faults.privacy import privacy
+from tests.faults.processes import kill, two_at_once
 
 AREAS = {
     area.__name__: area
-    for area in (files.dicom, files.video, files.hdf5, files.tables, processes.kill,
-                 processes.two_at_once, values.numbers, values.privacy)
-}  # fmt: skip
+    for area in (files.dicom, files.video, files.hdf5, kill, two_at_once, privacy)
+}
 SECONDS = 1800  # for a case with all its commands
 MEMORY = 3 << 20  # kB that a process may take
 

@@ -118,11 +118,8 @@ def run(*line):
     return Command(*line).result()
 
 
-def complaint_of(result, *names, failed=True):
-    """What is wrong with the end of a command; '' if nothing is.
-
-    names: one of them must be in an error message. failed: whether the command may fail.
-    """
+def complaint_of(result, failed=True):
+    """What is wrong with the end of a command, or ''. failed: whether the command may fail."""
     if "Traceback" in result.text:
         return "traceback: " + result.text[result.text.index("Traceback") :][-1500:]
     if result.status == 0:
@@ -132,8 +129,6 @@ def complaint_of(result, *names, failed=True):
     lines = [x.rpartition("\r")[2] for x in result.err.rstrip().split("\n")]
     if not any("error:" in line for line in lines):
         return f"no error message: {result.err[-300:]!r}"
-    if names and not any(name in result.text for name in names):
-        return f"the file is not named: {lines[-1][:300]}"
     return ""
 
 

@@ -2,13 +2,12 @@
 (name of the fault, complaint or '')."""
 
 import io
-import json
 from pathlib import Path
 
 import h5py
 import pydicom
 
-from tests.faults.changes import KINDS, NAMES, choose, damage, odd_entry
+from tests.faults.changes import KINDS, NAMES, choose, damage
 from tests.faults.commands import (
     EXTRACT,
     PREDICT,
@@ -109,27 +108,3 @@ def hdf5(rng, base):
     result = run(*PREDICT)
     complaint = complaint_of(result, failed=False)
     return fault, complaint or differences(base, ("s0", "s2", "s3", "s4"), damaged)
-
-
-# --------------------------------------------------------------------------------------- tables
-
-
-def tables(rng, base):
-    """A damaged label table or config, for `predict` and `check`."""
-    copy_cohort(base)
-    draw, path = rng.random(), Path("labels.csv")
-    if draw < 0.7:
-        path = path if draw < 0.4 else Path("config.json")
-        fault, data = damage(path.read_bytes(), rng)
-        path.write_bytes(data)
-    else:
-        path = Path("config.json")
-        fault, config = odd_entry(json.loads(path.read_text()), rng)
-        path.write_text(json.dumps(config))
-    line = PREDICT if rng.random() < 0.6 else ["check", "--device", "cpu"]
-    result = run(*line)
-    names = "labels.csv", "config", "a run would fail", "emb", "defect", "task", "dataset"
-    complaint = complaint_of(result, *names)
-    if line is PREDICT and not complaint and not result.status:
-        complaint = differences(base, [f"s{i}" for i in range(5)])
-    return f"{path}: {fault}", complaint

@@ -1,51 +1,15 @@
-"""Areas of odd numbers in labels and cohorts, and of patient data in headers and folder names."""
+"""Area of patient data in headers and names of folders."""
 
 import io
 import os
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pydicom
 
 from tests.faults.changes import choose
-from tests.faults.commands import (
-    EXTRACT,
-    N_STUDIES,
-    complaint_of,
-    copy_cohort,
-    healthy_source,
-    predictions,
-    run,
-)
+from tests.faults.commands import EXTRACT, complaint_of, copy_cohort, healthy_source, run
 from tests.faults.files import cine
-from tests.helpers import FIXTURES, edit_config
-
-
-def numbers(rng, base):
-    """Training on odd labels ends with an error, or with a model that predicts finite numbers."""
-    copy_cohort(base, N_STUDIES)
-    table, size = pd.read_csv("labels.csv"), float(choose(rng, [1e308, 1e160, 1e38, 1e9, 1e-300]))
-    table["finding"] = np.linspace(0.5, 1, len(table))
-    if outlier := rng.random() < 0.5:
-        table.loc[int(rng.integers(len(table))), "finding"] = -size
-    else:
-        table["finding"] *= size
-    table.to_csv("labels.csv", index=False)
-    edit_config(boxcox=choose(rng, [["finding"], []]))
-    fault = f"{'one outlier' if outlier else 'all values'}: {size}"
-    result = run("train", "--task", "defect", "--model_name", "m")
-    if (complaint := complaint_of(result)) or result.status:
-        return fault, complaint
-    result = run("predict", "--model_name", "m", "--out", "p.csv")
-    if complaint := complaint_of(result, failed=False):
-        return fault, complaint
-    values = predictions().drop(columns="warning").apply(pd.to_numeric, errors="coerce")
-    is_finite = np.isfinite(values.fillna(0)).all(axis=None)
-    return fault, "" if is_finite else "infinite predictions"
-
-
-# ---------------------------------------------------------------------------------------- privacy
+from tests.helpers import FIXTURES
 
 MARK = "Qzmarkqz"
 ADDED = ("PatientName", "PatientID", "AccessionNumber", "StudyDescription", "InstitutionName")
