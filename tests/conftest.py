@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def blank_figures(request, monkeypatch):
-    """Draw figures only in tests marked `figures`: drawing all takes 15 % more time."""
+    """Draw figures only in tests marked `figures`, which saves 15 % of the time."""
     if "figures" not in request.keywords:
         blank(monkeypatch)
 
@@ -137,7 +137,7 @@ def trained(cohort, add_model):
 
 @pytest.fixture
 def weights_drawn_once(monkeypatch):
-    """The untrained encoder's weights are drawn once: they are the same every time."""
+    """Draw the untrained encoder's weights once, since they are the same every time."""
     monkeypatch.setattr(panecho, "random_weights", drawn_weights)
 
 

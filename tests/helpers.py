@@ -1,4 +1,4 @@
-"""Shared by the tests: deterministic inputs and weights, recorded numbers, small input files."""
+"""Deterministic inputs and weights, recorded numbers and small input files for the tests."""
 
 import base64
 import json
@@ -37,12 +37,12 @@ def blank(monkeypatch):
 
 
 def normal(seed, *shape):
-    """Inputs of the recorded outputs: standard normal numbers, float32."""
+    """Standard normal numbers, float32: the inputs of the recorded outputs."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def rule_weights(shapes):
-    """Weights of the recorded outputs: {name: shape} of a state dict -> {name: tensor}."""
+    """{name: shape} of a state dict -> {name: tensor}, the weights of the recorded outputs."""
     state = {}
     for name, shape in shapes.items():
         r = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tuple(shape))
@@ -74,7 +74,7 @@ def by_rule(**kwargs):
 
 
 def published_model(folder, n_outputs, scaling=None, numpy_1=False, kind="standard"):
-    """A model folder as released: published keys, with numpy objects in the checkpoint."""
+    """Write a model folder like the published ones, with numpy objects in the checkpoint."""
     net = StudyModel(n_outputs, kind)
     if scaling:
         scaling = {k: dict(v) if isinstance(v, dict) else v for k, v in scaling.items()}
@@ -115,7 +115,7 @@ def moving_square(n=20, height=60, width=80):
 
 
 def write_dicom(path, pixels, photometric, **tags):
-    """An uncompressed cine of exactly these stored pixels."""
+    """Write an uncompressed cine of exactly these stored pixels; returns the dataset."""
     ds = pydicom.Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -137,7 +137,7 @@ def write_dicom(path, pixels, photometric, **tags):
 
 
 def write_cine(path, frames, fps=30, regions=None):
-    """BGR frames (n, H, W, 3) as an uncompressed ultrasound cine with its frame rate.
+    """Write BGR frames (n, H, W, 3) as an uncompressed ultrasound cine with its frame rate.
 
     regions: 2-D regions as (x0, y0, x1, y1), inclusive pixels; None is the whole image.
     """

@@ -50,7 +50,7 @@ def refused(path, message=""):
 
 
 def test_every_flipped_bit_is_refused_or_harmless(small):
-    """A bit of every fifth byte: headers, pickle, numbers, padding and directory alike."""
+    """Flip one bit of every fifth byte of headers, pickle, numbers, padding and directory."""
     whole, rng, harmless = small.read_bytes(), random.Random(7), 0
     assert same(load_safely(small), SAVED)
     for i in range(rng.randrange(5), len(whole), 5):
@@ -65,7 +65,7 @@ def test_every_flipped_bit_is_refused_or_harmless(small):
     assert 0 < harmless < len(whole) / 5 / 2  # bytes that no reader uses
 
 
-def test_cut_files(small):
+def test_truncated_files_are_refused(small):
     whole = small.read_bytes()
     for end in (1, 50, len(whole) // 2, -1, -23, -99):
         small.write_bytes(whole[:end])

@@ -1,4 +1,4 @@
-"""DICOM files with wrong headers: read correctly, or refused with a reason."""
+"""DICOM files with wrong headers are read correctly, or refused with a reason."""
 
 import io
 import os
@@ -173,8 +173,8 @@ def test_uncompressed_and_rle(tmp_path, stored, label, planar, syntax):
 
 
 @pytest.mark.parametrize("stored", ["RGB", "YCbCr"])
-def test_blank_frames_do_not_decide(tmp_path, stored):
-    """If the first, middle and last frames are black, the others determine the colours."""
+def test_blank_frames_do_not_determine_the_colours(tmp_path, stored):
+    """The first, middle and last frames are black; the others decide."""
     frames = TRUTH.copy()
     frames[[0, 3, 5]] = 0
     coded = [jpeg_of(frame, stored) for frame in frames]
@@ -385,7 +385,7 @@ def test_compressed_frames_are_counted(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["RGB", "JPEG", "JPEG 2000", "RLE"])
-def test_a_file_that_breaks_off_is_truncated(tmp_path, kind):
+def test_truncated_files_are_refused(tmp_path, kind):
     KINDS[kind](tmp_path / "a")
     data = (tmp_path / "a").read_bytes()
     for keep in (len(data) - 10, int(0.95 * len(data)), len(data) // 2):
@@ -420,7 +420,7 @@ def test_secondary_captures_and_private_classes_are_read_with_a_note(tmp_path):
     [("100.1", "mpeg2.m2v"), ("102", "h264.mp4"), ("103", "h264.ts"), ("108", "hevc.mp4")],
 )
 def test_video_streams_in_dicom(tmp_path, monkeypatch, syntax, name):
-    """The temporary copy has no name, so a killed reader leaves no pixels on disk."""
+    """The temporary copy has no file name, so that a killed reader leaves no pixels on disk."""
     (tmp_path / "copies").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
     data, square = (VIDEOS / name).read_bytes(), moving_square(24, 48, 64)[..., ::-1]

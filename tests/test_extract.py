@@ -52,14 +52,14 @@ def run(source, tmp_path, cli):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The names of the files that the decoders are asked for."""
+    """The names of the files that the decoders read."""
     names, work = [], extract.DecoderProcess.__call__
 
-    def note(self, function, path, sampling):
+    def record(self, function, path, sampling):
         names.append(path.name)
         return work(self, function, path, sampling)
 
-    monkeypatch.setattr(extract.DecoderProcess, "__call__", note)
+    monkeypatch.setattr(extract.DecoderProcess, "__call__", record)
     return names
 
 

@@ -1,4 +1,4 @@
-"""One small case of each area of the fault campaign; `python -m tests.faults` runs more of them."""
+"""Run one case of each area of the fault campaign; `python -m tests.faults` runs more."""
 
 import subprocess
 import sys

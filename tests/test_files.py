@@ -17,7 +17,7 @@ from echofocus_core.base.parallel import map_ahead
 # ---------------------------------------------------------------------------------- atomic writing
 
 
-def test_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "table.csv"
     with files.atomic_path(path) as temporary:
         temporary.write_text("old")
@@ -118,7 +118,7 @@ def test_an_incomplete_last_line_is_dropped(tmp_path):
         assert path.read_bytes() == whole
 
 
-def test_a_journal_of_other_work_is_not_used(tmp_path, capsys):
+def test_a_journal_of_another_run_is_not_used(tmp_path, capsys):
     path = started(tmp_path / ".j").path
     assert files.Journal(path, WORK | {"precision": "bf16"}).n == 0
     assert "different run" in capsys.readouterr().out
@@ -195,7 +195,7 @@ console.run_main(lambda: checkpoints.save({"a": torch.zeros(9999)}, "best.pt"), 
 
 
 def test_a_full_disk_is_one_line_with_the_file(tmp_path):
-    """torch.save alone would report an error of its own."""
+    """The error of torch.save alone would not name the file."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     line = [sys.executable, "-c", FULL]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A CUDA device gives the numbers of the CPU: the study-level model, attribution, the encoder."""
+"""A CUDA device gives the numbers of the CPU, for the study model and for the encoder."""
 
 import h5py
 import numpy as np
@@ -31,7 +31,7 @@ def test_a_model_trained_on_a_gpu_gives_equal_predictions_on_both(cohort, cli, k
     close(*predictions, 1e-4)
 
 
-def test_training_on_a_gpu_learns_as_on_a_cpu(cohort, cli):
+def test_losses_of_training_on_a_gpu_and_a_cpu(cohort, cli):
     """Losses are close; random numbers differ by device."""
     losses = {}
     for device in DEVICES:

@@ -1,4 +1,4 @@
-"""`import echofocus`: the functions of the README do what the command line does."""
+"""The functions of `import echofocus` give the results of the command line."""
 
 import re
 import sys
@@ -59,7 +59,7 @@ def test_arrays_and_labels_that_do_not_fit(trained):
         ef.attribute(model, np.ones((1, 2, 768)), ["findings"])
 
 
-def test_no_call_touches_global_state(trained, cli):
+def test_calls_change_no_global_state(trained, cli):
     """torch's generator, its flags and standard output stay the same."""
     before = torch.get_rng_state(), torch.backends.cudnn.allow_tf32, sys.stdout
     torch.backends.cudnn.allow_tf32 = True

@@ -1,4 +1,4 @@
-"""Installed by pip: commands from any folder, `import echofocus`, and no other name on the path."""
+"""The package installed by pip: commands from any folder and `import echofocus`."""
 
 import json
 import os

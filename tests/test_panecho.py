@@ -130,7 +130,7 @@ def hub_cache(weights_file, tmp_path, monkeypatch):
 
 
 def test_hub(hub_cache, model):
-    """The published signature, through torch.hub."""
+    """torch.hub gives models with the published options."""
 
     def load(**kwargs):
         return torch.hub.load(str(ROOT), "PanEcho", source="local", **kwargs).eval()

@@ -110,7 +110,7 @@ def test_registry_agrees_with_published_labels_example_config_and_recipes(here, 
 # ---------------------------------------------------------------------------------------- download
 
 
-def test_download_keeps_what_a_model_needs(server, cli, asset):
+def test_download_keeps_only_the_files_of_a_model(server, cli, asset):
     shutil.copy(asset, "elsewhere")
     url = f"{server}/EchoFocus_CHD.zip?token=secret"
     status, out, err = cli("download", url)
@@ -193,7 +193,7 @@ def test_panecho_is_downloaded_whole_and_its_digest_recorded(server, here, monke
 
 
 def test_local_sources(here, cli, asset):
-    """An archive without a folder in it, a folder, and a .pt file of any name."""
+    """The source is an archive without a folder in it, a folder, or a .pt file of any name."""
     shutil.unpack_archive(asset, "elsewhere")
     folder = here / "elsewhere" / "EchoFocus_CHD"
     archive = shutil.make_archive("elsewhere/mine", "zip", folder)  # './best_checkpoint.pt'
@@ -292,7 +292,7 @@ CHECKPOINTS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoints_that_are_refused(here, cli, case):
-    """In a model folder or an archive they give one line, run nothing and leave no file."""
+    """A model folder or an archive gives one line, runs nothing and leaves no file."""
     make, message = CHECKPOINTS[case]
     folder = Path("trained_models/bad")
     folder.mkdir(parents=True)

@@ -35,7 +35,7 @@ def clips(seed, V=2, C=4):
 
 
 def write_ours(path, seed, copies=1, **attributes):
-    """A study file as extraction writes it, of two videos and one that was skipped."""
+    """Write the file of a study with two videos and a skipped one, as extraction does."""
     arrays = [clips(seed + 100 * k) for k in range(copies)]
     videos = {f"v{v}.avi": (np.arange(4), np.stack([a[v] for a in arrays])) for v in range(2)}
     path.parent.mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ def test_our_files_have_no_text_of_varying_length(folder):
 
 
 def test_the_checksum_is_the_one_documented(folder):
-    """CRC-32 of the bytes after a JSON list of type, shape, names and settings, by zlib alone."""
+    """It is the CRC-32 of a JSON list of type, shape, names and settings, and of the numbers."""
     with h5py.File(folder / "s0.hdf5") as f:
         raw, names = f["embeddings"][:], f["videos"].asstr()[:].tolist()
         facts = json.dumps(["<f4", [2, 4, 768], names, {"weights_sha256": "ab"}]).encode()
@@ -104,7 +104,7 @@ def test_the_checksum_is_the_one_documented(folder):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_same_videos_in_two_studies(folder, packed):
-    """They are detected by checksums and values; an error for two patients, a warning for one."""
+    """Copies of two patients are an error, copies of one patient a warning."""
     for name in "tu":
         shutil.copy(folder / "s0.hdf5", folder / f"{name}.hdf5")
     if packed:
@@ -152,7 +152,7 @@ def test_a_changed_name_or_setting_is_detected(folder):
     assert all("is damaged" in reason(folder, eid) for eid in ("s0", "s1"))
 
 
-def test_what_extraction_records(folder):
+def test_details_and_results_of_extraction(folder):
     path = folder / "s0.hdf5"
     details = st.load_details(path)
     assert details.attributes == {"weights_sha256": "ab"}
@@ -274,7 +274,7 @@ def test_only_the_study_of_an_odd_file_is_left_out(folder, kind, monkeypatch):
 
 
 def write_cache(folder, shards=3, **index):
-    """An embedding cache as the published later branch makes it; returns id -> (V, C, 768)."""
+    """Write an embedding cache like the published later branch; returns id -> (V, C, 768)."""
     folder.mkdir()
     studies = {str(i): clips(i, V=1 + i % 3).astype(np.float16) for i in range(10, 17)}
     for i in range(shards):
@@ -382,7 +382,7 @@ def test_a_reader_keeps_the_pack_that_it_opened(folder):
 
 
 def test_a_damaged_or_outdated_pack_is_not_used(folder):
-    """A warning, then the folder is read; without a folder, an error."""
+    """There is a warning and the folder is read; without a folder there is an error."""
     path = pack(folder)
     whole = path.read_bytes()
     for change, text in (
@@ -497,7 +497,7 @@ def states(model):
 
 
 def test_packed_and_unpacked_train_identically(cohort, cli):
-    """To the bit, with an unreadable study, one of NaN, and transformed copies."""
+    """The weights are equal to the bit, also with unreadable studies and transformed copies."""
     (cohort / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
     with h5py.File(cohort / "emb" / "1004.hdf5", "a") as f:
         f["embeddings"][0, 0, 0] = np.nan

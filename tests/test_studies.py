@@ -24,7 +24,7 @@ PIXELS = moving_square(17, 32, 32)[..., ::-1].copy()
 
 
 def put(root, path, study="", **tags):
-    """A small cine at a path, of a study."""
+    """Write a small cine of a study."""
     (root / path).parent.mkdir(parents=True, exist_ok=True)
     if study:
         tags["StudyInstanceUID"] = study
@@ -39,7 +39,7 @@ def layout_of(root, *args, **kwargs):
 
 
 def lay_out(root, files):
-    """files: path -> StudyInstanceUID, or '' for an AVI."""
+    """Write files: path -> StudyInstanceUID, or '' for an AVI."""
     for path, uid in files.items():
         if uid:
             put(root, path, uid)
@@ -144,7 +144,7 @@ def test_files_without_a_study_are_left_out(tmp_path, capsys):
 
 
 def test_one_uid_merges_folders_of_one_patient_only(tmp_path):
-    """Files in several folders are one study where all name the same patient."""
+    """Files in several folders are one study if all have the same patient."""
     for patients, expected in (
         (("P", "P"), ["SOURCE"]), (("P", "Q"), ["x", "y"]), (("P", ""), ["x", "y"]),
     ):  # fmt: skip
@@ -183,7 +183,7 @@ def jpeg_copy(path, source, **tags):
 
 
 def test_repeats_of_a_loop_are_skipped(tmp_path, cli):
-    """It repeats with another tag, as JPEG, or with a new UID; another loop has the same UID."""
+    """Repeats have another tag, are JPEG or have a new UID; another loop has the same UID."""
     A = tmp_path / "in" / "A"
     put(tmp_path / "in", "A/s/best", "1", SOPInstanceUID="1.5", PatientID="P")
     jpeg_copy(A / "a_jpeg", A / "s/best")
@@ -214,7 +214,7 @@ def test_compressed_files_are_named(tmp_path, cli):
 
 
 def test_odd_names_and_odd_files(tmp_path, cli):
-    """Names are not UTF-8, in two normal forms, have escape sequences or 250 characters."""
+    """Names are not UTF-8, have two normal forms, escape sequences or 250 characters."""
     root = tmp_path / "in"
     cafe = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     odd = os.fsdecode(b"caf\xe9")

@@ -1,4 +1,4 @@
-"""Tables: every format is read correctly, or refused with its line; no cell moves."""
+"""Tables in every format are read correctly, or refused with the line."""
 
 import csv
 import io

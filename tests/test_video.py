@@ -106,7 +106,7 @@ def test_a_truncated_container(tmp_path, name):
 
 
 def write_plain_avi(path, frames, top_down=False):
-    """An AVI of uncompressed BGR, its rows of a multiple of four bytes as bitmaps have them."""
+    """Write an AVI of uncompressed BGR; its rows are padded to a multiple of four bytes."""
     n, h, w, _ = frames.shape
     row = (3 * w + 3) // 4 * 4
     rows = np.zeros((n, h, row), np.uint8)
@@ -168,7 +168,7 @@ def test_file_names_that_are_not_utf8_or_look_like_a_pattern(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mp4", "a.ts"])
-def test_a_playlist_opens_nothing_else(tmp_path, name):
+def test_playlists_open_no_other_file(tmp_path, name):
     """A list may name a playlist, which may name any file; both are refused."""
     shutil.copy(VIDEOS / "h264.ts", tmp_path / "other.ts")
     listed = (
@@ -204,7 +204,7 @@ def test_resize_and_crop():
     assert np.abs(result - blocks).max() <= 0.51
 
 
-def test_the_centre_alone_is_resized_to_the_same_numbers():
+def test_resizing_only_the_centre_gives_the_same_numbers():
     """Its edges are between pixels or within a pixel, and frames are shrunk or enlarged."""
     rng = np.random.default_rng(0)
     sides = [(600, 800), (768, 1024), (708, 1016), (240, 320), (512, 100)]
@@ -242,7 +242,7 @@ def test_a_note_if_all_frames_are_black(tmp_path):
     assert notes == ["all frames are black", ""]
 
 
-def test_read_clips_holds_each_frame_once(tmp_path):
+def test_read_clips_keeps_each_frame_once(tmp_path):
     frames = moving_square()
     write_dicom(tmp_path / "a.dcm", np.ascontiguousarray(frames[..., ::-1]), "RGB")
     (clips,) = video.read_clips(tmp_path / "a.dcm", video.Sampling(size=56))
@@ -352,7 +352,7 @@ def region(x1, y1, code=1):
 
 
 def masked_frames(path, frames, tags, mask="sector", size=224):
-    """The distinct frames that clips of a DICOM of these BGR frames use."""
+    """The distinct frames of the clips of these BGR frames, written as DICOM."""
     write_dicom(path, frames[..., ::-1].copy(), "RGB", **tags)
     sampling = video.Sampling(size=size, mask=mask, n_clips=99, starts="independent")
     return video.read_clips(path, sampling)[0].frames

@@ -25,7 +25,7 @@ MEMORY = 3 << 20  # kB that a process may take
 
 
 def watch(outer):
-    """Record in outer/outside forbidden effects of a damaged file: writes elsewhere, programs."""
+    """Record in outer/outside if a case starts programs or writes to other folders."""
     allowed = (str(outer), "/dev/", "/proc/", tempfile.gettempdir(), os.path.expanduser("~/."))
     opened = os.open(outer / "outside", os.O_CREAT | os.O_WRONLY)
 

@@ -46,7 +46,7 @@ class Result:
 
 
 def use_narrow_network():
-    """PanEcho with a ConvNeXt of four narrow blocks and one head, so that a case takes seconds."""
+    """Give PanEcho a ConvNeXt of four narrow blocks and one head, so that a case takes seconds."""
     panecho.CONVNEXT_TINY = end_to_end.CONVNEXT_TINY = ((4, 1), (8, 1), (8, 1), (768, 1))
     panecho.FrameTransformer.__init__.__defaults__ = (16, None, 1, 8, 0.0)
     select = panecho.select_tasks
@@ -164,7 +164,7 @@ def make_base(folder):
 
 
 def copy_cohort(base, n=5):
-    """The first studies, config, labels and model, in the current folder."""
+    """Copy the first studies, config, labels and model to the current folder."""
     Path("emb").mkdir()
     for i in range(n):
         shutil.copy2(base / "emb" / f"s{i}.hdf5", "emb")
@@ -192,7 +192,7 @@ def differences(base, studies, damaged=()):
 
 
 def healthy_source(source):
-    """Two studies that stay undamaged: a DICOM cine and a video."""
+    """Write two studies that stay undamaged: a DICOM cine and a video."""
     files = {
         "well_dicom/a.dcm": "dicom/jpeg_ybr_labelled_rgb.dcm",
         "well_video/a.mp4": "videos/h264.mp4",

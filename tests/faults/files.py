@@ -86,7 +86,7 @@ def video(rng, base):
 
 
 def hdf5(rng, base):
-    """One study's embedding file among five."""
+    """Damage the embedding file of one of five studies."""
     copy_cohort(base)
     path, draw = Path("emb/s1.hdf5"), rng.random()
     fault, damaged = "not a file", ("s1",)

@@ -20,7 +20,7 @@ TEXT_VRS = pydicom.valuerep.STR_VR
 
 
 def with_marks(data, rng):
-    """A DICOM file with a mark in every text element, and in some that it lacked."""
+    """A DICOM file with a mark in every text element, and in some new ones."""
     ds = pydicom.dcmread(io.BytesIO(data), force=True)
     odd = choose(rng, ("", *NEEDED[1:]))
     for name in ADDED:
@@ -37,7 +37,7 @@ def with_marks(data, rng):
 
 
 def privacy(rng, base):
-    """A mark in text elements and in the name of a folder above reaches no output."""
+    """No output has the mark of text elements and of the name of a parent folder."""
     above = Path(f"{MARK}_above")
     healthy_source(above / "source")
     names = sorted(p.name for p in (FIXTURES / "dicom").glob("*.dcm"))

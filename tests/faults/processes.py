@@ -1,4 +1,4 @@
-"""Areas of commands that are killed, or run twice at once.
+"""Areas of commands that are killed, or run twice at the same time.
 
 Each command is then repeated and must give the results of a run without interruption.
 """
@@ -160,7 +160,7 @@ def repeated(command, base):
 
 
 def kill(rng, base):
-    """SIGKILL or SIGTERM at random moments, then the same line again."""
+    """Stop a command by SIGKILL or SIGTERM at random moments, then run the same line again."""
     command, name = choose(rng, LINES), choose(rng, ["SIGKILL", "SIGTERM"])
     _, seconds = whole(command, base)
     prepare(command, base)
