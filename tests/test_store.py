@@ -522,11 +522,7 @@ def test_packed_and_unpacked_train_identically(cohort, cli):
     assert cli("predict", "--model_name", "defect_b", "--out", "packed.csv")[0] == 0
 
 
-def test_many_unreadable_studies(trained, cli):
-    """The others get predictions; if there are none, the command fails with one line."""
-    for i in range(20):
-        (trained / "emb" / f"{1010 + i}.hdf5").write_bytes(b"")
-    assert cli("predict", "--out", "p.csv")[0] == 0 and len(pd.read_csv("p.csv")) == 40
+def test_no_readable_study(trained, cli):
     for path in (trained / "emb").iterdir():
         path.write_bytes(b"")
     status, _, err = cli("predict")

@@ -20,12 +20,10 @@ from tqdm import tqdm
 
 import echofocus
 from echofocus_core.base.console import run_main
-from echofocus_core.encoder import train as train_encoder
 from echofocus_core.study import end_to_end
 from echofocus_core.video import extract, panecho, store
 from tests.helpers import FIXTURES
 
-MAINS = {"extract": extract.main, "encoder": train_encoder.main}  # others: echofocus.main
 EXTRACT = ["extract", "source", "--out", "out", "--weights", "random", "--size", "32"]
 EXTRACT += ["--n_clips", "1", "--clip_len", "2", "--workers", "1", "--device", "cpu"]
 PREDICT = ["predict", "--model_name", "defect", "--out", "p.csv"]
@@ -92,16 +90,17 @@ class Command:
     """A command line in a fork, such as Command("predict", "--out", "p.csv")."""
 
     def __init__(self, *line):
-        self.name, *self.line = [str(x) for x in line]
+        self.line = [str(x) for x in line]
         self.files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self.pid = start(self.call)
 
     def call(self):
         for descriptor, file in enumerate(self.files, 1):
             os.dup2(file.fileno(), descriptor)
-        main = MAINS.get(self.name, echofocus.main)
-        line = self.line if self.name in MAINS else [self.name, *self.line]
-        run_main(lambda: main(line), "echofocus.py")
+        if self.line[0] == "extract":
+            run_main(lambda: extract.main(self.line[1:]), "extract.py")
+        else:
+            run_main(lambda: echofocus.main(self.line), "echofocus.py")
 
     def result(self, seconds=300):
         status = wait(self.pid, seconds)

@@ -4,10 +4,8 @@ Each command is then repeated and must give the results of a run without interru
 """
 
 import contextlib
-import functools
 import json
 import os
-import re
 import shutil
 import signal
 import time
@@ -15,21 +13,11 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 import torch
 
 from echofocus_core.video.phantom import write_video
 from tests.faults.changes import choose
-from tests.faults.commands import (
-    EXTRACT,
-    N_STUDIES,
-    PREDICT,
-    Command,
-    complaint_of,
-    copy_cohort,
-    healthy_source,
-)
-from tests.faults.files import cine
+from tests.faults.commands import N_STUDIES, PREDICT, Command, complaint_of, copy_cohort
 
 DEFECT = ("--model_name", "defect")
 TRAIN = ("train", "--task", "defect", "--checkpoint_minutes", "0")
@@ -38,86 +26,53 @@ LINES = {
     "folds": [*TRAIN, "--n_folds", "3", "--fold", "all", "--epoch_lim", "2"],
     "end_to_end": [*TRAIN, "--end_to_end", "--weights", "random", "--size", "32", "--clip_len", "4",
                    "--num_clips", "1", "--epoch_lim", "2", "--workers", "1"],
-    "encoder": ["encoder", "--cohort", "echonetdynamic", "--data_dir", "dynamic", "--output_dir",
-                "encoder", "--rand_init", "--model_name", "frame_transformer", "--arch",
-                "convnext_tiny", "--normalization", "imagenet", "--n_layers", "1", "--n_heads",
-                "2", "--size", "32", "--clip_len", "4", "--num_clips", "2", "--batch_size", "4",
-                "--num_workers", "1", "--max_epochs", "2", "--n_bootstrap", "20"],
     "predict": PREDICT,
     "embed": ["embed", *DEFECT, "--embed_file", "e.h5"],
     "explain": ["explain", *DEFECT, "--subset", "all"],
     "page": ["explain", *DEFECT, "--subset", "all", "--sample_limit", "8", "--page"],
     "evaluate": ["evaluate", *DEFECT, "--subset", "all"],
     "pack": ["pack"],
-    "extract": EXTRACT,
 }  # fmt: skip
 TRAINS = ("train", "folds", "end_to_end")
-TIMED = ("train_losses.csv", "history.csv", "extract_log.csv")  # with seconds and dates
-
-
-def write_cine(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames = np.random.default_rng(seed).integers(0, 90, (8, 40, 48, 3), dtype=np.uint8)
-    frames[:, 8:24, 10:30] += np.uint8(100)
-    write_video(path, frames)
+TIMED = ("train_losses.csv", "history.csv")  # with seconds and dates
 
 
 def prepare(command, base):
     """Write the input of a command of LINES to the current folder."""
-    if command == "encoder":
-        rows = []
-        for i in range(20):
-            write_cine(Path(f"dynamic/Videos/x{i}.avi"), i)
-            rows.append((f"x{i}", 20 + 2 * i, 1, 2, ("TRAIN", "TRAIN", "VAL", "TEST")[i // 5]))
-        table = pd.DataFrame(rows, columns=["FileName", "EF", "ESV", "EDV", "Split"])
-        table.to_csv("dynamic/FileList.csv", index=False)
-    elif command == "extract":
-        healthy_source(Path("source"))
-        for i in range(4):
-            Path(f"source/more{i}").mkdir()
-            Path(f"source/more{i}/a.dcm").write_bytes(cine("jpeg_ybr_labelled_rgb.dcm", 50 + i))
-    else:
-        copy_cohort(base, N_STUDIES)
-        if command in TRAINS:
-            shutil.rmtree("trained_models")
-        if command in ("page", "end_to_end"):
-            for i in range(N_STUDIES):
-                for v in range(1 + i % 3):
-                    write_cine(Path(f"videos/s{i}_trim/v{v}.avi"), 10 * i + v)
-            config = json.loads(Path("config.json").read_text())
-            config["dataset"]["site"]["video_base_path"] = "videos"
-            Path("config.json").write_text(json.dumps(config))
+    copy_cohort(base, N_STUDIES)
+    if command in TRAINS:
+        shutil.rmtree("trained_models")
+    if command in ("page", "end_to_end"):
+        for i in range(N_STUDIES):
+            for v in range(1 + i % 3):
+                frames = np.random.default_rng(10 * i + v).integers(0, 90, (8, 40, 48, 3), np.uint8)
+                frames[:, 8:24, 10:30] += np.uint8(100)
+                write_video(Path(f"videos/s{i}_trim/v{v}.avi"), frames)
+        config = json.loads(Path("config.json").read_text())
+        config["dataset"]["site"]["video_base_path"] = "videos"
+        Path("config.json").write_text(json.dumps(config))
 
 
-def run_whole(command, base):
-    prepare(command, base)
-    result = Command(*LINES[command]).result()
-    assert result.status == 0, result
-
-
-@functools.cache
 def whole(command, base):
-    """(folder of a run without interruption, its seconds); made once for all cases."""
+    """(folder of a run without interruption, its seconds); the run is shared by all cases."""
     folder = base / "whole" / command
     if not (folder / "seconds").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         began = time.monotonic()
         with contextlib.chdir(folder):
-            run_whole(command, base)
+            prepare(command, base)
+            result = Command(*LINES[command]).result()
+            assert result.status == 0, result
         (folder / "seconds").write_text(str(time.monotonic() - began))
     return folder, float((folder / "seconds").read_text())
 
 
 def results_in(folder):
-    """Name -> path of a run's output files, except those that depend on place or time."""
+    """Name -> path of a run's output files, without caches, temporary files and locks."""
     paths = (p for p in folder.rglob("*") if p.is_file() and "frame_cache" not in p.parts)
-    names = {re.sub("source_[0-9a-f]{8}", "source", str(p.relative_to(folder))): p for p in paths}
-    return {
-        k: p
-        for k, p in names.items()
-        if k != "seconds" and ".tmp" not in k and not k.endswith(".lock")
-    }
+    names = {str(p.relative_to(folder)): p for p in paths if p.suffix != ".lock"}
+    return {k: p for k, p in names.items() if k != "seconds" and ".tmp" not in k}
 
 
 def content_of(path):
