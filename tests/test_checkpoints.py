@@ -41,10 +41,10 @@ def small(tmp_path):
     return path
 
 
-def refused(path, message=""):
-    with pytest.raises(WeightsError) as refusal:
+def refusal(path, message=""):
+    with pytest.raises(WeightsError) as error:
         load_safely(path)
-    text = str(refusal.value)
+    text = str(error.value)
     assert message in text and path.name in text and text.isprintable(), text
     return text
 
@@ -85,9 +85,9 @@ class Code:
 def test_code_in_a_file_does_not_run(small, monkeypatch, new):
     monkeypatch.chdir(small.parent)
     torch.save(SAVED | {"more": Code()}, small, _use_new_zipfile_serialization=new)
-    assert "io.open" in refused(small)
+    assert "io.open" in refusal(small)
     small.write_bytes(pickle.dumps(Code()))
-    refused(small)
+    refusal(small)
     assert not Path("ran").exists()
 
 
@@ -102,5 +102,5 @@ def test_truncated_and_other_files_are_refused(small):
     truncated = [whole[:end] for end in (1, 50, len(whole) // 2, -1, -23)]
     for data in (*truncated, b"", b"PK\x05\x06" + bytes(18), b"\x80\x02" * 999, b"{}"):
         small.write_bytes(data)
-        refused(small)
-    refused(Path(small.parent, "gone.pt"), "no checkpoint")
+        refusal(small)
+    refusal(Path(small.parent, "gone.pt"), "no checkpoint")

@@ -209,7 +209,7 @@ def test_palettes(tmp_path, bits, shift):
     ],
 )
 def test_tinted_greyscale_is_not_changed(tmp_path, part, label, tint):
-    """Sepia, blue and green maps are kept, also of the tissue alone."""
+    """Sepia, blue and green maps are kept, also of only the tissue."""
     frames = TRUTH[:, 40:80, 50:100] if part == "within" else TRUTH
     frames = (frames.max(-1, keepdims=True) * np.array(tint)).astype(np.uint8)
     write_dicom(tmp_path / "a", ybr(frames) if label == "YBR_FULL" else frames, label)
@@ -255,7 +255,7 @@ def test_noise_and_black_frames_are_refused(tmp_path):
 # ------------------------------------------------------------------------------- layout and numbers
 
 
-def halved(frames):
+def chroma_422(frames):
     """RGB frames as uncompressed 4:2:2."""
     y, b, r = np.moveaxis(ybr(frames), 3, 0)
     return np.stack([y[:, :, ::2], y[:, :, 1::2], b[:, :, ::2], r[:, :, ::2]], -1)
@@ -266,7 +266,7 @@ KINDS = {
     "RGB": lambda p: write_dicom(p, TRUTH, "RGB"),
     "planar": lambda p: write_dicom(p, TRUTH, "RGB", PlanarConfiguration=1,
                                     PixelData=np.moveaxis(TRUTH, 3, 1).tobytes()),
-    "4:2:2": lambda p: write_dicom(p, TRUTH, "YBR_FULL_422", PixelData=halved(TRUTH).tobytes()),
+    "4:2:2": lambda p: write_dicom(p, TRUTH, "YBR_FULL_422", PixelData=chroma_422(TRUTH).tobytes()),
     "RGB as 4:2:2": lambda p: write_dicom(p, TRUTH, "YBR_FULL_422"),
     "deep": lambda p: write_dicom(p, DEEP, "MONOCHROME2", BitsStored=12),
     "RLE": lambda p: compress(write_dicom(p, TRUTH, "RGB"), p),
@@ -487,14 +487,14 @@ def test_stills_are_not_read_as_a_cine(tmp_path):
         phantom.phantom_cine(v, frames=2, seed=s)[:1] for s in range(3) for v in phantom.VIEWS
     ]
     for i, still in enumerate(stills):
-        write_series(tmp_path / "own" / str(i), still)
-    assert group(tmp_path / "own") == {}
+        write_series(tmp_path / "apart" / str(i), still)
+    assert group(tmp_path / "apart") == {}
     write_series(tmp_path / "mixed", np.concatenate(stills), SeriesInstanceUID="1.2.9")
     write_dicom(tmp_path / "mixed" / "cine", TRUTH, "RGB", StudyInstanceUID="1.2.3",
                 SeriesInstanceUID="1.2.9", InstanceNumber=50)  # fmt: skip
     assert group(tmp_path / "mixed") == {}
     paths = write_series(tmp_path / "one", np.concatenate(stills))
-    assert len(group(tmp_path / "one")) == 1  # as far as headers say
+    assert len(group(tmp_path / "one")) == 1  # by their headers
     assert "still images of one series: 12" in refusal(paths)
 
 

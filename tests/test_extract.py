@@ -105,7 +105,7 @@ def test_all_starts_are_equally_likely(n_frames, starts_by):
         assert (first % 3 == first[:, :1] % 3).all()
 
 
-def test_short_videos_have_clips():
+def test_starts_of_short_videos():
     for starts_by in ("modulo", "independent"):
         assert set(video.clip_starts(9, 16, 16, 0, "a", starts_by).tolist()) == {0}
         assert set(video.clip_starts(17, 99, 16, 0, "a", starts_by).tolist()) == {0, 1}
@@ -299,10 +299,9 @@ def test_only_changed_files_are_read_again(source, tmp_path, run, decoded):
     assert names == ["x.dcm"] and (changed["x.dcm"] != first["x.dcm"]).any()
     np.testing.assert_array_equal(changed["IM0001"], first["IM0001"])
     shutil.copy(source / "A_1" / "IM0001", source / "A_1" / "IM0002")
-    names, more, text = embeddings()
+    names, more, _ = embeddings()
     assert names == ["IM0002"] and more.keys() == first.keys()
-    assert embeddings()[0] == []
-    (source / "A_1" / "IM0001").unlink()  # what the copy repeats is gone
+    (source / "A_1" / "IM0001").unlink()  # the copy repeats it
     names, fewer, _ = embeddings()
     assert names == ["IM0002"] and fewer.keys() == first.keys() - {"IM0001"} | {"IM0002"}
     assert relative_error(fewer["IM0002"], first["IM0001"]) < 1e-5
@@ -332,15 +331,11 @@ def test_videos_that_are_almost_the_same_are_noted(tmp_path, cli):
     assert cli(*line, main=extract.main)[0] == 0
     assert {row["reason"] for row in read_log(out).values()} == {""}
     phantom.write_video(tmp_path / "in" / "A" / "copy.mp4", cine, fourcc="mp4v")
-    for _ in range(2):
-        _, text, _ = cli(*line, main=extract.main)
-        assert "1 videos have almost the same embeddings" in text
-        notes = {video: row["reason"] for (_, video), row in read_log(out).items()}
-        assert notes.pop("copy.mp4") == "almost the same as another video: 2.avi"
-        assert set(notes.values()) == {""}
-    (tmp_path / "in" / "A" / "2.avi").unlink()
-    cli(*line, main=extract.main)
-    assert {row["reason"] for row in read_log(out).values()} == {""}
+    _, text, _ = cli(*line, main=extract.main)
+    assert "1 videos have almost the same embeddings" in text
+    notes = {video: row["reason"] for (_, video), row in read_log(out).items()}
+    assert notes.pop("copy.mp4") == "almost the same as another video: 2.avi"
+    assert set(notes.values()) == {""}
 
 
 def test_damaged_numbers_are_extracted_again(source, tmp_path, run, decoded):
@@ -403,9 +398,6 @@ def test_a_file_that_changes_while_it_is_read(run, monkeypatch):
     monkeypatch.setattr(extract.DecoderProcess, "__call__", change)
     status, text, _ = run()
     assert status == 0 and "A_1/x.dcm: it changed while it was read" in text
-    monkeypatch.setattr(extract.DecoderProcess, "__call__", work)
-    status, text, _ = run()
-    assert status == 0 and "1 studies extracted, 1 already there" in text
 
 
 def test_a_source_that_disappears_during_the_run(source, tmp_path, run, monkeypatch):

@@ -77,7 +77,7 @@ UNITS = [
 ]
 
 
-def started(path, n=3):
+def new_journal(path, n=3):
     journal = files.Journal(path, WORK)
     for unit in UNITS[:n]:
         journal.add(unit)
@@ -93,7 +93,7 @@ def same(a, b):
 
 def test_units_of_a_journal_are_read_back(tmp_path, capsys):
     path = tmp_path / "x" / ".j"
-    journal = started(path, 2)
+    journal = new_journal(path, 2)
     assert same(journal, UNITS[:2])
     again = files.Journal(path, WORK, "studies")
     assert again.n == 2 and same(again, UNITS[:2])
@@ -105,7 +105,7 @@ def test_units_of_a_journal_are_read_back(tmp_path, capsys):
 
 
 def test_an_incomplete_last_line_is_dropped(tmp_path):
-    whole = started(tmp_path / ".j").path.read_bytes()
+    whole = new_journal(tmp_path / ".j").path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(0, len(whole) + 1, 7):
         path = tmp_path / ".cut"
@@ -119,7 +119,7 @@ def test_an_incomplete_last_line_is_dropped(tmp_path):
 
 
 def test_a_journal_of_another_run_is_not_used(tmp_path, capsys):
-    path = started(tmp_path / ".j").path
+    path = new_journal(tmp_path / ".j").path
     assert files.Journal(path, WORK | {"precision": "bf16"}).n == 0
     assert "different run" in capsys.readouterr().out
     assert files.Journal(path, WORK).n == 0  # the old units are gone
@@ -195,7 +195,7 @@ console.run_main(lambda: checkpoints.save({"a": torch.zeros(9999)}, "best.pt"), 
 
 
 def test_a_full_disk_is_one_line_with_the_file(tmp_path):
-    """The error of torch.save alone would not name the file."""
+    """The error of torch.save itself would not name the file."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     line = [sys.executable, "-c", FULL]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)

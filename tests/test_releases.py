@@ -80,7 +80,7 @@ def server(here):
     running.shutdown()
 
 
-def refused(cli, source, message, *options):
+def check_refusal(cli, source, message, *options):
     """Check that the source is refused in one line and that nothing is left in the folder."""
     status, _, err = cli("download", source, *options)
     assert status == 1 and message in err, err
@@ -133,12 +133,12 @@ def test_expected_digest(server, cli, asset, monkeypatch):
     """It is given on the command line or in the registry."""
     shutil.copy(asset, "elsewhere")
     url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
-    refused(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
+    check_refusal(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
     registry = releases.registry()
     monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
     registry["EchoFocus_CHD"] |= {"url": url, "sha256": "1" * 64}
     Path("registry.json").write_text(json.dumps(registry))
-    refused(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {'1' * 64}")
+    check_refusal(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {'1' * 64}")
     assert cli("download", url, "--sha256", digest.upper())[0] == 0
     source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
     assert source["sha256_was_known"]
@@ -162,7 +162,7 @@ def test_downloads_that_fail(server, cli, asset, monkeypatch):
         "EchoFocus_CDH": "did you mean EchoFocus_CHD",
         "EchoFocus_CHD": "https://github.com/cavalab/echofocus/releases",
     }.items():
-        refused(cli, source, message)
+        check_refusal(cli, source, message)
 
 
 def test_several_processes_fetch_once(server, here):
@@ -232,7 +232,7 @@ def test_an_archive_of_several_models(here, cli, asset):
     shutil.unpack_archive(asset, "both")
     published_model(Path("both/EchoFocus_Measure"), 18, recorded("measure_norm.json"))
     path = shutil.make_archive("elsewhere/both", "zip", "both")
-    refused(cli, path, "EchoFocus_CHD, EchoFocus_Measure")
+    check_refusal(cli, path, "EchoFocus_CHD, EchoFocus_Measure")
     assert cli("download", path, "--model_name", "EchoFocus_CHD")[0] == 0
     digest = sha256_file("both/EchoFocus_CHD/best_checkpoint.pt")
     assert sha256_file("trained_models/EchoFocus_CHD/best_checkpoint.pt") == digest
@@ -250,9 +250,9 @@ def test_archives_write_only_into_the_model_folder(here, cli):
             info = zipfile.ZipInfo(name)
             info.external_attr = mode << 16
             archive.writestr(info, b"x")
-        refused(cli, path, "a.zip")
+        check_refusal(cli, path, "a.zip")
     path.write_bytes(b"hello")
-    refused(cli, path, "a.zip")
+    check_refusal(cli, path, "a.zip")
     assert sorted(p.name for p in here.iterdir()) == ["elsewhere", "trained_models"]
 
 
@@ -304,13 +304,13 @@ def test_checkpoints_that_are_refused(here, cli, case):
     archive = shutil.make_archive("elsewhere/bad", "zip", folder)
     shutil.rmtree("trained_models")
     if case not in ("too few labels", "regression without scaling"):
-        refused(cli, archive, message)
+        check_refusal(cli, archive, message)
     assert not Path("ran").exists()
 
 
 def test_a_released_model_with_other_outputs_is_refused(here, cli):
     published_model(here / "elsewhere" / "EchoFocus_CHD", 5)
-    refused(cli, "elsewhere/EchoFocus_CHD", "has 5 outputs, not 22")
+    check_refusal(cli, "elsewhere/EchoFocus_CHD", "has 5 outputs, not 22")
 
 
 # --------------------------------------------------------------------------------------------- use

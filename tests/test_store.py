@@ -161,7 +161,7 @@ def test_details_and_results_of_extraction(folder):
     assert results == {"v0.avi": "ok", "v1.avi": "ok", "x.avi": "skipped"}
     assert (details.starts["v1.avi"] == np.arange(4)).all()
     assert (st.load_copies(folder / "s2.hdf5") == [clips(2), clips(102), clips(202)]).all()
-    flip(path, b"0stamp0")  # a record decides what is not extracted again
+    flip(path, b"0stamp0")  # a damaged record: the video is extracted again
     with pytest.raises(OSError):
         st.load_details(path)
     flip(folder / "s1.hdf5", clips(1)[0, 0, :3].tobytes())
@@ -339,7 +339,7 @@ def test_index_and_shards_that_disagree_are_refused(tmp_path):
 
 def test_a_pack_is_an_ordinary_file_of_the_same_numbers(folder):
     path = pack(folder)
-    with h5py.File(path) as f:  # as anybody would read it
+    with h5py.File(path) as f:  # without the code of this package
         rows, index = f["embeddings"][:], json.loads(f["index"][:].tobytes())
     assert list(index) == ["s0", "s1", "s2"] and index["s2"]["shape"] == [3, 2, 4]
     for i, study in enumerate(index.values()):
@@ -421,7 +421,7 @@ def test_half_precision_packs(folder):
         f["embeddings"] = np.full((1, 4, 768), 1e5, np.float32)
         f.create_dataset("videos", data=["v"], dtype=TEXT)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # numpy's own would come before ours
+        warnings.simplefilter("error")  # numpy would warn first
         pack(folder, "float16")
     store = st.open_store(folder)
     study = store.read("s1")

@@ -225,8 +225,6 @@ def test_damage_in_frames_that_no_clip_uses_is_detected(tmp_path):
         for i in np.unique(clips.starts - 1 + np.arange(4))
     ]
     np.testing.assert_array_equal(clips.frames, expected)
-    decoded = list(video.iter_frames(REAL, needed=lambda n: [3, n - 1]))
-    assert [i for i, frame in enumerate(decoded) if frame is not None] == [3, 29]
     corrupt_frame(tmp_path / "a.dcm")
     with pytest.raises(video.VideoError, match="of 30 does not decode"):
         list(video.iter_frames(tmp_path / "a.dcm", needed=lambda n: []))
