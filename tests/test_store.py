@@ -145,7 +145,7 @@ def test_a_changed_number_is_detected(folder, packed):
 def test_a_changed_name_or_setting_is_detected(folder):
     flip(pack(folder), b"v1.avi")
     with pytest.raises(UserError):  # the index of the pack as a whole is refused
-        st.PackedEmbeddings(st.packed_path(folder))
+        st.PackedEmbeddings(folder)
     flip(folder / "s0.hdf5", b"v1.avi")
     with h5py.File(folder / "s1.hdf5", "r+") as f:
         f.attrs["weights_sha256"] = "ac"
@@ -262,7 +262,7 @@ def test_only_the_study_of_an_odd_file_is_left_out(folder, kind, monkeypatch):
     with h5py.File(folder / "a.hdf5", "r+") as f:
         change(f)
     pack(folder)
-    for store in st.open_folder(folder), st.PackedEmbeddings(st.packed_path(folder)):
+    for store in st.open_folder(folder), st.PackedEmbeddings(folder):
         assert (store.read("s1").embeddings == clips(1)).all()
         with pytest.raises(st.UnreadableStudy, match=text) as error:
             store.read("a")
