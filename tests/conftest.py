@@ -138,11 +138,11 @@ def trained(cohort, add_model):
 @pytest.fixture
 def weights_drawn_once(monkeypatch):
     """Draw the untrained encoder's weights once, since they are the same every time."""
-    monkeypatch.setattr(panecho, "random_weights", drawn_weights)
+    monkeypatch.setattr(panecho, "random_weights", lambda: draw_weights(panecho.CONVNEXT_TINY))
 
 
 @functools.cache
-def drawn_weights(draw=panecho.random_weights):
+def draw_weights(blocks, draw=panecho.random_weights):
     return draw()
 
 

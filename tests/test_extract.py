@@ -1,7 +1,6 @@
 """Extraction against encoding every clip by itself; odd files, restarts, several processes."""
 
 import csv
-import functools
 import os
 import shutil
 import signal
@@ -32,16 +31,10 @@ extract.program()
 
 
 @pytest.fixture(autouse=True)
-def narrow_encoder(monkeypatch):
-    """A ConvNeXt of four narrow blocks, whose untrained weights are drawn once."""
+def narrow_encoder(monkeypatch, weights_drawn_once):
+    """A ConvNeXt of four narrow blocks."""
     monkeypatch.setattr(panecho, "CONVNEXT_TINY", NARROW)
-    monkeypatch.setattr(panecho, "random_weights", narrow_weights)
     monkeypatch.setattr(panecho, "RANDOM_SHA256", "ab" * 32)
-
-
-@functools.cache
-def narrow_weights(draw=panecho.random_weights):
-    return draw()
 
 
 @pytest.fixture

@@ -56,11 +56,8 @@ LAYOUTS = {
         {"A": ("A", ["series/y", "x.dcm"]), "B": ("B", ["DICOM/z"]), "C": ("C", ["DICOM/z"])},
     ),
     "MIMIC": (
-        {"files/p10/p100/s1/a.dcm": "1", "files/p10/p100/s1/b.dcm": "1", "files/p11/s2/a.dcm": "2"},
-        {
-            "s1": ("files/p10/p100/s1", ["a.dcm", "b.dcm"]),
-            "s2": ("files/p11/s2", ["a.dcm"]),
-        },
+        {"files/p10/p100/s1/a.dcm": "1", "files/p11/p110/s2/a.dcm": "2"},
+        {"s1": ("files/p10/p100/s1", ["a.dcm"]), "s2": ("files/p11/p110/s2", ["a.dcm"])},
     ),
     "a folder for each day": (
         {"mon/a": "1", "mon/b": "2", "tue/c": "3"},
