@@ -449,12 +449,11 @@ def write_series(folder, frames, **tags):
     series = tags.pop("SeriesInstanceUID", pydicom.uid.generate_uid())
     paths = [folder / f"IM{len(frames) - i:04}" for i in range(len(frames))]
     for i, path in enumerate(paths):
-        write_dicom(
+        dataset = write_dicom(
             path, frames[i : i + 1, ..., ::-1].copy(), "RGB", StudyInstanceUID="1.2.3",
             SeriesInstanceUID=series, InstanceNumber=i + 1,
             SOPInstanceUID=pydicom.uid.generate_uid(), **tags,
         )  # fmt: skip
-        dataset = pydicom.dcmread(path)
         del dataset.NumberOfFrames
         dataset.save_as(path, enforce_file_format=True)
     return paths

@@ -129,15 +129,19 @@ def test_download_keeps_only_the_files_of_a_model(server, cli, asset):
     assert status == 1 and "trained_models/EchoFocus_CHD exists" in err
 
 
+def edit_registry(monkeypatch, **changes):
+    registry = releases.registry()
+    registry["EchoFocus_CHD"] |= changes
+    Path("registry.json").write_text(json.dumps(registry))
+    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
+
+
 def test_expected_digest(server, cli, asset, monkeypatch):
     """It is given on the command line or in the registry."""
     shutil.copy(asset, "elsewhere")
     url, digest = f"{server}/EchoFocus_CHD.zip", sha256_file(asset)
     check_refusal(cli, url, f"its SHA-256 is {digest}, not {'0' * 64}", "--sha256", "0" * 64)
-    registry = releases.registry()
-    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
-    registry["EchoFocus_CHD"] |= {"url": url, "sha256": "1" * 64}
-    Path("registry.json").write_text(json.dumps(registry))
+    edit_registry(monkeypatch, url=url, sha256="1" * 64)
     check_refusal(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {'1' * 64}")
     assert cli("download", url, "--sha256", digest.upper())[0] == 0
     source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
@@ -148,10 +152,7 @@ def test_downloads_that_fail(server, cli, asset, monkeypatch):
     shutil.copy(asset, "elsewhere/a.zip")
     Path("elsewhere/cut.zip").write_bytes(asset.read_bytes()[:-3000])
     Path("elsewhere/page.zip").write_text("<!DOCTYPE html><p>Log in")
-    registry = releases.registry()
-    registry["EchoFocus_CHD"]["url"] = f"{server}/gone.zip"
-    Path("registry.json").write_text(json.dumps(registry))
-    monkeypatch.setattr(releases, "REGISTRY", Path("registry.json"))
+    edit_registry(monkeypatch, url=f"{server}/gone.zip")
     for source, message in {
         f"{server}/gone.zip?secret": "gone.zip: HTTP Error 404",
         f"{server}/cut/a.zip": f"of {asset.stat().st_size} bytes",
