@@ -56,8 +56,12 @@ LAYOUTS = {
         {"A": ("A", ["series/y", "x.dcm"]), "B": ("B", ["DICOM/z"]), "C": ("C", ["DICOM/z"])},
     ),
     "MIMIC": (
-        {"files/p10/p100/s1/a.dcm": "1", "files/p11/p110/s2/a.dcm": "2"},
-        {"s1": ("files/p10/p100/s1", ["a.dcm"]), "s2": ("files/p11/p110/s2", ["a.dcm"])},
+        {f"files/p10/p100/{s}/a.dcm": s[1] for s in ("s1", "s2")} | {"files/p11/p110/s3/b": "3"},
+        {
+            "s1": ("files/p10/p100/s1", ["a.dcm"]),
+            "s2": ("files/p10/p100/s2", ["a.dcm"]),
+            "s3": ("files/p11/p110/s3", ["b"]),
+        },
     ),
     "a folder for each day": (
         {"mon/a": "1", "mon/b": "2", "tue/c": "3"},
