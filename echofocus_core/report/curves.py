@@ -15,7 +15,6 @@ from echofocus_core.study import statistics as st
 MAX_PANELS, MAX_ROWS = 12, 60  # of a figure and of a forest plot
 BAND_BOOT = 200  # resamples of a curve
 GRID = np.linspace(0, 1, 101)  # on which the curves of resamples are averaged
-CUTS = 512  # thresholds of a resample's curve
 BLUE, ORANGE, GREEN, GREY = *OKABE_ITO[:3], "0.6"
 MAX_POINTS = 1000  # of a scatter plot; more are drawn as density
 NAMES = {
@@ -60,25 +59,22 @@ def title_of(estimate):
 # --------------------------------------------------------------------------- curves over resamples
 
 
-def cumulative_counts(truth, score, weights):
-    """(true, false), each (G + 1, B): cumulative weights of positive and negative studies from the
-    highest score down; more than CUTS distinct scores are grouped into CUTS groups."""
-    cuts = np.unique(score)
-    if len(cuts) > CUTS:
-        cuts = np.unique(np.quantile(cuts, np.linspace(0, 1, CUTS)))
-    part = len(cuts) - 1 - np.clip(np.searchsorted(cuts, score, side="right") - 1, 0, None)
-    counts = []
-    for y in (1, 0):
-        rows = np.flatnonzero(truth == y)
-        at = mt.sum_by_group(part[rows], len(cuts), weights, rows)
-        counts.append(np.concatenate([np.zeros((1, at.shape[1])), np.cumsum(at, axis=0)]))
-    return counts
+def every_cut(y, p, weights=None):
+    """(true positives, false positives) at each distinct score, from no study positive to all:
+    (G + 1,), or (G + 1, B) for weights (S, B)."""
+    order = np.argsort(-p, kind="stable")
+    last = np.append(np.diff(p[order]) != 0, True)
+    counts = mt.weights_or_ones(weights, len(y))[order]
+    none = np.zeros((1, counts.shape[1]))
+    of_class = (np.cumsum(counts * (y[order] == k)[:, None], axis=0)[last] for k in (1, 0))
+    true, false = (np.concatenate([none, x]) for x in of_class)
+    return (true[:, 0], false[:, 0]) if weights is None else (true, false)
 
 
 def curves(truth, score, weights):
     """(sensitivity at each 1 - specificity of GRID, precision at each sensitivity of GRID), each
     (G, B)."""
-    true, false = cumulative_counts(truth, score, weights)
+    true, false = every_cut(truth, score, weights)
     roc, precision = np.full((2, len(GRID), weights.shape[1]), np.nan)
     for b in np.flatnonzero((true[-1] > 0) & (false[-1] > 0)):
         roc[:, b] = np.interp(GRID, false[:, b] / false[-1, b], true[:, b] / true[-1, b])
@@ -122,14 +118,6 @@ def draw_roc(axis, outcome, band=None, **_):
             positive = outcome.positive[outcome.usable]
             axis.plot(positive[y == 0].mean(), positive[y == 1].mean(), "o", color=ORANGE, ms=5)
     unit_square(axis, "1 - specificity", "sensitivity")
-
-
-def every_cut(y, p):
-    """(true positives, false positives) at each distinct score, from no study positive to all."""
-    order = np.argsort(-p, kind="stable")
-    last = np.append(np.diff(p[order]) != 0, True)
-    true = np.cumsum(y[order])[last]
-    return np.append(0, true), np.append(0, (np.flatnonzero(last) + 1) - true)
 
 
 def draw_precision(axis, outcome, band=None, **_):

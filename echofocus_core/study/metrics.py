@@ -325,30 +325,14 @@ def mid_ranks(values, weights):
     return ranks, place, 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
 
 
-def weighted_median(values, weights, block=64):
+def weighted_median(values, weights):
     """(B,): the median of values (S,) repeated by weights (S, B); the mean of two middle values."""
     if not len(values):
         return np.full(weights.shape[1], np.nan)
     order = np.argsort(values)
-    n_blocks = -(-len(order) // block)
-    before = np.zeros((n_blocks + 1, weights.shape[1]), weights.dtype)
-    np.cumsum(
-        sum_by_group(np.arange(len(order)) // block, n_blocks, weights, order), 0, out=before[1:]
-    )
-    half, column = before[-1] / 2, np.arange(weights.shape[1])
-
-    def first(reached):  # the first value whose running weight satisfies `reached`
-        start = np.maximum((~reached(before)).sum(axis=0) - 1, 0).clip(max=n_blocks - 1)
-        rows = start * block + np.arange(block)[:, None]
-        inside = np.where(
-            rows < len(order), weights[order[rows.clip(max=len(order) - 1)], column], 0
-        )
-        running = before[start, column] + np.cumsum(inside, axis=0)
-        row = start * block + (~reached(running)).sum(axis=0)
-        return values[order[row.clip(max=len(order) - 1)]]
-
-    middle = first(lambda w: w >= half) + first(lambda w: w > half)
-    return np.where(half > 0, middle / 2, np.nan)
+    running, values = running_sum(weights[order]), np.append(values[order], np.nan)
+    half = running[-1] / 2  # without weights, the median is the NaN at the end
+    return (values[(running < half).sum(axis=0)] + values[(running <= half).sum(axis=0)]) / 2
 
 
 # ------------------------------------------------------------------------------------------- grades
