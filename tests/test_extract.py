@@ -331,24 +331,6 @@ def test_videos_that_are_almost_the_same_are_noted(tmp_path, cli):
     assert set(notes.values()) == {""}
 
 
-def test_damaged_numbers_are_extracted_again(source, tmp_path, run, decoded):
-    """A byte of the embeddings is changed, then a file is added to the study."""
-    file = tmp_path / "out" / "A_1.hdf5"
-    shutil.rmtree(source / "B")
-    assert run()[0] == 0
-    with h5py.File(file) as f:
-        position, first = f["embeddings"].id.get_offset() + 7, f["embeddings"][:]
-    raw = bytearray(file.read_bytes())
-    raw[position] ^= 1
-    file.write_bytes(raw)
-    shutil.copy(source / "A_1" / "x.dcm", source / "A_1" / "z.dcm")
-    decoded.clear()
-    status, text, _ = run()
-    assert status == 0 and "1 studies extracted" in text and len(decoded) == 4
-    with h5py.File(file) as f:
-        assert relative_error(f["embeddings"][:3], first) < 1e-5
-
-
 def test_temporary_faults_are_tried_again(source, tmp_path, run, decoded, monkeypatch):
     """A decoder fails, then works; a still image is not read again."""
     failing, work = {"y.dcm", "real.dcm"}, extract.DecoderProcess.__call__
