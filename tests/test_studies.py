@@ -98,8 +98,14 @@ LAYOUTS = {
         {"A": ("A", ["x"]), "B": ("B", ["s/w.avi", "z.avi"])},
     ),
     "two folders of one name": (
-        {"p/echo/a": "1", "q/echo/d": "4"},
-        {f"echo-{d('1')}": ("p/echo", ["a"]), f"echo-{d('4')}": ("q/echo", ["d"])},
+        {"p/echo/a": "1", "p/b": "3", "p/echo2/c": "2", "q/echo/d": "4", "q/e": "5"},
+        {
+            f"echo-{d('1')}": ("p/echo", ["a"]),
+            "echo2": ("p/echo2", ["c"]),
+            f"echo-{d('4')}": ("q/echo", ["d"]),
+            f"p-{d('3')}": ("p", ["b"]),
+            f"q-{d('5')}": ("q", ["e"]),
+        },
     ),
 }
 

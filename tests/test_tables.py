@@ -112,7 +112,6 @@ def workbook(path, *sheets):
         for row in rows:
             sheet.append(row)
     book.save(path)
-    return book
 
 
 def test_excel(tmp_path):
