@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
 from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, some
 from echofocus_core.base.files import sha256_file
-from echofocus_core.base.options import MOST_LABELS, MOST_LAYERS, Settings
+from echofocus_core.base.options import Settings
 from echofocus_core.base.seen import seen_from
 from echofocus_core.study.config import MODELS, Input, Record, read_record
 from echofocus_core.study.end_to_end import ENCODER_FILE
@@ -161,9 +160,10 @@ def load_model(folder, tasks=(), task="", device="cpu"):
             published = published.model_copy(update={"weights_sha256": digest})
             record = Record(input=published, encoder_sha256=digest)
     net.to(device).eval().requires_grad_(False)
+    novelty = Novelty.load(saved["novelty"]) if saved.get("novelty") else None
     return LoadedModel(
         folder, net, task, outputs, scaling, record, units, seen_from(saved, folder), encoder_file,
-        clip_mean_from(saved, path), novelty_from(saved, path),
+        saved.get("clip_mean"), novelty,
     )  # fmt: skip
 
 
@@ -202,24 +202,15 @@ def read_network(saved, path):
 
 
 def published_architecture(state, path):
-    """(Settings, number of outputs) from the names and shapes in a published state dict.
-
-    Refuses sizes before memory is allocated for them. Raises UserError.
-    """
+    """(Settings, number of outputs) from the names and shapes in a published state dict."""
     if "ff.weight" not in state:
         raise UserError(f"{path} is not an EchoFocus model: no ff.weight in its state dict")
-    layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
-    kind, counted = "standard", ("ff.weight", 0)
+    kind, n_outputs = "standard", len(state["ff.weight"])
     if "query_token" in state:
         kind = "query"
     elif "query_tokens" in state:
-        kind, counted = "multiquery", ("query_tokens", 1)
-    shape = checkpoints.describe(state[counted[0]])
-    n_outputs = shape[counted[1]] if isinstance(shape, tuple) and len(shape) > counted[1] else 0
-    if not 0 < n_outputs <= MOST_LABELS or len(layers) > MOST_LAYERS:
-        raise UserError(
-            f"{path} is not an EchoFocus model: {counted[0]} is {shape}, {len(layers)} layers"
-        )
+        kind, n_outputs = "multiquery", state["query_tokens"].shape[1]
+    layers = {k.split(".")[2] for k in state if k.startswith("encoder.layers.")}
     return Settings(transformer_type=kind, encoder_depth=len(layers)), n_outputs
 
 
@@ -240,22 +231,6 @@ def outputs_from(saved, record, labels, path):
         if fault := scaling_fault(entry):
             raise UserError(f"{path}: scaling of {label}: {fault}")
     return outputs, scaling
-
-
-def clip_mean_from(saved, path):
-    """The mean clip embedding (D,) of the training fold in a checkpoint, or None."""
-    mean = saved.get("clip_mean")
-    if mean is not None and not (mean.shape == (D,) and mean.isfinite().all()):
-        raise UserError(f"{path}: its clip_mean is not a clip embedding")
-    return mean
-
-
-def novelty_from(saved, path):
-    """The Novelty in a checkpoint, or None. Raises UserError."""
-    try:
-        return saved.get("novelty") and Novelty.load(saved["novelty"])
-    except ValueError as error:
-        raise UserError(f"{path}: its novelty is damaged: {error}") from error
 
 
 def released_task(task):
