@@ -140,10 +140,8 @@ def build_images(arch, pretrained):
     if not pretrained:
         return images, Start()
     path = imagenet_weights()
-    state = load_safely(path)
-    if not isinstance(state, dict):
-        raise WeightsError(f"{path} is not a state dict of torchvision's ConvNeXt-Tiny; delete it")
-    state = {k: v for k, v in state.items() if not k.startswith("classifier.2.")}
+    weights = load_safely(path).items()
+    state = {k: v for k, v in weights if not k.startswith("classifier.2.")}  # not the last layer
     with torch.device("meta"):
         images.model = ConvNeXt()
     load_strictly(images.model, state, path, "torchvision's ConvNeXt-Tiny")

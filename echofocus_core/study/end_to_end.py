@@ -12,6 +12,7 @@ the host, and its embeddings stay in memory.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,10 +68,6 @@ class EndToEnd(nn.Module):
         self.stages = int(freeze.removeprefix("stages:")) if freeze.startswith("stages:") else 0
         self.begin_epoch(1)
 
-    @property
-    def encoder_frozen(self):
-        return not any(p.requires_grad for p in self.encoder.parameters())
-
     def begin_epoch(self, number):
         """Freeze the parts that epoch `number` (from 1) does not train.
 
@@ -86,10 +83,9 @@ class EndToEnd(nn.Module):
     def train(self, mode=True):
         """Like nn.Module.train, but frozen parts stay in evaluation mode."""
         super().train(mode)
-        if self.encoder_frozen:
-            self.encoder.eval()
-        if not any(p.requires_grad for p in self.study.parameters()):
-            self.study.eval()
+        for part in (self.encoder, self.study):
+            if is_frozen(part):
+                part.eval()
         return self
 
     def rate_groups(self, settings):
@@ -107,20 +103,15 @@ class EndToEnd(nn.Module):
         seed = None
         if self.encoder.training and self.training:
             seed = int(torch.randint(2**62, ()) if rng is None else rng.integers(2**62))
-        with_graph = torch.is_grad_enabled() and not self.encoder_frozen
+        encode = self.encode_group
+        with_graph = torch.is_grad_enabled() and not is_frozen(self.encoder)
+        if with_graph:
+            encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
         first, embeddings = 0, []
-        for group in images.split(self.clips_at_once):
-            with torch.set_grad_enabled(with_graph):
-                if with_graph:
-                    embeddings.append(
-                        checkpoint(
-                            self.encode_group, group, first, seed, use_reentrant=False,
-                            preserve_rng_state=False,
-                        )
-                    )  # fmt: skip
-                else:
-                    embeddings.append(self.encode_group(group, first, seed))
-            first += len(group)
+        with torch.set_grad_enabled(with_graph):
+            for group in images.split(self.clips_at_once):
+                embeddings.append(encode(group, first, seed))
+                first += len(group)
         return torch.cat(embeddings)
 
     def encode_group(self, images, first, seed):
@@ -134,6 +125,10 @@ class EndToEnd(nn.Module):
         frozen = sum(n for _, n in CONVNEXT_TINY[: self.stages])
         depth[:frozen] = 1  # no stochastic depth in frozen stages
         return self.encoder(x, depth).to(dtype)
+
+
+def is_frozen(net):
+    return not any(p.requires_grad for p in net.parameters())
 
 
 @dataclass(frozen=True)

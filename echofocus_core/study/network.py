@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from echofocus_core import EMBED_DIM as D
-from echofocus_core.base.console import UserError
 from echofocus_core.study.attention import attend, encoder_layer, pool
 
 HEADS = 6
@@ -74,10 +73,6 @@ class Aggregator(nn.Module):
         """The point on the path (0 to 1) from start to tokens, both (N, D), from which the tokens
         determine the answers."""
         return 1.0
-
-    def clip_shares(self, tokens):
-        """The share of each token (N, D) in the answers by attention: (1, N) or (T, N)."""
-        raise UserError(f"{self.kind} models have no attention: use another --explain_method")
 
 
 class StudyModel(Aggregator):
@@ -163,7 +158,8 @@ class StudyModel(Aggregator):
 
     @torch.no_grad()
     def clip_shares(self, tokens):
-        """By attention rollout: (1, N), or (T, N) if each label has its query.
+        """The share of each token in the answers by attention rollout: (1, N), or (T, N) if each
+        label has its query.
 
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention
         averaged over heads, half of it the residual path, multiplied from layer to layer.
