@@ -329,15 +329,22 @@ class Run(EpochTraining):
 
     def predictions(self, raw):
         """Predictions from raw outputs, one row per video."""
-        targets = self.cohort.labels.loc[raw.index, [t["name"] for t in self.tasks]].to_numpy()
-        outputs = split_outputs(self.tasks, torch.tensor(raw.to_numpy()))
+        names = [t["name"] for t in self.tasks]
+        targets = self.cohort.labels.loc[raw.index, names].to_numpy()
+        sizes = [len(t["class_names"]) if t["type"].startswith("multi") else 1 for t in self.tasks]
+        outputs = torch.tensor(raw.to_numpy()).split(sizes, dim=1)
+        outputs = dict(zip(names, outputs, strict=True))
         divisors = self.loss.divisors(targets)
         sums = self.loss.sums(outputs, torch.tensor(targets).float())
         losses = {
-            f"{t['name']}_loss": float(total) / float(n) if n else math.nan
-            for t, total, n in zip(self.tasks, sums, divisors, strict=True)
+            f"{name}_loss": float(total) / float(n) if n else math.nan
+            for name, total, n in zip(names, sums, divisors, strict=True)
         }
-        parts = {t["name"]: activate_outputs(outputs[t["name"]], t) for t in self.tasks}
+        parts = {}  # values in units, probabilities of classes, or of the second class
+        for t in self.tasks:
+            z = outputs[t["name"]]
+            is_binary = t["type"].startswith("binary")
+            parts[t["name"]] = (torch.sigmoid(z) if is_binary else activate(z, t)).numpy()
         columns = [(name, i) for name, part in parts.items() for i in range(part.shape[1])]
         values = np.concatenate(list(parts.values()), axis=1)
         videos = pd.DataFrame(values, raw.index, pd.MultiIndex.from_tuples(columns))
@@ -388,20 +395,6 @@ class Run(EpochTraining):
             if not self.world.rank:
                 write_results(self, fold, predictions)
         self.world.gather(None)
-
-
-def split_outputs(tasks, flat):
-    """(N, outputs of all tasks) -> dict of task to (N, n)."""
-    sizes = [len(t["class_names"]) if t["type"].startswith("multi") else 1 for t in tasks]
-    names = [t["name"] for t in tasks]
-    return dict(zip(names, flat.split(sizes, dim=1), strict=True))
-
-
-def activate_outputs(raw, task):
-    """Raw outputs (N, n) -> values in units, probabilities of classes, or of the second class."""
-    if task["type"].startswith("binary"):
-        return torch.sigmoid(raw).numpy()
-    return activate(raw, task).numpy()
 
 
 def learnable_tasks(tasks, labels):

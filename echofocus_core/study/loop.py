@@ -210,7 +210,10 @@ def run_steps(context, eids, epoch=None):
     compute = partial(run_batch, context, seed=dropout_seed)
     for batch, (row, gradients) in compute_parallel(batches, compute, context.device):
         rows.append(row)
-        total = add_gradients(total, gradients)
+        if total is None:
+            total = gradients
+        elif gradients:
+            torch._foreach_add_(total, gradients)
         if batch.ends_step:
             yield results_of_rows(rows, context.net), total
             rows, total = [], None
@@ -351,14 +354,6 @@ def dropout_rng(seed, eids, device):
 def trainable_parameters(net):
     """The parameters that are not frozen."""
     return [p for p in net.parameters() if p.requires_grad]
-
-
-def add_gradients(total, gradients):
-    """Add the second list of tensors to the first, in place; either may be None."""
-    if total is None or gradients is None:
-        return gradients if total is None else total
-    torch._foreach_add_(total, gradients)
-    return total
 
 
 def update(net, optimizer, gradients, losses, world):

@@ -128,19 +128,6 @@ class StudyModel(Aggregator):
         attended = attend(self.encoder.layers[0].self_attn, x, [len(x)], n_queries)
         return x[: n_queries or None] + attended
 
-    def attention_maps(self, tokens):
-        """Each layer's attention among a study's tokens (N, D), preceded by the queries.
-
-        Yields ((N, N) mean over heads, whether the layer has a residual path: not at depth 0).
-        """
-        x = tokens if self.queries is None else torch.cat([self.queries, tokens])
-        for layer in self.encoder.layers if self.depth else [None]:
-            mha = layer.self_attn if layer else self.encoder
-            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
-            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
-            yield (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0), bool(layer)
-            x = encoder_layer(layer, x, [len(x)]) if layer else x
-
     @torch.no_grad()
     def turning_point(self, start, tokens):
         """The point at which the tokens dominate the first LayerNorm.
@@ -164,15 +151,20 @@ class StudyModel(Aggregator):
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention
         averaged over heads, half of it the residual path, multiplied from layer to layer.
         """
-        queries, rollout = self.queries, None
-        for weights, residual in self.attention_maps(tokens):
-            identity = torch.eye(len(weights), device=weights.device)
-            if residual:
-                weights = (weights + identity) / 2
-            rollout = weights @ (identity if rollout is None else rollout)
-        shares = rollout.mean(0, keepdim=True) if queries is None else rollout[: len(queries)]
-        shares = shares[:, 0 if queries is None else len(queries) :]
-        return shares / shares.sum(1, keepdim=True)
+        queries = self.queries
+        x = tokens if queries is None else torch.cat([queries, tokens])
+        rollout = identity = torch.eye(len(x), device=x.device)
+        for layer in self.encoder.layers if self.depth else [None]:
+            mha = layer.self_attn if layer else self.encoder
+            q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
+            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
+            weights = (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0)
+            if layer:  # depth 0 has no residual path
+                weights, x = (weights + identity) / 2, encoder_layer(layer, x, [len(x)])
+            rollout = weights @ rollout
+        n = len(x) - len(tokens)
+        shares = rollout[:n] if n else rollout.mean(0, keepdim=True)
+        return shares[:, n:] / shares[:, n:].sum(1, keepdim=True)
 
     def encode(self, x, lengths, n_queries, rng=None):
         """Run all tokens through the encoder; with queries, return only those: (S * Q, D)."""
