@@ -159,23 +159,21 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     if at_home and seen:
         refuse_moved(seen[0], table, listener)
     n_own = len(seen) if members else 1
-    by_training, by_ancestors = (seen_levels(x, table) for x in (seen[:n_own], seen[n_own:]))
-    by_ancestors = by_ancestors.where(by_training == 0, 0)
-    avoidable = (by_ancestors > 0) | (by_training > 0) & (not at_home)
+    own, ancestors = (seen_levels(x, table) for x in (seen[:n_own], seen[n_own:]))
+    rule = pd.Series("test", table.index, name="fold")
+    if at_home and not model.record.settings.stratify:
+        rule = split_patients(table, model.record.settings)
+    folds = rule.mask(ancestors > 0, "seen by an ancestor")
+    folds = folds.mask(own == 1, "val").mask(own == 2, "train")
+    avoidable = (own == 0) & (ancestors > 0) if at_home else (own > 0) | (ancestors > 0)
     if assume_unseen and avoidable.any():
-        evidence = count_as_unseen(avoidable, name, listener)
-        by_training = by_training.mask(avoidable, 0)
-        by_ancestors = by_ancestors.mask(avoidable, 0)
-    elif avoidable.any() and not at_home:
+        return folds.mask(avoidable, rule), count_as_unseen(avoidable, name, listener)
+    if avoidable.any() and not at_home:
         listener.note(
             f"left out {avoidable.sum()} labelled studies: {name} was trained on them or their "
             "patients, by the ids"
         )
-    folds = pd.Series("test", table.index, name="fold")
-    if at_home and not model.record.settings.stratify:
-        folds = split_patients(table, model.record.settings)
-    folds = folds.mask(by_ancestors > 0, "seen by an ancestor")
-    return folds.mask(by_training == 1, "val").mask(by_training == 2, "train"), evidence
+    return folds, evidence
 
 
 def count_as_unseen(seen, name, listener):

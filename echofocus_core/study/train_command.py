@@ -92,14 +92,14 @@ def train_model(job):
     folder = folder_to_train_in(settings)
     table = match_studies(whole, store, task, settings.sample_limit, settings.first_study_only)
     encoder = seen_by_encoder(job, store, list(table.index))
-    series, evidence = seen_elsewhere(whole, settings, encoder, start)
+    seen, evidence = seen_elsewhere(whole, settings, encoder, start)
     parts = range(settings.n_folds) if settings.fold == ALL_FOLDS else [settings.fold]
     cohorts = {}
     for k in parts:  # all before the first training, so that faults are reported now
         of_fold = settings.model_copy(update={"fold": k})
         if len(parts) > 1:
             print(f"fold {k} of {len(parts)}")
-        folds = training_folds(table, of_fold, task, series)
+        folds = training_folds(table, of_fold, task, seen)
         refuse_small_steps(settings, task, table[folds == "train"])
         cohorts[k] = of_fold, cohort_of(task, table, folds, inherited_scaling(start, task))
     for k, (of_fold, cohort) in cohorts.items():
