@@ -158,14 +158,15 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     at_home = dataset == model.record.dataset and not members
     if at_home and seen:
         refuse_moved(seen[0], table, listener)
-    n_own = len(seen) if members else 1
-    own, ancestors = (seen_levels(x, table) for x in (seen[:n_own], seen[n_own:]))
+    n_lists = len(seen) if members else 1
+    by_training, by_ancestors = (seen_levels(x, table) for x in (seen[:n_lists], seen[n_lists:]))
     rule = pd.Series("test", table.index, name="fold")
     if at_home and not model.record.settings.stratify:
         rule = split_patients(table, model.record.settings)
-    folds = rule.mask(ancestors > 0, "seen by an ancestor")
-    folds = folds.mask(own == 1, "val").mask(own == 2, "train")
-    avoidable = (own == 0) & (ancestors > 0) if at_home else (own > 0) | (ancestors > 0)
+    folds = rule.mask(by_ancestors > 0, "seen by an ancestor")
+    folds = folds.mask(by_training == 1, "val").mask(by_training == 2, "train")
+    keep_fold = (by_training > 0) & at_home
+    avoidable = ((by_training > 0) | (by_ancestors > 0)) & ~keep_fold
     if assume_unseen and avoidable.any():
         return folds.mask(avoidable, rule), count_as_unseen(avoidable, name, listener)
     if avoidable.any() and not at_home:
