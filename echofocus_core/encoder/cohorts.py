@@ -13,7 +13,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError, nearest, printable, some
@@ -60,10 +59,8 @@ class VideoCohort:
         split = self.videos["split"]
         if self.name != "echonetpediatric":
             return split
-        numbers = split.astype(int)
-        val = (k + 1) % PEDIATRIC_FOLDS
-        named = np.where(numbers == k, "test", np.where(numbers == val, "val", "train"))
-        return pd.Series(named, self.videos.index)
+        numbers = (split.astype(int) - k) % PEDIATRIC_FOLDS
+        return numbers.map({0: "test", 1: "val"}).fillna("train")
 
     def digest(self):
         """SHA-256 of names, patients, folds and labels."""
@@ -98,12 +95,7 @@ def read_cohort(name, folder, tasks=(), listener=RUN):
         raise UserError(
             f"{file} has no column with the name of a PanEcho task; give others (--tasks)"
         )
-    for task in names:
-        if task not in cells:
-            raise UserError(
-                f"{file} has no column '{task}'{nearest(task, cells.columns)}; add it, or leave "
-                "the task out"
-            )
+    refuse_missing(cells, names, file)
     chosen = [dict(available[task]) for task in names]
     labels = {t["name"]: values_of(cells[t["name"]], t, name, file, listener) for t in chosen}
     again = cells[cells["path"].map(os.path.realpath).duplicated() | cells["name"].duplicated()]
@@ -129,12 +121,7 @@ def read_list(path, columns, listener, words):
     words: see read_table.
     """
     cells = read_table(path, listener, "list of videos", words)
-    for column in columns:
-        if column not in cells:
-            raise UserError(
-                f"{path} has no column '{column}'{nearest(column, cells.columns)}; it has: "
-                f"{some(map(printable, cells.columns), 12)}"
-            )
+    refuse_missing(cells, columns, path)
     blank = cells[list(columns)].isna().any(axis=1)
     if blank.any():
         listener.warning(
@@ -143,6 +130,15 @@ def read_list(path, columns, listener, words):
             "fill them in; these rows are left out",
         )
     return cells[~blank].copy()
+
+
+def refuse_missing(cells, columns, path):
+    for column in columns:
+        if column not in cells:
+            raise UserError(
+                f"{path} has no column '{column}'{nearest(column, cells.columns)}; it has: "
+                f"{some(map(printable, cells.columns), 12)}"
+            )
 
 
 def read_echonet(folder, splits, listener, words, view=""):

@@ -73,11 +73,8 @@ class Run(EpochTraining):
                 raise UserError(f"no usable video in the {fold} fold of {cohort.name}")
         labels = cohort.labels.loc[self.names["train"]]
         self.tasks = fill_means(learnable_tasks(cohort.tasks, labels), labels)
-        weights = {}
-        if settings.use_class_weights:
-            weights = {
-                t["name"]: class_weights(t, labels[t["name"]].to_numpy()) for t in self.tasks
-            }
+        weighted = self.tasks if settings.use_class_weights else []
+        weights = {t["name"]: class_weights(t, labels[t["name"]].to_numpy()) for t in weighted}
         self.loss = MultiTaskLoss(self.tasks, weights)
         net, self.start = build_net(settings, self.tasks, labels)
         unseen, self.notes = without_seen_videos(self.start, folds, cohort)

@@ -29,6 +29,9 @@ from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_st
 from echofocus_core.study.network import build
 from echofocus_core.study.validation import metric_line
 
+# The name of the training data where a resumed run has other data
+DATA = "clip embeddings or videos (--allow_mixed accepts copies without a checksum)"
+
 # ----------------------------------------------------------------------------------- the network
 
 
@@ -181,13 +184,6 @@ class Training(EpochTraining):
         """SHA-256 of the data of all studies: see Store.digest."""
         return self.store.digest(self.cohort.table.index)
 
-    @property
-    def data_name(self):
-        """The name of the training data in an error message, with a remedy."""
-        if self.encoder:
-            return "videos"
-        return "clip embeddings (--allow_mixed accepts copies without a checksum)"
-
     def facts(self, record, saved):
         """name -> value of everything that a resumed run compares."""
         names = ("task", "dataset", "labels", "type", "classes", "level")
@@ -195,11 +191,11 @@ class Training(EpochTraining):
         facts |= {name: getattr(record.settings, name) for name in RECORDED}
         facts["values of the labels"] = record.labels_sha256
         facts["scaling of the labels (boxcox or --init_from)"] = saved["input_norm_dict"]
-        return facts | {self.data_name: saved["embeddings_sha256"]}
+        return facts | {DATA: saved["embeddings_sha256"]}
 
     def is_fixed(self, name):
         """Whether a resume is refused if this fact has changed."""
-        if name == self.data_name:
+        if name == DATA:
             return not self.settings.allow_mixed
         return name not in RECORDED or is_fixed(name)
 
