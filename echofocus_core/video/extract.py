@@ -2,18 +2,18 @@
 
     python embed/extract.py SOURCE --out DIR
 
-SOURCE is a folder of study folders, or of the files of one study; below a study folder any depth
-and any file names will do. Each study becomes DIR/<study>.hdf5:
+SOURCE is a folder of study folders, or of the files of one study. A study folder may have
+subfolders of any depth, and any file names. Each study becomes DIR/<study>.hdf5:
 
     embeddings   (V videos, C clips, 768) float32
     videos       (V,) paths relative to the study folder
     clip_starts  (V, C) int64, the clip's start as drawn, in frames
     augmented    (K, V, C, 768) float32, with --augment K: randomly transformed copies
     skipped      (M, 2) path and reason of the files that gave no clips
-    files        (F, 7) a row a file, see `store.FileRecord`
+    files        (F, 7) a row for each file, see `store.FileRecord`
     attributes   encoder, weights and their SHA-256, sampling, seed, version
 
-and DIR/extract_log.csv, written when the run ends, has a row a video.
+DIR/extract_log.csv, written when the run ends, has a row for each video.
 
 Data flow: studies.find_studies -> Run.begin (videos without a result) -> decode (worker processes)
 -> Encoder (batches of images across videos and studies) -> Run.collect -> write_study (when the
@@ -70,8 +70,8 @@ from echofocus_core.video.studies import find_studies, first_and_count, shard_fr
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
-ALMOST = "almost the same as another video"  # the kind of a note
-COPY = "the same frames as in another study"
+# Kinds of notes on videos.
+ALMOST, COPY = "almost the same as another video", "the same frames as in another study"
 NOTES = {  # kind -> warning on the videos with such a note, remedy
     COPY: ("files have the same frames as one of another study",
            "if they are of two patients, one may be in training and the other in the test"),
@@ -196,6 +196,10 @@ class Pending:
         # A plane is normalised by its own channel, whatever its position in the image.
         return panecho.normalise(self.planes[numbers], numbers % 3)
 
+    @property
+    def is_encoded(self):
+        return sum(map(len, self.features)) == len(self.images)
+
 
 class Encoder:
     """Fill batches with the images of successive videos; return the features video by video.
@@ -251,9 +255,7 @@ class Encoder:
 
     def pop_finished(self):
         """Videos all of whose images are encoded, in the order of arrival."""
-        while self.waiting and sum(map(len, self.waiting[0].features)) == len(
-            self.waiting[0].images
-        ):
+        while self.waiting and self.waiting[0].is_encoded:
             video = self.waiting.popleft()
             with self.autocast():
                 clips = torch.cat(video.features)[video.positions]  # (copies * C, L, 768)
@@ -302,7 +304,7 @@ class Summary:
 
 
 def merge_summaries(summaries):
-    """The Summary of all shards."""
+    """The Summary of all processes."""
     total = Summary()
     for summary in summaries:
         total.studies |= summary.studies
@@ -312,7 +314,7 @@ def merge_summaries(summaries):
 
 @dataclass
 class StudyProgress:
-    """A study whose videos are being read; names are those of the outputs (`visible`)."""
+    """A study whose videos are being read. Videos have their names in the outputs (`visible`)."""
 
     waiting: set[str]  # videos without a result
     stamps: dict[str, str]  # of each video's file, when the study was started
@@ -332,7 +334,7 @@ class Run:
     def __init__(self, out, attributes, redo):
         self.out, self.attributes, self.redo = Path(out), attributes, redo
         self.summary = Summary()
-        self.in_work = {}  # study name -> StudyProgress
+        self.in_progress = {}  # study name -> StudyProgress
         self.first_of = {}  # start of a digest of frames -> the first study/video that has it
 
     def begin(self, study, bar):
@@ -363,7 +365,9 @@ class Run:
             except UNREADABLE:  # damaged since it was written
                 kept = before = {}
         waiting = videos.keys() - kept.keys()
-        self.in_work[study.name] = StudyProgress(waiting, stamps, before, kept | left_out, results)
+        self.in_progress[study.name] = StudyProgress(
+            waiting, stamps, before, kept | left_out, results
+        )
         bar.update(len(kept))
         if not waiting:
             self.finish(study)
@@ -391,7 +395,7 @@ class Run:
 
     def collect(self, study, video, reply, embeddings, seconds):
         """Take a video's Clips or VideoError; with the last one of a study, write the study."""
-        work, name = self.in_work[study.name], visible(video)
+        work, name = self.in_progress[study.name], visible(video)
         stamp = work.stamps[name]
         if not isinstance(reply, VideoError) and stamp_of_source(study.source(video)) != stamp:
             reply = NotNow("it changed while it was read")
@@ -411,7 +415,7 @@ class Run:
 
     def finish(self, study):
         """Write a study whose videos all have a result, and add it to the summary."""
-        work = self.in_work.pop(study.name)
+        work = self.in_progress.pop(study.name)
         if work.results:
             compare_videos(work.records, work.results)
         usable = any(record.result == "ok" for record in work.records.values())
