@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
 from echofocus_core.base.console import RUN, Parser, UserError, reason_lines, run_main, some
-from echofocus_core.base.files import derive_seed, output_path, sha256_file, sha256_of
+from echofocus_core.base.files import output_path, sha256_file, sha256_of
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Input
 from echofocus_core.study.folds import sample_ids
@@ -42,7 +42,7 @@ from echofocus_core.video.panecho import (
     warn_of_other_clips,
 )
 from echofocus_core.video.record import EncoderRecord, EncoderTask
-from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy
+from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, draw_videos
 from echofocus_core.video.studies import find_studies, studies_of_dataset
 
 ENCODER_FILE = "encoder.pt"  # in the model's folder
@@ -228,10 +228,7 @@ class VideoStore:
         if not names:
             why = {self.reasons[self.source(eid, v)] for v in self.files[eid].videos}
             raise UnreadableStudy(f"no usable video: {some(sorted(why))}")
-        draw = rng or np.random.default_rng(derive_seed("videos", eid))
-        if self.most_videos and len(names) > self.most_videos:
-            chosen = np.sort(draw.choice(len(names), self.most_videos, replace=False))
-            names = [names[i] for i in chosen]
+        names = [names[i] for i in draw_videos(eid, len(names), self.most_videos, rng)]
         seed = self.seed if rng is None else int(rng.integers(2**62))
         sampling = self.sampling if rng is None else self.augmented
         images = []

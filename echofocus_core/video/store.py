@@ -333,6 +333,14 @@ def draw_copy(rng, copies):
     return int(rng.integers(copies)) if rng is not None and copies > 1 else 0
 
 
+def draw_videos(eid, n, most, rng=None):
+    """Numbers of at most `most` (0: all) of a study's n videos, sorted; by its id without rng."""
+    if not most or n <= most:
+        return np.arange(n)
+    rng = rng or np.random.default_rng(derive_seed("videos", eid))
+    return np.sort(rng.choice(n, most, replace=False))
+
+
 # ----------------------------------------------------------------------------------------- datasets
 
 
@@ -389,13 +397,11 @@ class Store:
         """
         with self.open_study(eid) as study:
             clips = study.clips(draw_copy(rng, study.header.copies))
-        n, most = len(clips.videos), self.most_videos
-        if not most or n <= most:
+        numbers = draw_videos(eid, len(clips.videos), self.most_videos, rng)
+        if len(numbers) == len(clips.videos):
             return clips
-        rng = rng or np.random.default_rng(derive_seed("videos", eid))
-        taken = np.sort(rng.choice(n, most, replace=False))
-        videos = [clips.videos[i] for i in taken]
-        return replace(clips, embeddings=clips.embeddings[taken], videos=videos)
+        videos = [clips.videos[i] for i in numbers]
+        return replace(clips, embeddings=clips.embeddings[numbers], videos=videos)
 
     def read_all(self, eid):
         """Yield a study's plain StudyClips, then those of its transformed copies, one at a time."""
