@@ -31,13 +31,7 @@ from pathlib import Path
 from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
 from echofocus_core.base.console import PROGRAM, RUN, Collected, Parser, UserError, run_main
-from echofocus_core.base.options import (
-    Settings,
-    add_options,
-    check_options,
-    given_options,
-    validate_as,
-)
+from echofocus_core.base.options import Settings, add_options, validate_as
 
 
 def cmd_train(job):
@@ -209,7 +203,7 @@ def cmd_check(settings):
     from echofocus_core.encoder.preview import preview_cohort
     from echofocus_core.study.check import check_run
 
-    check_run(given_options(settings), preview_cohort)
+    check_run(settings.model_dump(exclude_unset=True), preview_cohort)
 
 
 def cmd_pack(job):
@@ -441,14 +435,15 @@ def build_parser():
 def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
-    typed = check_options(typed)
+    settings = validate_as(Settings, typed)
+    typed = settings.model_dump(exclude_unset=True)
     from echofocus_core.base.world import World, from_environment, join_world, pick_device
 
     if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
     function, maker = COMMANDS[command]
     if not maker:
-        return function(validate_as(Settings, typed))
+        return function(settings)
     from echofocus_core.study import job
 
     device = pick_device(typed.get("device", ""))

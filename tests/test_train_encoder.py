@@ -620,7 +620,7 @@ def test_changes_on_resume(cli, here, dynamic):
         record = train.EncoderRecord(tasks=[task], **changes)
         return train.Run.facts(None, record, {"scheduler": {}})
 
-    names = [x.name for x in differences(facts("mm", videos_sha256="a"), facts("cm"))]
+    names = list(differences(facts("mm", videos_sha256="a"), facts("cm")))
     assert names == ["pixels of some video", "unit of EF"]
     assert not differences(facts("mm"), facts()) and not differences(facts(), facts("mm"))
     table = pd.read_csv(dynamic / "FileList.csv")

@@ -19,6 +19,14 @@ LONGEST_LINE = 2000  # characters of an error message
 class UserError(Exception):
     """A mistake or missing input that the user can fix; the message explains how."""
 
+    status = 1  # of the program
+
+
+class UsageError(UserError):
+    """An option with a value that it cannot have."""
+
+    status = 2
+
 
 @dataclass
 class Finding:
@@ -121,6 +129,9 @@ class Parser(argparse.ArgumentParser):
         switches = {o for o, a in self._option_string_actions.items() if isinstance(a, Switch)}
         return super().parse_known_args(as_switches(args, switches), namespace)
 
+    def error(self, message):
+        stop(self.prog, message, UsageError.status)
+
     def hint(self, argument, parsed):
         """The option that a misspelt one may mean, or the commands that have it."""
         if not argument.startswith("--"):
@@ -171,7 +182,7 @@ def underscores(argument):
 
 
 def run_main(main, program):
-    """Call `main()` as a program: a UserError prints one line, no traceback; exit status 1."""
+    """Call `main()` as a program: a UserError is printed without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for terminals that cannot encode some letters
             stream.reconfigure(errors="backslashreplace")
@@ -179,7 +190,7 @@ def run_main(main, program):
     try:
         main()
     except UserError as error:
-        stop(program, str(error))
+        stop(program, str(error), error.status)
     except BrokenPipeError:  # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # its message contains the path
@@ -195,9 +206,9 @@ def run_main(main, program):
         sys.exit(130)
 
 
-def stop(program, text):
+def stop(program, text, status=1):
     print(f"{program}: error: {text[:LONGEST_LINE]}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def is_out_of_memory(error):

@@ -8,7 +8,6 @@ import json
 import re
 from argparse import SUPPRESS
 from ast import literal_eval
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,14 @@ from pydantic import (
     model_validator,
 )
 
-from echofocus_core.base.console import Joined, Switch, UserError, nearest, printable
+from echofocus_core.base.console import (
+    Joined,
+    Switch,
+    UsageError,
+    UserError,
+    nearest,
+    printable,
+)
 
 FOLDS = ("train", "val", "test")
 SEEDS = 2**63  # what fits into a file's attribute is below
@@ -125,12 +131,6 @@ def usable_path(path):
     return path
 
 
-def frozen(text):
-    if not re.fullmatch("|encoder|aggregator|stages:[1-4]", text):
-        raise ValueError(f"encoder, aggregator or stages:1 to stages:4, not {shown(text)}")
-    return text
-
-
 def limit_or_none(value):
     if value != -1 and value < 1:
         raise ValueError(f"1 or more, or -1 for no limit, not {value}")
@@ -154,11 +154,13 @@ class Group:
     title: str
     in_config: bool = True  # whether a task or dataset of the config may set its options
     needs_videos: bool = False  # whether its options have an effect on videos only
-    on_resume: OnResume = "reported"  # of its options, where they do not say it
+    on_resume: OnResume = "reported"  # see `option`
+    moves_folds: bool = False  # whether another value puts other patients into the validation fold
 
 
 WHAT = Group("what to work on", in_config=False, on_resume="unrecorded")
 FILES = Group("files", in_config=False, on_resume="unrecorded")
+SPLIT = Group("data", on_resume="fixed", moves_folds=True)
 DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
 TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
 EXTRACTION = Group("extraction", needs_videos=True, on_resume="unrecorded")
@@ -179,22 +181,21 @@ def option(
     below=None,
     also="",
     on_resume: OnResume | None = None,
-    moves_folds=False,
+    moves_folds=None,
     **argparse_options,
 ):
     """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
 
     on_resume: what a resumed training does with another value: refuse it ("fixed"), or use and
     report it ("reported"); "unrecorded" options do not affect the weights and are not saved.
-    None: as its group says.
-    moves_folds: whether another value puts other patients into the validation fold.
+    on_resume, moves_folds: None: as declared for the group.
     """
     meta = {
         "group": group,
         "commands": commands.split(),
         "also": also.split(),
         "on_resume": on_resume or group.on_resume,
-        "moves_folds": moves_folds,
+        "moves_folds": group.moves_folds if moves_folds is None else moves_folds,
         "argparse": argparse_options,
     }
     return Field(default=default, description=help, ge=least, lt=below, json_schema_extra=meta)
@@ -276,25 +277,22 @@ class Settings(CohortOptions):
         DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
-        "64,16,20", "percent of patients to train,val,test", DATA, "train", on_resume="fixed",
-        moves_folds=True
+        "64,16,20", "percent of patients to train,val,test", SPLIT, "train"
     )
     seed: int = option(
-        0, "seed of the split, the order and the dropout; evaluate: of the bootstrap", DATA,
-        "train evaluate", least=-SEEDS, below=SEEDS, on_resume="fixed", moves_folds=True
+        0, "seed of the split, the order and the dropout; evaluate: of the bootstrap", SPLIT,
+        "train evaluate", least=-SEEDS, below=SEEDS
     )
     n_folds: int = option(
-        0, "folds of a cross-validation, instead of --split; 0: no cross-validation", DATA, "train",
-        on_resume="fixed",
-        moves_folds=True
+        0, "folds of a cross-validation, instead of --split; 0: none", SPLIT, "train"
     )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
         0, "test fold of --n_folds; the next one is validation; 'all': each in turn, into "
-        "<model>/fold_<k>", DATA, "train", type=str, on_resume="fixed", moves_folds=True
+        "<model>/fold_<k>", SPLIT, "train", type=str
     )
     stratify: str = option(
         "", "split patients by this label, so that each fold has its share of rare findings; "
-        "patients added later are test", DATA, "train", on_resume="fixed", moves_folds=True
+        "patients added later are test", SPLIT, "train"
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train",
@@ -392,9 +390,11 @@ class Settings(CohortOptions):
         1.0, "learning rate of each layer relative to the layer above it", TRAINING, "train",
         least=1e-3, below=1.0000001, on_resume="fixed"
     )
-    freeze: Annotated[str, AfterValidator(frozen)] = option(
-        "", "part that is not trained: aggregator (a linear probe with --init_from); with "
-        "--end_to_end also encoder or stages:N", TRAINING, "train", on_resume="fixed"
+    freeze: Literal[
+        "", "aggregator", "encoder", "stages:1", "stages:2", "stages:3", "stages:4"
+    ] = option(
+        "", "part that is not trained: aggregator (a linear probe with --init_from); others need "
+        "--end_to_end", TRAINING, "train", on_resume="fixed"
     )
     grid: Annotated[list[str], BeforeValidator(names_in)] = option(
         [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
@@ -415,8 +415,7 @@ class Settings(CohortOptions):
     )
     checkpoint_minutes: float = option(
         10, "minutes between checkpoints within an epoch; 0: after every step", TRAINING, "train",
-        least=0,
-        on_resume="unrecorded"
+        least=0, on_resume="unrecorded"
     )
 
     spread: Literal["", "clips", "videos", "none"] = option(
@@ -630,24 +629,13 @@ def one_name(values, others=None):
     return named
 
 
-def given_options(settings):
-    """The options that were set in a Settings, without defaults."""
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
-
-
-def check_options(typed):
-    """Command-line options -> the same in their normal form. Raises UserError with all faults."""
-    settings = validate_as(Settings, typed)
-    return {name: getattr(settings, name) for name in typed}
-
-
 # ------------------------------------------------------------------------------------------- faults
 
 
 def validate_as(kind, values, file=""):
-    """`values` as a `kind`. Raises UserError with a line for each fault, and its place in `file`.
+    """`values` as a `kind`. Raises UserError with a line for each fault and its place in `file`.
 
-    Without a file they are options as typed.
+    Without a file, the values are typed options: raises UsageError.
     """
     try:
         return kind.model_validate(values)
@@ -656,7 +644,7 @@ def validate_as(kind, values, file=""):
     faults = list(dict.fromkeys(faults))
     if len(faults) > 1:
         faults = [f"{file or 'options'}: {len(faults)} faults", *(f"  {text}" for text in faults)]
-    raise UserError("\n".join(faults))
+    raise (UserError if file else UsageError)("\n".join(faults))
 
 
 def fault_lines(error, kind, file):
@@ -678,10 +666,7 @@ def fault_lines(error, kind, file):
 
 def shown(value):
     """A short form of a value from a file, for messages."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):
-        text = f"a {type(value).__name__}"
+    text = json.dumps(value, skipkeys=True, default=lambda x: f"a {type(x).__name__}")
     return printable(text if len(text) <= 40 else text[:40] + "...")
 
 
@@ -700,22 +685,19 @@ def grid_of(texts):
     for text in texts:
         name, _, values = text.partition("=")
         name = SYNONYMS.get(name, name)
-        if name in OPTIONS and OPTIONS[name].json_schema_extra["moves_folds"]:
-            raise UserError(
-                f"--grid {text}: this option changes the folds, so the losses are not comparable"
+        comparable = [x for x in RECORDED if not OPTIONS[x].json_schema_extra["moves_folds"]]
+        if name not in comparable or not values:
+            raise UsageError(
+                f"--grid {text}: expected an option of train that does not change the folds, and "
+                f"its values, as in lr=1e-4,1e-5{nearest(name, comparable)}"
             )
-        if name not in options_of("train") or name not in RECORDED or not values:
-            hint = nearest(name, RECORDED)
-            raise UserError(
-                f"--grid {text}: an option of train and its values, as lr=1e-4,1e-5{hint}"
-            )
-        axes[name] = [value_in(x) for x in values.split(",")]
-    return [check_options(dict(zip(axes, x, strict=True))) for x in product(*axes.values())]
+        axes[name] = [number_or_text(x) for x in values.split(",")]
+    combinations = [dict(zip(axes, x, strict=True)) for x in product(*axes.values())]
+    return [validate_as(Settings, x).model_dump(exclude_unset=True) for x in combinations]
 
 
-def value_in(text):
-    """The text as a number, if it is one."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+def number_or_text(text):
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -50,13 +50,11 @@ def read_table(path, listener, what="table", words=None):
     if not records:
         raise UserError(f"{path} has a line of column names and no rows; add them")
     words = words or {}
-    table = {name: [cell_of(row[i], words.get(name, ())) for row in records] for i, name in columns}
+    table = {}
+    for i, name in columns:
+        missing, cells = MISSING - set(words.get(name, ())), [row[i].strip() for row in records]
+        table[name] = [None if cell in missing else cell for cell in cells]
     return pd.DataFrame(table, index=pd.Index(lines[1:], name="line"), dtype=object)
-
-
-def cell_of(text, words=()):
-    text = text.strip()
-    return None if text in MISSING and text not in words else text
 
 
 def excel_records(path):
@@ -184,39 +182,49 @@ def clean_ids(column, path, listener):
 
 
 DECIMAL_COMMA = r"[-+]?(\d+|\d{1,3}(\.\d{3})+),\d+"
-THOUSANDS = r"[-+]?\d{1,3}(,\d{3}){2,}|[-+]?\d{1,3}(,\d{3})+\.\d+"
-EITHER = r"[-+]?[1-9]\d{0,2},\d{3}"  # 1,234: 1.234 or 1234
-DECIMALS, EITHER_STYLE = "decimal commas", "either"
+THOUSANDS = r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?"  # 1,234 may also be 1.234
+THOUSANDS_BY_POINT = r"[-+]?[1-9]\d{0,2}\.\d{3}"
 
 
 def to_numbers(text, path, listener):
     """Cells as text (DataFrame) -> float64 of the same shape, NaN for what is not a finite number.
 
-    Decimal commas and separators of thousands are recognised and reported; where both would fit it
-    is an error. Yes/No, true/false, present/absent, positive/negative, in some languages, become
-    1/0 in columns that hold no numbers but 0 and 1.
+    Decimal commas are recognised and reported; a comma or point that may separate thousands is an
+    error. Yes/No, true/false, present/absent, positive/negative, in some languages, become 1/0 in
+    columns that hold no numbers but 0 and 1.
     """
     values = text.apply(lambda column: pd.to_numeric(column, errors="coerce").astype(float))
     values = values.where(np.isfinite(values))
-    commas = {name: comma_cells(text[name], values[name]) for name in text}
-    commas = {name: cells for name, cells in commas.items() if len(cells)}
-    styles = {name: comma_styles(cells) for name, cells in commas.items()}
-    common = set().union(*styles.values()) - {EITHER_STYLE}
-    columns = {}
+    commas = {}
+    for name in text:
+        rest = text.loc[text[name].notna() & values[name].isna(), name]
+        commas[name] = rest[rest.str.fullmatch(f"{DECIMAL_COMMA}|{THOUSANDS}").astype(bool)]
+    has_decimal_commas = not all(x.str.fullmatch(THOUSANDS).all() for x in commas.values())
+    converted = []
     for name, cells in commas.items():
-        possible = styles[name] - {EITHER_STYLE} or common
-        dotted = cells_with_point(text[name], values[name])
-        if len(possible) != 1 or (DECIMALS in possible and len(dotted)):
-            refuse_commas(path, name, pd.concat([cells[:1], dotted[:1]]), listener)
+        if not len(cells) and not has_decimal_commas:
             continue
-        (style,) = possible
-        plain = cells.str.replace("." if style == DECIMALS else ",", "", regex=False)
-        values.loc[cells.index, name] = plain.str.replace(",", ".", regex=False).astype(float)
-        columns.setdefault(style, []).append(name)
-    if DECIMALS in common:
-        refuse_points(text, values, path, listener, commas)
-    for style, names in columns.items():
-        listener.note(f"{path}: {style} in {some(names)}")
+        dotted = text.loc[text[name].str.contains(".", regex=False, na=False), name]
+        dotted = dotted[values[name].loc[dotted.index].notna()]
+        if len(cells):
+            clear = has_decimal_commas and cells.str.fullmatch(DECIMAL_COMMA).all()
+            clear = clear and not len(dotted)
+        else:
+            clear = not len(dotted) or not dotted.str.fullmatch(THOUSANDS_BY_POINT).all()
+        if not clear:
+            cells = pd.concat([cells[:1], dotted[:1]])
+            listener.error(
+                f"{path}, {name}: {' and '.join(cells)} (line {some(cells.index)}) may be decimals "
+                "or thousands",
+                "write numbers with a decimal point and without separators of thousands",
+            )
+            values[name] = np.nan
+        elif len(cells):
+            plain = cells.str.replace(".", "", regex=False).str.replace(",", ".", regex=False)
+            values.loc[cells.index, name] = plain.astype(float)
+            converted.append(name)
+    if converted:
+        listener.note(f"{path}: decimal commas in {some(converted)}")
     by_words = {}
     for name in text:
         if words := read_words(text[name], values, name):
@@ -224,43 +232,6 @@ def to_numbers(text, path, listener):
     for words, names in by_words.items():
         listener.note(f"{path}: words read as 1/0 in {some(names)}: {words}")
     return values
-
-
-def comma_cells(text, values):
-    """The cells that are numbers but for their commas."""
-    rest = text[text.notna() & values.isna()]
-    return rest[rest.str.fullmatch(f"{DECIMAL_COMMA}|{THOUSANDS}").astype(bool)]
-
-
-def comma_styles(cells):
-    """The styles that occur in cells with commas."""
-    either = cells.str.fullmatch(EITHER).astype(bool)
-    thousands = cells.str.fullmatch(THOUSANDS).astype(bool)
-    kinds = (either, EITHER_STYLE), (thousands, "separators of thousands")
-    kinds += ((~either & ~thousands, DECIMALS),)
-    return {kind for where, kind in kinds if where.any()}
-
-
-def cells_with_point(text, values):
-    """The numbers of a column that are written with a point."""
-    return text[text.str.contains(".", regex=False, na=False) & values.notna()]
-
-
-def refuse_commas(path, name, cells, listener):
-    listener.error(
-        f"{path}, {name}: {' and '.join(cells)} (line {some(cells.index)}) may be decimals or "
-        "thousands",
-        "write numbers with a decimal point and without separators of thousands",
-    )
-
-
-def refuse_points(text, values, path, listener, commas):
-    """In a table with decimal commas, a column with only numbers such as 1.234 is ambiguous."""
-    for name in text.columns.difference(list(commas)):
-        dotted = cells_with_point(text[name], values[name])
-        if len(dotted) and dotted.str.fullmatch(r"[-+]?[1-9]\d{0,2}\.\d{3}").all():
-            refuse_commas(path, name, dotted[:1], listener)
-            values[name] = np.nan
 
 
 def read_words(text, values, name):

@@ -10,7 +10,6 @@ from echofocus_core.base.options import (
     ALL_FOLDS,
     OPTIONS,
     Settings,
-    given_options,
     needs_videos,
     options_of,
     validate_as,
@@ -238,7 +237,8 @@ def resolve_settings(command, typed, config, model=None):
         ("task", config.tasks, task),
     ):
         if entry in entries:
-            layers.append((f"the config's {kind} {entry}", given_options(entries[entry].settings)))
+            options = entries[entry].settings.model_dump(exclude_unset=True)
+            layers.append((f"the config's {kind} {entry}", options))
     if model and (typed.get("videos") or command == "extract" or dataset.is_of_videos):
         trained = input_options(model.record.input).items()
         trained = {n: v for n, v in trained if v != OPTIONS[n].default}

@@ -337,6 +337,7 @@ class Training(EpochTraining):
         write_table(pd.DataFrame([names]), self.folder / "train_args.csv")
         run = {
             "settings": names,
+            "settings_from_epoch": self.epoch + 1,  # a resume may have changed some
             "labels": self.cohort.labels,
             "studies": {fold: len(eids) for fold, eids in self.cohort.eids.items()},
             "labels_sha256": self.cohort.digest,

@@ -506,7 +506,7 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
         trained = {"sampling_rate": record.settings.get("sampling_rate", 1)}
         trained |= {"size": record.size, "clip_len": record.clip_len}
         current = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
-        for change in differences(trained, current):
+        for change in differences(trained, current).values():
             RUN.warning(f"the clips differ from those that {path} was trained on: {change}",
                         "use the same values; else the embeddings may be worse")  # fmt: skip
 
