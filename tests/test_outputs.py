@@ -307,7 +307,7 @@ def test_a_step_of_survival_does_not_depend_on_its_batches(outlook):
         ({"classes": {}, "type": "multiclass"}, "multiclass of grade: one is missing"),
         ({"classes": {"grade": ["none"]}}, "two classes or more"),
         ({"classes": {"grade": ["Mild", "mild", "none"]}}, "none twice"),
-        ({"survival": {"death": ["years"]}}, "two columns, [time, event]"),
+        ({"survival": {"death": ["years"]}}, "at least 2 items"),
         ({"type": {"grade": "multclass"}}, "mean multiclass?"),
         ({"task_labels": ["grade", "death", "grade_mild"]}, "share the column grade_mild"),
         ({"task_labels": ["grade", "death_event", "death"]}, "share the column death_event"),

@@ -396,8 +396,10 @@ def test_videos_of_a_published_config(tmp_path):
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
     ],
 )
-def test_shards_from_the_environment(environment, expected):
-    assert studies.shard_from("auto", environment) == expected
+def test_shards_from_the_environment(environment, expected, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert studies.shard_from("auto") == expected
     assert studies.shard_from("2/5") == (2, 5)
     with pytest.raises(UserError, match="--shard"):
         studies.shard_from("5/5")

@@ -3,21 +3,24 @@
 import pytest
 
 from echofocus_core.base.console import UserError
-from echofocus_core.base.world import from_environment, place
+from echofocus_core.base.world import from_environment, rank_and_size
 from echofocus_core.video.studies import shard_from
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "1.0", "1\x1b[2J"])
-def test_values_that_are_not_whole_numbers(value):
-    for read in (
-        lambda: from_environment("LOCAL_RANK", 0, environment={"LOCAL_RANK": value}),
-        lambda: place("RANK", "WORLD_SIZE", {"RANK": "0", "WORLD_SIZE": value}),
-        lambda: place("RANK", "WORLD_SIZE", {"RANK": value, "WORLD_SIZE": "2"}),
-        lambda: shard_from("auto", {"SLURM_ARRAY_TASK_ID": value}),
-        lambda: shard_from("auto", {"SLURM_PROCID": value, "SLURM_NTASKS": "2"}),
+def test_values_that_are_not_whole_numbers(value, monkeypatch):
+    for read, variables in (
+        (lambda: from_environment("LOCAL_RANK", 0), {"LOCAL_RANK": value}),
+        (lambda: rank_and_size("RANK", "WORLD_SIZE"), {"RANK": "0", "WORLD_SIZE": value}),
+        (lambda: rank_and_size("RANK", "WORLD_SIZE"), {"RANK": value, "WORLD_SIZE": "2"}),
+        (lambda: shard_from("auto"), {"SLURM_ARRAY_TASK_ID": value}),
+        (lambda: shard_from("auto"), {"SLURM_PROCID": value, "SLURM_NTASKS": "2"}),
     ):
-        with pytest.raises(UserError, match=r"(RANK|SIZE|ID) is .*whole number") as refusal:
-            read()
+        with monkeypatch.context() as patch:
+            for name, text in variables.items():
+                patch.setenv(name, text)
+            with pytest.raises(UserError, match=r"(RANK|SIZE|ID) is .*whole number") as refusal:
+                read()
         assert str(refusal.value).isprintable()
 
 
@@ -30,10 +33,12 @@ def test_values_that_are_not_whole_numbers(value):
         {"SLURM_PROCID": "3", "SLURM_NTASKS": "3"},
     ],
 )
-def test_values_that_contradict_each_other(environment):
+def test_values_that_contradict_each_other(environment, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"RANK|WORLD_SIZE|SLURM"):
-        shard_from("auto", environment)
-        place("RANK", "WORLD_SIZE", environment)
+        shard_from("auto")
+        rank_and_size("RANK", "WORLD_SIZE")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from echofocus_core.base.checkpoints import WeightsError
 from echofocus_core.base.console import PROGRAM, progress
 from echofocus_core.base.files import atomic_path, lock
 
-CHUNK = 1 << 20  # bytes
-
 
 def plain_url(url):
     """A URL without its query, which may hold a password."""
@@ -21,7 +19,7 @@ def file_name(url):
     return os.path.basename(plain_url(url).rstrip("/")) or "model"
 
 
-def fetch(url, path, show=True):
+def fetch(url, path):
     """Download a URL to `path` unless it exists; several processes may request the same file.
 
     The file appears when it is complete. Raises WeightsError.
@@ -32,7 +30,7 @@ def fetch(url, path, show=True):
         if path.exists():
             return
         try:
-            receive(url, path, show)
+            receive(url, path)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise WeightsError(
                 f"could not download {plain_url(url)}: {error}; run the command again, or fetch "
@@ -40,16 +38,16 @@ def fetch(url, path, show=True):
             ) from error
 
 
-def receive(url, path, show):
+def receive(url, path):
     """Write the reply of a URL to `path` atomically. Raises what urllib raises."""
     with urllib.request.urlopen(url, timeout=60) as reply, atomic_path(path) as temporary:
         if url.startswith("https:") and not reply.url.startswith("https:"):
             raise OSError(f"it redirects to {plain_url(reply.url)}, which is not encrypted")
         size = int(reply.headers.get("Content-Length") or 0)
         title = f"download {file_name(url)[:60]}"
-        bar = progress(desc=title, total=size or None, unit="B", unit_scale=True, disable=not show)
+        bar = progress(desc=title, total=size or None, unit="B", unit_scale=True)
         with open(temporary, "wb") as f, bar:
-            while chunk := reply.read(CHUNK):
+            while chunk := reply.read(1 << 20):
                 bar.update(f.write(chunk))
-            if f.tell() < size:
-                raise OSError(f"the connection ended after {f.tell()} of {size} bytes")
+        if temporary.stat().st_size < size:
+            raise OSError(f"the connection ended before the end of {size} bytes")

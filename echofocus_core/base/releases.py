@@ -34,17 +34,7 @@ def registry():
 def read_source(folder):
     """The content of `source.json` in a downloaded model's folder; {} for any other folder."""
     path = Path(folder) / SOURCE
-    if not path.is_file():
-        return {}
-    try:
-        source = json.loads(path.read_text())
-        if not isinstance(source, dict) or not isinstance(source.get("files", {}), dict):
-            raise ValueError("not the record of a download")
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete the folder and download the model again"
-        ) from error
-    return source
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def registry_entry(folder):

@@ -13,9 +13,9 @@ import torch
 from echofocus_core.base.console import UserError, printable
 
 
-def from_environment(name, default, least=0, environment=os.environ):
+def from_environment(name, default, least=0):
     """An environment variable of torchrun or SLURM, an integer >= `least`. Raises UserError."""
-    text = environment.get(name, str(default))
+    text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise UserError(
             f"the environment variable {name} is {printable(text)[:40]!r}, but must be a whole "
@@ -24,14 +24,14 @@ def from_environment(name, default, least=0, environment=os.environ):
     return int(text)
 
 
-def place(rank_name, size_name, environment=os.environ):
+def rank_and_size(rank_name, size_name):
     """(rank, size) from two environment variables. Raises UserError unless rank < size."""
-    size = from_environment(size_name, 1, least=1, environment=environment)
-    rank = from_environment(rank_name, 0, environment=environment)
-    if rank >= size or (size > 1 and rank_name not in environment):
+    size = from_environment(size_name, 1, least=1)
+    rank = from_environment(rank_name, 0)
+    if rank >= size or (size > 1 and rank_name not in os.environ):
         raise UserError(
             f"the environment variable {size_name} is {size} and {rank_name} is "
-            f"{environment.get(rank_name, 'missing')}; unset both to run one process"
+            f"{os.environ.get(rank_name, 'missing')}; unset both to run one process"
         )
     return rank, size
 
@@ -100,7 +100,7 @@ def join_world(device, what):
 
     what: what the processes do together, for the message. Raises UserError.
     """
-    world = World(*place("RANK", "WORLD_SIZE"))
+    world = World(*rank_and_size("RANK", "WORLD_SIZE"))
     if world.size == 1:
         yield world
         return

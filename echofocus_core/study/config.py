@@ -29,7 +29,6 @@ from echofocus_core.base.options import (
     Settings,
     Text,
     one_name,
-    readable_text,
     shown,
     validate_as,
 )
@@ -75,12 +74,6 @@ def kinds_of(value):
     return stripped(value)
 
 
-def pair_of_columns(value):
-    if not isinstance(value, list) or len(value) != 2 or value[0] == value[1]:
-        raise ValueError("two columns, [time, event]")
-    return value
-
-
 def event_codes(value):
     """{code: 0 or 1} for all survival labels, or label -> such a dict."""
     for codes in value.values() if isinstance(value, dict) else [value]:
@@ -96,12 +89,6 @@ def class_names(value):
     if len(plain) < 2 or len(plain) < len(value):
         raise ValueError("the names of two classes or more, in order, none twice")
     return stripped(value)
-
-
-def plain_value(value):
-    if type(value) not in (str, int, float) or (type(value) is float and not math.isfinite(value)):
-        raise ValueError(f"text or a number, not {shown(value)}")
-    return readable_text(value) if type(value) is str else value
 
 
 def whole_number(value):
@@ -121,10 +108,10 @@ ByLabel = Annotated[dict[Text, Text], BeforeValidator(stripped)]
 Range = Annotated[list, BeforeValidator(range_of)]
 Kinds = Annotated[str | dict[Text, str], BeforeValidator(kinds_of)]
 ClassNames = Annotated[list[Text], BeforeValidator(class_names)]
-TimeAndEvent = Annotated[list[Text], BeforeValidator(pair_of_columns)]
+TimeAndEvent = Annotated[list[Text], Field(min_length=2, max_length=2)]
 EventCodes = Annotated[dict[Text, Any], BeforeValidator(event_codes)]
 ForConfig = Annotated[Settings, AfterValidator(for_config)]
-Plain = Annotated[Any, AfterValidator(plain_value)]
+Plain = Text | int | float | None
 Whole = Annotated[int | None, BeforeValidator(whole_number)]
 
 # -------------------------------------------------------------------------------- labels and kinds
@@ -437,18 +424,15 @@ class Record(Labelled):
 
 def read_record(saved, file):
     """The Record in a checkpoint's dict; None in a published one. Raises UserError."""
-    raw = saved.get("echofocus")
     if "echofocus" not in saved:
         return None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: its 'echofocus' entry is a {type(raw).__name__}, not a dict")
-    number = raw.get("format")
-    if type(number) is not int or number != RECORD_FORMAT:
+    raw = saved["echofocus"]
+    if isinstance(raw, dict) and raw.get("format") != RECORD_FORMAT:
         raise UserError(
-            f"{file}: its record has the format {shown(number)}, this program reads "
+            f"{file}: its record has the format {shown(raw.get('format'))}, this program reads "
             f"{RECORD_FORMAT}; update it, or use another model"
         )
-    for name in ("task", "labels", "type"):
-        if name not in raw:
-            raise UserError(f"{file}, its record: '{name}' is missing")
-    return validate_as(Record, raw, f"{file}, its record")
+    record = validate_as(Record, raw, f"{file}, its record")
+    if missing := {"task", "labels", "type"} - record.model_fields_set:
+        raise UserError(f"{file}, its record: '{min(missing)}' is missing")
+    return record

@@ -41,11 +41,6 @@ class Job:
         """The same job with other values of some options."""
         return replace(self, settings=self.settings.model_copy(update=options))
 
-    def with_model(self, model, task):
-        """The same job for another model."""
-        settings = self.settings.model_copy(update={"task": model.task})
-        return replace(self, settings=settings, model=model, task=task, others={})
-
     @property
     def reads_videos(self):
         """Whether videos must be extracted first: those of --videos, or of the dataset."""
@@ -58,8 +53,7 @@ class Job:
         limited: whether --sample_limit is of the whole dataset, not of a fold of it.
         """
         source, dataset = open_source(self, limited)
-        settings = self.settings.model_copy(update={"dataset": source.name})
-        return replace(self, settings=settings, dataset=dataset, source=source)
+        return replace(self.but(dataset=source.name), dataset=dataset, source=source)
 
 
 # Each of these makes the Job of a command from its name, the typed options and the processes.
@@ -73,10 +67,31 @@ def dataset_job(command, typed, world):
 
 
 def evaluation_job(command, typed, world):
-    """The Job of `evaluate`."""
-    if typed.get("predictions"):
-        return predictions_job(typed)
-    return model_job(command, typed, world)
+    """The Job of `evaluate`; of --predictions, a table of answers, without a model.
+
+    Without task, where the truths are in that table (as `evaluate` writes it).
+    """
+    if not typed.get("predictions"):
+        return model_job(command, typed, world)
+    refuse_video_options(typed, "is for videos, not for --predictions")
+    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
+        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
+            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
+            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
+    models = [name for name in typed.get("compare", ()) if not is_table(name)]
+    config = read_config(typed.get("config"), needed=False)
+    settings, path = validate_as(Settings, typed), Path(typed["predictions"])
+    asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
+    if not (models or settings.task or settings.label_path) and holds_truths(path):
+        return Job(settings, others=dict.fromkeys(settings.compare)).but(**asked)
+    if not config.tasks:
+        raise UserError(
+            f"{path} is evaluated by a label table, which a config must name (without one, it "
+            "has columns PID and <label>_Correct and is compared with tables alone)"
+        )
+    settings, dataset = resolve_settings("evaluate", typed, config)
+    job = Job(settings, config.tasks[settings.task], dataset).but(**asked)
+    return replace(job, others=compared_models(job, config))
 
 
 def model_job(command, typed, world):
@@ -118,32 +133,6 @@ def videos_job(model, folder, settings, asked):
     return Job(settings, task_of(model), dataset, model).but(videos=str(folder))
 
 
-def predictions_job(typed):
-    """The Job of `evaluate --predictions`, a table of anyone's answers.
-
-    Without task, where the truths are in that table (as `evaluate` writes it).
-    """
-    refuse_video_options(typed, "is for videos, not for --predictions")
-    for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
-        if typed.get(name) and (name, typed[name]) != ("subset", "all"):
-            where = " (thresholds are its columns <label>_threshold)" * (name == "target")
-            raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
-    models = [name for name in typed.get("compare", ()) if not is_table(name)]
-    config = read_config(typed.get("config"), needed=False)
-    settings, path = validate_as(Settings, typed), Path(typed["predictions"])
-    asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
-    if not (models or settings.task or settings.label_path) and holds_truths(path):
-        return Job(settings, others=dict.fromkeys(settings.compare)).but(**asked)
-    if not config.tasks:
-        raise UserError(
-            f"{path} is evaluated by a label table, which a config must name (without one, it "
-            "has columns PID and <label>_Correct and is compared with tables alone)"
-        )
-    settings, dataset = resolve_settings("evaluate", typed, config)
-    job = Job(settings, config.tasks[settings.task], dataset).but(**asked)
-    return replace(job, others=compared_models(job, config))
-
-
 def holds_truths(path):
     """Whether a table of predictions holds its truths and patients."""
     columns = read_table(path, Collected(), "table of predictions").columns
@@ -170,7 +159,7 @@ def compared_models(job, config):
             keys = ("label_path", "columns", "events") if job.task else ()
             how_to_read = {key: getattr(job.task, key) for key in keys}
             task = config.tasks.get(model.task) or task_of(model, **how_to_read)
-            others[name] = job.with_model(model, task)
+            others[name] = replace(job.but(task=model.task), model=model, task=task, others={})
     return others
 
 

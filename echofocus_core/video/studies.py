@@ -12,14 +12,13 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from echofocus_core.base.console import Findings, UserError, nearest, progress, some
 from echofocus_core.base.tables import read_table
-from echofocus_core.base.world import from_environment, place
+from echofocus_core.base.world import from_environment, rank_and_size
 from echofocus_core.video.decode import DICOM_SUFFIXES, VIDEO_SUFFIXES, first_picture
 from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts, short_digest
 from echofocus_core.video.errors import why_packed
@@ -585,21 +584,21 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
 # ------------------------------------------------------------------------------------ many workers
 
 
-def shard_from(text, environment=os.environ):
+def shard_from(text):
     """`--shard i/n` (i from 0) -> (i, n); 'auto' reads torchrun's or SLURM's environment."""
     if text != "auto":
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard is i/n with i from 0 to n - 1, not {text}")
         return int(match[1]), int(match[2])
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return place("RANK", "WORLD_SIZE", environment)
-    read = partial(from_environment, environment=environment)
-    if "SLURM_ARRAY_TASK_ID" in environment:
-        index = read("SLURM_ARRAY_TASK_ID", 0) - read("SLURM_ARRAY_TASK_MIN", 0)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return rank_and_size("RANK", "WORLD_SIZE")
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        first = from_environment("SLURM_ARRAY_TASK_MIN", 0)
+        index = from_environment("SLURM_ARRAY_TASK_ID", 0) - first
         if index < 0:
             raise UserError("SLURM_ARRAY_TASK_ID is below SLURM_ARRAY_TASK_MIN; give --shard i/n")
-        return index, max(index + 1, read("SLURM_ARRAY_TASK_COUNT", 1, least=1))
-    if "SLURM_NTASKS" in environment and "SLURM_PROCID" in environment:
-        return place("SLURM_PROCID", "SLURM_NTASKS", environment)
+        return index, max(index + 1, from_environment("SLURM_ARRAY_TASK_COUNT", 1, least=1))
+    if "SLURM_NTASKS" in os.environ and "SLURM_PROCID" in os.environ:
+        return rank_and_size("SLURM_PROCID", "SLURM_NTASKS")
     return 0, 1
