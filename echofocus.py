@@ -10,19 +10,19 @@
     python echofocus.py explain                               # the videos behind each answer
     python echofocus.py check                                 # problems of a long run
 
-What is left out has a default, and the tool prints which it took. Files: a config (JSON: tasks and
-datasets), a label table (CSV: pid, eid, one column a label), a folder of clip embeddings (HDF5, one
-file a study, from embed/extract.py or the published scripts), a model folder below trained_models/.
+Options that are not given have defaults, which the tool prints. Files: a config (JSON: tasks and
+datasets), a label table (CSV: pid, eid, one column per label), a folder of clip embeddings (HDF5,
+one file per study, from embed/extract.py or the published scripts), a model folder below
+trained_models/.
 
-`main` resolves options, config and checkpoint into one `Job`, which a command takes. The commands
-come first, then the functions of `import echofocus`, then the command line. Modules are imported
-where they are used: --help and a mistyped option need neither torch nor pandas.
+`main` resolves options, config and checkpoint into one `Job` and calls the command with it. The
+commands come first, then the functions of `import echofocus`, then the command line. Functions
+import what they use, so that --help and a misspelt option need neither torch nor pandas.
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
 import json
 import os
-import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -35,7 +35,7 @@ from echofocus_core.base.options import Settings, add_options, validate_as
 
 
 def cmd_train(job):
-    """Learn a task: best and last checkpoints, split, history and curves in the model's folder."""
+    """Train a model: best and last checkpoints, split, history and curves in its folder."""
     from echofocus_core.report.evaluation import evaluate_folds
     from echofocus_core.study.train_command import search, train_model
 
@@ -105,7 +105,7 @@ def predict_page(job, folder, table, left_out):
     from echofocus_core.study.network import Readings
 
     explanations = []
-    if not isinstance(job.model.net, Readings):  # which have nothing to attribute
+    if not isinstance(job.model.net, Readings):  # readings have nothing to attribute
         explanations = explain_studies(job, list(table["eid"]), label_columns(job.model))
     make_page(job, folder, table, left_out, explanations)
 
@@ -170,7 +170,7 @@ def cmd_explain(job):
 
 
 def write_explained(job, eids, explanations, truths, patients, names, warnings, views):
-    """All files of `explain`. names: of `explanation_names`; warnings: text -> studies."""
+    """Write all files of `explain`. names: of `explanation_names`; warnings: text -> studies."""
     from echofocus_core.report.page import make_page
     from echofocus_core.study.explanation_tables import write_explanations
     from echofocus_core.study.explanations import normalised
@@ -179,26 +179,26 @@ def write_explained(job, eids, explanations, truths, patients, names, warnings, 
 
     model, settings, store = job.model, job.settings, job.source.store
     videos = write_explanations(job, explanations, truths, names, warnings)
-    beside = model.folder / names["videos"].removesuffix(".csv")
+    base = model.folder / names["videos"].removesuffix(".csv")
     if views:
-        write_views(videos, views, patients, beside)
-        print(f"wrote {beside}.views.csv, .png and .pdf")
+        write_views(videos, views, patients, base)
+        print(f"wrote {base}.views.csv, .png and .pdf")
     if settings.curves:
         targets = dict(zip(truths.index, normalised(model, truths), strict=True))
-        areas = write_curves(model, store, explanations, targets, patients, settings, beside)
+        areas = write_curves(model, store, explanations, targets, patients, settings, base)
         print(areas.to_string(index=False, float_format="{:.3g}".format))
-        print(f"wrote {beside}.curves.csv, .curve_areas.csv, .png and .pdf")
+        print(f"wrote {base}.curves.csv, .curve_areas.csv, .png and .pdf")
     if settings.page:
         table, reasons, _ = answer_studies(model, store, eids, settings)
         left_out = job.source.unusable() | reasons
-        make_page(job, beside, table, left_out, explanations, truths)
+        make_page(job, base, table, left_out, explanations, truths)
 
 
 def cmd_check(settings):
     """Report the problems of a long run, each with its remedy, and its run time.
 
-    It calls the readers of config, labels, embeddings and models that a run calls, and collects
-    what they report. After an error it continues with what can still be checked. It writes no file.
+    It reads config, labels, embeddings and models with the functions of a run and collects their
+    reports. After an error it checks what it still can. It writes no file.
     """
     from echofocus_core.encoder.preview import preview_cohort
     from echofocus_core.study.check import check_run
@@ -229,7 +229,7 @@ def cmd_pack(job):
 def cmd_download(settings):
     """Install a released model, or one from a URL, zip, folder or .pt file, in ./trained_models.
 
-    It is refused if it cannot be read safely. Its SHA-256 is recorded and checked at each use.
+    A file that cannot be read safely is refused. The SHA-256 is recorded and checked at each use.
     """
     from echofocus_core.base import releases
     from echofocus_core.study.config import MODELS
@@ -241,15 +241,13 @@ def cmd_download(settings):
             print(f"{name:18} {here:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
         print(f"get one: {PROGRAM} download NAME (research use only, under its licence)")
         return
-    if settings.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", settings.sha256):
-        raise UserError(f"--sha256 takes 64 hexadecimal digits, not {settings.sha256}")
     folder, record, others = releases.install(
         settings.source, MODELS, settings.model_name, settings.sha256, check_download
     )
     if others:
-        print(f"ignored, not part of a model: {', '.join(others[:10])}")
+        print(f"ignored files, which are not part of a model: {', '.join(others[:10])}")
     if record["sha256"]:
-        origin = "as expected" if record["sha256_was_known"] else "recorded, not known before"
+        origin = "as expected" if record["sha256_was_known"] else "recorded, not verified"
         print(f"SHA-256 {record['sha256']} ({origin})")
     for key in ("licence", "citation"):
         if key in record:
@@ -288,8 +286,8 @@ def cmd_demo(settings):
 def load(model_name, task="", device=""):
     """The LoadedModel with this name in ./trained_models, or at this path.
 
-    task: of the config, where a published checkpoint does not say which labels it has; device:
-    as --device. Raises UserError.
+    task: of the config, for a published checkpoint, which does not contain its labels; device: see
+    --device. Raises UserError.
     """
     from echofocus_core.base.world import pick_device
     from echofocus_core.study.config import read_config
@@ -316,7 +314,7 @@ def predict(model, source, **options):
 
 
 def study_embeddings(model, source, **options):
-    """Study embeddings: DataFrame (S, 768) by study id; other arguments as for `predict`."""
+    """Study embeddings: DataFrame (S, 768) by study id; for the arguments see `predict`."""
     import pandas as pd
 
     from echofocus_core.study.loop import run_studies
@@ -346,9 +344,9 @@ def attribute(model, study, labels=None, **options):
 
 
 def studies_of(model, source, options):
-    """(Settings, store, study ids) of a source as `predict` takes it.
+    """(Settings, store, study ids) of a source of `predict`.
 
-    Videos are extracted as `--videos` does, into ./clip_embeddings; options may have its options.
+    Videos are extracted into ./clip_embeddings; options may include those of extraction.
     """
     from echofocus_core.study.folds import sample_ids
     from echofocus_core.study.job import input_options, videos_job
@@ -392,21 +390,17 @@ def bag_of(eid, array):
     from echofocus_core.video.store import StudyClips
 
     array = np.asarray(array, np.float32)
-    if array.ndim == 3 and array.shape[2] != D:
+    if array.shape[2:] != (D,) or not array.size or not np.isfinite(array).all():
         raise UserError(
-            f"study {eid}: its clip embeddings have {array.shape[2]} numbers, not {D}: they are of "
-            "another encoder"
-        )
-    if array.ndim != 3 or not array.size or not np.isfinite(array).all():
-        raise UserError(
-            f"study {eid}: expected finite clip embeddings (videos, clips, {D}), got {array.shape}"
+            f"study {eid}: expected finite clip embeddings of PanEcho, shape (videos, clips, {D}); "
+            f"the shape is {array.shape}"
         )
     return StudyClips(array, [f"video {v}" for v in range(len(array))])
 
 
 # ------------------------------------------------------------------------------- the command line
 
-COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes the typed options)
+COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes Settings)
     "train": (cmd_train, "training_job"),
     "evaluate": (cmd_evaluate, "evaluation_job"),
     "predict": (cmd_predict, "model_job"),
@@ -441,15 +435,15 @@ def main(argv=None):
 
     if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
-    function, maker = COMMANDS[command]
-    if not maker:
+    function, make_job = COMMANDS[command]
+    if not make_job:
         return function(settings)
     from echofocus_core.study import job
 
     device = pick_device(typed.get("device", ""))
     shared = command in SHARED
     with join_world(device, SHARED[command]) if shared else nullcontext(World()) as world:
-        function(getattr(job, maker)(command, typed, world))
+        function(getattr(job, make_job)(command, typed, world))
 
 
 def program():

@@ -334,7 +334,7 @@ def test_invalid_model_names(trained, cli):
         status, _, err = cli("predict", "--model_name", name)
         assert status == 1 and "a name is missing next to a comma" in err
     status, _, err = cli("evaluate", "--compare", "")
-    assert status == 1 and "--compare: a name is empty" in err
+    assert status == 1 and "--compare has an empty name" in err
 
 
 def test_unreadable_studies_are_listed(cohort, cli):

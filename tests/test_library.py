@@ -49,9 +49,12 @@ def test_one_study_as_an_array(trained):
 def test_arrays_and_labels_that_do_not_fit(trained):
     model = ef.load("defect")
     for clips, text in (
-        (np.zeros((3, 768)), r"\(videos, clips, 768\), got \(3, 768\)"),
+        (
+            np.zeros((3, 768)),
+            r"shape \(videos, clips, 768\); the shape is \(3, 768\)",
+        ),
         (np.full((1, 2, 768), np.nan), "study x: expected finite"),
-        (np.ones((1, 2, 512)), "512 numbers, not 768: they are of another encoder"),
+        (np.ones((1, 2, 512)), r"768\); the shape is \(1, 2, 512\)"),
     ):
         with pytest.raises(UserError, match=text):
             ef.predict(model, {"x": clips})

@@ -31,10 +31,10 @@ class EpochProgress:
 class EpochTraining:
     """Training in epochs. The last checkpoint has the whole state, so a resume is exact.
 
-    A subclass defines `items` (the plural noun that an epoch counts), `remedy` (for a run that
+    A subclass defines `items` (plural noun for what an epoch counts), `remedy` (for a run that
     cannot be resumed), history_key (in a checkpoint), losses_of (a history), scores, finished,
-    best_file, one_epoch, state, read_record, facts, restore, write_best, write_history, write_start
-    and refuse_finished_model.
+    best_file, one_epoch, state, read_record, facts, restore, write_best, write_history,
+    write_start and refuse_finished_model.
     """
 
     def __init__(self, folder, settings, world=None):

@@ -21,12 +21,9 @@ from echofocus_core.base.console import UserError
 def atomic_path(path):
     """Yield a temporary path to write; it becomes `path` when the block ends.
 
-    On error it is deleted. Raises UserError if `path` is a folder, and OSError with `path` in the
-    message if the disk is full.
+    On error it is deleted. Raises OSError, which names `path`.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Keep the suffix, since writers choose a format by it.
     temporary = path.with_name(f".{path.stem[:50]}.{secrets.token_hex(8)}.tmp{path.suffix}")
@@ -107,7 +104,7 @@ class Journal:
     """
 
     def __init__(self, path, work, what="entries"):
-        """work: a dict of everything the results depend on; what: the entries, for messages."""
+        """work: a dict of everything the results depend on; what: plural noun for messages."""
         self.path, self.n = Path(path), 0
         self.header = json.dumps({"sha256": sha256_of(encode(work))}).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Options: each declared once, with its default, bounds, group in --help, commands and properties.
 
-`validate_as` reports each fault that pydantic detects in options, the config or a checkpoint's
-record on one line, with its place.
+`validate_as` checks options, the config and the record of a checkpoint with pydantic, and reports
+each fault on one line, with its place.
 """
 
 import json
@@ -33,8 +33,8 @@ from echofocus_core.base.console import (
 )
 
 FOLDS = ("train", "val", "test")
-SEEDS = 2**63  # what fits into a file's attribute is below
-# More than anyone needs, so that a typing error is refused before any work.
+SEEDS = 2**63  # seeds are below, so that they fit into an attribute of a file
+# More than anyone needs, so that typing errors are refused early.
 MOST_RATE, MOST_SIDE, MOST_CLIPS, MOST_WORKERS, MOST_BATCH = 1e6, 4096, 10_000, 1_024, 1_000_000
 MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged
 
@@ -63,7 +63,7 @@ def names_in(value):
 
 
 def times_in(value):
-    """['1,5'], '1 5' or [1, 5] -> [1.0, 5.0]: times above 0, rising."""
+    """['1,5'], '1 5' or [1, 5] -> [1.0, 5.0]: rising times above 0."""
     words = value if isinstance(value, list) else [value]
     try:
         times = [float(x) for word in words for x in str(word).replace(",", " ").split()]
@@ -90,7 +90,7 @@ def fold_in(value):
 
 
 def labels_in(value):
-    """As `names_in`; `all` is every label: none is named."""
+    """Label names, see `names_in`; [] for 'all'."""
     words = names_in(value)
     return [] if words == ["all"] else words
 
@@ -139,6 +139,7 @@ def limit_or_none(value):
 
 Text = Annotated[str, AfterValidator(readable_text)]
 Name = Annotated[str, AfterValidator(file_name)]
+Names = Annotated[list[str], BeforeValidator(names_in)]
 Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
 
 
@@ -186,9 +187,9 @@ def option(
 ):
     """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
 
-    on_resume: what a resumed training does with another value: refuse it ("fixed"), or use and
-    report it ("reported"); "unrecorded" options do not affect the weights and are not saved.
-    on_resume, moves_folds: None: as declared for the group.
+    on_resume: whether a resumed training refuses another value ("fixed"), or uses and reports it
+    ("reported"); "unrecorded" options do not affect the weights and are not saved.
+    on_resume, moves_folds: None for the value of the group.
     """
     meta = {
         "group": group,
@@ -209,7 +210,7 @@ class CohortOptions(Entry):
         "", "layout of the encoder's training data", WHAT, "train_encoder check"
     )
     data_dir: str = option("", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check")
-    tasks: Annotated[list[str], BeforeValidator(names_in)] = option(
+    tasks: Names = option(
         [], "PanEcho tasks to learn, or a JSON file of tasks [EF; hospital: every task in the "
         "tables]", WHAT, "train_encoder check"
     )
@@ -229,8 +230,8 @@ class Settings(CohortOptions):
         "", "tasks and datasets [config.json or config-example.json]", WHAT, f"{ALL} pack inspect"
     )
     model_name: str = option(
-        "", "folder in ./trained_models, or a path [train: the task; else the only one]; several "
-        "are averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
+        "", "folder in ./trained_models, or a path [train: the task; else the only one]; the "
+        "answers of several are averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
     )
     run_id: str = option("", "suffix of the model's name, to separate runs", WHAT, ALL)
     task: str = option(
@@ -240,9 +241,7 @@ class Settings(CohortOptions):
         "", "dataset in the config [the model's, else the first]", WHAT, f"{ALL} pack",
         moves_folds=True
     )
-    datasets: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "several datasets, instead of --dataset", WHAT, "embed"
-    )
+    datasets: Names = option([], "several datasets, instead of --dataset", WHAT, "embed")
     embedding_path: str = option(
         "", "folder of clip embeddings, instead of the dataset's", WHAT, f"{ALL} pack"
     )
@@ -253,15 +252,15 @@ class Settings(CohortOptions):
     keep: str = option(
         "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
     )
-    eids: Annotated[list[str], BeforeValidator(names_in)] = option(
-        [], "studies to explain, in any fold", WHAT, "explain"
-    )
+    eids: Names = option([], "studies to explain, in any fold", WHAT, "explain")
     source: str = option(
-        "", "download: a released model, URL, zip, folder or .pt file; inspect: as --model_name",
+        "", "download: a released model, URL, zip, folder or .pt file; inspect: a model",
         WHAT, "download inspect", nargs="?"
     )
     list_: bool = option(False, "list the released models", WHAT, "download")
-    sha256: str = option("", "expected SHA-256 of the file", WHAT, "download")
+    sha256: Annotated[str, Field(pattern="^([0-9a-fA-F]{64})?$")] = option(
+        "", "expected SHA-256 of the file", WHAT, "download"
+    )
     studies: int = option(80, "number of phantom studies", WHAT, "demo", least=1)
 
     subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
@@ -335,11 +334,11 @@ class Settings(CohortOptions):
         "mean", "for --per patient: mean of the predictions, or one study, see --order_by", DATA,
         "evaluate"
     )
-    by: Annotated[list[str], BeforeValidator(names_in)] = option(
+    by: Names = option(
         [], "also evaluate groups: columns of the label table, numbers with edges as in age:40,65",
         DATA, "evaluate"
     )
-    compare: Annotated[list[str], BeforeValidator(names_in)] = option(
+    compare: Names = option(
         [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
     )
     predictions: str = option(
@@ -383,7 +382,7 @@ class Settings(CohortOptions):
         1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
     )
     head_learning_rate: float = option(
-        0.0, "learning rate of the head (with --end_to_end: of the study-level model); 0: as "
+        0.0, "learning rate of the head (with --end_to_end: of the study-level model); 0: that of "
         "--learning_rate (1e-4)", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
     )
     layer_decay: float = option(
@@ -396,7 +395,7 @@ class Settings(CohortOptions):
         "", "part that is not trained: aggregator (a linear probe with --init_from); others need "
         "--end_to_end", TRAINING, "train", on_resume="fixed"
     )
-    grid: Annotated[list[str], BeforeValidator(names_in)] = option(
+    grid: Names = option(
         [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
     )
     tensorboard: bool = option(
@@ -479,7 +478,8 @@ class Settings(CohortOptions):
         "labelled studies", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
-        "all", "studies to explain, best first, --sample_limit of them [20]", EXPLAINING, "explain"
+        "all", "studies to explain, best first; --sample_limit gives their number [20]", EXPLAINING,
+        "explain"
     )
 
     end_to_end: bool = option(
@@ -661,7 +661,8 @@ def fault_lines(error, kind, file):
         return [f"{above}: unknown key '{last}'{nearest(place[-1], keys_at(kind, place[:-1]))}"]
     if error["type"] == "missing":
         return [f"{where} is missing"]
-    return [f"{where} {error['msg'].removeprefix('Input ')}, not {shown(error['input'])}"]
+    rule = re.sub("^(Input|String) ", "", error["msg"])
+    return [f"{where} {rule}, not {shown(error['input'])}"]
 
 
 def shown(value):

@@ -90,7 +90,12 @@ def install(source, models, name, sha256, check):
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=models) as place:
         asset, origin = obtain(source, entries, Path(place, "asset"))
-        digest = check_sha256(asset, [x for x in (sha256.lower(), pinned) if x])
+        digest = sha256_file(asset) if asset.is_file() else ""
+        if other := {sha256.lower(), pinned} - {digest, "", None}:
+            raise WeightsError(
+                f"{asset.name} was refused: its SHA-256 is {digest or 'not defined'}, not "
+                f"{min(other)}"
+            )
         model = Path(place, "model")
         model.mkdir()
         others = unpack(asset, model, name)
@@ -140,17 +145,6 @@ def obtain(source, entries, place):
             f"{PROGRAM} download ADDRESS --model_name {source}"
         ) from error
     return path, plain_url(url)
-
-
-def check_sha256(path, expected):
-    """A file's SHA-256, '' for a folder. Raises WeightsError if it differs from an expected one."""
-    digest = sha256_file(path) if path.is_file() else ""
-    for other in expected:
-        if other != digest:
-            raise WeightsError(
-                f"{path.name} was refused: its SHA-256 is {digest or 'not defined'}, not {other}"
-            )
-    return digest
 
 
 # ------------------------------------------------------------------------------------------ unpack

@@ -17,7 +17,7 @@ from echofocus_core.base.console import UserError, some
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 MISSING = {"", "NA", "N/A", "n/a", "<NA>", "NaN", "nan", "-NaN", "-nan", "null", "NULL", "None"}
 MISSING |= {"#N/A", "#NA", "#N/A N/A", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN"}  # as in pandas
-CROSS = "x"  # present, in a column where nothing but 0 and words for no say absent
+CROSS = "x"  # means present in a column where only 0 and words for no mean absent
 YES = {"yes", "y", "true", "t", "present", "positive", "pos", "ja", "j", "wahr", "positiv"}
 YES |= {"oui", "vrai", "si", "sí", "verdadero", "vero", "sim", CROSS}
 NO = {"no", "n", "false", "f", "absent", "negative", "neg", "nein", "falsch", "negativ", "non"}
@@ -28,11 +28,11 @@ INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200e\u200f\u2060\ufeff"))  # i
 
 
 def read_table(path, listener, what="table", words=None):
-    """A table's cells as text: DataFrame, one column a name; the index is the line in the file.
+    """The cells of a table as text: DataFrame; the index is the line in the file.
 
     Blank cells and the usual words for 'missing' are None; blank rows are left out. words: column
-    -> those words for 'missing' that are values there. Raises UserError for rows of another length
-    than the header, quotes that do not close, duplicate names, and other kinds of file.
+    -> words for 'missing' that are values in this column. Raises UserError for rows of another
+    length than the header, quotes that do not close, duplicate names, and other kinds of file.
     """
     path = Path(path)
     if not path.is_file():
@@ -235,7 +235,7 @@ def to_numbers(text, path, listener):
 
 
 def read_words(text, values, name):
-    """Write 1 and 0 for Yes, No and the like into `values`; these words and their meanings."""
+    """Write 1 and 0 for Yes, No and the like into `values`; returns the words and meanings."""
     if not values[name].dropna().isin([0, 1]).all():
         return ""
     rest = text[text.notna() & values[name].isna()].str.lower()
@@ -263,10 +263,10 @@ YEAR_LAST = r"^(?P<d>\d{1,2})([-/.])(?P<m>\d{1,2})\2(?P<y>\d{4})(?P<time>[T ].*)
 
 
 def read_dates(text):
-    """(dates (S,), how they are written) of cells of text; (None, '') where some are not dates.
+    """(dates (S,), their order of day, month and year) of cells of text.
 
-    Which of 01/02/2020 is the day is decided by the whole column; (None, 'ambiguous') where nothing
-    does.
+    The whole column decides whether 01/02/2020 is in January; (None, 'ambiguous') if it does not.
+    (None, '') if some cells are not dates.
     """
     cells = text.dropna()
     for pattern, order in ((YEAR_FIRST, "year first"), (YEAR_LAST, "day first")):

@@ -43,8 +43,7 @@ from echofocus_core.video.studies import studies_of_dataset
 
 
 def check_run(typed, preview_cohort):
-    """The command `check`. typed: options by name; preview_cohort: of `encoder.preview`. Raises
-    UserError where a run would fail."""
+    """The command `check`; preview_cohort: of `encoder.preview`. UserError if a run would fail."""
     levels, videos = Counter(), typed.get("videos")
     section = partial(check_section, levels)
     if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
@@ -78,10 +77,9 @@ def check_run(typed, preview_cohort):
 
 @contextmanager
 def check_section(levels, title, remedy):
-    """A listener for one part of `check`; prints what it collected in the end, UserErrors too.
+    """Yield a listener for one part of `check`; print its findings and a UserError afterwards.
 
-    levels: Counter that gets how many findings of each level there were. remedy: of an error that
-    has none.
+    levels: Counter of findings by level, which is updated. remedy: for an error without one.
     """
     listener = Collected()
     try:
@@ -120,7 +118,7 @@ def check_model(typed, config, listener):
 
 
 def check_task(model, task, listener):
-    """Whether a task of the config has the labels of a model, in its units."""
+    """Check that a task of the config has the labels and units of a model."""
     task_for(model, task)
     for text in other_times(model, task.survival, task.units):
         listener.warning(text, "declare the unit in both, or give the column of the same times")
@@ -149,7 +147,7 @@ def choose_job(typed, config, model, listener):
 def check_videos(typed, config, model, listener):
     """Check the folder of --videos: files, encoder and time."""
     if not typed.get("videos"):
-        return listener.ok("none checked; --videos names a folder")
+        return listener.ok("none checked; name their folder with --videos")
     options = {name: typed[name] for name in typed if name in options_of("extract")}
     settings, _ = resolve_settings("extract", options, config, model)
     trained_on = model.record.encoder_sha256 if model else ""
@@ -171,8 +169,8 @@ def check_data(job, section):
             studies = studies_of_dataset(*place, listener=listener)
             n = sum(len(study.videos) for study in studies)
             listener.ok(
-                f"{place[0]}: {len(studies)} studies, {n} videos; no clip embeddings yet, which "
-                "predict, evaluate, embed and explain make"
+                f"{place[0]}: {len(studies)} studies, {n} videos; predict, evaluate, embed and "
+                "explain extract their clip embeddings"
             )
         return
     with section("embeddings", "see embedding_path in the config") as listener:
@@ -212,7 +210,7 @@ def check_labels(job, listener):
 
 
 def check_embeddings(path, store, settings, listener):
-    """Study -> header of those that can be read: all headers, and the numbers of all or some."""
+    """Study -> header of readable studies. Reads all headers and the numbers of a sample."""
     headers, unreadable = {}, {}
     for eid in progress(store.files, desc="headers", unit="study", leave=False, delay=2):
         try:
@@ -239,7 +237,7 @@ def check_embeddings(path, store, settings, listener):
 
 
 def check_folds(job, data, listener):
-    """The folds of a run and what can be learnt; None where nothing of it is for training."""
+    """Check the folds. Returns them, or None if the dataset is not the one of the training."""
     (task, table, studies, store), settings, model = data, job.settings, job.model
     if model:
         folds, _ = folds_to_test(job, task, table, store, listener)

@@ -48,9 +48,9 @@ class Job:
         return bool(s.videos or (not s.embedding_path and self.dataset.is_of_videos))
 
     def with_source(self, limited=False):
-        """The same job with its studies opened, their videos extracted first where it has some.
+        """The same job with its studies open; videos are extracted first.
 
-        limited: whether --sample_limit is of the whole dataset, not of a fold of it.
+        limited: apply --sample_limit to the whole dataset, not to a fold.
         """
         source, dataset = open_source(self, limited)
         return replace(self.but(dataset=source.name), dataset=dataset, source=source)
@@ -67,9 +67,9 @@ def dataset_job(command, typed, world):
 
 
 def evaluation_job(command, typed, world):
-    """The Job of `evaluate`; of --predictions, a table of answers, without a model.
+    """The Job of `evaluate`. With --predictions it has no model.
 
-    Without task, where the truths are in that table (as `evaluate` writes it).
+    It has no task either if the table of predictions has the truths, as tables by `evaluate` do.
     """
     if not typed.get("predictions"):
         return model_job(command, typed, world)
@@ -81,13 +81,13 @@ def evaluation_job(command, typed, world):
     models = [name for name in typed.get("compare", ()) if not is_table(name)]
     config = read_config(typed.get("config"), needed=False)
     settings, path = validate_as(Settings, typed), Path(typed["predictions"])
-    asked = {"subset": "test", "target": ""}  # of models to compare with, each by its own rule
+    asked = {"subset": "test", "target": ""}  # for models to compare with
     if not (models or settings.task or settings.label_path) and holds_truths(path):
         return Job(settings, others=dict.fromkeys(settings.compare)).but(**asked)
     if not config.tasks:
         raise UserError(
-            f"{path} is evaluated by a label table, which a config must name (without one, it "
-            "has columns PID and <label>_Correct and is compared with tables alone)"
+            f"{path} needs a config that names a label table, or columns PID and <label>_Correct "
+            "and comparison with tables only"
         )
     settings, dataset = resolve_settings("evaluate", typed, config)
     job = Job(settings, config.tasks[settings.task], dataset).but(**asked)
@@ -134,7 +134,7 @@ def videos_job(model, folder, settings, asked):
 
 
 def holds_truths(path):
-    """Whether a table of predictions holds its truths and patients."""
+    """Whether a table of predictions has columns of truths and patients."""
     columns = read_table(path, Collected(), "table of predictions").columns
     truths = any(name.endswith("_Correct") for name in columns)
     return truths and not {"PID", "pid"}.isdisjoint(columns)
@@ -150,7 +150,7 @@ def compared_models(job, config):
     others = {}
     for name in job.settings.compare:
         if not name:
-            raise UserError("--compare: a name is empty")
+            raise UserError("--compare has an empty name")
         others[name] = None
         if not is_table(name):
             device = pick_device(job.settings.device)
@@ -173,7 +173,7 @@ def training_job(command, typed, world):
     check_settings(settings)
     model, changes = None, {}
     if settings.end_to_end and not settings.batch_size:
-        changes["batch_size"] = 1  # a study's images are large
+        changes["batch_size"] = 1  # the images of a study are large
     if settings.init_from:
         folder = find_model(settings.init_from)
         is_released = bool(releases.registry_entry(folder))
@@ -191,7 +191,7 @@ def training_job(command, typed, world):
 
 
 def task_of(model, **more):
-    """The Task that a model answers, as a config would have it; None for PanEcho's readings."""
+    """The Task of a model without one in the config; None for PanEcho's readings."""
     outputs, record = model.outputs, model.record
     if model.type == "readings":
         return None
@@ -214,9 +214,8 @@ RECIPES = {  # how the published models were trained
 def resolve_settings(command, typed, config, model=None):
     """(Settings, Dataset) of a command; prints each value that was not typed and its origin.
 
-    In order of precedence: what is typed, the config's dataset, the config's task, for videos the
-    input that the model was trained on, the published recipe of the task, the defaults. model: a
-    LoadedModel or None.
+    Precedence: typed options, dataset in the config, task in the config, for videos the input that
+    the model was trained on, published recipe of the task, defaults. model: LoadedModel or None.
     """
     task = typed.get("task") or (model.task if model else config.pick("task", ""))
     name, dataset, origin = pick_dataset(command, typed, config, model)
@@ -276,14 +275,14 @@ def pick_dataset(command, typed, config, model=None):
 
 
 def input_options(model_input):
-    """How the videos that a model was trained on were extracted, as options; as far as known."""
+    """The recorded options of extraction of the videos that a model was trained on."""
     values = model_input.model_dump(exclude_none=True)
     options = {n: values[n] for n in ("size", "clip_len", "n_clips", "mask") if n in values}
     random = str(values.get("weights", "")).startswith("random")
     return options | ({"weights": "random"} if random else {})
 
 
-# --------------------------------------------------------------------- what does not go together
+# -------------------------------------------------------------------------- conflicting options
 
 
 def refuse_video_options(typed, reason, names=()):
@@ -299,11 +298,11 @@ def refuse_model(command, typed, model):
     if command not in ("predict", "embed") and isinstance(model.net, Readings):
         raise UserError(f"{command} needs a study-level model; {name} has only readings")
     if model.record.level == "video" and (command == "explain" or typed.get("page")):
-        raise UserError(f"{name} answers for single videos: there are none to choose")
+        raise UserError(f"{name} answers for single videos, so it has no contributions of videos")
 
 
 def check_settings(settings):
-    """UserError for training options that do not go together, before any work is done."""
+    """UserError for conflicting options of training, before any work is done."""
     n, fold, column = settings.n_folds, settings.fold, settings.split_column
     no_package = settings.tensorboard and not find_spec("tensorboard")
     every = fold == ALL_FOLDS
@@ -313,7 +312,7 @@ def check_settings(settings):
         (no_package, '--tensorboard needs its package: pip install "tensorboard"'),
         (every and not n, "--fold all is for cross-validation: add --n_folds 5"),
         (every and settings.grid,
-         "--grid and --fold all are two searches: choose first, then cross-validate"),
+         "--grid and --fold all cannot be combined: search first, then cross-validate"),
         (every and settings.end_to_end,
          "--fold all reads clip embeddings: train end to end a fold at a time"),
         (settings.freeze not in ("", "aggregator") and not settings.end_to_end,
@@ -337,9 +336,9 @@ def refuse_other_architecture(settings, model):
 
 
 def check_encoder(model, settings, asked):
-    """Warn, before any video is read, that a model was trained on videos extracted differently.
+    """Warn, before any video is read, if a model was trained on videos extracted differently.
 
-    Raises UserError for another encoder, unless it was asked for by --weights.
+    asked: whether the user chose the encoder by --weights; else another one is a UserError.
     """
     name, trained, digest = model.folder.name, model.record.encoder_sha256, ""
     if trained:
@@ -355,7 +354,7 @@ def check_encoder(model, settings, asked):
         text += f"{settings.weights} is {digest[:12]})"
         if not asked:
             raise UserError(f"{text}; give its file with --weights")
-        RUN.warning(f"{text}: its answers mean nothing here")
+        RUN.warning(f"{text}: its answers are meaningless here")
     for option, was in input_options(model.record.input).items():
         if (now := getattr(settings, option)) != was and option != "weights":
             RUN.warning(f"--{option} {now}: {name} was trained with {was}")
