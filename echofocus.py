@@ -237,8 +237,9 @@ def cmd_download(settings):
 
     if settings.list_ or not settings.source:
         for name, entry in releases.registry().items():
-            here = "downloaded" if (MODELS / name / entry["file"]).is_file() else "not here"
-            print(f"{name:18} {here:11} {entry['about']}; {entry['licence']}; {entry['citation']}")
+            status = "downloaded" if (MODELS / name / entry["file"]).is_file() else "-"
+            texts = "; ".join(entry[key] for key in ("description", "licence", "citation"))
+            print(f"{name:18} {status:11} {texts}")
         print(f"get one: {PROGRAM} download NAME (research use only, under its licence)")
         return
     folder, record, others = releases.install(

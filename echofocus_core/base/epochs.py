@@ -64,7 +64,7 @@ class EpochTraining:
         return self.epoch - self.best_epoch
 
     def run(self):
-        """Train to the end, from the last checkpoint if there is one."""
+        """Train until finished, from the last checkpoint if it exists."""
         self.begin()
         while not self.finished:
             self.one_epoch()

@@ -34,8 +34,6 @@ from echofocus_core.base.console import (
 
 FOLDS = ("train", "val", "test")
 SEEDS = 2**63  # seeds are below, so that they fit into an attribute of a file
-# More than anyone needs, so that typing errors are refused early.
-MOST_RATE, MOST_SIDE, MOST_CLIPS, MOST_WORKERS, MOST_BATCH = 1e6, 4096, 10_000, 1_024, 1_000_000
 MOST_LABELS, MOST_LAYERS = 10_000, 100  # a file that claims more is damaged
 
 
@@ -313,7 +311,7 @@ class Settings(CohortOptions):
 
     n_boot: int = option(
         1000, "resamples of patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
-        least=0, below=MOST_BATCH + 1, also="n_bootstrap"
+        least=0, also="n_bootstrap"
     )
 
     target: str = option(
@@ -379,11 +377,11 @@ class Settings(CohortOptions):
     )
 
     learning_rate: float = option(
-        1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, below=MOST_RATE, also="lr"
+        1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, also="lr"
     )
     head_learning_rate: float = option(
         0.0, "learning rate of the head (with --end_to_end: of the study-level model); 0: that of "
-        "--learning_rate (1e-4)", TRAINING, "train", least=0, below=MOST_RATE, on_resume="fixed"
+        "--learning_rate (1e-4)", TRAINING, "train", least=0, on_resume="fixed"
     )
     layer_decay: float = option(
         1.0, "learning rate of each layer relative to the layer above it", TRAINING, "train",
@@ -449,9 +447,7 @@ class Settings(CohortOptions):
     )
     json_: str = option("", "also write the description to this file, as JSON", FILES, "inspect")
 
-    explain_n: int = option(
-        5, "top videos in the published table", EXPLAINING, "explain", least=1, below=MOST_CLIPS + 1
-    )
+    explain_n: int = option(5, "top videos in the published table", EXPLAINING, "explain", least=1)
     explain_mode: Literal["pred", "loss"] = option(
         "pred", "explain the prediction or its loss", EXPLAINING, "explain"
     )
@@ -466,9 +462,7 @@ class Settings(CohortOptions):
         "fixed quadratures; leave_one_out: change without the video; attention: rollout",
         EXPLAINING, "explain"
     )
-    explain_steps: int = option(
-        64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1, below=MOST_BATCH + 1
-    )
+    explain_steps: int = option(64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1)
     baseline: Literal["zero", "mean"] = option(
         "zero", "start of integrated gradients: zero, or the mean clip embedding in training",
         EXPLAINING, "explain"
@@ -487,15 +481,14 @@ class Settings(CohortOptions):
         "video_base_path", END_TO_END, "train"
     )
     num_clips: int = option(
-        1, "clips per video and step, drawn in each epoch", END_TO_END, "train", least=1,
-        below=MOST_CLIPS + 1
+        1, "clips per video and step, drawn in each epoch", END_TO_END, "train", least=1
     )
     clips_at_once: int = option(
         8, "clips encoded at a time, which limits memory", END_TO_END, "train", least=1,
         on_resume="unrecorded"
     )
     encoder_learning_rate: float = option(
-        1e-6, "learning rate of the encoder", END_TO_END, "train", least=1e-12, below=MOST_RATE
+        1e-6, "learning rate of the encoder", END_TO_END, "train", least=1e-12
     )
     ping_pong: bool = option(
         False, "train the study-level model and the encoder in alternate epochs", END_TO_END,
@@ -525,35 +518,25 @@ class Settings(CohortOptions):
         "none", "'sector' makes everything outside the ultrasound sector black, such as names",
         EXTRACTION, EXTRACTS
     )
-    n_clips: int = option(
-        16, "clips per video", EXTRACTION, EXTRACTS, least=1, below=MOST_CLIPS + 1
-    )
+    n_clips: int = option(16, "clips per video", EXTRACTION, EXTRACTS, least=1)
     clip_len: int = option(
-        16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, below=MOST_CLIPS + 1,
-        on_resume="fixed"
+        16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, on_resume="fixed"
     )
     size: int = option(
         224, "width and height of the encoder's images, in pixels", EXTRACTION, READS_VIDEOS,
-        least=32, below=MOST_SIDE + 1, on_resume="fixed"
+        least=32, on_resume="fixed"
     )
     sampling_seed: int = option(
         0, "seed of the random clip starts", EXTRACTION, READS_VIDEOS, least=0, below=SEEDS,
         on_resume="fixed"
     )
-    augment: int = option(
-        0, "random transformed copies to add", EXTRACTION, "extract", least=0, below=MOST_CLIPS + 1
-    )
+    augment: int = option(0, "random transformed copies to add", EXTRACTION, "extract", least=0)
     starts: Literal["modulo", "independent"] = option(
         "modulo", "clip starts of a video: from one residue class modulo 3, which halves the "
         "encoder's work, or independent as published", EXTRACTION, EXTRACTS
     )
-    image_batch: int = option(
-        0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0, below=MOST_BATCH + 1
-    )
-    workers: int = option(
-        0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0,
-        below=MOST_WORKERS + 1
-    )
+    image_batch: int = option(0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0)
+    workers: int = option(0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0)
     shard: str = option(
         "auto", "part of the studies, I/N; 'auto' uses the environment of torchrun or SLURM",
         EXTRACTION, EXTRACTS

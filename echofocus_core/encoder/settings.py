@@ -7,12 +7,7 @@ from echofocus_core.base.options import (
     COMPUTING,
     DATA,
     MODEL,
-    MOST_BATCH,
-    MOST_CLIPS,
     MOST_LAYERS,
-    MOST_RATE,
-    MOST_SIDE,
-    MOST_WORKERS,
     OUTPUT,
     SEEDS,
     TRAINING,
@@ -46,16 +41,10 @@ class EncoderSettings(CohortOptions):
         -1, "echonetpediatric: the fold to test; -1: all ten, one after the other", DATA, COMMAND,
         least=-1, below=PEDIATRIC_FOLDS, on_resume="unrecorded"
     )
-    clip_len: int = option(16, "frames per clip", DATA, COMMAND, least=1, below=MOST_CLIPS + 1)
-    num_clips: int = option(
-        4, "clips per video in validation and test", DATA, COMMAND, least=1, below=MOST_CLIPS + 1
-    )
-    sampling_rate: int = option(
-        1, "temporal stride, in frames", DATA, COMMAND, least=1, below=MOST_CLIPS + 1
-    )
-    size: int = option(
-        224, "side of the encoder's input, in pixels", DATA, COMMAND, least=32, below=MOST_SIDE + 1
-    )
+    clip_len: int = option(16, "frames per clip", DATA, COMMAND, least=1)
+    num_clips: int = option(4, "clips per video in validation and test", DATA, COMMAND, least=1)
+    sampling_rate: int = option(1, "temporal stride, in frames", DATA, COMMAND, least=1)
+    size: int = option(224, "side of the encoder's input, in pixels", DATA, COMMAND, least=32)
     augment: bool = option(False, "zoom, crop, flip and rotate training clips", DATA, COMMAND)
     cache_dir: str = option(
         "frame_cache", "folder for decoded videos", DATA, COMMAND, on_resume="unrecorded"
@@ -83,23 +72,18 @@ class EncoderSettings(CohortOptions):
     )
     rand_init: bool = option(False, "random initial weights", MODEL, COMMAND)
 
-    max_epochs: int = option(
-        30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded"
-    )
+    max_epochs: int = option(30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded")
     patience: int = option(
         10, "epochs without improvement before training stops", TRAINING, COMMAND, least=1,
         on_resume="unrecorded"
     )
-    batch_size: int = option(
-        16, "videos per process and step", TRAINING, COMMAND, least=1, below=MOST_BATCH + 1
-    )
-    lr: float = option(1e-4, "learning rate", TRAINING, COMMAND, least=1e-12, below=MOST_RATE)
-    wd: float = option(0, "weight decay", TRAINING, COMMAND, least=0, below=MOST_RATE)
+    batch_size: int = option(16, "videos per process and step", TRAINING, COMMAND, least=1)
+    lr: float = option(1e-4, "learning rate", TRAINING, COMMAND, least=1e-12)
+    wd: float = option(0, "weight decay", TRAINING, COMMAND, least=0)
     adamw: bool = option(False, "use AdamW instead of Adam", TRAINING, COMMAND)
     cos_anneal: bool = option(False, "cosine schedule over --max_epochs", TRAINING, COMMAND)
     eta_min: float = option(
-        1e-6, "final learning rate of the cosine schedule", TRAINING, COMMAND, least=0,
-        below=MOST_RATE
+        1e-6, "final learning rate of the cosine schedule", TRAINING, COMMAND, least=0
     )
     reduce_lr: int = option(
         0, "epochs without improvement before the learning rate is halved [2 without a number]; "
@@ -126,11 +110,10 @@ class EncoderSettings(CohortOptions):
     )
     num_workers: int = option(
         0, "threads and processes that read videos; 0: one per core, at most six", COMPUTING,
-        COMMAND, least=0, below=MOST_WORKERS + 1, also="workers", on_resume="unrecorded"
+        COMMAND, least=0, also="workers", on_resume="unrecorded"
     )
     n_bootstrap: int = option(
         1000, "resamples of patients for confidence intervals", OUTPUT, COMMAND, least=1,
-        below=MOST_BATCH + 1,
         on_resume="unrecorded"
     )
 # fmt: on

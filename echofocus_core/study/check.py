@@ -46,7 +46,7 @@ def check_run(typed, preview_cohort):
     """The command `check`; preview_cohort: of `encoder.preview`. UserError if a run would fail."""
     levels, videos = Counter(), typed.get("videos")
     section = partial(check_section, levels)
-    if typed.get("cohort"):  # for embed/train.py, which needs nothing of the rest
+    if typed.get("cohort"):  # for embed/train.py, which needs no config
         with section(
             "cohort", "correct the tables, or name the folder with --data_dir"
         ) as listener:

@@ -44,14 +44,11 @@ RECORD_FORMAT = 1
 # ---------------------------------------------------------------------------------- values of keys
 
 
-def stripped(value):
-    """Label names without blanks around them; numbers are names too."""
-    if isinstance(value, dict):
-        return {k.strip() if isinstance(k, str) else k: v for k, v in value.items()}
-    if isinstance(value, list):
-        value = [str(x) if type(x) in (int, float) else x for x in value]
-        return [x.strip() if isinstance(x, str) else x for x in value]
-    return value
+def numbers_as_text(names):
+    """Names of labels or classes; they may be numbers."""
+    if not isinstance(names, list):
+        return names
+    return [str(x) if type(x) in (int, float) else x for x in names]
 
 
 def range_of(ends):
@@ -71,7 +68,7 @@ def kinds_of(value):
         if not isinstance(kind, str) or kind not in KINDS:
             names = ", ".join(KINDS)
             raise ValueError(f"one of {names}, not {shown(kind)}{nearest(kind, KINDS)}")
-    return stripped(value)
+    return value
 
 
 def event_codes(value):
@@ -88,7 +85,7 @@ def class_names(value):
     plain = {str(x).strip().casefold() for x in value} if isinstance(value, list) else ()
     if len(plain) < 2 or len(plain) < len(value):
         raise ValueError("the names of two classes or more, in order, none twice")
-    return stripped(value)
+    return numbers_as_text(value)
 
 
 def whole_number(value):
@@ -103,8 +100,8 @@ def for_config(settings):
     return settings
 
 
-Labels = Annotated[list[Text], Field(max_length=MOST_LABELS), BeforeValidator(stripped)]
-ByLabel = Annotated[dict[Text, Text], BeforeValidator(stripped)]
+Labels = Annotated[list[Text], Field(max_length=MOST_LABELS), BeforeValidator(numbers_as_text)]
+ByLabel = dict[Text, Text]
 Range = Annotated[list, BeforeValidator(range_of)]
 Kinds = Annotated[str | dict[Text, str], BeforeValidator(kinds_of)]
 ClassNames = Annotated[list[Text], BeforeValidator(class_names)]
@@ -123,14 +120,12 @@ OWN_ENDS = ("_low", "_high", "_sd", "_decision", "_threshold", "_Correct", "_Pre
 class Labelled(Entry):
     """Labels and their kinds, in a task or in a model's record."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
     level: Literal["study", "video"] = "study"  # of what the labels are
     type: Kinds = ""  # of all labels, or label -> kind; the values decide where it is missing
-    # multiclass label -> names of its classes, in order
-    classes: Annotated[dict[Text, ClassNames], BeforeValidator(stripped)] = Field({})
-    # survival label -> its columns [time, event]
-    survival: Annotated[dict[Text, TimeAndEvent], BeforeValidator(stripped)] = Field({})
+    classes: dict[Text, ClassNames] = Field({})  # multiclass label -> names of classes, in order
+    survival: dict[Text, TimeAndEvent] = Field({})  # survival label -> its columns [time, event]
     units: ByLabel = Field({})  # label -> unit, for tables and figures
 
     def kind(self, label):
@@ -172,7 +167,7 @@ class Labelled(Entry):
 
 
 def column_faults(outputs, units):
-    """Labels whose columns in our tables would have the same name as another column."""
+    """Errors for labels whose columns in our tables would have the name of another column."""
     owners, faults = dict.fromkeys(OWN_COLUMNS, "our tables"), []
     for label in outputs.each:
         names = dict.fromkeys([label.name, *label.outputs])
@@ -217,9 +212,8 @@ class Task(Labelled):
     columns: ByLabel = Field({})  # pid, eid or a label -> its column in the label table
     events: EventCodes = Field({})  # code in the event column of survival labels -> 0 or 1
     names: ByLabel = Field({})  # label -> what a reader calls it, for the page
-    boxcox: Labels | None = None  # labels made normal by Box-Cox; None: the published five
-    # label -> [low, high]; None: the published two
-    valid_range: Annotated[dict[str, Range], BeforeValidator(stripped)] | None = None
+    boxcox: Labels | None = None  # labels that Box-Cox transforms; None: the published five
+    valid_range: dict[str, Range] | None = None  # label -> [low, high]; None: the published two
     settings: ForConfig = Settings()  # options, for this task
 
     plain_options = model_validator(mode="before")(with_options)
@@ -249,9 +243,9 @@ class Task(Labelled):
 
 
 class Dataset(Entry):
-    """Where a cohort's clip embeddings are, and its own label table and videos if it has them."""
+    """The clip embeddings of a cohort, and its label table and videos, if any."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
     embedding_path: Location
     label_path: Location | None = None
@@ -386,7 +380,7 @@ class Hazard(Entry):
 
 
 class Record(Labelled):
-    """The `echofocus` entry of our own checkpoints: what training used and what a user needs."""
+    """The `echofocus` entry of checkpoints: what training used and what predictions need."""
 
     format: Literal[1] = RECORD_FORMAT
     version: str = ""
@@ -427,12 +421,13 @@ def read_record(saved, file):
     if "echofocus" not in saved:
         return None
     raw = saved["echofocus"]
-    if isinstance(raw, dict) and raw.get("format") != RECORD_FORMAT:
+    number = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(number, int) and number != RECORD_FORMAT:
         raise UserError(
-            f"{file}: its record has the format {shown(raw.get('format'))}, this program reads "
-            f"{RECORD_FORMAT}; update it, or use another model"
+            f"{file}: its record has the format {number}, this program reads {RECORD_FORMAT}; "
+            "update it, or use another model"
         )
     record = validate_as(Record, raw, f"{file}, its record")
-    if missing := {"task", "labels", "type"} - record.model_fields_set:
+    if missing := {"format", "task", "labels", "type"} - record.model_fields_set:
         raise UserError(f"{file}, its record: '{min(missing)}' is missing")
     return record

@@ -29,7 +29,7 @@ class Job:
     """What a command works on. Nothing changes it: `but` and `with_source` return another one."""
 
     settings: Settings
-    task: Task | None = None  # of the labels; None for PanEcho, and for truths beside predictions
+    task: Task | None = None  # None for PanEcho, and if a table of predictions has the truths
     dataset: Dataset | None = None
     model: LoadedModel | None = None  # that answers; for `train` that it starts from
     source: Source | None = None  # the studies, once they are extracted or opened
