@@ -159,7 +159,7 @@ def cmd_explain(job):
     names = explanation_names(model, settings, settings.dataset, columns, eids)
     path = model.folder / f".{names['videos']}.journal"
     header = ex.journal_header(job, eids, columns, truths)
-    with nullcontext() if world.rank else open_journal(path, header, "studies") as journal:
+    with nullcontext() if world.rank else open_journal(path, header) as journal:
         first = world.gather(journal.n if journal else 0)[0]
         for explanation in ex.explain_studies(job, eids, columns, truths, first):
             if journal:

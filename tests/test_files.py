@@ -95,7 +95,7 @@ def test_units_of_a_journal_are_read_back(tmp_path, capsys):
     path = tmp_path / "x" / ".j"
     journal = new_journal(path, 2)
     assert same(journal, UNITS[:2])
-    again = files.Journal(path, WORK, "studies")
+    again = files.Journal(path, WORK)
     assert again.n == 2 and same(again, UNITS[:2])
     assert "2 studies" in capsys.readouterr().out
     again.add(UNITS[2])

@@ -14,7 +14,7 @@ def plain_url(url):
     return url.partition("?")[0]
 
 
-def file_name(url):
+def name_in_url(url):
     """The last part of the path of a URL or file."""
     return os.path.basename(plain_url(url).rstrip("/")) or "model"
 
@@ -34,7 +34,7 @@ def fetch(url, path):
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise WeightsError(
                 f"could not download {plain_url(url)}: {error}; run the command again, or fetch "
-                f"the file on another machine, then: {PROGRAM} download ./{file_name(url)}"
+                f"the file on another machine, then: {PROGRAM} download ./{name_in_url(url)}"
             ) from error
 
 
@@ -44,10 +44,10 @@ def receive(url, path):
         if url.startswith("https:") and not reply.url.startswith("https:"):
             raise OSError(f"it redirects to {plain_url(reply.url)}, which is not encrypted")
         size = int(reply.headers.get("Content-Length") or 0)
-        title = f"download {file_name(url)[:60]}"
+        title = f"download {name_in_url(url)[:60]}"
         bar = progress(desc=title, total=size or None, unit="B", unit_scale=True)
         with open(temporary, "wb") as f, bar:
             while chunk := reply.read(1 << 20):
                 bar.update(f.write(chunk))
         if temporary.stat().st_size < size:
-            raise OSError(f"the connection ended before the end of {size} bytes")
+            raise OSError(f"the connection ended before all {size} bytes arrived")

@@ -90,27 +90,27 @@ def write_table(frame, path, digits=6):
 
 
 @contextmanager
-def open_journal(path, work, what="entries"):
+def open_journal(path, work):
     """Yield the Journal at `path`. UserError if another process is using it."""
     with lock(path, timeout=0):
-        yield Journal(path, work, what)
+        yield Journal(path, work)
 
 
 class Journal:
-    """The finished entries of a long run, one JSON line each, so that a stopped run can resume.
+    """The finished studies of a long run, one JSON line each, so that a stopped run can resume.
 
     The first line has a digest of everything that the results depend on; a file with another
     digest is replaced. An incomplete last line is dropped. Arrays are restored exactly.
     """
 
-    def __init__(self, path, work, what="entries"):
-        """work: a dict of everything the results depend on; what: plural noun for messages."""
+    def __init__(self, path, work):
+        """work: a dict of everything the results depend on."""
         self.path, self.n = Path(path), 0
         self.header = json.dumps({"sha256": sha256_of(encode(work))}).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         end = self.scan() if self.path.is_file() else 0
         if self.n:
-            print(f"resuming after {self.n} {what}")
+            print(f"resuming after {self.n} studies")
         with open(self.path, "ab") as f:
             f.truncate(end)
             if not end:

@@ -110,7 +110,7 @@ def parse_split(text):
     return tuple(map(float, text.split(",")))
 
 
-def file_name(name):
+def plain_name(name):
     """Refuse a name that would be outside its folder or hidden in it."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name):
         raise ValueError(f"{ascii(name)[:60]} is not a name; use letters, digits, . - + and _")
@@ -136,7 +136,7 @@ def limit_or_none(value):
 
 
 Text = Annotated[str, AfterValidator(readable_text)]
-Name = Annotated[str, AfterValidator(file_name)]
+Name = Annotated[str, AfterValidator(plain_name)]
 Names = Annotated[list[str], BeforeValidator(names_in)]
 Location = Annotated[Path, Field(strict=False), AfterValidator(usable_path)]
 
@@ -152,7 +152,7 @@ class Group:
 
     title: str
     in_config: bool = True  # whether a task or dataset of the config may set its options
-    needs_videos: bool = False  # whether its options have an effect on videos only
+    needs_videos: bool = False  # whether its options affect only videos
     on_resume: OnResume = "reported"  # see `option`
     moves_folds: bool = False  # whether another value puts other patients into the validation fold
 
@@ -572,12 +572,12 @@ def is_fixed(name):
 
 
 def needs_videos(name):
-    """Whether this option has an effect on videos only, not on clip embeddings."""
+    """Whether this option affects only videos, not clip embeddings."""
     return OPTIONS[name].json_schema_extra["group"].needs_videos
 
 
 def add_options(parser, command, settings=Settings):
-    """Add a command's options to a parser, in groups; options not given are not in the result."""
+    """Add the options of a command to a parser, in groups; the result has only given options."""
     groups = {}
     for name, f in options_of(command, settings).items():
         meta, kind = f.json_schema_extra, f.annotation
@@ -655,7 +655,7 @@ def shown(value):
 
 
 def keys_at(kind, place):
-    """The keys that an entry may have, at a place in the model `kind`."""
+    """The valid keys at a place in the pydantic model `kind`."""
     for key in place:
         inner = get_args(kind)  # of dict[name, entry] or list[entry]
         kind = inner[-1] if inner else kind.model_fields[key].annotation

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from echofocus_core.base.checkpoints import WeightsError, load_safely
 from echofocus_core.base.console import PROGRAM, UserError, nearest, some
-from echofocus_core.base.download import fetch, file_name, plain_url
+from echofocus_core.base.download import fetch, name_in_url, plain_url
 from echofocus_core.base.files import atomic_path, sha256_file
 
 REGISTRY = Path(__file__).with_name("registry.json")
@@ -134,7 +134,7 @@ def obtain(source, entries, place):
             )
         return Path(source), Path(source).name
     url = entry["url"] if entry else source
-    path = place / file_name(url)[:100]
+    path = place / name_in_url(url)[:100]
     try:
         fetch(url, path)
     except WeightsError as error:

@@ -62,7 +62,13 @@ def check_run(typed, preview_cohort):
                 model = check_model(typed, config, listener)
         if model and model.task in config.tasks:
             with section("task", "give the task the model's labels, in order and unit") as listener:
-                check_task(model, config.tasks[model.task], listener)
+                task = config.tasks[model.task]
+                task_for(model, task)  # which raises UserError for other labels
+                for text in other_times(model, task.survival, task.units):
+                    listener.warning(
+                        text, "declare the unit in both, or give the column of the same times"
+                    )
+                listener.ok("the config has the model's labels")
         if config:
             with section("options", "correct the option or the config") as listener:
                 job = choose_job(typed, config, model, listener)
@@ -115,14 +121,6 @@ def check_model(typed, config, listener):
     if (folder / "last_checkpoint.pt").is_file():
         read_checkpoint(folder / "last_checkpoint.pt")
     return model
-
-
-def check_task(model, task, listener):
-    """Check that a task of the config has the labels and units of a model."""
-    task_for(model, task)
-    for text in other_times(model, task.survival, task.units):
-        listener.warning(text, "declare the unit in both, or give the column of the same times")
-    listener.ok("the config has the model's labels")
 
 
 def choose_job(typed, config, model, listener):
