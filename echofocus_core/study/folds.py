@@ -77,9 +77,9 @@ def stratified_folds(label, table, hashes, rule):
     patients would change the folds of others, unlike with the hash alone: the folds of a training
     are recorded, and later patients are in the test fold.
     """
-    y = label.contrast(table).groupby(table["pid"]).agg("max" if label.is_finding else "mean")
+    y = label.contrast(table).groupby(table["pid"]).agg("max" if label.has_groups else "mean")
     stratum = y
-    if not label.is_finding:
+    if not label.has_groups:
         stratum = y.where(y.isna(), np.searchsorted(y.quantile([1 / 3, 2 / 3]), y))
     folds = {}
     for _, patients in y.groupby(stratum.fillna(-1)):
@@ -381,7 +381,7 @@ def warn_of_one_class(table, folds, task, listener):
             continue  # it cannot be learned, which is reported
         for fold in ("val", "test"):
             values = y[folds == fold].dropna()
-            if len(values) and label.is_finding and (why := label.why_constant(values)):
+            if len(values) and label.has_groups and (why := label.why_constant(values)):
                 chooses = label.by_step and len(outputs.labels) == 1 and fold == "val"
                 report = listener.error if chooses else listener.warning  # no epoch is the best
                 report(

@@ -307,22 +307,20 @@ def errors(truth, values, weights):
 
 def spearman(truth, values, weights):
     """(B,): the correlation of mid-ranks, which are computed in each resample."""
-    (x, x_of, sxx), (y, y_of, syy) = mid_ranks(truth, weights), mid_ranks(values, weights)
-    x, y = np.take(x, x_of, axis=0), np.take(y, y_of, axis=0)
+    (x, sxx), (y, syy) = mid_ranks(truth, weights), mid_ranks(values, weights)
     correlation = np.einsum("sb,sb,sb->b", weights, x, y) / np.sqrt(sxx) / np.sqrt(syy)
     return np.where((sxx > 0) & (syy > 0), correlation, np.nan)
 
 
 def mid_ranks(values, weights):
-    """(mid-ranks (G, B) of the distinct values minus their mean, the index (S,) of each study's
-    value, the sum of squares of the ranks (B,))."""
+    """(mid-ranks (S, B) minus their mean, their weighted sum of squares (B,))."""
     distinct, place = np.unique(values, return_inverse=True)
     half = sum_by_group(place, len(distinct), weights)
     ranks = running_sum(half)
     ranks -= half.sum(axis=0) / 2
     half *= 0.5  # in place: these arrays are large
     ranks -= half
-    return ranks, place, 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
+    return np.take(ranks, place, axis=0), 2 * np.einsum("gb,gb,gb->b", half, ranks, ranks)
 
 
 def weighted_median(values, weights):

@@ -34,7 +34,7 @@ class Label:
     task_key: ClassVar[str] = ""  # the key of a task that labels of this kind need
     is_number: ClassVar[bool] = False  # whether a valid_range may be given
     by_step: ClassVar[bool] = False  # whether a study's loss depends on the others of its step
-    is_finding: ClassVar[bool] = False  # whether its `contrast` divides studies into groups
+    has_groups: ClassVar[bool] = False  # whether its `contrast` divides studies into groups
     metric_name: ClassVar[str] = "AUROC"
     score_name: ClassVar[str] = "log-odds"  # the unit of the network's outputs
 
@@ -162,7 +162,6 @@ class Outcome:
     truth: np.ndarray
     predicted: np.ndarray
 
-    kind: ClassVar[str]
     headline: ClassVar[str]  # the metric that represents the kind
     METRICS: ClassVar[tuple[Metric, ...]]
     figures: ClassVar[tuple[str, ...]]  # of `report.curves.PANELS`

@@ -11,7 +11,7 @@ from echofocus_core.study.kinds.base import Label, Metric, Outcome, rarer, sigmo
 
 
 class Binary(Label):
-    kind, output_kind, is_finding = "binary", "binary", True
+    kind, output_kind, has_groups = "binary", "binary", True
 
     def faults(self, y, low, high):
         return {"not 0 or 1": y.notna() & ~y.isin([0, 1])}
@@ -68,7 +68,7 @@ class BinaryOutcome(Outcome):
     threshold: float | np.ndarray | None = None
     prevalence: float | None = None
 
-    kind, headline = "binary", "auroc"
+    headline = "auroc"
     METRICS: ClassVar = (
         Metric("auroc", RANKING, denominator=lambda o: rarer(o, o.truth == 1)),
         Metric("average_precision", RANKING),

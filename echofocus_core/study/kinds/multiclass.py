@@ -20,7 +20,7 @@ from echofocus_core.study.kinds.base import (
 class Multiclass(Label):
     """An output is the log-odds of a class against all others, so that it reads like a finding."""
 
-    kind, output_kind, task_key, is_finding = "multiclass", "binary", "classes", True
+    kind, output_kind, task_key, has_groups = "multiclass", "binary", "classes", True
 
     @property
     def outputs(self):
@@ -75,7 +75,7 @@ class MulticlassOutcome(Outcome):
 
     classes: tuple[str, ...]
 
-    kind, headline = "multiclass", "auroc"
+    headline = "auroc"
     METRICS: ClassVar = tuple(
         Metric(name, "Grades") for name in ("auroc", "balanced_accuracy", "kappa")
     )

@@ -43,7 +43,7 @@ class RegressionOutcome(Outcome):
 
     units: str = ""
 
-    kind, headline, averages_truths = "regression", "median_absolute_error", True
+    headline, averages_truths = "median_absolute_error", True
     METRICS: ClassVar = (
         Metric("median_absolute_error", ERROR, has_unit=True),
         Metric("mean_absolute_error", ERROR, has_unit=True),

@@ -26,7 +26,7 @@ EVENT = " (event)"  # after a survival label's name: its second target column
 class Survival(Label):
     kind, task_key, is_number, by_step, metric_name = "survival", "survival", True, True, "C"
     output_kind, score_name = "survival", "log hazard"
-    is_finding = True  # by its events
+    has_groups = True  # by its events
 
     @property
     def outputs(self):
@@ -150,7 +150,7 @@ class SurvivalOutcome(Outcome):
     units: str = "years"
     per_year: float = 1.0
 
-    kind, headline, truth_fields = "survival", "c_index", ("truth", "event")
+    headline, truth_fields = "c_index", ("truth", "event")
     METRICS: ClassVar = (
         Metric(
             "c_index", "Survival", denominator=lambda o: o.usable & (o.event == 1),
