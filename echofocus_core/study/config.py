@@ -32,7 +32,6 @@ from echofocus_core.base.options import (
     shown,
     validate_as,
 )
-from echofocus_core.study.kinds.survival import EVENT, PER_YEAR
 from echofocus_core.study.outputs import KINDS, Outputs
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
@@ -160,9 +159,12 @@ class Labelled(Entry):
                 if name not in labels and name not in outputs.names:
                     hint = nearest(name, labels)
                     faults.append(f"{key} has {printable(name)[:60]}, which is not a label{hint}")
-        for label in outputs.of_kind("survival"):
-            if (unit := self.units.get(label, "years")).strip().casefold() not in PER_YEAR:
-                faults.append(f"the unit of {label} is one of {', '.join(PER_YEAR)}, not {unit}")
+        for label in outputs.each:
+            unit, allowed = self.units.get(label.name), label.allowed_units
+            if unit is not None and allowed and unit.strip().casefold() not in allowed:
+                faults.append(
+                    f"the unit of {label.name} is one of {', '.join(allowed)}, not {unit}"
+                )
         return faults + column_faults(outputs, self.units)
 
 
@@ -173,7 +175,7 @@ def column_faults(outputs, units):
         names = dict.fromkeys([label.name, *label.outputs])
         columns = [name + end for name in names for end in ("", *OWN_ENDS)]
         columns += [f"{label.name} [{units[label.name]}]"] if label.name in units else []
-        columns += [label.name + end for end in (EVENT, "_event") if label.kind == "survival"]
+        columns += label.more_columns
         for column in columns:
             if column in owners:
                 whose = f"{owners[column]} and {label.name}"

@@ -35,6 +35,7 @@ class Label:
     is_number: ClassVar[bool] = False  # whether a valid_range may be given
     by_step: ClassVar[bool] = False  # whether a study's loss depends on the others of its step
     has_groups: ClassVar[bool] = False  # whether its `contrast` divides studies into groups
+    allowed_units: ClassVar[tuple[str, ...]] = ()  # (): any
     metric_name: ClassVar[str] = "AUROC"
     score_name: ClassVar[str] = "log-odds"  # the unit of the network's outputs
 
@@ -47,6 +48,11 @@ class Label:
     def columns(self):
         """Names of its target columns in the label table after reading."""
         return [self.name]
+
+    @property
+    def more_columns(self):
+        """Names of other columns for it in our tables, which no label may have."""
+        return []
 
     # ------------------------------------------------------------------- from the label table
 

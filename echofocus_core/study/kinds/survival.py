@@ -27,6 +27,7 @@ class Survival(Label):
     kind, task_key, is_number, by_step, metric_name = "survival", "survival", True, True, "C"
     output_kind, score_name = "survival", "log hazard"
     has_groups = True  # by its events
+    allowed_units = tuple(PER_YEAR)
 
     @property
     def outputs(self):
@@ -35,6 +36,10 @@ class Survival(Label):
     @property
     def columns(self):
         return [self.name, self.name + EVENT]
+
+    @property
+    def more_columns(self):
+        return [self.name + EVENT, f"{self.name}_event"]
 
     def read(self, cells, numbers, task, path, listener):
         """If one of a time and its event is missing, both become NaN."""
