@@ -63,7 +63,7 @@ def every_cut(y, p, weights=None):
     """(true positives, false positives) at each distinct score, from no study positive to all:
     (G + 1,), or (G + 1, B) for weights (S, B)."""
     order = np.argsort(-p, kind="stable")
-    last = np.append(np.diff(p[order]) != 0, True)
+    last = np.diff(p[order], append=-np.inf) != 0  # of equal scores
     counts = mt.weights_or_ones(weights, len(y))[order]
     none = np.zeros((1, counts.shape[1]))
     of_class = (np.cumsum(counts * (y[order] == k)[:, None], axis=0)[last] for k in (1, 0))
