@@ -17,7 +17,7 @@ LONGEST_LINE = 2000  # characters of an error message
 
 
 class UserError(Exception):
-    """A mistake or missing input that the user can fix; the message explains how."""
+    """A mistake or missing input; the message says what the user can do."""
 
     status = 1  # of the program
 
@@ -38,13 +38,13 @@ class Finding:
 
 
 class Findings:
-    """Receives findings about config, labels, embeddings, videos and models.
+    """Receives findings about config, labels, embeddings, videos and models, here for runs.
 
-    This class is for runs: it prints notes and warnings, and raises UserError for an error.
+    Prints notes and warnings, and raises UserError for an error.
     """
 
     def __init__(self):
-        self.notes = set()  # that were printed: a command prints each once
+        self.notes = set()  # printed notes: a command prints each once
 
     def ok(self, text):
         """A check that passed; only `check` reports it."""
@@ -115,19 +115,18 @@ class Parser(argparse.ArgumentParser):
     """argparse, with `--model-name` for `--model_name` and a hint for a misspelt option."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        args = [underscores(a) for a in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0], parsed)}")
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
         switches = {o for o, a in self._option_string_actions.items() if isinstance(a, Switch)}
-        return super().parse_known_args(as_switches(args, switches), namespace)
+        return super().parse_known_args(plain_arguments(args, switches), namespace)
 
     def error(self, message):
         stop(self.prog, message, UsageError.status)
@@ -158,27 +157,26 @@ def plain_word(name):
     return str(name).strip().lstrip("-").lower().replace("-", "_")
 
 
-def as_switches(args, switches):
-    """`--redo True` -> `--redo`; `--redo False`, `--redo=False` -> `--no_redo`."""
-    out = []
+def plain_arguments(args, switches):
+    """The usual spelling of options.
+
+    `--model-name=x` -> `--model_name=x`; for switches `--redo True` -> `--redo` and `--redo False`,
+    `--redo=False` -> `--no_redo`.
+    """
+    plain = []
     for argument in args:
         name, equals, value = argument.partition("=")
-        if not equals and out and out[-1] in switches:
-            name, value = out[-1], argument
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+            argument = name + equals + value
+        if not equals and plain and plain[-1] in switches:
+            name, value = plain[-1], argument
         if name in switches and value.lower() in ("true", "false"):
             if not equals:
-                out.pop()
+                plain.pop()
             argument = name if value.lower() == "true" else f"--no_{name[2:]}"
-        out.append(argument)
-    return out
-
-
-def underscores(argument):
-    """`--model-name=x` -> `--model_name=x`; leaves everything but long options unchanged."""
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    name, equals, value = argument[2:].partition("=")
-    return "--" + name.replace("-", "_") + equals + value
+        plain.append(argument)
+    return plain
 
 
 def run_main(main, program):
