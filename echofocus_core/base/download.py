@@ -50,4 +50,4 @@ def receive(url, path):
             while chunk := reply.read(1 << 20):
                 bar.update(f.write(chunk))
         if temporary.stat().st_size < size:
-            raise OSError(f"the connection ended before all {size} bytes arrived")
+            raise OSError(f"the connection ended before the last of {size} bytes")
