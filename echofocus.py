@@ -156,7 +156,7 @@ def cmd_explain(job):
     eids = ex.select_studies(job, eids, truths, columns)
     views = job.dataset.views  # read first: that may refuse
     views = read_views(views, RUN, store, eids) if views else {}
-    names = explanation_names(model, settings, settings.dataset, columns, eids)
+    names = explanation_names(model, settings, columns, eids)
     path = model.folder / f".{names['videos']}.journal"
     header = ex.journal_header(job, eids, columns, truths)
     with nullcontext() if world.rank else open_journal(path, header) as journal:

@@ -225,8 +225,15 @@ class StudyView:
 
     @property
     def more(self):
-        """More answers for the table, [(name, answer)]: the most probable class, survival."""
-        return more_answers(self.page.model, self.row)
+        """[(name, text)] of further answers (most probable class, survival)."""
+        rows = []
+        for label in self.page.model.outputs.each:
+            for name, answer in label.more_answers(self.row):
+                if not isinstance(answer, str):
+                    answer = "" if number(answer) is None else percent(answer)
+                if answer:
+                    rows.append((name, answer))
+        return rows
 
     def list_data(self):
         """The values by which the script of the list sorts and filters a study."""
@@ -237,17 +244,6 @@ class StudyView:
             "warned": self.novelty is not None and self.novelty > UNUSUAL,
             "labels": [label.list_data(self.thumb) for label in self.labels],
         }  # fmt: skip
-
-
-def more_answers(model, row):
-    """[(what, text)]: answers of a row of `predict` beside the outputs, without blank ones."""
-    answers = [pair for label in model.outputs.each for pair in label.more_answers(row)]
-    answers = [(what, x if isinstance(x, str) else number(x)) for what, x in answers]
-    return [
-        (what, x if isinstance(x, str) else percent(x))
-        for what, x in answers
-        if x not in ("", None)
-    ]
 
 
 # ------------------------------------------------------------------------------------------ labels

@@ -1,15 +1,11 @@
 """Tables and files of explanations, see `attribution.explain_study`."""
 
-import hashlib
-import json
-import re
-
 import h5py
 import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError
-from echofocus_core.base.files import atomic_path, write_table
+from echofocus_core.base.files import atomic_path, in_file_name, sha256_of, write_table
 from echofocus_core.base.hdf5 import new_hdf5
 from echofocus_core.base.options import Settings
 from echofocus_core.study.attribution import COMPLETE
@@ -49,11 +45,9 @@ def top_rows(model, explanation, settings, truths, dataset):
         absolute, videos = explanation["absolute"][k], explanation["videos"]
         loss = np.nan if np.isnan(explanation["truths"][i]) else explanation["losses"][i]
         row = {
-            "echo_id": explanation["eid"],
-            "measure": model.outputs.names[i],
-            "y_true": truths[i],
-        }
-        row |= {"y_pred": values[i], "loss": loss}
+            "echo_id": explanation["eid"], "measure": model.outputs.names[i],
+            "y_true": truths[i], "y_pred": values[i], "loss": loss,
+        }  # fmt: skip
         best = [(videos[v], absolute[v]) for v in np.argsort(-absolute, kind="stable")]
         best += [("", np.nan)] * settings.explain_n  # blank if a study has fewer videos
         for n, (video, score) in enumerate(best[: settings.explain_n], start=1):
@@ -112,28 +106,23 @@ def write_explanations(job, explanations, truths, names, warnings):
     return videos
 
 
-def explanation_names(model, settings, dataset, columns, eids):
+def explanation_names(model, settings, columns, eids):
     """File names with all selected options, so that other selections do not overwrite them."""
-    chosen = [f"{settings.subset}_{dataset}"]
+    labels, selection = model.outputs.names, [f"explanation_{settings.subset}_{settings.dataset}"]
     if settings.eids or settings.select != "all":
-        key = hashlib.sha256("\n".join(eids).encode()).hexdigest()[:8]
-        chosen.append(f"{'eids' if settings.eids else settings.select}-{key}")
-    if len(columns) < len(model.outputs.names):
-        labels = [model.outputs.names[i] for i in columns]
-        text, exact = "_".join(re.sub(r"\W", "-", x) for x in labels), "_".join(labels)
-        if len(text) > 40 or text != exact:
-            digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:8]
-            text = digest if len(text) > 40 else f"{text}-{digest}"
-        chosen.append(f"labels-{text}")
+        studies = "eids" if settings.eids else settings.select
+        selection.append(f"{studies}-{sha256_of(*eids)[:8]}")
+    if len(columns) < len(labels):
+        selection.append("labels-" + in_file_name("_".join(labels[i] for i in columns)))
     if settings.sample_limit and settings.select == "all":
-        chosen.append(f"sample_limit-{settings.sample_limit}")
-    tops = [*chosen, f"explain_n-{settings.explain_n}", f"mode-{settings.explain_mode}"]
-    if settings.explain_mode != "pred":
-        chosen.append(f"mode-{settings.explain_mode}")
-    other = [] if settings.explain_method == "adaptive" else [settings.explain_method]
+        selection.append(f"sample_limit-{settings.sample_limit}")
+    mode, method = [f"mode-{settings.explain_mode}"], []
+    if settings.explain_method != "adaptive":
+        method.append(settings.explain_method)
     if settings.explain_steps != Settings().explain_steps:
-        other.append(f"steps-{settings.explain_steps}")
-    other += [] if settings.baseline == "zero" else [f"baseline-{settings.baseline}"]
-    long = ".".join(["explanation_" + chosen[0], *chosen[1:], *other])
-    tops = ".".join(["explanation_" + tops[0], *tops[1:], *other])
+        method.append(f"steps-{settings.explain_steps}")
+    if settings.baseline != "zero":
+        method.append(f"baseline-{settings.baseline}")
+    tops = ".".join([*selection, f"explain_n-{settings.explain_n}", *mode, *method])
+    long = ".".join([*selection, *(mode if settings.explain_mode != "pred" else []), *method])
     return {"videos": f"{long}.csv", "tops": f"{tops}.csv", "clips": f"{long}.clips.h5"}

@@ -220,5 +220,5 @@ def plot_views(table, path):
             axis.plot(ends, [y, y], color=OKABE_ITO[0])
     axis.axvline(1, color="grey", lw=0.8)
     axis.set_yticks(range(len(order)), order)
-    axis.set(xlabel="importance of a video (absolute scores; 1 is average)")
+    axis.set(xlabel="importance per video (absolute scores; 1 is average)")
     save_figure(figure, path)

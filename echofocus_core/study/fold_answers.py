@@ -111,7 +111,9 @@ def answer_fold(job, thresholds):
     if not len(results):
         raise UserError("no study could be read: nothing to evaluate")
     chosen = chosen_folds(settings)
-    reasons = folds.map(lambda fold: "" if fold in chosen else fold_in_words(fold))
+    in_words = {fold: "" if fold in chosen else f"in the {fold} fold" for fold in FOLDS}
+    in_words["left out"] = "without a fold in the split column"
+    reasons = folds.map(lambda fold: in_words.get(fold, fold))
     for reason, lost in (
         ("no label", whole[task.task_labels].isna().all(axis=1)),
         ("no clip embeddings", ~whole.index.isin(list(store.files))),
@@ -121,24 +123,17 @@ def answer_fold(job, thresholds):
         reasons = reasons.mask(lost & (reasons == ""), reason)
     flow = study_flow(whole, reasons)
     studies = studies_of_answers(model, table, results, thresholds, settings)
-    order = np.argsort(whole.index.get_indexer(studies.eids))  # the label table's
+    order = np.argsort(whole.index.get_indexer(studies.eids))  # as in the label table
     return studies.take(order), flow, evidence, warnings
 
 
 def studies_of_answers(model, table, results, thresholds, settings):
-    """Studies of Results and the label table."""
-    table = table.loc[results.eids]
-    truth, predicted = table[model.outputs.columns], model.readable(results.logits)
-    outcomes = outcomes_of(
-        model.outputs, truth.to_numpy(), predicted, model.units, thresholds, settings.years
-    )
+    """The `Studies` of Results with their rows of the label table."""
+    table, predicted = table.loc[results.eids], model.readable(results.logits)
+    truth = table[model.outputs.columns].to_numpy()
+    outcomes = outcomes_of(model.outputs, truth, predicted, model.units, thresholds, settings.years)
     studies = Studies(results.eids, table["pid"].to_numpy(), outcomes)
     return studies.at_prevalence(settings.prevalence)
-
-
-def fold_in_words(fold):
-    text = "without a fold in the split column" if fold == "left out" else fold
-    return f"in the {fold} fold" if fold in FOLDS else text
 
 
 def thresholds_for(job):

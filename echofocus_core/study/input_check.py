@@ -258,25 +258,26 @@ class Resamples:
 
 
 def interval_half_width(draws, videos, clips, modulo=False, whole=False):
-    """(S, T): the half-width of the 90 % range of an answer, in which the answer from another
-    extraction of the study is nine times of ten.
+    """(S, T): the half-width of the 90 % range of each answer. The answer from another extraction
+    of the same study is in this range nine times of ten.
 
-    draws: (S, DRAWS, T) outputs of resampled studies; videos: of each study, (S,); clips: of each
-    video, (S,); modulo: whether these are of one class of starts, (S,); whole: whether videos were
-    resampled too. A resample of C clips (or V videos) varies (C - 1) / C as much as C new ones;
-    for a single one the variance is undefined (NaN). The difference between two extractions varies
-    twice as much as one. Student's t allows for the few draws and the few clips, whose relative
-    errors add (Satterthwaite, Biometrics Bulletin 1946).
+    draws: (S, DRAWS, T) outputs of resampled studies; videos: (S,) number in each study; clips:
+    (S,) number in each video; modulo: (S,) whether a study's clips are of one class of starts;
+    whole: whether videos were resampled too. NaN where there is only one clip, or one video.
+
+    - The variance between resamples of n clips is (n - 1) / n of that between extractions.
+    - The difference between two extractions has twice the variance of one.
+    - Student's t allows for the few draws and the few clips. Their relative errors add
+      (Satterthwaite, Biometrics Bulletin 1946).
     """
     from scipy.stats import t
 
     V, C = (np.asarray(x, float)[:, None] for x in (videos, clips))
-    factor, freedom = np.ones_like(C), np.full_like(C, np.inf)
-    for n, degrees in [(C, V * (C - 1))] + [(V, V - 1)] * whole:
-        with np.errstate(divide="ignore"):
-            factor = np.maximum(factor, np.where(n > 1, n / (n - 1), np.nan))
-        freedom = np.minimum(freedom, degrees)
-    factor = factor * (1 + BETWEEN_CLASSES * C * np.asarray(modulo).reshape(-1, 1))
     with np.errstate(divide="ignore"):
+        factor, freedom = C / (C - 1), V * (C - 1)
+        if whole:
+            factor, freedom = np.maximum(factor, V / (V - 1)), np.minimum(freedom, V - 1)
         freedom = 1 / (1 / (DRAWS - 1) + 1 / freedom)
+    factor = np.where(np.isfinite(factor), factor, np.nan)
+    factor = factor * (1 + BETWEEN_CLASSES * C * np.asarray(modulo).reshape(-1, 1))
     return t.ppf(0.95, freedom) * np.sqrt(2 * factor) * draws.std(axis=1, ddof=1)

@@ -35,9 +35,8 @@ def half_widths_of(model, store, results, settings, input_report):
         return None
     keys = [(eid, k) for eid in results.eids for k in range(DRAWS)]
     resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
-    draws = np.full(
-        (len(keys), len(model.outputs.names)), np.nan
-    )  # NaN where a file vanished since
+    # NaN where a file was deleted in the meantime
+    draws = np.full((len(keys), len(model.outputs.names)), np.nan)
     place = {key: i for i, key in enumerate(keys)}
     draws[[place[key] for key in resampled.eids]] = model.range_values(resampled.logits)
     draws = draws.reshape(len(results), DRAWS, -1)
@@ -73,9 +72,9 @@ def survival_columns(model, logits, years):
 
 
 def prediction_table(model, results, input_report, half_widths=None, years=()):
-    """(DataFrame with a row a study, why other studies are not in it).
+    """(DataFrame with one row per study, why other studies are not in it).
 
-    Columns: ids and counts, one an output (with its unit) and its range, the most probable class,
+    Columns: ids and counts, one per output (with its unit) and its range, the most probable class,
     the probability of survival to some `years`, decisions and their thresholds, novelty, warnings.
     input_report: the studies' InputReport; half_widths: see `half_widths_of`. A study without one
     finite answer is not in the table; labels never learnt are blank, and a single answer that is
