@@ -80,7 +80,7 @@ def write_results(run, fold, predictions):
     for task in tasks:
         folder = run.folder / "preds" / task["name"]
         name = f"{fold}_{task['name']}"
-        labels = run.cohort.labels.loc[predictions.videos.index]
+        labels = run.labels.loc[predictions.videos.index]
         per_video = prediction_table(task, predictions.videos, labels)
         per_video.insert(0, "acc_num", videos.loc[per_video.index, "study"])
         write_table(per_video.rename_axis("video"), folder / f"{name}_video_preds.csv")

@@ -73,6 +73,7 @@ class Run(EpochTraining):
                 raise UserError(f"no usable video in the {fold} fold of {cohort.name}")
         labels = cohort.labels.loc[self.names["train"]]
         self.tasks = fill_means(learnable_tasks(cohort.tasks, labels), labels)
+        self.labels = cohort.labels[[t["name"] for t in self.tasks]]
         weighted = self.tasks if settings.use_class_weights else []
         weights = {t["name"]: class_weights(t, labels[t["name"]].to_numpy()) for t in weighted}
         self.loss = MultiTaskLoss(self.tasks, weights)
@@ -107,8 +108,7 @@ class Run(EpochTraining):
 
     def metric_is_defined(self):
         """Whether AUROC or R2 of some task is defined on the validation fold; warns if not."""
-        labels = self.cohort.labels.loc[self.names["val"], [t["name"] for t in self.tasks]]
-        if (labels.nunique() > 1).any():
+        if (self.labels.loc[self.names["val"]].nunique() > 1).any():
             return True
         RUN.warning(
             "no label of the validation fold has two values; early stopping uses its loss instead"
@@ -278,14 +278,13 @@ class Run(EpochTraining):
 
         Returns the loss.
         """
-        columns = [t["name"] for t in self.tasks]
-        divisors = self.loss.divisors(self.cohort.labels.loc[step, columns].to_numpy())
+        divisors = self.loss.divisors(self.labels.loc[step].to_numpy())
         loss = torch.zeros((), device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # for layers that use torch's generator
             torch.manual_seed(derive_seed("step", seed, step[0], self.world.rank))
             if names:
-                targets = self.cohort.labels.loc[names, columns].to_numpy(np.float32, copy=True)
+                targets = self.labels.loc[names].to_numpy(np.float32, copy=True)
                 outputs = self.forward(clips, names, seed)
                 sums = self.loss.sums(outputs, torch.from_numpy(targets).to(self.device))
                 loss = self.loss.mean(sums, divisors)
@@ -326,8 +325,7 @@ class Run(EpochTraining):
 
     def predictions(self, raw):
         """Predictions from raw outputs, one row per video."""
-        names = [t["name"] for t in self.tasks]
-        targets = self.cohort.labels.loc[raw.index, names].to_numpy()
+        names, targets = list(self.labels), self.labels.loc[raw.index].to_numpy()
         sizes = [len(t["class_names"]) if t["type"].startswith("multi") else 1 for t in self.tasks]
         outputs = torch.tensor(raw.to_numpy()).split(sizes, dim=1)
         outputs = dict(zip(names, outputs, strict=True))
@@ -351,8 +349,7 @@ class Run(EpochTraining):
 
     def truths(self, studies):
         """Labels of studies: the first value among a study's videos."""
-        labels = self.cohort.labels.groupby(self.cohort.videos["study"]).first()
-        return labels.loc[studies.index]
+        return self.labels.groupby(self.cohort.videos["study"]).first().loc[studies.index]
 
     # ---------------------------------------------------------------------------------------- files
 
