@@ -131,14 +131,15 @@ def origin_of(folder):
 def model_facts(path, tasks):
     """The facts in a checkpoint; labels without a name are numbered."""
     saved = read_checkpoint(path)
-    record, net, n_outputs = read_network(saved, path)
+    record, net = read_network(saved, path)
     facts = {}
     try:
-        task, labels, units, origin = labels_for(path.parent, record, n_outputs, tasks)
+        task, labels, units, origin = labels_for(path.parent, record, net.n_outputs, tasks)
         outputs, scaling = outputs_from(saved, record, labels, path)
     except UserError as error:
         task, units, origin, scaling = "", {}, "nobody", None
-        labels, facts["labels_missing"] = [f"output {i + 1}" for i in range(n_outputs)], str(error)
+        labels = [f"output {i + 1}" for i in range(net.n_outputs)]
+        facts["labels_missing"] = str(error)
         outputs = Outputs.of(labels, "regression" if saved.get("input_norm_dict") else "binary")
     facts |= {"task": task, "labels_from": origin}
     return facts | describe_model(

@@ -91,14 +91,14 @@ def only_model(task, tasks):
 def is_of_task(path, task, tasks):
     """Whether a checkpoint is of a task: by its record, the registry or the number of labels."""
     try:
-        record, _, n_outputs = read_network(read_checkpoint(path), path)
+        record, net = read_network(read_checkpoint(path), path)
     except UserError as error:
         print(f"skipped {path.parent.name}: {error}")
         return False
     name = record.task if record else releases.registry_entry(path.parent).get("task")
     if name or task not in tasks:
         return name == task
-    return len(tasks[task].task_labels) == n_outputs
+    return len(tasks[task].task_labels) == net.n_outputs
 
 
 def load_named(name, run_id, tasks, task="", device="cpu"):
@@ -145,10 +145,10 @@ def load_model(folder, tasks=(), task="", device="cpu"):
         return load_readings(file, device)
     releases.check_source(path)
     saved = read_checkpoint(path)
-    record, net, n_outputs = read_network(saved, path)
-    task, labels, units, origin = labels_for(folder, record, n_outputs, tasks, task)
+    record, net = read_network(saved, path)
+    task, labels, units, origin = labels_for(folder, record, net.n_outputs, tasks, task)
     if not record:
-        print(f"labels of {folder.name}: task {task} of {origin} ({n_outputs})")
+        print(f"labels of {folder.name}: task {task} of {origin} ({net.n_outputs})")
     outputs, scaling = outputs_from(saved, record, labels, path)
     encoder_file = path if saved.get("end_to_end") else folder / ENCODER_FILE
     encoder_file = encoder_file if encoder_file.is_file() else None
@@ -188,17 +188,16 @@ def load_readings(file, device):
 
 
 def read_network(saved, path):
-    """(Record or None, Aggregator, number of outputs) of a checkpoint's dict. Raises UserError."""
+    """(Record or None, Aggregator) of a checkpoint's dict. Raises UserError."""
     record, state = read_record(saved, path), saved["model_state_dict"]
     if record:
-        settings, n_outputs = record.settings, len(record.outputs.names)
+        network = record.settings, len(record.outputs.names), record.outputs.groups
     else:
-        settings, n_outputs = published_architecture(state, path)
-    groups = record.outputs.groups if record else ()
+        network = published_architecture(state, path)
     with torch.device("meta"):
-        net = build(settings, n_outputs, groups)
+        net = build(*network)
     checkpoints.load_strictly(net, state, path, "an EchoFocus model")
-    return record, net, n_outputs
+    return record, net
 
 
 def published_architecture(state, path):
@@ -272,9 +271,10 @@ def labels_for(folder, record, n_outputs, tasks, task=""):
 def check_download(folder, entry):
     """UserError for a downloaded model that cannot be used. entry: of the registry, or {}."""
     for path in sorted(folder.glob("*_checkpoint.pt")):
-        record, _, n_outputs = read_network(read_checkpoint(path), path)
-        if not record and n_outputs != len(entry.get("labels", range(n_outputs))):
-            raise UserError(f"{path} has {n_outputs} outputs, not {len(entry['labels'])}")
+        record, net = read_network(read_checkpoint(path), path)
+        labels = entry.get("labels", range(net.n_outputs))
+        if not record and net.n_outputs != len(labels):
+            raise UserError(f"{path} has {net.n_outputs} outputs, not {len(labels)}")
     if (folder / "panecho.pt").is_file():
         panecho.load_panecho(folder / "panecho.pt")
 
