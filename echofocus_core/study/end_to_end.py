@@ -135,7 +135,7 @@ def is_frozen(net):
 class EncoderStart:
     """The initial encoder of an end-to-end training, and the record for its file."""
 
-    start: LoadedEncoder  # its encoder is trained; its heads are kept only if that is frozen
+    loaded: LoadedEncoder  # its encoder is trained; its heads are kept only if that is frozen
     settings: Settings
     licence: str
 
@@ -152,7 +152,7 @@ class EncoderStart:
         """The Input of a model on embeddings of the encoder with this digest."""
         s = self.settings
         return Input(
-            weights_sha256=sha256 or self.start.sha256, weights=ENCODER_FILE, size=s.size,
+            weights_sha256=sha256 or self.loaded.sha256, weights=ENCODER_FILE, size=s.size,
             clip_len=s.clip_len, sampling=SAMPLINGS["independent"], mask="none",
         )  # fmt: skip
 
@@ -162,13 +162,13 @@ class EncoderStart:
         seen: list of Seen, of the training and of the models it started from. Returns its Input.
         """
         s, path = self.settings, Path(folder, ENCODER_FILE)
-        state, tasks = self.start.model.state_dict(), self.start.model.tasks
+        state, tasks = self.loaded.model.state_dict(), self.loaded.model.tasks
         if s.freeze != "encoder":
             state, tasks = {k: v for k, v in state.items() if k.startswith("encoder.")}, []
         record = EncoderRecord(
             tasks=[EncoderTask(**task) for task in tasks], version=__version__,
             cohort=s.dataset, size=s.size, clip_len=s.clip_len, licence=self.licence,
-            started_from=Path(s.weights).name, started_sha256=self.start.sha256,
+            started_from=Path(s.weights).name, started_sha256=self.loaded.sha256,
         )  # fmt: skip
         saved = {"weights": state, "encoder": record.to_save()}
         save(saved | {"seen": [part.saved() for part in seen]}, path)

@@ -116,14 +116,14 @@ class Training(EpochTraining):
         super().__init__(folder, settings, world)  # history: [epoch, train_loss, val_loss, lr, s]
         self.cohort, self.task, self.store = cohort, cohort.task, store
         self.study = fresh_network(settings, cohort.outputs, parent, cohort.task.units)
-        self.encoder = EncoderStart.of(settings) if settings.end_to_end else None
-        if self.encoder:
-            encoder = self.encoder.start.model.encoder
+        self.encoder_start = EncoderStart.of(settings) if settings.end_to_end else None
+        if self.encoder_start:
+            encoder = self.encoder_start.loaded.model.encoder
             self.net = EndToEnd(
                 encoder, self.study, settings.clips_at_once, settings.freeze, settings.ping_pong
             )
             groups = self.net.rate_groups(settings)
-            self.training_input = TrainingInput(self.encoder.input(), None, None)
+            self.training_input = TrainingInput(self.encoder_start.input(), None, None)
         else:
             self.net, groups = self.study, rate_groups(self.study, settings)
             patients = cohort.table["pid"].loc[cohort.eids["train"]]
@@ -217,7 +217,7 @@ class Training(EpochTraining):
             "novelty": self.training_input.novelty and self.training_input.novelty.to_save(),
             "echofocus": self.record().to_save(),
         }
-        if self.encoder:
+        if self.encoder_start:
             state["encoder_state_dict"] = self.net.encoder.state_dict()
         return state
 
@@ -225,13 +225,13 @@ class Training(EpochTraining):
         """Restore the state of a checkpoint."""
         refuse_other_folds(self.folder, self.cohort.folds)
         self.study.load_state_dict(saved["model_state_dict"])
-        if self.encoder:
+        if self.encoder_start:
             self.net.encoder.load_state_dict(saved["encoder_state_dict"])
         self.optimizer.load_state_dict(saved["optimizer_state_dict"])
         self.scheduler.load_state_dict(saved["scheduler_state_dict"])
         self.history, self.dropped = list(saved["perf_log"]), dict(saved["dropped"])
         self.thresholds, self.hazards = record.thresholds, record.hazards
-        if record.settings.learning_rate != self.settings.learning_rate and not self.encoder:
+        if record.settings.learning_rate != self.settings.learning_rate and not self.encoder_start:
             groups = zip(
                 self.optimizer.param_groups, rate_groups(self.net, self.settings), strict=True
             )
@@ -289,7 +289,7 @@ class Training(EpochTraining):
     def finish_epoch(self, number):
         """Train on the studies of an epoch that `progress` does not count yet."""
         progress, step = self.progress, self.settings.batch_number
-        if self.encoder:
+        if self.encoder_start:
             self.net.begin_epoch(number)
         eids, name = self.cohort.eids["train"], self.epoch_name(number)
         rest = self.rest_of_epoch(eids, number)
@@ -352,8 +352,8 @@ class Training(EpochTraining):
             temporary.write_text(json.dumps(run, indent=2))
 
     def write_best(self):
-        if self.encoder:
-            self.input = self.encoder.write(self.folder, self.seen)
+        if self.encoder_start:
+            self.input = self.encoder_start.write(self.folder, self.seen)
         state = {k: v for k, v in self.state().items() if k != "encoder_state_dict"}
         checkpoints.save(state, self.best_file())
 
