@@ -447,7 +447,7 @@ def test_embeddings_of_other_settings_are_reported(trained, cli):
         ["train", "--init_from", "defect", "--model_name", "next", "--epoch_lim", "1"],
     ):
         status, out, err = cli(*line)
-        assert status == 0 and text in out and "are of 8" in out, out + err
+        assert status == 0 and text in out and "have 8" in out, out + err
     folder = Path("trained_models/defect")
     assert pd.read_csv(folder / "metrics_test_site.csv")["warning"].str.contains(text).all()
     assert text in (folder / "report_test_site.html").read_text()
