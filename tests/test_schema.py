@@ -236,8 +236,12 @@ def test_published_spellings():
 @pytest.mark.parametrize(
     "line, status, message",
     [
-        (["train", "--split", "(64,16,x)"], 2, "--split: three percentages"),
-        (["train", "--epoch_lim", "-2"], 2, "--epoch_lim: 1 or more, or -1 for no limit, not -2"),
+        (["train", "--split", "(64,16,x)"], 2, "three percentages"),
+        (
+            ["train", "--epoch_lim", "-2"],
+            2,
+            "--epoch_lim: expected 1 or more, or -1 for no limit, not -2",
+        ),
         (["evaluate", "--folds", "tests"], 2, "--folds should be"),
         (["train", "--learning_rate", "inf"], 2, "--learning_rate should be a finite number"),
         (["predict", "--size", "5"], 2, "--size should be greater than or equal to 32, not 5"),

@@ -38,9 +38,9 @@ class Finding:
 
 
 class Findings:
-    """Receives findings about config, labels, embeddings, videos and models, here for runs.
+    """Reports findings about config, labels, embeddings, videos and models in a run.
 
-    Prints notes and warnings, and raises UserError for an error.
+    It prints notes and warnings, and raises UserError for an error.
     """
 
     def __init__(self):

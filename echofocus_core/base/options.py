@@ -68,7 +68,7 @@ def times_in(value):
     except ValueError:
         times = [0]
     if times != sorted(set(times)) or not all(0 < x < float("inf") for x in times):
-        raise ValueError(f"rising times above 0, as in 1,5, not {shown(value)}")
+        raise ValueError(f"expected rising times above 0, as in 1,5, not {shown(value)}")
     return times
 
 
@@ -101,7 +101,7 @@ def percentages(value):
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) != 3 or not min(numbers) >= 0 or not abs(sum(numbers) - 100) < 0.2:
-        raise ValueError(f"three percentages that sum to 100, as in 64,16,20, not {shown(value)}")
+        raise ValueError(f"needs three percentages that sum to 100, not {shown(value)}")
     return ",".join(f"{x:.15g}" for x in numbers)
 
 
@@ -131,7 +131,7 @@ def usable_path(path):
 
 def limit_or_none(value):
     if value != -1 and value < 1:
-        raise ValueError(f"1 or more, or -1 for no limit, not {value}")
+        raise ValueError(f"expected 1 or more, or -1 for no limit, not {value}")
     return value
 
 

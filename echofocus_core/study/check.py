@@ -44,41 +44,44 @@ from echofocus_core.video.studies import studies_of_dataset
 
 def check_run(typed, preview_cohort):
     """The command `check`; preview_cohort: of `encoder.preview`. UserError if a run would fail."""
-    levels, videos = Counter(), typed.get("videos")
+    levels = Counter()
     section = partial(check_section, levels)
     if typed.get("cohort"):  # for embed/train.py, which needs no config
-        with section(
-            "cohort", "correct the tables, or name the folder with --data_dir"
-        ) as listener:
+        remedy = "correct the tables, or give their folder with --data_dir"
+        with section("cohort", remedy) as listener:
             preview_cohort(typed, listener)
     else:
-        config = model = job = None
-        with section("config", "correct the config; config-example.json shows one") as listener:
-            config = read_config(typed.get("config"), needed=not videos)
-            names = some(config.tasks, 9), some(config.datasets, 9)
-            listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
-        if config:
-            with section("model", "name another --model_name, or train it again") as listener:
-                model = check_model(typed, config, listener)
-        if model and model.task in config.tasks:
-            with section("task", "give the task the model's labels, in order and unit") as listener:
-                task = config.tasks[model.task]
-                task_for(model, task)  # which raises UserError for other labels
-                for text in other_times(model, task.survival, task.units):
-                    listener.warning(
-                        text, "declare the unit in both, or give the column of the same times"
-                    )
-                listener.ok("the config has the model's labels")
-        if config:
-            with section("options", "correct the option or the config") as listener:
-                job = choose_job(typed, config, model, listener)
-        if job:
-            check_data(job, section)
-        with section("videos", "see --videos") as listener:
-            check_videos(typed, config or Config(), model, listener)
+        check_studies(typed, section)
     print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")
+
+
+def check_studies(typed, section):
+    """Check config, model, options, data and videos."""
+    config = model = job = None
+    with section("config", "correct the config; config-example.json shows one") as listener:
+        config = read_config(typed.get("config"), needed=not typed.get("videos"))
+        names = some(config.tasks, 9), some(config.datasets, 9)
+        listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
+    if config:
+        with section("model", "name another --model_name, or train it again") as listener:
+            model = check_model(typed, config, listener)
+    if model and model.task in config.tasks:
+        with section("task", "give the task the model's labels, in order and unit") as listener:
+            task = config.tasks[model.task]
+            task_for(model, task)  # which raises UserError for other labels
+            remedy = "declare the unit in both, or give the column of the same times"
+            for text in other_times(model, task.survival, task.units):
+                listener.warning(text, remedy)
+            listener.ok("the config has the model's labels")
+    if config:
+        with section("options", "correct the option or the config") as listener:
+            job = choose_job(typed, config, model, listener)
+    if job:
+        check_data(job, section)
+    with section("videos", "see --videos") as listener:
+        check_videos(typed, config or Config(), model, listener)
 
 
 @contextmanager
