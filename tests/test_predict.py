@@ -270,7 +270,7 @@ def test_a_dataset_that_has_videos_and_no_embeddings(trained, cli):
     (trained / "config.json").write_text(json.dumps(config))
     options = ("--dataset", "film", "--weights", "random", "--size", "56", "--n_clips", "1")
     status, out, err = cli("check", "--task", "defect", "--dataset", "film")
-    assert "2 studies, 2 videos; no clip embeddings yet" in out, err
+    assert "2 studies, 2 videos; predict" in out, err
     status, out, err = cli("predict", "--task", "defect", *options)
     assert status == 0 and "2 studies extracted" in out, err
     assert list(table("trained_models/defect/predictions_film.csv").index) == ["1000", "77"]

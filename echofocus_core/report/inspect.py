@@ -23,18 +23,6 @@ from echofocus_core.video import panecho
 SHOWN_ELSEWHERE = ("labels", "units", "unlearnt", "thresholds", "task", "type", "settings", "input")
 
 
-def describe_encoder(model):
-    """Describe a PanEcho video encoder with its task heads, as a dict."""
-    return {
-        "kind": "PanEcho video encoder",
-        "architecture": {"parameters": count(model)},
-        "labels": [
-            {"label": t["name"], "type": t["type"], "classes": ", ".join(t["class_names"] or [])}
-            for t in model.tasks
-        ],
-    }
-
-
 def describe_model(net, saved, record, outputs, units, scaling):
     """Describe a study-level model, as a dict. record: of its training; saved: its checkpoint.
 
@@ -103,7 +91,19 @@ def describe_file(name, tasks):
     path = find_model_file(name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
-        facts = describe_encoder(panecho.load_panecho(path).model)
+        encoder = panecho.load_panecho(path).model
+        facts = {
+            "kind": "PanEcho video encoder",
+            "architecture": {"parameters": count(encoder)},
+            "labels": [
+                {
+                    "label": x["name"],
+                    "type": x["type"],
+                    "classes": ", ".join(x["class_names"] or []),
+                }
+                for x in encoder.tasks
+            ],
+        }
     else:
         facts = model_facts(path, tasks)
     facts = {"name": path.parent.resolve().name, "file": path.name} | facts

@@ -86,14 +86,6 @@ class Page:
     left_out: dict[str, str]
     plain: dict = field(default_factory=dict)  # label -> its name in plain words
 
-    @property
-    def labelled(self):
-        return any(s.truths is not None and not np.isnan(s.truths).all() for s in self.studies)
-
-    @property
-    def explained(self):
-        return any(study.explanation for study in self.studies)
-
 
 def make_page(job, folder, table, left_out, explanations=(), truths=None):
     """Write the page for the studies in a prediction table, with explanations; print its path."""
@@ -136,7 +128,9 @@ def write_page(page):
     views = [StudyView(page, study, f"studies/{n}.html") for n, study in enumerate(page.studies, 1)]
     common = {
         "page": page, "settings": settings, "model": page.model.folder.name,
-        "version": __version__, "labelled": page.labelled, "unusual": UNUSUAL,
+        "version": __version__, "unusual": UNUSUAL,
+        "labelled": any(label.truth is not None for view in views for label in view.labels),
+        "explained": any(study.explanation for study in page.studies),
         "decides": bool(page.model.record.thresholds),
         "has_novelty": any(view.novelty is not None for view in views),
         "has_range": any(label.width is not None for view in views for label in view.labels),

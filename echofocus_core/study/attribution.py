@@ -204,14 +204,13 @@ def clip_baseline(model, settings):
     return model.clip_mean
 
 
-def explain_study(model, eid, bag, columns, settings, baseline, truths=None):
+def explain_study(model, eid, bag, columns, settings, baseline, truths):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
     ends: (T, 2) outputs for the baseline and for the study. truths: (T_all,) normalised labels,
     NaN if missing, for the loss.
     """
     net = model.net
-    truths = np.full(net.n_outputs, np.nan) if truths is None else truths
     targets = None
     if settings.explain_mode == "loss":
         columns = [i for i in columns if not np.isnan(truths[i])]

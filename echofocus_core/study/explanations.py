@@ -1,6 +1,5 @@
 """The studies that `explain` selects, and the contribution of each video to each answer."""
 
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -150,14 +149,14 @@ def explain_studies(job, eids, columns, truths=None, first=0):
     """
     model, store, settings, world = job.model, job.source.store, job.settings, job.world
     truths = no_truths(model, eids) if truths is None else truths
-    explain_one = partial(explain, model, columns=columns, settings=settings)
     rounds = range(first, len(eids), world.size)
     for start in progress(rounds, desc="explain", unit="study", disable=world.rank > 0):
         explanation = None
         if start + world.rank < len(eids):
             eid = eids[start + world.rank]
+            truth = truths.loc[eid].to_numpy()
             try:
-                explanation = explain_one(eid, store.read(eid), truths=truths.loc[eid].to_numpy())
+                explanation = explain(model, eid, store.read(eid), columns, settings, truth)
             except UnreadableStudy as error:
                 explanation = {"eid": eid, "columns": [], "unreadable": str(error)}
         yield from filter(None, world.gather(explanation))
@@ -171,8 +170,9 @@ def explain(model, eid, bag, columns, settings, truths=None):
     if isinstance(model, LoadedEnsemble):
         each = [explain(m, eid, bag, columns, settings, truths) for m in model.members]
         return mean_explanation(model, each, settings)
-    targets = None if truths is None else normalised(model, truths[None])[0]
+    truths = np.full(len(model.outputs.names), np.nan) if truths is None else truths
     baseline = clip_baseline(model, settings)
+    targets = normalised(model, truths[None])[0]
     return explain_study(model, eid, bag, columns, settings, baseline, targets)
 
 

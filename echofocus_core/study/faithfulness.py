@@ -1,6 +1,8 @@
 """Tests of an attribution: answers when videos are removed in its order, and the importance of
 each view."""
 
+from contextlib import suppress
+
 import numpy as np
 import pandas as pd
 
@@ -160,18 +162,11 @@ def read_views(path, listener, store, eids):
     if n := len(rows) - len(explained):
         listener.note(f"{path}: {n} rows are for studies that are not explained")
     views = explained.set_index(["eid", "video"])["view"].to_dict()
-    videos = ((eid, name) for eid in explained["eid"].unique() for name in video_names(store, eid))
-    if not any(video in views for video in videos):
-        raise UserError(f"{path} has no video of these studies; check its columns eid and video")
-    return views
-
-
-def video_names(store, eid):
-    """The names of a study's videos; [] if it cannot be read."""
-    try:
-        return store.read(eid).videos
-    except UnreadableStudy:
-        return []
+    for eid in explained["eid"].unique():
+        with suppress(UnreadableStudy):
+            if any((eid, name) in views for name in store.read(eid).videos):
+                return views
+    raise UserError(f"{path} has no video of these studies; check its columns eid and video")
 
 
 def write_views(videos, views, patients, path):

@@ -82,12 +82,9 @@ def studies_in_fold(job, task, whole, folds):
     table = match_studies(whole, job.source.store, task, first_only=settings.first_study_only)
     table = table[folds.reindex(table.index).isin(chosen_folds(settings))]
     if not len(table):
-        hint = " (for averaged models, a study is test if none has seen its patient, and val if "
-        hint += "some were validated but none was trained on its patient)"
         averaged = isinstance(job.model, LoadedEnsemble)
-        raise UserError(
-            f"no study of {settings.dataset} is in the fold {settings.subset}" + hint * averaged
-        )
+        hint = " (test: none of the averaged models has seen the patient)" * averaged
+        raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
     return table.loc[sample_ids(table.index, settings.sample_limit)]
 
 

@@ -98,10 +98,13 @@ class Distribution:
     def distances(self, videos):
         """Squared Mahalanobis distances of a study's videos (V, D): (2,), that of their mean, and
         the mean of their distances."""
+        K = len(self.components)
+        sizes = np.append(np.ones(K), D - K)  # number of directions in each part
         study = squares(videos.mean(0, keepdims=True) - self.mean, self.components)
-        each = squares(videos - self.mean, self.components)
-        mean = over_variance(study, self.study_variance)[0]
-        return np.array([mean, over_variance(each, self.video_variance).mean()])
+        each = squares(videos - self.mean, self.components).mean(0)
+        return np.array(
+            [study[0] / self.study_variance @ sizes, each / self.video_variance @ sizes]
+        )
 
 
 def squares(x, components):
@@ -109,12 +112,6 @@ def squares(x, components):
     along = (x @ components.T) ** 2
     rest = ((x**2).sum(1) - along.sum(1)).clip(0) / (D - len(components))
     return np.column_stack([along, rest])
-
-
-def over_variance(parts, variance):
-    """parts (n, K + 1) of `squares` -> (n,): the sum over all D directions of square / variance."""
-    sizes = np.append(np.ones(len(variance) - 1), D - len(variance) + 1)
-    return parts / variance @ sizes
 
 
 @dataclass

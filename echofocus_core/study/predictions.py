@@ -35,11 +35,9 @@ def half_widths_of(model, store, results, settings, input_report):
         return None
     keys = [(eid, k) for eid in results.eids for k in range(DRAWS)]
     resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
-    # NaN where a file was deleted in the meantime
-    draws = np.full((len(keys), len(model.outputs.names)), np.nan)
-    place = {key: i for i, key in enumerate(keys)}
-    draws[[place[key] for key in resampled.eids]] = model.range_values(resampled.logits)
-    draws = draws.reshape(len(results), DRAWS, -1)
+    values = dict(zip(resampled.eids, model.range_values(resampled.logits), strict=True))
+    blank = np.full(len(model.outputs.names), np.nan)  # a file was deleted in the meantime
+    draws = np.stack([values.get(key, blank) for key in keys]).reshape(len(results), DRAWS, -1)
     clips = np.divide(results.n_clips, results.n_videos)
     modulo = [input_report.modulo[eid] for eid in results.eids]
     return interval_half_width(draws, results.n_videos, clips, modulo, unit == "videos")
