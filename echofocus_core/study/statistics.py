@@ -11,13 +11,14 @@ patient, or none.
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import special
 from threadpoolctl import threadpool_limits
 
 from echofocus_core.base.console import UserError
+from echofocus_core.study.kinds.base import rarer
 from echofocus_core.study.kinds.binary import BinaryOutcome
 
 CHUNK_BYTES = 2**24  # of weights, to fit the cache; a metric needs several arrays of this size
@@ -97,32 +98,139 @@ def mean_interval(values, patients, n_boot=1000):
     return tuple(np.quantile(values @ weights / weights.sum(axis=0), [0.025, 0.975]))
 
 
-def interval(values, n_patients, proportion_of=0):
+@dataclass
+class Sampled:
+    """A metric with its resamples, and what limits the precision of its interval."""
+
+    value: float
+    resamples: np.ndarray  # (B,) those with a value
+    n_patients: int  # that limit its precision, such as those of the rarer class
+    size: int = 0  # number of patients of which it is a proportion
+    others: dict = field(default_factory=dict)  # metric -> (1 + n_boot,) of the same label
+
+    @property
+    def z(self):
+        """Quantile of Student's t, widened for the variance of resamples of few patients
+        (Hesterberg, Am Stat 2015;69:371)."""
+        n = self.n_patients
+        return np.sqrt(n / (n - 1)) * special.stdtrit(n - 1, 0.975)
+
+    @property
+    def sd(self):
+        return self.resamples.std(dtype=np.float64)
+
+
+def percentile(x):
+    """Percentiles of the resamples, also of infinite ones."""
+    levels = special.ndtr([-x.z, x.z])
+    return np.quantile(x.resamples, levels, method="inverted_cdf")
+
+
+def normal(x):
+    """Symmetric. Half the distance between the percentiles 16 and 84 is the standard error: it is
+    not moved by the few resamples in which a fit has nearly separated the classes."""
+    low, high = np.quantile(x.resamples, special.ndtr([-1, 1]))
+    return x.value - x.z * (high - low) / 2, x.value + x.z * (high - low) / 2
+
+
+def logit(x):
+    """Symmetric on the scale of log-odds, for a value between 0 and 1; Wilson's at the ends."""
+    if not 0 < x.value < 1:
+        return wilson(x)
+    half = x.z * x.sd / (x.value * (1 - x.value))
+    return special.expit(special.logit(x.value) + np.array([-half, half]))
+
+
+def log(x):
+    """Symmetric on the scale of the logarithm, for a value above 0."""
+    return x.value * np.exp(x.z * x.sd / x.value * np.array([-1, 1])) if x.value > 0 else (0, 0)
+
+
+def log_rest(x):
+    """Symmetric on the scale of the logarithm of 1 - value, for a value below 1."""
+    if x.value >= 1:
+        return np.nan, np.nan
+    return 1 - (1 - x.value) * np.exp(x.z * x.sd / (1 - x.value) * np.array([1, -1]))
+
+
+def fisher(x):
+    """Of a correlation: symmetric on Fisher's scale, the inverse hyperbolic tangent."""
+    half = x.z * x.sd / (1 - x.value**2)
+    return np.tanh(np.arctanh(x.value) + np.array([-half, half]))
+
+
+def effective_size(p, sd, size):
+    """The number of independent studies in which a proportion p has the standard error sd."""
+    return p * (1 - p) / sd**2 if sd > 1e-6 and 0 < p < 1 else size
+
+
+def wilson(x):
+    """Wilson's interval of a proportion with the effective sample size from its variance over
+    resamples (Dean & Pagano, J Surv Stat Methodol 2015;3:484)."""
+    z, size = x.z, effective_size(x.value, x.sd, x.size or x.n_patients)
+    centre, scale = x.value + z**2 / (2 * size), 1 + z**2 / size
+    half = z * np.sqrt(x.value * (1 - x.value) / size + z**2 / (4 * size**2))
+    return max(0, centre - half) / scale, min(1, (centre + half) / scale)
+
+
+def likelihood_ratio(x, shares):
+    """Symmetric on the scale of the logarithm (Simel, J Clin Epidemiol 1991;44:763).
+
+    shares: functions of sensitivity and of specificity whose ratio it is; their effective sizes
+    replace the numbers of studies. 0.5 is added to all counts if one is zero.
+    """
+    rates = [x.others[name] for name in ("sensitivity", "specificity")]
+    sizes = [effective_size(r[0], np.nanstd(r[1:], dtype=float), x.n_patients) for r in rates]
+    shares = [share(rate[0]) for share, rate in zip(shares, rates, strict=True)]
+    add = 0.5 if min(shares) <= 0 or max(shares) >= 1 else 0
+    (a, n), (b, m) = (
+        ((p * k + add) / (k + 2 * add), k + 2 * add) for p, k in zip(shares, sizes, strict=True)
+    )
+    half = x.z * np.sqrt((1 - a) / (a * n) + (1 - b) / (b * m))
+    low, high = a / b * np.exp(-half), a / b * np.exp(half)
+    return (0.0 if x.value == 0 else low), (np.inf if np.isinf(x.value) else high)
+
+
+def lr_positive(x):
+    return likelihood_ratio(
+        x, (lambda sensitivity: sensitivity, lambda specificity: 1 - specificity)
+    )
+
+
+def lr_negative(x):
+    return likelihood_ratio(
+        x, (lambda sensitivity: 1 - sensitivity, lambda specificity: specificity)
+    )
+
+
+def limit_of_agreement(x):
+    """By the standard error of Bland & Altman (Lancet 1986;1:307), sqrt(s^2 / n + 1.96^2 s^2 / (2
+    (n - 1))), where n is the effective number of studies by the variance of the bias."""
+    s = (x.others["loa_high"][0] - x.others["loa_low"][0]) / (2 * 1.96)
+    n = max(2.0, (s / np.std(x.others["bias"][1:], dtype=np.float64)) ** 2) if s > 0 else 2.0
+    half = special.stdtrit(x.n_patients - 1, 0.975) * s * np.sqrt(1 / n + 1.96**2 / (2 * (n - 1)))
+    return x.value - half, x.value + half
+
+
+INTERVALS = {f.__name__: f for f in (percentile, normal, logit, log, log_rest, fisher)}
+INTERVALS |= {f.__name__: f for f in (wilson, lr_positive, lr_negative, limit_of_agreement)}
+
+
+def interval(values, n_patients, method="percentile", size=0, others=None):
     """(low, high, n_boot): the 95 % interval from (1 + n_boot,), the value and its resamples.
 
-    Percentiles of the resamples, at levels widened by Student's t for the number of patients
-    (Hesterberg, Am Stat 2015;69:371). A proportion of `proportion_of` patients (0: another metric)
-    has Wilson's interval with the effective sample size from its variance over resamples (Dean &
-    Pagano, J Surv Stat Methodol 2015;3:484). For a sensitivity of 0.9 in 40 patients with several
-    studies each, percentiles covered the true value 78 times in 100, and Wilson's interval 96
-    times; for 15 correct of 15, it is not "1.00 to 1.00". The expected calibration error is biased
-    upwards in small samples, and so is its interval: coverage is 90 % with 150 patients. NaN for
-    one patient, for fewer than 100 resamples with a value, or if these are all equal.
+    method: of INTERVALS, or none; n_patients, size, others: see `Sampled`. Coverage in simulated
+    cohorts is in benchmarks/RESULTS.md. NaN for one patient, for fewer than 100 resamples with a
+    value, or if these are all equal.
     """
-    value, resampled = values[0], values[1:][~np.isnan(values[1:])]
-    n_boot = len(resampled)
-    if np.isnan(value) or n_patients < 2 or n_boot < 100:
+    value, resamples = values[0], values[1:][~np.isnan(values[1:])]
+    n_boot = len(resamples)
+    if method == "none" or np.isnan(value) or n_patients < 2 or n_boot < 100:
         return np.nan, np.nan, n_boot
-    z = np.sqrt(n_patients / (n_patients - 1)) * special.stdtrit(n_patients - 1, 0.975)
-    if proportion_of:
-        sd = resampled.std(dtype=np.float64)
-        size = value * (1 - value) / sd**2 if sd > 1e-6 and 0 < value < 1 else proportion_of
-        centre, scale = value + z**2 / (2 * size), 1 + z**2 / size
-        half = z * np.sqrt(value * (1 - value) / size + z**2 / (4 * size**2))
-        return float(max(0, centre - half) / scale), float(min(1, (centre + half) / scale)), n_boot
-    levels = special.ndtr([-z, z])
-    low, high = np.quantile(resampled, levels, method="inverted_cdf")  # also of infinite values
-    if low == high or high - low <= 1e-6 * abs(value):
+    sampled = Sampled(float(value), resamples, n_patients, size, others or {})
+    with np.errstate(all="ignore"):
+        low, high = INTERVALS[method](sampled)
+    if np.isnan(low) or np.isnan(high) or low == high or high - low <= 1e-6 * abs(value):
         return np.nan, np.nan, n_boot
     return float(low), float(high), n_boot
 
@@ -132,13 +240,15 @@ def count_patients(patients, mask):
 
 
 def estimate(outcome, metric, values, patients):
-    """Estimate of one metric from its bootstrap (1 + n_boot,), with its `note`."""
-    described, n_patients = outcome.metric(metric), count_patients(patients, outcome.usable)
+    """Estimate of one metric, with its `note`. values: metric -> its bootstrap (1 + n_boot,)."""
+    others, values, described = values, values[metric], outcome.metric(metric)
+    masks = [f(outcome) for f in (described.denominator, described.limit) if f]
+    n_patients = min(count_patients(patients, mask) for mask in [*masks, outcome.usable])
     if described.is_count:
         values = values[:1]
-    mask = described.denominator
-    proportion_of = count_patients(patients, mask(outcome)) if mask else 0
-    low, high, n_boot = interval(values, n_patients, proportion_of)
+    size = count_patients(patients, masks[0]) if described.denominator else 0
+    method = described.interval if n_patients >= described.fewest else "none"
+    low, high, n_boot = interval(values, n_patients, method, size, others)
     note = ""
     if np.isnan(values[0]):
         note = outcome.why_missing(metric)
@@ -146,12 +256,14 @@ def estimate(outcome, metric, values, patients):
         note = "a count"
     elif np.isinf(values[0]):
         note = "infinite: division by zero"
-    elif n_patients < 2:
-        note = "one patient: no interval"
-    elif np.isnan(low):
+    elif n_patients < described.fewest:
+        note = f"no interval: fewer than {described.fewest} patients"
+    elif described.interval != "none" and np.isnan(low):
         note = "no interval: too few resamples have a value, or all values are equal"
     elif n_boot < len(values) - 1:
         note = f"interval from the {n_boot} of {len(values) - 1} resamples that have a value"
+    if described.remark and not np.isnan(values[0]):
+        note = "; ".join(filter(None, [note, described.remark(outcome)]))
     n, positive, unit = outcome.n, outcome.n_positive, outcome.unit(metric)
     value = float(values[0])
     return Estimate(outcome.label, metric, value, low, high, n, positive, unit, note, n_boot)
@@ -162,9 +274,17 @@ def estimates(outcomes, patients, n_boot=1000, seed=0):
 
     outcomes: one per label, for the same studies; patients (S,): the patient of each study.
     """
-    values, of_label = bootstrap(outcomes, patients, n_boot, seed), {o.label: o for o in outcomes}
-    rows = [estimate(of_label[label], m, x, patients) for (label, m), x in values.items()]
+    values = bootstrap(outcomes, patients, n_boot, seed)
+    rows = []
+    for o in outcomes:
+        of_label = {metric: x for (label, metric), x in values.items() if label == o.label}
+        rows += [estimate(o, metric, of_label, patients) for metric in of_label]
     return rows + macro_means(outcomes, values, patients)
+
+
+def mean_method(outcome, metric):
+    """The method of the interval of a mean over labels, or of a difference between models."""
+    return "none" if outcome.metric(metric).interval == "none" else "percentile"
 
 
 def macro_means(outcomes, values, patients):
@@ -185,7 +305,8 @@ def macro_means(outcomes, values, patients):
         with np.errstate(invalid="ignore"):
             mean = np.where(finite, stacked, 0).sum(axis=0) / finite.sum(axis=0)
         usable = np.any([o.usable for o in defined], axis=0)
-        low, high, n_boot = interval(mean, count_patients(patients, usable))
+        n_patients, method = count_patients(patients, usable), mean_method(defined[0], metric)
+        low, high, n_boot = interval(mean, n_patients, method)
         note, n = f"mean of {len(defined)} of {len(outcomes)} labels", int(usable.sum())
         value, unit = float(mean[0]), units.pop()
         rows.append(Estimate("mean", metric, value, low, high, n, -1, unit, note, n_boot))
@@ -215,7 +336,8 @@ def difference(a, b, metric, values, others, patients):
     """Estimate of a metric of outcome a minus that of b; values, others (1 + n_boot,)."""
     with np.errstate(invalid="ignore"):
         less = values - others
-    low, high, n_boot = interval(less, count_patients(patients, a.usable))
+    n_patients = count_patients(patients, a.usable)
+    low, high, n_boot = interval(less, n_patients, mean_method(a, metric))
     n, positive, unit = a.n, a.n_positive, a.unit(metric)
     row = Estimate(a.label, metric, float(less[0]), low, high, n, positive, unit, "", n_boot)
     if metric == "auroc" and isinstance(a, BinaryOutcome):
@@ -250,7 +372,8 @@ def on_both(first, second):
 
 
 def delong_difference(a, b, patients):
-    """(low, high, p value) of AUROC(a) - AUROC(b); NaN if the variance is not defined."""
+    """(low, high, p value) of AUROC(a) - AUROC(b), with Student's t for the patients of the rarer
+    class; NaN if the variance is not defined."""
     usable = a.usable
     scores = np.stack([a.predicted[usable], b.predicted[usable]], axis=1)
     area, covariance = delong(a.truth[usable], scores, np.asarray(patients)[usable])
@@ -258,8 +381,9 @@ def delong_difference(a, b, patients):
     less, sd = contrast @ area, np.sqrt(max(contrast @ covariance @ contrast, 0))
     if not sd > 0:
         return np.nan, np.nan, np.nan
-    low, high = less + special.ndtri([0.025, 0.975]) * sd
-    return float(low), float(high), float(2 * special.ndtr(-abs(less / sd)))
+    n = count_patients(patients, rarer(a, a.truth == 1))
+    low, high = less + special.stdtrit(n - 1, [0.025, 0.975]) * sd
+    return float(low), float(high), float(2 * special.stdtr(n - 1, -abs(less / sd)))
 
 
 def delong(truth, scores, patients=None):

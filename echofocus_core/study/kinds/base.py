@@ -150,8 +150,12 @@ class Metric:
     heading: str = ""  # of the table of the report that has it; '': only the CSV has it
     has_unit: bool = False  # whether it has the unit of the label
     is_count: bool = False  # a count has no interval, mean or difference
-    # of an outcome: (S,) bool, the denominator of a metric that is a proportion of studies
+    interval: str = "percentile"  # of `statistics.INTERVALS`
+    # of an outcome: (S,) bool, the studies of which the metric is a proportion
     denominator: Callable | None = None
+    limit: Callable | None = None  # of an outcome: (S,) bool, the studies that limit its precision
+    fewest: int = 2  # patients for an interval
+    remark: Callable | None = None  # of an outcome: what a reader should know of the value, or ''
     needs: dict[str, str] = field(default_factory=dict)  # field of an outcome -> why it is missing
     undefined: str = ""  # why it has no value for usable studies
 

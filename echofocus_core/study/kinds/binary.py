@@ -49,13 +49,50 @@ def without_finding(outcome):
     return outcome.usable & (outcome.truth == 0)
 
 
+def rarer_class(outcome):
+    return rarer(outcome, outcome.truth == 1)
+
+
+def clipped(outcome):
+    """What probabilities of exactly 0 or 1 do to the calibration slope, in words; '' for none."""
+    y, p = outcome.pairs()
+    extreme = (p == 0) | (p == 1)
+    if not extreme.any():
+        return ""
+    with np.errstate(all="ignore"):
+        rest = mt.calibration(y[~extreme], p[~extreme], np.ones(((~extreme).sum(), 1)))
+    return (
+        f"{extreme.sum()} probabilities of exactly 0 or 1 count as {mt.NEAREST:g} from it; without "
+        f"them the slope is {rest['calibration_slope'][0]:.3g}"
+    )
+
+
+def expected_error(outcome):
+    """The expected calibration error of a calibrated model with these probabilities, in words."""
+    _, p = outcome.pairs()
+    part = np.minimum((p * mt.BINS).astype(int), mt.BINS - 1)
+    variances = np.bincount(part, p * (1 - p), mt.BINS)
+    expected = np.sqrt(2 / np.pi * variances).sum() / max(len(p), 1)
+    return (
+        f"{mt.BINS} bins of equal width; never below 0, so no interval: a calibrated model would "
+        f"have about {expected:.2g} by chance"
+    )
+
+
 RANKING, AT_THRESHOLD = "Discrimination and calibration", "At the threshold"
-FIT = {"undefined": "no finite fit: the probabilities are all equal or separate the classes"}
+FIT = {
+    "undefined": "no finite fit: the probabilities are all equal or separate the classes",
+    "interval": "normal",
+    "remark": clipped,
+}
 CUT = {
     "needs": {"threshold": "no threshold is stored with the model"},
     "undefined": "division by zero: all or none of the studies are positive at the threshold",
 }
 BAYES = CUT | {"needs": CUT["needs"] | {"prevalence": "no prevalence is given"}}
+RATE = CUT | {"interval": "wilson"}
+VALUE = RATE | {"limit": rarer_class}
+RATIO = CUT | {"limit": rarer_class}
 
 
 @dataclass(eq=False)
@@ -70,19 +107,19 @@ class BinaryOutcome(Outcome):
 
     headline = "auroc"
     METRICS: ClassVar = (
-        Metric("auroc", RANKING, denominator=lambda o: rarer(o, o.truth == 1)),
-        Metric("average_precision", RANKING),
-        Metric("brier", RANKING),
-        Metric("calibration_slope", RANKING, **FIT),
+        Metric("auroc", RANKING, interval="wilson", denominator=rarer_class),
+        Metric("average_precision", RANKING, interval="logit", limit=rarer_class),
+        Metric("brier", RANKING, interval="logit"),
+        Metric("calibration_slope", RANKING, limit=rarer_class, **FIT),
         Metric("calibration_intercept", RANKING, **FIT),
-        Metric("ece", RANKING),
-        Metric("sensitivity", AT_THRESHOLD, denominator=with_finding, **CUT),
-        Metric("specificity", AT_THRESHOLD, denominator=without_finding, **CUT),
-        Metric("ppv", AT_THRESHOLD, denominator=lambda o: o.usable & o.positive, **CUT),
-        Metric("npv", AT_THRESHOLD, denominator=lambda o: o.usable & ~o.positive, **CUT),
-        Metric("lr_positive", AT_THRESHOLD, **CUT),
-        Metric("lr_negative", AT_THRESHOLD, **CUT),
-        Metric("f1", AT_THRESHOLD, **CUT),
+        Metric("ece", RANKING, interval="none", remark=expected_error),
+        Metric("sensitivity", AT_THRESHOLD, denominator=with_finding, **RATE),
+        Metric("specificity", AT_THRESHOLD, denominator=without_finding, **RATE),
+        Metric("ppv", AT_THRESHOLD, denominator=lambda o: o.usable & o.positive, **VALUE),
+        Metric("npv", AT_THRESHOLD, denominator=lambda o: o.usable & ~o.positive, **VALUE),
+        Metric("lr_positive", AT_THRESHOLD, interval="lr_positive", **RATIO),
+        Metric("lr_negative", AT_THRESHOLD, interval="lr_negative", **RATIO),
+        Metric("f1", AT_THRESHOLD, denominator=lambda o: o.usable, **VALUE),
         Metric("true_positive", is_count=True, **CUT),
         Metric("false_positive", is_count=True, **CUT),
         Metric("true_negative", is_count=True, **CUT),

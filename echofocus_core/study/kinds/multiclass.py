@@ -102,7 +102,11 @@ class MulticlassOutcome(Outcome):
 
     def all_metrics(self):
         for k, name in enumerate(self.classes):
-            yield Metric(f"auroc_{name}", denominator=lambda o, k=k: rarer(o, o.truth == k))
+            yield Metric(
+                f"auroc_{name}",
+                interval="wilson",
+                denominator=lambda o, k=k: rarer(o, o.truth == k),
+            )
         yield from self.METRICS
 
     def why_undefined(self):

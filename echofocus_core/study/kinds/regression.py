@@ -10,6 +10,7 @@ from echofocus_core.study import metrics as mt
 from echofocus_core.study.kinds.base import Label, Metric, Outcome
 from echofocus_core.study.scaling import unscale
 
+MEDIAN_OF = 6  # patients: the range of fewer contains the true median less than 95 times in 100
 QUARTERS = 4  # quantile groups of the truth, for which the error is also computed
 ERROR, AGREEMENT = "Error", "Agreement"
 
@@ -45,19 +46,21 @@ class RegressionOutcome(Outcome):
 
     headline, averages_truths = "median_absolute_error", True
     METRICS: ClassVar = (
-        Metric("median_absolute_error", ERROR, has_unit=True),
+        Metric("median_absolute_error", ERROR, has_unit=True, fewest=MEDIAN_OF),
         Metric("mean_absolute_error", ERROR, has_unit=True),
-        Metric("rmse", ERROR, has_unit=True),
+        Metric("rmse", ERROR, has_unit=True, interval="log"),
         Metric("bias", ERROR, has_unit=True),
-        Metric("loa_low", AGREEMENT, has_unit=True),
-        Metric("loa_high", AGREEMENT, has_unit=True),
-        Metric("r2", AGREEMENT),
-        Metric("pearson", AGREEMENT),
-        Metric("spearman", AGREEMENT),
+        Metric("loa_low", AGREEMENT, has_unit=True, interval="limit_of_agreement"),
+        Metric("loa_high", AGREEMENT, has_unit=True, interval="limit_of_agreement"),
+        Metric("r2", AGREEMENT, interval="log_rest"),
+        Metric("pearson", AGREEMENT, interval="fisher"),
+        Metric("spearman", AGREEMENT, interval="fisher"),
         *(
             Metric(
                 f"median_absolute_error_q{q + 1}",
                 has_unit=True,
+                fewest=MEDIAN_OF,
+                limit=lambda o, q=q: o.usable & (o.quarter(o.truth) == q),
                 undefined="no study in this quarter",
             )
             for q in range(QUARTERS)
@@ -84,11 +87,14 @@ class RegressionOutcome(Outcome):
         truth = self.truth[self.usable]
         return np.quantile(truth, np.linspace(0, 1, QUARTERS + 1)) if len(truth) else np.array([])
 
+    def quarter(self, truth):
+        return np.searchsorted(self.edges[1:-1], truth, side="left")
+
     def compute(self, weights):
         y, f = self.pairs()
         metrics = mt.errors(y, f, weights) | {"spearman": mt.spearman(y, f, weights)}
         metrics["median_absolute_error"] = mt.weighted_median(abs(f - y), weights)
-        part = np.searchsorted(self.edges[1:-1], y, side="left")
+        part = self.quarter(y)
         for q in range(QUARTERS):
             name, rows = f"median_absolute_error_q{q + 1}", np.flatnonzero(part == q)
             metrics[name] = mt.weighted_median(abs(f - y)[rows], weights[rows])

@@ -158,7 +158,8 @@ class SurvivalOutcome(Outcome):
     headline, truth_fields = "c_index", ("truth", "event")
     METRICS: ClassVar = (
         Metric(
-            "c_index", "Survival", denominator=lambda o: o.usable & (o.event == 1),
+            "c_index", "Survival", interval="wilson",
+            denominator=lambda o: o.usable & (o.event == 1),
             undefined="no comparable pair of studies",
         ),
     )  # fmt: skip
@@ -199,6 +200,7 @@ class SurvivalOutcome(Outcome):
             end = year * self.per_year
             yield Metric(
                 f"auroc_at_{year:g}",
+                interval="wilson",
                 denominator=lambda o, end=end: rarer(o, (o.event == 1) & (o.truth <= end)),
                 undefined="no event before this time, or no follow-up beyond it",
             )
