@@ -180,7 +180,12 @@ def likelihood_ratio(x, shares):
     replace the numbers of studies. 0.5 is added to all counts if one is zero.
     """
     rates = [x.others[name] for name in ("sensitivity", "specificity")]
-    sizes = [effective_size(r[0], np.nanstd(r[1:], dtype=float), x.n_patients) for r in rates]
+    cells = ("true_positive", "false_negative"), ("true_negative", "false_positive")
+    counts = [sum(x.others[name][0] for name in pair) for pair in cells]
+    sizes = [
+        effective_size(rate[0], np.nanstd(rate[1:], dtype=float), n)
+        for rate, n in zip(rates, counts, strict=True)
+    ]
     shares = [share(rate[0]) for share, rate in zip(shares, rates, strict=True)]
     add = 0.5 if min(shares) <= 0 or max(shares) >= 1 else 0
     (a, n), (b, m) = (
@@ -230,7 +235,7 @@ def interval(values, n_patients, method="percentile", size=0, others=None):
     sampled = Sampled(float(value), resamples, n_patients, size, others or {})
     with np.errstate(all="ignore"):
         low, high = INTERVALS[method](sampled)
-    if np.isnan(low) or np.isnan(high) or low == high or high - low <= 1e-6 * abs(value):
+    if np.isnan(low) or np.isnan(high) or low == high or high - low <= 1e-6 * abs(value) < np.inf:
         return np.nan, np.nan, n_boot
     return float(low), float(high), n_boot
 
