@@ -18,11 +18,16 @@ class VideosOf(Store):
         for eid in progress(store.files, desc="videos", unit="study", leave=False, delay=2):
             try:
                 with store.open_study(eid) as study:
-                    for number, name in enumerate(study.read_videos()):
-                        self.numbers[f"{eid}/{name}"] = eid, number
-                        self.files[f"{eid}/{name}"] = store.files[eid]
+                    names = list(study.read_videos())
             except UnreadableStudy as error:
                 left_out[eid] = str(error)
+                continue
+            if len(set(names)) < len(names):
+                left_out[eid] = "two of its videos have one name"
+                continue
+            for number, name in enumerate(names):
+                self.numbers[f"{eid}/{name}"] = eid, number
+                self.files[f"{eid}/{name}"] = store.files[eid]
         if left_out:
             findings.warning(
                 f"the videos of {len(left_out)} studies are left out:{reason_lines(left_out, 50)}",
