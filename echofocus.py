@@ -28,7 +28,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from echofocus_core import EMBED_DIM as D
 from echofocus_core import __version__
 from echofocus_core.base.console import PROGRAM, RUN, Collected, Parser, UserError, run_main
 from echofocus_core.base.options import Settings, add_options, validate_as
@@ -301,7 +300,7 @@ def load(model_name, task="", device=""):
 def predict(model, source, **options):
     """A DataFrame with the model's answers, one row per study, see `prediction_table`.
 
-    source: clip embeddings of a study (V videos, C clips, 768), a dict of study id to such arrays,
+    source: clip embeddings of a study (V videos, C clips, D), a dict of study id to such arrays,
     a folder of embedding files or of videos, or a store. options: those of `predict`, e.g.
     precision="bf16". The studies without an answer are in `.attrs["left_out"]`, a dict of study to
     reason. Raises UserError.
@@ -315,7 +314,7 @@ def predict(model, source, **options):
 
 
 def study_embeddings(model, source, **options):
-    """Study embeddings: DataFrame (S, 768) by study id; for the arguments see `predict`."""
+    """Study embeddings: DataFrame (S, D) by study id; for the arguments see `predict`."""
     import pandas as pd
 
     from echofocus_core.study.loop import run_studies
@@ -331,7 +330,7 @@ def study_embeddings(model, source, **options):
 def attribute(model, study, labels=None, **options):
     """The contribution of each video to each answer: DataFrame, see `video_rows`.
 
-    study: (V videos, C clips, 768) clip embeddings, or StudyClips; labels: names, default all;
+    study: (V videos, C clips, D) clip embeddings, or StudyClips; labels: names, default all;
     options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
     """
     from echofocus_core.study.explanation_tables import video_rows
@@ -339,7 +338,7 @@ def attribute(model, study, labels=None, **options):
     from echofocus_core.video.store import StudyClips
 
     settings = validate_as(Settings, options)
-    bag = study if isinstance(study, StudyClips) else bag_of("study", study)
+    bag = study if isinstance(study, StudyClips) else bag_of("study", study, model.net.width)
     explanation = explain(model, "study", bag, label_columns(model, labels), settings)
     return video_rows(model, explanation, settings).drop(columns="eid")
 
@@ -356,9 +355,9 @@ def studies_of(model, source, options):
 
     settings = validate_as(Settings, input_options(model.record.input) | options)
     if isinstance(source, dict):
-        store = Arrays(source)
+        store = Arrays(source, model.net.width)
     elif not isinstance(source, str | os.PathLike):
-        store = source if hasattr(source, "read") else Arrays({"study": source})
+        store = source if hasattr(source, "read") else Arrays({"study": source}, model.net.width)
     elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
         store = open_store(Path(source), most_videos=settings.max_videos_per_study)
     else:
@@ -371,10 +370,10 @@ def studies_of(model, source, options):
 
 
 class Arrays:
-    """Clip embeddings in memory as a store: dict of study id to (V videos, C clips, 768)."""
+    """Clip embeddings in memory as a store: dict of study id to (V videos, C clips, D)."""
 
-    def __init__(self, arrays):
-        self.files = {str(eid): bag_of(eid, array) for eid, array in arrays.items()}
+    def __init__(self, arrays, width):
+        self.files = {str(eid): bag_of(eid, array, width) for eid, array in arrays.items()}
 
     def read(self, eid, rng=None):
         return self.files[eid]
@@ -384,17 +383,17 @@ class Arrays:
         return V * C
 
 
-def bag_of(eid, array):
-    """StudyClips of an array (V, C, 768); its videos are numbered. Raises UserError."""
+def bag_of(eid, array, width):
+    """StudyClips of an array (V, C, width); its videos are numbered. Raises UserError."""
     import numpy as np
 
     from echofocus_core.video.store import StudyClips
 
     array = np.asarray(array, np.float32)
-    if array.shape[2:] != (D,) or not array.size or not np.isfinite(array).all():
+    if array.shape[2:] != (width,) or not array.size or not np.isfinite(array).all():
         raise UserError(
-            f"study {eid}: expected finite clip embeddings of PanEcho, shape (videos, clips, {D}); "
-            f"the shape is {array.shape}"
+            f"study {eid}: expected finite clip embeddings of shape (videos, clips, {width}); the "
+            f"shape is {array.shape}"
         )
     return StudyClips(array, [f"video {v}" for v in range(len(array))])
 

@@ -585,7 +585,7 @@ def test_attention_computed_in_pieces():
 def test_batches_have_at_most_the_tokens_of_the_settings(cohort):
     store = st.open_store(cohort / "emb")
     eids, settings = list(store.files), Settings(batch_tokens=12, clip_dropout=0.0)
-    context = LoopContext(torch.nn.Linear(1, 1), store, settings)
+    context = LoopContext(StudyModel(1), store, settings)
     plan = list(plan_batches(context, eids, False))
     for batch, _ in plan:
         n = [len(h5py.File(store.files[e])["embeddings"]) * 4 for e in batch]

@@ -363,14 +363,21 @@ class Settings(CohortOptions):
         "batch_tokens", COMPUTING, ALL, least=0
     )
 
-    transformer_type: Literal["standard", "query", "multiquery"] = option(
-        "standard", "aggregator", MODEL, "train"
+    transformer_type: Literal[
+        "standard", "query", "multiquery", "mean", "mlp", "attentive", "abmil"
+    ] = option(
+        "standard", "aggregator: the published three, or a baseline: mean of the clips, mlp on the "
+        "mean, attentive (one query), abmil (gated attention)", MODEL, "train"
     )
     encoder_depth: int = option(
         1, "transformer layers; 0 is one attention layer", MODEL, "train", least=0,
         below=MOST_LAYERS + 1
     )
     tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
+    video_sampling: Literal["all", "one"] = option(
+        "all", "one: train on one random clip of a study, and average the outputs of its clips, as "
+        "probes of single clips do", MODEL, "train"
+    )
     init_from: str = option(
         "", "model to start from; heads matched by label name", MODEL, "train",
         also="load_transformer_path", moves_folds=True

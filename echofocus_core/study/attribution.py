@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import UserError
 
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
@@ -34,7 +33,7 @@ def attribute_clips(net, bag, settings, objectives, baseline=None):
     bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T) to explain; baseline: (D,) clip
     embedding at which the path starts, None: zero.
     """
-    method, (V, C, _) = settings.explain_method, bag.shape
+    method, (V, C, D) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
     if method == "attention":
         shares = net.clip_shares(tokens).expand(net.n_outputs, -1)
@@ -62,7 +61,7 @@ def as_tokens(net, bag):
 
 def path_start(baseline, tokens):
     """The baseline (D,) (None: zero), repeated for each of the tokens (N, D)."""
-    start = torch.zeros(D) if baseline is None else baseline
+    start = torch.zeros(tokens.shape[1]) if baseline is None else baseline
     return start.to(tokens).expand_as(tokens)
 
 

@@ -266,7 +266,7 @@ def check_time(n_outputs, store, eids, folds, settings, listener):
     """Estimate the time of an epoch and of a prediction, from eight studies on this machine."""
     device, n = pick_device(settings.device), len(eids)
     eids = sorted(eids, key=lambda eid: derive_seed("time", eid))[:8]
-    net = build(settings, n_outputs).to(device)
+    net = build(settings, n_outputs, width=store.width(eids)).to(device)
     outputs = Outputs.of(list(map(str, range(n_outputs))), "binary")
     targets = dict.fromkeys(eids, np.zeros(n_outputs))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-9)

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from echofocus_core import EMBED_DIM
 from echofocus_core.base.console import UserError, nearest, printable
 from echofocus_core.base.files import packed_path
 from echofocus_core.base.options import (
@@ -396,6 +397,7 @@ class Record(Labelled):
     labels_sha256: str = ""
     encoder_sha256: str = ""
     input: Input = Input()
+    width: int = EMBED_DIM  # features of a clip embedding
     settings: Settings = Settings()  # RECORDED of them
 
     @model_validator(mode="after")

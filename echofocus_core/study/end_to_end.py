@@ -64,6 +64,7 @@ class EndToEnd(nn.Module):
         """encoder: a PanEcho's FrameTransformer; study: a StudyModel; freeze: as `--freeze`."""
         super().__init__()
         self.encoder, self.study, self.n_outputs = encoder, study, study.n_outputs
+        self.width = study.width
         self.clips_at_once, self.freeze, self.ping_pong = clips_at_once, freeze, ping_pong
         self.stages = int(freeze.removeprefix("stages:")) if freeze.startswith("stages:") else 0
         self.begin_epoch(1)

@@ -191,7 +191,7 @@ def read_network(saved, path):
     """(Record or None, Aggregator) of a checkpoint's dict. Raises UserError."""
     record, state = read_record(saved, path), saved["model_state_dict"]
     if record:
-        network = record.settings, len(record.outputs.names), record.outputs.groups
+        network = record.settings, len(record.outputs.names), record.outputs.groups, record.width
     else:
         network = published_architecture(state, path)
     with torch.device("meta"):

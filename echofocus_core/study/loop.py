@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
 from echofocus_core.base.console import RUN, progress, reason_lines
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.parallel import map_ahead
@@ -103,8 +102,10 @@ def plan_batches(context, eids, training):
     settings, world = context.settings, context.world
     step = settings.batch_number if training else WINDOW
     kept = 1 - settings.clip_dropout if training else 1
+    single = training and settings.video_sampling == "one"
     for start in range(0, len(eids), step):
-        sizes = {eid: kept * context.store.size(eid) for eid in eids[start : start + step]}
+        studies = eids[start : start + step]
+        sizes = {eid: 1 if single else kept * context.store.size(eid) for eid in studies}
         batches, n = [[]], 0.0
         for eid in sorted(sizes, key=sizes.get, reverse=True):  # largest first: peak memory early
             full = settings.batch_size and len(batches[-1]) == settings.batch_size
@@ -133,11 +134,16 @@ def read_batches(context, plan, seed=None):
             study = context.store.read(eid, rng)
         except UnreadableStudy as error:
             return error
+        tokens = study.embeddings  # (V, C, D), or of images (V, C, L, S, S, 3)
+        if tokens.ndim == 3 and tokens.shape[2] != context.net.width:
+            text = f"study {eid}: its clip embeddings have {tokens.shape[2]} features"
+            return UnreadableStudy(f"{text}; the model reads {context.net.width}")
         if context.look:
             context.look(eid, study)
-        tokens = study.embeddings  # (V, C, D), or of images (V, C, L, S, S, 3)
         tokens = tokens.reshape(-1, *tokens.shape[2:])
-        if rng is not None and dropout:
+        if rng is not None and context.settings.video_sampling == "one":
+            tokens = tokens[rng.integers(len(tokens), size=1)]
+        elif rng is not None and dropout:
             kept = np.flatnonzero(rng.random(len(tokens)) >= dropout)
             tokens = tokens[kept if len(kept) else rng.integers(len(tokens), size=1)]
         return tokens, len(study.videos)
@@ -160,7 +166,7 @@ def read_batches(context, plan, seed=None):
 def collate(studies, ends_step, pin=False):
     """A Batch of studies; studies: id -> (tokens, number of videos)."""
     tokens = [tokens for tokens, _ in studies.values()]
-    each = tokens[0].shape[1:] if tokens else (D,)
+    each = tokens[0].shape[1:] if tokens else (0,)
     kind = torch.uint8 if len(each) > 1 else torch.float32  # images, or embeddings
     joined = torch.empty(sum(map(len, tokens)), *each, dtype=kind, pin_memory=pin)
     if tokens:

@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from echofocus_core import EMBED_DIM as D
+from echofocus_core import EMBED_DIM
 from echofocus_core.study.attention import attend, encoder_layer, pool
 
-HEADS = 6
+PUBLISHED_HEADS = 6  # of attention, for EMBED_DIM features
+MOST_HEADS = 8
 DROPOUT = 0.2
+PROBE_HEADS = 16  # of the attentive probe
+GATE_WIDTH = 128  # of gated attention
 
 
 class Aggregator(nn.Module):
@@ -24,17 +27,25 @@ class Aggregator(nn.Module):
     embeds_labels = False  # whether `read` gives one embedding per label
     has_attention = False  # whether `clip_shares` is available
 
-    def __init__(self, n_outputs, kind="standard", depth=1, combine="avg", groups=()):
-        """groups: slices of the outputs, each with the classes of one label."""
+    def __init__(
+        self, n_outputs, kind="standard", depth=1, combine="avg", groups=(), width=EMBED_DIM
+    ):
+        """groups: slices of the outputs, each with the classes of one label; width: D, the number
+        of features of a clip embedding."""
         super().__init__()
+        self.width = width
         self.n_outputs, self.kind, self.depth, self.combine = n_outputs, kind, depth, combine
         self.groups = groups
+        self.single_clips = False  # whether the answer is the mean of the answers of single clips
 
     @property
     def architecture(self):
         """The options of its architecture."""
-        names = ("transformer_type", "encoder_depth", "tf_combine")
-        return dict(zip(names, (self.kind, self.depth, self.combine), strict=True))
+        sampling = "one" if self.single_clips else "all"
+        return {
+            "transformer_type": self.kind, "encoder_depth": self.depth,
+            "tf_combine": self.combine, "video_sampling": sampling,
+        }  # fmt: skip
 
     def read(self, tokens, lengths, rng):
         """As `forward`: logits (S, T) and embeddings (S, D) or (S, T, D)."""
@@ -47,7 +58,11 @@ class Aggregator(nn.Module):
         Outputs of classes are log-odds, see `study.outputs`.
         rng: a numpy Generator for dropout in training; None: torch's generator.
         """
-        logits, embeddings = self.read(tokens, lengths, rng)
+        of_clips = self.single_clips and len(tokens) > len(lengths)
+        logits, embeddings = self.read(tokens, [1] * len(tokens) if of_clips else lengths, rng)
+        if of_clips:
+            logits = pool(logits, lengths)
+            embeddings = pool(embeddings.flatten(1), lengths).view(-1, *embeddings.shape[1:])
         if self.embeds_labels and pool_queries:
             embeddings = embeddings.mean(1)
         return against_rest(logits, self.groups) if self.groups else logits, embeddings
@@ -64,7 +79,9 @@ class Aggregator(nn.Module):
     def label_axes(self):
         """Parameter -> its axis of labels, for parameters that have one."""
         with torch.device("meta"):
-            more = type(self)(self.n_outputs + 1, self.kind, self.depth, self.combine)
+            more = type(self)(
+                self.n_outputs + 1, self.kind, self.depth, self.combine, width=self.width
+            )
         pairs = zip(self.state_dict().items(), more.state_dict().values(), strict=True)
         differ = {k: [a != b for a, b in zip(x.shape, y.shape, strict=True)] for (k, x), y in pairs}
         return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
@@ -73,6 +90,13 @@ class Aggregator(nn.Module):
         """The point on the path (0 to 1) from start to tokens, both (N, D), from which the tokens
         determine the answers."""
         return 1.0
+
+
+def n_heads(width):
+    """The number of attention heads: the published one, or the largest divisor up to 8."""
+    if width == EMBED_DIM:
+        return PUBLISHED_HEADS
+    return max(n for n in range(1, MOST_HEADS + 1) if width % n == 0)
 
 
 class StudyModel(Aggregator):
@@ -86,18 +110,19 @@ class StudyModel(Aggregator):
 
     heads, has_attention = ("ff", "query_tokens"), True
 
-    def __init__(self, n_outputs, kind="standard", depth=1, combine="avg", groups=()):
-        super().__init__(n_outputs, kind, depth, combine, groups)
+    def __init__(self, n_outputs, kind="standard", *args, **options):
+        super().__init__(n_outputs, kind, *args, **options)
+        D, heads, depth = self.width, n_heads(self.width), self.depth
         self.embeds_labels = kind == "multiquery"
         if kind == "query":
             self.query_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
         if kind == "multiquery":
             self.query_tokens = nn.Parameter(torch.randn(1, n_outputs, D) * 0.02)
         if depth:
-            layer = nn.TransformerEncoderLayer(D, HEADS, D, DROPOUT, batch_first=True)
+            layer = nn.TransformerEncoderLayer(D, heads, D, DROPOUT, batch_first=True)
             self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         else:
-            self.encoder = nn.MultiheadAttention(D, HEADS, DROPOUT, batch_first=True)
+            self.encoder = nn.MultiheadAttention(D, heads, DROPOUT, batch_first=True)
         self.ff = nn.Linear(D, 1 if kind == "multiquery" else n_outputs)
 
     @property
@@ -116,7 +141,7 @@ class StudyModel(Aggregator):
         if self.kind == "standard":
             pooled = pool(x, lengths, self.combine)
             return self.ff(pooled), pooled
-        x = x.view(S, len(queries), D)
+        x = x.view(S, len(queries), -1)
         if self.kind == "query":
             return self.ff(x[:, 0]), x[:, 0]
         return self.ff(x).squeeze(-1), x
@@ -157,8 +182,8 @@ class StudyModel(Aggregator):
         for layer in self.encoder.layers if self.depth else [None]:
             mha = layer.self_attn if layer else self.encoder
             q, k, _ = F.linear(x, mha.in_proj_weight, mha.in_proj_bias).chunk(3, dim=1)
-            q, k = (t.view(-1, HEADS, D // HEADS).transpose(0, 1) for t in (q, k))
-            weights = (q @ k.transpose(1, 2) * (D // HEADS) ** -0.5).softmax(-1).mean(0)
+            q, k = (t.view(len(t), mha.num_heads, -1).transpose(0, 1) for t in (q, k))
+            weights = (q @ k.transpose(1, 2) * q.shape[2] ** -0.5).softmax(-1).mean(0)
             if layer:  # depth 0 has no residual path
                 weights, x = (weights + identity) / 2, encoder_layer(layer, x, [len(x)])
             rollout = weights @ rollout
@@ -176,13 +201,95 @@ class StudyModel(Aggregator):
         return x
 
 
+class Pooled(Aggregator):
+    """Baselines without attention: the mean (or maximum) of the clips, then a linear layer (mean),
+    or a hidden layer and a linear layer (mlp)."""
+
+    def __init__(self, n_outputs, kind="mean", *args, **options):
+        super().__init__(n_outputs, kind, *args, **options)
+        hidden = (nn.Linear(self.width, self.width), nn.GELU())
+        self.hidden = nn.Sequential(*hidden if kind == "mlp" else ())
+        self.ff = nn.Linear(self.width, n_outputs)
+
+    def read(self, tokens, lengths, rng):
+        pooled = self.hidden(pool(tokens, lengths, self.combine))
+        return self.ff(pooled), pooled
+
+
+class Weighted(Aggregator):
+    """Baselines that weigh each clip by itself: the study is the weighted mean of its clips.
+
+    A subclass gives `weigh`: the weights' logits (N, H) for H heads, and the values (N, D).
+    """
+
+    has_attention = True
+
+    def __init__(self, n_outputs, *args, **options):
+        super().__init__(n_outputs, *args, **options)
+        self.ff = nn.Linear(self.width, n_outputs)
+
+    def weigh(self, tokens):
+        raise NotImplementedError
+
+    def read(self, tokens, lengths, rng):
+        logits, values = self.weigh(tokens)
+        weights = torch.cat([study.softmax(0) for study in logits.split(lengths)])  # (N, H)
+        values = values.unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]
+        pooled = torch.stack([study.sum(0) for study in values.flatten(1).split(lengths)])
+        pooled = self.project(pooled)
+        return self.ff(pooled), pooled
+
+    def project(self, pooled):
+        return pooled
+
+    @torch.no_grad()
+    def clip_shares(self, tokens):
+        return self.weigh(tokens)[0].softmax(0).mean(1)[None]
+
+
+class AttentiveProbe(Weighted):
+    """One learned query attends to the clips, which do not attend to each other.
+
+    The probe of depth 1 by which video encoders are compared (V-JEPA: Bardes et al., TMLR 2024).
+    """
+
+    def __init__(self, n_outputs, *args, **options):
+        super().__init__(n_outputs, *args, **options)
+        self.n_heads = PROBE_HEADS if self.width % PROBE_HEADS == 0 else n_heads(self.width)
+        self.query = nn.Parameter(torch.randn(self.width) * 0.02)
+        self.key, self.value, self.out = (nn.Linear(self.width, self.width) for _ in range(3))
+
+    def weigh(self, tokens):
+        keys = self.key(tokens).unflatten(1, (self.n_heads, -1))
+        queries = self.query.view(self.n_heads, -1)
+        return (keys * queries).sum(2) * queries.shape[1] ** -0.5, self.value(tokens)
+
+    def project(self, pooled):
+        return self.out(pooled)
+
+
+class GatedAttention(Weighted):
+    """Attention-based multiple-instance learning with a gate (Ilse et al., ICML 2018)."""
+
+    def __init__(self, n_outputs, *args, **options):
+        super().__init__(n_outputs, *args, **options)
+        self.content, self.gate = (nn.Linear(self.width, GATE_WIDTH) for _ in range(2))
+        self.weight = nn.Linear(GATE_WIDTH, 1)
+
+    def weigh(self, tokens):
+        return self.weight(self.content(tokens).tanh() * self.gate(tokens).sigmoid()), tokens
+
+
 AGGREGATORS = {"standard": StudyModel, "query": StudyModel, "multiquery": StudyModel}
+AGGREGATORS |= {"mean": Pooled, "mlp": Pooled, "attentive": AttentiveProbe, "abmil": GatedAttention}
 
 
-def build(settings, n_outputs, groups=()):
-    """The Aggregator of these settings; groups: see Aggregator."""
+def build(settings, n_outputs, groups=(), width=EMBED_DIM):
+    """The Aggregator of these settings; groups, width: see Aggregator."""
     kind, depth = settings.transformer_type, settings.encoder_depth
-    return AGGREGATORS[kind](n_outputs, kind, depth, settings.tf_combine, groups)
+    net = AGGREGATORS[kind](n_outputs, kind, depth, settings.tf_combine, groups, width)
+    net.single_clips = settings.video_sampling == "one"
+    return net
 
 
 class EachQuery(nn.Module):
@@ -206,7 +313,7 @@ class Readings(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.heads, self.columns = encoder, encoder.columns()
-        self.n_outputs = len(self.columns)
+        self.n_outputs, self.width = len(self.columns), EMBED_DIM
         del self.heads.encoder  # no video is encoded
 
     def forward(self, tokens, lengths, rng=None):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from echofocus_core import __version__
+from echofocus_core import EMBED_DIM, __version__
 from echofocus_core.base import checkpoints
 from echofocus_core.base.console import UserError
 from echofocus_core.base.epochs import EpochProgress, EpochTraining, refuse_finished_model
@@ -35,14 +35,19 @@ DATA = "clip embeddings or videos (--allow_mixed accepts copies without a checks
 # ----------------------------------------------------------------------------------- the network
 
 
-def fresh_network(settings, outputs, parent=None, units=()):
+def fresh_network(settings, outputs, parent=None, units=(), width=EMBED_DIM):
     """The network of these settings with random weights from the seed, or those of a parent.
 
-    parent: LoadedModel to start from, or None; units: of the labels.
+    parent: LoadedModel to start from, or None; units: of the labels; width: of clip embeddings.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("weights", settings.seed))
-        net = build(settings, len(outputs.names), outputs.groups)
+        net = build(settings, len(outputs.names), outputs.groups, width)
+    if parent and parent.net.width != width:
+        raise UserError(
+            f"{parent.folder.name} reads clip embeddings of {parent.net.width} features, not "
+            f"{width}: it cannot be the start of this training"
+        )
     if parent:
         copy_weights(net, outputs, parent, dict(units))
     if settings.freeze and not settings.end_to_end:  # otherwise EndToEnd freezes its parts
@@ -115,7 +120,8 @@ class Training(EpochTraining):
     def __init__(self, folder, settings, cohort, store, parent=None, world=None, encoder_seen=()):
         super().__init__(folder, settings, world)  # history: [epoch, train_loss, val_loss, lr, s]
         self.cohort, self.task, self.store = cohort, cohort.task, store
-        self.study = fresh_network(settings, cohort.outputs, parent, cohort.task.units)
+        width = EMBED_DIM if settings.end_to_end else store.width(cohort.table.index)
+        self.study = fresh_network(settings, cohort.outputs, parent, cohort.task.units, width)
         self.encoder_start = EncoderStart.of(settings) if settings.end_to_end else None
         if self.encoder_start:
             encoder = self.encoder_start.loaded.model.encoder
@@ -174,7 +180,7 @@ class Training(EpochTraining):
             level=self.task.level, type=self.task.type, classes=self.task.classes,
             survival=self.task.survival, units=self.task.units, unlearnt=unlearnt,
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
-            ranges={label: tuple(map(float, ends[label])) for label in ends},
+            ranges={label: tuple(map(float, ends[label])) for label in ends}, width=self.net.width,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()),
         )  # fmt: skip

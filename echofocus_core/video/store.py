@@ -33,8 +33,7 @@ import h5py
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
-from echofocus_core import __version__
+from echofocus_core import EMBED_DIM, __version__
 from echofocus_core.base.checkpoints import load_safely, save
 from echofocus_core.base.console import EXTRACT, RUN, UserError, clean_text, progress, some
 from echofocus_core.base.files import atomic_path, derive_seed, packed_path, sha256_of, stamp_of
@@ -250,18 +249,18 @@ class Header:
     copies: int  # the plain embeddings and the transformed copies
     videos: int
     clips: int  # of a video
+    width: int  # features of a clip embedding
     made_with: dict = field(default_factory=dict)  # of MADE_WITH and REPORTED
     crc32: tuple = ()  # of each copy, see `checksum`; () in published files
 
     @classmethod
     def of(cls, shape, made_with, copies=1, crc32=()):
-        """The Header of embeddings of this shape. Raises ValueError if it is not (V, C, 768)."""
-        if len(shape) != 3 or shape[2] != D:
-            text = f"its embeddings have shape {shape}, not (videos, clips, {D})"
-            raise ValueError(f"{text}: they are of another encoder")
+        """The Header of embeddings of this shape. Raises ValueError if it is not (V, C, D)."""
+        if len(shape) != 3:
+            raise ValueError(f"its embeddings have shape {shape}, not (videos, clips, features)")
         if 0 in shape:
             raise ValueError("it holds no video")
-        return cls(copies, *shape[:2], made_with, crc32)
+        return cls(copies, *shape, made_with, crc32)
 
 
 @dataclass(frozen=True)
@@ -379,6 +378,19 @@ class Store:
         for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
             with suppress(UnreadableStudy):
                 yield eid, self.header(eid)
+
+    def width(self, eids):
+        """The number of features of these studies' clip embeddings. UserError if they differ."""
+        studies = defaultdict(list)
+        for eid, header in self.readable_headers(eids):
+            studies[header.width].append(eid)
+        if len(studies) > 1:
+            groups = (f"{width} ({len(e)} studies: {some(e)})" for width, e in studies.items())
+            raise UserError(
+                f"{self.folder.name} has clip embeddings of different widths: {some(groups)}; keep "
+                "those of each encoder in a folder of its own"
+            )
+        return next(iter(studies), EMBED_DIM)
 
     def size(self, eid):
         """The number of a study's clips; 0 if its file cannot be read."""
@@ -557,7 +569,7 @@ class EmbeddingShards(Store):
     """The embedding cache of the published later branch, read as a dataset.
 
     cache_index.json lists the studies (`eids`); shard_00000.h5 and so on hold a group a study with
-    `emb` (V, C, 768) float16. Videos have no names there and are numbered from 000.
+    `emb` (V, C, D) float16. Videos have no names there and are numbered from 000.
     """
 
     def __init__(self, path):
@@ -620,7 +632,7 @@ class PackedStudy:
 class PackedEmbeddings(Store):
     """The pack of a folder of embeddings: a dataset in one HDF5 file.
 
-    `embeddings` is a flat array (rows, 768) of float32 or float16: study after study, copy after
+    `embeddings` is a flat array (rows, D) of float32 or float16: study after study, copy after
     copy, video after video. `index` is JSON, in bytes: study id -> fields of PackedStudy. Numbers
     are read by their position in the file (preadv), so that threads do not wait for HDF5's lock.
     The file is kept open: readers are not affected when a new pack replaces it.
@@ -635,6 +647,7 @@ class PackedEmbeddings(Store):
                 embeddings = open_dataset(f, "embeddings", "f", np.inf)
                 index = json.loads(open_dataset(f, "index", "u", np.inf)[()].tobytes())
                 self.offset, self.dtype = embeddings.id.get_offset(), embeddings.dtype
+                self.n_features = embeddings.shape[1]
             self.index = {eid: PackedStudy(**entry) for eid, entry in index.items()}
             self.file = open(path, "rb")  # noqa: SIM115
         except UNREADABLE as error:
@@ -650,13 +663,15 @@ class PackedEmbeddings(Store):
         copies, V, C = study.shape
 
         def read_copy(number):
-            array = np.empty((V, C, D), self.dtype)
-            position = self.offset + (study.row + number * V * C) * D * self.dtype.itemsize
+            array = np.empty((V, C, self.n_features), self.dtype)
+            position = (
+                self.offset + (study.row + number * V * C) * self.n_features * self.dtype.itemsize
+            )
             if os.preadv(self.file.fileno(), [array.view(np.uint8)], position) != array.nbytes:
                 raise ValueError("the pack is truncated: run pack again")
             return array
 
-        header = Header(copies, V, C, study.made_with, tuple(study.crc32))
+        header = Header(copies, V, C, self.n_features, study.made_with, tuple(study.crc32))
         yield OpenStudy(header, read_copy, lambda: study.videos)
 
     def is_of(self, folder):
@@ -680,13 +695,13 @@ def write_pack(source, path, dtype):
     Returns study id -> reason of those whose numbers cannot be read. An existing pack is replaced
     when the new one is complete. Raises OSError.
     """
-    index = {}
-    rows = sum(header.copies * header.videos * header.clips
-               for _, header in source.readable_headers(source.files))  # fmt: skip
-    if rows * D * np.dtype(dtype).itemsize > shutil.disk_usage(path.parent).free:
+    index, width, rows = {}, source.width(source.files), 0
+    for _, header in source.readable_headers(source.files):
+        rows += header.copies * header.videos * header.clips
+    if rows * width * np.dtype(dtype).itemsize > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as f:
-        embeddings, row = f.create_dataset("embeddings", (max(rows, 1), D), dtype), 0
+        embeddings, row = f.create_dataset("embeddings", (max(rows, 1), width), dtype), 0
         for eid in progress(source.files, desc="pack", unit="study"):
             index[eid] = pack_study(source, eid, embeddings, row)
             row += math.prod(index[eid].shape)
@@ -710,7 +725,7 @@ def pack_study(source, eid, embeddings, row):
             if not np.isfinite(block).all():
                 raise UnreadableStudy(f"study {eid} has numbers beyond {block.dtype.name}")
             crc32.append(checksum(block, clips.videos, header.made_with))
-            embeddings[row : row + n] = block.reshape(n, D)
+            embeddings[row : row + n] = block.reshape(n, -1)
             row += n
         study.shape, study.crc32 = [header.copies, header.videos, header.clips], crc32
         study.videos, study.made_with = clips.videos, header.made_with
