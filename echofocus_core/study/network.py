@@ -297,7 +297,7 @@ class EachQuery(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        self.net, self.n_outputs = net, net.n_outputs
+        self.net, self.n_outputs, self.width = net, net.n_outputs, net.width
 
     def forward(self, tokens, lengths, rng=None):
         return self.net(tokens, lengths, rng, pool_queries=False)
