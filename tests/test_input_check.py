@@ -1,22 +1,23 @@
 """The range of an answer against new extractions, and studies unlike the training data."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from helpers import by_rule, normal, write_embeddings
+from helpers import normal, write_embeddings
+from scipy import special, stats
 
+from benchmarks.novelty import SCALES, as_study, shares_with_warning
+from benchmarks.ranges import SimulatedStudies, coverage
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Record
 from echofocus_core.study.input_check import (
-    DRAWS,
     FEWEST,
+    Calibration,
     InputReport,
+    Jackknife,
     Novelty,
-    Resamples,
     interval_half_width,
 )
 from echofocus_core.study.loop import Results, run_studies
@@ -24,62 +25,73 @@ from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.predictions import half_widths_of, prediction_table
-from echofocus_core.video.store import StudyClips, open_store
-
-SHAPE = (6, 8, 768)  # videos, clips, features
+from echofocus_core.video.store import open_store
 
 
-def draw_clips(study, extraction):
-    """Clips of a study's videos, as one of several extractions would draw them."""
-    videos = normal(100 + study, SHAPE[0], 1, SHAPE[2])
-    return videos + 0.5 * normal(1000 * study + extraction + 7, *SHAPE)
+def half_width(embeddings, unit="clips"):
+    """Of the answer: the mean over clips of the first feature of embeddings (V, C, D)."""
+    videos, clips, _ = embeddings.shape
+    jackknife = Jackknife(SimulatedStudies(x=embeddings), unit)
+    keys = jackknife.keys("x", videos, clips)
+    answers = [jackknife.read(key).embeddings[..., 0].mean() for key in keys]
+    return interval_half_width(
+        np.reshape(answers, (*jackknife.assignments(videos, clips), 1)), videos
+    )[0]
 
 
-def answers(net, bags):
-    tokens = torch.from_numpy(np.concatenate([b.reshape(-1, 768) for b in bags]))
-    return net(tokens, [b.shape[0] * b.shape[1] for b in bags])[0].detach().numpy()
+@pytest.mark.parametrize(("V", "C"), [(1, 2), (5, 4), (3, 16), (2, 32)])
+def test_the_range_is_exact_if_one_video_determines_the_answer(V, C):
+    """The variance is that of the mean of its clips, with C - 1 degrees of freedom."""
+    embeddings = np.zeros((V, C, 2), np.float32)
+    embeddings[-1, :, 0] = normal(V, C)
+    embeddings[..., 1] = normal(V + 1, V, C)
+    sizes = C if C <= 16 else 16  # groups of equal size have the variance of their means
+    variance = embeddings[-1, :, 0].var(ddof=1) / C / V**2
+    expected = stats.t.ppf(0.95, sizes - 1) * np.sqrt(2 * variance)
+    assert half_width(embeddings) == pytest.approx(expected, rel=1e-4 if C <= 16 else 0.4)
 
 
-class DrawnStore:
-    def read(self, study):
-        return StudyClips(draw_clips(study, 0), list("abcdef"))
+@pytest.mark.parametrize(("V", "C"), [(4, 2), (2, 4), (4, 16)])
+def test_the_range_where_all_videos_count_alike(V, C):
+    """The variance of an answer is 1 / (V C); another extraction is in it nine times of ten."""
+    rng, n = np.random.default_rng(V), 250
+    first, again = rng.standard_normal((2, n, V, C, 1)).astype(np.float32)
+    widths = np.array([half_width(x) for x in first])
+    change = again.mean((1, 2, 3)) - first.mean((1, 2, 3))
+    assert change.std() == pytest.approx(np.sqrt(2 / (V * C)), rel=0.1)
+    inside = special.ndtr(widths / np.sqrt(2 / (V * C))) * 2 - 1  # expected, given the width
+    assert 0.88 < inside.mean() < 0.95 and 0.86 < (abs(change) <= widths).mean() < 0.97
 
 
-def test_another_extraction_is_in_the_range_nine_times_of_ten():
-    net, studies = by_rule(n_outputs=4).eval(), range(12)
-    resamples = Resamples(DrawnStore(), "clips")
-    drawn = [resamples.read((s, k)).embeddings for s in studies for k in range(DRAWS)]
-    half_width = interval_half_width(answers(net, drawn).reshape(12, DRAWS, 4), [6] * 12, [8] * 12)
-    first = answers(net, [draw_clips(s, 0) for s in studies])
-    covered = []
-    for extraction in range(1, 9):
-        again = answers(net, [draw_clips(s, extraction) for s in studies])
-        covered.append(np.abs(again - first) <= half_width)
-    assert 0.84 < np.mean(covered) < 0.96
+def test_the_range_with_other_videos():
+    """The variance of the mean of V videos, of whatever clips."""
+    x = np.repeat(normal(3, 7, 1, 1), 4, axis=1)
+    expected = stats.t.ppf(0.95, 6) * np.sqrt(2 * x[:, 0, 0].var(ddof=1) / 7)
+    assert half_width(x, "videos") == pytest.approx(expected, rel=1e-4)
+    assert half_width(x) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("V", "C"), [(1, 3), (2, 4), (4, 16)])
-def test_the_range_from_few_clips(V, C):
-    """An answer that is the mean of its clips is in it nine times of ten, for few clips too."""
-    rng = np.random.default_rng(V)
-    first, again = rng.standard_normal((2, 4000, V, C))
-    picked = rng.integers(C, size=(4000, DRAWS, V, C))
-    draws = np.take_along_axis(first[:, None], picked, axis=3).mean((2, 3))[..., None]
-    half_width = interval_half_width(draws, [V] * 4000, [C] * 4000)[:, 0]
-    change = np.abs(again.mean((1, 2)) - first.mean((1, 2)))
-    assert 0.88 < (change <= half_width).mean() < 0.93
+def test_groups_do_not_depend_on_ids_or_the_order_of_clips():
+    embeddings = normal(1, 3, 5, 2)
+    shuffled = np.stack([x[[4, 0, 3, 2, 1]] for x in embeddings[[2, 0, 1]]])
+    assert half_width(shuffled) == pytest.approx(half_width(embeddings), rel=1e-5)
+    jackknife = Jackknife(SimulatedStudies(x=embeddings, y=embeddings), "clips")
+    M, G = jackknife.assignments(3, 5)
+    assert (M, G) == (4, 5) and len(jackknife.keys("x", 3, 5)) == 20
+    for m in range(M):
+        kept = [jackknife.read(("x", m * G + g)).embeddings[..., 0] for g in range(G)]
+        for video, clips in zip(embeddings[..., 0], np.stack(kept, 1), strict=True):
+            assert ((clips[..., None] == video).sum((0, 1)) == G - 1).all()
+    same = [jackknife.read((eid, 7)).embeddings for eid in "xy"]
+    assert (same[0] == same[1]).all()
+    assert not jackknife.keys("x", 3, 1) and not Jackknife({}, "videos").keys("x", 1, 5)
 
 
-def test_resampling_keeps_to_a_video_or_draws_videos_too():
-    whole = draw_clips(3, 0)
-    same = Resamples(DrawnStore(), "clips").read((3, 1)).embeddings
-    for video, clips in zip(whole, same, strict=True):
-        assert all((clip == video).all(axis=1).any() for clip in clips)
-    by_name = SimpleNamespace(read=lambda name: DrawnStore().read(int(name)))
-    assert (same == Resamples(by_name, "clips").read(("3", 1)).embeddings).all()
-    other = Resamples(DrawnStore(), "videos").read((3, 1)).embeddings
-    taken = {next(v for v in range(6) if (x[0] == whole[v]).all(1).any()) for x in other}
-    assert len(taken) < 6  # with replacement
+@pytest.mark.slow
+@pytest.mark.parametrize(("V", "C"), [(1, 4), (5, 4), (5, 2)])
+def test_the_coverage_of_ranges_of_a_trained_network(V, C):
+    share, error = coverage(V, C)
+    assert (share > 0.9 - 3 * error).all() and (share < 0.98).all()
 
 
 def of_one_site(study):
@@ -89,10 +101,6 @@ def of_one_site(study):
     mean = rng.standard_normal((1, 8)) @ directions
     V = rng.integers(2, 7)
     return mean + rng.standard_normal((V, 8)) @ directions + rng.standard_normal((V, 768))
-
-
-def as_study(videos):
-    return StudyClips(videos[:, None].astype(np.float32), [str(i) for i in range(len(videos))])
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +126,41 @@ def test_studies_of_another_site_are_unusual(novelty):
 
 
 def test_the_stored_novelty(novelty):
-    """The same answer after saving; no study in it; damage is refused."""
+    """The same answer after saving; no study in it; an earlier record is ignored."""
     saved = novelty.to_save()
     study = as_study(of_one_site(1234))
     assert Novelty.load(saved)(study) == pytest.approx(novelty(study), abs=1e-3)
     assert sum(x.numel() for x in saved.values()) < 40 * 768
+    assert Novelty.load({"mean": saved["mean"], "quantiles": saved["at_scores"]}) is None
     assert Novelty.of([of_one_site(i) for i in range(FEWEST - 1)], range(FEWEST - 1)) is None
+
+
+def test_ordinary_studies_seldom_have_a_warning():
+    shares = shares_with_warning("the same directions", 60, 2, new=60, sizes=(2, 5, 20, 100))
+    assert max(shares.pop(V) for V in (2, 5, 20, 100)) <= 0.02
+    assert min(shares.values()) > 0.9, shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [25, 60, 400])
+@pytest.mark.parametrize("name", SCALES)
+def test_the_share_of_warnings(name, n):
+    shares = shares_with_warning(name, n, 3 if n == 400 else 15)
+    odd = [shares.pop(x) for x in list(shares) if isinstance(x, str)]
+    assert max(shares.values()) <= (0.04 if name == "heavy tails" else 0.025), shares
+    assert min(odd) > 0.85 or name == "heavy tails"
+
+
+def test_a_score_beyond_all_others():
+    """By Student's t for each of two distances; within the others by its rank."""
+    distances = np.random.default_rng(0).normal([3, 5], [1, 2], (99, 2))
+    calibration = Calibration.of(distances)
+    scores = ((distances - calibration.mean) / calibration.sd).max(1)
+    for i in (0, 49, 97, 98):  # i + 1 of 99
+        study = distances[scores.argsort()[i]]
+        assert calibration(study) == pytest.approx((i + 1) / 100, abs=0.003)
+    beyond = calibration(calibration.mean + calibration.sd * [0, 6])
+    assert 1 - beyond == pytest.approx(2 * stats.t.sf(6 / np.sqrt(1 + 1 / 99), 98)) and beyond < 1
 
 
 def table(path):
@@ -145,7 +182,7 @@ def test_the_columns_of_predict(add_model, cli):
     assert rows.loc["one", "size_low [cm]"] == ""  # undefined for one clip in each video
     assert rows.loc["odd", "novelty"] == 1 and rows.loc["odd", "warning"]
     usual = rows.drop(["odd", "one"])
-    assert (usual["warning"] != "").sum() < 3 and usual["novelty"].between(0.1, 0.9).sum() > 15
+    assert (usual["warning"] != "").sum() < 3 and usual["novelty"].between(0.05, 0.95).sum() > 15
     assert cli("predict", "--out", "q.csv", "--spread", "clips")[0] == 0
     assert Path("p.csv").read_bytes() == Path("q.csv").read_bytes()
     line = ("predict", "--out", "q.csv", "--max_videos_per_study", "2")

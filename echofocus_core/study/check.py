@@ -23,7 +23,7 @@ from echofocus_core.study.folds import (
     stored_names,
     training_folds,
 )
-from echofocus_core.study.input_check import DRAWS, Resamples
+from echofocus_core.study.input_check import Jackknife
 from echofocus_core.study.job import Job, check_settings, resolve_settings
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import (
@@ -275,10 +275,10 @@ def check_time(n_outputs, store, eids, folds, settings, listener):
         "train": lambda: list(train_steps(context, eids, optimizer)),
         "predict": lambda: run_studies(net, store, eids, settings),
     }
-    drawn = [(eid, k) for eid in eids[:2] for k in range(DRAWS)]
+    jackknife, headers = Jackknife(store, "clips"), {eid: store.header(eid) for eid in eids[:2]}
+    keys = [key for eid, x in headers.items() for key in jackknife.keys(eid, x.videos, x.clips)]
     each = {name: seconds_of(step) / len(eids) for name, step in steps.items()}
-    resampled = Resamples(store, "clips")
-    ranges = seconds_of(lambda: run_studies(net, resampled, drawn, settings)) / len(eids[:2])
+    ranges = seconds_of(lambda: run_studies(net, jackknife, keys, settings)) / len(headers)
     listener.ok(
         f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}; with ranges "
         f"(--page or --spread): {duration((each['predict'] + ranges) * n)}"

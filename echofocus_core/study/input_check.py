@@ -61,116 +61,157 @@ def mean_norm(study):
 
 # ----------------------------------------------------------------------------------- novelty
 
-MAX_COMPONENTS = 32  # directions that have their own variance
-FEWEST = 20  # training studies that a distribution is fitted to
+FEWEST = 20  # patients, and studies with a number of videos, that novelty is calibrated on
 FOLDS = 5
+MAX_DIRECTIONS = 32  # that have their own variances
+NUMBERS_OF_VIDEOS = (1, 2, 4, 8, 16, 32, 64)  # that novelty is calibrated for
 QUANTILES = np.linspace(0, 1, 201)
 UNUSUAL = 0.99  # share of training studies that are nearer; above it a study gets a warning
 
 
 @dataclass
-class Distribution:
-    """A normal distribution of embeddings: a variance for each of some directions, and one for all
-    others (probabilistic principal components: Tipping and Bishop, J R Stat Soc B 1999)."""
+class Directions:
+    """The mean of studies, and their principal directions."""
 
     mean: np.ndarray  # (D,)
-    components: np.ndarray  # (K, D) orthonormal
-    video_variance: np.ndarray  # (K + 1,) of a video along each, and along any other direction
-    study_variance: np.ndarray  # (K + 1,) of the mean of a study's videos
+    directions: np.ndarray  # (K, D) orthonormal
 
     @classmethod
-    def of(cls, videos):
-        """videos: list of (V, D), one for each study."""
-        means = np.stack([v.mean(0) for v in videos])
-        mean = means.mean(0)
-        each = np.concatenate([(v - mean) / np.sqrt(len(v)) for v in videos])  # a study counts once
-        K = min(MAX_COMPONENTS, max(1, len(videos) // 4))
+    def of(cls, studies, K):
+        """studies: list of (V, D), embeddings of videos; each study has the same weight."""
+        mean = np.mean([v.mean(0) for v in studies], axis=0)
+        each = np.concatenate([(v - mean) / np.sqrt(len(v)) for v in studies])
         if len(each) < D:
-            components = np.linalg.svd(each, full_matrices=False)[2][:K]
-        else:
-            components = np.linalg.eigh(each.T @ each)[1].T[: -K - 1 : -1]
-        scaled = [squares(v - mean, components) / len(v) for v in videos]
-        scaled = np.concatenate(scaled).sum(0) / len(videos)
-        of_study = squares(means - mean, components).mean(0)
-        least = 1e-12 + 1e-6 * scaled.sum() / D
-        return cls(mean, components, scaled.clip(least), of_study.clip(least))
+            return cls(mean, np.linalg.svd(each, full_matrices=False)[2][:K])
+        return cls(mean, np.linalg.eigh(each.T @ each)[1].T[: -K - 1 : -1])
 
-    def distances(self, videos):
-        """Squared Mahalanobis distances of a study's videos (V, D): (2,), that of their mean, and
-        the mean of their distances."""
-        K = len(self.components)
-        sizes = np.append(np.ones(K), D - K)  # number of directions in each part
-        study = squares(videos.mean(0, keepdims=True) - self.mean, self.components)
-        each = squares(videos - self.mean, self.components).mean(0)
-        return np.array(
-            [study[0] / self.study_variance @ sizes, each / self.video_variance @ sizes]
-        )
+    @property
+    def sizes(self):
+        """(K + 1,): 1 for each direction, then the number of all others."""
+        return np.append(np.ones(len(self.directions)), D - len(self.directions))
+
+    def squares(self, x):
+        """x (n, D) -> (n, K + 1): squared length along each direction, and the mean of the rest."""
+        along = (x @ self.directions.T) ** 2
+        rest = ((x**2).sum(1) - along.sum(1)).clip(0) / self.sizes[-1]
+        return np.column_stack([along, rest])
+
+    def distances(self, videos, between, within):
+        """Log squared Mahalanobis distances of a study's videos (V, D): (2,), that of their mean,
+        and the mean of theirs. between, within: variances (K + 1,) of studies, and in a study."""
+        of_mean = self.squares(videos.mean(0, keepdims=True) - self.mean)[0]
+        of_video = self.squares(videos - self.mean).mean(0)
+        of_mean /= between + within / len(videos)
+        of_video /= between + within
+        return np.log(np.maximum([of_mean @ self.sizes, of_video @ self.sizes], 1e-300))
 
 
-def squares(x, components):
-    """x (n, D) -> (n, K + 1): squared lengths along each component, and the mean of the rest."""
-    along = (x @ components.T) ** 2
-    rest = ((x**2).sum(1) - along.sum(1)).clip(0) / (D - len(components))
-    return np.column_stack([along, rest])
+@dataclass
+class Calibration:
+    """Distances (n, 2) of training studies with one number of videos. A study's score is the larger
+    of its two distances, each standardised."""
+
+    n: float  # studies
+    mean: np.ndarray  # (2,)
+    sd: np.ndarray  # (2,)
+    scores: np.ndarray  # (201,) quantiles
+
+    @classmethod
+    def of(cls, distances):
+        mean, sd = distances.mean(0), distances.std(0, ddof=1).clip(1e-6)
+        scores = ((distances - mean) / sd).max(1)
+        return cls(len(distances), mean, sd, np.quantile(scores, QUANTILES))
+
+    def __call__(self, distances):
+        """The share of studies with a lower score: i / (n + 1) above i of n scores. Above all of
+        them: the share expected of a normal distribution, by Student's t for each distance."""
+        from scipy.special import stdtr
+
+        n, score = self.n, ((distances - self.mean) / self.sd).max()
+        share = (1 + (n - 1) * np.interp(score, self.scores, QUANTILES)) / (n + 1)
+        if score <= self.scores[-1]:
+            return share
+        return max(share, 1 - 2 * stdtr(n - 1, -score / np.sqrt(1 + 1 / n)))
 
 
 @dataclass
 class Novelty:
-    """How much a study differs from a model's training studies.
+    """How much a study differs from a model's training studies with as many videos.
 
-    It holds no data of a patient: only a distribution, and quantiles of the distances of studies
-    from the distribution of other patients.
+    Embeddings of videos are normal: a study has a mean, with variances `between` studies, and its
+    videos have variances `within` the study, along each principal direction, and along any other
+    (probabilistic principal components: Tipping and Bishop, J R Stat Soc B 1999). It holds no data
+    of a patient: only this distribution, and quantiles of the scores of studies.
     """
 
-    distribution: Distribution
-    quantiles: np.ndarray  # (3, 201): of the two distances, then of the larger of their two ranks
+    space: Directions
+    between: np.ndarray  # (K + 1,)
+    within: np.ndarray  # (K + 1,)
+    calibrations: dict  # number of videos -> Calibration
 
     @classmethod
-    def of(cls, videos, groups):
-        """videos: list of (V, D), one for each training study; groups: its patient. None for fewer
-        than FEWEST studies.
+    def of(cls, studies, patients):
+        """studies: list of (V, D), embeddings of videos; patients: of each. None for fewer than
+        FEWEST patients.
 
-        Distances are from the distribution of other patients (in five folds): a study is too near
-        to a distribution that was fitted to it.
+        Variances and distances are of held-out patients, in five folds: directions that were fitted
+        to a study have too little variance in others.
         """
-        if len(videos) < FEWEST:
+        names = sorted(set(patients), key=lambda x: derive_seed("novelty", x))
+        if len(names) < FEWEST:
             return None
-        fold = np.array([derive_seed("novelty", patient) % FOLDS for patient in groups])
-        distances = np.zeros((len(videos), 2))
-        for k in np.unique(fold):
-            others = [v for v, f in zip(videos, fold, strict=True) if f != k]
-            distribution = Distribution.of(others or videos)
-            for i in np.flatnonzero(fold == k):
-                distances[i] = distribution.distances(videos[i])
-        quantiles = np.quantile(distances, QUANTILES, axis=0).T
-        larger = [ranks(d, quantiles).max() for d in distances]
-        quantiles = np.vstack([quantiles, np.quantile(larger, QUANTILES)])
-        return cls(Distribution.of(videos), quantiles)
+        number, K = {x: i for i, x in enumerate(names)}, min(MAX_DIRECTIONS, len(names) // 5)
+        fold = np.array([number[x] % FOLDS for x in patients])
+        spaces = [
+            Directions.of([v for v, f in zip(studies, fold, strict=True) if f != k], K)
+            for k in range(FOLDS)
+        ]
+        pairs = [(v, spaces[f]) for v, f in zip(studies, fold, strict=True)]
+        means = np.concatenate([x.squares(v.mean(0, keepdims=True) - x.mean) for v, x in pairs])
+        within = [x.squares(v - v.mean(0)).sum(0) / (len(v) - 1) for v, x in pairs if len(v) > 1]
+        within = np.mean(within or [np.zeros(K + 1)], axis=0)
+        least = 1e-12 + 1e-6 * (means.mean(0) + within) @ spaces[0].sizes / D
+        between = means.mean(0) - within * np.mean([1 / len(v) for v in studies])
+        between = between.clip(0.01 * means.mean(0) + least)
+        within, calibrations = within.clip(least), {}
+        rng = np.random.default_rng(derive_seed("novelty"))
+        for V in NUMBERS_OF_VIDEOS:
+            drawn = [(rng.permutation(v)[:V], x) for v, x in pairs if len(v) >= V]
+            if len(drawn) >= FEWEST:
+                distances = np.stack([x.distances(v, between, within) for v, x in drawn])
+                calibrations[V] = Calibration.of(distances)
+        return cls(Directions.of(studies, K), between, within, calibrations)
 
     def __call__(self, study):
-        """The share (0 to 1) of training studies that are nearer than this StudyClips."""
-        distances = self.distribution.distances(study.embeddings.mean(1, dtype=np.float64))
-        larger = ranks(distances, self.quantiles[:2])
-        if (distances > self.quantiles[:2, -1]).any():  # farther than any
-            return 1.0
-        return float(np.interp(larger.max(), self.quantiles[2], QUANTILES))
+        """The share (0 to 1) of training studies that are less unusual than this StudyClips."""
+        videos = study.embeddings.mean(1, dtype=np.float64)
+        distances = self.space.distances(videos, self.between, self.within)
+        nearer = [-np.log1p(-min(x(distances), 1 - 1e-15)) for x in self.calibrations.values()]
+        return float(
+            -np.expm1(-np.interp(np.log(len(videos)), np.log([*self.calibrations]), nearer))
+        )
 
     def to_save(self):
         """A dict of float32 tensors."""
-        parts = vars(self.distribution) | {"quantiles": self.quantiles}
+        parts = vars(self.space) | {"between": self.between, "within": self.within}
+        parts["videos"] = [*self.calibrations]
+        for name in ("n", "mean", "sd", "scores"):
+            parts[f"at_{name}"] = [getattr(x, name) for x in self.calibrations.values()]
         return {name: torch.from_numpy(np.asarray(x, np.float32)) for name, x in parts.items()}
 
     @classmethod
     def load(cls, saved):
-        """From the dict of `to_save`."""
-        names = ("mean", "components", "video_variance", "study_variance", "quantiles")
-        *distribution, quantiles = (saved[name].double().numpy() for name in names)
-        return cls(Distribution(*distribution), quantiles)
-
-
-def ranks(distances, quantiles):
-    """Ranks of distances (n,) among quantiles (n, 201): shares (n,)."""
-    return np.array([np.interp(d, q, QUANTILES) for d, q in zip(distances, quantiles, strict=True)])
+        """From the dict of `to_save`; None for a record of an earlier version."""
+        if "between" not in saved:
+            RUN.note("the model's record of its training data is of an earlier version: no novelty")
+            return None
+        parts = {name: x.double().numpy() for name, x in saved.items()}
+        columns = (parts[f"at_{name}"] for name in ("n", "mean", "sd", "scores"))
+        calibrations = [Calibration(*row) for row in zip(*columns, strict=True)]
+        return cls(
+            Directions(parts["mean"], parts["directions"]), parts["between"], parts["within"],
+            dict(zip(parts["videos"], calibrations, strict=True)),
+        )  # fmt: skip
 
 
 @dataclass
@@ -227,54 +268,82 @@ def report_warnings(warnings, model_name):
 
 # ---------------------------------------------------------------------------- range of an answer
 
-DRAWS = 16  # resamples of a study
-# Variance between classes of starts modulo the clip length (`video.clip_starts`), which the clips
-# of one extraction cannot show, as a share of that within: measured on phantoms.
+GROUPS = 16  # at most; each is left out once
+# Variance between classes of starts modulo 3 (`video.clip_starts`), which the clips of one
+# extraction cannot show, as a share of the variance of clips within a class: measured on phantoms.
+# The mean of C clips has a C-th of the latter, so the variance of an answer is 1 + 0.3 C times
+# that of its clips. Other videos have other classes: their variance includes it.
 BETWEEN_CLASSES = 0.3
 
 
-class Resamples:
-    """A store of resampled studies: (eid, k) is study eid with its clips drawn with replacement
-    within each video; unit 'videos': and its videos too."""
+class Jackknife:
+    """A store of studies without one group of their clips, as many of each video; unit 'videos':
+    without one group of their videos.
+
+    The study (eid, k) is without group k % G, in the assignment k // G of clips to groups. An
+    assignment is random, independent in each video, and depends only on the study's embeddings.
+    """
 
     def __init__(self, store, unit):
         self.store, self.unit = store, unit
-        self.bag = lru_cache(maxsize=32)(store.read)
+        self.bag = lru_cache(maxsize=32)(self.read_whole)
+
+    def read_whole(self, eid):
+        """(StudyClips, checksums of its clips (V, C); unit 'videos': of its videos (1, V))."""
+        bag = self.store.read(eid)
+        sums = [[zlib.crc32(np.ascontiguousarray(x)) for x in video] for video in bag.embeddings]
+        sums = np.array(sums)
+        return bag, sums.sum(1)[None] if self.unit == "videos" else sums
+
+    def assignments(self, videos, clips):
+        """(M, G): the numbers of assignments and of groups of a study of so many videos, each of so
+        many clips. One video's clips, or videos, need one assignment: others would be the same, or
+        hardly differ. G is 1 where nothing can be left out."""
+        alone = self.unit == "videos" or videos == 1
+        G = min(videos if self.unit == "videos" else clips, GROUPS)
+        return 1 if alone else -(-GROUPS // G), G
+
+    def keys(self, eid, videos, clips):
+        M, G = self.assignments(videos, clips)
+        return [(eid, k) for k in range(M * G if G > 1 else 0)]
 
     def read(self, key, rng=None):
-        bag = self.bag(key[0])
-        V, C, _ = bag.embeddings.shape
-        content = zlib.crc32(np.ascontiguousarray(bag.embeddings))  # independent of the study's id
-        rng = np.random.default_rng(derive_seed("spread", content, key[1]))
-        video = rng.integers(V, size=V) if self.unit == "videos" else np.arange(V)
-        clip = rng.integers(C, size=(V, C))
-        return StudyClips(bag.embeddings[video[:, None], clip], bag.videos)
+        bag, sums = self.bag(key[0])
+        m, left_out = divmod(key[1], self.assignments(*bag.embeddings.shape[:2])[1])
+        order = sums.argsort(1, kind="stable")  # independent of the order in the file
+        for i, of_video in enumerate(sums):
+            rng = np.random.default_rng(derive_seed("spread", of_video.sum(), m))
+            order[i] = order[i][rng.permutation(len(of_video))]
+        kept = order[:, np.arange(order.shape[1]) % GROUPS != left_out]
+        if self.unit == "videos":
+            return StudyClips(bag.embeddings[kept[0]], [bag.videos[i] for i in kept[0]])
+        return StudyClips(bag.embeddings[np.arange(len(sums))[:, None], kept], bag.videos)
 
     def size(self, key):
         return self.store.size(key[0])
 
 
-def interval_half_width(draws, videos, clips, modulo=False, whole=False):
-    """(S, T): the half-width of the 90 % range of each answer. The answer from another extraction
-    of the same study is in this range nine times of ten.
+def interval_half_width(answers, videos, between=0.0):
+    """(T,): the half-width of the 90 % range of each answer. The answer from another extraction of
+    the same study is in this range nine times of ten.
 
-    draws: (S, DRAWS, T) outputs of resampled studies; videos: (S,) number in each study; clips:
-    (S,) number in each video; modulo: (S,) whether a study's clips are of one class of starts;
-    whole: whether videos were resampled too. NaN where there is only one clip, or one video.
+    answers: (M, G, T) of a Jackknife's studies; videos: the number whose clips are left out
+    independently; between: variance of what all clips of a video share, as a multiple of that of
+    the mean of its clips.
 
-    - The variance between resamples of n clips is (n - 1) / n of that between extractions.
+    - The variance of the answer is estimated by the jackknife of G groups (Shao and Wu, Ann Stat
+      1989), averaged over the assignments.
+    - Student's t has G - 1 degrees of freedom if one video determines the answer: then all
+      assignments agree. If V do, it has up to V (G - 1), since averages over assignments vary less:
+      from the relative variance, 2 / freedom (Satterthwaite, Biometrics Bulletin 1946).
     - The difference between two extractions has twice the variance of one.
-    - Student's t allows for the few draws and the few clips. Their relative errors add
-      (Satterthwaite, Biometrics Bulletin 1946).
     """
     from scipy.stats import t
 
-    V, C = (np.asarray(x, float)[:, None] for x in (videos, clips))
-    with np.errstate(divide="ignore"):
-        factor, freedom = C / (C - 1), V * (C - 1)
-        if whole:
-            factor, freedom = np.maximum(factor, V / (V - 1)), np.minimum(freedom, V - 1)
-        freedom = 1 / (1 / (DRAWS - 1) + 1 / freedom)
-    factor = np.where(np.isfinite(factor), factor, np.nan)
-    factor = factor * (1 + BETWEEN_CLASSES * C * np.asarray(modulo).reshape(-1, 1))
-    return t.ppf(0.95, freedom) * np.sqrt(2 * factor) * draws.std(axis=1, ddof=1)
+    M, G, _ = answers.shape
+    each = (G - 1) * answers.var(axis=1, dtype=np.float64)  # (M, T)
+    variance, relative = each.mean(0), 2 / (G - 1)
+    if M > 1:
+        reduction = each.var(0, ddof=1) / np.maximum(variance, 1e-100) ** 2 * (1 - 1 / M)
+        relative = np.maximum(relative - reduction, relative / videos)
+    return t.ppf(0.95, 2 / relative) * np.sqrt(2 * variance * (1 + between))

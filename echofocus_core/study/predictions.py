@@ -1,11 +1,18 @@
 """The table of a model's answers, one row per study: probabilities or values, ranges, warnings."""
 
+from itertools import chain
+
 import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import begins, output_path, write_table
-from echofocus_core.study.input_check import DRAWS, InputCheck, Resamples, interval_half_width
+from echofocus_core.study.input_check import (
+    BETWEEN_CLASSES,
+    InputCheck,
+    Jackknife,
+    interval_half_width,
+)
 from echofocus_core.study.loop import LoopContext, merge_results, predict_steps, run_studies
 from echofocus_core.study.models import IMPLAUSIBLE
 from echofocus_core.study.network import Readings
@@ -33,14 +40,21 @@ def half_widths_of(model, store, results, settings, input_report):
     unit = settings.spread or ("clips" if settings.page else "none")
     if unit == "none" or isinstance(model.net, Readings) or not len(results):
         return None
-    keys = [(eid, k) for eid in results.eids for k in range(DRAWS)]
-    resampled = run_studies(model.net, Resamples(store, unit), keys, settings)
-    values = dict(zip(resampled.eids, model.range_values(resampled.logits), strict=True))
-    blank = np.full(len(model.outputs.names), np.nan)  # a file was deleted in the meantime
-    draws = np.stack([values.get(key, blank) for key in keys]).reshape(len(results), DRAWS, -1)
-    clips = np.divide(results.n_clips, results.n_videos)
-    modulo = [input_report.modulo[eid] for eid in results.eids]
-    return interval_half_width(draws, results.n_videos, clips, modulo, unit == "videos")
+    jackknife = Jackknife(store, unit)
+    sizes = zip(results.eids, results.n_videos, results.n_clips, strict=True)
+    keys = {eid: jackknife.keys(eid, videos, n // videos) for eid, videos, n in sizes}
+    left_out = run_studies(model.net, jackknife, list(chain(*keys.values())), settings)
+    values = dict(zip(left_out.eids, model.range_values(left_out.logits), strict=True))
+    half_widths = np.full((len(results), len(model.outputs.names)), np.nan)
+    blank = half_widths[0].copy()  # a file was deleted in the meantime
+    for i, (videos, n) in enumerate(zip(results.n_videos, results.n_clips, strict=True)):
+        if of_study := keys[results.eids[i]]:  # not one clip, or one video
+            shape = *jackknife.assignments(videos, n // videos), len(blank)
+            answers = np.reshape([values.get(key, blank) for key in of_study], shape)
+            modulo = unit == "clips" and input_report.modulo[results.eids[i]]
+            between = BETWEEN_CLASSES * n / videos if modulo else 0
+            half_widths[i] = interval_half_width(answers, videos, between)
+    return half_widths
 
 
 def note_cut_studies(store, results, input_report):
