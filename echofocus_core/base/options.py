@@ -423,7 +423,7 @@ class Settings(CohortOptions):
     )
 
     spread: Literal["", "clips", "videos", "none"] = option(
-        "", "range of each answer: how much it changes with other clips, or also with other "
+        "", "range of each answer: how much it changes with other clips, or with other "
         "videos; predict takes about 14 times as long [with --page: clips; else none]", OUTPUT,
         "predict explain"
     )
