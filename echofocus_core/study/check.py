@@ -128,7 +128,7 @@ def check_model(typed, config, listener):
 
 def choose_job(typed, config, model, listener):
     """The Job of a run; None if only --videos can be checked."""
-    extracted = any(d.embedding_path.is_dir() for d in config.datasets.values())
+    extracted = any(d.embedding_path.exists() for d in config.datasets.values())
     if typed.get("videos") and not typed.get("dataset") and not extracted:
         return listener.ok("no dataset is extracted yet: only --videos is checked")
     typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}

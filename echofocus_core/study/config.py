@@ -36,6 +36,7 @@ from echofocus_core.base.options import (
 from echofocus_core.study.outputs import KINDS, Outputs
 
 PUBLISHED_BOXCOX = ("LD05", "LM12", "LS04", "LA34", "RA06")
+SPLIT = "split_path"  # the name of the column with the folds of such a file
 PUBLISHED_RANGES = {"EF05": (0, None), "LM12": (0, None)}  # outside is a typing error: missing
 MODELS = Path("trained_models")
 CONFIGS = (Path("config.json"), Path("config-example.json"))
@@ -252,6 +253,8 @@ class Dataset(Entry):
 
     embedding_path: Location
     label_path: Location | None = None
+    split_path: Location | None = None  # JSON of patients and their folds
+    path_pattern: str = ""  # regular expression with (?P<pid>) and (?P<eid>), for lists of videos
     columns: ByLabel = Field({})  # of its label table, before those of the task
     video_base_path: Location | None = None  # holds a folder of videos for each study, called:
     video_subdir_format: str = "{echo_id}_trim"
@@ -259,6 +262,13 @@ class Dataset(Entry):
     settings: ForConfig = Settings()  # options, for this dataset
 
     plain_options = model_validator(mode="before")(with_options)
+
+    @model_validator(mode="after")
+    def folds_of_file(self):
+        lists = self.label_path and not self.label_path.suffix  # a folder of lists, one a fold
+        if (self.split_path or lists) and not self.settings.split_column:
+            vars(self)["settings"] = self.settings.model_copy(update={"split_column": SPLIT})
+        return self
 
     @property
     def is_of_videos(self):

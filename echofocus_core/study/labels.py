@@ -15,6 +15,7 @@ from echofocus_core.base.seen import STUDY, id_key
 from echofocus_core.base.tables import clean_ids, read_dates, read_table, to_numbers
 from echofocus_core.study.config import PUBLISHED_BOXCOX
 from echofocus_core.study.kinds.base import examples_of
+from echofocus_core.study.label_lists import SPLIT, read_other_labels, read_split
 from echofocus_core.study.scaling import fit_scaling, scaling_fault
 
 GIVEN_FOLD = "fold given"  # the column of a label table (as read) with the folds of `split_column`
@@ -29,6 +30,8 @@ class LabelFile:
     path: Path | None
     columns: dict[str, str] = field(default_factory=dict)  # our name -> the table's name
     level: str = "study"
+    split: Path | None = None  # JSON of patients and their folds, the column SPLIT
+    pattern: str = ""  # finds the patient and the study in the path of a video
     order: str | None = None  # sort by this column of dates, '' for the only one; None: do not sort
 
 
@@ -36,7 +39,8 @@ def label_file(task, dataset, settings=None):
     """The LabelFile of a dataset; sorted if the settings use one study of each patient."""
     path = dataset.label_path or (task.label_path if task else None)
     columns = (task.columns if task else {}) | dataset.columns
-    file = LabelFile(path, columns, task.level if task else "study")
+    level = task.level if task else "study"
+    file = LabelFile(path, columns, level, dataset.split_path, dataset.path_pattern)
     if settings and (
         settings.first_study_only or (settings.per == "patient" and settings.pool != "mean")
     ):
@@ -103,9 +107,13 @@ def read_cells(file, columns, listener, words=None):
     None if a column of ids is missing, or no row has ids.
     """
     path, level = file.path, file.level
-    raw = read_table(path, listener, "label table", words)
+    raw = read_other_labels(path, file.pattern)
+    if raw is None:
+        raw = read_table(path, listener, "label table", words)
     whole = raw.drop(columns=[x for x in file.columns if x in raw])
     whole = whole.assign(**{x: raw[name] for x, name in file.columns.items() if name in raw})
+    if file.split and "pid" in whole:
+        whole[SPLIT] = whole["pid"].map(read_split(file.split))
     ids = ("pid", "eid", "video") if level == "video" else ("pid", "eid")
     missing = [column for column in (*ids, *columns) if column not in whole]
     for column in missing:

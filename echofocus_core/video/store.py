@@ -514,10 +514,10 @@ def open_pack(folder, findings):
         return None
     try:
         store = PackedEmbeddings(folder)
-        if folder.is_dir() and not store.is_of(open_folder(folder)):
+        if folder.exists() and not store.is_of(open_folder(folder)):
             raise UserError(f"{name} is out of date and not used")
     except UserError as error:
-        if not folder.is_dir():
+        if not folder.exists():
             raise
         findings.warning(str(error), "run pack again")
         return None
@@ -526,11 +526,17 @@ def open_pack(folder, findings):
 
 
 def open_folder(path):
-    """The Store of a folder that is not packed. Raises UserError."""
-    if not path.is_dir():
-        raise UserError(f"no folder of clip embeddings {path}; see embedding_path in the config")
-    is_cache = (path / "cache_index.json").exists()
-    return EmbeddingShards(path) if is_cache else EmbeddingFolder(path)
+    """The Store of a folder or a file that is not packed. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"no clip embeddings {path}; see embedding_path in the config")
+    if (path / "cache_index.json").exists():
+        return EmbeddingShards(path)
+    if path.is_file() or not any(path.glob("*.h*5")):
+        from echofocus_core.video.other_files import open_other  # it imports this module
+
+        if store := open_other(path):
+            return store
+    return EmbeddingFolder(path)
 
 
 class EmbeddingFolder(Store):
