@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from echofocus_core import EMBED_DIM as D
+from echofocus_core import EMBED_DIM
 from echofocus_core.base.console import RUN, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validate_as
@@ -45,7 +45,7 @@ class TrainingInput:
                 groups.append(patients[eid])
                 facts["weights"].add(study.made_with.get("weights", ""))
                 facts["n_clips"].add(study.embeddings.shape[1])
-        mean = np.mean([v.mean(0) for v in videos], axis=0) if videos else np.zeros(D)
+        mean = np.mean([v.mean(0) for v in videos], axis=0) if videos else np.zeros(EMBED_DIM)
         shared = {name: values.pop() for name, values in facts.items() if len(values) == 1}
         shared = {k: v for k, v in shared.items() if v != "" and str(v).isprintable()}
         if norms:
@@ -65,6 +65,7 @@ FEWEST = 20  # patients, and studies with a number of videos, that novelty is ca
 FOLDS = 5
 MAX_DIRECTIONS = 32  # that have their own variances
 NUMBERS_OF_VIDEOS = (1, 2, 4, 8, 16, 32, 64)  # that novelty is calibrated for
+TAIL = 7  # degrees of freedom of scores beyond all others: heavier tails than normal ones
 QUANTILES = np.linspace(0, 1, 201)
 UNUSUAL = 0.99  # share of training studies that are nearer; above it a study gets a warning
 
@@ -81,14 +82,15 @@ class Directions:
         """studies: list of (V, D), embeddings of videos; each study has the same weight."""
         mean = np.mean([v.mean(0) for v in studies], axis=0)
         each = np.concatenate([(v - mean) / np.sqrt(len(v)) for v in studies])
-        if len(each) < D:
+        if len(each) < len(mean):
             return cls(mean, np.linalg.svd(each, full_matrices=False)[2][:K])
         return cls(mean, np.linalg.eigh(each.T @ each)[1].T[: -K - 1 : -1])
 
     @property
     def sizes(self):
         """(K + 1,): 1 for each direction, then the number of all others."""
-        return np.append(np.ones(len(self.directions)), D - len(self.directions))
+        K, width = self.directions.shape
+        return np.append(np.ones(K), width - K)
 
     def squares(self, x):
         """x (n, D) -> (n, K + 1): squared length along each direction, and the mean of the rest."""
@@ -124,14 +126,14 @@ class Calibration:
 
     def __call__(self, distances):
         """The share of studies with a lower score: i / (n + 1) above i of n scores. Above all of
-        them: the share expected of a normal distribution, by Student's t for each distance."""
+        them: the share expected by Student's t for each of the two distances."""
         from scipy.special import stdtr
 
         n, score = self.n, ((distances - self.mean) / self.sd).max()
         share = (1 + (n - 1) * np.interp(score, self.scores, QUANTILES)) / (n + 1)
         if score <= self.scores[-1]:
             return share
-        return max(share, 1 - 2 * stdtr(n - 1, -score / np.sqrt(1 + 1 / n)))
+        return max(share, 1 - 2 * stdtr(TAIL, -score / np.sqrt(1 + 1 / n)))
 
 
 @dataclass
@@ -160,7 +162,8 @@ class Novelty:
         names = sorted(set(patients), key=lambda x: derive_seed("novelty", x))
         if len(names) < FEWEST:
             return None
-        number, K = {x: i for i, x in enumerate(names)}, min(MAX_DIRECTIONS, len(names) // 5)
+        number, width = {x: i for i, x in enumerate(names)}, studies[0].shape[1]
+        K = min(MAX_DIRECTIONS, len(names) // 5, width - 1)
         fold = np.array([number[x] % FOLDS for x in patients])
         spaces = [
             Directions.of([v for v, f in zip(studies, fold, strict=True) if f != k], K)
@@ -170,7 +173,7 @@ class Novelty:
         means = np.concatenate([x.squares(v.mean(0, keepdims=True) - x.mean) for v, x in pairs])
         within = [x.squares(v - v.mean(0)).sum(0) / (len(v) - 1) for v, x in pairs if len(v) > 1]
         within = np.mean(within or [np.zeros(K + 1)], axis=0)
-        least = 1e-12 + 1e-6 * (means.mean(0) + within) @ spaces[0].sizes / D
+        least = 1e-12 + 1e-6 * (means.mean(0) + within) @ spaces[0].sizes / width
         between = means.mean(0) - within * np.mean([1 / len(v) for v in studies])
         between = between.clip(0.01 * means.mean(0) + least)
         within, calibrations = within.clip(least), {}
