@@ -300,7 +300,9 @@ def test_a_model_of_ours_without_its_list_is_refused():
 
 def test_studies_without_labels_are_no_test_where_the_encoder_knows_them():
     seen, encoder = ([Seen.of(table_of("x", eid).assign(fold="train"), "00")] for eid in ("1", "2"))
-    nothing = SimpleNamespace(label_path=None, columns={}, level="study")
+    nothing = SimpleNamespace(
+        label_path=None, columns={}, level="study", split_path=None, path_pattern=""
+    )
     store = SimpleNamespace(encoder_seen=lambda *_: (encoder, True))
     source = SimpleNamespace(eids=["1", "2", "3"], store=store)
     model = SimpleNamespace(seen=seen, outputs=Outputs.of(["x"], "binary"))
