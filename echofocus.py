@@ -44,6 +44,13 @@ def cmd_train(job):
         evaluate_folds(*folds)
 
 
+def cmd_compare(job):
+    """Train encoders and aggregators on the same folds; a page and tables of their differences."""
+    from echofocus_core.report.comparison import compare_models
+
+    compare_models(job)
+
+
 def cmd_evaluate(job):
     """Write metrics with intervals, tables, figures and a page, for a fold or for predictions."""
     from echofocus_core.report.evaluation import evaluate_file, evaluate_fold
@@ -402,6 +409,7 @@ def bag_of(eid, array, width):
 
 COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes Settings)
     "train": (cmd_train, "training_job"),
+    "compare": (cmd_compare, "training_job"),
     "evaluate": (cmd_evaluate, "evaluation_job"),
     "predict": (cmd_predict, "model_job"),
     "embed": (cmd_embed, "model_job"),
@@ -412,7 +420,11 @@ COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it take
     "inspect": (cmd_inspect, ""),
     "demo": (cmd_demo, ""),
 }
-SHARED = {"train": "share each optimiser step", "explain": "share the studies"}  # by processes
+SHARED = {
+    "train": "share each optimiser step",
+    "compare": "share each optimiser step",
+    "explain": "share the studies",
+}  # by processes
 
 
 def build_parser():

@@ -200,6 +200,9 @@ def option(
     return Field(default=default, description=help, ge=least, lt=below, json_schema_extra=meta)
 
 
+Aggregators = Literal["standard", "query", "multiquery", "mean", "mlp", "attentive", "abmil"]
+
+
 # fmt: off
 class CohortOptions(Entry):
     """The labelled videos for training the encoder; `check` reads them too."""
@@ -310,7 +313,7 @@ class Settings(CohortOptions):
     )
 
     n_boot: int = option(
-        1000, "resamples of patients for 95 % intervals; 0: no intervals", DATA, "evaluate",
+        1000, "resamples of patients for 95 % intervals; 0: no intervals", DATA, "evaluate compare",
         least=0, also="n_bootstrap"
     )
 
@@ -334,10 +337,20 @@ class Settings(CohortOptions):
     )
     by: Names = option(
         [], "also evaluate groups: columns of the label table, numbers with edges as in age:40,65",
-        DATA, "evaluate"
+        DATA, "evaluate compare"
     )
     compare: Names = option(
         [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
+    )
+    encoders: Names = option(
+        [], "compare the embeddings of these encoders, as in panecho=emb/panecho [the dataset's]",
+        WHAT, "compare"
+    )
+    aggregators: list[Aggregators] = option(
+        [], "compare these aggregators, see --transformer_type of train [standard]", WHAT, "compare"
+    )
+    fractions: Annotated[list[float], BeforeValidator(times_in)] = option(
+        [], "learning curves: shares of the training patients, as in 0.01 0.1 1", WHAT, "compare"
     )
     predictions: str = option(
         "", "table of predictions to evaluate instead of a model", WHAT, "evaluate"
@@ -363,9 +376,7 @@ class Settings(CohortOptions):
         "batch_tokens", COMPUTING, ALL, least=0
     )
 
-    transformer_type: Literal[
-        "standard", "query", "multiquery", "mean", "mlp", "attentive", "abmil"
-    ] = option(
+    transformer_type: Aggregators = option(
         "standard", "aggregator: the published three, or a baseline: mean of the clips, mlp on the "
         "mean, attentive (one query), abmil (gated attention)", MODEL, "train"
     )
@@ -374,6 +385,9 @@ class Settings(CohortOptions):
         below=MOST_LAYERS + 1
     )
     tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
+    train_fraction: float = option(
+        1.0, "train on this share of the training patients", MODEL, "train", below=1.000001
+    )
     video_sampling: Literal["all", "one"] = option(
         "all", "one: train on one random clip of a study, and average the outputs of its clips, as "
         "probes of single clips do", MODEL, "train"
@@ -560,9 +574,20 @@ IN_CONFIG = {n for n, f in OPTIONS.items() if f.json_schema_extra["group"].in_co
 
 
 def options_of(command, settings=Settings):
-    """Option -> declaration, for the options of a command in `settings`."""
-    fields = settings.model_fields.items()
-    return {n: f for n, f in fields if command in f.json_schema_extra["commands"]}
+    """Option -> declaration, for the options of a command in `settings`.
+
+    `compare` has its own and those of `train` that choose neither one model nor videos.
+    """
+    fields, options = settings.model_fields.items(), {}
+    for name, f in fields:
+        meta = f.json_schema_extra
+        trains = "train" in meta["commands"] and not meta["group"].needs_videos
+        if command in meta["commands"] or (command == "compare" and trains and name not in CELL):
+            options[name] = f
+    return options
+
+
+CELL = ("transformer_type", "train_fraction", "n_folds", "fold", "init_from", "freeze")
 
 
 # What a checkpoint's record keeps of the settings: what decides the weights, and no path.

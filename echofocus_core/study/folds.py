@@ -360,6 +360,9 @@ def training_folds(table, settings, task, seen=(), listener=RUN):
     """
     rule = split_patients(table, settings, task.outputs)
     folds = without_seen(rule, seen, listener)
+    if settings.train_fraction < 1:  # the patients of a share are also in every larger one
+        draws = table["pid"].map(lambda pid: derive_seed("fraction", settings.seed, pid) / 2**63)
+        folds[(folds == "train") & (draws >= settings.train_fraction)] = "left out"
     for fold in ("train", "val"):
         if not (folds == fold).any():
             text, remedy = f"no study falls into the {fold} fold", "change --split, --seed"

@@ -1,0 +1,221 @@
+"""Train encoders and aggregators on the same folds; compare them on the same unseen patients."""
+
+import os
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from echofocus_core.base.console import UserError
+from echofocus_core.base.options import grid_of
+from echofocus_core.base.world import pick_device
+from echofocus_core.study import statistics as st
+from echofocus_core.study.evaluation import headlines_of, subgroups
+from echofocus_core.study.fold_answers import answer_fold
+from echofocus_core.study.job import check_settings
+from echofocus_core.study.loading import load_model, model_folder, read_checkpoint
+from echofocus_core.study.sources import Source, open_embeddings
+from echofocus_core.study.train_command import best_of, train_model
+
+COMPARED = "compared models"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination that is trained."""
+
+    encoder: str
+    aggregator: str
+    fraction: float = 1.0
+
+    @property
+    def name(self):
+        part = "" if self.fraction == 1 else f"_{self.fraction:g}"
+        return f"{self.encoder}_{self.aggregator}{part}"
+
+
+@dataclass
+class Trained:
+    """A trained Cell with its answers for the test fold."""
+
+    cell: Cell
+    studies: object  # Studies, see study/evaluation.py
+    facts: dict  # cost and chosen options, for the table
+    warnings: list
+
+
+def cells_of(job):
+    """[Cell] and encoder -> its embeddings, from --encoders, --aggregators and --fractions.
+
+    Raises UserError.
+    """
+    settings, folders = job.settings, {}
+    for text in settings.encoders:
+        name, _, path = text.partition("=")
+        if not (name and path) or "/" in name or name in folders:
+            raise UserError(f"--encoders {text}: write a name and a folder, as in panecho=emb/p")
+        folders[name] = Path(path)
+    folders = folders or {job.dataset.embedding_path.stem: job.dataset.embedding_path}
+    aggregators = settings.aggregators or [settings.transformer_type]
+    fractions = sorted(set(settings.fractions or [1.0]))
+    if not 0 < fractions[0] <= fractions[-1] <= 1:
+        raise UserError("--fractions: shares of the training patients, above 0 and up to 1")
+    return [Cell(*x) for x in product(folders, dict.fromkeys(aggregators), fractions)], folders
+
+
+def train_cells(job):
+    """Train the cells that are not trained yet; (cells whose training is finished, all cells).
+
+    In a SLURM array each job trains its share. With --grid, each combination of its options is
+    trained, and the best by validation loss represents the cell.
+    """
+    cells, folders = cells_of(job)
+    task, count = (os.environ.get(f"SLURM_ARRAY_TASK_{x}") for x in ("ID", "COUNT"))
+    finished = {}
+    for i, cell in enumerate(cells):
+        best = {}
+        mine = task is None or i % int(count or 1) == int(task)
+        for k, options in enumerate(grid_of(job.settings.grid) if job.settings.grid else [{}]):
+            one = job_of_cell(job, cell, folders[cell.encoder], f"grid_{k}" if options else "")
+            one = one.but(**options)
+            place = Path(one.settings.model_name).absolute()
+            if mine:
+                print(f"{cell.name} ({i + 1} of {len(cells)})" + f": {options}" * bool(options))
+                check_settings(one.settings)
+                best_of(place, options)
+                train_model(one)
+            best[place] = best_of(place, options)
+        if all(best.values()):
+            finished[cell] = min(best, key=lambda place: best[place]["val_loss"])
+    return finished, cells
+
+
+def job_of_cell(job, cell, folder, part):
+    """The training Job of a cell."""
+    name = model_folder(job.settings.model_name, job.settings.run_id) / cell.name / part
+    one = job.but(
+        transformer_type=cell.aggregator, train_fraction=cell.fraction, grid=[], run_id="",
+        model_name=os.path.relpath(name.absolute()),
+    )  # fmt: skip
+    return replace(one, dataset=job.dataset.model_copy(update={"embedding_path": folder}))
+
+
+def answer_cells(job, finished):
+    """[Trained] of the finished cells, all on the test studies that each of them can answer."""
+    _, folders = cells_of(job)
+    trained = []
+    for cell, place in finished.items():
+        model = load_model(place, device=pick_device(job.settings.device))
+        one = job_of_cell(job, cell, folders[cell.encoder], "").but(subset="test")
+        source = Source(job.settings.dataset, open_embeddings(one.dataset, job.task, one.settings))
+        one = replace(one, model=model, source=source)
+        studies, _, _, warnings = answer_fold(one, model.record.thresholds)
+        saved = read_checkpoint(place / "last_checkpoint.pt")
+        history = np.array([row[1:5] for row in saved["perf_log"]], float)
+        facts = {
+            "width": model.net.width,
+            "parameters": sum(p.numel() for p in model.net.parameters()),
+            "epochs": len(history), "val_loss": history[:, 1].min(),
+            "train_seconds": history[:, 3].sum(),
+        }  # fmt: skip
+        chosen = model.record.settings.model_dump(include=set(dict(option_names(job))))
+        trained.append(Trained(cell, studies, facts | chosen, list(warnings)))
+    common = set.intersection(*(set(x.studies.eids) for x in trained))
+    if not common:
+        raise UserError("no test study has the embeddings of every encoder")
+    for x in trained:
+        rows = [i for i, eid in enumerate(x.studies.eids) if eid in common]
+        x.studies = x.studies.take(sorted(rows, key=lambda i: x.studies.eids[i]))
+    return trained
+
+
+def option_names(job):
+    """[(option, values)] of --grid."""
+    return [(text.partition("=")[0], text) for text in job.settings.grid]
+
+
+def cell_rows(trained, n_boot, seed):
+    """(rows of the table of cells, Cell -> its Estimates of headline metrics)."""
+    rows, headlines = [], {}
+    for x in trained:
+        estimates = st.estimates(x.studies.outcomes, x.studies.patients, n_boot, seed)
+        chosen = headlines_of(x.studies, estimates)
+        metrics = {e.metric for e in chosen.values()}
+        means = [e for e in estimates if e.label == "mean" and e.metric in metrics]
+        headlines[x.cell] = chosen | ({"mean": means[0]} if len(means) == 1 else {})
+        for e in headlines[x.cell].values():
+            rows.append(vars(x.cell) | e.row() | x.facts)
+    return rows, headlines
+
+
+def difference_rows(trained, reference, n_boot, seed):
+    """Rows with the paired differences of every cell minus a reference, a Trained, on the same
+    patients; p-values are adjusted by Holm's method over all of them."""
+    rows = []
+    for x in trained:
+        if x.cell == reference.cell:
+            continue
+        patients = x.studies.patients
+        estimates = st.compare(
+            x.studies.outcomes, reference.studies.outcomes, patients, n_boot, seed
+        )
+        headline = {o.label: o.headline for o in x.studies.outcomes}
+        for e in estimates:
+            if headline.get(e.label) == e.metric:
+                rows.append(vars(x.cell) | {"minus": reference.cell.name} | e.row())
+    adjusted = holm([row["p_value"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+
+
+def holm(p_values):
+    """p-values adjusted by Holm's method (Scand J Stat 1979;6:65); None stays None."""
+    rows = [i for i, p in enumerate(p_values) if p is not None]
+    order = sorted(rows, key=lambda i: p_values[i])
+    adjusted, largest = list(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, p_values[i] * (len(order) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def best_of_cells(trained, headlines):
+    """The Trained with the best mean headline metric; errors are better when they are small."""
+
+    def score(x):
+        rows = headlines[x.cell]
+        values = [r for label, r in rows.items() if label != "mean" or len(rows) == 1]
+        signs = [-1 if "error" in r.metric else 1 for r in values]
+        return np.nanmean([s * r.value for s, r in zip(signs, values, strict=True)])
+
+    return max((x for x in trained if x.cell.fraction == 1), key=score, default=trained[-1])
+
+
+def group_rows(trained, columns, n_boot, seed):
+    """Rows of the headline metrics of every group of --by."""
+    rows = []
+    for x in trained:
+        headline = {o.label: o.headline for o in x.studies.outcomes}
+        for column, (cells, edges) in columns.items():
+            for group, e in subgroups(
+                x.studies, cells.reindex(x.studies.eids), edges, n_boot, seed
+            ):
+                if headline.get(e.label) == e.metric:
+                    rows.append(vars(x.cell) | {"by": column, "group": group} | e.row())
+    return rows
+
+
+def tables_of(job, trained, columns):
+    """name -> DataFrame: cells, differences and groups."""
+    settings = job.settings
+    boot = settings.n_boot, settings.seed
+    cells, headlines = cell_rows(trained, *boot)
+    best = best_of_cells(trained, headlines)
+    whole = [x for x in trained if x.cell.fraction == 1] or trained
+    references = {x.cell: x for x in (whole[0], best)}.values()
+    differences = [row for x in references for row in difference_rows(whole, x, *boot)]
+    tables = {"cells": pd.DataFrame(cells), "differences": pd.DataFrame(differences)}
+    if columns:
+        tables["groups"] = pd.DataFrame(group_rows(trained, columns, *boot))
+    return tables, headlines, best

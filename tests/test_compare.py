@@ -1,0 +1,129 @@
+"""The command `compare`: encoders and aggregators on the same folds and unseen patients."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from echofocus_core.study.compare import holm
+
+LINE = ("compare", "--task", "t", "--n_boot", 200, "--epoch_lim", 14, "--learning_rate", "2e-3",
+        "--batch_number", 16)  # fmt: skip
+
+
+def write_cohort(folder, width, signal, n=240, seed=0):
+    """Embeddings of n studies of 6 videos: in positive ones, one video has a pattern of one sign,
+    and in negative ones, two videos have half of it, so that the mean tells nothing."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    truth = (np.arange(n) % 2 == 0).astype(int)
+    for i in range(n):
+        clips = rng.normal(size=(6, 2, width)).astype(np.float32)
+        strength = 4.0 * signal
+        if truth[i]:
+            clips[0, :, :8] += strength
+        else:
+            clips[:2, :, :8] += strength / 2
+        clips = clips[rng.permutation(6)]
+        with h5py.File(folder / f"s{i}.hdf5", "w") as f:
+            f["embeddings"] = clips
+            names = [f"v{k}.avi" for k in range(6)]
+            f.create_dataset("videos", data=names, dtype=h5py.string_dtype())
+    return truth
+
+
+def write_config(truth, sex=None):
+    table = pd.DataFrame({"pid": [f"p{i}" for i in range(len(truth))],
+                          "eid": [f"s{i}" for i in range(len(truth))], "VSD": truth})  # fmt: skip
+    table["sex"] = np.where(np.arange(len(truth)) % 3 == 0, "f", "m")
+    table.to_csv("labels.csv", index=False)
+    task = {"task_labels": ["VSD"], "type": "binary", "label_path": "labels.csv"}
+    dataset = {"embedding_path": "emb"}
+    Path("config.json").write_text(json.dumps({"task": {"t": task}, "dataset": {"d": dataset}}))
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_config(write_cohort(tmp_path / "emb", 32, 1.0))
+    write_cohort(tmp_path / "noise", 16, 0.0)
+    return tmp_path
+
+
+def test_an_aggregator_that_sees_single_videos_beats_the_mean(planted, cli):
+    """By at least 0.1 with an interval above 0; an encoder without signal does not."""
+    status, _, err = cli(
+        *LINE, "--aggregators", "mean", "standard", "--split", "50,20,30",
+        "--encoders", "good=emb", "bad=noise", "--by", "sex",
+    )  # fmt: skip
+    assert status == 0, err
+    folder = Path("trained_models/t")
+    cells = pd.read_csv(folder / "cells.csv").set_index(["encoder", "aggregator"])
+    assert len(cells) == 4 and cells["n"].nunique() == 1
+    assert cells.loc[("good", "standard"), "value"] > cells.loc[("good", "mean"), "value"] + 0.1
+    rows = pd.read_csv(folder / "differences.csv")
+    row = rows.query("encoder == 'good' and aggregator == 'standard' and minus == 'good_mean'")
+    assert row["ci_low"].item() > 0 and row["p_holm"].item() < 0.05
+    bad = rows.query("encoder == 'bad' and aggregator == 'standard' and minus == 'good_mean'")
+    assert bad["ci_low"].item() < 0 or bad["value"].item() < 0
+    assert (rows["p_holm"] >= rows["p_value"]).all()
+    groups = pd.read_csv(folder / "groups.csv")
+    assert set(groups["group"]) == {"f", "m"}
+    page = (folder / "comparison.html").read_text()
+    assert "good" in page and "<img" in page and "http" not in page.replace("http-equiv", "")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")}
+    assert cli(*LINE, "--aggregators", "mean", "standard", "--split", "50,20,30",
+               "--encoders", "good=emb", "bad=noise", "--by", "sex")[0] == 0  # fmt: skip
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")} == before
+    assert pd.read_csv(folder / "cells.csv").set_index(["encoder", "aggregator"]).equals(cells)
+
+
+def test_learning_curves_and_grids(planted, cli, monkeypatch):
+    """Each share of the training patients has those of the smaller one; the grid's best model by
+    validation loss represents its combination; array jobs share the work."""
+    line = (*LINE, "--epoch_lim", 2, "--aggregators", "mean", "--fractions", "0.3", "1",
+            "--grid", "batch_number=16,64", "--split", "60,20,20")  # fmt: skip
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    status, out, err = cli(*line)
+    assert status == 0 and "emb_mean_0.3" in out.splitlines()[-1], (out, err)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    status, out, err = cli(*line)
+    assert status == 0, err
+    folder = Path("trained_models/t")
+    cells = pd.read_csv(folder / "cells.csv")
+    assert list(cells["fraction"]) == [0.3, 1.0]
+    split = {
+        name: pd.read_csv(folder / name / "grid_0" / "split.csv").set_index("pid")["fold"]
+        for name in ("emb_mean_0.3", "emb_mean")
+    }
+    small, whole = (set(s.index[s == "train"]) for s in split.values())
+    assert small < whole and 0.15 < len(small) / len(whole) < 0.45
+    assert (folder / "learning_curves.png").is_file()
+    losses = {
+        k: pd.read_csv(folder / "emb_mean" / f"grid_{k}" / "train_losses.csv") for k in range(2)
+    }
+    least = min(x.filter(like="val").iloc[:, 0].min() for x in losses.values())
+    assert cells["val_loss"].iloc[1] == pytest.approx(least, rel=1e-5)
+
+
+def test_mistakes(planted, cli):
+    for options, text in (
+        (("--encoders", "emb"), "panecho=emb/p"),
+        (("--fractions", "2"), "--fractions"),
+        (("--aggregators", "median"), "--aggregators"),
+    ):
+        status, _, err = cli(*LINE, *options)
+        assert status in (1, 2) and text in err, err
+
+
+def test_holm_against_scipys_step_down():
+    p = [0.01, 0.04, None, 0.03, 0.005]
+    got = holm(p)
+    # by hand: 0.005 * 4, then 0.01 * 3, then 0.03 * 2, then 0.04 * 1 but not below the one before
+    assert got == pytest.approx([0.03, 0.06, None, 0.06, 0.02])
+    assert stats.false_discovery_control([0.01, 0.04, 0.03, 0.005]).max() <= 0.06
