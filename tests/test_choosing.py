@@ -30,7 +30,7 @@ def fold_settings(fold=0):
 
 @pytest.fixture
 def rare():
-    """500 patients, ten of whom have the finding in one of two studies."""
+    """500 patients with two studies each; ten have the finding in one of them."""
     pids = [f"P{i % 500}" for i in range(1000)]
     return pd.DataFrame({"pid": pids, "rare": [float(i < 10) for i in range(1000)]})
 

@@ -62,13 +62,13 @@ def trained(cohort, add_model):
 # ---------------------------------------------------------------------------- what a model has seen
 
 
-def test_a_copy_alone_tests_on_nobody_it_has_seen(trained, cli):
+def test_a_copied_model_is_not_tested_on_its_training_patients(trained, cli):
     """On its own dataset the test fold is that of the training, without split.csv."""
     tested, _ = studies_tested(cli, copy_alone("defect", "copy"))
     assert tested == trained["test"]
 
 
-def test_a_copy_alone_as_ancestor(cohort, cli):
+def test_a_copied_model_as_initial_weights(cohort, cli):
     """Under another seed, and again from that, no study that an ancestor knows is a test."""
     wide = ("--split", "30,35,35")
     assert cli(*DEFECT, *wide, "--model_name", "first")[0] == 0
@@ -107,7 +107,7 @@ def test_the_same_studies_under_another_name(trained, cli):
         assert f"left out {100 - len(tested)} labelled studies" in out
 
 
-def test_patients_are_known_where_studies_are_new(trained, cli):
+def test_new_studies_of_training_patients_are_left_out(trained, cli):
     """On another dataset, by patient alone; --assume_unseen takes them all, and says so."""
     table = pd.read_csv("labels.csv", dtype=str)
     table.assign(eid="n" + table["eid"]).to_csv("later.csv", index=False)
@@ -135,7 +135,7 @@ def test_a_published_model_was_trained_elsewhere(trained, cli):
     assert set(metrics["unseen"]) == {"by patient and study id"}
 
 
-def test_a_checkpoint_names_nobody(trained, cli):
+def test_a_checkpoint_contains_no_patient_id(trained, cli):
     """Its list is short, without ids, and no plain digest of one; a damaged one is refused."""
     path = MODELS / "defect" / "best_checkpoint.pt"
     (seen,) = torch.load(path, weights_only=True)["seen"]
@@ -153,7 +153,7 @@ def test_a_checkpoint_names_nobody(trained, cli):
         assert status == 1 and "list of seen patients is damaged" in err and "Trace" not in err
 
 
-def test_an_average_validates_on_nobody_whom_one_was_trained_on():
+def test_an_average_is_not_validated_on_its_members_training_patients():
     table = pd.DataFrame({"pid": list("abcde")}, index=list("12345"))
     each = [["train", "val", "val", "test", "val"], ["val", "val", "train", "test", "test"]]
     seen = [Seen.of(table.assign(fold=fold), "0a") for fold in each]
@@ -184,7 +184,7 @@ def test_a_moved_patient_is_refused(trained, cli):
         assert status == 1 and expected in err
 
 
-def test_patients_whom_the_encoder_saw(trained, cli):
+def test_patients_in_the_training_of_the_encoder(trained, cli):
     """They leave validation and test, by patient or study, in training and in later tests."""
     tests, val = sorted(trained["test"]), sorted(trained["val"])
     patients = pd.read_csv("labels.csv", dtype=str).set_index("eid")["pid"]
@@ -232,7 +232,7 @@ def table_of(pids, eids):
     return pd.DataFrame({"pid": list(pids)}, index=pd.Index(list(eids), name="eid"))
 
 
-def test_a_patient_is_known_by_a_study_that_is_cut_off():
+def test_a_patient_is_recognised_by_a_study_that_is_left_out():
     """The row that tells it may lack embeddings or a label, or be no first study."""
     whole = table_of("aabb", "1234")
     encoder = [Seen.of(table_of("x", "1").assign(fold="train"), "00")], True

@@ -76,7 +76,7 @@ def scaling_of(values, boxcox):
      ("0012", "12")],
 )  # fmt: skip
 def test_a_patient_in_two_forms_is_one(tmp_path, one, other):
-    """Else the patient's studies would be dealt to two folds."""
+    """Otherwise, the patient's studies would be split over two folds."""
     path = tmp_path / "t.csv"
     path.write_text(f"pid,eid\n{one},1\n{other},2\nQ7,3\n10,4\n1.0,5\n100,6\n", "utf-8")
     heard = Collected()
@@ -300,8 +300,8 @@ def test_fifty_thousand_rows(cohort):
     assert time.process_time() - began < 20
 
 
-def test_answers_past_the_end_of_a_box_cox_scale_are_said(capsys):
-    """Never a blank without a reason."""
+def test_answers_past_the_end_of_a_box_cox_scale_are_reported(capsys):
+    """No answer is blank without a reason."""
     s = {"L": {"shift": 0.0, "apply_boxcox": True, "lmbda": -0.5, "mean": 0.5, "stdev": 0.5}}
     model = LoadedModel(Path("m"), None, "t", Outputs.of(["L"], "regression"), s, Record(), {})
     actual = model.readable(np.array([[0.0], [9.0]], np.float32))

@@ -147,7 +147,7 @@ def test_a_map_without_a_label_table(cohort, add_model, cli):
         Path("config.json").unlink(missing_ok=True)
 
 
-def test_maps_that_cannot_be(two_sites, cli):
+def test_invalid_options_of_maps(two_sites, cli):
     for options, message in (
         (["--map", "--color_by", "findin"], "has no column 'findin'; did you mean finding"),
         (["--map", "--color_by", "pid"], "cannot be colours"),

@@ -1,4 +1,4 @@
-"""Kinds of label: classes and times to an event, alone and beside findings and measurements."""
+"""Kinds of label: classes and times to an event, alone and next to findings and measurements."""
 
 import contextlib
 import io

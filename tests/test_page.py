@@ -256,7 +256,7 @@ def test_two_hundred_studies_load_what_is_looked_at(folder, tab, tmp_path):
     assert "<i>no</i>" in tab.inner_text("body")
 
 
-def test_what_no_study_has_is_no_column(folder, tab, tmp_path):
+def test_values_that_no_study_has_get_no_column(folder, tab, tmp_path):
     """An empty column of novelty would look like nothing unusual."""
     row = {"eid": "a", "n_clips": 1, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.1}
     heads = []
@@ -286,7 +286,7 @@ def test_the_only_video_cannot_be_left_out(folder, tab, tmp_path):
     assert tab.locator("svg.waterfall").count() == 0 and "nan" not in tab.inner_text("main")
 
 
-def test_a_second_page_makes_no_clip_again(folder, monkeypatch, cli):
+def test_a_second_page_reuses_the_clips(folder, monkeypatch, cli):
     monkeypatch.chdir(folder.parents[2])
     before = {p: p.stat().st_mtime_ns for p in (folder / "clips").iterdir()}
     status, out, err = cli("explain", "--subset", "all", "--page")

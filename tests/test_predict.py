@@ -45,7 +45,7 @@ def test_no_row_is_blank_without_a_reason(trained, cli, monkeypatch):
     assert pd.read_csv("p_left_out.csv", dtype=str)["eid"].tolist() == ["1003"]
 
 
-def test_one_answer_that_is_no_number_is_blank_with_a_warning():
+def test_one_answer_that_is_not_a_number_is_blank_with_a_warning():
     net = StudyModel(2)
     record = Record(labels=["a", "b"], thresholds={"a": 0.5, "b": 0.4})
     model = LoadedModel(Path("m"), net, "t", Outputs.of(["a", "b"], "binary"), None, record, {})
@@ -57,7 +57,7 @@ def test_one_answer_that_is_no_number_is_blank_with_a_warning():
 
 
 def test_out_that_is_a_folder(trained, cli, monkeypatch):
-    """Said before anything is computed."""
+    """The error comes before any computation."""
     monkeypatch.setattr(Job, "with_source", lambda *_: pytest.fail("too late"))
     for out in (".", "emb"):
         status, _, err = cli("predict", "--out", out)
@@ -68,7 +68,7 @@ def test_out_that_is_a_folder(trained, cli, monkeypatch):
 
 
 def test_outputs_replace_no_input(trained, cli, monkeypatch):
-    """Said before anything is computed; what an option wrote before, it writes again."""
+    """The error comes before any computation; an option may replace its earlier output."""
     assert cli("predict", "--out", "p.csv")[0] == 0
     Path("q_left_out.csv").write_text("mine\n")
     Path("r_page").mkdir()
@@ -196,7 +196,7 @@ def test_options_without_effect_are_refused(trained, cli):
 
 
 def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):
-    """The full model on the clips, averaged over clips and videos; no video touched again."""
+    """The full model on the clips, averaged over clips and videos; no video is read again."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "trained_models" / "PanEcho"
     folder.mkdir(parents=True)

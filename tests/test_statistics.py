@@ -296,7 +296,7 @@ def test_outcomes_that_cannot_be_evaluated():
             make()
 
 
-def test_missing_truths_and_predictions_count_nowhere():
+def test_missing_truths_and_predictions_are_ignored():
     _, y, p, ef, f = studies(6, 200)
     rng = np.random.default_rng(6)
     y_, f_ = np.where(rng.random(200) < 0.3, NAN, y), np.where(rng.random(200) < 0.3, NAN, f)
@@ -394,13 +394,13 @@ def coverage(n_cohorts, n_patients, n_boot):
     return {k: 100 * v / n_cohorts for k, v in inside.items()}
 
 
-def test_intervals_hold_the_true_value():
+def test_intervals_contain_the_true_value():
     for metric, percent in coverage(60, 100, 200).items():
         assert 87 <= percent <= 100, metric
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_true_value_95_times_in_100():
+def test_intervals_contain_the_true_value_95_times_in_100():
     for metric, percent in coverage(1000, 200, 1000).items():
         assert 93.5 <= percent <= 96.5, metric
 
@@ -490,7 +490,7 @@ def test_thresholds_against_every_threshold(ties):
         assert actual == pytest.approx((cut + cuts[cuts < cut].max(initial=0)) / 2), rule
 
 
-def test_thresholds_that_cannot_be():
+def test_invalid_thresholds():
     y, p = np.array([0.0, 0, 1, 1]), np.array([0.1, 0.4, 0.6, 0.8])
     assert mt.choose_threshold(y, p) == pytest.approx(0.5)
     assert mt.choose_threshold(y, 1 - p) is None  # worse than chance

@@ -648,7 +648,7 @@ def test_changes_on_resume(cli, here, dynamic):
 
 
 def test_weights_of_another_run_are_not_reported_as_those_of_this_one(tmp_path):
-    """Missing, exchanged, or a later epoch beside a finished run's best; not so where a run was
+    """Missing, exchanged, or a later epoch next to a finished run's best; not so where a run was
     killed before it recorded its last epoch."""
     run, mine = train.Run.__new__(train.Run), [0.5, 0.3, 0.4, 0.4]
     run.folder, run.scores = tmp_path, [np.nan, 0.3]
