@@ -121,7 +121,7 @@ def test_new_studies_of_training_patients_are_left_out(trained, cli):
 
 
 def test_a_published_model_was_trained_elsewhere(trained, cli):
-    """It works as documented, and says what it cannot know."""
+    """It can be evaluated; the table records that its training data are unknown."""
     copy_alone("defect", "published")
     path = MODELS / "published" / "best_checkpoint.pt"
     saved = torch.load(path, weights_only=True)
@@ -233,7 +233,7 @@ def table_of(pids, eids):
 
 
 def test_a_patient_is_recognised_by_a_study_that_is_left_out():
-    """The row that tells it may lack embeddings or a label, or be no first study."""
+    """The study that identifies the patient may lack embeddings or a label."""
     whole = table_of("aabb", "1234")
     encoder = [Seen.of(table_of("x", "1").assign(fold="train"), "00")], True
     begun_from = SimpleNamespace(

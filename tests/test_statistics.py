@@ -490,7 +490,7 @@ def test_thresholds_against_every_threshold(ties):
         assert actual == pytest.approx((cut + cuts[cuts < cut].max(initial=0)) / 2), rule
 
 
-def test_invalid_thresholds():
+def test_thresholds_of_few_or_useless_predictions():
     y, p = np.array([0.0, 0, 1, 1]), np.array([0.1, 0.4, 0.6, 0.8])
     assert mt.choose_threshold(y, p) == pytest.approx(0.5)
     assert mt.choose_threshold(y, 1 - p) is None  # worse than chance
