@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from itertools import combinations
+from math import factorial
 from pathlib import Path
 
 import h5py
@@ -25,17 +27,20 @@ from helpers import (
 
 import echofocus as ef
 from echofocus_core.base.options import Settings
+from echofocus_core.study import attribution
 from echofocus_core.study.attribution import Objectives, attribute_clips, explain_study
 from echofocus_core.study.outputs import label_of, losses_of_outputs
 from echofocus_core.video.store import open_store
 
 
-def attributed(net, bag, columns=(0,), targets=None, kind="binary", baseline=None, **options):
+def attributed(
+    net, bag, columns=(0,), targets=None, kind="binary", baseline=None, mean=None, **options
+):
     def losses(logits, targets, columns):
         return losses_of_outputs(logits, targets, [label_of("x", kind)] * len(columns))
 
     objectives = Objectives(list(columns), targets, losses)
-    return attribute_clips(net, np.asarray(bag), Settings(**options), objectives, baseline)
+    return attribute_clips(net, np.asarray(bag), Settings(**options), objectives, baseline, mean)
 
 
 def test_published_integrated_gradients():
@@ -104,6 +109,83 @@ def test_leave_one_out_is_the_change_without_the_video():
         expected = whole - net(rest, [18])[0][0, [1, 3]]
         np.testing.assert_allclose(actual.scores[:, v].sum(1), expected, atol=1e-5)
     np.testing.assert_allclose(actual.absolute, abs(actual.scores.sum(2)), atol=1e-6)
+
+
+def by_all_subsets(net, bag, mean):
+    """Shapley values (V, T) by their definition."""
+    V, scores = len(bag), np.zeros((len(bag), len(mean)))
+
+    def value(videos):
+        x = bag[list(videos)].flatten(0, 1)
+        return (net(x, [len(x)])[0][0] if len(x) else mean).double().numpy()
+
+    for v in range(V):
+        for n in range(V):
+            for rest in combinations([i for i in range(V) if i != v], n):
+                weight = factorial(n) * factorial(V - n - 1) / factorial(V)
+                scores[v] += weight * (value(sorted([*rest, v])) - value(rest))
+    return scores
+
+
+@pytest.mark.parametrize("V", [1, 2, 5, 7])
+def test_shapley_values(V, monkeypatch):
+    """Against the sum over all subsets: exact, and by sampling within 4 standard errors; they add
+    up to the change from the answer for no videos."""
+    net, bag, mean = by_rule(n_outputs=3, depth=2), study(2)[:V, :2], torch.tensor([0.3, -1, 2])
+    expected, answer = by_all_subsets(net, bag, mean), net(bag.flatten(0, 1), [2 * V])[0][0]
+    options = dict(explain_method="shapley", mean=mean, batch_tokens=20, batch_size=3)
+    for most in (V, 0):
+        monkeypatch.setattr(attribution, "MAX_EXACT", most)
+        actual = attributed(net, bag, range(3), **options)
+        scores, error = actual.scores.sum(2).T, actual.standard_error.T
+        np.testing.assert_allclose(scores.sum(0), answer - mean, atol=1e-5)
+        assert (abs(scores - expected) <= 4 * error + 1e-5).all()
+        assert (error.max(0) <= 0.05 * abs(scores).sum(0)).all() and (most == 0 or not error.any())
+
+
+def test_shapley_values_depend_on_the_videos_not_on_their_order():
+    net, bag, mean = by_rule(n_outputs=2), study(2)[:, :2], torch.zeros(2)
+    first = attributed(net, bag, range(2), explain_method="shapley", mean=mean)
+    order = [3, 0, 6, 2, 5, 1, 4]
+    second = attributed(net, bag[order], range(2), explain_method="shapley", mean=mean)
+    assert len(bag) == 7 > attribution.MAX_EXACT and first.standard_error.any()
+    np.testing.assert_array_equal(first.scores[:, order], second.scores)
+
+
+def test_shapley_values_of_the_loss():
+    net, bag, mean = by_rule(n_outputs=1), study(2)[:4, :2], torch.tensor([0.5])
+    options = dict(explain_method="shapley", mean=mean, targets=np.array([1.0]))
+    change = -torch.nn.functional.logsigmoid(net(bag.flatten(0, 1), [8])[0])
+    change += torch.nn.functional.logsigmoid(mean)
+    scores = attributed(net, bag, **options).scores
+    np.testing.assert_allclose(scores.sum(), change.item(), atol=1e-5)
+
+
+class LargestClip(torch.nn.Module):
+    """The answer is the largest first feature of a study's clips."""
+
+    n_outputs = 1
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, lengths):
+        largest = [x[:, 0].max() for x in tokens.split(lengths)]
+        return torch.stack(largest)[:, None], tokens
+
+
+@pytest.mark.parametrize("V", [5, 12])
+def test_videos_with_the_same_finding_share_it(V):
+    """Leave-one-out gives both nothing; Shapley values give each half of it."""
+    bag = torch.zeros(V, 2, 4)
+    bag[[1, 3], :, 0] = 4
+    bag[:, :, 1] = torch.arange(V)[:, None]
+    assert not attributed(LargestClip(), bag, explain_method="leave_one_out").scores.any()
+    actual = attributed(LargestClip(), bag, explain_method="shapley", mean=torch.zeros(1))
+    scores, error = actual.scores[0].sum(1), actual.standard_error[0]
+    assert (abs(scores[[1, 3]] - 2) <= 4 * error[[1, 3]] + 1e-6).all()
+    assert abs(np.delete(scores, [1, 3])).max() < 1e-6 and scores.sum() == pytest.approx(4)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -267,6 +349,32 @@ def test_a_stopped_run_resumes(trained, cli, monkeypatch):
     assert len(asked) == len(set(asked)) + 1
     assert whole == {name: (FOLDER / name).read_bytes() for name in names}
     assert not list(FOLDER.glob(".*journal"))
+
+
+def test_shapley_values_start_from_the_mean_answer_in_training(trained, cli):
+    """Or from that of the study's single videos, where the checkpoint does not have it."""
+    model, store = ef.load("defect"), open_store(Path("emb"))
+    split = pd.read_csv(FOLDER / "split.csv", dtype=str)
+    bags = [store.read(eid).embeddings for eid in split["eid"][split["fold"] == "train"]]
+    answers = [model.net(torch.tensor(x).flatten(0, 1), [x[..., 0].size])[0][0] for x in bags]
+    mean = torch.stack(answers).mean(0)
+    np.testing.assert_allclose(model.mean_answer, mean, atol=1e-5)
+    status, _, err = cli("explain", "--explain_method", "shapley")
+    assert status == 0, err
+    rows = table("explanation_test_site.shapley.csv")
+    np.testing.assert_allclose(rows["baseline"], torch.sigmoid(mean).item(), rtol=1e-4)
+    assert (rows["standard_error"] >= 0).all()
+    answer = mean.item() + rows.groupby("eid")["score"].transform("sum")
+    np.testing.assert_allclose(rows["prediction"], 1 / (1 + np.exp(-answer)), rtol=1e-4)
+    saved = torch.load(FOLDER / "best_checkpoint.pt", weights_only=True)
+    del saved["mean_answer"]
+    torch.save(saved, FOLDER / "best_checkpoint.pt")
+    bag = next(x for x in bags if len(x) > 1)
+    singles = [model.net(torch.tensor(x), [len(x)])[0].item() for x in bag]
+    actual = ef.attribute(ef.load("defect"), bag, explain_method="shapley")
+    assert actual["baseline"][0] == pytest.approx(1 / (1 + np.exp(-np.mean(singles))), rel=1e-4)
+    assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0  # it is finished
+    np.testing.assert_array_equal(ef.load("defect").mean_answer, model.mean_answer)
 
 
 def test_the_mean_baseline_is_refused_where_it_is_unknown(trained, cli):

@@ -515,7 +515,8 @@ def test_a_mixed_model_is_described(learnt, cli):
     assert status == 0 and "loaded 5 heads, 1 new heads" in out, out + err
 
 
-def test_an_average_is_explained_by_its_members(outlook):
+@pytest.mark.parametrize("method", ["leave_one_out", "shapley"])
+def test_an_average_is_explained_by_its_members(outlook, method):
     """Classes, risks, findings and measurements: the mean of the members' scores, in one unit."""
     outputs = MIXED_SITE
     linear = {"shift": 0.0, "mean": 2.0, "stdev": 0.7, "apply_boxcox": False}
@@ -531,10 +532,11 @@ def test_an_average_is_explained_by_its_members(outlook):
         )  # fmt: skip
         scaling = {"size": linear | {"stdev": 0.7 + seed / 10}}
         members.append(LoadedModel(Path(f"m{seed}"), net, "t", outputs, scaling, record, {}, []))
+        members[-1].mean_answer = torch.randn(len(outputs.names)) if seed else None
     model = ensemble_of(members, Path("m"))
     study = np.random.default_rng(0).normal(size=(3, 2, 768)).astype(np.float32)
-    each = [ef.attribute(m, study, explain_method="leave_one_out") for m in members]
-    rows = ef.attribute(model, study, explain_method="leave_one_out").set_index(["label", "video"])
+    each = [ef.attribute(m, study, explain_method=method) for m in members]
+    rows = ef.attribute(model, study, explain_method=method).set_index(["label", "video"])
     for label in outputs.names:
         learnt = [t for t, m in zip(each, members, strict=True) if label not in m.record.unlearnt]
         for column in ("score", "prediction", "without", "baseline"):

@@ -14,10 +14,11 @@ import echofocus as ef
 from echofocus_core.base.console import run_main
 from echofocus_core.base.options import Settings
 from echofocus_core.report.page import Page, PageStudy, write_page
+from echofocus_core.study.explanations import explain
 from echofocus_core.video import decode as video
 from echofocus_core.video import phantom
 from echofocus_core.video.playback import write_clip
-from echofocus_core.video.store import FileRecord, write_study
+from echofocus_core.video.store import FileRecord, StudyClips, write_study
 from echofocus_core.video.studies import Study
 
 pytestmark = pytest.mark.xdist_group("page")  # one process: one page and one browser
@@ -284,6 +285,22 @@ def test_the_only_video_cannot_be_left_out(folder, tab, tmp_path):
     write_page(Page(tmp_path / "p", ef.load(folder.parent), settings, studies, {}))
     tab.goto((tmp_path / "p/studies/1.html").as_uri())
     assert tab.locator("svg.waterfall").count() == 0 and "nan" not in tab.inner_text("main")
+
+
+def test_shapley_values_start_from_the_answer_for_no_videos(folder, tab, tmp_path):
+    model, settings = ef.load(folder.parent), Settings(explain_method="shapley")
+    bag = StudyClips(np.random.default_rng(0).normal(size=(2, 3, 768)), ["v0.avi", "v1.avi"], {})
+    explanation = explain(model, "a", bag, [0, 1], settings)
+    row = {"eid": "a", "n_clips": 6, "warning": "", "other": 0.7, HOSTILE_LABEL: 0.1}
+    studies = [PageStudy("a", row, bag.videos, explanation)]
+    write_page(Page(tmp_path / "p", model, settings, studies, {}))
+    tab.goto((tmp_path / "p/studies/1.html").as_uri())
+    assert tab.locator("svg.waterfall").count() == 2
+    empty = model.readable(model.mean_answer[None])[0, 0]
+    assert f"{100 * empty:.1f}" in tab.locator("svg.waterfall").first.text_content()
+    text = tab.locator("body").text_content()
+    assert "Shapley value" in text and "mean of the training fold" in text
+    assert "baseline zero" not in text
 
 
 def test_a_second_page_reuses_the_clips(folder, monkeypatch, cli):

@@ -477,11 +477,11 @@ class Settings(CohortOptions):
     )
     explain_method: Literal[
         "adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid", "leave_one_out",
-        "attention",
+        "shapley", "attention",
     ] = option(
         "adaptive", "adaptive: integrated gradients, refined to an error of 1 %; the next three: "
-        "fixed quadratures; leave_one_out: change without the video; attention: rollout",
-        EXPLAINING, "explain"
+        "fixed quadratures; leave_one_out: change without the video; shapley: mean change by "
+        "adding the video to others; attention: rollout", EXPLAINING, "explain"
     )
     explain_steps: int = option(64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1)
     baseline: Literal["zero", "mean"] = option(

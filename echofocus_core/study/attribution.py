@@ -6,16 +6,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 import torch
 
 from echofocus_core.base.console import UserError
+from echofocus_core.base.files import derive_seed, sha256_of
 
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
 FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
 MAX_NODES_IN_HALF = 64  # more nodes would not make bf16 more exact
 COMPLETE = 0.01  # largest error of 'adaptive', as a share of the summed absolute scores
+MAX_EXACT = 6  # videos of a study whose Shapley values are exact, over all subsets
+FIRST_PAIRS, MAX_PAIRS = 2, 64  # of permutations of the videos of a larger study
+PRECISE = 0.05  # their largest standard error, as a share of the summed absolute scores
 
 
 @dataclass
@@ -25,32 +30,46 @@ class Attribution:
     scores: np.ndarray  # (T, V, C) signed, summed over features
     absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
     error: np.ndarray  # (T,) difference of the sum of scores from the change; NaN: not defined
+    standard_error: np.ndarray  # (T, V) of Shapley values by sampling; NaN: not defined
+
+    @classmethod
+    def of_videos(cls, scores, C, error=np.nan, standard_error=np.nan):
+        """From scores (T, V) of videos, divided equally among their C clips."""
+        return cls(
+            np.repeat(scores[:, :, None] / C, C, axis=2), np.abs(scores),
+            np.full(len(scores), error), np.broadcast_to(standard_error, scores.shape),
+        )  # fmt: skip
 
 
-def attribute_clips(net, bag, settings, objectives, baseline=None):
+def attribute_clips(net, bag, settings, objectives, baseline=None, mean_answer=None):
     """The Attribution of a study by `settings.explain_method`.
 
     bag: (V, C, D) float32; objectives: logits (S, T_all) -> (S, T) to explain; baseline: (D,) clip
-    embedding at which the path starts, None: zero.
+    embedding at which the path starts, None: zero; mean_answer: (T_all,) outputs for no videos, for
+    Shapley values.
     """
     method, (V, C, D) = settings.explain_method, bag.shape
     tokens = as_tokens(net, bag)
     if method == "attention":
         shares = net.clip_shares(tokens).expand(net.n_outputs, -1)
         scores = shares[objectives.columns].view(-1, V, C).cpu().numpy()
-        return Attribution(scores, scores.sum(2), np.full(len(scores), np.nan))
+        undefined = np.full(scores.shape[:2], np.nan)
+        return Attribution(scores, scores.sum(2), undefined[:, 0], undefined)
     if method == "leave_one_out":
         answer = objectives(outputs_of(net, [tokens], settings))
         change = answer - objectives(outputs_without(net, bag, settings))
         scores = change.T.cpu().numpy()  # (T, V)
-        clips = np.repeat(scores[:, :, None] / C, C, axis=2)  # a video's score, divided equally
-        return Attribution(clips, np.abs(scores), np.full(len(scores), np.nan))
+        return Attribution.of_videos(scores, C)
+    if method == "shapley":
+        scores, standard_error = shapley_values(net, bag, settings, objectives, mean_answer)
+        return Attribution.of_videos(scores, C, 0.0, standard_error)
     start = path_start(baseline, tokens)
     integrate = published_gradients if method in QUADRATURES else integrated_gradients
     parts, error = integrate(net, tokens, start, settings, objectives, V)
     parts = parts.view(len(parts), V, C, D)
     scores, absolute = parts.sum(3), parts.abs().sum((2, 3))
-    return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error)
+    undefined = np.full(absolute.shape, np.nan)
+    return Attribution(scores.cpu().numpy(), absolute.cpu().numpy(), error, undefined)
 
 
 def as_tokens(net, bag):
@@ -171,6 +190,74 @@ def outputs_without(net, bag, settings):
     return torch.cat(outputs)
 
 
+def shapley_values(net, bag, settings, objectives, mean_answer):
+    """Shapley values of a study's videos (V, C, D), and their standard errors: (T, V) each.
+
+    The value of some videos is the answer for them alone; that of none is the answer mean_answer
+    (T_all,). Exact for up to MAX_EXACT videos (standard error 0). Otherwise means over random
+    permutations (Castro, Gomez and Tejada, Comput Oper Res 2009), each with its reverse, whose
+    errors partly cancel (Mitchell et al., JMLR 2022). The number of pairs is doubled until each
+    label's largest standard error is below PRECISE of its summed absolute scores. The sum of the
+    scores is the answer minus that for no videos. Permutations depend only on the embeddings.
+    """
+    bag = np.ascontiguousarray(bag, np.float32)
+    digests, V = [sha256_of(video) for video in bag], len(bag)
+    order = np.argsort(digests, kind="stable")
+    value = CoalitionValues(net, bag[order], settings, objectives, mean_answer)
+    if V <= MAX_EXACT:
+        subsets = (np.arange(2**V)[:, None] >> np.arange(V) & 1).astype(bool)
+        values, sizes = value(subsets), subsets.sum(1)
+        weights = np.array([1 / (V * comb(V - 1, max(n - 1, 0))) for n in sizes])
+        without = np.array([1 / (V * comb(V - 1, min(n, V - 1))) for n in sizes])
+        scores = np.where(subsets, weights[:, None], -without[:, None]).T @ values  # (V, T)
+        standard_error = np.zeros_like(scores)
+    else:
+        rng = np.random.default_rng(derive_seed("shapley", *np.sort(digests)))
+        pairs, n_pairs = [], FIRST_PAIRS
+        while True:
+            new = [rng.permutation(V) for _ in range(n_pairs - len(pairs))]
+            orders = np.array([x for p in new for x in (p, p[::-1])])
+            places = orders.argsort(1)  # (P, V)
+            prefixes = places[:, None] < np.arange(V + 1)[:, None]  # (P, V + 1, V)
+            values = value(prefixes.reshape(-1, V)).reshape(len(orders), V + 1, -1)
+            changes = np.take_along_axis(np.diff(values, axis=1), places[:, :, None], axis=1)
+            pairs += [*changes.reshape(-1, 2, V, changes.shape[2]).mean(1)]
+            scores = np.mean(pairs, axis=0)
+            standard_error = np.std(pairs, axis=0, ddof=1) / np.sqrt(n_pairs)
+            n_pairs *= 2
+            precise = standard_error.max(0) <= PRECISE * np.abs(scores).sum(0)
+            if precise.all() or n_pairs > MAX_PAIRS:
+                break
+    back = order.argsort()
+    return scores[back].T, standard_error[back].T
+
+
+class CoalitionValues:
+    """Objectives of the answers for some of a study's videos; each subset is computed once."""
+
+    def __init__(self, net, bag, settings, objectives, mean_answer):
+        self.net, self.settings, self.objectives = net, settings, objectives
+        self.videos = as_tokens(net, bag).unflatten(0, bag.shape[:2])
+        empty = torch.as_tensor(mean_answer).to(self.videos)[None]
+        none = np.zeros(len(bag), bool)
+        self.values = {none.tobytes(): objectives(empty)[0].double().cpu().numpy()}
+
+    def __call__(self, subsets):
+        """subsets (n, V) of bool -> (n, T) float64."""
+        unknown = {x.tobytes(): x for x in subsets if x.tobytes() not in self.values}
+        unknown = sorted(unknown.items(), key=lambda item: item[1].sum())
+        limit = self.settings.batch_size or len(unknown)
+        while unknown:
+            size = unknown[-1][1].sum() * self.videos.shape[1]  # largest first
+            n = max(1, min(self.settings.batch_tokens // size, limit))
+            batch, unknown = unknown[-n:], unknown[:-n]
+            bags = [self.videos[x].flatten(0, 1) for _, x in batch]
+            values = self.objectives(outputs_of(self.net, bags, self.settings))
+            keys = [key for key, _ in batch]
+            self.values |= zip(keys, values.double().cpu().numpy(), strict=True)
+        return np.stack([self.values[x.tobytes()] for x in subsets])
+
+
 @dataclass
 class Objectives:
     """logits (S, T_all) -> (S, T): the outputs of some labels, or their losses.
@@ -203,11 +290,22 @@ def clip_baseline(model, settings):
     return model.clip_mean
 
 
+def answer_without_videos(model, bag, settings):
+    """The outputs (T_all,) that Shapley values start from: the mean over the training fold, or over
+    this study's single videos (V, C, D) where the checkpoint does not have it."""
+    if model.mean_answer is not None:
+        return model.mean_answer
+    subsets = np.eye(len(bag), dtype=bool)
+    zero, every = torch.zeros(model.net.n_outputs), Objectives(list(range(model.net.n_outputs)))
+    values = CoalitionValues(model.net, bag, settings, every, zero)(subsets)
+    return torch.from_numpy(values.mean(0))
+
+
 def explain_study(model, eid, bag, columns, settings, baseline, truths):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
-    ends: (T, 2) outputs for the baseline and for the study. truths: (T_all,) normalised labels,
-    NaN if missing, for the loss.
+    ends: (T, 2) outputs for the baseline (Shapley values: for no videos) and for the study.
+    truths: (T_all,) normalised labels, NaN if missing, for the loss.
     """
     net = model.net
     targets = None
@@ -220,8 +318,12 @@ def explain_study(model, eid, bag, columns, settings, baseline, truths):
     tokens = as_tokens(net, bag.embeddings)
     outputs = outputs_of(net, [tokens, path_start(baseline, tokens)], settings)
     losses = model.losses(outputs[:1], torch.tensor(truths).to(outputs)[None], range(net.n_outputs))
+    if settings.explain_method == "shapley":
+        outputs[1] = answer_without_videos(model, bag.embeddings, settings)
     objectives = Objectives(columns, targets, model.losses)
-    attribution = attribute_clips(net, bag.embeddings, settings, objectives, baseline)
+    attribution = attribute_clips(
+        net, bag.embeddings, settings, objectives, baseline, mean_answer=outputs[1]
+    )
     without = outputs_without(net, bag.embeddings, settings)
     answers = {"answer": outputs[:1], "baseline": outputs[1:], "without": without}
     answers |= {"ends": outputs[[1, 0]][:, columns].T, "losses": losses[0]}

@@ -18,7 +18,7 @@ def video_rows(model, explanation, settings):
 
     Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
     rank, without (the answer without the video), baseline (the answer at the baseline),
-    convergence_error.
+    convergence_error; by shapley also standard_error (of the score).
     """
     parts, videos = [], np.array(explanation["videos"], object)
     answers = {k: model.readable(explanation[k]) for k in ("answer", "baseline", "without")}
@@ -34,6 +34,8 @@ def video_rows(model, explanation, settings):
             "without": answers["without"][order, i], "baseline": answers["baseline"][0, i],
             "convergence_error": explanation["error"][k], "score_unit": unit,
         }  # fmt: skip
+        if settings.explain_method == "shapley":
+            columns["standard_error"] = factor * explanation["standard_error"][k][order]
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 

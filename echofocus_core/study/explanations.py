@@ -180,6 +180,7 @@ def mean_explanation(model, each, settings):
     """The mean of the members' explanations of a study, for each label over members that learnt it.
 
     Scores of a measurement are converted to the scale of the first member, which the average uses.
+    Standard errors are averaged too, since members share the permutations: an upper bound.
     Answers are kept for each member, since `model.readable` averages them.
     """
     columns = [i for i in each[0]["columns"] if all(i in x["columns"] for x in each)]
@@ -188,7 +189,7 @@ def mean_explanation(model, each, settings):
         return result
     weights = np.array([weights_of(model, m, columns, settings) for m in model.members])
     weights /= (weights > 0).sum(axis=0)
-    for name in ("scores", "absolute", "ends", "error"):
+    for name in ("scores", "absolute", "ends", "standard_error", "error"):
         parts = [x[name][[x["columns"].index(i) for i in columns]] for x in each]
         shares = weights if name != "error" else (weights > 0) / (weights > 0).sum(axis=0)
         result[name] = sum((w * part.T).T for w, part in zip(shares, parts, strict=True))
@@ -228,7 +229,10 @@ def journal_header(job, eids, columns, truths):
     names = ("precision", "max_videos_per_study", "explain_mode", "explain_method",
              "explain_steps", "baseline")  # fmt: skip
     header = {name: getattr(settings, name) for name in names}
+    members = getattr(job.model, "members", [job.model])
+    means = [m.mean_answer.numpy() for m in members if m.mean_answer is not None]
     return header | {
         "model": sha256_of(*chain(*weights.items())), "studies": job.source.store.digest(eids),
         "columns": columns, "truths": sha256_of(truths.loc[eids].to_csv()), "version": __version__,
+        "mean_answers": sha256_of(*means),
     }  # fmt: skip

@@ -163,7 +163,7 @@ def load_model(folder, tasks=(), task="", device="cpu"):
     novelty = Novelty.load(saved["novelty"]) if saved.get("novelty") else None
     return LoadedModel(
         folder, net, task, outputs, scaling, record, units, seen_from(saved, folder), encoder_file,
-        saved.get("clip_mean"), novelty,
+        saved.get("clip_mean"), novelty, saved.get("mean_answer"),
     )  # fmt: skip
 
 
@@ -335,7 +335,7 @@ def ensemble_of(members, folder):
         folder, Ensemble([m.net for m in members]).eval().requires_grad_(False), first.task,
         first.outputs, first.scaling, first.record.model_copy(update=changes), first.units,
         None if unknown else [part for m in members for part in m.seen], first.encoder_file,
-        first.clip_mean, first.novelty, members,
+        first.clip_mean, first.novelty, members=members,
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class LoadedModel:
     encoder_file: Path | None = None  # the encoder of its training, if that is in its folder
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, if it is recorded
     novelty: Novelty | None = None  # measures how different a study is from the training fold
+    mean_answer: torch.Tensor | None = None  # (T,) mean output of the training fold, if recorded
 
     def __repr__(self):
         """One line, without weights and hashes of patients."""
@@ -142,7 +143,7 @@ class Ensemble(nn.Module):
     def __init__(self, nets):
         super().__init__()
         self.nets = nn.ModuleList(nets)
-        self.n_outputs = sum(net.n_outputs for net in nets)
+        self.n_outputs, self.width = sum(net.n_outputs for net in nets), nets[0].width
         self.has_attention = all(net.has_attention for net in nets)
 
     def forward(self, tokens, lengths, rng=None):

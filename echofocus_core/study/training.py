@@ -363,6 +363,26 @@ class Training(EpochTraining):
         state = {k: v for k, v in self.state().items() if k != "encoder_state_dict"}
         checkpoints.save(state, self.best_file())
 
+    def run(self):
+        super().run()
+        self.record_mean_answer()
+
+    def record_mean_answer(self):
+        """Add the mean output (T,) over the training fold's studies to the best checkpoint, if it
+        is not there yet: the answer for no videos, see `attribution.shapley_values`."""
+        saved = checkpoints.load_safely(self.best_file())
+        if self.encoder_start or "mean_answer" in saved:
+            return
+        last = {name: tensor.clone() for name, tensor in self.study.state_dict().items()}
+        self.study.load_state_dict(saved["model_state_dict"])
+        context = LoopContext(self.study, self.store, self.settings, world=self.world)
+        outputs = run_all_steps(context, self.cohort.eids["train"]).logits
+        self.study.load_state_dict(last)
+        if self.world.rank == 0 and len(outputs):
+            saved["mean_answer"] = torch.from_numpy(outputs.mean(0, dtype=np.float64)).float()
+            checkpoints.save(saved, self.best_file())
+        self.world.gather(None)  # the file is complete for every process
+
     def write_history(self):
         """Write the table and curves of all epochs."""
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
