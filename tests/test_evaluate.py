@@ -1,6 +1,7 @@
 """evaluate as a user types it: tables, figures and the page, of a model and of any predictions."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.report import curves
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
+from echofocus_core.report.methods import methods_paragraph
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import sample_ids
@@ -154,6 +156,61 @@ def test_groups_as_hospitals_write_them(site, table, cli):
     for actual, expected in zip(groups[1], groups[0], strict=True):
         assert sorted(map(str, actual.to_numpy())) == sorted(map(str, expected.to_numpy()))
     assert "count as" in out and "read as years" in out and "decimal commas in age" in out
+
+
+def test_survival_of_a_table_at_the_years_of_the_option(site, table, cli):
+    rng, n = np.random.default_rng(2), len(table)
+    risk = rng.normal(size=n)
+    died, left = rng.exponential(4 * np.exp(-risk)), rng.uniform(1, 9, n)
+    labels = table[["pid", "eid", "sex"]].assign(time=np.minimum(died, left), died=died <= left)
+    labels.astype({"died": int}).to_csv("times.csv", index=False)
+    config = json.loads(Path("config.json").read_text())
+    config["task"]["death"] = {
+        "task_labels": ["death"], "survival": {"death": ["time", "died"]},
+        "units": {"death": "years"}, "label_path": "times.csv",
+    }  # fmt: skip
+    Path("config.json").write_text(json.dumps(config))
+    survival = {f"death_survival_{t}": np.exp(-t / 4 * np.exp(risk)) for t in (1, 3)}
+    theirs = table[["eid"]].assign(death_risk=risk, **survival)
+    theirs.to_csv("risks.csv", index=False)
+    args = ("--task", "death", "--years", "1,3", "--by", "sex", *FEW)
+    assert cli("evaluate", "--predictions", "risks.csv", *args)[0] == 0
+    folder = Path("risks_evaluation")
+    metrics = metrics_of(folder / "metrics_all_site.csv").loc["death"]
+    assert set(metrics.index) == {"c_index", "auroc_at_1", "auroc_at_3"}
+    calibration = pd.read_csv(folder / "survival_calibration_all_site.csv")
+    assert calibration["year"].unique().tolist() == [1, 3] and calibration["n"].sum() == 400
+    inside = calibration["predicted"].between(calibration["ci_low"], calibration["ci_high"])
+    assert inside.mean() > 0.7  # the predictions are the true probabilities
+    groups = pd.read_csv(folder / "by_sex_all_site.csv").query("metric == 'c_index'")
+    (a, b), scale = groups.to_dict("records"), lambda p: np.log(p / (1 - p))
+    width = [(scale(x["ci_high"]) - scale(x["ci_low"])) / 3.92 for x in (a, b)]
+    z = (scale(a["value"]) - scale(b["value"])) / np.hypot(*width)
+    assert a["p_interaction"] == pytest.approx(math.erfc(abs(z) / 2**0.5), rel=0.01)
+    page = (folder / "report_all_site.html").read_text()
+    assert "at 1 and 3 years" in page and "Calibration of survival" in page
+
+
+def test_the_methods_paragraph_is_true(table):
+    outcome = BinaryOutcome("defect", table["finding"], table["p"], 0.3)
+    studies = evaluation.Studies(list(table["eid"]), table["pid"].to_numpy(), [outcome])
+    facts = {"target": "youden", "averaged": "chd/fold_0, chd/fold_1", "mean_thresholds": True}
+
+    def paragraph(**changes):
+        report = Report(Path(), "x", changes.pop("studies", studies), **changes)
+        report.estimates = st.estimates(report.studies.outcomes, report.studies.patients, 200)
+        report.comparison = []
+        return methods_paragraph(report)
+
+    text = paragraph(facts=facts)
+    assert "mean over the models chd/fold_0, chd/fold_1" in text and "their mean" in text
+    assert "Wilson" in text and "Simel" in text and "ece" not in text.split("Methods of the")[1]
+    text = paragraph(facts={"target": "youden"}, folds=[studies.take(slice(0, 150))] * 2)
+    assert "2 models" in text and "own threshold" in text and "Airola" in text
+    pooled, _ = studies.at_prevalence(0.02).per_patient("mean")
+    text = paragraph(facts={"per": "patient", "pool": "mean", "prevalence": 0.02}, studies=pooled)
+    assert f"{pooled.outcomes[0].n} (defect)" in text and "prevalence of 0.02" in text
+    assert "given with the predictions" in text and "all studies of a patient" not in text
 
 
 @pytest.mark.figures

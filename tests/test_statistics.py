@@ -240,6 +240,72 @@ def by_metric(outcome, patients=None, **more):
     return {e.metric: e for e in st.estimates([outcome], patients, **more)}
 
 
+def product_limit(time, event, at):
+    """Kaplan-Meier by one factor for each event time until `at`."""
+    survival = 1.0
+    for t in sorted(set(time[(event == 1) & (time <= at)])):
+        survival *= 1 - ((time == t) & (event == 1)).sum() / (time >= t).sum()
+    return survival
+
+
+def test_calibration_of_survival_by_a_loop():
+    rng = np.random.default_rng(5)
+    n, risk = 240, rng.normal(size=240)
+    died, left = rng.exponential(6 * np.exp(-risk)), rng.uniform(2, 9, n)
+    time, event = np.minimum(died, left), (died <= left).astype(float)
+    patients = np.arange(n) // 2 * 2  # two studies of each; the first counts
+    predicted = np.exp(-np.exp(risk)[:, None] * np.array([1, 3, 20]) / 6)
+    outcome = SurvivalOutcome("death", time, risk, event, (1, 3, 20), survival=predicted)
+    rows = outcome.calibration(patients)
+    first, n_groups = slice(None, None, 2), 3  # fewer than 100 events
+    assert event[first].sum() < 100 and len(rows) == 3 * n_groups
+    for k, year in enumerate((1, 3)):
+        p, t, e = predicted[first, k], time[first], event[first]
+        order = np.argsort(p)
+        for g, part in enumerate(np.array_split(order, n_groups)):
+            row = rows[k * n_groups + g]
+            assert (row["n"], row["year"]) == (len(part), year)
+            assert row["events"] == (e[part] * (t[part] <= year)).sum()
+            assert row["predicted"] == pytest.approx(p[part].mean())
+            assert row["observed"] == pytest.approx(product_limit(t[part], e[part], year))
+    assert all(np.isnan(row["observed"]) for row in rows[-2:])  # beyond the follow-up
+
+
+def test_interaction_by_hand():
+    """Altman & Bland 2003: relative risks 0.67 (0.46 to 0.98) and 0.88 (0.71 to 1.08), p = 0.2."""
+    pair = [st.Estimate("a", "x", *x) for x in ((0.67, 0.46, 0.98), (0.88, 0.71, 1.08))]
+    assert st.interaction(pair, "lr_positive") == pytest.approx(0.2, abs=0.03)
+    means = [st.Estimate("a", "x", m, m - 1.96 * s, m + 1.96 * s) for m, s in ((1, 0.5), (3, 0.8))]
+    z = 2 / math.hypot(0.5, 0.8)
+    assert st.interaction(means, "percentile") == pytest.approx(
+        2 * scipy_stats.norm.sf(z), rel=1e-3
+    )
+    none = st.Estimate("a", "x", 1.0)
+    assert st.interaction([*means, none], "normal") == st.interaction(means, "normal")
+    assert math.isnan(st.interaction([means[0], none], "percentile"))
+
+
+def test_interaction_has_its_level_with_equal_groups():
+    rng = np.random.default_rng(1)
+    values, se = rng.normal(size=(2000, 4)), np.array([0.5, 1, 1.5, 2])
+    p = [
+        st.interaction(
+            [
+                st.Estimate("a", "x", v, v - 1.96 * s, v + 1.96 * s)
+                for v, s in zip(row, se, strict=True)
+            ],
+            "",
+        )
+        for row in values * se
+    ]
+    assert scipy_stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(st.holm([0.01, NAN, 0.04, 0.03, 0.9]), [0.04, NAN, 0.09, 0.09, 0.9])
+    assert st.holm([0.6, 0.7]).tolist() == [1, 1] and not len(st.holm([]))
+
+
 @pytest.mark.parametrize("n", [0, 1, 2, 7])
 @pytest.mark.parametrize("kind", ["binary", "regression", "multiclass", "survival"])
 def test_few_studies_give_no_wrong_number_and_no_warning(kind, n, recwarn):

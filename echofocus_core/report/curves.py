@@ -240,9 +240,11 @@ def draw_classes(axis, outcome, **_):
         axis.legend(fontsize=7, loc="lower right", frameon=False)
 
 
-def draw_kaplan_meier(axis, outcome, **_):
-    """Survival by thirds of risk, with Greenwood's intervals."""
-    (time, risk), event = outcome.pairs(), outcome.event[outcome.usable]
+def draw_kaplan_meier(axis, outcome, patients, **_):
+    """Survival by thirds of risk, with Greenwood's intervals, of each patient's first study."""
+    rows = np.flatnonzero(outcome.usable)
+    rows = rows[np.sort(np.unique(np.asarray(patients)[rows], return_index=True)[1])]
+    time, risk, event = (x[rows] for x in (outcome.truth, outcome.predicted, outcome.event))
     third = np.searchsorted(np.quantile(risk, (1 / 3, 2 / 3)), risk) if len(risk) else risk
     names = ("low risk", "middle", "high risk")
     for k, (name, colour) in enumerate(zip(names, (GREEN, BLUE, ORANGE), strict=True)):
@@ -255,6 +257,21 @@ def draw_kaplan_meier(axis, outcome, **_):
     axis.set(xlabel=outcome.units, ylabel="survival", ylim=(0, 1.02))
     if len(risk):
         axis.legend(fontsize=7, loc="lower left", frameon=False)
+
+
+def draw_survival_calibration(axis, outcome, patients, **_):
+    """Observed against predicted survival at each year, by groups of predicted survival."""
+    rows = outcome.calibration(patients)
+    axis.plot([0, 1], [0, 1], color=GREY, lw=0.8)
+    for k, year in enumerate(dict.fromkeys(row["year"] for row in rows)):
+        names = ("predicted", "observed", "ci_low", "ci_high")
+        shown = np.array([[row[x] for x in names] for row in rows if row["year"] == year]).T
+        x, y, low, high = np.where(np.isnan(shown), shown[1], shown)
+        colour, bars = OKABE_ITO[k % len(OKABE_ITO)], [np.maximum(y - low, 0), high - y]
+        axis.errorbar(x, y, bars, fmt="o-", color=colour, ms=4, lw=1, label=f"{year:g} years")
+    if rows:
+        axis.legend(fontsize=7, loc="upper left", frameon=False)
+    unit_square(axis, "predicted survival", "observed survival")
 
 
 @dataclass(frozen=True)
@@ -300,7 +317,14 @@ PANELS = {
     ),
     "kaplan_meier": Panel(
         "Survival by thirds of risk", draw_kaplan_meier, "c_index",
-        "With Greenwood's 95 % intervals. Legend: events of studies.",
+        "With Greenwood's 95 % intervals, the first study of each patient. Legend: events of "
+        "patients.",
+    ),
+    "survival_calibration": Panel(
+        "Calibration of survival", draw_survival_calibration, "c_index",
+        "Kaplan-Meier estimate with Greenwood's 95 % interval against the mean predicted survival, "
+        "by thirds of predicted survival (fifths from 100 events), the first study of each "
+        "patient. On the diagonal, both are equal.",
     ),
     "confusion": Panel(
         "Truth and prediction", draw_confusion, "f1",

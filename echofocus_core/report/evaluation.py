@@ -20,6 +20,8 @@ from echofocus_core.base.files import atomic_path, in_file_name, write_table
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
 from echofocus_core.report.curves import metric_name, number, title_of, with_interval
+from echofocus_core.report.methods import methods_paragraph
+from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 from echofocus_core.study.evaluation import (
     COLUMNS,
@@ -45,12 +47,14 @@ from echofocus_core.study.fold_answers import (
     studies_of_answers,
     thresholds_for,
 )
+from echofocus_core.study.kinds.base import rarer
 from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.labels import load_labels
 from echofocus_core.study.loading import load_model
 from echofocus_core.study.loop import report_unreadable, run_studies
+from echofocus_core.study.models import LoadedEnsemble
 
-FEW = 100  # positive studies below which estimates are uncertain (Collins, Stat Med 2016;35:214)
+FEW = 100  # patients of the rarer class: fewer give uncertain estimates (Stat Med 2016;35:214)
 MAX_LINES = 25  # labels on screen
 FOREST = "Squares: the value; lines: 95 % intervals over patients."
 
@@ -84,19 +88,28 @@ class Report:
         self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
         self.headlines = headlines_of(studies, self.estimates)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.of_folds = self.fold_columns()
         doubts = {name: self.facts[name] for name in ("unseen", "warning") if name in self.facts}
         metrics = pd.DataFrame([x.row() for x in self.estimates], columns=list(COLUMNS))
-        self.write_table("metrics", metrics.assign(**doubts, **self.fold_columns()))
+        self.write_table("metrics", metrics.assign(**doubts, **self.of_folds))
         with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
             facts = self.facts | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
             whole = metrics_json(self.estimates, facts)
             temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
         self.draw_panels()
         self.draw_forests()
+        self.interactions = {}
         self.groups = {column: self.write_groups(column) for column in self.by}
         self.comparison = [row for name in self.others for row in self.compare(name)]
         if self.comparison:
-            self.write_table("comparison", pd.DataFrame(self.comparison))
+            self.comparison = pd.DataFrame(self.comparison)
+            self.comparison["p_holm"] = holm_by(self.comparison, "metric")
+            self.write_table("comparison", self.comparison)
+            self.comparison = [
+                {k: None if v != v else v for k, v in row.items()}
+                for row in self.comparison.to_dict("records")
+            ]
+        self.write_more_tables()
         self.write_page()
         lines = on_screen(self.headlines, [x for x in self.estimates if x.label == "mean"])
         headlines = {x.metric for x in self.headlines.values()}
@@ -156,13 +169,36 @@ class Report:
                 draw = partial(curves.forest, [(x.label, x) for x in rows], name)
                 self.figure(f"forest_{metric}", f"{name}{more}", draw)
 
+    def write_more_tables(self):
+        """Write the net benefit of findings and the calibration of survival."""
+        self.survival_rows, benefits, cuts = [], [], np.linspace(0.01, 0.99, 99)
+        for o in self.studies.outcomes:
+            y, p = o.pairs()
+            if "decision_curves" in o.figures and len(y):
+                curves_of = {"model": p, "all": p * 0 + 1}
+                columns = {name: mt.net_benefit(y, x, cuts) for name, x in curves_of.items()}
+                rows = {"label": o.label, "threshold": cuts.round(2), **columns, "none": 0.0}
+                benefits.append(pd.DataFrame(rows))
+            if "survival_calibration" in o.figures:
+                rows = o.calibration(self.studies.patients)
+                self.survival_rows += [{"label": o.label} | row for row in rows]
+        if benefits:
+            self.write_table("decision_curves", pd.concat(benefits))
+        if self.survival_rows:
+            self.write_table("survival_calibration", pd.DataFrame(self.survival_rows))
+
     def write_groups(self, column):
         """Write the table and forest plots of a column's groups; return [(group, Estimate)]."""
         cells, edges = self.by[column]
         groups = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
         rows = [{"column": column, "group": group} | x.row() for group, x in groups]
         by = f"by_{in_file_name(column)}"
-        self.write_table(by, pd.DataFrame(rows, columns=["column", "group", *COLUMNS]))
+        table = pd.DataFrame(rows, columns=["column", "group", *COLUMNS])
+        table = table.join(interactions(groups, self.studies.outcomes), on=["label", "metric"])
+        self.write_table(by, table)
+        self.interactions |= {
+            (column, row.label, row.metric): row for row in table.itertuples(index=False)
+        }
         headlines = {o.label: o.headline for o in self.studies.outcomes}
         groups = [(g, x) for g, x in groups if headlines[x.label] == x.metric]
         shown = [self.headlines[o.label] for o in curves.select_panels(self.studies.outcomes)]
@@ -195,16 +231,42 @@ class Report:
 
         templates = FileSystemLoader(Path(__file__).parent / "templates")
         env = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
+        env.filters |= {"p_value": lambda p: "" if p is None or p != p else f"{p:.3g}"}
         env.filters |= {"number": number_or_na, "some": lambda labels: some(labels, 8)}
         env.globals |= {"metric_name": metric_name}
         page = env.get_template("evaluation.html").render(
             report=self, version=__version__, tables=page_tables(self), few=FEW,
-            **uncertain_labels(self),
-            n_patients=len(np.unique(self.studies.patients)),
+            **uncertain_labels(self), methods=methods_paragraph(self),
+            fold_rows=[
+                (x, *pair)
+                for x, *pair in zip(self.estimates, *self.of_folds.values(), strict=False)
+                if self.headlines.get(x.label) == x
+            ],
         )  # fmt: skip
         with atomic_path(self.folder / f"report_{self.name}.html") as temporary:
             temporary.write_text(page, encoding="utf-8")
         self.files.append(f"report_{self.name}.html")
+
+
+def interactions(groups, outcomes):
+    """DataFrame indexed by (label, metric): p_interaction between the groups of a column, and its
+    adjustment p_holm for the labels that have the metric. groups: [(group, Estimate)]."""
+    rows = []
+    for o in outcomes:
+        estimates = [x for group, x in groups if x.label == o.label and group != "missing"]
+        for metric in dict.fromkeys(x.metric for x in estimates):
+            of_metric = [x for x in estimates if x.metric == metric]
+            p = st.interaction(of_metric, o.metric(metric).interval)
+            rows.append({"label": o.label, "metric": metric, "p_interaction": p})
+    table = pd.DataFrame(rows, columns=["label", "metric", "p_interaction"])
+    table["p_holm"] = holm_by(table.rename(columns={"p_interaction": "p_value"}), "metric")
+    return table.set_index(["label", "metric"])
+
+
+def holm_by(table, column):
+    """(n,): `p_value` adjusted by Holm within the rows that agree in a column."""
+    p = pd.to_numeric(table["p_value"])
+    return p.groupby(table[column]).transform(lambda x: st.holm(x.to_numpy()))
 
 
 def on_screen(headlines, means=()):
@@ -251,11 +313,12 @@ def page_tables(report):
 def uncertain_labels(report):
     """Labels that the page warns about: small (texts), undefined (note -> labels), no_interval
     (labels)."""
-    small = [
-        f"{o.label} ({o.n_positive} of {o.n})"
-        for o in report.studies.outcomes
-        if isinstance(o, BinaryOutcome) and 0 < o.n_examples < FEW
-    ]
+    small = []
+    for o in report.studies.outcomes:
+        if isinstance(o, BinaryOutcome):
+            few = st.count_patients(report.studies.patients, rarer(o, o.truth == 1))
+            whole = st.count_patients(report.studies.patients, o.usable)
+            small += [f"{o.label} ({few} of {whole})"] * (0 < few < FEW)
     rows = report.headlines.values()
     undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)
     undefined = {
@@ -278,7 +341,7 @@ def evaluate_file(job):
     settings, path, table = job.settings, Path(job.settings.predictions), None
     if job.task:
         task, table = load_labels(job.task, job.dataset, settings=settings)
-        studies = studies_of_labels(path, task, table)
+        studies = studies_of_labels(path, task, table, settings.years)
     else:
         studies = studies_with_truths(path)
         if settings.first_study_only:
@@ -295,7 +358,7 @@ def evaluate_file(job):
     studies = studies.at_prevalence(settings.prevalence)
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
-    facts = {"run_id": "", "model_name": path.stem, "fold": "all"}
+    facts = {"run_id": "", "model_name": path.stem, "fold": "all", "target": ""}
     report_evaluation(folder, name, studies, flow, facts, job, columns)
 
 
@@ -326,6 +389,8 @@ def report_evaluation(folder, name, studies, flow, facts, job, columns):
 def evaluate_fold(job, columns):
     """`evaluate` for the fold `settings.subset`. columns: of `group_columns`."""
     model = job.model
+    averaged = isinstance(model, LoadedEnsemble)
+    own_rule = job.settings.target in ("", model.target)
     job = job.but(target=job.settings.target or model.target)
     settings = job.settings
     studies, flow, evidence, warnings = answer_fold(job, thresholds_for(job))
@@ -334,6 +399,9 @@ def evaluate_fold(job, columns):
     facts = {"run_id": settings.run_id, "model_name": model.folder.name}
     facts |= {"unseen": evidence if settings.subset == "test" else ""}
     facts |= {"warning": "; ".join(warnings)} if warnings else {}
+    if averaged:
+        names = ", ".join(f"{m.folder.parent.name}/{m.folder.name}" for m in model.members)
+        facts |= {"averaged": names, "mean_thresholds": own_rule}
     report_evaluation(model.folder, name, studies, flow, facts, job, columns)
 
 

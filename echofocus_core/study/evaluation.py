@@ -20,6 +20,7 @@ from echofocus_core.study.folds import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, samp
 from echofocus_core.study.kinds.base import examples_of, finite_rows
 from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.kinds.regression import RegressionOutcome
+from echofocus_core.study.kinds.survival import SurvivalOutcome
 from echofocus_core.study.labels import label_file, read_rows
 
 COLUMNS = ("label", "metric", "value", "ci_low", "ci_high", "n", "n_positive", "unit", "note")
@@ -148,6 +149,18 @@ def outcomes_of(outputs, truth, predicted, units, thresholds, years=()):
     ]
 
 
+def with_survival(outcomes, columns):
+    """The outcomes with the predicted probability of survival to their `years`, where a column
+    `<label>_survival_<year>` (S,) of `predict` has it."""
+    outcomes = list(outcomes)
+    for i, o in enumerate(outcomes):
+        if isinstance(o, SurvivalOutcome):
+            blank = np.full(len(o.truth), np.nan)
+            each = [columns.get(f"{o.label}_survival_{year:g}", blank) for year in o.years]
+            outcomes[i] = replace(o, survival=np.stack(each, axis=1))
+    return outcomes
+
+
 # -------------------------------------------------------------------------- predictions of a table
 
 
@@ -209,6 +222,18 @@ def numeric_columns(rows, columns, path):
     return values
 
 
+def numeric_survival(rows, outcomes, path):
+    """{<label>_survival_<year>: (S,)} of the columns that a table of predictions has."""
+    names = [
+        f"{o.label}_survival_{year:g}"
+        for o in outcomes
+        if isinstance(o, SurvivalOutcome)
+        for year in o.years
+    ]
+    values = numeric_columns(rows, [name for name in names if name in rows], path)
+    return {name: values[name].to_numpy() for name in values}
+
+
 def thresholds_of(table, predicted, path):
     """label -> its threshold in a table: a number, or (S,) if studies have different ones.
 
@@ -225,8 +250,11 @@ def thresholds_of(table, predicted, path):
     return thresholds
 
 
-def studies_of_labels(path, task, table):
-    """Studies of a table of predictions and a label table (see `read_labels`), in its order."""
+def studies_of_labels(path, task, table, years=()):
+    """Studies of a table of predictions and a label table (see `read_labels`), in its order.
+
+    years: times of the AUROC of survival.
+    """
     outputs = task.outputs
     rows = read_prediction_rows(path)
     predicted, thresholds = read_predictions(rows, path, outputs.names, task.units)
@@ -240,7 +268,8 @@ def studies_of_labels(path, task, table):
         RUN.warning(f"{others} studies of {path} are not in the label table", "they are ignored")
     predicted, truth = predicted.loc[eids], table.loc[eids, outputs.columns].to_numpy()
     thresholds = thresholds_of(thresholds, predicted, path)
-    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, thresholds)
+    outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, thresholds, years)
+    outcomes = with_survival(outcomes, numeric_survival(rows.loc[eids], outcomes, path))
     return Studies(list(eids), table.loc[eids, "pid"].to_numpy(), outcomes)
 
 

@@ -15,6 +15,7 @@ from echofocus_core.study.evaluation import (
     studies_to_compare,
     study_flow,
     unseen_notes,
+    with_survival,
 )
 from echofocus_core.study.folds import (
     folds_for,
@@ -129,6 +130,7 @@ def studies_of_answers(model, table, results, thresholds, settings):
     table, predicted = table.loc[results.eids], model.readable(results.logits)
     truth = table[model.outputs.columns].to_numpy()
     outcomes = outcomes_of(model.outputs, truth, predicted, model.units, thresholds, settings.years)
+    outcomes = with_survival(outcomes, model.survival(results.logits, settings.years))
     studies = Studies(results.eids, table["pid"].to_numpy(), outcomes)
     return studies.at_prevalence(settings.prevalence)
 

@@ -318,6 +318,42 @@ def macro_means(outcomes, values, patients):
     return rows
 
 
+# ------------------------------------------------------------------------------ tests of subgroups
+
+SCALES = dict.fromkeys(("wilson", "logit"), special.logit)
+SCALES |= dict.fromkeys(("log", "lr_positive", "lr_negative"), np.log)
+SCALES |= {"log_rest": lambda x: -np.log1p(-x), "fisher": np.arctanh}
+
+
+def interaction(groups, method):
+    """The p value of a test that a metric is equal in independent groups, from their Estimates.
+
+    Altman & Bland (BMJ 2003;326:219): the difference of two values against the standard error of
+    their intervals, on the scale of the interval `method`; for more groups, Cochran's Q. NaN unless
+    two groups have an interval.
+    """
+    limits = np.array([(x.value, x.ci_low, x.ci_high) for x in groups], float).reshape(-1, 3)
+    with np.errstate(all="ignore"):
+        value, low, high = SCALES.get(method, np.asarray)(limits).T
+        weight = ((high - low) / (2 * special.ndtri(0.975))) ** -2.0
+    use = np.isfinite(value) & np.isfinite(weight)
+    value, weight = value[use], weight[use]
+    if len(value) < 2:
+        return np.nan
+    q = (weight * (value - (weight * value).sum() / weight.sum()) ** 2).sum()
+    return float(special.chdtrc(len(value) - 1, q))
+
+
+def holm(p):
+    """(n,): p values adjusted for their number (Holm, Scand J Stat 1979;6:65); NaN stays NaN."""
+    p = np.asarray(p, float)
+    order = np.argsort(p)[: np.isfinite(p).sum()]
+    adjusted = np.full(len(p), np.nan)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1))
+    adjusted[order] = np.minimum(1, steps)
+    return adjusted
+
+
 # -------------------------------------------------------------------------------------- two models
 
 

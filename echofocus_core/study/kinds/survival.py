@@ -19,6 +19,7 @@ from echofocus_core.study.kinds.base import (
 
 USUAL_YEARS = (1, 5)  # times of survival if no others are given
 PER_YEAR = {"days": 365.25, "weeks": 365.25 / 7, "months": 12.0, "years": 1.0}
+FIFTHS = 100  # events from which calibration is by fifths instead of thirds
 LONGEST = 100  # years of follow-up; a longer time is in another unit, or a date
 EVENT = " (event)"  # after a survival label's name: its second target column
 
@@ -147,13 +148,15 @@ class SurvivalOutcome(Outcome):
     (S,).
 
     event: 1 or 0 (censored); years: times at which the cumulative/dynamic AUROC is computed; a year
-    has `per_year` units.
+    has `per_year` units; survival (S, years): predicted probability of no event until then, None
+    or NaN if unknown.
     """
 
     event: np.ndarray
     years: tuple[float, ...] = ()
     units: str = "years"
     per_year: float = 1.0
+    survival: np.ndarray | None = None
 
     headline, truth_fields = "c_index", ("truth", "event")
     METRICS: ClassVar = (
@@ -163,8 +166,6 @@ class SurvivalOutcome(Outcome):
             undefined="no comparable pair of studies",
         ),
     )  # fmt: skip
-    figures = ("kaplan_meier",)
-    methods = "Time to event was assessed by Harrell's C and survival by thirds of predicted risk."
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,6 +185,57 @@ class SurvivalOutcome(Outcome):
     @property
     def predicted_columns(self):
         return {f"{self.label}_risk": self.predicted}
+
+    @property
+    def has_survival(self):
+        """Whether survival is predicted for some year."""
+        return self.survival is not None and bool(np.isfinite(self.survival[self.usable]).any())
+
+    @property
+    def figures(self):
+        return ("kaplan_meier", "survival_calibration")[: 1 + self.has_survival]
+
+    @property
+    def methods(self):
+        years = " and ".join(f"{year:g}" for year in self.years)
+        text = (
+            "Time to event was assessed by Harrell's C, by the cumulative/dynamic AUROC with "
+            f"inverse probability of censoring weights (Uno 2007) at {years} years, and by "
+            "Kaplan-Meier curves of thirds of predicted risk (one study per patient)"
+        )
+        if self.has_survival:
+            text += "; calibration by observed (Kaplan-Meier) against predicted survival in groups"
+        return text + "."
+
+    def calibration(self, patients):
+        """[{year, group, n, events, predicted, observed, ci_low, ci_high}]: mean predicted survival
+        and the Kaplan-Meier estimate at each year, by fifths of predicted survival (thirds with
+        fewer than FIFTHS events), of the first usable study of each patient.
+
+        Observed survival is NaN beyond the follow-up of a group (Harrell, Regression Modeling
+        Strategies, 2015, chapter 20).
+        """
+        rows = []
+        for k, year in enumerate(self.years if self.survival is not None else ()):
+            use = np.flatnonzero(self.usable & np.isfinite(self.survival[:, k]))
+            use = use[np.sort(np.unique(np.asarray(patients)[use], return_index=True)[1])]
+            p, time, event = self.survival[use, k], self.truth[use], self.event[use] == 1
+            n_groups = 5 if event.sum() >= FIFTHS else 3
+            edges = np.quantile(p, np.arange(1, n_groups) / n_groups) if len(use) else []
+            group, end = np.searchsorted(edges, p), year * self.per_year
+            for g in np.unique(group):
+                of_group = group == g
+                times, *curves = mt.kaplan_meier(time[of_group], event[of_group])
+                at = np.searchsorted(times, end * (1 + 1e-9), side="right") - 1
+                ends = time[of_group].max() < end and curves[0][-1] > 0
+                observed, low, high = (np.nan if ends else float(c[at]) for c in curves)
+                rows.append({
+                    "year": year, "group": int(g) + 1, "n": int(of_group.sum()),
+                    "events": int((event & (time <= end))[of_group].sum()),
+                    "predicted": float(p[of_group].mean()), "observed": observed,
+                    "ci_low": low, "ci_high": high,
+                })  # fmt: skip
+        return rows
 
     @property
     def n_positive(self):
