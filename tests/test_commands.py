@@ -316,10 +316,10 @@ def test_unreadable_studies_are_listed(cohort, cli):
     (cohort / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
     with h5py.File(cohort / "emb" / "1004.hdf5", "a") as f:
         f["embeddings"][0, 0, 0] = np.nan
-    write_embeddings(cohort / "emb", "1005", normal(0, 2, 3, 512))
     line = ("train", "--task", "defect", "--epoch_lim", "1", "--first_study_only")
     status, out, err = cli(*line)
     assert status == 0 and "40 labelled studies of 40 patients" in out, err
+    write_embeddings(cohort / "emb", "1005", normal(0, 2, 3, 512))
     status, out, _ = cli("predict", "--out", "p.csv")
     left_out = pd.read_csv("p_left_out.csv", dtype=str).set_index("eid")["reason"]
     assert status == 0 and left_out.index.tolist() == ["1003", "1004", "1005"]
