@@ -515,6 +515,20 @@ def test_a_mixed_model_is_described(learnt, cli):
     assert status == 0 and "loaded 5 heads, 1 new heads" in out, out + err
 
 
+def test_models_of_the_earlier_loss_have_a_note(learnt, cli):
+    path, page = Path("trained_models/outlook/best_checkpoint.pt"), "report_test_site.html"
+    assert "known labels" not in cli("inspect", "outlook")[1]
+    saved = torch.load(path, weights_only=True)
+    assert saved["echofocus"].pop("loss_over_all_labels")
+    torch.save(saved, path)
+    assert "if its training table had missing labels" in cli("inspect", "outlook")[1]
+    change_outlook(lambda t: t.assign(finding=t["finding"].mask(t.index < 30, "")))
+    status, out, err = cli("evaluate", "--n_boot", "100")
+    assert status == 0 and "number of known labels" in err + out, err
+    assert "number of known labels" in path.with_name(page).read_text()
+    assert "Calibration of survival" in path.with_name(page).read_text()
+
+
 @pytest.mark.parametrize("method", ["leave_one_out", "shapley"])
 def test_an_average_is_explained_by_its_members(outlook, method):
     """Classes, risks, findings and measurements: the mean of the members' scores, in one unit."""

@@ -8,6 +8,7 @@ import pandas as pd
 from echofocus_core.base import checkpoints, releases
 from echofocus_core.base.console import UserError, printable
 from echofocus_core.base.files import sha256_file
+from echofocus_core.study.config import MISSING_LABELS
 from echofocus_core.study.loading import (
     encoder_in,
     find_model,
@@ -20,7 +21,10 @@ from echofocus_core.study.loading import (
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.video import panecho
 
-SHOWN_ELSEWHERE = ("labels", "units", "unlearnt", "thresholds", "task", "type", "settings", "input")
+SHOWN_ELSEWHERE = (
+    "labels", "units", "unlearnt", "thresholds", "task", "type", "settings", "input",
+    "loss_over_all_labels",
+)  # fmt: skip
 
 
 def describe_model(net, saved, record, outputs, units, scaling):
@@ -142,6 +146,8 @@ def model_facts(path, tasks):
         facts["labels_missing"] = str(error)
         outputs = Outputs.of(labels, "regression" if saved.get("input_norm_dict") else "binary")
     facts |= {"task": task, "labels_from": origin}
+    if record and record.biased_if_missing:
+        facts["note"] = f"if its training table had missing labels: {MISSING_LABELS}"
     return facts | describe_model(
         net, saved, record.to_save() if record else {}, outputs, units, scaling
     )

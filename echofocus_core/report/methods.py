@@ -11,7 +11,8 @@ INTERVALS = {  # of `statistics.INTERVALS`
     "normal": "Wald intervals with the standard error from the resamples",
     "wilson": "Wilson's interval with the effective sample size from the resamples (Dean and "
     "Pagano 2015)",
-    "logit": "intervals on the log-odds scale with the standard deviation of the resamples",
+    "logit": "intervals on the log-odds scale with the standard deviation of the resamples, "
+    "Wilson's for values of 0 and 1",
     "log": "intervals on the logarithmic scale with the standard deviation of the resamples",
     "log_rest": "intervals on the scale of log(1 - value) with the standard deviation of the "
     "resamples",
@@ -39,7 +40,7 @@ def cohort(report):
     if report.folds:
         where = f"the test folds of a cross-validation in {dataset}"
     else:
-        where = f"{where} fold of {dataset}"
+        where = f"{'all folds' if where == 'all' else f'{where} fold'} of {dataset}"
     if facts.get("per") != "patient":
         text = f"Performance was evaluated in {len(studies)} studies of {n_patients} patients"
         text += f" ({where})."

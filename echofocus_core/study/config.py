@@ -392,6 +392,12 @@ class Hazard(Entry):
         return self.times[-1]
 
 
+MISSING_LABELS = (
+    "trained when a study's loss was divided by its number of known labels, which biases "
+    "probabilities where labels are missing for a reason: train it again"
+)
+
+
 class Record(Labelled):
     """The `echofocus` entry of checkpoints: what training used and what predictions need."""
 
@@ -409,6 +415,12 @@ class Record(Labelled):
     input: Input = Input()
     width: int = EMBED_DIM  # features of a clip embedding
     settings: Settings = Settings()  # RECORDED of them
+    loss_over_all_labels: bool = False  # earlier losses were divided by a study's known labels
+
+    @property
+    def biased_if_missing(self):
+        """Whether missing labels biased its probabilities, see MISSING_LABELS."""
+        return bool(self.task) and len(self.labels) > 1 and not self.loss_over_all_labels
 
     @model_validator(mode="after")
     def agree(self):

@@ -7,6 +7,7 @@ import numpy as np
 
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.options import FOLDS
+from echofocus_core.study.config import MISSING_LABELS
 from echofocus_core.study.evaluation import (
     NOT_ASKED,
     UNREADABLE_EMBEDDINGS,
@@ -103,6 +104,11 @@ def answer_fold(job, thresholds):
     for text in other_times(model, task.survival, task.units):
         RUN.warning(text, "declare the unit in both, or give the column of the same times")
         warnings.append(text)
+    if settings.dataset == model.record.dataset and model.record.biased_if_missing:
+        filled = whole[task.task_labels].notna()
+        if (filled.any(axis=1) & ~filled.all(axis=1)).any():
+            warnings.append(f"The model was {MISSING_LABELS}")
+            RUN.warning(f"{model.folder.name}: {MISSING_LABELS}")
     unreadable, eids = {}, list(table.index)
     results = run_studies(model.net, store, eids, settings, unreadable=unreadable, label="evaluate")
     report_unreadable(unreadable)

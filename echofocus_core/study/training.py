@@ -182,7 +182,7 @@ class Training(EpochTraining):
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
             ranges={label: tuple(map(float, ends[label])) for label in ends}, width=self.net.width,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
-            settings=Settings(**self.recorded_settings()),
+            settings=Settings(**self.recorded_settings()), loss_over_all_labels=True,
         )  # fmt: skip
 
     @cached_property
