@@ -24,6 +24,8 @@ from benchmarks.machine import describe, matmul_rate, peak_memory, timed
 from echofocus_core.base.options import Settings
 from echofocus_core.video import decode as video
 from echofocus_core.video import extract, panecho, phantom
+from echofocus_core.video.encoders import open_encoder
+from echofocus_core.video.encoders.trained import distinct_images
 from echofocus_core.video.studies import find_studies
 
 SAMPLING = video.Sampling()
@@ -121,9 +123,7 @@ def main():
         "bf16": matmul_rate(device, torch.bfloat16),
     }
     encoders = {
-        precision: extract.Encoder(
-            panecho.load_panecho("random").model.encoder, device, batch, precision, 224
-        )
+        precision: extract.Batches(open_encoder("panecho", "random"), device, batch, precision)
         for precision in extract.PRECISIONS
         if rate[precision] > rate["fp32"] / 10
     }
@@ -199,7 +199,7 @@ def measure_encode(path, n, backbone, encoders, device, repeats, rows, ratios):
     """Time encoding, and decoding plus encoding, against the published method. Ours runs first, so
     that its peak memory does not include the published method."""
     clips = video.read_clips(path, SAMPLING)[0]
-    images = len(extract.distinct_images(clips.index)[0])
+    images = len(distinct_images(clips.index)[0])
     decode = next(r for r in rows if r["what"] == "decode .avi" and r["n"] == n)
     embeddings, taken = {}, []
     for precision, encoder in encoders.items():

@@ -16,6 +16,7 @@ import torch
 from echofocus_core.base.files import lock
 from echofocus_core.video import decode as video
 from echofocus_core.video import extract, panecho, phantom, store
+from echofocus_core.video.encoders.trained import distinct_images
 from tests.helpers import ROOT, copy_example, moving_square, relative_error, write_dicom
 
 NARROW = ((4, 1), (8, 1), (8, 1), (768, 1))
@@ -80,7 +81,7 @@ def test_distinct_images_are_those_counted_by_hand(n_frames):
     for starts_by in ("modulo", "independent"):
         for number in range(20):
             starts = video.clip_starts(n_frames, 16, 16, 0, f"{number}", starts_by)
-            images, _ = extract.distinct_images(video.clip_frames(starts, n_frames, 16))
+            images, _ = distinct_images(video.clip_frames(starts, n_frames, 16))
             assert len(images) == len(images_by_hand(starts.tolist(), n_frames))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -261,7 +262,7 @@ def test_every_option_belongs_to_a_command():
     commands = {*ef.COMMANDS, "extract", "train_encoder"}
     for name, f in OPTIONS.items():
         assert f.description and set(f.json_schema_extra["commands"]) <= commands, name
-    assert extract.sampling_of(Settings()) == Sampling()
+    assert extract.sampling_of(Settings(), mock.Mock(sampling=lambda s, _: s)) == Sampling()
     assert "weights" in options_of("extract") and "learning_rate" not in options_of("extract")
 
 

@@ -18,10 +18,10 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from echofocus_core.base.console import Collected, UserError
 from echofocus_core.base.resume import differences
-from echofocus_core.encoder import backbones, cohorts, start, train
+from echofocus_core.encoder import cohorts, start, train
 from echofocus_core.encoder import report as encoder
 from echofocus_core.encoder.losses import MultiTaskLoss, class_weights, fill_means
-from echofocus_core.video import cache, extract, panecho, store
+from echofocus_core.video import backbones, cache, extract, panecho, store
 from echofocus_core.video import decode as video
 from echofocus_core.video.clip_tensors import draw_factors
 from echofocus_core.video.phantom import phantom_cine, write_video

@@ -519,8 +519,12 @@ class Settings(CohortOptions):
         "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
     )
 
+    encoder: str = option(
+        "panecho", "panecho (also for weights of embed/train.py), echoprime, echoclip, "
+        "echojepa-l, hf:ORG/MODEL, timm:MODEL, or FILE.py:FUNCTION", EXTRACTION, EXTRACTS
+    )
     weights: str = option(
-        "panecho", "PanEcho weights: a file, a URL, 'panecho' for the release (downloaded once "
+        "panecho", "encoder weights: a file, a URL, 'panecho' for its release (downloaded once "
         "into torch.hub's cache), or 'random' for a trial", EXTRACTION, READS_VIDEOS
     )
     group: Literal["dicom", "folder", "one"] = option(

@@ -16,8 +16,8 @@ from echofocus_core.base.options import (
     option,
     validate_as,
 )
-from echofocus_core.encoder.backbones import NAMES
 from echofocus_core.encoder.cohorts import PEDIATRIC_FOLDS
+from echofocus_core.video.backbones import NAMES
 from echofocus_core.video.clip_tensors import NORMALIZATIONS
 
 COMMAND = "train_encoder"

@@ -9,9 +9,9 @@ from echofocus_core.base.checkpoints import load_strictly
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.files import derive_seed, sha256_file
 from echofocus_core.base.seen import STUDY
-from echofocus_core.encoder.backbones import Start, build_backbone
 from echofocus_core.study.folds import levels_by, without_seen
 from echofocus_core.study.labels import other_unit
+from echofocus_core.video.backbones import Start, build_backbone
 from echofocus_core.video.panecho import (
     DOWNLOADED,
     PanEcho,

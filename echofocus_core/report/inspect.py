@@ -19,7 +19,7 @@ from echofocus_core.study.loading import (
     read_network,
 )
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.video import panecho
+from echofocus_core.video.encoders.trained import load_trained
 
 SHOWN_ELSEWHERE = (
     "labels", "units", "unlearnt", "thresholds", "task", "type", "settings", "input",
@@ -95,7 +95,7 @@ def describe_file(name, tasks):
     path = find_model_file(name)
     releases.check_source(path)
     if is_encoder(checkpoints.load_safely(path)):
-        encoder = panecho.load_panecho(path).model
+        encoder = load_trained(path).model
         facts = {
             "kind": "PanEcho video encoder",
             "architecture": {"parameters": count(encoder)},

@@ -441,10 +441,13 @@ def clip_marks(details, video, scores):
     if starts is None or not video.playback or len(starts) != len(scores):
         return []
     frames, first = video.playback.frames, first_frames(starts)
+    length = details.attributes.get("clip_len", 0)
+    if "stride" in details.attributes:  # windows, not random starts
+        first, length = starts, (length - 1) * details.attributes["stride"] + 1
     best = int(np.argmax(scores if scores.sum() >= 0 else -scores))
     marks = []
     for c in np.unique(np.append(np.unique(first, return_index=True)[1], best)):
-        end = min(first[c] + details.attributes.get("clip_len", 0), frames)
+        end = min(first[c] + length, frames)
         marks.append({
             "left": round(100 * first[c] / frames, 3), "best": c == best,
             "width": round(100 * (end - first[c]) / frames, 3),

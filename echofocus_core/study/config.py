@@ -361,6 +361,7 @@ def without_repeats(pairs):
 class Input(Entry):
     """What a model was trained on: attributes that its embedding files share, and their norms."""
 
+    encoder: Plain = None  # None: PanEcho, or not recorded
     weights_sha256: Plain = None
     weights: Plain = None  # the file's name
     size: Whole = None

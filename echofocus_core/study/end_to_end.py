@@ -153,8 +153,8 @@ class EncoderStart:
         """The Input of a model on embeddings of the encoder with this digest."""
         s = self.settings
         return Input(
-            weights_sha256=sha256 or self.loaded.sha256, weights=ENCODER_FILE, size=s.size,
-            clip_len=s.clip_len, sampling=SAMPLINGS["independent"], mask="none",
+            encoder="PanEcho", weights_sha256=sha256 or self.loaded.sha256, weights=ENCODER_FILE,
+            size=s.size, clip_len=s.clip_len, sampling=SAMPLINGS["independent"], mask="none",
         )  # fmt: skip
 
     def write(self, folder, seen):

@@ -21,7 +21,7 @@ from echofocus_core.study.loading import find_model, load_model, load_named, rel
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.sources import CLIP_EMBEDDINGS, Source, open_source
-from echofocus_core.video import panecho
+from echofocus_core.video.encoders import is_file, is_panecho, weights_digest
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,8 @@ def resolve_settings(command, typed, config, model=None):
             layers.append((f"the config's {kind} {entry}", options))
     if model and (typed.get("videos") or command == "extract" or dataset.is_of_videos):
         trained = input_options(model.record.input).items()
-        trained = {n: v for n, v in trained if v != OPTIONS[n].default}
+        other = not is_panecho(model.record.input.encoder or "")
+        trained = {n: v for n, v in trained if other or v != OPTIONS[n].default}
         if model.encoder_file:
             trained["weights"] = str(model.encoder_file)
         layers.append((f"as {model.folder.name} was trained", trained))
@@ -277,7 +278,10 @@ def pick_dataset(command, typed, config, model=None):
 def input_options(model_input):
     """The recorded options of extraction of the videos that a model was trained on."""
     values = model_input.model_dump(exclude_none=True)
-    options = {n: values[n] for n in ("size", "clip_len", "n_clips", "mask") if n in values}
+    names = "size", "clip_len", "n_clips", "mask"
+    if not (is_panecho(values.get("encoder", "")) or is_file(values["encoder"])):
+        names = "encoder", *names  # never a file, which would run
+    options = {n: values[n] for n in names if n in values}
     random = str(values.get("weights", "")).startswith("random")
     return options | ({"weights": "random"} if random else {})
 
@@ -343,7 +347,7 @@ def check_encoder(model, settings, asked):
     name, trained, digest = model.folder.name, model.record.encoder_sha256, ""
     if trained:
         try:
-            digest = panecho.weights_digest(settings.weights)
+            digest = weights_digest(settings.encoder, settings.weights)
         except checkpoints.WeightsError as error:
             raise UserError(
                 f"{name} was trained on embeddings of the encoder {trained[:12]}; give its file "

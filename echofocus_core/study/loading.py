@@ -19,6 +19,7 @@ from echofocus_core.study.network import Readings, build
 from echofocus_core.study.outputs import Outputs
 from echofocus_core.study.scaling import scaling_fault
 from echofocus_core.video import panecho
+from echofocus_core.video.encoders.trained import load_trained
 from echofocus_core.video.panecho import published_parts
 from echofocus_core.video.store import MADE_WITH
 
@@ -176,7 +177,7 @@ def encoder_in(place):
 
 def load_readings(file, device):
     """The heads of an encoder file: panecho.pt, or one that embed/train.py wrote."""
-    encoder = panecho.load_panecho(file)
+    encoder = load_trained(file)
     if not encoder.model.tasks:
         raise UserError(f"{file} is an encoder without a head: it gives embeddings, no readings")
     net = Readings(encoder.model).to(device).eval().requires_grad_(False)

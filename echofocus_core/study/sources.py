@@ -8,7 +8,7 @@ from pathlib import Path
 from echofocus_core.base.console import EXTRACT, RUN, some
 from echofocus_core.study.folds import sample_ids, stored_names
 from echofocus_core.study.labels import label_file, read_rows
-from echofocus_core.video import extract, panecho
+from echofocus_core.video import extract
 from echofocus_core.video.single_videos import VideosOf
 from echofocus_core.video.store import MADE_WITH, open_store
 from echofocus_core.video.studies import studies_of_dataset
@@ -72,8 +72,9 @@ def extract_videos(job, limited=False):
         studies = studies_of_dataset(videos, *grouping)
     names = sample_ids([s.name for s in studies], settings.sample_limit if limited else 0)
     studies = [s for s in studies if s.name in set(names)]
-    folder = folder_of(videos, grouping, settings)
-    summaries = job.world.gather(extract.extract(studies, folder, settings))
+    encoder = extract.encoder_of(settings)
+    folder = folder_of(videos, grouping, settings, encoder)
+    summaries = job.world.gather(extract.extract(studies, folder, settings, encoder))
     summary = extract.merge_summaries(summaries)
     summary.print()
     summary.refuse_nothing(videos)
@@ -93,9 +94,9 @@ def extract_videos(job, limited=False):
     return source, dataset.model_copy(update={"embedding_path": folder})
 
 
-def folder_of(videos, grouping, settings):
+def folder_of(videos, grouping, settings, encoder):
     """The folder of clip embeddings for some videos: <name>_<digest of source and sampling>."""
-    attributes = extract.attributes_of(settings, panecho.weights_digest(settings.weights))
+    attributes = extract.attributes_of(settings, encoder)
     attributes = {k: v for k, v in attributes.items() if k not in ("version", "weights")}
     key = json.dumps([str(videos.resolve()), grouping, attributes], sort_keys=True)
     key = hashlib.sha256(key.encode()).hexdigest()[:8]

@@ -226,6 +226,49 @@ def resize_centre(frame, size=224):
     return small[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
 
 
+@dataclass(frozen=True)
+class Pixels:
+    """How a frame becomes the picture of an encoder other than PanEcho, (size, size, 3) uint8."""
+
+    size: int = 224
+    square: bool = False  # first crop to the central square
+    cut: float = 0.0  # then remove this share of the width and height at each side
+    resize: int = 0  # then resize the shorter side to this and crop; 0: resize all to the size
+    filter: str = "bicubic"  # of Pillow, or a name of OpenCV such as INTER_CUBIC
+    order: str = "RGB"  # "BGR", or "RGB except DICOM"
+
+    def picture(self, frame, is_dicom=False):
+        """uint8 (H, W, 3) BGR -> (size, size, 3) in this order of channels."""
+        if self.order == "RGB" or (self.order != "BGR" and not is_dicom):
+            frame = frame[..., ::-1]
+        height, width = frame.shape[:2]
+        if self.square:
+            edge = round(abs(height - width) / 2)
+            frame = frame[:, edge : width - edge] if width > height else frame[edge : height - edge]
+        if self.cut:
+            y, x = (int(side * self.cut) for side in frame.shape[:2])
+            frame = frame[y : len(frame) - y, x : frame.shape[1] - x]
+        shape = self.size, self.size  # width, height
+        if self.resize:
+            height, width = frame.shape[:2]
+            shape = tuple(self.resize * side // min(height, width) for side in (width, height))
+        frame = self.resized(np.ascontiguousarray(frame), shape)
+        y, x = (round((side - self.size) / 2) for side in frame.shape[:2])
+        return frame[y : y + self.size, x : x + self.size]
+
+    def resized(self, frame, shape):
+        """A frame resized to (width, height)."""
+        if self.filter.startswith("INTER_"):
+            import cv2
+
+            return cv2.resize(frame, shape, interpolation=getattr(cv2, self.filter))
+        from PIL import Image
+
+        return np.asarray(
+            Image.fromarray(frame).resize(shape, Image.Resampling[self.filter.upper()])
+        )
+
+
 # Way to draw clip starts -> the text that is recorded. Studies with one text may be used together.
 SAMPLINGS = dict.fromkeys(
     ("modulo", "independent"),
@@ -282,6 +325,9 @@ class Sampling:
     starts: str = "modulo"  # or 'independent', see clip_starts
     mask: str = "none"  # 'sector' blacks out all but the ultrasound sector
     augment: int = 0  # randomly transformed copies beside the plain one
+    pixels: Pixels | None = None  # of an encoder with windows for clips, see `sample_windows`
+    stride: int = 1  # frames from one frame of a window to the next
+    padding: str = "repeat"  # of windows after the last frame: it, or "zeros"
 
 
 @dataclass
@@ -289,7 +335,7 @@ class Clips:
     """The clips of one video (or of one transformed copy), with each frame stored once."""
 
     frames: np.ndarray  # uint8 (F, size, size, 3) BGR: the distinct frames that the clips use
-    index: np.ndarray  # int64 (n_clips, clip_len) into frames
+    index: np.ndarray  # int64 (n_clips, clip_len) into frames; -1: zeros after normalisation
     starts: np.ndarray  # int64 (n_clips,), as drawn
     n_frames: int  # frames in the file
     note: str = ""  # what contradicts the header
@@ -318,7 +364,7 @@ def read_clips(source, sampling):
     shows whether it is damaged.
     """
     with VideoFile(source) as video:
-        return sample_clips(video, sampling)
+        return (sample_windows if sampling.pixels else sample_clips)(video, sampling)
 
 
 def sample_clips(video, sampling):
@@ -360,6 +406,52 @@ def sample_clips(video, sampling):
         index = np.arange(numbers.size).reshape(numbers.shape)
         copies.append(Clips(np.concatenate(changed), index, starts, *facts))
     return copies
+
+
+def window_frames(n_frames, sampling):
+    """Frame numbers of each window, int64 (n_clips, clip_len); -1 for a frame of zeros.
+
+    The first window starts at frame 0 and the last one ends at the video's end; the starts are
+    evenly spaced.
+    """
+    steps = sampling.stride * np.arange(sampling.clip_len)
+    last = max(0, n_frames - 1 - steps[-1])
+    starts = np.linspace(0, last, sampling.n_clips).round().astype(np.int64)
+    numbers = starts[:, None] + steps
+    filling = -1 if sampling.padding == "zeros" else n_frames - 1
+    return np.where(numbers < n_frames, numbers, filling)
+
+
+def sample_windows(video, sampling):
+    """The Clips of an encoder's own clip and pixels, as a list of one, see `read_clips`.
+
+    Only the frames of the windows become pictures. With a mask, all frames are held in memory.
+    """
+    notes, content, pixels = [], video.digest, sampling.pixels
+    is_dicom, masks = bool(video.dicom), sampling.mask == "sector"
+
+    def needed(n_frames):
+        return np.union1d(window_frames(n_frames, sampling), compared_frames(n_frames))
+
+    frames = [
+        frame if frame is None or masks else pixels.picture(frame, is_dicom)
+        for frame in video.frames(notes, None if masks else needed)
+    ]
+    if masks:
+        import cv2
+
+        inside = sector_mask([resize(frame) for frame in frames], video.boxes, notes)
+        for i, frame in enumerate(frames):
+            whole = cv2.resize(inside, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            frames[i] = pixels.picture(frame * whole[:, :, None], is_dicom)
+    numbers = window_frames(len(frames), sampling)
+    used = np.unique(numbers[numbers >= 0])
+    index = np.where(numbers < 0, -1, np.searchsorted(used, numbers))
+    plain = np.stack([frames[i] for i in used])
+    if plain.max() < LIT:
+        notes.append("all frames are black")
+    digest = frames_digest(frames, pixels.size)
+    return [Clips(plain, index, numbers[:, 0], len(frames), "; ".join(notes), content, digest)]
 
 
 def compared_frames(n_frames):

@@ -16,7 +16,7 @@ subfolders of any depth, and any file names. Each study becomes DIR/<study>.hdf5
 DIR/extract_log.csv, written when the run ends, has a row for each video.
 
 Data flow: studies.find_studies -> Run.begin (videos without a result) -> decode (worker processes)
--> Encoder (batches of images across videos and studies) -> Run.collect -> write_study (when the
+-> Batches (of images or clips, across videos and studies) -> Run.collect -> write_study (when the
 study's last video is finished).
 """
 
@@ -56,7 +56,6 @@ from echofocus_core.base.resume import check_resume, differences
 from echofocus_core.base.world import exact_convolutions, pick_device
 from echofocus_core.video import panecho, store
 from echofocus_core.video.decode import (
-    SAMPLINGS,
     TOO_MUCH,
     NotNow,
     Sampling,
@@ -65,6 +64,7 @@ from echofocus_core.video.decode import (
     content_digest,
     read_clips,
 )
+from echofocus_core.video.encoders import open_encoder
 from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
@@ -161,76 +161,52 @@ def map_in_processes(calls, workers):
 # ---------------------------------------------------------------------------------------- encode
 
 
-def distinct_images(index):
-    """The distinct encoder images of a video's clips.
-
-    index: (C clips, L) frame numbers. Returns the images as plane numbers (N, 3), a plane being
-    3 * frame + channel, and (C, L) positions in that list. Clips that start a multiple of three
-    frames apart share images (see `panecho.clip_planes`), and each is encoded once.
-    """
-    channel, position = np.moveaxis(panecho.clip_planes(index.shape[1]), -1, 0)  # (L, 3) each
-    planes = 3 * index[:, position] + channel  # (C, L, 3)
-    images, inverse = np.unique(planes.reshape(-1, 3), axis=0, return_inverse=True)
-    return images, inverse.reshape(index.shape)
-
-
 class Pending:
-    """A video whose images are being encoded: those of its clips, and of their copies."""
+    """A video that is being encoded: its clips, and those of its transformed copies."""
 
-    def __init__(self, job, reply, device):
+    def __init__(self, job, reply, encoder, device):
         self.job, self.reply = job, reply
         frames = torch.from_numpy(np.concatenate([clips.frames for clips in reply[0]])).to(device)
-        self.planes = frames.permute(0, 3, 1, 2).flatten(0, 1)  # of (F, S, S, 3): (3 F, S, S)
         first = np.cumsum([0] + [len(clips.frames) for clips in reply[0]])
-        index = [clips.index + first[k] for k, clips in enumerate(reply[0])]
-        images, positions = distinct_images(np.concatenate(index))  # of (copies * C, L)
-        self.images = torch.from_numpy(images).to(device)
-        self.positions = torch.from_numpy(positions).to(device)
-        self.taken = 0  # images sent to the encoder
-        self.features = []  # their features, (n, 768) pieces in order
+        index = [clips.index + first[k] * (clips.index >= 0) for k, clips in enumerate(reply[0])]
+        self.pieces = encoder.pieces(frames, np.concatenate(index))
+        self.taken = 0  # pieces sent to the encoder
+        self.features = []  # theirs, (n, width) tensors in order
 
     def take(self, n):
-        """The next images, at most `n`, normalised: float32 (n, 3, S, S)."""
-        numbers = self.images[self.taken : self.taken + n]
-        self.taken += len(numbers)
-        # A plane is normalised by its own channel, whatever its position in the image.
-        return panecho.normalise(self.planes[numbers], numbers % 3)
+        """The next pieces, at most `n`, normalised: float32 (n, ...)."""
+        pieces = self.pieces[self.taken : self.taken + n]
+        self.taken += len(pieces)
+        return pieces
 
     @property
     def is_encoded(self):
-        return sum(map(len, self.features)) == len(self.images)
+        return sum(map(len, self.features)) == len(self.pieces)
 
 
-class Encoder:
-    """Fill batches with the images of successive videos; return the features video by video.
+class Batches:
+    """Fill batches with the pieces of successive videos; return the embeddings video by video.
 
-    Every batch but the last is full, whatever the length of the videos. The backbone is modified:
-    for a CPU its weights are packed, for images of `size`; for bf16 on a GPU they are cast once,
-    LayerNorm's too, which autocast would compute in fp32.
+    Every batch but the last is full, whatever the length of the videos. The ClipEncoder is modified
+    (see `ClipEncoder.prepare`). batch_size: in pieces, such as images of PanEcho or whole clips.
     """
 
-    def __init__(self, backbone, device, batch_size, precision, size):
-        self.backbone, self.device, self.batch_size = backbone.to(device), device, batch_size
+    def __init__(self, encoder, device, batch_size, precision):
+        self.encoder, self.device, self.batch_size = encoder, device, batch_size
         kind, dtype = torch.device(device).type, PRECISIONS[precision]
-        half = dtype == torch.bfloat16
-        self.autocast = partial(torch.autocast, kind, torch.bfloat16, half)
-        self.autocast_images = self.autocast
-        if kind == "cpu" and panecho.can_pack(dtype):
-            backbone.encoder.model.pack(dtype, size)
-        elif kind == "cuda" and half:
-            backbone.encoder.model.features.to(dtype)
-            self.autocast_images = contextlib.nullcontext
+        self.autocast = partial(torch.autocast, kind, torch.bfloat16, dtype == torch.bfloat16)
+        encoder.prepare(device, dtype)
         self.waiting, self.batch, self.free = deque(), [], batch_size
 
     @torch.inference_mode()
     def __call__(self, decoded):
-        """(job, reply) -> (job, reply, embeddings): see `decode`; float32 (copies, C, 768), or None
-        when the reply is a VideoError."""
+        """(job, reply) -> (job, reply, embeddings): see `decode`; float32 (copies, C, width), or
+        None when the reply is a VideoError."""
         for job, reply in decoded:
             if isinstance(reply[0], VideoError):
                 yield job, reply, None
                 continue
-            self.put(Pending(job, reply, self.device))
+            self.put(Pending(job, reply, self.encoder, self.device))
             yield from self.pop_finished()
         if self.batch:
             self.run_batch()
@@ -238,28 +214,27 @@ class Encoder:
 
     def put(self, pending):
         self.waiting.append(pending)
-        while pending.taken < len(pending.images):
-            images = pending.take(self.free)
-            self.batch.append((pending, images))
-            self.free -= len(images)
+        while pending.taken < len(pending.pieces):
+            pieces = pending.take(self.free)
+            self.batch.append((pending, pieces))
+            self.free -= len(pieces)
             if self.free == 0:
                 self.run_batch()
 
     def run_batch(self):
-        with self.autocast_images():
-            features = self.backbone.encode_images(torch.cat([x for _, x in self.batch])).float()
-        for pending, images in self.batch:
-            part, features = features[: len(images)], features[len(images) :]
+        with self.autocast():
+            features = self.encoder.encode(torch.cat([x for _, x in self.batch])).float()
+        for pending, pieces in self.batch:
+            part, features = features[: len(pieces)], features[len(pieces) :]
             pending.features.append(part)
         self.batch, self.free = [], self.batch_size
 
     def pop_finished(self):
-        """Videos all of whose images are encoded, in the order of arrival."""
+        """Videos all of whose pieces are encoded, in the order of arrival."""
         while self.waiting and self.waiting[0].is_encoded:
             video = self.waiting.popleft()
             with self.autocast():
-                clips = torch.cat(video.features)[video.positions]  # (copies * C, L, 768)
-                embeddings = self.backbone.encode_clips(clips).float().cpu().numpy()
+                embeddings = video.pieces.join(torch.cat(video.features)).float().cpu().numpy()
             yield video.job, video.reply, np.stack(np.split(embeddings, len(video.reply[0])))
 
 
@@ -497,31 +472,43 @@ def default_batch(device, size):
     return 256 if torch.device(device).type == "cuda" else min(32, max(1, 8 * 224**2 // size**2))
 
 
-def sampling_of(settings):
-    """The Sampling of the options (`options.Settings`)."""
+def encoder_of(settings):
+    """The ClipEncoder of the options (`options.Settings`)."""
+    return open_encoder(settings.encoder, settings.weights, settings.clip_len, settings.size)
+
+
+def sampling_of(settings, encoder):
+    """The Sampling of the options (`options.Settings`) for a ClipEncoder."""
     names = ("n_clips", "clip_len", "size", "starts", "mask", "augment")
     chosen = {name: getattr(settings, name) for name in names}
-    return Sampling(seed=settings.sampling_seed, **chosen)
+    sampling = Sampling(seed=settings.sampling_seed, **chosen)
+    return encoder.sampling(sampling, settings.model_fields_set)
 
 
-def attributes_of(settings, digest):
-    """HDF5 attributes with the settings of embeddings. digest: SHA-256 of the weights."""
-    weights = Path(settings.weights).name
-    return {
-        "encoder": "PanEcho",
+def attributes_of(settings, encoder):
+    """HDF5 attributes with the settings of embeddings by a ClipEncoder."""
+    weights, sampling = Path(encoder.weights).name, sampling_of(settings, encoder)
+    attributes = {
+        "encoder": encoder.name,
         "weights": "random: untrained, not for results" if weights == "random" else weights,
-        "weights_sha256": digest,
+        "weights_sha256": encoder.digest(),
         "precision": settings.precision,
-        **vars(sampling_of(settings)),
-        "sampling": SAMPLINGS[settings.starts],
+        **{k: v for k, v in vars(sampling).items() if k not in ("pixels", "stride", "padding")},
+        "sampling": encoder.sampling_text(sampling),
         "version": __version__,
     }
+    if sampling.pixels:  # clips without random starts
+        del attributes["starts"], attributes["seed"], attributes["augment"]
+        attributes |= {"stride": sampling.stride}
+        attributes |= {"licence": encoder.licence, "citation": encoder.citation}
+    return attributes
 
 
-def extract(studies, out, settings):
+def extract(studies, out, settings, encoder=None):
     """Extract this shard's part of `studies` into the folder `out`; returns a Summary.
 
-    settings: the options (`options.Settings`).
+    settings: the options (`options.Settings`). encoder: the ClipEncoder that they name, if it is
+    loaded already.
     Studies that are complete are kept, so that a stopped run resumes. Raises UserError, also when
     another process extracts the same shard into the folder.
     """
@@ -529,16 +516,18 @@ def extract(studies, out, settings):
     studies = studies[index::count]
     name = f"_{index}of{count}" if count > 1 else ""
     with lock(Path(out) / f".extract{name}", timeout=0):
-        encoder, attributes = prepare_encoder(out, settings)
+        encoder = encoder or encoder_of(settings)
+        attributes = prepare_encoder(encoder, out, settings)
         run = Run(out, attributes, settings.redo)
         n_videos = sum(len(study.videos) for study in studies)
         label = f"extract {index}/{count}" if count > 1 else "extract"
         bar = progress(total=n_videos, desc=label, unit="video", disable=not n_videos)
         with exact_convolutions(), bar:
             jobs = chain.from_iterable(run.begin(study, bar) for study in studies)
-            decoded = decode(jobs, sampling_of(settings), settings.workers)
+            decoded = decode(jobs, sampling_of(settings, encoder), settings.workers)
+            batches = batches_of(encoder, settings)
             with contextlib.closing(decoded):
-                for (study, video), (reply, seconds), embeddings in encoder(decoded):
+                for (study, video), (reply, seconds), embeddings in batches(decoded):
                     bar.update()
                     run.collect(study, video, reply, embeddings, seconds)
         log = pd.DataFrame(run.summary.rows, columns=LOG_COLUMNS)
@@ -546,19 +535,22 @@ def extract(studies, out, settings):
     return run.summary
 
 
-def prepare_encoder(out, settings):
-    """(Encoder, attributes of the HDF5 files) of a run; writes the encoder's training patients."""
-    device, sampling = pick_device(settings.device), sampling_of(settings)
-    loaded = panecho.load_panecho(settings.weights, sampling.clip_len)
+def prepare_encoder(encoder, out, settings):
+    """Warn about an encoder and write its training patients; the attributes of the HDF5 files."""
+    attributes = attributes_of(settings, encoder)
     if settings.weights == "random":
         print("RANDOM WEIGHTS: the encoder is untrained; for trials only, not for results")
-    panecho.warn_of_other_clips(loaded.record, settings.weights, sampling.size, sampling.clip_len)
-    if loaded.seen:
-        store.write_encoder_seen(out, {loaded.sha256: loaded.seen})
-    batch = settings.image_batch or default_batch(device, sampling.size)
-    encoder = Encoder(loaded.model.encoder, device, batch, settings.precision, sampling.size)
-    attributes = attributes_of(settings, loaded.sha256)
-    return encoder, attributes | {"weights_seen": "listed" if loaded.seen else "elsewhere"}
+    panecho.warn_of_other_clips(encoder.record, encoder.weights, settings.size, settings.clip_len)
+    if encoder.seen:
+        store.write_encoder_seen(out, {encoder.sha256: encoder.seen})
+    return attributes | {"weights_seen": "listed" if encoder.seen else "elsewhere"}
+
+
+def batches_of(encoder, settings):
+    """The Batches of a ClipEncoder on the device of the options."""
+    device, size = pick_device(settings.device), sampling_of(settings, encoder).size
+    images = settings.image_batch or default_batch(device, size)
+    return Batches(encoder, device, max(1, images // encoder.images_of_piece()), settings.precision)
 
 
 def main(argv=None):

@@ -526,10 +526,11 @@ class LoadedEncoder:
     seen: tuple  # see EncoderFile
 
 
-def load_panecho(weights="panecho", clip_len=16):
+def load_panecho(weights="panecho", clip_len=16, backbone_of=None):
     """The LoadedEncoder of `weights`: 'random', or a source as for `weights_path`.
 
-    Raises WeightsError, also for an encoder with another architecture.
+    backbone_of: makes the backbone of an encoder with another architecture from its record; None
+    refuses it. Raises WeightsError.
     """
     digest = weights_digest(weights)
     if weights == "random":
@@ -538,13 +539,18 @@ def load_panecho(weights="panecho", clip_len=16):
         path = find_weights(weights)
         file = read_encoder(path)
     if file.record and not file.record.is_panecho:
-        raise WeightsError(
-            f"{path} is a {file.record.model_name} with {file.record.arch}, inputs normalised by "
-            f"'{file.record.normalization}': extraction supports only PanEcho's architecture "
-            "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
-        )
-    model = without_weights(tasks=file.tasks, clip_len=clip_len)
-    load_strictly(model, file.state, path, "PanEcho")
+        if not backbone_of:
+            raise WeightsError(
+                f"{path} is a {file.record.model_name} with {file.record.arch}, inputs normalised "
+                f"by '{file.record.normalization}': this needs PanEcho's architecture "
+                "(frame_transformer, convnext_tiny, 4 layers, 8 heads, imagenet)"
+            )
+        model = PanEcho(file.tasks, backbone=backbone_of(file.record))
+        state = {k: v for k, v in file.state.items() if not k.endswith("num_batches_tracked")}
+        load_strictly(model, state, path, f"a {file.record.model_name} of {file.record.arch}")
+    else:
+        model = without_weights(tasks=file.tasks, clip_len=clip_len)
+        load_strictly(model, file.state, path, "PanEcho")
     return LoadedEncoder(model.eval(), digest, file.record, file.seen)
 
 
@@ -562,7 +568,7 @@ def build(pretrained=True, image_encoder_only=False, backbone_only=False, **opti
     return model.encoder if backbone_only else model
 
 
-def normalise(planes, channel):
+def normalise(planes, channel, mean=MEAN, std=STD):
     """uint8 planes (..., H, W) of the colour channels `channel` (...) -> float32, normalised."""
-    mean, std = (torch.tensor(v, device=planes.device)[channel] for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=planes.device)[channel] for v in (mean, std))
     return planes.float().div_(255).sub_(mean[..., None, None]).div_(std[..., None, None])

@@ -10,6 +10,7 @@ from echofocus_core.base.console import duration, progress, reason_lines, some
 from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
+from echofocus_core.video.encoders import is_panecho, open_encoder
 
 USUAL = (  # reasons for skipping files that every export contains next to cines
     "still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
@@ -22,7 +23,7 @@ def preview_extraction(settings, trained_on, listener):
 
     trained_on: SHA-256 of the encoder of a model, or ''.
     """
-    source, sampling = Path(settings.videos), extract.sampling_of(settings)
+    source = Path(settings.videos)
     grouping = settings.group, settings.manifest, settings.study_id
     studies = extract.find_studies(source, *grouping, listener=listener)
     usable, reasons = [], {}
@@ -46,45 +47,49 @@ def preview_extraction(settings, trained_on, listener):
         report = listener.warning if usable else listener.error
         report(f"{len(empty)} studies have no usable video: {some(empty)}",
                "see the reasons above; these studies get no prediction")  # fmt: skip
-    encoder = preview_encoder(settings.weights, sampling, trained_on, listener)
+    encoder = preview_encoder(settings, trained_on, listener)
     if usable:
-        estimate_time(settings, sampling, encoder, usable, listener)
+        estimate_time(settings, encoder, usable, listener)
 
 
-def preview_encoder(weights, sampling, trained_on, listener):
+def preview_encoder(settings, trained_on, listener):
     """The encoder, or an untrained one for timing if the weights are not downloaded yet."""
-    if not panecho.weights_path(weights).is_file() and (
-        weights == "panecho" or weights.startswith(("http:", "https:"))
+    name, weights = settings.encoder, settings.weights
+    if (
+        is_panecho(name)
+        and not panecho.weights_path(weights).is_file()
+        and (weights == "panecho" or weights.startswith(("http:", "https:")))
     ):
         listener.warning(
             f"the encoder weights {weights} are not downloaded yet; extraction will download them",
             "run once with a network, or give the file with --weights",
         )
-        return panecho.load_panecho("random", sampling.clip_len).model
-    encoder = panecho.load_panecho(weights, sampling.clip_len)
-    if trained_on not in ("", encoder.sha256):
+        return open_encoder(name, "random", settings.clip_len, settings.size)
+    encoder = extract.encoder_of(settings)
+    if trained_on not in ("", encoder.digest()):
         listener.warning(
             "the model was trained on embeddings of another encoder: with these weights its "
             "predictions have no meaning",
             f"give --weights the file with SHA-256 {trained_on[:12]}",
         )
-    return encoder.model
+    return encoder
 
 
-def estimate_time(settings, sampling, encoder, usable, listener):
+def estimate_time(settings, encoder, usable, listener):
     """Report the estimated run time for (study, video) pairs, from one video and a few images."""
     device, workers = pick_device(settings.device), extract.n_decoders(settings.workers)
+    sampling = extract.sampling_of(settings, encoder)
     (((study, name), (reply, seconds)),) = extract.decode(usable[:1], sampling, 1)
     if isinstance(reply, Exception):
         return listener.warning(f"{study.name}/{name}: {reply}", "extraction skips it")
-    images, _ = extract.distinct_images(reply[0].index)
-    batch = torch.zeros(min(8, len(images)), 3, sampling.size, sampling.size, device=device)
-    encoder.encoder.to(device)
+    encoder.model.to(device)
+    pieces = encoder.pieces(torch.from_numpy(reply[0].frames).to(device), reply[0].index)
+    batch = pieces[: max(1, 8 // encoder.images_of_piece())]
     for _ in range(2):  # the first time is longer
         began = time.perf_counter()
         with torch.inference_mode():
-            encoder.encoder.encode_images(batch).cpu()  # waits for a GPU
-    encode = (time.perf_counter() - began) * len(images) / len(batch)
+            encoder.encode(batch).cpu()  # waits for a GPU
+    encode = (time.perf_counter() - began) * len(pieces) / len(batch)
     total = max(seconds / workers, encode) * len(usable)
     listener.ok(
         f"extraction of {len(usable)} videos: about {duration(total)} on {device} "

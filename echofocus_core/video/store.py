@@ -52,7 +52,8 @@ from echofocus_core.base.hdf5 import (
 from echofocus_core.base.seen import Seen, all_seen
 
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
-MADE_WITH = ("weights_sha256", "size", "clip_len", "sampling", "mask")
+CHECKED = ("weights_sha256", "size", "clip_len", "sampling", "mask")  # also in the checksums
+MADE_WITH = (*CHECKED, "encoder")
 REPORTED = ("weights", "weights_seen", "starts")  # also in a Header
 LONGEST_NAME = 4096  # characters of a file's name, relative to its study's folder
 
@@ -120,10 +121,10 @@ def fixed_texts(texts, shape):
 def checksum(embeddings, videos, attributes):
     """CRC-32 of embeddings (V, C, D), their type and shape, the videos' names and the settings.
 
-    attributes: a dict, of which MADE_WITH counts. CRC-32 of a JSON list of all these, then of the
+    attributes: a dict, of which CHECKED counts. CRC-32 of a JSON list of all these, then of the
     numbers.
     """
-    made_with = {name: attributes[name] for name in MADE_WITH if name in attributes}
+    made_with = {name: attributes[name] for name in CHECKED if name in attributes}
     facts = [embeddings.dtype.str, embeddings.shape, videos, made_with]
     start = zlib.crc32(json.dumps(facts, sort_keys=True).encode())
     return zlib.crc32(np.ascontiguousarray(embeddings), start)
