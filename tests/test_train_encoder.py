@@ -403,7 +403,8 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic):
 
 
 def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
-    """A run's folder as --weights: its highest epoch and heads; not another architecture."""
+    """A run's folder as --weights: its highest epoch and heads; PanEcho's architecture alone where
+    nothing else is supported."""
     monkeypatch.undo()
     monkeypatch.chdir(here)
     tasks = [EncoderTask(**t) for t in panecho.TASKS if t["name"] == "EF"]
@@ -426,8 +427,8 @@ def test_trained_weights_go_into_extraction(cli, here, dynamic, monkeypatch):
     (seen,) = store.read_encoder_seen("emb")[digest]
     assert embedded.header("s").made_with["weights_seen"] == "listed"
     assert seen.levels(split)[0].tolist() == [2]
-    status, _, err = cli(*words, "run/chkpt_epoch-3.pt", main=extract.main)
-    assert status == 1 and "PanEcho's architecture" in err
+    with pytest.raises(panecho.WeightsError, match="PanEcho's architecture"):
+        panecho.load_panecho("run/chkpt_epoch-3.pt")
     assert panecho.load_panecho("run").model.columns() == ["EF [%]"]
     status, out, err = cli("inspect", "run/chkpt_epoch-12.pt")
     assert status == 0 and "labels: 1\n" in out and "GLS" not in out, out + err

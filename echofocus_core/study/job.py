@@ -118,7 +118,7 @@ def model_job(command, typed, world):
     datasets[settings.dataset] = dataset
     job = Job(settings, task, dataset, model, world=world, datasets=datasets)
     if job.reads_videos:
-        check_encoder(model, settings, asked="weights" in typed)
+        check_encoder(model, settings, asked=bool({"encoder", "weights"} & set(typed)))
     else:
         reason = "needs --videos, or a dataset that has videos and no embeddings yet"
         refuse_video_options(typed, f"is for videos: it {reason}")
@@ -342,9 +342,16 @@ def refuse_other_architecture(settings, model):
 def check_encoder(model, settings, asked):
     """Warn, before any video is read, if a model was trained on videos extracted differently.
 
-    asked: whether the user chose the encoder by --weights; else another one is a UserError.
+    asked: whether the user chose the encoder by --encoder or --weights; else another one is a
+    UserError.
     """
     name, trained, digest = model.folder.name, model.record.encoder_sha256, ""
+    encoder = model.record.input.encoder or "panecho"
+    if not asked and encoder != settings.encoder and is_file(encoder):
+        raise UserError(
+            f"{name} was trained on embeddings of {encoder}; name that file with --encoder, which "
+            "will run it"
+        )
     if trained:
         try:
             digest = weights_digest(settings.encoder, settings.weights)
