@@ -125,9 +125,9 @@ def test_a_v_jepa_2_of_the_hub_s_format(torchvision, videos, embed, tmp_path):
         for number, window in enumerate(windows):
             pixels = processor(torch.from_numpy(frames[window].copy()), return_tensors="pt")
             tokens = model.get_vision_features(pixels["pixel_values_videos"])
-            # The processor rounds its resize to uint8 otherwise than Pillow, by a grey level.
+            # Its resize is by torch, which rounds one pixel in 1000 otherwise than Pillow.
             actual = embeddings[f"{name}.avi"][number]
-            assert relative_error(actual, tokens.mean(1)[0].numpy()) < 0.01, (name, number)
+            assert relative_error(actual, tokens.mean(1)[0].numpy()) < 1e-3, (name, number)
 
 
 def test_weights_of_echojepa_in_the_names_of_its_training(monkeypatch, tmp_path):
@@ -187,7 +187,7 @@ def test_an_image_model_of_transformers(torchvision, videos, embed, tmp_path):
     frames = rgb(videos / "s1" / "long.avi")[0:32:2]
     pixels = processor([frame for frame in frames], return_tensors="pt")["pixel_values"]
     expected = model(pixels).pooler_output.mean(0, keepdim=True)
-    assert relative_error(embeddings["long.avi"], expected.numpy()) < 0.01  # see above
+    assert relative_error(embeddings["long.avi"], expected.numpy()) < 1e-3  # see above
 
 
 @torch.inference_mode()

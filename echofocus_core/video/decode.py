@@ -235,6 +235,7 @@ class Pixels:
     cut: float = 0.0  # then remove this share of the width and height at each side
     resize: int = 0  # then resize the shorter side to this and crop; 0: resize all to the size
     filter: str = "bicubic"  # of Pillow, or a name of OpenCV such as INTER_CUBIC
+    floor: bool = False  # round the last crop's edge down, as transformers, not to the nearest
     order: str = "RGB"  # "BGR", or "RGB except DICOM"
 
     def picture(self, frame, is_dicom=False):
@@ -253,7 +254,8 @@ class Pixels:
             height, width = frame.shape[:2]
             shape = tuple(self.resize * side // min(height, width) for side in (width, height))
         frame = self.resized(np.ascontiguousarray(frame), shape)
-        y, x = (round((side - self.size) / 2) for side in frame.shape[:2])
+        edges = [(side - self.size) / 2 for side in frame.shape[:2]]
+        y, x = map(int if self.floor else round, edges)
         return frame[y : y + self.size, x : x + self.size]
 
     def resized(self, frame, shape):

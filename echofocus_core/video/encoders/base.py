@@ -86,7 +86,8 @@ class ClipEncoder:
         """The record of how clips are sampled; embeddings with another text are not mixed."""
         p = self.pixels
         crop = "square crop; " * p.square + f"cut {p.cut:g}; " * bool(p.cut)
-        resize = f"resize {p.resize or p.size} {p.filter}, crop" if p.resize else p.filter
+        resize = f"resize {p.resize} {p.filter}, crop" if p.resize else p.filter
+        resize += " (floor)" * (p.floor and p.resize > 0)
         return (
             f"evenly spaced windows, stride {self.stride}; {p.order}; {crop}{resize}; "
             f"mean {list(self.mean)}, deviation {list(self.deviation)} of {self.range:g}; "

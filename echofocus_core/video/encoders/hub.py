@@ -151,6 +151,8 @@ def pixels_of(processor, name):
         ]
         side = crop["height"] if crops else size.get("height") or size["shortest_edge"]
         resize = size.get("shortest_edge", 0)
+        if crops and not resize and size["height"] != side:
+            raise KeyError("shortest_edge")  # the whole frame is resized, then cropped
     except (KeyError, TypeError, IndexError) as error:
         raise UserError(f"{name}: its processor's size {size} is not supported") from error
-    return Pixels(side, resize=resize, filter=filter_name)
+    return Pixels(side, resize=resize, filter=filter_name, floor=True)
