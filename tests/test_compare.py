@@ -50,6 +50,7 @@ def write_config(truth, sex=None):
 def planted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_config(write_cohort(tmp_path / "emb", 32, 1.0))
+    write_cohort(tmp_path / "weak", 32, 0.1)
     write_cohort(tmp_path / "noise", 16, 0.0)
     return tmp_path
 
@@ -58,7 +59,7 @@ def test_an_aggregator_that_sees_single_videos_beats_the_mean(planted, cli):
     """By at least 0.1 with an interval above 0; an encoder without signal does not."""
     status, _, err = cli(
         *LINE, "--aggregators", "mean", "standard", "--split", "50,20,30",
-        "--encoders", "good=emb", "bad=noise", "--by", "sex",
+        "--encoders", "good=emb", "bad=noise", "--by", "sex", "--perturbed", "good=weak",
     )  # fmt: skip
     assert status == 0, err
     folder = Path("trained_models/t")
@@ -71,13 +72,15 @@ def test_an_aggregator_that_sees_single_videos_beats_the_mean(planted, cli):
     bad = rows.query("encoder == 'bad' and aggregator == 'standard' and minus == 'good_mean'")
     assert bad["ci_low"].item() < 0 or bad["value"].item() < 0
     assert (rows["p_holm"] >= rows["p_value"]).all()
+    weaker = pd.read_csv(folder / "perturbed.csv").set_index("aggregator")
+    assert weaker.loc["standard", "ci_high"] < 0 and set(weaker["encoder"]) == {"good"}
     groups = pd.read_csv(folder / "groups.csv")
     assert set(groups["group"]) == {"f", "m"}
     page = (folder / "comparison.html").read_text()
     assert "good" in page and "<img" in page and "http" not in page.replace("http-equiv", "")
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")}
     assert cli(*LINE, "--aggregators", "mean", "standard", "--split", "50,20,30",
-               "--encoders", "good=emb", "bad=noise", "--by", "sex")[0] == 0  # fmt: skip
+               "--encoders", "good=emb", "bad=noise")[0] == 0  # fmt: skip
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")} == before
     assert pd.read_csv(folder / "cells.csv").set_index(["encoder", "aggregator"]).equals(cells)
 
@@ -115,6 +118,7 @@ def test_mistakes(planted, cli):
     for options, text in (
         (("--encoders", "emb"), "panecho=emb/p"),
         (("--fractions", "2"), "--fractions"),
+        (("--perturbed", "other=noise"), "--perturbed"),
         (("--aggregators", "median"), "--aggregators"),
     ):
         status, _, err = cli(*LINE, *options)

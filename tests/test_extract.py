@@ -189,6 +189,23 @@ def test_a_second_run_extracts_only_the_rest(tmp_path, run):
     assert store.load_details(out / "A_1.hdf5").attributes["mask"] == "sector"
 
 
+def test_perturbed_images(source, tmp_path, cli, run):
+    """The change is recorded and repeatable, and images of both kinds are not one dataset."""
+    change = ("--perturb", "gain=0.3", "depth=0.5")
+    line = (source, "--out", tmp_path / "dark", *OPTIONS, *change)
+    assert run()[0] == 0 and cli(*line, main=extract.main)[0] == 0
+    plain, dark = (store.open_store(tmp_path / name) for name in ("out", "dark"))
+    a, b = plain.read("A_1"), dark.read("A_1")
+    assert b.made_with["perturb"] == "depth=0.5 gain=0.3" and "perturb" not in a.made_with
+    assert np.abs(a.embeddings - b.embeddings).max() > 1e-3
+    (tmp_path / "dark" / "A_1.hdf5").unlink()
+    assert cli(*line, main=extract.main)[0] == 0
+    again = store.open_store(tmp_path / "dark").read("A_1").embeddings
+    assert np.array_equal(again, b.embeddings)
+    shutil.copy(tmp_path / "out" / "A_1.hdf5", tmp_path / "dark" / "C.hdf5")
+    assert len(store.open_store(tmp_path / "dark").made_with(["A_1", "C"])["perturb"]) == 2
+
+
 def test_augmented_copies_and_precision(source, tmp_path, cli):
     files = {}
     for name, more in (("a", ("--augment", "2")), ("b", ()), ("c", ("--precision", "bf16"))):

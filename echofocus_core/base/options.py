@@ -352,6 +352,10 @@ class Settings(CohortOptions):
     fractions: Annotated[list[float], BeforeValidator(times_in)] = option(
         [], "learning curves: shares of the training patients, as in 0.01 0.1 1", WHAT, "compare"
     )
+    perturbed: Names = option(
+        [], "also evaluate on embeddings of changed images (embed/extract.py --perturb), as in "
+        "panecho=emb/panecho_shadow", WHAT, "compare"
+    )
     predictions: str = option(
         "", "table of predictions to evaluate instead of a model", WHAT, "evaluate"
     )
@@ -542,6 +546,10 @@ class Settings(CohortOptions):
     mask: Literal["none", "sector"] = option(
         "none", "'sector' makes everything outside the ultrasound sector black, such as names",
         EXTRACTION, EXTRACTS
+    )
+    perturb: Names = option(
+        [], "change the images inside the sector, to test robustness: depth=0.5 shadow=0.3 "
+        "speckle=0.2 gain=0.2, shares of the grey scale", EXTRACTION, "extract"
     )
     n_clips: int = option(16, "clips per video", EXTRACTION, EXTRACTS, least=1)
     clip_len: int = option(

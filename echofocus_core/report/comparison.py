@@ -96,6 +96,7 @@ def write_page(folder, job, trained, tables, best, figures):
         cells=tables["cells"].to_dict("records"), figures=figures,
         differences=tables["differences"].to_dict("records"),
         groups=tables["groups"].to_dict("records") if "groups" in tables else [],
+        perturbed=tables["perturbed"].to_dict("records") if "perturbed" in tables else [],
         n_studies=len(trained[0].studies), n_patients=len(patients),
         warnings=sorted({text for x in trained for text in x.warnings}),
     )  # fmt: skip

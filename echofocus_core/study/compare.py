@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import UserError
+from echofocus_core.base.console import UserError, some
 from echofocus_core.base.options import grid_of
 from echofocus_core.base.world import pick_device
 from echofocus_core.study import statistics as st
@@ -44,6 +44,7 @@ class Trained:
     studies: object  # Studies, see study/evaluation.py
     facts: dict  # cost and chosen options, for the table
     warnings: list
+    perturbed: dict  # name of perturbed embeddings -> Studies of them
 
 
 def cells_of(job):
@@ -51,18 +52,27 @@ def cells_of(job):
 
     Raises UserError.
     """
-    settings, folders = job.settings, {}
-    for text in settings.encoders:
-        name, _, path = text.partition("=")
-        if not (name and path) or "/" in name or name in folders:
-            raise UserError(f"--encoders {text}: write a name and a folder, as in panecho=emb/p")
-        folders[name] = Path(path)
+    settings = job.settings
+    folders = {name: path for name, path in named_paths("--encoders", settings.encoders)}
     folders = folders or {job.dataset.embedding_path.stem: job.dataset.embedding_path}
+    for name, _ in named_paths("--perturbed", settings.perturbed):
+        if name not in folders:
+            raise UserError(f"--perturbed {name}=...: no such encoder (there are {some(folders)})")
     aggregators = settings.aggregators or [settings.transformer_type]
     fractions = sorted(set(settings.fractions or [1.0]))
     if not 0 < fractions[0] <= fractions[-1] <= 1:
         raise UserError("--fractions: shares of the training patients, above 0 and up to 1")
     return [Cell(*x) for x in product(folders, dict.fromkeys(aggregators), fractions)], folders
+
+
+def named_paths(option, texts):
+    """[(name, path)] of texts such as panecho=emb/p. Raises UserError."""
+    pairs = [(name, Path(path)) for name, _, path in (text.partition("=") for text in texts)]
+    for (name, path), text in zip(pairs, texts, strict=True):
+        repeated = option == "--encoders" and [x for x, _ in pairs].count(name) > 1
+        if not name or path == Path() or "/" in name or repeated:
+            raise UserError(f"{option} {text}: write a name and a folder, as in panecho=emb/p")
+    return pairs
 
 
 def train_cells(job):
@@ -108,10 +118,12 @@ def answer_cells(job, finished):
     trained = []
     for cell, place in finished.items():
         model = load_model(place, device=pick_device(job.settings.device))
-        one = job_of_cell(job, cell, folders[cell.encoder], "").but(subset="test")
-        source = Source(job.settings.dataset, open_embeddings(one.dataset, job.task, one.settings))
-        one = replace(one, model=model, source=source)
-        studies, _, _, warnings = answer_fold(one, model.record.thresholds)
+        studies, warnings = answer_cell(job, cell, folders[cell.encoder], model)
+        perturbed = {
+            path.name: answer_cell(job, cell, path, model)[0]
+            for name, path in named_paths("--perturbed", job.settings.perturbed)
+            if name == cell.encoder and cell.fraction == 1
+        }
         saved = read_checkpoint(place / "last_checkpoint.pt")
         history = np.array([row[1:5] for row in saved["perf_log"]], float)
         facts = {
@@ -121,14 +133,28 @@ def answer_cells(job, finished):
             "train_seconds": history[:, 3].sum(),
         }  # fmt: skip
         chosen = model.record.settings.model_dump(include=set(dict(option_names(job))))
-        trained.append(Trained(cell, studies, facts | chosen, list(warnings)))
+        trained.append(Trained(cell, studies, facts | chosen, list(warnings), perturbed))
     common = set.intersection(*(set(x.studies.eids) for x in trained))
     if not common:
         raise UserError("no test study has the embeddings of every encoder")
     for x in trained:
-        rows = [i for i, eid in enumerate(x.studies.eids) if eid in common]
-        x.studies = x.studies.take(sorted(rows, key=lambda i: x.studies.eids[i]))
+        x.studies = only(x.studies, common)
     return trained
+
+
+def answer_cell(job, cell, folder, model):
+    """(Studies of the test fold from the embeddings in a folder, warnings)."""
+    one = job_of_cell(job, cell, folder, "").but(subset="test")
+    source = Source(job.settings.dataset, open_embeddings(one.dataset, job.task, one.settings))
+    one = replace(one, model=model, source=source)
+    studies, _, _, warnings = answer_fold(one, model.record.thresholds)
+    return studies, warnings
+
+
+def only(studies, eids):
+    """The Studies among some ids, in the order of their ids."""
+    rows = [i for i, eid in enumerate(studies.eids) if eid in eids]
+    return studies.take(sorted(rows, key=lambda i: studies.eids[i]))
 
 
 def option_names(job):
@@ -167,6 +193,20 @@ def difference_rows(trained, reference, n_boot, seed):
                 rows.append(vars(x.cell) | {"minus": reference.cell.name} | e.row())
     adjusted = holm([row["p_value"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+
+
+def perturbed_rows(trained, n_boot, seed):
+    """Rows with the metric on perturbed embeddings minus that on the plain ones, of each cell."""
+    rows = []
+    for x in trained:
+        for name, studies in x.perturbed.items():
+            common = set(studies.eids) & set(x.studies.eids)
+            pair = only(studies, common), only(x.studies, common)
+            headline = {o.label: o.headline for o in x.studies.outcomes}
+            for e in st.compare(*(s.outcomes for s in pair), pair[0].patients, n_boot, seed):
+                if headline.get(e.label) == e.metric:
+                    rows.append(vars(x.cell) | {"perturbed": name} | e.row())
+    return rows
 
 
 def holm(p_values):
@@ -216,6 +256,8 @@ def tables_of(job, trained, columns):
     references = {x.cell: x for x in (whole[0], best)}.values()
     differences = [row for x in references for row in difference_rows(whole, x, *boot)]
     tables = {"cells": pd.DataFrame(cells), "differences": pd.DataFrame(differences)}
+    if settings.perturbed:
+        tables["perturbed"] = pd.DataFrame(perturbed_rows(trained, *boot))
     if columns:
         tables["groups"] = pd.DataFrame(group_rows(trained, columns, *boot))
     return tables, headlines, best

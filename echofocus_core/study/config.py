@@ -369,6 +369,7 @@ class Input(Entry):
     n_clips: Whole = None
     sampling: Plain = None
     mask: Literal["none", "sector"] | None = None
+    perturb: Plain = None
     norm_mean: float | None = None  # of a study's clip embeddings, over studies
     norm_sd: float | None = None
 

@@ -42,6 +42,7 @@ from echofocus_core.video.errors import (
     open_file,
     why_packed,
 )
+from echofocus_core.video.perturb import perturb, read_perturbations
 
 VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg"}
 VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
@@ -326,6 +327,7 @@ class Sampling:
     seed: int = 0
     starts: str = "modulo"  # or 'independent', see clip_starts
     mask: str = "none"  # 'sector' blacks out all but the ultrasound sector
+    perturb: str = ""  # changes inside the sector, see `video.perturb`
     augment: int = 0  # randomly transformed copies beside the plain one
     pixels: Pixels | None = None  # of an encoder with windows for clips, see `sample_windows`
     stride: int = 1  # frames from one frame of a window to the next
@@ -383,7 +385,7 @@ def sample_clips(video, sampling):
         used = sample(n_frames, content, sampling.starts)[1]
         return np.union1d(used, compared_frames(n_frames))
 
-    if sampling.mask == "sector" or sampling.augment:
+    if sampling.mask == "sector" or sampling.augment or sampling.perturb:
         frames = [resize(frame, sampling.size) for frame in video.frames(notes)]
     else:
         frames = [
@@ -391,9 +393,9 @@ def sample_clips(video, sampling):
             for frame in video.frames(notes, needed)
         ]
     n_frames, pixels = len(frames), frames_digest(frames, sampling.size)
-    if sampling.mask == "sector":
+    if sampling.mask == "sector" or sampling.perturb:
         inside = sector_mask(frames, video.boxes, notes)
-        frames = [frame * inside for frame in frames]
+        frames = change_sector(frames, inside, sampling, content)
     starts, numbers = sample(n_frames, content, sampling.starts)
     used, index = np.unique(numbers, return_inverse=True)
     plain = np.stack([crop_centre(frames[i], sampling.size) for i in used])
@@ -408,6 +410,17 @@ def sample_clips(video, sampling):
         index = np.arange(numbers.size).reshape(numbers.shape)
         copies.append(Clips(np.concatenate(changed), index, starts, *facts))
     return copies
+
+
+def change_sector(frames, inside, sampling, content):
+    """Frames with the mask and the perturbations of a Sampling; inside: see `sector_mask`."""
+    if sampling.mask == "sector":
+        frames = [frame * inside for frame in frames]
+    if sampling.perturb:
+        strengths = read_perturbations(sampling.perturb.split())
+        rng = random_generator(sampling.seed, f"{content}#perturb")
+        frames = perturb(frames, inside, strengths, rng)
+    return frames
 
 
 def window_frames(n_frames, sampling):
@@ -430,7 +443,8 @@ def sample_windows(video, sampling):
     Only the frames of the windows become pictures. With a mask, all frames are held in memory.
     """
     notes, content, pixels = [], video.digest, sampling.pixels
-    is_dicom, masks = bool(video.dicom), sampling.mask == "sector"
+    is_dicom = bool(video.dicom)
+    masks = sampling.mask == "sector" or bool(sampling.perturb)
 
     def needed(n_frames):
         return np.union1d(window_frames(n_frames, sampling), compared_frames(n_frames))
@@ -443,9 +457,10 @@ def sample_windows(video, sampling):
         import cv2
 
         inside = sector_mask([resize(frame) for frame in frames], video.boxes, notes)
-        for i, frame in enumerate(frames):
-            whole = cv2.resize(inside, frame.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-            frames[i] = pixels.picture(frame * whole[:, :, None], is_dicom)
+        shape = frames[0].shape[1::-1]
+        whole = cv2.resize(inside, shape, interpolation=cv2.INTER_NEAREST)[:, :, None]
+        frames = change_sector(frames, whole, sampling, content)
+        frames = [pixels.picture(frame, is_dicom) for frame in frames]
     numbers = window_frames(len(frames), sampling)
     used = np.unique(numbers[numbers >= 0])
     index = np.where(numbers < 0, -1, np.searchsorted(used, numbers))

@@ -65,6 +65,7 @@ from echofocus_core.video.decode import (
     read_clips,
 )
 from echofocus_core.video.encoders import open_encoder
+from echofocus_core.video.perturb import read_perturbations
 from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
@@ -481,6 +482,8 @@ def sampling_of(settings, encoder):
     """The Sampling of the options (`options.Settings`) for a ClipEncoder."""
     names = ("n_clips", "clip_len", "size", "starts", "mask", "augment")
     chosen = {name: getattr(settings, name) for name in names}
+    changes = read_perturbations(settings.perturb)
+    chosen["perturb"] = " ".join(f"{kind}={strength:g}" for kind, strength in changes.items())
     sampling = Sampling(seed=settings.sampling_seed, **chosen)
     return encoder.sampling(sampling, settings.model_fields_set)
 
@@ -497,6 +500,8 @@ def attributes_of(settings, encoder):
         "sampling": encoder.sampling_text(sampling),
         "version": __version__,
     }
+    if not sampling.perturb:
+        del attributes["perturb"]
     if sampling.pixels:  # clips without random starts
         del attributes["starts"], attributes["seed"], attributes["augment"]
         attributes |= {"stride": sampling.stride}
