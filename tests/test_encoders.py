@@ -13,7 +13,8 @@ import torch
 from helpers import relative_error, write_cine
 
 import echofocus_core.video.encoders.hub as hub
-from echofocus_core.base.console import UserError
+from echofocus_core.base.console import RUN, UserError
+from echofocus_core.study.faithfulness import read_views
 from echofocus_core.video import extract, phantom
 from echofocus_core.video.backbones import build_backbone
 from echofocus_core.video.clip_tensors import NORMALIZATIONS, as_input
@@ -30,6 +31,12 @@ from echofocus_core.video.panecho import PanEcho
 from echofocus_core.video.store import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def documented():
+    """The example of docs/encoders.md."""
+    text = (ROOT / "docs" / "encoders.md").read_text()
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +105,40 @@ def test_echoprime(torchvision, videos, embed, tmp_path):
         expected = model(clip[::2].permute(3, 0, 1, 2)[None]).numpy()
         assert embeddings[f"{name}.avi"].shape == (1, 512)
         assert relative_error(embeddings[f"{name}.avi"], expected) < 1e-5, name
+
+
+@torch.inference_mode()
+def test_views(torchvision, videos, embed, cli, tmp_path):
+    """EchoPrime's classifier on frame 0; a second run keeps the rows, which explain reads."""
+    torch.manual_seed(4)
+    model = torchvision.models.convnext_base()
+    model.classifier[2] = torch.nn.Linear(1024, 11)
+    torch.nn.init.normal_(model.classifier[2].weight, std=0.5)
+    torch.save(model.eval().state_dict(), tmp_path / "view_classifier.pt")
+    (tmp_path / "mine.py").write_text(documented())
+    options = "--encoder", f"{tmp_path / 'mine.py'}:brightness", "--views", "echoprime"
+    options += "--view_weights", tmp_path / "view_classifier.pt"
+    embed(*options)
+    table = pd.read_csv(tmp_path / "emb" / "views.csv")
+    mean, deviation = np.array([29.110628, 28.076836, 29.096405]), [47.989223, 46.456997, 47.20083]
+    views = "A2C A3C A4C A5C Apical_Doppler Doppler_Parasternal_Long Doppler_Parasternal_Short"
+    views = f"{views} Parasternal_Long Parasternal_Short SSN Subcostal".split()
+    assert table["video"].tolist() == ["long.avi", "short.avi"]
+    for row in table.itertuples():
+        frame = rgb(videos / "s1" / row.video)[0][9:81, 25:97]
+        small = cv2.resize(frame, (224, 224), interpolation=cv2.INTER_CUBIC)
+        x = torch.from_numpy((small - mean) / deviation).float().permute(2, 0, 1)
+        expected = model(x[None]).softmax(1)[0]
+        assert row.view == views[expected.argmax()]
+        assert row.probability == pytest.approx(float(expected.max()), abs=1e-4)
+    table["view"] = "kept"
+    table.to_csv(tmp_path / "emb" / "views.csv", index=False)
+    cine = phantom.phantom_cine("PLAX", frames=18, size=(90, 122), seed=9)
+    phantom.write_video(videos / "s1" / "short.avi", cine)
+    embed(*options)
+    table = read_views(tmp_path / "emb" / "views.csv", RUN, open_store(tmp_path / "emb"), ["s1"])
+    assert table[("s1", "long.avi")] == "kept"
+    assert table[("s1", "short.avi")] in views
 
 
 def small_jepa(transformers):
@@ -238,8 +279,7 @@ def test_encoders_of_training_extract(torchvision, videos, embed, tmp_path, mode
 def test_the_documented_encoder(cli, videos, embed, tmp_path, monkeypatch):
     """The example of docs/encoders.md: its values, its record, and no mixing with others."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "encoders.md").read_text()
-    Path("mine.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    Path("mine.py").write_text(documented())
     embeddings, attributes = embed("--encoder", "mine.py:brightness")
     assert attributes["encoder"] == b"mine.py:brightness" and attributes["citation"] == b"none"
     small = [
@@ -266,8 +306,7 @@ def test_the_documented_encoder(cli, videos, embed, tmp_path, monkeypatch):
 def hospital(tmp_path, monkeypatch):
     """Ten studies of one video, with labels, in the current folder; the documented encoder."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "encoders.md").read_text()
-    Path("mine.py").write_text(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1])
+    Path("mine.py").write_text(documented())
     rows = ["pid,eid,ill"]
     for i in range(10):
         cine = phantom.phantom_cine("A4C", frames=18, size=(64, 64), seed=i)

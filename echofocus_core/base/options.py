@@ -163,6 +163,7 @@ SPLIT = Group("data", on_resume="fixed", moves_folds=True)
 DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
 TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
 EXTRACTION = Group("extraction", needs_videos=True, on_resume="unrecorded")
+VIEWS = Group("views", in_config=False, needs_videos=True, on_resume="unrecorded")
 END_TO_END = Group("training through the encoder", needs_videos=True, on_resume="fixed")
 
 WITH_MODEL = "evaluate predict embed explain"
@@ -567,6 +568,13 @@ class Settings(CohortOptions):
     starts: Literal["modulo", "independent"] = option(
         "modulo", "clip starts of a video: from one residue class modulo 3, which halves the "
         "encoder's work, or independent as published", EXTRACTION, EXTRACTS
+    )
+    views: Literal["", "echoprime"] = option(
+        "", "classify the view of each video into views.csv, with EchoPrime's classifier", VIEWS,
+        "extract"
+    )
+    view_weights: str = option(
+        "", "its weights: view_classifier.pt, or 'random' for a trial", VIEWS, "extract"
     )
     image_batch: int = option(0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0)
     workers: int = option(0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0)

@@ -177,6 +177,12 @@ def first_picture(source):
         return None
 
 
+def first_frame(source, pixels):
+    """The first frame of a video as a picture of `pixels`. Raises VideoError."""
+    with VideoFile(source) as video:
+        return pixels.picture(next(video.frames(needed=lambda n: [0])), bool(video.dicom))
+
+
 def why_skipped(source):
     """Why a video (see `VideoFile`) will give no clips, as far as shows before a frame is decoded,
     or ''; of single frames of a series by the first of them."""

@@ -67,6 +67,7 @@ from echofocus_core.video.decode import (
 from echofocus_core.video.encoders import open_encoder
 from echofocus_core.video.perturb import read_perturbations
 from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
+from echofocus_core.video.views import classify_views
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -236,6 +237,8 @@ class Batches:
             video = self.waiting.popleft()
             with self.autocast():
                 embeddings = video.pieces.join(torch.cat(video.features)).float().cpu().numpy()
+            if embeddings.shape[1:] != (width := self.encoder.width,):
+                raise UserError(f"{self.encoder.name} returns {embeddings.shape}, not (n, {width})")
             yield video.job, video.reply, np.stack(np.split(embeddings, len(video.reply[0])))
 
 
@@ -509,6 +512,11 @@ def attributes_of(settings, encoder):
     return attributes
 
 
+def shard_name(index, count):
+    """The end of the names of a shard's tables."""
+    return f"_{index}of{count}" if count > 1 else ""
+
+
 def extract(studies, out, settings, encoder=None):
     """Extract this shard's part of `studies` into the folder `out`; returns a Summary.
 
@@ -519,7 +527,7 @@ def extract(studies, out, settings, encoder=None):
     """
     index, count = shard_from(settings.shard)
     studies = studies[index::count]
-    name = f"_{index}of{count}" if count > 1 else ""
+    name = shard_name(index, count)
     with lock(Path(out) / f".extract{name}", timeout=0):
         encoder = encoder or encoder_of(settings)
         attributes = prepare_encoder(encoder, out, settings)
@@ -571,7 +579,11 @@ def main(argv=None):
     summary = extract(studies, out, options)
     summary.print()
     print(f"embeddings in {out}")
-    if shard_from(options.shard)[1] == 1:
+    index, count = shard_from(options.shard)
+    if options.views:
+        path = Path(out) / f"views{shard_name(index, count)}.csv"
+        classify_views(studies[index::count], path, out, options, map_in_processes)
+    if count == 1:
         summary.refuse_nothing(source)
 
 
