@@ -11,9 +11,9 @@ HEIGHT = 101
 
 @pytest.fixture
 def sector():
-    """A sector of 90 degrees below the middle of the first row, (101, 101, 1)."""
+    """A sector of 51 degrees below the middle of the first row, (101, 101, 1)."""
     y, x = np.mgrid[:HEIGHT, :HEIGHT]
-    inside = (abs(x - 50) <= y) & (np.hypot(x - 50, y) <= 100)
+    inside = (abs(x - 50) <= 0.48 * y) & (np.hypot(x - 50, y) <= 100)
     return inside[:, :, None].astype(np.uint8)
 
 
