@@ -233,7 +233,7 @@ def test_odd_names_and_odd_files(tmp_path, cli):
     (root / "a\nb" / "nowhere.avi").symlink_to(root / "gone")
     status, text, error = cli(root, "--out", tmp_path / "out", *OPTIONS, main=extract.main)
     assert status == 0, error
-    assert "7 studies extracted" in text and "no regular file 3" in text
+    assert "7 studies extracted" in text and "not a regular file 3" in text
     assert "\x1b" not in text + error
     written = {p.stem for p in (tmp_path / "out").glob("[!.]*.hdf5")}
     long = "x" * 191 + "-" + d("x" * 250)
@@ -339,7 +339,7 @@ def test_manifests(tmp_path):
         ("study,path\n../x,A/x.dcm\n", "line 2.*cannot be a study's name"),
         ("study,path\ns,A/x.dcm\ns,\n", "line 3: study or path is empty"),
         ("study,path\ns,A/x.dcm,more\n", "line 2"),
-        ("study,path\ns,../secret.dcm\n", "line 2: the path leads out"),
+        ("study,path\ns,../secret.dcm\n", "line 2: the path is outside"),
     ],
 )
 def test_wrong_manifests(tmp_path, text, message):
@@ -377,7 +377,7 @@ def test_videos_of_a_published_config(tmp_path):
     assert [f.text for f in listener.findings] == [
         f"2 studies have no video in {tmp_path}/{{echo_id}}_trim: 7, ../x"
     ]
-    with pytest.raises(UserError, match=r"no \{echo_id\}"):
+    with pytest.raises(UserError, match=r"not contain \{echo_id\}"):
         studies.studies_of_dataset(tmp_path, "trim")
 
 

@@ -87,7 +87,7 @@ def test_an_avi_that_declares_one_frame(tmp_path):
     (tmp_path / "a.avi").write_bytes(data)
     notes = []
     assert len(list(video.iter_frames(tmp_path / "a.avi", notes))) == 20
-    assert notes == ["count of frames differs: 20 frames decode, the container says 1"]
+    assert notes == ["count of frames differs: 20 frames decode, the container declares 1"]
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.mkv", "a.webm", "a.mp4", "fast.mp4"])
@@ -150,7 +150,7 @@ def test_a_damaged_frame_in_an_avi(tmp_path):
         odd = bytearray(data)
         odd[starts[i] : starts[i + 1] - 8] = bytes(starts[i + 1] - 8 - starts[i])
         path.write_bytes(odd)
-        notes, message = [], f"{i} frames decode, the container says 20"
+        notes, message = [], f"{i} frames decode, the container declares 20"
         if refused:
             with pytest.raises(video.VideoError, match=message):
                 video.read_frames(path)
@@ -269,7 +269,7 @@ def damage_frame(path):
 ODD_FILES = {
     "small.dcm": (
         lambda p: write_dicom(p, moving_square()[:, :2, :2], "RGB"),
-        "2 x 2 pixels: no picture",
+        "2 x 2 pixels: too small",
     ),
     "empty.dcm": (lambda p: p.touch(), "empty file"),
     "text.dcm": (lambda p: p.write_text("hello"), "not a DICOM file"),
@@ -282,7 +282,7 @@ ODD_FILES = {
         "signed pixel values",
     ),
     "still.dcm": (lambda p: shutil.copy(pydicom.examples.get_path("rgb_color"), p), "still image"),
-    "odd.dcm": (lambda p: write_dicom(p, moving_square(), "ODD"), "an unknown value"),
+    "odd.dcm": (lambda p: write_dicom(p, moving_square(), "ODD"), "unknown photometric"),
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from echofocus_core.base.files import derive_seed
 from echofocus_core.video.panecho import MEAN, STD
 
-NORMALIZATIONS = {  # name -> (mean, std) of the three channels as stored, of 0..1
+NORMALIZATIONS = {  # name -> (mean, std) of the three stored channels, for values 0..1
     "": ((0.0,) * 3, (1.0,) * 3),
     "imagenet": (MEAN, STD),
     "kinetics": ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),

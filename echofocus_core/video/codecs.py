@@ -27,10 +27,11 @@ SYNTAXES = {
     "RLE": "1.2.840.10008.1.2.5",
 }
 JPEG, J2K, JP2 = b"\xff\xd8\xff", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "
-ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"  # and a byte: 0 components as they are, 1 YCbCr
+# Adobe's marker, then one byte: 0 for unconverted components, 1 for YCbCr.
+ADOBE = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0"
 
 
-class Broken(ValueError):
+class FrameError(ValueError):
     """Why a frame does not decode; the text contains no data from the file."""
 
 
@@ -56,21 +57,21 @@ def is_start(data):
 
 
 def is_rle(data):
-    """Whether a frame starts like run-length encoding: 1 to 15 segments, the first at byte 64."""
+    """Whether a frame starts with an RLE header: 1 to 15 segments, the first at byte 64."""
     return 1 <= int.from_bytes(data[:4], "little") <= 15 and data[4:8] == b"\x40\0\0\0"
 
 
 def read_format(data):
-    """The FrameFormat of a frame. Raises Broken if it cannot be read."""
+    """The FrameFormat of a frame. Raises FrameError if it cannot be read."""
     try:
         if data.startswith(JPEG):
             return jpeg_format(data)
         if data.startswith((J2K, JP2)):
             return j2k_format(data)
     except (struct.error, IndexError, KeyError):
-        raise Broken("it ends within its header") from None
+        raise FrameError("it ends within its header") from None
     if not is_rle(data):
-        raise Broken("its compression is unknown")
+        raise FrameError("its compression is unknown")
     return FrameFormat("RLE")
 
 
@@ -81,7 +82,7 @@ def jpeg_format(data):
             bits, rows, columns, samples = struct.unpack_from(">BHHB", data, at)
             kind = kinds.get(mark, "JPEG" if bits == 8 else "JPEG 12 bit")
             return FrameFormat(kind, rows, columns, samples, bits)
-    raise Broken("broken JPEG")
+    raise FrameError("broken JPEG")
 
 
 def j2k_format(data):
@@ -112,9 +113,9 @@ def jpeg_segments(data):
 
 
 def with_transform(jpeg, transform):
-    """Mark a JPEG as YCbCr (1) or as components without a transform (0).
+    """A JPEG's bytes with a mark: YCbCr (1) or components without a transform (0).
 
-    Decoders use a JFIF marker, else an Adobe marker, else they guess; so both are replaced.
+    Decoders use a JFIF marker, else an Adobe marker, else they guess. So both are replaced.
     """
     parts, last = [], 2
     for mark, at in jpeg_segments(jpeg):
@@ -147,12 +148,12 @@ def call_with_stderr(function, *args):
 def decode_jpeg(jpeg, frame_format, transform, small=False):
     """8-bit JPEG -> uint8 (H, W, 3) BGR; with transform 0, its components in reverse order.
 
-    small: decode at an eighth of the size, which is faster. Raises Broken if it is damaged.
+    small: decode at an eighth of the size, which is faster. Raises FrameError if it is damaged.
     """
     import cv2
 
     if not jpeg.rstrip(b"\0").endswith(b"\xff\xd9"):  # the end-of-image mark
-        raise Broken("broken JPEG")
+        raise FrameError("broken JPEG")
     mode = cv2.IMREAD_REDUCED_COLOR_8 if small else cv2.IMREAD_COLOR
     data = np.frombuffer(with_transform(jpeg, transform), np.uint8)
     frame, errors = call_with_stderr(cv2.imdecode, data, mode | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -160,9 +161,9 @@ def decode_jpeg(jpeg, frame_format, transform, small=False):
         raise MemoryError
     # libjpeg fills in what it cannot decode and only prints a warning.
     if frame is None or "premature end" in errors or "bad Huffman" in errors:
-        raise Broken("broken JPEG")
+        raise FrameError("broken JPEG")
     if not small and frame.shape[:2] != (frame_format.rows, frame_format.columns):
-        raise Broken("broken JPEG")
+        raise FrameError("broken JPEG")
     return frame
 
 
@@ -179,7 +180,7 @@ def find_decoder(frame_format):
 def decode_other(data, frame_format):
     """A compressed frame -> its stored components, (H, W) or (H, W, 3).
 
-    frame_format: of the frame; for RLE, completed from the header.
+    frame_format: for RLE, completed from the header.
     """
     from pydicom.encaps import encapsulate
 
@@ -188,7 +189,7 @@ def decode_other(data, frame_format):
     bits = 8 if form.bits <= 8 else 16
     try:
         with warnings.catch_warnings():
-            if form.kind == "RLE":  # a frame of another size is cut with a warning
+            if form.kind == "RLE":  # pydicom cuts a frame of another size and only warns
                 warnings.simplefilter("error", UserWarning)
             return decoder.as_array(
                 encapsulate([data]),
@@ -204,7 +205,7 @@ def decode_other(data, frame_format):
                 planar_configuration=0,
                 pixel_keyword="PixelData",
             )[0]
-    except Exception as error:  # decoders raise many kinds
+    except Exception as error:  # decoders raise many kinds of errors
         if best:
             raise
         raise NotNow(f"{form.kind}: damaged, or needs another decoder: {PLUGINS}") from error

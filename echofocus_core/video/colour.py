@@ -1,4 +1,4 @@
-"""Convert components of DICOM frames to colours, using the pixels and not only the header.
+"""Convert components of DICOM frames to colours; the pixels can overrule the header.
 
     components of a few frames -> Layout.check: do they have the declared layout?
                                -> choose_rule: conversion to colours -> ColourRule.bgr
@@ -36,8 +36,8 @@ class Layout:
     columns: int
     samples: int
     dtype: str  # of a component: 'u1', '<u2' or '>u2'
-    planar: bool = False  # one colour after the other
-    halved: bool = False  # 4:2:2, two pixels share their chroma: Y Y Cb Cr
+    planar: bool = False  # all values of one colour, then those of the next
+    halved: bool = False  # 4:2:2: two pixels share their chroma, Y Y Cb Cr
 
     @property
     def size(self):
@@ -60,7 +60,7 @@ class Layout:
         return array.reshape(H, W, self.samples)
 
     def alternatives(self):
-        """Yield (the attribute that would be wrong, Layout) for other layouts of as many bytes."""
+        """Yield (the attribute that would be wrong, Layout) for other layouts of the same size."""
         rows, columns = self.rows, self.columns
         if rows != columns and (rows % 2 == 0 or not self.halved):
             yield "Rows and Columns", replace(self, rows=columns, columns=rows)
@@ -90,9 +90,8 @@ class Layout:
         rough = contrast = 0.0
         for data in frames:
             image = self.components(data)
-            upper, lower = (
-                image[i::4].astype(np.float32) for i in (0, 1)
-            )  # every fourth pair of rows
+            # two neighbouring rows of every four
+            upper, lower = (image[i::4].astype(np.float32) for i in (0, 1))
             contrast += float(upper.var())
             rough += float((np.diff(upper, axis=1) ** 2).mean())
             rough += float(((lower - upper[: len(lower)]) ** 2).mean())
@@ -120,12 +119,12 @@ class ColourRule:
             return self.palette[entries.clip(0, len(self.palette) - 1)]
         if components.dtype != np.uint8:
             if int(components.max()) >> self.bits:
-                raise VideoError(f"pixels of more than the {self.bits} bits of BitsStored")
+                raise VideoError(f"pixels need more than the {self.bits} bits of BitsStored")
             components = (components >> max(0, self.bits - 8)).astype(np.uint8)
         if components.ndim == 2:
             grey = 255 - components if self.colour == "inverse" else components
             return np.repeat(grey[:, :, None], 3, axis=2)
-        if self.colour == "YBR":  # of full range, as in OpenCV, but with Cb and Cr swapped
+        if self.colour == "YBR":  # of full range like OpenCV's, but with Cb and Cr swapped
             return cv2.cvtColor(
                 np.ascontiguousarray(components[:, :, [0, 2, 1]]), cv2.COLOR_YCrCb2BGR
             )
@@ -164,7 +163,7 @@ def choose_rule(photometric, samples, bits, palette, notes):
     declared, other = ColourRule(colour, bits), ColourRule(OTHER[colour], bits)
     if not is_wrong(declared, other, samples):
         return declared
-    notes.append(f"read as {NAMES[other.colour]}: as {NAMES[colour]} it is not an echo")
+    notes.append(f"read as {NAMES[other.colour]}: as {NAMES[colour]} it does not look like an echo")
     return other
 
 
@@ -181,7 +180,7 @@ def is_wrong(declared, other, samples):
         return (brightest >= BRIGHT).mean() > 0.5 and (brightest <= DARK).mean() < 0.05
     shares = [share_without_colour(picture) for picture in pictures]
     if max(shares) < PLAUSIBLE and shares[0] < IMPLAUSIBLE:
-        raise VideoError("false colour: not grey on black as RGB or as YCbCr")
+        raise VideoError("false colour: grey on black neither as RGB nor as YCbCr")
     return shares[1] >= PLAUSIBLE and shares[0] < shares[1] / 2
 
 
@@ -192,25 +191,25 @@ def share_without_colour(pixels):
 
 
 def check_depth(largest, bits, name):
-    """VideoError if `largest`, the largest value, needs more than `bits` bits, or does not use the
-    two highest bits (the image would have a quarter of its brightness)."""
+    """VideoError if `largest`, the largest value, needs more than `bits` bits, or uses neither of
+    the two highest (the image would have a quarter of its brightness at most)."""
     used = largest.bit_length()
     if largest and not bits - 2 < used <= bits:
         raise VideoError(f"{name} of {used} bits, but the header declares {bits}")
 
 
 def read_palette(header):
-    """The palette of a header: (first pixel value, uint8 (N, 3) BGR). VideoError."""
+    """The palette of a header: (first pixel value, uint8 (N, 3) BGR). Raises VideoError."""
     from pydicom.pixels import apply_color_lut
 
     try:
         entries, first, bits = (int(v) for v in header.RedPaletteColorLookupTableDescriptor)
         entries = entries % 65536 or 65536
         table = apply_color_lut(np.arange(first, first + entries), header)[:, 2::-1]
-        # pydicom supports no longer 8-bit palettes and no big-endian ones.
+        # pydicom does not support 8-bit palettes with more entries, or big-endian ones.
         if (table.dtype == np.uint8 and entries > 256) or not header.original_encoding[1]:
             raise ValueError
-    except Exception as error:  # numpy and pydicom raise many kinds on malformed palettes
+    except Exception as error:  # numpy and pydicom raise many kinds of errors
         raise VideoError("unreadable palette") from error
     largest = int(table.max())
     if table.dtype == np.uint8 or largest < 256:  # 8-bit entries may be stored in 16 bits

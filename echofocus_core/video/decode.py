@@ -5,8 +5,8 @@
     with a mask or transformed copies: resize: (R, R, 3) -> sector_mask
          -> crop_centre or random_transform: (S, S, 3)
 
-No torch in here: the file is also the program that the decoder processes run, so that a file which
-crashes or hangs a decoder stops nothing else.
+This module does not import torch: decoder processes run it as a program, so that a video that
+crashes or hangs a decoder does not stop the run.
 """
 
 import hashlib
@@ -24,14 +24,13 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from echofocus_core.video.containers import check_size, container_rate, iter_container
+from echofocus_core.video.containers import container_rate, iter_container, read_head
 from echofocus_core.video.dicom import (
     DicomFile,
     frame_rates,
     is_dicom,
     iter_dicom,
     iter_series,
-    open_frames,
     region_boxes,
 )
 from echofocus_core.video.errors import (
@@ -48,10 +47,10 @@ VIDEO_SUFFIXES = {".avi", ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".wmv", ".mpg
 VIDEO_SUFFIXES |= {".3gp", ".asf", ".vob", ".ts", ".mts", ".m2ts"}
 DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 
-# Resized to 256x256, then the central 224x224: the published ratio, kept for other sizes.
+# The published pipeline resizes to 256 x 256 and crops to 224 x 224; other sizes keep this ratio.
 RESIZE_OVER_CROP = 256 / 224
-SMALLEST = 16  # pixels a side of a picture
-RATES = (1, 1000)  # frames a second that are plausible
+SMALLEST = 16  # pixels per side of a usable frame
+RATES = (1, 1000)  # plausible frames per second
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -61,8 +60,9 @@ class VideoFile:
     """One video, opened once: its frames, content digest, ultrasound regions and frame rate.
 
     source: a file's path, or the list of paths of a cine's single frames (see `group_stills`).
-    Opening reads the header of a DICOM file (`dicom`, else None), of the first one in a list.
-    Raises VideoError where it cannot be opened. Use it as a context, which closes the file.
+    Opening reads the header of a DICOM file, or of the first file of a list, into `dicom` (else
+    None). Raises VideoError if it cannot be opened. Use it as a context manager, which closes the
+    file.
     """
 
     def __init__(self, source):
@@ -78,24 +78,16 @@ class VideoFile:
         if self.dicom:
             self.dicom.file.close()
 
-    def check(self):
-        """VideoError if the video has no clips, as far as its header and a few frames show."""
-        if self.dicom:
-            open_frames(self.dicom, [], self.is_series)
-            next(self.frames(), None)  # compares the declared layout with others
-        else:
-            check_size(self.path)
-
     def frames(self, notes=None, needed=None):
         """Decode front to back: yields uint8 (H, W, 3) **BGR**.
 
-        notes: a list that gets a line for everything that contradicts the header.
-        needed: function of the number of frames that gives the numbers of those to make. Where
-        frames can be counted beforehand (DICOM), the others are only checked, and come as None.
-        BGR is OpenCV's order and the one the released models were trained on. Raises VideoError
-        for stills, M-mode and spectral recordings, and for files that are empty, truncated,
-        unreadable or in a transfer syntax that no installed decoder knows (possibly after some
-        frames).
+        notes: a list to which each contradiction with the header is added.
+        needed: a function of the number of frames that returns the numbers of the frames to
+        convert. In DICOM, where the number is available before decoding, other frames are only
+        checked and are yielded as None. BGR is OpenCV's order and the one the released models were
+        trained on. Raises VideoError for stills, M-mode and spectral recordings, and for files that
+        are empty, truncated, unreadable or need a decoder that is not installed (possibly after
+        some frames).
         """
         notes = [] if notes is None else notes
         if self.is_series:
@@ -107,23 +99,23 @@ class VideoFile:
         for frame in frames:
             if frame is not None and min(frame.shape[:2]) < SMALLEST:
                 height, width = frame.shape[:2]
-                raise VideoError(f"frames of {width} x {height} pixels: no picture")
+                raise VideoError(f"frames of {width} x {height} pixels: too small")
             yield frame
 
     @cached_property
     def digest(self):
-        """Hex SHA-256 of the file's bytes, or of all files' in order."""
+        """Hex SHA-256 of the bytes of the file, or of all files in order."""
         return content_digest(self.source)
 
     @cached_property
     def boxes(self):
-        """The 2-D ultrasound regions of a DICOM, see `region_boxes`; [] of another file."""
+        """The 2-D ultrasound regions of a DICOM file, see `region_boxes`; [] for other files."""
         return region_boxes(self.dicom.header) if self.dicom else []
 
     @cached_property
     def rate(self):
-        """Frames a second: of DICOM by FrameTime, else FrameTimeVector, CineRate or
-        RecommendedDisplayFrameRate. None where the file has none that is plausible.
+        """Frames per second: in DICOM from FrameTime, else FrameTimeVector, CineRate or
+        RecommendedDisplayFrameRate. None if the file has no plausible rate.
         """
         rates = frame_rates(self.dicom.header) if self.dicom else [container_rate(self.path)]
         return next((rate for rate in rates if rate and RATES[0] <= rate <= RATES[1]), None)
@@ -136,7 +128,7 @@ def iter_frames(source, notes=None, needed=None):
 
 
 def read_frames(source):
-    """A whole cine at once: uint8 (n, H, W, 3) BGR. Raises VideoError as `VideoFile.frames`."""
+    """All frames of a video: uint8 (n, H, W, 3) BGR. Raises VideoError, see `VideoFile.frames`."""
     return np.stack(list(iter_frames(source)))
 
 
@@ -161,7 +153,7 @@ def is_readable_dicom(path):
     if packed := why_packed(path):
         raise VideoError(packed)
     if path.suffix.lower() in DICOM_SUFFIXES:
-        raise VideoError("not a DICOM file: neither the 'DICM' mark nor a first element")
+        raise VideoError("not a DICOM file: it has no 'DICM' mark and no element at its start")
     return False
 
 
@@ -184,11 +176,14 @@ def first_frame(source, pixels):
 
 
 def why_skipped(source):
-    """Why a video (see `VideoFile`) will give no clips, as far as shows before a frame is decoded,
-    or ''; of single frames of a series by the first of them."""
+    """Why a video (see `VideoFile`) will give no clips, by its header and a few frames; '' if
+    there is no reason."""
     try:
         with VideoFile(source) as video:
-            video.check()
+            if video.dicom:
+                next(video.frames(), None)  # checks the kind, the layout and the colours
+            else:
+                read_head(video.path)
     except VideoError as error:
         return str(error)
     except OSError as error:
@@ -200,7 +195,8 @@ def why_skipped(source):
 
 
 def resize(frame, size=224):
-    """Frame (H, W, 3) -> (R, R, 3) uint8, R = 256 for size 224: area resize, aspect not kept."""
+    """Resize a frame (H, W, 3) by area to uint8 (R, R, 3), R = 256 for size 224; the aspect ratio
+    is not kept."""
     import cv2
 
     full = round(size * RESIZE_OVER_CROP)
@@ -216,21 +212,18 @@ def crop_centre(image, size=224):
 def resize_centre(frame, size=224):
     """The same result as crop_centre(resize(frame)), (size, size, 3), in less time.
 
-    Where the centre begins and ends between two pixels of the frame, the rest is not resized: each
-    pixel of an area resize is a mean over one area of the frame (if the frame shrinks).
+    If the frame shrinks and the centre consists of whole pixels of the frame, only the centre is
+    resized: each pixel of an area resize is the mean of one area of the frame.
     """
     import cv2
 
     full = round(size * RESIZE_OVER_CROP)
-    edge, sides, cuts, starts = round((full - size) / 2), [], [], []
-    for side in frame.shape[:2]:
-        whole = edge * side % full == 0 == size * side % full and min(frame.shape[:2]) >= full
-        first, last = (edge * side // full, (edge + size) * side // full) if whole else (0, side)
-        cuts.append(slice(first, last))
-        sides.append(size if whole else full)
-        starts.append(0 if whole else edge)
-    small = cv2.resize(frame[*cuts], (sides[1], sides[0]), interpolation=cv2.INTER_AREA)
-    return small[starts[0] : starts[0] + size, starts[1] : starts[1] + size]
+    sides, edge = np.array(frame.shape[:2]), round((full - size) / 2)
+    if min(sides) < full or (edge * sides % full).any() or (size * sides % full).any():
+        return crop_centre(resize(frame, size), size)
+    (top, left), (bottom, right) = edge * sides // full, (edge + size) * sides // full
+    centre = frame[top:bottom, left:right]
+    return cv2.resize(centre, (size, size), interpolation=cv2.INTER_AREA)
 
 
 @dataclass(frozen=True)
@@ -278,7 +271,7 @@ class Pixels:
         )
 
 
-# Way to draw clip starts -> the text that is recorded. Studies with one text may be used together.
+# Method of drawing clip starts -> recorded text. Studies with the same text may be used together.
 SAMPLINGS = dict.fromkeys(
     ("modulo", "independent"),
     "random starts; frames start-1..start+clip_len-2; BGR; area resize, crop",
@@ -286,20 +279,20 @@ SAMPLINGS = dict.fromkeys(
 
 
 def clip_starts(n_frames, n_clips, clip_len, seed, key, method="modulo"):
-    """Random clip starts, int64 (n_clips,), each alike over 0..n_frames - clip_len.
+    """Random clip starts, int64 (n_clips,), each uniform over 0..n_frames - clip_len.
 
-    method: 'independent' draws, or 'modulo': all from the starts of one residue class, those whose
-    first frames (see `clip_frames`) agree modulo 3, since such clips share most of their images
-    (see `panecho.clip_planes`). The class is that of a start drawn from all, so that each start
-    stays as likely; only the draws of one video are no longer independent of each other.
-    Seeded only by `seed` and the text `key`, not by order or worker.
+    method: 'independent' draws each start by itself. 'modulo' draws all of them from one residue
+    class, the starts whose first frames (see `clip_frames`) are equal modulo 3, since such clips
+    share most of their images (see `panecho.clip_planes`). The class is that of a uniformly drawn
+    start, so that all starts remain equally likely; only the starts of one video depend on each
+    other. The draws depend only on `seed` and the text `key`, not on order or worker.
     """
     rng, starts = random_generator(seed, key), np.arange(max(0, n_frames - clip_len) + 1)
     if method == "modulo":
         residues = first_frames(starts) % 3
         starts = starts[residues == rng.choice(residues)]
     elif method != "independent":
-        raise ValueError(f"clip starts cannot be drawn by {method}")
+        raise ValueError(f"unknown method of drawing clip starts: {method}")
     return rng.choice(starts, size=n_clips)
 
 
@@ -310,15 +303,15 @@ def random_generator(seed, key):
 
 
 def first_frames(starts):
-    """The first frame of a clip: the published reader seeks to start - 1."""
+    """The first frames of clips with these starts: the published reader seeks to start - 1."""
     return np.maximum(np.asarray(starts) - 1, 0)  # as the released models were trained
 
 
 def clip_frames(starts, n_frames, clip_len):
-    """Frame numbers of each clip, int64 (n_clips, clip_len), as the published reader takes them.
+    """Frame numbers of each clip, int64 (n_clips, clip_len), the same as in the published reader.
 
-    A start s reads s - 1 .. s + clip_len - 2 (0 .. clip_len - 1 for s = 0); the last frame of a
-    video that is too short is repeated.
+    A clip with start s has the frames s - 1 .. s + clip_len - 2 (0 .. clip_len - 1 for s = 0). If
+    the video is too short, its last frame is repeated.
     """
     return np.minimum(first_frames(starts)[:, None] + np.arange(clip_len), n_frames - 1)
 
@@ -332,9 +325,9 @@ class Sampling:
     size: int = 224  # pixels, square
     seed: int = 0
     starts: str = "modulo"  # or 'independent', see clip_starts
-    mask: str = "none"  # 'sector' blacks out all but the ultrasound sector
+    mask: str = "none"  # 'sector' blacks out the part outside the ultrasound sector
     perturb: str = ""  # changes inside the sector, see `video.perturb`
-    augment: int = 0  # randomly transformed copies beside the plain one
+    augment: int = 0  # number of randomly transformed copies added to the plain one
     pixels: Pixels | None = None  # of an encoder with windows for clips, see `sample_windows`
     stride: int = 1  # frames from one frame of a window to the next
     padding: str = "repeat"  # of windows after the last frame: it, or "zeros"
@@ -342,14 +335,14 @@ class Sampling:
 
 @dataclass
 class Clips:
-    """The clips of one video (or of one transformed copy), with each frame stored once."""
+    """The clips of one video or of one transformed copy; each frame is stored once."""
 
     frames: np.ndarray  # uint8 (F, size, size, 3) BGR: the distinct frames that the clips use
     index: np.ndarray  # int64 (n_clips, clip_len) into frames; -1: zeros after normalisation
     starts: np.ndarray  # int64 (n_clips,), as drawn
     n_frames: int  # frames in the file
-    note: str = ""  # what contradicts the header
-    content: str = ""  # SHA-256 of the file's bytes, which the draws are seeded by
+    note: str = ""  # contradictions with the header
+    content: str = ""  # SHA-256 of the file's bytes, a seed of the draws
     pixels: str = ""  # a digest of the frames, see `frames_digest`
 
 
@@ -367,11 +360,10 @@ def content_digest(source):
 def read_clips(source, sampling):
     """Decode a video and sample its clips: [plain, transformed copies...]. Raises VideoError.
 
-    The draws are seeded by the video's bytes, so that an exam gives the same clips under any name.
-    A copy's starts are drawn independently: each of its clips is transformed by itself, so that
-    none share an image. Decoding is front to back and once; each frame is resized as it comes, so
-    that memory is that of the small frames. A frame that no clip uses is decoded only as far as
-    shows whether it is damaged.
+    The draws are seeded by the video's bytes, so that a study gives the same clips under any name.
+    The starts of a copy are drawn independently, since its clips share no images: each clip is
+    transformed by itself. Each frame is decoded once and resized at once, so that memory holds only
+    small frames. A frame that no clip uses is only checked for damage.
     """
     with VideoFile(source) as video:
         return (sample_windows if sampling.pixels else sample_clips)(video, sampling)
@@ -412,9 +404,9 @@ def sample_clips(video, sampling):
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")
         rng = random_generator(sampling.seed, f"{content}#{copy}#transform")
-        changed = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
+        clips = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
-        copies.append(Clips(np.concatenate(changed), index, starts, *facts))
+        copies.append(Clips(np.concatenate(clips), index, starts, *facts))
     return copies
 
 
@@ -478,12 +470,12 @@ def sample_windows(video, sampling):
 
 
 def compared_frames(n_frames):
-    """The frames that tell whether two videos are the same: 0, 1, 2, 4, 8, 16, ..."""
+    """The frames that are compared to recognise copies of a video: 0, 1, 2, 4, 8, 16, ..."""
     return [i for i in range(n_frames) if i & (i - 1) == 0]
 
 
 def frames_digest(frames, size):
-    """A digest of small frames, as the encoder sees them: (size, size) pixels of a few frames."""
+    """SHA-256 of a few small frames, (size, size) pixels as in the clips, and of their number."""
     digest = hashlib.sha256(str(len(frames)).encode())
     for i in compared_frames(len(frames)):
         centre = frames[i] if len(frames[i]) == size else crop_centre(frames[i], size)
@@ -492,8 +484,8 @@ def frames_digest(frames, size):
 
 
 def small_frames(source, size):
-    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR: of its own size, or `resize` if
-    that is smaller, which gives the same when it is resized again. Raises VideoError."""
+    """All frames of a video for a cache, uint8 (n, H, W, 3) BGR, resized if that makes them
+    smaller: `resize` gives the same from these as from the video. Raises VideoError."""
     full = round(size * RESIZE_OVER_CROP)
     frames = iter_frames(source)
     return np.stack([x if x.size < 3 * full**2 else resize(x, size) for x in frames])
@@ -528,32 +520,32 @@ def random_transform(frames, size, rng):
 
 # ------------------------------------------------------------------------------------- the sector
 
-MOTION = 12  # grey levels by which a pixel that moves changes over a cine, at least
+MOTION = 12  # grey levels by which a moving pixel changes over a cine, at least
 LIT = 4  # grey levels of a pixel that is not black background, at least
-LARGE = 0.2  # moving pixels of a sector, as a share of those of the largest
-TOO_MUCH = "mask removes what moves"  # the kind of a note
+LARGE = 0.2  # moving pixels of a sector, at least, as a share of those of the largest
+TOO_MUCH = "mask removes moving pixels"  # the start of a note
 MOST_REMOVED = 0.1  # share of the moving pixels that a mask may remove without a warning
 
 
 def sector_mask(frames, boxes, notes):
     """uint8 (R, R, 1): 1 inside the ultrasound sectors of small frames (n, R, R, 3), 0 outside.
 
-    Each of the DICOM's regions (`boxes`, see `region_boxes`) has a sector, or the whole image has
-    some where there are none: convex hulls of thick areas of which parts move. Burned-in text does
-    not move, and an ECG is thin, or dark at any one place most of the time. Pixels whose area may
-    reach across the edge count as outside. notes: a list that gets the share of moving pixels that
-    is kept. Raises VideoError when nothing moves.
+    Sectors are detected in each of the DICOM's regions (`boxes`, see `region_boxes`), or in the
+    whole image if there are none. They are the convex hulls of thick areas that partly move.
+    Burned-in text does not move, and an ECG trace is thin, or each of its pixels is dark most of
+    the time. Pixels whose area may cross the edge count as outside. notes: a list to which the
+    share of moving pixels that are kept is added. Raises VideoError if nothing moves.
     """
     grey = np.sort(np.stack([f.max(2) for f in frames]), axis=0)
     n, full = grey.shape[:2]
-    low, high = grey[n // 5], grey[-1 - n // 5]  # of most frames: a trace that passes is in neither
+    low, high = grey[n // 5], grey[-1 - n // 5]  # in most frames; a passing trace is in neither
     moving = (high - low >= MOTION).astype(np.uint8)
     area = moving | (high >= LIT).astype(np.uint8)
     edge = np.concatenate([area[0], area[-1], area[:, 0], area[:, -1]])
     if edge.mean() > 0.5:  # the background is not black
         area = moving
-    masks = [sectors(area, moving, region_mask([box], full)) for box in boxes]
-    inside = np.maximum.reduce(masks or [sectors(area, moving, np.ones_like(moving))])
+    regions = [region_mask(box, full) for box in boxes or [(0, 0, 1, 1)]]
+    inside = np.maximum.reduce([sectors(area, moving, region) for region in regions])
     if not inside.any():
         raise VideoError("no ultrasound sector to mask: nothing moves")
     kept = (moving & inside).sum() / moving.sum()
@@ -563,12 +555,12 @@ def sector_mask(frames, boxes, notes):
 
 
 def sectors(area, moving, region):
-    """uint8 (R, R): 1 inside the sectors of a region; none where nothing moves in it."""
+    """uint8 (R, R): 1 inside the sectors of a region; all 0 if nothing in it moves."""
     import cv2
 
     full, inside = len(area), np.zeros_like(area)
     area = cv2.morphologyEx(area & region, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-    for thick in (full // 10, full // 28, 3):  # pixels; the thicker, the surer that it is tissue
+    for thick in (full // 10, full // 28, 3):  # pixels; thicker areas are more surely tissue
         thick_area = cv2.morphologyEx(area, cv2.MORPH_OPEN, np.ones((thick, thick), np.uint8))
         _, labels = cv2.connectedComponents(thick_area)
         moves = np.bincount(labels[(moving & region & thick_area) > 0], minlength=1)
@@ -581,13 +573,12 @@ def sectors(area, moving, region):
     return inside & region
 
 
-def region_mask(boxes, full):
-    """uint8 (full, full): 1 within any of the boxes, all 1 without boxes."""
-    inside = np.full((full, full), not boxes, np.uint8)
-    for box in boxes:
-        x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
-        x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
-        inside[y0:y1, x0:x1] = 1
+def region_mask(box, full):
+    """uint8 (full, full): 1 inside a box (x0, y0, x1, y1) in shares of the sides."""
+    inside = np.zeros((full, full), np.uint8)
+    x0, y0 = np.ceil(np.multiply(box[:2], full)).astype(int)
+    x1, y1 = np.floor(np.multiply(box[2:], full)).astype(int)
+    inside[y0:y1, x0:x1] = 1
     return inside
 
 
@@ -597,21 +588,21 @@ def answer(function, arguments):
         return function(*arguments)
     except NotNow as error:
         return error
-    except Exception as error:  # an odd file must not end the run
+    except Exception as error:  # a malformed file must not end the run
         if reason := machine_fault(error):
             return NotNow(reason)
         return error if isinstance(error, VideoError) else VideoError("unreadable")
 
 
 def serve():
-    """Answer calls, (function, *arguments) pickled on standard input, until it closes.
+    """Run calls, (function, *arguments) pickled on standard input, until it closes.
 
-    Replies are (what it returns or a VideoError, seconds). What libraries print goes to standard
-    error.
+    Replies are (result or VideoError, seconds), pickled on standard output. The output of libraries
+    goes to standard error.
     """
     import cv2
 
-    cv2.setNumThreads(1)  # decoders run side by side already
+    cv2.setNumThreads(1)  # several decoder processes run in parallel
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
@@ -619,9 +610,9 @@ def serve():
             function, *arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         reply = answer(function, arguments)
-        pickle.dump((reply, time.perf_counter() - began), replies, protocol=5)
+        pickle.dump((reply, time.perf_counter() - start), replies, protocol=5)
         replies.flush()
 
 

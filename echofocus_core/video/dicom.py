@@ -1,11 +1,11 @@
 """Read DICOM: headers, frames, and the files that form one cine.
 
-    file -> DicomFile: header and pixel data -> open_frames: an echo? where are its frames?
+    file -> DicomFile: header and pixel data -> open_frames: check the kind, find the frames
          -> choose_rule -> uint8 (H, W, 3) BGR, one after the other
-    headers of a study -> read_header_facts -> group_stills: single frames that make a cine
+    headers of a study -> read_header_facts -> group_stills: single frames that form a cine
 
-Nothing of a header but numbers and names of known values (transfer syntax, modality, ...) leaves
-this file: pydicom's messages quote tags, so they are neither shown nor passed on.
+Messages contain only numbers and names of standard values (transfer syntax, modality, ...) of a
+header. pydicom's messages quote other values, so they are neither shown nor passed on.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from echofocus_core.video import codecs, colour
 from echofocus_core.video.containers import iter_container
 from echofocus_core.video.errors import VideoError, check_budget, open_file
 
-# pydicom warns of odd values by quoting them, on standard error and in its log.
+# pydicom's warnings and log messages quote the header.
 logging.getLogger("pydicom").disabled = True
 warnings.filterwarnings("ignore", module="pydicom")
 
@@ -37,10 +37,10 @@ RLE, JPEG = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4"
 LOSSLESS = (*NATIVE, RLE, *(f"{JPEG}.{n}" for n in (57, 70, 80, 90, 92, 201, 202)))
 VIDEO = re.compile(r"1\.2\.840\.10008\.1\.2\.4\.10[0-8](\.1)?")  # MPEG-2, H.264, HEVC
 M_MODE, SPECTRAL = 2, 3  # RegionSpatialFormat (C.8.5.5.1.1); 1 is 2-D, colour Doppler too
-ITEM_END = b"\xfe\xff\xdd\xe0"  # of the sequence of fragments
+ITEM_END = b"\xfe\xff\xdd\xe0"  # the end of the sequence of fragments
 
-# Without the 128 bytes before it: a first element (0002,00xx) or (0008,00xx), then its VR, or (two
-# bytes of) a small length and two zeros.
+# The start of a file without a preamble: an element (0002,00xx) or (0008,00xx), then its VR, or its
+# length if that is small.
 BARE_DICOM = re.compile(
     rb"[\x02\x08]\0[\x00-\x1f]\0(AE|CS|DA|LO|OB|SH|TM|UI|UL|[\x00-\xff][\0-\x02]\0\0)"
     rb"|\0\x08\0[\x00-\x1f](AE|CS|DA|LO|SH|TM|UI|UL)",  # big-endian
@@ -49,9 +49,9 @@ BARE_DICOM = re.compile(
 
 
 def is_dicom(path):
-    """Whether the file starts as DICOM Part 10 does (128 bytes, then 'DICM'), or is one without.
+    """Whether a file starts with DICOM's preamble of 128 bytes and 'DICM', or with a first element.
 
-    Old exports omit that start and begin with their first element, of group 0002 or 0008.
+    Old exports have no preamble and start with an element of group 0002 or 0008.
     """
     try:
         with open_file(path) as f:
@@ -77,10 +77,11 @@ FACTS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNum
 
 
 class DicomFile:
-    """An open DICOM file, also one without the 128 bytes before it: its header and pixel data.
+    """An open DICOM file, with or without a preamble: its header and pixel data.
 
-    header: of the given tags alone. Without a transfer syntax it is an uncompressed one, the
-    standard's default. VideoError when it is malformed. Use it as a context, which closes it.
+    header: a pydicom Dataset of the given tags only. A file without a transfer syntax is read as
+    uncompressed, the standard's default. Raises VideoError if the header is malformed. Use it as a
+    context manager, which closes the file.
     """
 
     def __init__(self, path, tags=TAGS):
@@ -91,7 +92,7 @@ class DicomFile:
             self.pixels_at = self.file.tell()
         except Exception as error:  # pydicom raises many kinds on malformed headers
             self.file.close()
-            if isinstance(error, OSError) and error.errno:  # the system's
+            if isinstance(error, OSError) and error.errno:  # from the operating system
                 raise
             raise VideoError("unreadable DICOM header") from error
 
@@ -102,10 +103,15 @@ class DicomFile:
         self.file.close()
 
     def pixel_data(self):
-        """(file, where the pixel data start in it, their length or None where the end is marked,
-        whether they are 16-bit words)."""
+        """(file, position of the pixel data in it, their length or None for fragments, whether they
+        are 16-bit words)."""
         if self.syntax == DEFLATED:
-            return self.inflated_pixels()
+            self.file.seek(0)
+            try:
+                data = read_header(self.file, ["PixelData"]).PixelData
+            except Exception as error:
+                raise VideoError("truncated: the pixel data are missing") from error
+            return io.BytesIO(data), 0, len(data), False
         self.file.seek(self.pixels_at)
         order = "big" if self.syntax == BIG_ENDIAN else "little"
         head = self.file.read(12)
@@ -113,26 +119,18 @@ class DicomFile:
         if len(head) < 12 or tag != [0x7FE0, 0x0010]:
             raise VideoError("truncated: the pixel data are missing")
         vr, start, length = head[4:6], self.pixels_at + 12, head[8:12]
-        # Without VR; some programs write the pixel data so into a file with VR.
+        # Some programs write the pixel data without VR into a file with VR.
         if self.header.original_encoding[0] or not (vr.isalpha() and vr.isupper()):
             vr, start, length = b"", start - 4, head[4:8]
         length = int.from_bytes(length, order)
         if length == 0xFFFFFFFF:
             return self.file, start, None, False
-        if start + length > self.file.seek(0, os.SEEK_END) + 1:  # the byte that pads may be missing
-            raise VideoError("truncated: the pixel data break off")
+        if start + length > self.file.seek(0, os.SEEK_END) + 1:  # the padding byte may be missing
+            raise VideoError("truncated: the pixel data are incomplete")
         return self.file, start, length, vr == b"OW"
 
-    def inflated_pixels(self):
-        self.file.seek(0)
-        try:
-            data = read_header(self.file, ["PixelData"]).PixelData
-        except Exception as error:
-            raise VideoError("truncated: the pixel data are missing") from error
-        return io.BytesIO(data), 0, len(data), False
-
     def fragments(self):
-        """The fragments of compressed pixel data, less the offset table, which may be wrong."""
+        """The fragments of compressed pixel data, without the offset table, which may be wrong."""
         from pydicom.encaps import generate_fragments
 
         file, start, _, _ = self.pixel_data()
@@ -143,7 +141,7 @@ class DicomFile:
             fragments = []
         file.seek(max(start, file.tell() - 4))
         if not fragments or file.read(4) != ITEM_END:
-            raise VideoError("truncated: the pixel data break off")
+            raise VideoError("truncated: the pixel data are incomplete")
         return fragments
 
 
@@ -159,43 +157,50 @@ def read_header(file, tags, **options):
     return header
 
 
+def element(header, name, convert, default):
+    """An element's converted value; the default if it is absent or malformed."""
+    try:
+        return convert(header[name].value)
+    except Exception:  # pydicom, too, converts a value only now
+        return default
+
+
 def number(header, name):
     """An element's value as an int; None if it is absent or not a whole number."""
-    try:
-        return int(header[name].value)
-    except Exception:  # pydicom converts values only now
-        return None
+    return element(header, name, int, None)
 
 
 def text(header, name):
     """A text element's value, for comparison only, never for output; '' if it is absent."""
-    try:
-        return str(header[name].value or "").strip(" \0")
-    except Exception:
-        return ""
+    return element(header, name, lambda value: str(value or "").strip(" \0"), "")
 
 
-# --------------------------------------------------------------------------------- whose file it is
+def regions(header):
+    """The datasets of SequenceOfUltrasoundRegions; [] if it is absent or malformed."""
+    return element(header, "SequenceOfUltrasoundRegions", list, [])
+
+
+# ----------------------------------------------------------------------------- headers for grouping
 
 
 @dataclass(frozen=True)
 class HeaderFacts:
-    """The header values for grouping; '' or 0 if absent or unreadable."""
+    """Header values by which files are grouped; '' or 0 if absent or unreadable."""
 
-    study_uid: str = ""  # where it is valid: not for outputs, unless the user asks for it
+    study_uid: str = ""  # '' if invalid; in outputs only if the user asks for it
     series_uid: str = ""
     sop_uid: str = ""
-    instance: int | None = None  # InstanceNumber
-    n_frames: int = 0  # as declared; 1 where the header does not say
+    instance_number: int | None = None
+    n_frames: int = 0  # as declared; 1 if the header does not declare it
     rows: int = 0
     columns: int = 0
-    patient: str = field(default="", repr=False)  # PatientID: to compare, never to show
+    patient: str = field(default="", repr=False)  # PatientID; compared but never shown
     lossy: bool = False  # compressed with loss, now or earlier
-    bad_uid: bool = False  # it has a StudyInstanceUID that is not valid
+    bad_uid: bool = False  # it has an invalid StudyInstanceUID
 
 
 def read_header_facts(path):
-    """The HeaderFacts of any file; all empty if it is not a readable DICOM file."""
+    """The HeaderFacts of a file; with empty values if it is not a readable DICOM file."""
     if not is_dicom(path):
         return HeaderFacts()
     try:
@@ -205,13 +210,13 @@ def read_header_facts(path):
         return HeaderFacts()
     rows, columns = number(header, "Rows"), number(header, "Columns")
     declared = number(header, "NumberOfFrames")
-    study, series, instance = (short_text(header, name) for name in FACTS[:3])
+    study, series, sop = (short_text(header, name) for name in FACTS[:3])
     lossless = dicom.syntax in LOSSLESS and text(header, "LossyImageCompression") != "01"
     return HeaderFacts(
         study if is_uid(study) else "",
         series,
-        instance if is_uid(instance) else "",
-        instance=number(header, "InstanceNumber"),
+        sop if is_uid(sop) else "",
+        instance_number=number(header, "InstanceNumber"),
         n_frames=(1 if declared is None else declared) if rows else 0,
         rows=rows or 0,
         columns=columns or 0,
@@ -222,12 +227,12 @@ def read_header_facts(path):
 
 
 def is_uid(text):
-    """Whether a text can identify something: of the syntax of UIDs, and not 0."""
+    """Whether a text is a valid UID other than 0."""
     return text != "0" and bool(re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))*", text, re.ASCII))
 
 
 def short_text(header, name):
-    """An element's value as a text of 64 characters at most (its digest if longer, or odd)."""
+    """A text element's value; its SHA-256 if it has over 64 or unprintable characters."""
     value = text(header, name)
     if len(value) <= 64 and value.isprintable():
         return value
@@ -235,18 +240,18 @@ def short_text(header, name):
 
 
 def short_digest(text):
-    """Eight hex digits instead of a text that must not be in outputs."""
+    """Eight hex digits of the SHA-256 of a text that must not be in outputs."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def group_stills(facts):
-    """Cines that were stored as single-frame series: dict of name to the list of their files.
+    """Cines that were stored as series of single-frame files: {name: list of files}.
 
-    facts: dict of POSIX path (relative to the study's folder) to HeaderFacts. A cine is all files
-    of one study and one SeriesInstanceUID, if there are two or more, each a single frame of the
-    same size with a different InstanceNumber, in the order of which the files come. Its name is
+    facts: {POSIX path relative to the study's folder: HeaderFacts}. A cine consists of all files of
+    one study and one SeriesInstanceUID, if there are two or more and each is a single frame of the
+    same size with a different InstanceNumber; the list is sorted by that number. Its name is
     `<their folder>/series-<digest of the UID>`. `VideoFile` reads such a list as one video, and
-    refuses images that do not follow one another: stills have series too.
+    refuses images that are not consecutive frames, since stills can form a series too.
     """
     series = {}
     for path, file in facts.items():
@@ -256,21 +261,21 @@ def group_stills(facts):
     for (_, series_uid), files in series.items():
         copies = {file.sop_uid or path: path for path, file in sorted(files.items(), reverse=True)}
         files = {path: files[path] for path in copies.values()}  # each image once
-        numbers = {file.instance for file in files.values()}
-        alike = len({(file.rows, file.columns) for file in files.values()}) == 1
+        numbers = {file.instance_number for file in files.values()}
+        same_size = len({(file.rows, file.columns) for file in files.values()}) == 1
         single = all(file.n_frames == 1 for file in files.values())
-        if len(files) > 1 and alike and single and len(numbers - {None}) == len(files):
+        if len(files) > 1 and same_size and single and len(numbers - {None}) == len(files):
             folder = os.path.commonpath([PurePosixPath(p).parent for p in files])
             name = str(PurePosixPath(folder) / f"series-{short_digest(series_uid)}")
-            cines[name] = sorted(files, key=lambda p: files[p].instance)
+            cines[name] = sorted(files, key=lambda p: files[p].instance_number)
     return cines
 
 
-# ----------------------------------------------------------------------------- is it an echo at all
+# ------------------------------------------------------------------------------------ kind of image
 
 US = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("3", "3.1", "6", "6.1")}  # 3, 6: retired
 SECONDARY_CAPTURE = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("7", "7.1", "7.2", "7.3", "7.4")}
-# Modalities other than 2-D echo; further values are not shown, since the tag can hold anything.
+# Modalities other than 2-D echo. Messages show no other value, since the tag can hold any text.
 OTHER_MODALITIES = {
     "AR", "BI", "BMD", "CR", "CT", "DG", "DOC", "DX", "ECG", "EPS", "ES", "FID", "GM", "HC", "HD",
     "IO", "IVOCT", "IVUS", "KER", "KO", "LS", "MG", "MR", "NM", "OCT", "OP", "OPT", "PR", "PT",
@@ -280,10 +285,10 @@ OTHER_MODALITIES = {
 
 
 def check_kind(header, notes):
-    """VideoError when the header is not of a 2-D echo; a note when it does not say.
+    """VideoError if the header is not that of a 2-D echo; a note if it does not say so clearly.
 
-    SOP class and modality must both be ultrasound, or a secondary capture of it; values that the
-    standard does not define are ignored.
+    The SOP class must be ultrasound or secondary capture, and the modality ultrasound. Values that
+    the standard does not define are ignored.
     """
     from pydicom.uid import UID_dictionary
 
@@ -299,7 +304,7 @@ def check_kind(header, notes):
         notes.append("secondary capture")
     elif sop_class not in US and modality != "US":
         notes.append("the header does not say that it is ultrasound")
-    if 0x30011001 in header:  # the Cartesian export of one maker: slices of volumes
+    if 0x30011001 in header:  # one vendor's Cartesian export: slices of volumes
         raise VideoError("not an ultrasound cine: 3-D ultrasound volumes")
     formats = {number(r, "RegionSpatialFormat") for r in regions(header)}
     if M_MODE in formats:
@@ -309,26 +314,20 @@ def check_kind(header, notes):
 
 
 def frame_rates(header):
-    """Frames a second as each of the four tags has it, 0 or None where it has none."""
-    vector = decimals(header, "FrameTimeVector")[1:]
-    times = [*decimals(header, "FrameTime")[:1], *([vector.mean()] if vector.size else [])]
+    """Frames per second from each of the four tags; some may be 0 or None."""
+    times = [
+        element(header, "FrameTime", float, 0),
+        element(header, "FrameTimeVector", lambda values: np.mean(values[1:], dtype=float), 0),
+    ]
     rates = [1000 / t for t in times if t > 0]
     return [*rates, number(header, "CineRate"), number(header, "RecommendedDisplayFrameRate")]
 
 
-def decimals(header, name):
-    """An element's values, float64 (n,), empty when it is absent or holds no numbers."""
-    try:
-        return np.atleast_1d(np.asarray(header[name].value, float))
-    except Exception:
-        return np.zeros(0)
-
-
 def region_boxes(header):
-    """The 2-D ultrasound regions as (x0, y0, x1, y1), shares of the image's sides.
+    """The 2-D ultrasound regions as (x0, y0, x1, y1), in shares of the image's width and height.
 
-    Empty when the header has none, or when one is not within the image (some exports shrink the
-    image and leave the tags).
+    Empty if the header has none, or if one is not inside the image (some exports shrink the image
+    and do not change the tags).
     """
     width, height, boxes = number(header, "Columns"), number(header, "Rows"), []
     names = [f"RegionLocation{n}" for n in ("MinX0", "MinY0", "MaxX1", "MaxY1")]
@@ -342,20 +341,12 @@ def region_boxes(header):
     return boxes
 
 
-def regions(header):
-    """The datasets of SequenceOfUltrasoundRegions, [] when there are none that can be read."""
-    try:
-        return list(header["SequenceOfUltrasoundRegions"].value)
-    except Exception:
-        return []
-
-
 # ------------------------------------------------------------------------------------------- frames
 
 
 @dataclass(frozen=True)
 class PixelHeader:
-    """The pixel format declared in a header, after a check that it is possible."""
+    """The pixel format that a header declares, checked for impossible values."""
 
     frames: int
     rows: int
@@ -368,14 +359,14 @@ class PixelHeader:
 
     @classmethod
     def of(cls, header):
-        """VideoError for values that no ultrasound image has."""
+        """Read it from a header. Raises VideoError for values that no ultrasound image has."""
         rows, columns = number(header, "Rows"), number(header, "Columns")
         photometric = text(header, "PhotometricInterpretation").upper()
         if not rows or not columns or not photometric:
-            raise VideoError("DICOM without image data, or cut short")
+            raise VideoError("truncated, or DICOM without an image")
         check_budget(1, rows, columns)
         if photometric not in colour.DECLARED:
-            raise VideoError("photometric interpretation of an unknown value")
+            raise VideoError("unknown photometric interpretation")
         if number(header, "PixelRepresentation"):
             raise VideoError("signed pixel values: not an ultrasound image")
         allocated = number(header, "BitsAllocated") or 8
@@ -396,7 +387,7 @@ class Frames:
     """The frames of a cine, each read and decoded on demand."""
 
     header: PixelHeader
-    layout: colour.Layout | None  # of uncompressed frames; others are decoded by their own marks
+    layout: colour.Layout | None  # of uncompressed frames; compressed ones declare their own
     n: int
     stored: Callable  # a frame's number -> its bytes
     palette: tuple | None = None  # see `colour.read_palette`
@@ -405,7 +396,7 @@ class Frames:
         return self.n
 
     def format_of(self, data):
-        """The FrameFormat of a compressed frame. VideoError unless it is of the declared size."""
+        """The FrameFormat of a compressed frame. VideoError unless it has the declared size."""
         h, form = self.header, codecs.read_format(data)
         if form.kind == "RLE":
             bits = h.stored if h.allocated > 8 else 8
@@ -413,7 +404,7 @@ class Frames:
         check_budget(1, form.rows, form.columns)
         if (form.rows, form.columns) != (h.rows, h.columns):
             raise VideoError(
-                f"the header is wrong: it says {h.rows} x {h.columns} pixels, a frame has "
+                f"the header is wrong: it declares {h.rows} x {h.columns} pixels, a frame has "
                 f"{form.rows} x {form.columns}"
             )
         if form.samples not in (1, 3):
@@ -429,11 +420,11 @@ class Frames:
                     codecs.find_decoder(form)
 
     def check_layout(self, samples):
-        """VideoError when frames are not in the declared layout. samples: number -> components."""
+        """VideoError if frames are not in the declared layout. samples: {number: components}."""
         h, layout, frames = self.header, self.layout, [self.stored(i) for i in samples]
         if layout is None:
             if not codecs.is_rle(frames[0]):
-                return  # other kinds carry their layout
+                return  # other formats declare their layout themselves
             frames = [frame.tobytes() for frame in samples.values()]
             dtype = "u1" if samples[0].itemsize == 1 else "<u2"
             layout = colour.Layout(h.rows, h.columns, h.samples, dtype)
@@ -441,13 +432,13 @@ class Frames:
 
     @contextmanager
     def named_errors(self, i):
-        """Errors in the block become a VideoError that names frame i, and quotes nothing."""
+        """Convert errors in the block to a VideoError that names frame i and quotes nothing."""
         place = f"frame {i + 1} of {len(self)} does not decode"
         try:
             yield
         except VideoError:
             raise
-        except codecs.Broken as error:
+        except codecs.FrameError as error:
             raise VideoError(f"{place}: {error}") from error
         except Exception as error:  # decoders raise many kinds
             raise VideoError(place) from error
@@ -465,7 +456,7 @@ class Frames:
             return frame[:, :, 0] if form.samples == 1 else frame[:, :, ::-1]
 
     def check(self, i):
-        """VideoError when frame i does not decode, as `bgr` has it."""
+        """VideoError if frame i is compressed and does not decode."""
         if self.layout is None:
             self.components(i, small=True)
 
@@ -474,27 +465,27 @@ class Frames:
         if rule.colour == "YBR" and self.layout is None:
             with self.named_errors(i):
                 form = self.format_of(data := self.stored(i))
-                if form.kind == "JPEG":  # its decoder makes the colours on the way
+                if form.kind == "JPEG":  # its decoder also converts the colours
                     return codecs.decode_jpeg(data, form, 1)
         return rule.bgr(self.components(i))
 
 
 def native_frames(dicom, header):
-    """The uncompressed Frames of a DicomFile. VideoError unless they fill the pixel data."""
+    """The uncompressed Frames of a DicomFile. VideoError if they do not fill the pixel data."""
     h, big = header, dicom.syntax == BIG_ENDIAN
     file, start, length, words = dicom.pixel_data()
     dtype = "u1" if h.allocated == 8 else ">u2" if big else "<u2"
     layouts = [colour.Layout(h.rows, h.columns, h.samples, dtype, h.planar)]
     if h.photometric == "YBR_FULL_422" and (h.samples, dtype, h.columns % 2) == (3, "u1", 0):
-        layouts.append(replace(layouts[0], planar=False, halved=True))  # either is usual
+        layouts.append(replace(layouts[0], planar=False, halved=True))  # both are common
     fitting = [x for x in layouts if 0 <= length - x.size * h.frames <= 1]  # 1: padding
     if not fitting:
         raise VideoError(
-            f"the header is wrong: {h.frames} frames of {h.rows} x {h.columns} pixels take "
-            f"{layouts[0].size * h.frames:,} bytes, the pixel data have {length:,}"
+            f"the header is wrong: {h.frames} frames of {h.rows} x {h.columns} pixels have "
+            f"{layouts[0].size * h.frames:,} bytes, the pixel data {length:,}"
         )
     layout = fitting[0]
-    swapped = big and words and dtype == "u1"  # words of two pixels
+    swapped = big and words and dtype == "u1"  # each word holds two pixels
     if swapped and layout.size % 2:
         raise VideoError("frames of odd size in big-endian words")
 
@@ -518,8 +509,8 @@ def coded_frames(dicom, header, notes):
 
 
 def join_fragments(fragments, declared):
-    """The bytes of each frame: a fragment each where so many are declared, else a frame starts
-    where a fragment has the mark of a start."""
+    """The bytes of each frame: one fragment if there are as many as declared frames, else all
+    fragments from one with a start marker to the next such."""
     if len(fragments) == declared:
         return fragments
     frames = []
@@ -531,8 +522,11 @@ def join_fragments(fragments, declared):
 
 
 def open_frames(dicom, notes, single=False):
-    """The Frames of a DicomFile, None when they are one video stream. VideoError for what is no
-    2-D echo or a still, as far as shows before a frame is decoded. single: of a series."""
+    """The Frames of a DicomFile; None if the pixel data are a video stream.
+
+    single: the file is one frame of a series. Raises VideoError for stills and for everything but
+    2-D echo, as far as this can be detected before a frame is decoded.
+    """
     check_kind(dicom.header, notes)
     if VIDEO.fullmatch(dicom.syntax):
         return None
@@ -542,11 +536,11 @@ def open_frames(dicom, notes, single=False):
     elif dicom.syntax in NATIVE:
         frames = native_frames(dicom, header)
     else:
-        raise VideoError("the header is wrong: it says compressed, the pixel data are not")
+        raise VideoError("the header is wrong: it declares compression, the pixel data have none")
     check_budget(len(frames))
     if len(frames) == 1 and not single:
-        more = header.frames > 1
-        raise VideoError("still image, though the header says more" if more else "still image")
+        more = ", though the header declares more frames" if header.frames > 1 else ""
+        raise VideoError(f"still image{more}")
     frames.check_decoder()
     if header.photometric == "PALETTE COLOR":
         frames = replace(frames, palette=colour.read_palette(dicom.header))
@@ -554,27 +548,30 @@ def open_frames(dicom, notes, single=False):
 
 
 def choose_rule(frames, notes):
-    """The ColourRule of all frames, from a few of them. VideoError."""
+    """The ColourRule for all frames, chosen from a few of them. Raises VideoError."""
     header, few = frames.header, representative_frames(frames)
     frames.check_layout(few)
     samples = list(few.values())
     rule = colour.choose_rule(header.photometric, samples, header.stored, frames.palette, notes)
     if frames.layout and frames.layout.halved and rule.colour != "YBR":
-        raise VideoError("the header is wrong: RGB, but of the size of 4:2:2 pixels")
-    later = (frames.components(i, small=True) for i in range(len(frames)))
-    if all(rule.bgr(sample).max() < colour.BLACK for sample in chain(samples, later)):
-        raise VideoError("no image: all is black")
+        raise VideoError("the header is wrong: RGB pixels with the size of 4:2:2 pixels")
+    rest = (frames.components(i, small=True) for i in range(len(frames)))
+    if all(rule.bgr(sample).max() < colour.BLACK for sample in chain(samples, rest)):
+        raise VideoError("no image: all frames are black")
     return rule
 
 
 def representative_frames(frames):
-    """{number: components} of a few frames to judge the file by: the first, middle and last one,
-    and where these are blank the first that is not."""
+    """{number: components} of the few frames that decide how the file is read: the first, middle
+    and last one, and if these are blank, the first that is not."""
     n = len(frames)
     few = {i: frames.components(i, small=True) for i in sorted({0, n // 2, n - 1})}
-    if not any(map(has_contrast, few.values())):
-        later = ((i, frames.components(i, small=True)) for i in range(n))
-        few |= dict([next(((i, x) for i, x in later if has_contrast(x)), (0, few[0]))])
+    if any(map(has_contrast, few.values())):
+        return few
+    for i in range(n):
+        image = frames.components(i, small=True)
+        if has_contrast(image):
+            return few | {i: image}
     return few
 
 
@@ -590,8 +587,8 @@ def has_contrast(components):
 def iter_dicom(dicom, notes, needed=None):
     """Decode the cine of a DicomFile front to back: yields uint8 (H, W, 3) BGR.
 
-    notes, needed: see `VideoFile.frames`. Raises VideoError for what is no 2-D echo, a still,
-    damaged, or needs a decoder.
+    notes, needed: see `VideoFile.frames`. Raises VideoError for everything but 2-D echo, for stills
+    and damaged files, and if a decoder is missing.
     """
     frames = open_frames(dicom, notes)
     if frames is None:
@@ -604,8 +601,11 @@ def iter_dicom(dicom, notes, needed=None):
 
 
 def iter_stream(dicom, notes):
-    """Frames of a video file that is the pixel data: copied for the reader of such to a file
-    without a name, which the system deletes with this process, however that ends."""
+    """Decode pixel data that are a video stream: yields uint8 (H, W, 3) BGR.
+
+    The stream is copied to a file, if possible without a name: the system deletes such a file when
+    this process ends for any reason.
+    """
     nameless = Path("/proc/self/fd").is_dir()
     with (tempfile.TemporaryFile if nameless else tempfile.NamedTemporaryFile)() as stream:
         stream.writelines(dicom.fragments())
@@ -619,47 +619,41 @@ def iter_stream(dicom, notes):
         notes.append(f"NumberOfFrames is wrong: {n} frames decode")
 
 
-class SeriesReader:
-    """Reads single-frame files whose frames are one cine. VideoError for images of two kinds."""
-
-    def __init__(self, paths):
-        self.paths, self.kind = paths, None
-
-    def open_one(self, dicom, notes):
-        """The Frames of one file."""
+def read_single_frame(path, notes):
+    """(Frames, the frame's bytes) of a file of a series. Raises VideoError unless it has one."""
+    with DicomFile(path) as dicom:
         frames = open_frames(dicom, notes, single=True)
-        palette = frames and frames.palette and (frames.palette[0], frames.palette[1].tobytes())
-        kind = frames and (frames.header, frames.layout, palette)
-        self.kind = self.kind or kind
-        if not frames or len(frames) > 1 or kind != self.kind:
-            raise VideoError("a series of unlike images")
-        return frames
-
-    def stored(self, i):
-        """The bytes of frame i."""
-        with DicomFile(self.paths[i]) as dicom:
-            return self.open_one(dicom, []).stored(0)
-
-    def frames(self, notes):
-        """The Frames of all files."""
-        with DicomFile(self.paths[0]) as dicom:
-            first = self.open_one(dicom, notes)
-        return replace(first, n=len(self.paths), stored=self.stored)
+        if frames is None or len(frames) > 1:
+            raise VideoError("several frames in a file of a series")
+        return frames, frames.stored(0)
 
 
 def iter_series(paths, notes):
-    """The single frames of a series (see `group_stills`), in that order, as one cine.
+    """Decode single-frame files (see `group_stills`) as one cine: yields uint8 (H, W, 3) BGR.
 
-    VideoError when they do not follow one another, as stills of one series do not.
+    Raises VideoError if their formats differ, or if they are not consecutive frames, such as
+    several stills of one series.
     """
-    frames, small = SeriesReader(paths).frames(notes), []
+    first, _ = read_single_frame(paths[0], notes)
+
+    def stored(i):
+        frames, data = read_single_frame(paths[i], [])
+        formats = {
+            (f.header, f.layout, f.palette and (f.palette[0], f.palette[1].tobytes()))
+            for f in (first, frames)
+        }
+        if len(formats) > 1:
+            raise VideoError("a series of images in different formats")
+        return data
+
+    frames, small = replace(first, n=len(paths), stored=stored), []
     rule = choose_rule(frames, notes)
     for i in range(len(frames)):
         frame = frames.bgr(i, rule)
         small.append(block_means(frame))
         yield frame
     if not is_one_cine(np.stack(small)):
-        raise VideoError(f"still images of one series: {len(small)} that do not follow one another")
+        raise VideoError(f"still images of one series: {len(small)}, not consecutive frames")
     notes.append(f"single frames of one series: {len(small)}")
 
 
@@ -672,13 +666,14 @@ def block_means(frame):
 
 
 def is_one_cine(images):
-    """Whether images (n, blocks) are of one cine: changes continue from each to the next.
+    """Whether images (n, blocks) are consecutive frames: each is similar to the one before.
 
-    Measured on cines: a correlation of changes of 0.5 and more, or images that are nearly equal;
-    on stills of one machine and view: 0.03 at most, and images less alike than 0.92.
+    Measured on cines: successive differences from the mean image correlate at 0.5 or more, or the
+    images are nearly equal. On stills of one machine and view: 0.03 at most, and the images
+    correlate at less than 0.92.
     """
-    changes = images - images.mean(0)
-    power = (changes**2).mean()
-    continuity = (changes[1:] * changes[:-1]).mean() / power if power else 1.0
-    equal = np.median([np.corrcoef(a, b)[0, 1] for a, b in pairwise(images)])
-    return continuity > 0.3 or equal > 0.95
+    differences = images - images.mean(0)
+    power = (differences**2).mean()
+    continuity = (differences[1:] * differences[:-1]).mean() / power if power else 1.0
+    similarity = np.median([np.corrcoef(a, b)[0, 1] for a, b in pairwise(images)])
+    return continuity > 0.3 or similarity > 0.95

@@ -23,11 +23,14 @@ class SourceGone(NotNow):
 
 
 def machine_fault(error):
-    """The reason if the machine caused an error, from the error or its causes; '' for the file."""
+    """The reason if the machine caused an error (or one of its causes); '' if the file did."""
     while error is not None:
         if isinstance(error, MemoryError) or getattr(error, "code", 0) == OPENCV_NO_MEMORY:
             return "not enough memory to decode it"
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # bad positions
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # EINVAL: a bad position
             return f"cannot be decoded now: {os.strerror(error.errno)}"
         error = error.__cause__
     return ""
@@ -46,7 +49,7 @@ OTHER_ZIPS = {".docx", ".xlsx", ".pptx", ".odt", ".ods", ".jar", ".npz", ".pt", 
 
 
 def why_packed(path):
-    """What to do with a file that holds others, '' for another file."""
+    """What to do with a file that packs other files; '' if it does not."""
     path = Path(path)
     try:
         with open_file(path) as f:
@@ -61,12 +64,14 @@ def why_packed(path):
     start = head.lstrip().lower()
     if start.startswith((b"--", b"content-type: multipart")) and b"application/dicom" in start:
         return (
-            "the multipart answer of a DICOMweb server: save each part as a file, or export the "
+            "a multipart response of a DICOMweb server: save each part as a file, or export the "
             "study as DICOM files"
         )
     zlib = head[8:10] in (b"x\x01", b"x\x5e", b"x\x9c", b"x\xda")  # after the size in 8 bytes
     if head.startswith(b"SQLite format 3") or (zlib and head[5:8] == bytes(3)):
-        return "of the database of an archive (Orthanc, ...): export the study as DICOM files"
+        return (
+            "from the database of an image archive (Orthanc, ...): export the study as DICOM files"
+        )
     return ""
 
 

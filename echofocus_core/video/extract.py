@@ -47,6 +47,7 @@ from echofocus_core.base.console import (
     progress,
     reason_lines,
     run_main,
+    some,
 )
 from echofocus_core.base.files import atomic_path, lock, stamp_of, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
@@ -66,7 +67,7 @@ from echofocus_core.video.decode import (
 )
 from echofocus_core.video.encoders import open_encoder
 from echofocus_core.video.perturb import read_perturbations
-from echofocus_core.video.studies import find_studies, first_and_count, shard_from, visible
+from echofocus_core.video.studies import find_studies, shard_from, visible
 from echofocus_core.video.views import classify_views
 
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
@@ -274,7 +275,7 @@ class Summary:
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         for state in (EMPTY, UNDONE):
             if names := [name for name in self.studies if self.studies[name] == state]:
-                print(f"{len(names)} studies {state}: {first_and_count(names)}")
+                print(f"{len(names)} studies {state}: {some(names, LISTED)}")
 
     def refuse_nothing(self, source):
         """UserError if a run has no usable study."""

@@ -11,7 +11,7 @@ from echofocus_core.video.decode import VideoFile, resize, sector_mask
 from echofocus_core.video.errors import VideoError
 
 LONGEST_SIDE = 384  # pixels of a clip for the screen
-USUAL_RATE = 30.0  # frames a second of a video without a rate
+USUAL_RATE = 30.0  # frames per second if a video declares no rate
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Playback:
     """The properties of a written clip."""
 
     frames: int
-    rate: float  # frames a second
+    rate: float  # frames per second
     rate_is_known: bool
     width: int
     height: int
 
 
 def stored_clip(source, folder, mask, content=""):
-    """(file name, Playback) of the clip of a video in `folder`, written where it does not exist.
+    """(file name, Playback) of a video's clip in `folder`, which is written if it does not exist.
 
-    content: SHA-256 of the video that was embedded, '' where that is not recorded. Raises
-    VideoError, also where the video has changed since.
+    content: SHA-256 of the video that was embedded, '' if it is not recorded. Raises VideoError,
+    also if the video has changed since.
     """
     with VideoFile(source) as video:
         if content and video.digest != content:
@@ -46,7 +46,7 @@ def stored_clip(source, folder, mask, content=""):
 
 
 def read_playback(record):
-    """The Playback of a clip in its JSON file; None where that is damaged or missing."""
+    """The Playback of a clip from its JSON file; None if that is damaged or missing."""
     try:
         return Playback(**json.loads(record.read_text()))
     except (OSError, ValueError, TypeError):
@@ -57,29 +57,29 @@ def write_clip(video, path, mask):
     """Write a VideoFile to `path` (.webm); returns its Playback.
 
     mask: 'sector' blacks out the part outside the ultrasound sector, such as burned-in names;
-    'none' keeps it. Raises VideoError, also where there is no sector or no encoder.
+    'none' keeps it. Raises VideoError, also if there is no sector or no encoder.
     """
     import cv2
 
-    shown, small = [], []
+    frames, small = [], []
     for frame in video.frames():
         scale = min(1, LONGEST_SIDE / max(frame.shape[:2]))
         height, width = (max(2, round(scale * side / 2) * 2) for side in frame.shape[:2])
-        shown.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
+        frames.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
         if mask == "sector":
             small.append(resize(frame))
-    height, width = shown[0].shape[:2]
+    height, width = frames[0].shape[:2]
     if mask == "sector":
         inside = sector_mask(small, video.boxes, [])
         inside = cv2.resize(inside, (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
-        shown = [frame * inside for frame in shown]
+        frames = [frame * inside for frame in frames]
     rate = video.rate
     with atomic_path(path) as temporary:
         codec = cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"VP80")
         writer = cv2.VideoWriter(str(temporary), *codec, rate or USUAL_RATE, (width, height))
         if not writer.isOpened():
             raise VideoError("no clip: this OpenCV cannot write VP8, opencv-python-headless can")
-        for frame in shown:
+        for frame in frames:
             writer.write(frame)
         writer.release()
-    return Playback(len(shown), rate or USUAL_RATE, rate is not None, width, height)
+    return Playback(len(frames), rate or USUAL_RATE, rate is not None, width, height)

@@ -2,8 +2,8 @@
 
     files below the source -> their header facts -> groups of files -> a name each -> Study
 
-Headers are believed before folders, since a CD, a folder a day or an archive's export hold several
-patients in one place.
+Headers take precedence over folders, since a CD, a folder per day or an archive's export can hold
+several patients.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from echofocus_core.video.dicom import group_stills, is_dicom, read_header_facts
 from echofocus_core.video.errors import why_packed
 
 LISTED = 20  # names on one line of the screen
-HEADER_READERS = 16  # threads: over a network, reading headers is waiting
-LONGEST_NAME = 200  # bytes of a study's name: file systems take 255, an ending and more included
-UNNAMED = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that name no study
-# Folders and files of storage systems, archives and desktops, beside those with a dot.
+HEADER_READERS = 16  # threads; over a network, most of the time is waiting
+LONGEST_NAME = 200  # bytes of a study's name; file systems allow 255, with an ending
+UNNAMED = {"dicom", "dicoms", "dcm", "image", "images"}  # folder names that do not name a study
+# Folders and files of storage systems, archives and desktops, in addition to those with a dot.
 SYSTEM = {"@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "~snapshot",
           "$recycle.bin", "recycler", "recycled", "system volume information", "lost+found",
           "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini"}  # fmt: skip
@@ -36,7 +36,7 @@ ECHONET_PEDIATRIC = re.compile(r"^([^-]+-[^-]+)-[^-]+$")  # <patient>-<accession
 
 @dataclass
 class Study:
-    """A study's videos, as POSIX paths relative to its folder (as the file system has them)."""
+    """A study's videos, as POSIX paths relative to its folder, spelled as on disk."""
 
     name: str
     folder: Path
@@ -56,9 +56,9 @@ class Group:
     """Files of one study, as POSIX paths relative to the source."""
 
     files: list[str]
-    uid: str = ""  # their StudyInstanceUID, where no other group has it
-    shared_uid: str = ""  # theirs, where other groups have it too
-    folder: str = ""  # that holds them: the first below the source, where there is no UID
+    uid: str = ""  # their StudyInstanceUID, if no other group has it
+    shared_uid: str = ""  # their StudyInstanceUID, if other groups have it too
+    folder: str = ""  # that contains them; without a UID, the first below the source
 
 
 def find_studies(
@@ -66,12 +66,12 @@ def find_studies(
 ):
     """The studies of a source, sorted by name.
 
-    group: 'dicom' goes by StudyInstanceUID, in whatever folders the files are, and by folder for
-    files that have none; 'folder' takes each subfolder of `source` with all files below it, or
+    group: 'dicom' groups files by StudyInstanceUID, whatever folders they are in, and by folder if
+    they have none; 'folder' takes each subfolder of `source` with all files below it as a study, or
     `source` itself if it has no subfolders; 'one' takes `source` as one study. manifests: tables
     that list studies instead, see `read_manifest`. study_id: see `name_groups`. leave_out: a folder
-    not to look into, such as the one for the outputs. The listener gets what is decided or left
-    out; an error of a run's listener is a UserError.
+    that is not searched, such as the one for the outputs. Decisions and ignored files are reported
+    to the listener; in a run, it raises errors as UserError.
     """
     source, listener = Path(source), listener or Findings()
     if not source.is_dir():
@@ -105,7 +105,7 @@ def find_studies(
 
 
 def study_of(name, source, group, facts):
-    """The Study of a Group, each DICOM object once."""
+    """The Study of a Group, with each DICOM object once."""
     below = PurePosixPath(group.folder)
     repeats = find_repeats(source, group.files, facts)
     facts = {str(PurePosixPath(f).relative_to(below)): facts[f] for f in group.files}
@@ -117,12 +117,12 @@ def study_of(name, source, group, facts):
 
 
 def find_repeats(source, files, facts):
-    """Copies of one DICOM object, by SOPInstanceUID and first frame: file -> why it is left out.
+    """Copies of one DICOM object, by SOPInstanceUID and first frame: {file: why it is left out}.
 
-    The best is kept: without loss before lossy, then that of most frames. Some programs give all
-    their files one SOPInstanceUID, so the first frames are compared: at 64 x 64 pixels, JPEG of
-    quality 50 changes a cine by 0.034 of its contrast at most, phantom loops of one heart and view
-    differ by 0.2 and more.
+    The best copy is kept: lossless before lossy, then the one with most frames. Some programs give
+    all their files one SOPInstanceUID, so the first frames are compared: at 64 x 64 pixels, JPEG of
+    quality 50 changes a cine by 0.034 of its contrast at most, while phantom loops of one heart and
+    view differ by 0.2 or more.
     """
     objects, repeats = {}, {}
     for file in files:
@@ -133,7 +133,7 @@ def find_repeats(source, files, facts):
         kept = {}  # file -> its first frame
         for file in copies:
             picture = first_picture(source / file)
-            if picture is None:  # it is skipped with its own reason
+            if picture is None:  # it is skipped later, with a reason
                 continue
             first = next((f for f, other in kept.items() if are_alike(picture, other)), "")
             if first:
@@ -156,9 +156,9 @@ def common_folder(files):
 
 
 def find_videos(folder, leave_out=None):
-    """(Candidate files below `folder` as sorted POSIX paths relative to it, notes for a person).
+    """(Sorted POSIX paths of candidate files, relative to `folder`; notes for the user).
 
-    Links to folders are followed; hidden files and those of systems are ignored.
+    Links to folders are followed; hidden files and system files are ignored.
     """
     videos, others, packed, unreadable, top = [], Counter(), [], [], []
     ancestors = {}  # a folder's path -> the real paths of itself and of the folders above it
@@ -172,14 +172,17 @@ def find_videos(folder, leave_out=None):
         ancestors[parent] = {os.path.realpath(parent)} | ancestors.get(
             os.path.dirname(parent), set()
         )
-        closed = ancestors[parent] | left_out  # a link back to a folder above it would never end
-        shown = sorted(f for f in folders if not is_hidden(f))
-        folders[:] = [f for f in shown if os.path.realpath(Path(parent, f)) not in closed]
+        closed = ancestors[parent] | left_out  # a link to a folder above it would never end
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not is_hidden(name) and os.path.realpath(Path(parent, name)) not in closed
+        )
         if Path(parent) == folder:
             top = list(folders)
         for path in (Path(parent, n) for n in sorted(names) if not is_hidden(n)):
             if not path.is_file():
-                others["no regular file"] += 1
+                others["not a regular file"] += 1
             elif path.name.upper() != "DICOMDIR" and is_candidate(path):
                 videos.append(path.relative_to(folder).as_posix())
             elif reason := why_packed(path):
@@ -188,17 +191,15 @@ def find_videos(folder, leave_out=None):
                 others[visible(path.suffix.lower()) or "no ending"] += 1
     notes = []
     if packed:
-        notes.append(f"{len(packed)} files are packed and not read: {first_and_count(packed)}")
+        notes.append(f"{len(packed)} files are packed and not read: {some(packed, LISTED)}")
     if unreadable:
-        notes.append(f"{len(unreadable)} subfolders cannot be read: {first_and_count(unreadable)}")
+        notes.append(f"{len(unreadable)} subfolders cannot be read: {some(unreadable, LISTED)}")
     if others:
         kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(LISTED))
         notes.append(f"{others.total()} files are not videos: {kinds}")
     empty = sorted(set(top) - {video.split("/")[0] for video in videos})
     if 0 < len(empty) < len(top):
-        notes.append(
-            f"{len(empty)} folders hold no video: {first_and_count(list(map(visible, empty)))}"
-        )
+        notes.append(f"{len(empty)} folders hold no video: {some(map(visible, empty), LISTED)}")
     return sorted(videos), notes
 
 
@@ -217,138 +218,123 @@ def read_facts(source, files):
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         facts = pool.map(lambda f: read_header_facts(source / f), files)
         options = {"unit": "file", "total": len(files), "leave": False, "delay": 2}
-        shown = progress(facts, desc="headers", **options)
-        return dict(zip(files, shown, strict=True))
-
-
-def first_and_count(names):
-    """The first name, and the number of others."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+        return dict(zip(files, progress(facts, desc="headers", **options), strict=True))
 
 
 def visible(name):
-    """A file's name as text for screen, log and files: what cannot be shown as %XX, by its bytes.
+    """A file's name as printable text; the bytes of other characters become %XX.
 
-    Names that differ stay different; two Unicode normal forms of one word are two names.
+    Different names remain different; two Unicode normal forms of one word are two names.
     """
-    name = re.sub("%(?=[0-9A-Fa-f]{2})", "%25", name)  # so that no two names become one
+    name = re.sub("%(?=[0-9A-Fa-f]{2})", "%25", name)  # so that names remain different
     safe = (c if c.isprintable() else "".join(f"%{b:02X}" for b in os.fsencode(c)) for c in name)
     return "".join(safe)
 
 
-# -------------------------------------------------------------------------------- whose file it is
+# ----------------------------------------------------------------------------------------- grouping
 
 
 def group_by_header(source, files, facts, listener):
-    """Groups: DICOM by StudyInstanceUID; DICOM without one goes with that beside it, or by folder.
+    """Group files by StudyInstanceUID, and files without one by folder.
 
-    A file without a UID belongs to the study of the nearest folder above it, up to the first below
-    the source, that holds DICOM of one study. It is left out where that folder holds several, or
-    where it is a video file, such as the film about a CD's viewer.
+    A file without a UID belongs to the study of the nearest folder (see `folders_above`) with DICOM
+    files that have a UID in or below it. It is left out if that folder holds several studies, or if
+    it is a video file, such as the film about a CD's viewer.
     """
-    studies, uids = {}, {}  # UID -> Group; folder -> UIDs of the DICOM in and below it
+    studies, uids = {}, {}  # UID -> Group; folder -> UIDs in and below it
     of_uid = [f for f in files if facts[f].study_uid]
     medium = is_medium(source, of_uid)
     for file in of_uid:
         uid = facts[file].study_uid
         studies.setdefault(uid, Group([], uid)).files.append(file)
-        for folder in places(file, medium):
+        for folder in folders_above(file, medium):
             uids.setdefault(folder, set()).add(uid)
     if bad := [visible(f) for f in files if facts[f].bad_uid]:
         listener.warning(
-            f"{len(bad)} files have a StudyInstanceUID that is not valid: {first_and_count(bad)}",
+            f"{len(bad)} files have an invalid StudyInstanceUID: {some(bad, LISTED)}",
             "they are grouped by folder",
         )
     if not studies:
         return group_by_folder(source, files, listener)
     others, left_out = [], []
     for file in (f for f in files if not facts[f].study_uid):
-        beside = next((uids[p] for p in places(file, medium) if p in uids), set())
+        nearby = next((uids[p] for p in folders_above(file, medium) if p in uids), set())
         is_video = Path(file).suffix.lower() in VIDEO_SUFFIXES
-        if len(beside) == 1 and not is_video:
-            studies[min(beside)].files.append(file)
-        elif beside or "/" not in file:
+        if len(nearby) == 1 and not is_video:
+            studies[min(nearby)].files.append(file)
+        elif nearby or "/" not in file:
             left_out.append(visible(file))
         else:
             others.append(file)
     if left_out:
         listener.warning(
-            f"{len(left_out)} files have no StudyInstanceUID and are beside DICOM that has: "
-            f"{first_and_count(left_out)}; they are left out",
-            "--group folder takes the files of a folder together, a --manifest lists them",
+            f"{len(left_out)} files without a StudyInstanceUID are next to DICOM files that have "
+            f"one: {some(left_out, LISTED)}; they are left out",
+            "to include them, use --group folder or list them in a --manifest",
         )
     groups = split_studies(studies.values(), facts, listener)
     without = first_folders(others)
     if without:
         names = [visible(group.folder) for group in without]
-        listener.note(
-            f"{len(without)} studies without a StudyInstanceUID: {first_and_count(names)}"
-        )
+        listener.note(f"{len(without)} studies without a StudyInstanceUID: {some(names, LISTED)}")
     return [*groups, *without]
 
 
 def is_medium(source, files):
-    """Whether the source is a CD or the like of one or more patients, by its DICOM files."""
+    """Whether the source is a CD or a similar medium, by its DICOM files."""
     first = {PurePosixPath(f).parts[0].lower() for f in files}
     loose = any("/" not in f for f in files)
     return loose or bool(first & UNNAMED) or any(source.glob("[Dd][Ii][Cc][Oo][Mm][Dd][Ii][Rr]"))
 
 
-def places(file, medium):
-    """The folders above a file, from the nearest up to the first below the source; of a medium, up
-    to the source."""
+def folders_above(file, medium):
+    """The folders above a file, from the nearest to the first below the source, or on a medium to
+    the source itself."""
     parents = [str(p) for p in PurePosixPath(file).parents]
     return parents if medium else parents[:-1] or ["."]
 
 
 def split_studies(groups, facts, listener):
-    """Groups of a UID each, split by first folder where nothing says that these are of one patient:
-    some programs write one UID into all files."""
-    result, split, unsure = [], [], []
+    """Split each UID's group by first folder, unless PatientID shows that all files are of one
+    patient: some programs write one UID into all files."""
+    result, unsure = [], []
     for group in groups:
         of_uid = [f for f in group.files if facts[f].study_uid]
         patients = {facts[f].patient for f in of_uid}
-        one_patient = len(patients) == 1 and patients != {""}
-        if len(first_folders(of_uid)) == 1 or one_patient:
+        folders = sorted({PurePosixPath(f).parent.as_posix() for f in of_uid})
+        if len(folders) == 1 or (len(patients) == 1 and patients != {""}):
             result.append(group)
-            folders = sorted({PurePosixPath(f).parent.as_posix() for f in of_uid})
-            if len(folders) > 1 and not one_patient:
-                unsure.append(" and ".join(map(visible, folders[:LISTED])))
             continue
-        parts = first_folders(group.files)
-        result += [replace(part, shared_uid=group.uid) for part in parts]
-        split.append(" and ".join(visible(part.folder) for part in parts[:LISTED]))
-    if split:
-        listener.warning(
-            f"{len(split)} StudyInstanceUIDs are in several folders whose files do not name one "
-            f"patient: {first_and_count(split)}; each folder is a study",
-            "if they are one study: --group one, or a --manifest",
-        )
+        parts = first_folders(group.files) if len(first_folders(of_uid)) > 1 else []
+        result += [replace(part, shared_uid=group.uid) for part in parts] or [group]
+        names = " and ".join(map(visible, folders[:LISTED]))
+        unsure.append(f"{names} ({len(parts) or 1} studies)")
     if unsure:
         listener.warning(
-            f"{len(unsure)} studies have files without one PatientID in several folders: "
-            f"{first_and_count(unsure)}; each StudyInstanceUID is taken as one study",
-            "if each folder is a patient: give the folder above them as SOURCE, or a --manifest",
+            f"{len(unsure)} StudyInstanceUIDs are in several folders whose files do not name one "
+            f"patient: {some(unsure, LISTED)}",
+            "if the number of studies is wrong: --group one for one study, the folder above the "
+            "patients' folders as SOURCE, or a --manifest",
         )
     return result
 
 
 def group_by_folder(source, files, listener):
+    """Group files by the source's subfolders; all in one Group if it has none."""
     loose = [f for f in files if "/" not in f]
     if len(loose) == len(files):
         return [Group(files, folder=".")]
     if loose:
         listener.error(
             f"{source} holds both study folders and loose videos ({visible(loose[0])}, ...)",
-            "move the loose ones into a folder for their study, or give --group one if all is "
-            "one study",
+            "move the loose ones into a folder for their study, or give --group one if all "
+            "are one study",
         )
     return first_folders([f for f in files if "/" in f])
 
 
 def first_folders(files):
-    """A Group for each folder in the source that files are in or below."""
+    """A Group for each folder in the source that contains files at any depth."""
     groups = {}
     for file in files:
         folder = PurePosixPath(file).parts[0] if "/" in file else "."
@@ -357,7 +343,7 @@ def first_folders(files):
 
 
 def refuse_several(source, groups, facts, listener):
-    """An error for a folder that holds several studies where --group takes it as one."""
+    """Report an error if a folder that --group takes as one study holds several."""
     several = {}
     for group in groups:
         first = {facts[f].study_uid: f for f in reversed(group.files) if facts[f].study_uid}
@@ -367,13 +353,13 @@ def refuse_several(source, groups, facts, listener):
         name, files = next(iter(several.items()))
         listener.error(
             f"{len(several)} folders hold several studies by their DICOM headers: {some(several)} "
-            f"(in {name} for one: {some(map(visible, files))})",
-            "--group dicom splits them; a --manifest may list them in another way",
+            f"(for example in {name}: {some(map(visible, files))})",
+            "use --group dicom to separate them, or list them in a --manifest",
         )
 
 
 def has_one_patient(files, facts, listener):
-    """Whether the files name at most one patient; a study of several is left out."""
+    """Whether the files name at most one patient; the listener gets a warning if not."""
     first = {facts[f].patient: f for f in reversed(files) if facts[f].patient}
     if len(first) > 1:
         listener.warning(
@@ -384,16 +370,16 @@ def has_one_patient(files, facts, listener):
     return len(first) < 2
 
 
-# --------------------------------------------------------------------------------------- its name
+# --------------------------------------------------------------------------------- names of studies
 
 
 def name_groups(source, groups, study_id, listener):
     """A name for each group, all different; sets the groups' folders.
 
-    study_id: 'folder' is the name of the folder that holds the study and no other, where there is
-    one (see `choose_folders`), else that of the folder that holds it with others and 8 digits of
-    the SHA-256 of the StudyInstanceUID; 'uid' is the StudyInstanceUID; 'digest' is the first 16
-    digits of its SHA-256 (of the folder's name where files have none).
+    study_id: 'folder' uses the name of the study's folder (see `choose_folders`); if studies share
+    the folder or its name, 8 digits of the SHA-256 of the StudyInstanceUID are added. 'uid' uses
+    the StudyInstanceUID, 'digest' the first 16 digits of its SHA-256 (of the folder's name for
+    files without one).
     """
     alone = choose_folders(groups)
     folders = [(source.resolve() / group.folder).name for group in groups]
@@ -407,8 +393,8 @@ def name_groups(source, groups, study_id, listener):
     if study_id == "uid":
         if without := [name for group, name in zip(groups, names, strict=True) if not group.uid]:
             listener.error(
-                f"no StudyInstanceUID of their own in the files of {first_and_count(without)}",
-                "--study_id folder, and --group dicom where the files are DICOM",
+                f"studies without a StudyInstanceUID of their own: {some(without, LISTED)}",
+                "use --study_id folder, or --group dicom if the files are DICOM",
             )
         return [group.uid or name for group, name in zip(groups, names, strict=True)]
     times = Counter(names)
@@ -424,11 +410,11 @@ def name_groups(source, groups, study_id, listener):
 
 
 def choose_folders(groups):
-    """Set each group's folder; returns whether it holds no file of another group.
+    """Set each group's folder; returns for each whether it contains no file of another group.
 
-    All folders are at the same depth below the source, except where a group's files are in folders
-    less deep: the depth at which most groups have a folder without files of others. Of several such
-    depths it is the least, but the source itself comes last.
+    All folders are at the same depth below the source, unless a group's files are less deep. At
+    this depth, most groups have a named folder without files of others. If several depths are
+    equally good, the smallest is used, and the source itself last.
     """
     holders = Counter()  # folder -> groups with files below it
     for group in groups:
@@ -447,7 +433,7 @@ def choose_folders(groups):
 
 
 def file_name(name):
-    """A study's name as a file name: visible, not hidden, not too long for file systems."""
+    """A study's name as a file name: printable, not hidden, not too long for file systems."""
     name = re.sub(r"[/\\]", "%2F", visible(name))
     name = re.sub(r"^\.", "%2E", name)
     if len(name.encode()) <= LONGEST_NAME:
@@ -456,7 +442,7 @@ def file_name(name):
     return f"{start}-{short_digest(name)}"
 
 
-# ----------------------------------------------------------------------------------- from a table
+# ------------------------------------------------------------------------------------- from a table
 
 
 def studies_of_manifests(source, manifests, listener):
@@ -467,9 +453,7 @@ def studies_of_manifests(source, manifests, listener):
     times = Counter(f for paths in files.values() for f in paths)
     present = {f for f in times if os.path.isfile(source / f)}
     if several := sorted(visible(f) for f, n in times.items() if n > 1):
-        listener.warning(
-            f"{len(several)} files are listed in two studies: {first_and_count(several)}"
-        )
+        listener.warning(f"{len(several)} files are listed in two studies: {some(several, LISTED)}")
     facts = read_facts(source, sorted(present))
     studies, mixed = [], []
     for name, paths in sorted(files.items()):
@@ -487,17 +471,17 @@ def studies_of_manifests(source, manifests, listener):
         listener.warning(
             f"{len(mixed)} studies of the manifest hold files of several studies or patients by "
             f"their DICOM headers: {some(mixed)}",
-            "the manifest is followed",
+            "the grouping of the manifest is used",
         )
     return studies
 
 
 def read_manifest(manifest, source, listener):
-    """Yield (study, path below the source) of a table of videos; other paths are refused.
+    """Yield (study, path relative to the source) from a table; paths outside it are errors.
 
-    Its columns tell its kind: study, path; MIMIC-IV-ECHO's record list (study_id, dicom_filepath);
-    the FileList of EchoNet-Dynamic (each video a study) and -Pediatric (each accession a study).
-    Relative paths start at the source, those of a FileList at the folder of the list.
+    The table has the columns study and path, or is MIMIC-IV-ECHO's record list (study_id,
+    dicom_filepath) or the FileList of EchoNet-Dynamic (each video is a study) or -Pediatric (each
+    accession is a study). Relative paths start at the source, those of a FileList at its folder.
     """
     table = read_table(manifest, listener, "manifest")
     columns = set(table.columns)
@@ -522,13 +506,13 @@ def read_manifest(manifest, source, listener):
             listener.error(f"{manifest}, line {line}: study or path is empty", "fill it in")
         elif file_name(study) != study:
             listener.error(
-                f"{manifest}, line {line}: {study[:60]!a} cannot be a study's name, which names "
-                "the output file",
+                f"{manifest}, line {line}: {study[:60]!a} cannot be a study's name, since it "
+                "cannot name the output file",
                 "use letters, digits, . - and _",
             )
         elif (below := path_below(source, path)) is None:
             listener.error(
-                f"{manifest}, line {line}: the path leads out of {source}",
+                f"{manifest}, line {line}: the path is outside {source}",
                 "give a source that holds all files of the list",
             )
         else:
@@ -548,12 +532,14 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
     """Studies whose videos are in `base`/`folder_format`, the published config's
     `video_base_path` and `video_subdir_format`; named by their echo_id.
 
-    ids: the studies to take (the listener gets those without a folder); None: all.
+    ids: the studies to read; None for all. Those without videos are reported to the listener.
     """
     base, listener = Path(base), listener or Findings()
     start, holder, end = folder_format.partition("{echo_id}")
     if not holder:
-        listener.error(f"video_subdir_format '{folder_format}' has no {{echo_id}} in it", "add it")
+        listener.error(
+            f"video_subdir_format '{folder_format}' does not contain {{echo_id}}", "add it"
+        )
         return []
     if not base.is_dir():
         listener.error(f"no folder {base}", "see video_base_path in the config")
@@ -581,7 +567,7 @@ def studies_of_dataset(base, folder_format="{echo_id}_trim", ids=None, listener=
     return studies
 
 
-# ------------------------------------------------------------------------------------ many workers
+# ------------------------------------------------------------------------------------- many workers
 
 
 def shard_from(text):
