@@ -170,7 +170,7 @@ def first_picture(source):
 
 
 def first_frame(source, pixels):
-    """The first frame of a video as a picture of `pixels`. Raises VideoError."""
+    """The first frame of a video, converted by `pixels` (a Pixels). Raises VideoError."""
     with VideoFile(source) as video:
         return pixels.picture(next(video.frames(needed=lambda n: [0])), bool(video.dicom))
 
@@ -228,18 +228,18 @@ def resize_centre(frame, size=224):
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a frame becomes the picture of an encoder other than PanEcho, (size, size, 3) uint8."""
+    """Conversion of frames to the input of an encoder other than PanEcho, (size, size, 3) uint8."""
 
     size: int = 224
-    square: bool = False  # first crop to the central square
+    square: bool = False  # first crop the central square
     cut: float = 0.0  # then remove this share of the width and height at each side
-    resize: int = 0  # then resize the shorter side to this and crop; 0: resize all to the size
-    filter: str = "bicubic"  # of Pillow, or a name of OpenCV such as INTER_CUBIC
-    floor: bool = False  # round the last crop's edge down, as transformers, not to the nearest
+    resize: int = 0  # then resize the shorter side to this and crop; 0: resize to the size
+    filter: str = "bicubic"  # Pillow's name, or OpenCV's such as INTER_CUBIC
+    floor: bool = False  # round the last crop's edge down (like transformers), not to the nearest
     order: str = "RGB"  # "BGR", or "RGB except DICOM"
 
     def picture(self, frame, is_dicom=False):
-        """uint8 (H, W, 3) BGR -> (size, size, 3) in this order of channels."""
+        """uint8 (H, W, 3) BGR -> (size, size, 3) in the order of channels of `order`."""
         if self.order == "RGB" or (self.order != "BGR" and not is_dicom):
             frame = frame[..., ::-1]
         height, width = frame.shape[:2]
@@ -253,13 +253,13 @@ class Pixels:
         if self.resize:
             height, width = frame.shape[:2]
             shape = tuple(self.resize * side // min(height, width) for side in (width, height))
-        frame = self.resized(np.ascontiguousarray(frame), shape)
+        frame = self.scale(np.ascontiguousarray(frame), shape)
         edges = [(side - self.size) / 2 for side in frame.shape[:2]]
         y, x = map(int if self.floor else round, edges)
         return frame[y : y + self.size, x : x + self.size]
 
-    def resized(self, frame, shape):
-        """A frame resized to (width, height)."""
+    def scale(self, frame, shape):
+        """Resize a frame to `shape`, (width, height)."""
         if self.filter.startswith("INTER_"):
             import cv2
 
@@ -328,9 +328,9 @@ class Sampling:
     mask: str = "none"  # 'sector' blacks out the part outside the ultrasound sector
     perturb: str = ""  # changes inside the sector, see `video.perturb`
     augment: int = 0  # number of randomly transformed copies added to the plain one
-    pixels: Pixels | None = None  # of an encoder with windows for clips, see `sample_windows`
-    stride: int = 1  # frames from one frame of a window to the next
-    padding: str = "repeat"  # of windows after the last frame: it, or "zeros"
+    pixels: Pixels | None = None  # of an encoder whose clips are windows, see `sample_windows`
+    stride: int = 1  # from one frame of a window to the next
+    padding: str = "repeat"  # frames of a window after the last one: "repeat" it, or "zeros"
 
 
 @dataclass
@@ -399,19 +399,19 @@ def sample_clips(video, sampling):
     plain = np.stack([crop_centre(frames[i], sampling.size) for i in used])
     if plain.max() < LIT:
         notes.append("all frames are black")
-    facts = n_frames, "; ".join(notes), content, pixels
-    copies = [Clips(plain, index.reshape(numbers.shape), starts, *facts)]
+    details = n_frames, "; ".join(notes), content, pixels
+    copies = [Clips(plain, index.reshape(numbers.shape), starts, *details)]
     for copy in range(1, sampling.augment + 1):
         starts, numbers = sample(n_frames, f"{content}#{copy}", "independent")
         rng = random_generator(sampling.seed, f"{content}#{copy}#transform")
         clips = [random_transform([frames[i] for i in c], sampling.size, rng) for c in numbers]
         index = np.arange(numbers.size).reshape(numbers.shape)
-        copies.append(Clips(np.concatenate(clips), index, starts, *facts))
+        copies.append(Clips(np.concatenate(clips), index, starts, *details))
     return copies
 
 
 def change_sector(frames, inside, sampling, content):
-    """Frames with the mask and the perturbations of a Sampling; inside: see `sector_mask`."""
+    """Apply the mask and the perturbations of a Sampling to frames; inside: see `sector_mask`."""
     if sampling.mask == "sector":
         frames = [frame * inside for frame in frames]
     if sampling.perturb:
@@ -424,8 +424,8 @@ def change_sector(frames, inside, sampling, content):
 def window_frames(n_frames, sampling):
     """Frame numbers of each window, int64 (n_clips, clip_len); -1 for a frame of zeros.
 
-    The first window starts at frame 0 and the last one ends at the video's end; the starts are
-    evenly spaced.
+    The starts are evenly spaced: the first window starts at frame 0, the last one ends with the
+    video.
     """
     steps = sampling.stride * np.arange(sampling.clip_len)
     last = max(0, n_frames - 1 - steps[-1])
@@ -436,9 +436,9 @@ def window_frames(n_frames, sampling):
 
 
 def sample_windows(video, sampling):
-    """The Clips of an encoder's own clip and pixels, as a list of one, see `read_clips`.
+    """Sample the clips of an encoder with its own `pixels`: a list of one Clips, see `read_clips`.
 
-    Only the frames of the windows become pictures. With a mask, all frames are held in memory.
+    Only the frames of the windows are converted. With a mask, all frames are held in memory.
     """
     notes, content, pixels = [], video.digest, sampling.pixels
     is_dicom = bool(video.dicom)

@@ -130,16 +130,16 @@ def find_repeats(source, files, facts):
             objects.setdefault(facts[file].sop_uid, []).append(file)
     for copies in (copies for copies in objects.values() if len(copies) > 1):
         copies.sort(key=lambda f: (facts[f].lossy, -facts[f].n_frames, f.count("/"), f))
-        kept = {}  # file -> its first frame
+        pictures = {}  # of the kept files
         for file in copies:
             picture = first_picture(source / file)
             if picture is None:  # it is skipped later, with a reason
                 continue
-            first = next((f for f, other in kept.items() if are_alike(picture, other)), "")
+            first = next((f for f, other in pictures.items() if are_alike(picture, other)), "")
             if first:
                 repeats[file] = f"a repeat: the same SOPInstanceUID as {visible(first)}"
             else:
-                kept[file] = picture
+                pictures[file] = picture
     return repeats
 
 
@@ -397,8 +397,8 @@ def name_groups(source, groups, study_id, listener):
                 "use --study_id folder, or --group dicom if the files are DICOM",
             )
         return [group.uid or name for group, name in zip(groups, names, strict=True)]
-    times = Counter(names)
-    shared = [i for i, name in enumerate(names) if times[name] > 1 or not alone[i]]
+    counts = Counter(names)
+    shared = [i for i, name in enumerate(names) if counts[name] > 1 or not alone[i]]
     for i in shared:
         names[i] = file_name(f"{folders[i]}-{short_digest(keys[i])}")
     if shared:
@@ -450,9 +450,9 @@ def studies_of_manifests(source, manifests, listener):
     for manifest in manifests:
         for study, file in read_manifest(Path(manifest), source, listener):
             files.setdefault(study, set()).add(file)
-    times = Counter(f for paths in files.values() for f in paths)
-    present = {f for f in times if os.path.isfile(source / f)}
-    if several := sorted(visible(f) for f, n in times.items() if n > 1):
+    counts = Counter(f for paths in files.values() for f in paths)
+    present = {f for f in counts if os.path.isfile(source / f)}
+    if several := sorted(visible(f) for f, n in counts.items() if n > 1):
         listener.warning(f"{len(several)} files are listed in two studies: {some(several, LISTED)}")
     facts = read_facts(source, sorted(present))
     studies, mixed = [], []
