@@ -177,14 +177,14 @@ def find_decoder(frame_format):
     return decoder
 
 
-def decode_other(data, frame_format):
+def decode_other(data, form):
     """A compressed frame -> its stored components, (H, W) or (H, W, 3).
 
-    frame_format: for RLE, completed from the header.
+    form: its FrameFormat; for RLE, completed from the header.
     """
     from pydicom.encaps import encapsulate
 
-    decoder, form = find_decoder(frame_format), frame_format
+    decoder = find_decoder(form)
     best = form.kind == "RLE" or {"pylibjpeg", "gdcm"} & set(decoder.available_plugins)
     bits = 8 if form.bits <= 8 else 16
     try:

@@ -11,7 +11,7 @@ OPENCV_NO_MEMORY = -4  # an error code of OpenCV
 
 
 class VideoError(ValueError):
-    """Why a file has no clips: a short reason for the user's list."""
+    """A short reason why a file has no clips, for the list of skipped files."""
 
 
 class NotNow(VideoError):
@@ -63,15 +63,10 @@ def why_packed(path):
         return f"packed ({kind}): unpack it"
     start = head.lstrip().lower()
     if start.startswith((b"--", b"content-type: multipart")) and b"application/dicom" in start:
-        return (
-            "a multipart response of a DICOMweb server: save each part as a file, or export the "
-            "study as DICOM files"
-        )
+        return "a DICOMweb server's response: save its parts as files, or export the study as DICOM"
     zlib = head[8:10] in (b"x\x01", b"x\x5e", b"x\x9c", b"x\xda")  # after the size in 8 bytes
     if head.startswith(b"SQLite format 3") or (zlib and head[5:8] == bytes(3)):
-        return (
-            "from the database of an image archive (Orthanc, ...): export the study as DICOM files"
-        )
+        return "from an image archive's database (Orthanc, ...): export the study as DICOM files"
     return ""
 
 
