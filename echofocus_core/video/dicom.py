@@ -161,7 +161,7 @@ def element(header, name, convert, default):
     """An element's converted value; the default if it is absent or malformed."""
     try:
         return convert(header[name].value)
-    except Exception:  # pydicom, too, converts a value only now
+    except Exception:  # pydicom parses a value when it is read
         return default
 
 
