@@ -14,7 +14,7 @@ CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 def finish(encoder, model, weights):
-    encoder.model = model.eval().requires_grad_(False)
+    encoder.model = model.float().eval().requires_grad_(False)  # hubs have half precision too
     encoder.weights = str(weights or encoder.name)
     return encoder
 
@@ -81,8 +81,8 @@ class HuggingFace:
     """What image and video models of transformers share; see `hugging_face`."""
 
     def set_up(self, name, model, processor, weights):
-        finish(self, model, weights)
         self.name = f"hf:{name}"
+        finish(self, model, weights)
         self.licence = self.citation = f"see the card of {name}"
         self.pixels = pixels_of(processor, self.name)
         self.mean, self.deviation = tuple(processor.image_mean), tuple(processor.image_std)
