@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import relative_error, write_cine
+from helpers import moving_square, relative_error, write_cine
 
 import echofocus_core.video.encoders.hub as hub
 from echofocus_core.base.console import RUN, UserError
@@ -239,6 +239,7 @@ def test_echoclip(torchvision, videos, embed, monkeypatch):
 
     visual = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 32, 32), torch.nn.Flatten())
     clip_model = type("Clip", (), {"visual": visual})
+    monkeypatch.setattr(hub.EchoCLIP, "width", 245)
     monkeypatch.setattr("open_clip.create_model", lambda *args, **kwargs: clip_model)
     embeddings, _ = embed("--encoder", "echoclip")
     features = []
@@ -361,6 +362,21 @@ def test_a_file_runs_only_if_the_user_names_it(hospital, cli):
     next(Path("two").glob("*.hdf5")).replace("emb/s1.hdf5")
     status, _, err = cli(*train, "--run_id", "mixed")
     assert status == 1 and "different encoder" in err and "s1" in err
+
+
+def test_a_mask_blackens_the_frames_before_they_are_cropped(tmp_path):
+    """A still text beside a moving square is black; the digest is that of the unmasked frames."""
+    frames = moving_square(20, 120, 160)
+    frames[:, 100:110, 4:40] = 255
+    write_cine(tmp_path / "a.dcm", frames)
+    pixels = Pixels(size=64, resize=64)
+    plain, masked = (
+        read_clips(tmp_path / "a.dcm", Sampling(1, 16, 64, mask=mask, pixels=pixels))[0]
+        for mask in ("none", "sector")
+    )
+    assert plain.pixels == masked.pixels and plain.frames.shape == masked.frames.shape
+    assert plain.frames[0, 54:58].max() > 200 and masked.frames[0, 54:58].max() == 0
+    assert masked.frames.max() > 100
 
 
 def test_windows_by_hand():

@@ -454,6 +454,12 @@ def sample_windows(video, sampling):
     if masks:
         import cv2
 
+        compared = set(compared_frames(len(frames)))
+        digest = frames_digest(  # before the change, as for PanEcho
+            [pixels.picture(f, is_dicom) if i in compared else f for i, f in enumerate(frames)],
+            pixels.size,
+        )
+
         inside = sector_mask([resize(frame) for frame in frames], video.boxes, notes)
         shape = frames[0].shape[1::-1]
         whole = cv2.resize(inside, shape, interpolation=cv2.INTER_NEAREST)[:, :, None]
@@ -465,7 +471,7 @@ def sample_windows(video, sampling):
     plain = np.stack([frames[i] for i in used])
     if plain.max() < LIT:
         notes.append("all frames are black")
-    digest = frames_digest(frames, pixels.size)
+    digest = digest if masks else frames_digest(frames, pixels.size)
     return [Clips(plain, index, numbers[:, 0], len(frames), "; ".join(notes), content, digest)]
 
 

@@ -507,7 +507,7 @@ def attributes_of(settings, encoder):
     if not sampling.perturb:
         del attributes["perturb"]
     if sampling.pixels:  # clips without random starts
-        del attributes["starts"], attributes["seed"], attributes["augment"]
+        del attributes["starts"], attributes["augment"]
         attributes |= {"stride": sampling.stride}
         attributes |= {"licence": encoder.licence, "citation": encoder.citation}
     return attributes
