@@ -220,16 +220,16 @@ def cmd_pack(job):
     from echofocus_core.study.loop import report_unreadable
     from echofocus_core.video.store import open_folder, write_pack
 
-    folder = job.dataset.embedding_path
-    source, path = open_folder(folder), packed_path(folder)
-    try:
-        with lock(path, timeout=0):
-            unreadable = write_pack(source, path, np.dtype(job.settings.dtype))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {path}: {error}; an older pack is unchanged") from error
-    report_unreadable(unreadable)
-    n, size = len(source.files) - len(unreadable), path.stat().st_size / 1e9
-    print(f"packed {job.settings.dataset}: {n} studies, {size:.2f} GB in {path.name}")
+    for folder in job.dataset.embedding_paths:
+        source, path = open_folder(folder), packed_path(folder)
+        try:
+            with lock(path, timeout=0):
+                unreadable = write_pack(source, path, np.dtype(job.settings.dtype))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot write {path}: {error}; an older pack is unchanged") from error
+        report_unreadable(unreadable)
+        n, size = len(source.files) - len(unreadable), path.stat().st_size / 1e9
+        print(f"packed {job.settings.dataset}: {n} studies, {size:.2f} GB in {path.name}")
 
 
 def cmd_download(settings):
@@ -308,7 +308,8 @@ def predict(model, source, **options):
     """A DataFrame with the model's answers, one row per study, see `prediction_table`.
 
     source: clip embeddings of a study (V videos, C clips, D), a dict of study id to such arrays,
-    a folder of embedding files or of videos, or a store. options: those of `predict`, e.g.
+    a folder of embedding files or of videos, a list of folders of embedding files for a model of
+    several encoders, or a store. options: those of `predict`, e.g.
     precision="bf16". The studies without an answer are in `.attrs["left_out"]`, a dict of study to
     reason. Raises UserError.
     """
@@ -345,7 +346,7 @@ def attribute(model, study, labels=None, **options):
     from echofocus_core.video.store import StudyClips
 
     settings = validate_as(Settings, options)
-    bag = study if isinstance(study, StudyClips) else bag_of("study", study, model.net.width)
+    bag = study if isinstance(study, StudyClips) else bag_of("study", study, model)
     explanation = explain(model, "study", bag, label_columns(model, labels), settings)
     return video_rows(model, explanation, settings).drop(columns="eid")
 
@@ -358,15 +359,18 @@ def studies_of(model, source, options):
     from echofocus_core.study.folds import sample_ids
     from echofocus_core.study.job import input_options, videos_job
     from echofocus_core.study.sources import warn_of_other_input
-    from echofocus_core.video.store import open_store
+    from echofocus_core.video.joined import open_stores
 
     settings = validate_as(Settings, input_options(model.record.input) | options)
+    one = isinstance(source, str | os.PathLike)
+    several = isinstance(source, list) and all(isinstance(x, str | os.PathLike) for x in source)
     if isinstance(source, dict):
-        store = Arrays(source, model.net.width)
-    elif not isinstance(source, str | os.PathLike):
-        store = source if hasattr(source, "read") else Arrays({"study": source}, model.net.width)
-    elif any(Path(source).glob("*.hdf5")) or any(Path(source).glob("*.h5")):
-        store = open_store(Path(source), most_videos=settings.max_videos_per_study)
+        store = Arrays(source, model)
+    elif several or (one and any(any(Path(source).glob(x)) for x in ("*.hdf5", "*.h5"))):
+        paths = [Path(x) for x in (source if several else [source])]
+        store = open_stores(paths, most_videos=settings.max_videos_per_study)
+    elif not one:
+        store = source if hasattr(source, "read") else Arrays({"study": source}, model)
     else:
         job = videos_job(model, source, settings, asked="weights" in options).with_source()
         return job.settings, job.source.store, job.source.eids
@@ -379,8 +383,8 @@ def studies_of(model, source, options):
 class Arrays:
     """Clip embeddings in memory as a store: dict of study id to (V videos, C clips, D)."""
 
-    def __init__(self, arrays, width):
-        self.files = {str(eid): bag_of(eid, array, width) for eid, array in arrays.items()}
+    def __init__(self, arrays, model):
+        self.files = {str(eid): bag_of(eid, array, model) for eid, array in arrays.items()}
 
     def read(self, eid, rng=None):
         return self.files[eid]
@@ -390,13 +394,18 @@ class Arrays:
         return V * C
 
 
-def bag_of(eid, array, width):
-    """StudyClips of an array (V, C, width); its videos are numbered. Raises UserError."""
+def bag_of(eid, array, model):
+    """StudyClips of an array (V, C, D) for a model; its videos are numbered. Raises UserError."""
     import numpy as np
 
     from echofocus_core.video.store import StudyClips
 
-    array = np.asarray(array, np.float32)
+    array, width = np.asarray(array, np.float32), model.net.width
+    if encoders := list(model.record.encoders):
+        raise UserError(
+            f"{model.folder.name} reads the clip embeddings of {' and '.join(encoders)}: give a "
+            "list of their folders, not an array"
+        )
     if array.shape[2:] != (width,) or not array.size or not np.isfinite(array).all():
         raise UserError(
             f"study {eid}: expected finite clip embeddings of shape (videos, clips, {width}); the "

@@ -344,7 +344,8 @@ class Settings(CohortOptions):
         [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
     )
     encoders: Names = option(
-        [], "compare the embeddings of these encoders, as in panecho=emb/panecho [the dataset's]",
+        [], "compare the embeddings of these encoders, as in panecho=emb/panecho, or "
+        "both=emb/panecho,emb/echoprime joined [the dataset's]",
         WHAT, "compare"
     )
     aggregators: list[Aggregators] = option(

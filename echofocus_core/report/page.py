@@ -58,6 +58,7 @@ class PageStudy:
     truths: np.ndarray | None = None  # (T,) in physical units
     details: StudyDetails = field(default_factory=StudyDetails)
     source: object = None  # the `studies.Study` of its videos, where it is available
+    encoders: tuple = ("",)  # of which the names of videos begin, where several are joined
 
     @cached_property
     def videos(self):
@@ -72,7 +73,9 @@ class PageStudy:
         by_file_name = {}
         for name, video in by_name.items():
             by_file_name.setdefault(PurePosixPath(name).name, []).append(video)
-        return {name: v[0] for name, v in by_file_name.items() if len(v) == 1} | by_name
+        files = {name: v[0] for name, v in by_file_name.items() if len(v) == 1} | by_name
+        encoders = (f"{x}/" if x else "" for x in self.encoders)
+        return {f"{encoder}{name}": v for encoder in encoders for name, v in files.items()}
 
 
 @dataclass
@@ -91,8 +94,8 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
     """Write the page for the studies in a prediction table, with explanations; print its path."""
     by_study = {x["eid"]: x for x in explanations if x["columns"]}
     sources = source_studies(job, list(table["eid"]))
-    path, studies = job.dataset.embedding_path, []
-    files = open_folder(path).files if path.is_dir() else {}
+    paths, studies, encoders = job.dataset.embedding_paths, [], tuple(job.source.store.parts)
+    files = open_folder(paths[0]).files if len(paths) == 1 and paths[0].is_dir() else {}
     for row in table.to_dict("records"):
         eid = row["eid"]
         explanation = by_study.get(eid)
@@ -107,7 +110,8 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
                 "skipped files",
                 "extract or copy it again",
             )
-        studies.append(PageStudy(eid, row, names, explanation, truth, details, sources.get(eid)))
+        source = sources.get(eid)
+        studies.append(PageStudy(eid, row, names, explanation, truth, details, source, encoders))
     plain = released_task(job.model.task).get("names", {}) | (job.task.names if job.task else {})
     page = Page(folder, job.model, job.settings, studies, left_out, plain)
     print(f"wrote {write_page(page)}")

@@ -128,7 +128,8 @@ def check_model(typed, config, listener):
 
 def choose_job(typed, config, model, listener):
     """The Job of a run; None if only --videos can be checked."""
-    extracted = any(d.embedding_path.exists() for d in config.datasets.values())
+    paths = [path for d in config.datasets.values() for path in d.embedding_paths]
+    extracted = any(path.exists() for path in paths)
     if typed.get("videos") and not typed.get("dataset") and not extracted:
         return listener.ok("no dataset is extracted yet: only --videos is checked")
     typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
@@ -176,7 +177,7 @@ def check_data(job, section):
         return
     with section("embeddings", "see embedding_path in the config") as listener:
         store = open_embeddings(dataset, job.task, settings, listener)
-        headers = check_embeddings(dataset.embedding_path, store, settings, listener)
+        headers = check_embeddings(store, settings, listener)
     if model and store:
         with section("encoder", "") as listener:
             warn_of_other_input(model, store, list(headers), listener)
@@ -210,7 +211,7 @@ def check_labels(job, listener):
     return load_labels(task, job.dataset, listener, job.settings, job.settings.split_column)
 
 
-def check_embeddings(path, store, settings, listener):
+def check_embeddings(store, settings, listener):
     """Study -> header of readable studies. Reads all headers and the numbers of a sample."""
     headers, unreadable = {}, {}
     for eid in progress(store.files, desc="headers", unit="study", leave=False, delay=2):
@@ -227,7 +228,9 @@ def check_embeddings(path, store, settings, listener):
             unreadable[eid] = str(error)
             del headers[eid]
     videos = sum(header.videos for header in headers.values())
-    text = f"{path}: {len(headers)} readable studies, {videos} videos (headers of all read, "
+    text = (
+        f"{store.folder}: {len(headers)} readable studies, {videos} videos (headers of all read, "
+    )
     text += f"numbers of {len(eids)} studies)"
     if headers:
         listener.ok(text)

@@ -53,8 +53,9 @@ def cells_of(job):
     Raises UserError.
     """
     settings = job.settings
-    folders = {name: path for name, path in named_paths("--encoders", settings.encoders)}
-    folders = folders or {job.dataset.embedding_path.stem: job.dataset.embedding_path}
+    folders = dict(named_paths("--encoders", settings.encoders))
+    name = "+".join(path.stem for path in job.dataset.embedding_paths)
+    folders = folders or {name: job.dataset.embedding_paths}
     for name, _ in named_paths("--perturbed", settings.perturbed):
         if name not in folders:
             raise UserError(f"--perturbed {name}=...: no such encoder (there are {some(folders)})")
@@ -66,12 +67,16 @@ def cells_of(job):
 
 
 def named_paths(option, texts):
-    """[(name, path)] of texts such as panecho=emb/p. Raises UserError."""
-    pairs = [(name, Path(path)) for name, _, path in (text.partition("=") for text in texts)]
-    for (name, path), text in zip(pairs, texts, strict=True):
-        repeated = option == "--encoders" and [x for x, _ in pairs].count(name) > 1
-        if not name or path == Path() or "/" in name or repeated:
+    """[(name, list of paths)] of texts such as panecho=emb/p, or both=emb/p,emb/e for joined
+    encoders. Raises UserError."""
+    pairs = []
+    for text in texts:
+        name, _, part = text.partition("=")
+        paths = [Path(x) for x in part.split(",")]
+        repeated = option == "--encoders" and name in dict(pairs)
+        if not name or Path() in paths or "/" in name or repeated:
             raise UserError(f"{option} {text}: write a name and a folder, as in panecho=emb/p")
+        pairs.append((name, paths))
     return pairs
 
 
@@ -120,8 +125,8 @@ def answer_cells(job, finished):
         model = load_model(place, device=pick_device(job.settings.device))
         studies, warnings = answer_cell(job, cell, folders[cell.encoder], model)
         perturbed = {
-            path.name: answer_cell(job, cell, path, model)[0]
-            for name, path in named_paths("--perturbed", job.settings.perturbed)
+            "+".join(path.name for path in paths): answer_cell(job, cell, paths, model)[0]
+            for name, paths in named_paths("--perturbed", job.settings.perturbed)
             if name == cell.encoder and cell.fraction == 1
         }
         saved = read_checkpoint(place / "last_checkpoint.pt")

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -92,6 +93,15 @@ def class_names(value):
 def whole_number(value):
     """A number, or its digits: attributes of a file are compared as text."""
     return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 9 else value
+
+
+def one_or_several(value, validate):
+    """A path, or a list of two or more."""
+    if not isinstance(value, list):
+        return validate(value)
+    if not value:
+        raise ValueError("names no folder")
+    return [validate(x) for x in value] if len(value) > 1 else validate(value[0])
 
 
 def for_config(settings):
@@ -251,7 +261,8 @@ class Dataset(Entry):
 
     model_config = ConfigDict(frozen=True, str_strip_whitespace=True)
 
-    embedding_path: Location
+    # A list: folders of several encoders
+    embedding_path: Annotated[Location, WrapValidator(one_or_several)]
     label_path: Location | None = None
     split_path: Location | None = None  # JSON of patients and their folds
     path_pattern: str = ""  # regular expression with (?P<pid>) and (?P<eid>), for lists of videos
@@ -271,10 +282,17 @@ class Dataset(Entry):
         return self
 
     @property
+    def embedding_paths(self):
+        """The clip embeddings of each encoder."""
+        several = isinstance(self.embedding_path, list)
+        return self.embedding_path if several else [self.embedding_path]
+
+    @property
     def is_of_videos(self):
         """Whether it has videos and no clip embeddings yet: commands with a model extract them."""
-        exists = self.embedding_path.exists() or packed_path(self.embedding_path).exists()
-        return self.video_base_path is not None and not exists
+        path, *more = self.embedding_paths
+        exists = path.exists() or packed_path(path).exists()
+        return self.video_base_path is not None and not exists and not more
 
     @field_validator("video_subdir_format")
     @classmethod
@@ -341,8 +359,13 @@ def read_config(path="", needed=True):
 
 def with_paths(entry, folder):
     """A task or dataset whose paths are relative to the current folder, not to `folder`."""
-    paths = {key: value for key, value in dict(entry).items() if isinstance(value, Path)}
-    return entry.model_copy(update={key: folder / p.expanduser() for key, p in paths.items()})
+
+    def place(value):
+        return [place(x) for x in value] if isinstance(value, list) else folder / value.expanduser()
+
+    keys = [key for key, value in dict(entry).items() if isinstance(value, Path)]
+    keys += ["embedding_path"] if isinstance(entry, Dataset) else []
+    return entry.model_copy(update={key: place(getattr(entry, key)) for key in keys})
 
 
 def without_repeats(pairs):
@@ -415,7 +438,8 @@ class Record(Labelled):
     labels_sha256: str = ""
     encoder_sha256: str = ""
     input: Input = Input()
-    width: int = EMBED_DIM  # features of a clip embedding
+    width: int | list[int] = EMBED_DIM  # features of a clip embedding; a list: of each encoder
+    encoders: dict[Text, Input] = Field({})  # where it joins several: name -> its input
     settings: Settings = Settings()  # RECORDED of them
     loss_over_all_labels: bool = False  # earlier losses were divided by a study's known labels
 
@@ -433,6 +457,11 @@ class Record(Labelled):
         return self
 
     @property
+    def inputs(self):
+        """Name of an encoder ('' for the only one) -> Input."""
+        return self.encoders or {"": self.input}
+
+    @property
     def outputs(self):
         """The outputs of the model."""
         return self.outputs_of(self.labels)
@@ -440,7 +469,9 @@ class Record(Labelled):
     def to_save(self):
         """As plain Python values, with the settings that decide the weights and no others."""
         settings = {name: getattr(self.settings, name) for name in RECORDED}
-        saved = self.model_dump(exclude={"settings", "input"})
+        saved = self.model_dump(exclude={"settings", "input", "encoders"})
+        if self.encoders:
+            saved["encoders"] = {k: x.model_dump(exclude_none=True) for k, x in self.inputs.items()}
         return saved | {"settings": settings, "input": self.input.model_dump(exclude_none=True)}
 
 

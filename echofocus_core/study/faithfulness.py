@@ -162,6 +162,8 @@ def read_views(path, listener, store, eids):
     if n := len(rows) - len(explained):
         listener.note(f"{path}: {n} rows are for studies that are not explained")
     views = explained.set_index(["eid", "video"])["view"].to_dict()
+    for encoder in filter(None, store.parts):
+        views |= {(eid, f"{encoder}/{video}"): view for (eid, video), view in views.items()}
     for eid in explained["eid"].unique():
         with suppress(UnreadableStudy):
             if any((eid, name) in views for name in store.read(eid).videos):

@@ -230,34 +230,51 @@ class InputReport:
 class InputCheck:
     """Compares each study with the input that a model was trained on."""
 
-    def __init__(self, reference, novelty=None):
-        """reference: an Input as a dict; novelty: a Novelty or None."""
-        self.reference, self.novelty, self.report = reference, novelty, InputReport()
+    def __init__(self, references, novelty=None):
+        """references: `Record.inputs`; novelty: a Novelty or None."""
+        self.references = {k: x.model_dump(exclude_none=True) for k, x in references.items()}
+        self.novelty, self.report = novelty, InputReport()
 
     def __call__(self, eid, study):
-        differences, reference, made_with = [], self.reference, study.made_with
-        self.report.modulo[eid] = made_with.get("starts") == "modulo"
-        untrained = str(made_with.get("weights", "")).startswith("random")
-        if untrained and reference.get("weights_sha256") != made_with.get("weights_sha256"):
-            differences.append("the encoder was untrained: the answers mean nothing")
-        for name in MADE_WITH:
-            then = str(reference.get(name))
-            now = str(made_with.get(name, then))
-            if name in reference and now != then:
-                differences.append(f"{name} {now[:12]}, trained on {then[:12]}")
-        if "norm_mean" in reference:
-            norm, usual = mean_norm(study), reference["norm_mean"]
-            if abs(norm - usual) > max(6 * reference["norm_sd"], 0.1 * usual):
-                differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
+        differences, notes, pairs, parts = [], [], [], study.by_encoder()
+        starts = [part.made_with.get("starts") for part in parts]
+        self.report.modulo[eid] = "modulo" in starts
+        for (encoder, reference), part in zip(self.references.items(), parts, strict=True):
+            if not part.videos:
+                notes.append(f"no clip embeddings of {encoder}")
+                continue
+            texts = differences_of(reference, part)
+            differences += [f"{encoder}: {text}" for text in texts] if encoder else texts
+            same = almost_the_same(part.embeddings)
+            pairs += [f"{part.videos[j]} and {part.videos[i]}" for i, j in same]
         if self.novelty:
             self.report.novelty[eid] = self.novelty(study)
             if self.report.novelty[eid] > UNUSUAL:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
-        if pairs := almost_the_same(study.embeddings):
-            names = some([f"{study.videos[j]} and {study.videos[i]}" for i, j in pairs])
-            self.report.notes[eid] = f"{len(pairs)} videos almost the same as others: {names}"
+        if pairs:
+            notes.append(f"{len(pairs)} videos almost the same as others: {some(pairs)}")
+        if notes:
+            self.report.notes[eid] = "; ".join(notes)
         if differences:
             self.report.warnings[eid] = "; ".join(differences)
+
+
+def differences_of(reference, study):
+    """How the StudyClips of one encoder differ from an Input (a dict), in words."""
+    differences, made_with = [], study.made_with
+    untrained = str(made_with.get("weights", "")).startswith("random")
+    if untrained and reference.get("weights_sha256") != made_with.get("weights_sha256"):
+        differences.append("the encoder was untrained: the answers mean nothing")
+    for name in MADE_WITH:
+        then = str(reference.get(name))
+        now = str(made_with.get(name, then))
+        if name in reference and now != then:
+            differences.append(f"{name} {now[:12]}, trained on {then[:12]}")
+    if "norm_mean" in reference:
+        norm, usual = mean_norm(study), reference["norm_mean"]
+        if abs(norm - usual) > max(6 * reference["norm_sd"], 0.1 * usual):
+            differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
+    return differences
 
 
 def report_warnings(warnings, model_name):

@@ -346,6 +346,11 @@ def check_encoder(model, settings, asked):
     UserError.
     """
     name, trained, digest = model.folder.name, model.record.encoder_sha256, ""
+    if encoders := list(model.record.encoders):
+        raise UserError(
+            f"{name} reads the clip embeddings of {' and '.join(encoders)}: extract the videos "
+            "with each encoder, and name both folders as embedding_path of a dataset"
+        )
     encoder = model.record.input.encoder or "panecho"
     if not asked and encoder != settings.encoder and is_file(encoder):
         raise UserError(

@@ -346,6 +346,7 @@ def refuse_other_model(first, model):
     def facts(m):
         values = {"labels": m.outputs.names, "type": m.outputs.kinds, "level": m.record.level}
         values |= {"units": m.units, "encoder": m.record.encoder_sha256}
+        values |= {"encoders": list(m.record.encoders), "width": m.record.width}
         return values | {name: getattr(m.record.input, name) for name in MADE_WITH}
 
     pairs = zip(facts(first).items(), facts(model).values(), strict=True)

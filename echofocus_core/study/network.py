@@ -34,6 +34,7 @@ class Aggregator(nn.Module):
         of features of a clip embedding."""
         super().__init__()
         self.width = width
+        self.front = nn.Identity()  # from clip embeddings to tokens, see `join`
         self.n_outputs, self.kind, self.depth, self.combine = n_outputs, kind, depth, combine
         self.groups = groups
         self.single_clips = False  # whether the answer is the mean of the answers of single clips
@@ -51,6 +52,15 @@ class Aggregator(nn.Module):
         """As `forward`: logits (S, T) and embeddings (S, D) or (S, T, D)."""
         raise NotImplementedError
 
+    def join(self, widths):
+        """Read the clips of several encoders, of these widths, as `video.joined` joins them.
+
+        One linear layer is a projection of each encoder and its type vector, since every encoder
+        has features of its own.
+        """
+        n_features = sum(widths) + len(widths)
+        self.front, self.width = nn.Linear(n_features, self.width, bias=False), n_features
+
     def forward(self, tokens, lengths, rng=None, pool_queries=True):
         """tokens (N, D) of S studies, lengths (S) -> outputs (S, T), study embeddings (S, D).
 
@@ -58,6 +68,7 @@ class Aggregator(nn.Module):
         Outputs of classes are log-odds, see `study.outputs`.
         rng: a numpy Generator for dropout in training; None: torch's generator.
         """
+        tokens = self.front(tokens)
         of_clips = self.single_clips and len(tokens) > len(lengths)
         logits, embeddings = self.read(tokens, [1] * len(tokens) if of_clips else lengths, rng)
         if of_clips:
@@ -79,9 +90,9 @@ class Aggregator(nn.Module):
     def label_axes(self):
         """Parameter -> its axis of labels, for parameters that have one."""
         with torch.device("meta"):
-            more = type(self)(
-                self.n_outputs + 1, self.kind, self.depth, self.combine, width=self.width
-            )
+            width = self.ff.in_features
+            more = type(self)(self.n_outputs + 1, self.kind, self.depth, self.combine, width=width)
+            more.front = self.front
         pairs = zip(self.state_dict().items(), more.state_dict().values(), strict=True)
         differ = {k: [a != b for a, b in zip(x.shape, y.shape, strict=True)] for (k, x), y in pairs}
         return {name: axes.index(True) for name, axes in differ.items() if any(axes)}
@@ -162,9 +173,8 @@ class StudyModel(Aggregator):
         """
         if not self.depth:
             return 1.0
-        before, after = (
-            x - x.mean(1, keepdim=True) for x in map(self.first_norm_input, (start, tokens))
-        )
+        inputs = (self.first_norm_input(self.front(x)) for x in (start, tokens))
+        before, after = (x - x.mean(1, keepdim=True) for x in inputs)
         ratio = before.norm(dim=1) / (after - before).norm(dim=1).clamp(min=1e-12)
         return float(ratio.median().clamp(1e-4, 1))
 
@@ -176,7 +186,7 @@ class StudyModel(Aggregator):
         Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020: attention
         averaged over heads, half of it the residual path, multiplied from layer to layer.
         """
-        queries = self.queries
+        queries, tokens = self.queries, self.front(tokens)
         x = tokens if queries is None else torch.cat([queries, tokens])
         rollout = identity = torch.eye(len(x), device=x.device)
         for layer in self.encoder.layers if self.depth else [None]:
@@ -244,7 +254,7 @@ class Weighted(Aggregator):
 
     @torch.no_grad()
     def clip_shares(self, tokens):
-        return self.weigh(tokens)[0].softmax(0).mean(1)[None]
+        return self.weigh(self.front(tokens))[0].softmax(0).mean(1)[None]
 
 
 class AttentiveProbe(Weighted):
@@ -285,10 +295,16 @@ AGGREGATORS |= {"mean": Pooled, "mlp": Pooled, "attentive": AttentiveProbe, "abm
 
 
 def build(settings, n_outputs, groups=(), width=EMBED_DIM):
-    """The Aggregator of these settings; groups, width: see Aggregator."""
+    """The Aggregator of these settings; groups, width: see Aggregator.
+
+    width: or a list, of several encoders; that of the first is the width of all tokens.
+    """
     kind, depth = settings.transformer_type, settings.encoder_depth
-    net = AGGREGATORS[kind](n_outputs, kind, depth, settings.tf_combine, groups, width)
+    widths = width if isinstance(width, list) else [width]
+    net = AGGREGATORS[kind](n_outputs, kind, depth, settings.tf_combine, groups, widths[0])
     net.single_clips = settings.video_sampling == "one"
+    if len(widths) > 1:
+        net.join(widths)
     return net
 
 

@@ -20,7 +20,7 @@ from echofocus_core.study.network import Readings
 
 def answer_studies(model, store, eids, settings):
     """(table, why the others have no answer, warnings) of studies, see `prediction_table`."""
-    check = InputCheck(model.record.input.model_dump(exclude_none=True), model.novelty)
+    check = InputCheck(model.record.inputs, model.novelty)
     steps, ranges, unreadable = [], {}, {}
     context = LoopContext(model.net, store, settings, unreadable=unreadable, look=check)
     for results in predict_steps(context, eids, "predict"):

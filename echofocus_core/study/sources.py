@@ -5,10 +5,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from echofocus_core.base.console import EXTRACT, RUN, some
+import numpy as np
+
+from echofocus_core.base.console import EXTRACT, RUN, UserError, some
 from echofocus_core.study.folds import sample_ids, stored_names
 from echofocus_core.study.labels import label_file, read_rows
 from echofocus_core.video import extract
+from echofocus_core.video.joined import open_stores
 from echofocus_core.video.single_videos import VideosOf
 from echofocus_core.video.store import MADE_WITH, open_store
 from echofocus_core.video.studies import studies_of_dataset
@@ -47,12 +50,16 @@ def open_source(job, limited=False):
 
 def open_embeddings(dataset, task, settings, listener=RUN):
     """The store of a dataset's clip embeddings, by study, or by video if the labels are."""
-    store = open_store(dataset.embedding_path, listener, settings.max_videos_per_study)
+    store = open_stores(dataset.embedding_paths, listener, settings.max_videos_per_study)
     return of_level(store, task, listener)
 
 
 def of_level(store, task, listener=RUN):
-    return VideosOf(store, listener) if task and task.level == "video" else store
+    if not task or task.level != "video":
+        return store
+    if len(store.parts) > 1:
+        raise UserError("labels of single videos need a dataset with one embedding_path")
+    return VideosOf(store, listener)
 
 
 def extract_videos(job, limited=False):
@@ -106,14 +113,19 @@ def folder_of(videos, grouping, settings, encoder):
 def refuse_mixed(store, eids, allowed, findings):
     """Report an error if embeddings were made with different encoders or settings, or some have no
     record; with --allow_mixed a warning."""
-    for name, studies in store.made_with(eids).items():
+    facts = [
+        (f"the embeddings{f' of {encoder}' if encoder else ''}", name, studies)
+        for encoder, part in store.parts.items()
+        for name, studies in part.made_with([eid for eid in eids if eid in part.files]).items()
+    ]
+    for which, name, studies in facts:
         if len(studies) < 2:
             continue
         kinds = sorted(studies.items(), key=lambda item: -len(item[1]))
         groups = [
             f"{str(kind)[:12] or 'not recorded'} ({len(e)} studies: {some(e)})" for kind, e in kinds
         ]
-        text = f"the embeddings were made with different {name}: {some(groups)}"
+        text = f"{which} were made with different {name}: {some(groups)}"
         if allowed:
             findings.warning(text, "they are used (--allow_mixed)")
         else:
@@ -123,27 +135,51 @@ def refuse_mixed(store, eids, allowed, findings):
 
 def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
     """Warn about studies embedded with another encoder or other clips than the model's training
-    data. Returns {warning: study ids}."""
-    name, trained, warnings = model.folder.name, model.record.input.model_dump(), {}
-    trained["weights_sha256"] = encoder = model.record.encoder_sha256
-    made_with = store.made_with(eids)
-    for what in names:
-        before = str(trained[what] or "")
-        for value, studies in made_with[what].items():
-            if not before or value in ("", before):
-                continue
-            fact, n = ("the encoder weights", 12) if what == "weights_sha256" else (what, None)
-            text = (
-                f"{name} was trained on embeddings of {fact} {before[:n]}, but {len(studies)} "
-                f"studies ({some(studies)}) have {value[:n]}: its answers may mean nothing there"
-            )
-            listener.warning(text, "extract them with the settings of its training")
-            warnings[text] = studies
-    if not encoder:
+    data. Returns {warning: study ids}. UserError if it reads other encoders together."""
+    refuse_other_encoders(model, store, eids)
+    name, warnings, recorded = model.folder.name, {}, []
+    for part, reference in zip(store.parts.values(), model.record.inputs.values(), strict=True):
+        trained = reference.model_dump()
+        trained["weights_sha256"] = model.record.encoder_sha256 or trained["weights_sha256"]
+        recorded.append(trained["weights_sha256"])
+        made_with = part.made_with([eid for eid in eids if eid in part.files])
+        for what in names:
+            before = str(trained[what] or "")
+            for value, studies in made_with[what].items():
+                if not before or value in ("", before):
+                    continue
+                fact, n = ("the encoder weights", 12) if what == "weights_sha256" else (what, None)
+                text = (
+                    f"{name} was trained on embeddings of {fact} {before[:n]}, but {len(studies)} "
+                    f"studies ({some(studies)}) have {value[:n]}: its answers may mean nothing "
+                    "there"
+                )
+                listener.warning(text, "extract them with the settings of its training")
+                warnings[text] = studies
+    if not all(recorded):
         listener.ok(f"{name} does not record its encoder")
     elif not warnings:
         listener.ok("the model and the embeddings use the same encoder")
     return warnings
+
+
+def refuse_other_encoders(model, store, eids):
+    """UserError if a model reads the embeddings of other encoders together than a dataset has."""
+    trained, now = model.record.encoders, store.parts
+    if len(trained) < 2 and len(now) < 2:
+        return  # another width is refused study by study
+    trained = dict(zip(trained or [""], np.ravel(model.record.width), strict=True))
+    now = dict(zip(now, np.ravel(store.width(eids)), strict=True))
+    swapped = set(trained) == set(now) and list(trained) != list(now)
+    if swapped or list(trained.values()) != list(now.values()):
+        one, other = (
+            " and ".join(f"{name or 'one encoder'} ({width} features)" for name, width in x.items())
+            for x in (trained, now)
+        )
+        raise UserError(
+            f"{model.folder.name} was trained on clip embeddings of {one}; the dataset has {other}:"
+            " its embedding_path must name the same encoders in the same order"
+        )
 
 
 def labelled_ids(job):

@@ -20,7 +20,7 @@ from echofocus_core.base.files import atomic_path, derive_seed, write_table
 from echofocus_core.base.options import RECORDED, Settings, is_fixed
 from echofocus_core.base.seen import all_seen
 from echofocus_core.base.world import pick_device
-from echofocus_core.study.config import Hazard, Record, read_record
+from echofocus_core.study.config import Hazard, Input, Record, read_record
 from echofocus_core.study.end_to_end import EncoderStart, EndToEnd
 from echofocus_core.study.folds import refuse_other_folds
 from echofocus_core.study.input_check import TrainingInput
@@ -38,14 +38,14 @@ DATA = "clip embeddings or videos (--allow_mixed accepts copies without a checks
 def fresh_network(settings, outputs, parent=None, units=(), width=EMBED_DIM):
     """The network of these settings with random weights from the seed, or those of a parent.
 
-    parent: LoadedModel to start from, or None; units: of the labels; width: of clip embeddings.
+    parent: LoadedModel to start from, or None; units: of the labels; width: see `build`.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(derive_seed("weights", settings.seed))
         net = build(settings, len(outputs.names), outputs.groups, width)
-    if parent and parent.net.width != width:
+    if parent and parent.record.width != width:
         raise UserError(
-            f"{parent.folder.name} reads clip embeddings of {parent.net.width} features, not "
+            f"{parent.folder.name} reads clip embeddings of {parent.record.width} features, not "
             f"{width}: it cannot be the start of this training"
         )
     if parent:
@@ -120,8 +120,9 @@ class Training(EpochTraining):
     def __init__(self, folder, settings, cohort, store, parent=None, world=None, encoder_seen=()):
         super().__init__(folder, settings, world)  # history: [epoch, train_loss, val_loss, lr, s]
         self.cohort, self.task, self.store = cohort, cohort.task, store
-        width = EMBED_DIM if settings.end_to_end else store.width(cohort.table.index)
-        self.study = fresh_network(settings, cohort.outputs, parent, cohort.task.units, width)
+        self.width = EMBED_DIM if settings.end_to_end else store.width(cohort.table.index)
+        self.study = fresh_network(settings, cohort.outputs, parent, cohort.task.units, self.width)
+        self.encoders = {}  # name -> Input, where several are joined
         self.encoder_start = EncoderStart.of(settings) if settings.end_to_end else None
         if self.encoder_start:
             encoder = self.encoder_start.loaded.model.encoder
@@ -132,9 +133,13 @@ class Training(EpochTraining):
             self.training_input = TrainingInput(self.encoder_start.input(), None, None)
         else:
             self.net, groups = self.study, rate_groups(self.study, settings)
-            patients = cohort.table["pid"].loc[cohort.eids["train"]]
-            self.training_input = TrainingInput.of(store, dict(patients))
-        self.input = self.training_input.input
+            patients = dict(cohort.table["pid"].loc[cohort.eids["train"]])
+            self.training_input = TrainingInput.of(store, patients)
+            if len(store.parts) > 1:
+                for name, part in store.parts.items():
+                    mine = {eid: pid for eid, pid in patients.items() if eid in part.files}
+                    self.encoders[name] = TrainingInput.of(part, mine).input
+        self.input = Input() if self.encoders else self.training_input.input
         self.net.to(pick_device(settings.device))
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -180,7 +185,8 @@ class Training(EpochTraining):
             level=self.task.level, type=self.task.type, classes=self.task.classes,
             survival=self.task.survival, units=self.task.units, unlearnt=unlearnt,
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
-            ranges={label: tuple(map(float, ends[label])) for label in ends}, width=self.net.width,
+            ranges={label: tuple(map(float, ends[label])) for label in ends},
+            width=self.width, encoders=self.encoders,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()), loss_over_all_labels=True,
         )  # fmt: skip
@@ -195,6 +201,7 @@ class Training(EpochTraining):
         names = ("task", "dataset", "labels", "type", "classes", "level")
         facts = {name: getattr(record, name) for name in names}
         facts |= {name: getattr(record.settings, name) for name in RECORDED}
+        facts["widths of the clip embeddings"] = record.width
         facts["values of the labels"] = record.labels_sha256
         facts["scaling of the labels (boxcox or --init_from)"] = saved["input_norm_dict"]
         return facts | {DATA: saved["embeddings_sha256"]}

@@ -241,6 +241,19 @@ class StudyClips:
     embeddings: np.ndarray  # (V, C, D) float32
     videos: list[str]  # (V,) names, no absolute paths
     made_with: dict = field(default_factory=dict)  # of MADE_WITH and REPORTED
+    encoders: tuple = ()  # the `made_with` of each, where several are joined
+
+    def by_encoder(self):
+        """The StudyClips of each encoder, with no video where an encoder has none; [self] for one
+        encoder."""
+        if not (K := len(self.encoders)):
+            return [self]
+        number, parts = self.embeddings[:, 0, -K:].argmax(1), []
+        for k, made_with in enumerate(self.encoders):
+            rows = np.flatnonzero(number == k)
+            videos = [self.videos[i] for i in rows]
+            parts.append(StudyClips(self.embeddings[rows, :, :-K], videos, made_with))
+        return parts
 
 
 @dataclass(frozen=True)
@@ -271,6 +284,7 @@ class OpenStudy:
     header: Header
     read_copy: Callable  # number of a copy -> (V, C, D) array as stored
     read_videos: Callable  # -> names
+    encoders: tuple = ()  # see StudyClips
 
     def clips(self, number):
         """StudyClips of a copy. Raises ValueError when they are not what was written."""
@@ -285,7 +299,7 @@ class OpenStudy:
             raise ValueError("it holds NaN")
         if not 0 < largest < BEYOND:
             raise ValueError(f"its numbers are not embeddings, the largest is {largest:g}")
-        return StudyClips(embeddings, videos, made_with)
+        return StudyClips(embeddings, videos, made_with, self.encoders)
 
 
 def open_extracted(f):
@@ -351,6 +365,11 @@ class Store:
 
     def __init__(self, folder, files):
         self.folder, self.files, self.headers = folder, files, {}
+
+    @property
+    def parts(self):
+        """Name -> Store of each encoder; '' for the only one."""
+        return {"": self}
 
     @contextmanager
     def open_study(self, eid):
