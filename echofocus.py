@@ -360,13 +360,14 @@ def studies_of(model, source, options):
     from echofocus_core.study.job import input_options, videos_job
     from echofocus_core.study.sources import warn_of_other_input
     from echofocus_core.video.joined import open_stores
+    from echofocus_core.video.store import holds_embeddings
 
     settings = validate_as(Settings, input_options(model.record.input) | options)
     one = isinstance(source, str | os.PathLike)
     several = isinstance(source, list) and all(isinstance(x, str | os.PathLike) for x in source)
     if isinstance(source, dict):
         store = Arrays(source, model)
-    elif several or (one and any(any(Path(source).glob(x)) for x in ("*.hdf5", "*.h5"))):
+    elif several or (one and holds_embeddings(Path(source))):
         paths = [Path(x) for x in (source if several else [source])]
         store = open_stores(paths, most_videos=settings.max_videos_per_study)
     elif not one:
@@ -400,12 +401,16 @@ def bag_of(eid, array, model):
 
     from echofocus_core.video.store import StudyClips
 
-    array, width = np.asarray(array, np.float32), model.net.width
+    width = model.net.width
     if encoders := list(model.record.encoders):
         raise UserError(
             f"{model.folder.name} reads the clip embeddings of {' and '.join(encoders)}: give a "
             "list of their folders, not an array"
         )
+    try:
+        array = np.asarray(array.detach() if hasattr(array, "detach") else array, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"study {eid}: not an array of clip embeddings: {error}") from error
     if array.shape[2:] != (width,) or not array.size or not np.isfinite(array).all():
         raise UserError(
             f"study {eid}: expected finite clip embeddings of shape (videos, clips, {width}); the "

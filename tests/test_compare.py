@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from echofocus_core.base.files import lock
 from echofocus_core.study.compare import holm
 
 LINE = ("compare", "--task", "t", "--n_boot", 200, "--epoch_lim", 14, "--learning_rate", "2e-3",
@@ -90,11 +91,11 @@ def test_learning_curves_and_grids(planted, cli, monkeypatch):
     validation loss represents its combination; array jobs share the work."""
     line = (*LINE, "--epoch_lim", 2, "--aggregators", "mean", "--fractions", "0.3", "1",
             "--grid", "batch_number=16,64", "--split", "60,20,20")  # fmt: skip
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    status, out, err = cli(*line)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    with lock(Path("trained_models/t/emb_mean_0.3/grid_0").absolute(), timeout=0):
+        status, out, err = cli(*line)  # another process trains this one
     assert status == 0 and "emb_mean_0.3" in out.splitlines()[-1], (out, err)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert not Path("trained_models/t/cells.csv").exists()
     status, out, err = cli(*line)
     assert status == 0, err
     folder = Path("trained_models/t")
@@ -115,7 +116,11 @@ def test_learning_curves_and_grids(planted, cli, monkeypatch):
 
 
 def test_mistakes(planted, cli):
+    assert cli(*LINE, "--aggregators", "mean", "--model_name", "done")[0] == 0
     for options, text in (
+        (("--aggregators", "mean", "--model_name", "done", "--seed", "5"), "seed was 0"),
+        (("--encoders", "a=emb", "b=nowhere"), "nowhere"),
+        (("--grid", "transformer_type=mean,mlp"), "--aggregators"),
         (("--encoders", "emb"), "panecho=emb/p"),
         (("--fractions", "2"), "--fractions"),
         (("--perturbed", "other=noise"), "--perturbed"),

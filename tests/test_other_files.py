@@ -105,6 +105,37 @@ def test_faults_of_an_array(mimic, cli):
         open_store(Path("mimic/panecho.npz"))
 
 
+def test_more_faults_of_an_array(mimic, cli):
+    """Each is one line, before any patient is assigned to another one's study."""
+    study = mimic[0]
+    folder, ids = Path("mimic"), 90000000 + study
+    split = json.loads((folder / "patient_split.json").read_text())
+    first = next(iter(split))
+    text = json.dumps(split)[:-1] + f', "{first}": "test", "{first}": "train"}}'
+    (folder / "patient_split.json").write_text(text)
+    status, _, err = cli("train")
+    assert status == 1 and first in err and "two folds" in err
+    np.savez(folder / "clip_index.npz", study_ids=ids, patient_ids=study[:-1])
+    with pytest.raises(UserError, match="length"):
+        open_store(folder / "panecho.npz")
+    whole = (folder / "panecho.npz").read_bytes()
+    (folder / "panecho.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="truncated"):
+        open_store(folder / "panecho.npz")
+
+
+def test_rows_of_one_path_are_clips_of_a_video(tmp_path):
+    x = np.arange(6 * D, dtype=np.float32).reshape(6, D)
+    np.savez(tmp_path / "x.npz", embeddings=x)
+    paths = ["a/2.dcm", "a/1.dcm", "a/1.dcm", "a/2.dcm", "b/1.dcm", "b/2.dcm"]
+    np.savez(tmp_path / "clip_index.npz", study_ids=np.array([7.0] * 4 + [8.0] * 2),
+             patient_ids=[1] * 6, s3_paths=paths)  # fmt: skip
+    store = open_store(tmp_path / "x.npz")
+    assert list(store.files) == ["7", "8"]
+    got = store.read("7")
+    assert got.videos == ["1.dcm", "2.dcm"] and np.array_equal(got.embeddings[1], x[[0, 3]])
+
+
 def test_files_of_videos(tmp_path):
     rng = np.random.default_rng(1)
     arrays = {("a", "v1"): rng.normal(size=D), ("a", "v2"): rng.normal(size=D)}
@@ -117,11 +148,16 @@ def test_files_of_videos(tmp_path):
         {"video_id": "x", "embedding_per_frame": frames, "embedding_pooled": pooled},
         tmp_path / "b.pt",
     )
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "1.pt").touch()
+    (tmp_path / "a" / "._v1.npy").touch()
     (tmp_path / "c").mkdir()
     np.save(tmp_path / "c" / "1.npy", np.ones((2, D)))
     np.save(tmp_path / "c" / "2.npy", np.ones((3, D)))
     store = open_store(tmp_path)
-    assert list(store.files) == ["a", "b", "c"]
+    assert list(store.files) == ["a", "b", "c", "d"]
+    with pytest.raises(UnreadableStudy, match="truncated"):
+        store.read("d")
     got = store.read("a")
     assert got.videos == ["v1", "v2"]
     assert np.allclose(got.embeddings[1, 0], arrays["a", "v2"], atol=1e-6)

@@ -168,11 +168,15 @@ def decode_array(entry):
 # -------------------------------------------------------------------------------------------- locks
 
 
+class InUse(UserError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def lock(path, timeout=-1):
     """Hold the lock of a path in the block; a file <name>.lock next to it exists meanwhile.
 
-    timeout: seconds to wait, -1 without limit. Raises UserError if another process holds it.
+    timeout: seconds to wait, -1 without limit. Raises InUse if another process holds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +188,7 @@ def lock(path, timeout=-1):
             finally:
                 file.unlink(missing_ok=True)
     except filelock.Timeout as error:
-        raise UserError(
+        raise InUse(
             f"another process is using {path}; wait until it ends (if no process is running, "
             f"delete {file.name})"
         ) from error

@@ -263,7 +263,7 @@ class Settings(CohortOptions):
     sha256: Annotated[str, Field(pattern="^([0-9a-fA-F]{64})?$")] = option(
         "", "expected SHA-256 of the file", WHAT, "download"
     )
-    studies: int = option(80, "number of phantom studies", WHAT, "demo", least=1)
+    studies: int = option(80, "number of phantom studies", WHAT, "demo", least=22)
 
     subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(

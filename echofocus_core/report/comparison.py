@@ -26,13 +26,13 @@ def compare_models(job):
         print(f"{len(cells) - len(finished)} of {len(cells)} are not trained yet: {missing}")
         return
     trained = answer_cells(job, finished)
-    tables, headlines, best = tables_of(job, trained, group_columns(job))
+    tables, headlines, references = tables_of(job, trained, group_columns(job))
     files = []
     for name, table in tables.items():
         write_table(table, folder / f"{name}.csv")
         files.append(f"{name}.csv")
     figures = draw(folder, trained, headlines)
-    write_page(folder, job, trained, tables, best, figures)
+    write_page(folder, job, trained, tables, references, figures)
     shown = tables["cells"][["encoder", "aggregator", "fraction", "label", "metric", "value"]]
     print(shown.to_string(index=False, float_format="{:.3f}".format))
     for text in sorted({text for x in trained for text in x.warnings}):
@@ -82,7 +82,7 @@ def draw_learning_curves(path, trained, headlines, label):
     save_figure(figure, path)
 
 
-def write_page(folder, job, trained, tables, best, figures):
+def write_page(folder, job, trained, tables, references, figures):
     """Write comparison.html: one file without scripts, links or network requests."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -91,14 +91,20 @@ def write_page(folder, job, trained, tables, best, figures):
     env.filters["number"] = lambda x: "n/a" if x is None else number(x)
     env.globals["metric_name"] = metric_name
     patients = np.unique(trained[0].studies.patients)
+    warnings = {text for x in trained for text in x.warnings}
+    if len({(x.cell.fraction, x.facts["train_studies"]) for x in trained}) > len(
+        {x.cell.fraction for x in trained}
+    ):
+        warnings.add("Encoders without embeddings of some studies were trained on fewer studies.")
     page = env.get_template("comparison.html").render(
-        settings=job.settings, version=__version__, best=best.cell, first=trained[0].cell,
+        settings=job.settings, version=__version__, first=references[0].cell,
+        best=references[-1].cell,
         cells=tables["cells"].to_dict("records"), figures=figures,
         differences=tables["differences"].to_dict("records"),
         groups=tables["groups"].to_dict("records") if "groups" in tables else [],
         perturbed=tables["perturbed"].to_dict("records") if "perturbed" in tables else [],
         n_studies=len(trained[0].studies), n_patients=len(patients),
-        warnings=sorted({text for x in trained for text in x.warnings}),
+        warnings=sorted(warnings),
     )  # fmt: skip
     with atomic_path(folder / "comparison.html") as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -113,7 +113,9 @@ def shift_between(x, datasets, patients):
     if patients.groupby(datasets).nunique().min() < 20:
         return "too few patients to measure the shift between the datasets (each needs 20)"
     classifier = make_pipeline(
-        PCA(min(50, len(x) // 2), random_state=0), StandardScaler(), LogisticRegression(C=0.1)
+        PCA(min(50, len(x) // 2, x.shape[1]), random_state=0),
+        StandardScaler(),
+        LogisticRegression(C=0.1),
     )
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
     p = cross_val_predict(

@@ -9,15 +9,19 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import UserError, some
-from echofocus_core.base.options import grid_of
-from echofocus_core.base.world import pick_device
+from echofocus_core.base.files import InUse
+from echofocus_core.base.options import CELL, RECORDED, grid_of
+from echofocus_core.base.resume import differences
+from echofocus_core.base.world import from_environment, pick_device
 from echofocus_core.study import statistics as st
+from echofocus_core.study.config import read_record
 from echofocus_core.study.evaluation import headlines_of, subgroups
 from echofocus_core.study.fold_answers import answer_fold
 from echofocus_core.study.job import check_settings
 from echofocus_core.study.loading import load_model, model_folder, read_checkpoint
 from echofocus_core.study.sources import Source, open_embeddings
 from echofocus_core.study.train_command import best_of, train_model
+from echofocus_core.video.store import open_store
 
 COMPARED = "compared models"
 
@@ -60,6 +64,11 @@ def cells_of(job):
         if name not in folders:
             raise UserError(f"--perturbed {name}=...: no such encoder (there are {some(folders)})")
     aggregators = settings.aggregators or [settings.transformer_type]
+    for text in settings.grid:
+        if text.partition("=")[0] in CELL:
+            raise UserError(
+                f"--grid {text}: it decides a combination; use --aggregators, --fractions"
+            )
     fractions = sorted(set(settings.fractions or [1.0]))
     if not 0 < fractions[0] <= fractions[-1] <= 1:
         raise UserError("--fractions: shares of the training patients, above 0 and up to 1")
@@ -81,30 +90,50 @@ def named_paths(option, texts):
 
 
 def train_cells(job):
-    """Train the cells that are not trained yet; (cells whose training is finished, all cells).
+    """Train what is not trained yet; (finished Cell -> folder of its model, all cells).
 
-    In a SLURM array each job trains its share. With --grid, each combination of its options is
-    trained, and the best by validation loss represents the cell.
+    With --grid, each combination of its options is trained, and the best by validation loss
+    represents the cell. Several processes may share the work, such as the jobs of a SLURM array:
+    each begins at another place and leaves out what another one trains.
     """
     cells, folders = cells_of(job)
-    task, count = (os.environ.get(f"SLURM_ARRAY_TASK_{x}") for x in ("ID", "COUNT"))
+    for folder in folders.values():  # so that faults are reported before the first training
+        store = open_store(folder)
+        store.width(store.files)
+    grid = grid_of(job.settings.grid) if job.settings.grid else [{}]
+    runs = []
+    for cell, (k, options) in product(cells, enumerate(grid)):
+        part = f"grid_{k}" if options else ""
+        one = job_of_cell(job, cell, folders[cell.encoder], part).but(**options)
+        check_settings(one.settings)
+        runs.append((cell, options, one, Path(one.settings.model_name).absolute()))
+    first = from_environment("SLURM_ARRAY_TASK_ID", 0) % len(runs)
+    for i, (cell, options, one, place) in enumerate(runs[first:] + runs[:first]):
+        print(f"{cell.name}, training {i + 1} of {len(runs)}" + f": {options}" * bool(options))
+        if best_of(place, options):
+            refuse_changes(place, one.settings)
+            continue
+        try:
+            train_model(one)
+        except InUse:
+            print(f"{place.name} is trained by another process")
     finished = {}
-    for i, cell in enumerate(cells):
-        best = {}
-        mine = task is None or i % int(count or 1) == int(task)
-        for k, options in enumerate(grid_of(job.settings.grid) if job.settings.grid else [{}]):
-            one = job_of_cell(job, cell, folders[cell.encoder], f"grid_{k}" if options else "")
-            one = one.but(**options)
-            place = Path(one.settings.model_name).absolute()
-            if mine:
-                print(f"{cell.name} ({i + 1} of {len(cells)})" + f": {options}" * bool(options))
-                check_settings(one.settings)
-                best_of(place, options)
-                train_model(one)
-            best[place] = best_of(place, options)
+    for cell in cells:
+        best = {place: best_of(place, options) for c, options, _, place in runs if c == cell}
         if all(best.values()):
             finished[cell] = min(best, key=lambda place: best[place]["val_loss"])
     return finished, cells
+
+
+def refuse_changes(place, settings):
+    """UserError if a finished model was trained with other settings, which would not be told."""
+    path = place / "last_checkpoint.pt"
+    trained = read_record(read_checkpoint(path), path).settings
+    pairs = ({name: getattr(x, name) for name in RECORDED} for x in (trained, settings))
+    if changes := differences(*pairs):
+        raise UserError(
+            f"{place.name} is trained: {'; '.join(changes.values())}; use another --model_name"
+        )
 
 
 def job_of_cell(job, cell, folder, part):
@@ -131,7 +160,10 @@ def answer_cells(job, finished):
         }
         saved = read_checkpoint(place / "last_checkpoint.pt")
         history = np.array([row[1:5] for row in saved["perf_log"]], float)
+        split = pd.read_csv(place / "split.csv", dtype=str)
+        split = split[split["fold"] == "train"]
         facts = {
+            "train_studies": len(split), "train_patients": split["pid"].nunique(),
             "width": model.net.width,
             "parameters": sum(p.numel() for p in model.net.parameters()),
             "epochs": len(history), "val_loss": history[:, 1].min(),
@@ -226,15 +258,15 @@ def holm(p_values):
 
 
 def best_of_cells(trained, headlines):
-    """The Trained with the best mean headline metric; errors are better when they are small."""
-
-    def score(x):
-        rows = headlines[x.cell]
-        values = [r for label, r in rows.items() if label != "mean" or len(rows) == 1]
-        signs = [-1 if "error" in r.metric else 1 for r in values]
-        return np.nanmean([s * r.value for s, r in zip(signs, values, strict=True)])
-
-    return max((x for x in trained if x.cell.fraction == 1), key=score, default=trained[-1])
+    """The Trained with the best mean rank over labels by the headline metric of each; a smaller
+    error is better."""
+    ranks = []
+    for label in headlines[trained[0].cell]:
+        rows = [headlines[x.cell][label] for x in trained]
+        values = pd.Series([-r.value if "error" in r.metric else r.value for r in rows])
+        if label != "mean":
+            ranks.append(values.rank(ascending=False))
+    return trained[int(np.argmin(np.mean(ranks, axis=0)))]
 
 
 def group_rows(trained, columns, n_boot, seed):
@@ -256,13 +288,13 @@ def tables_of(job, trained, columns):
     settings = job.settings
     boot = settings.n_boot, settings.seed
     cells, headlines = cell_rows(trained, *boot)
-    best = best_of_cells(trained, headlines)
-    whole = [x for x in trained if x.cell.fraction == 1] or trained
-    references = {x.cell: x for x in (whole[0], best)}.values()
-    differences = [row for x in references for row in difference_rows(whole, x, *boot)]
-    tables = {"cells": pd.DataFrame(cells), "differences": pd.DataFrame(differences)}
+    whole = [x for x in trained if x.cell.fraction == max(t.cell.fraction for t in trained)]
+    references = dict.fromkeys((0, whole.index(best_of_cells(whole, headlines))))
+    references = [whole[i] for i in references]
+    rows = [row for x in references for row in difference_rows(whole, x, *boot)]
+    tables = {"cells": pd.DataFrame(cells), "differences": pd.DataFrame(rows)}
     if settings.perturbed:
         tables["perturbed"] = pd.DataFrame(perturbed_rows(trained, *boot))
     if columns:
         tables["groups"] = pd.DataFrame(group_rows(trained, columns, *boot))
-    return tables, headlines, best
+    return tables, headlines, references

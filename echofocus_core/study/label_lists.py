@@ -16,7 +16,7 @@ import pandas as pd
 
 from echofocus_core.base.console import UserError, printable, some
 from echofocus_core.study.config import SPLIT
-from echofocus_core.video.other_files import index_next_to
+from echofocus_core.video.other_files import index_next_to, load_array
 
 MIMIC_PATH = r"p(?P<pid>\d{8})/s(?P<eid>\d+)/"  # files/p15/p15690862/s90001295/90001295_0001.mp4
 FOLDS = ("train", "val", "test")
@@ -33,10 +33,7 @@ def read_other_labels(path, pattern=""):
 def labels_of_clips(path):
     """pid, eid and the label of each study, from the labels of its clips."""
     index = index_next_to(path)
-    with np.load(path, allow_pickle=False) as file:
-        if missing := {"indices", "labels"} - set(file.files):
-            raise UserError(f"{path} has no {some(sorted(missing))}")
-        rows, labels = file["indices"], file["labels"]
+    rows, labels = (load_array(path, key) for key in ("indices", "labels"))
     if rows.shape != labels.shape or rows.ndim != 1:
         raise UserError(f"{path}: indices {rows.shape} and labels {labels.shape} differ in shape")
     if len(rows) and not 0 <= rows.min() <= rows.max() < len(index):
@@ -60,16 +57,28 @@ def lists_of_videos(folder, pattern):
     rows = [
         row_of_line(line, fold, pattern, f"{file}, line {n}")
         for fold, file in files.items()
-        for n, line in enumerate(file.read_text().splitlines(), 1)
+        for n, line in enumerate(read_lines(file), 1)
         if line.strip()
     ]
     videos = pd.DataFrame(rows, columns=["pid", "eid", folder.name, SPLIT])
     scores = folder / "zscore_params.json"
     if scores.is_file():
-        scale = json.loads(scores.read_text())
-        values = pd.to_numeric(videos[folder.name]) * scale["target_std"] + scale["target_mean"]
-        videos[folder.name] = values.map(as_text)
+        try:
+            scale = json.loads(scores.read_text())
+            mean, sd = float(scale["target_mean"]), float(scale["target_std"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{scores} needs the numbers target_mean and target_std") from error
+        values = pd.to_numeric(videos[folder.name], errors="coerce") * sd + mean
+        texts = values.map(as_text)
+        videos[folder.name] = texts.where(values.notna(), videos[folder.name])
     return one_row_a_study(videos, folder)
+
+
+def read_lines(file):
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
 
 
 def row_of_line(line, fold, pattern, where):
@@ -100,11 +109,16 @@ def one_row_a_study(rows, path):
 
 
 def read_split(path):
-    """{patient: fold} of a JSON file. Raises UserError."""
+    """{patient: fold} of a JSON file. Raises UserError, also for a patient in two folds."""
     try:
-        saved = json.loads(path.read_text())
-        if set(saved) <= {"train", "val", "valid", "validation", "test"}:
-            return {str(pid).strip(): fold for fold, pids in saved.items() for pid in pids}
-        return {str(pid).strip(): str(fold) for pid, fold in saved.items()}
+        pairs = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
+        if {key for key, _ in pairs} <= {"train", "val", "valid", "validation", "test"}:
+            pairs = [(pid, fold) for fold, pids in pairs for pid in pids]
+        pairs = {(str(pid).strip(), str(fold)) for pid, fold in pairs}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a JSON file of patients and folds: {error}") from error
+    split = dict(pairs)
+    if len(split) < len(pairs):
+        several = [pid for pid in split if sum(x == pid for x, _ in pairs) > 1]
+        raise UserError(f"{path}: {len(several)} patients are in two folds: {some(several)}")
+    return split

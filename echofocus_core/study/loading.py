@@ -29,11 +29,13 @@ BEST = "best_checkpoint.pt"
 
 
 def model_folder(name, run_id=""):
-    """`--model_name` (and `--run_id`) -> folder: a path as it is, a name in ./trained_models."""
+    """`--model_name` (and `--run_id`) -> folder: a name in ./trained_models, or a path as it is."""
     if os.sep in run_id:
         raise UserError(f"--run_id is appended to a name and has no {os.sep}: {run_id}")
     name += f"_{run_id}" if run_id else ""
-    return Path(name) if os.sep in name else MODELS / name
+    if os.sep in name and not (MODELS / name).is_dir():
+        return Path(name)
+    return MODELS / name
 
 
 def folds_in_folder(folder):

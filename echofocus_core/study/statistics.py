@@ -423,7 +423,7 @@ def delong_difference(a, b, patients):
     if not sd > 0:
         return np.nan, np.nan, np.nan
     n = count_patients(patients, rarer(a, a.truth == 1))
-    low, high = less + special.stdtrit(n - 1, [0.025, 0.975]) * sd
+    low, high = np.clip(less + special.stdtrit(n - 1, [0.025, 0.975]) * sd, -1, 1)
     return float(low), float(high), float(2 * special.stdtr(n - 1, -abs(less / sd)))
 
 

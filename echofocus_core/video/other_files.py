@@ -1,12 +1,12 @@
 """Clip embeddings in the files of other projects, read as they are.
 
-    X.npz, with clip_index.npz next to it   `embeddings` (N, D), a row a clip; in the index
+    X.npz, with clip_index.npz next to it   `embeddings` (N, D), a row a video; in the index
                                             `study_ids`, `patient_ids` and `s3_paths` (N,)
     a folder of .npy or .pt files           one a video, in a folder a study
     a table (.csv or .parquet)              eid, video, then a column a feature; a row a clip
 
-A file of .pt is a tensor, or a dict with `embedding_pooled` (D,). Videos of a study must have the
-same number of clips.
+A file of .pt is a tensor, or a dict with `embedding_pooled` (D,). Rows with the same video are its
+clips; videos of a study must have the same number of clips.
 """
 
 import os
@@ -35,7 +35,9 @@ def open_other(path):
         if suffix not in readers:
             raise UserError(f"{path}: clip embeddings are a folder, or a file {some(readers)}")
         return readers[suffix](path)
-    files = sorted(x for x in path.rglob("*") if x.suffix.lower() in VIDEO_FILES)
+    files = sorted(
+        x for x in path.rglob("*") if x.suffix.lower() in VIDEO_FILES and x.name[0] != "."
+    )
     return VideoFiles(path, files) if files else None
 
 
@@ -47,29 +49,37 @@ def find_array(path, name):
 
     Raises UserError, also if it is compressed.
     """
-    with zipfile.ZipFile(path) as archive:
-        try:
-            info = archive.getinfo(f"{name}.npy")
-        except KeyError:
-            raise UserError(f"{path.name} has no array '{name}' (it has: "
-                            f"{some(archive.namelist())})") from None  # fmt: skip
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path.name} is not a .npz file, or it is truncated") from error
+    with archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise UserError(
+                f"{path.name} has no array '{name}' (it has: {some(archive.namelist())})"
+            )
+        info = archive.getinfo(f"{name}.npy")
         if info.compress_type != zipfile.ZIP_STORED:
             raise UserError(
                 f"{path.name} is compressed, so that its rows cannot be read one by one: write it "
                 "again with numpy.savez"
             )
         with archive.open(info) as member:
-            version = np.lib.format.read_magic(member)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
-            header = header or np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(member)
-            length = member.tell()
+            if np.lib.format.read_magic(member) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(member)
+            else:
+                header = np.lib.format.read_array_header_2_0(member)
+            (shape, fortran, dtype), length = header, member.tell()
     with open(path, "rb") as f:  # the local header of the member has a length of its own
         f.seek(info.header_offset + 26)
         sizes = np.frombuffer(f.read(4), "<u2")
     offset = info.header_offset + 30 + int(sizes.sum()) + length
     if dtype.kind != "f" or len(shape) != 2 or fortran:
-        raise UserError(f"{path.name}: '{name}' is {dtype} of shape {shape}, not floats (clips, D)")
+        order = ", stored by columns" if fortran else ""
+        raise UserError(
+            f"{path.name}: '{name}' is {dtype} of shape {shape}{order}; it must be floats (videos, "
+            "D), stored by rows"
+        )
     return offset, dtype, shape
 
 
@@ -82,33 +92,73 @@ def index_next_to(path):
     file = next((x for x in places if x.is_file()), None)
     if file is None:
         raise UserError(f"no {CLIP_INDEX} next to {path.name}: it has the study of each clip")
-    with np.load(file, allow_pickle=False) as index:
-        names = set(index.files)
-        if missing := {"study_ids", "patient_ids"} - names:
-            raise UserError(f"{file.name} has no {some(sorted(missing))}")
-        try:
-            columns = {"eid": index["study_ids"], "pid": index["patient_ids"]}
-        except ValueError as error:  # an array of objects would run code
-            raise UserError(f"{file.name}: write its ids as numbers or text ({error})") from error
-        n = len(columns["eid"])
-        try:
-            paths = pd.Series(index["s3_paths"] if "s3_paths" in names else [], dtype=str)
-        except ValueError:
-            paths = pd.Series([], dtype=str)
-    table = pd.DataFrame({name: pd.Series(x).astype(str) for name, x in columns.items()})
+    columns = {}
+    for name, key in (("eid", "study_ids"), ("pid", "patient_ids"), ("video", "s3_paths")):
+        values = load_array(file, key, needed=name != "video")
+        if values is not None:
+            columns[name] = pd.Series(values.tolist(), dtype=object).map(id_text)
+    if len({len(x) for x in columns.values()}) > 1:
+        raise UserError(f"{file.name}: study_ids, patient_ids and s3_paths differ in length")
+    table = pd.DataFrame(columns)
+    if (table[["eid", "pid"]] == "").any(axis=None):
+        raise UserError(f"{file.name} has rows without a study or a patient")
     numbers = table.groupby("eid").cumcount().map("{:03}".format)
-    video = paths.str.rsplit("/", n=1).str[-1].where(lambda x: x != "")
-    table["video"] = video.reindex(range(n)).fillna(numbers)
-    repeated = table.duplicated(["eid", "video"], keep=False)
-    table.loc[repeated, "video"] += "#" + numbers[repeated]
-    return table
+    names = table.get("video", numbers).str.rsplit("/", n=1).str[-1]
+    return table.assign(video=names.where(names != "", numbers))
 
 
-class ClipArray(Store):
-    """One array of all clips. A row is the mean of a video, so its only clip.
+def load_array(file, key, needed=True):
+    """An array of a .npz file that runs no code; None if it is missing. Raises UserError."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            if key in arrays.files:
+                return arrays[key]
+            names = arrays.files
+    except ValueError as error:  # an array of objects, which would run code
+        raise UserError(f"{file.name}: write {key} as numbers or text ({error})") from error
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise UserError(f"{file.name} is not a .npz file, or it is truncated") from error
+    if needed:
+        raise UserError(f"{file.name} has no {key} (it has: {some(names)})")
+    return None
 
-    Rows are read by their position in the file, so that memory does not depend on their number.
-    """
+
+def id_text(x):
+    """An id as text: 14 and not 14.0; bytes decoded."""
+    if isinstance(x, bytes):
+        x = x.decode()
+    return str(int(x) if isinstance(x, float) and x.is_integer() else x).strip()
+
+
+class Rows(Store):
+    """Rows of clips with the study and the video of each: `index` has the columns eid and video."""
+
+    def __init__(self, path, index):
+        self.names, self.rows = index["video"].to_numpy(), index.groupby("eid").indices
+        super().__init__(path, dict.fromkeys(self.rows, path))
+
+    def read_rows(self, rows):
+        """(len(rows), D) of row numbers."""
+        raise NotImplementedError
+
+    @contextmanager
+    def open(self, eid):
+        rows = self.rows[eid]
+        videos, counts = np.unique(self.names[rows].astype(str), return_counts=True)
+        if len(set(counts)) > 1:
+            raise ValueError(f"its videos have different numbers of rows: {some(set(counts))}")
+        order = np.argsort(self.names[rows].astype(str), kind="stable")
+        shape = len(videos), int(counts[0]), self.n_features
+        yield OpenStudy(
+            Header.of(shape, {}),
+            lambda number: self.read_rows(rows)[order].reshape(shape),
+            videos.tolist,
+        )
+
+
+class ClipArray(Rows):
+    """One array of all clips, whose rows are read by their position in the file, so that memory
+    does not depend on their number."""
 
     def __init__(self, path):
         self.offset, self.dtype, (n, self.n_features) = find_array(path, "embeddings")
@@ -119,17 +169,7 @@ class ClipArray(Store):
                 "different files"
             )
         self.file = open(path, "rb")  # noqa: SIM115
-        self.names, self.rows = index["video"].to_numpy(), index.groupby("eid").indices
-        super().__init__(path, dict.fromkeys(self.rows, path))
-
-    @contextmanager
-    def open(self, eid):
-        rows = self.rows[eid]
-        yield OpenStudy(
-            Header.of((len(rows), 1, self.n_features), {}),
-            lambda number: self.read_rows(rows)[:, None],
-            lambda: self.names[rows].tolist(),
-        )
+        super().__init__(path, index)
 
     def read_rows(self, rows):
         """(len(rows), D) of rising row numbers; rows in sequence are read at once."""
@@ -173,26 +213,27 @@ class VideoFiles(Store):
 def load_video(file):
     """(C, D) of a file for a video. Raises ValueError."""
     if file.suffix.lower() == ".npy":
-        array = np.load(file, allow_pickle=False)
-    else:
-        import torch
-
         try:
-            saved = torch.load(file, weights_only=True, map_location="cpu")
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{file.name} holds more than tensors") from error
-        if isinstance(saved, dict):
-            saved = saved.get(POOLED)
-        if not isinstance(saved, torch.Tensor):
-            raise ValueError(f"{file.name} is no tensor and no dict with {POOLED}")
-        array = saved.float().numpy()
-    return np.atleast_2d(array)
+            return np.atleast_2d(np.load(file, allow_pickle=False))
+        except EOFError as error:
+            raise ValueError(f"{file.name} is empty") from error
+    import torch
+
+    try:
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file.name} is truncated, or holds more than tensors") from error
+    if isinstance(saved, dict):
+        saved = saved.get(POOLED)
+    if not isinstance(saved, torch.Tensor):
+        raise ValueError(f"{file.name} is neither a tensor nor a dict with {POOLED}")
+    return np.atleast_2d(saved.detach().float().numpy())
 
 
 # ----------------------------------------------------------------------------------------- a table
 
 
-class EmbeddingTable(Store):
+class EmbeddingTable(Rows):
     """A table with the columns eid and video, and a number in every other column."""
 
     def __init__(self, path):
@@ -211,15 +252,8 @@ class EmbeddingTable(Store):
             self.array = table.drop(columns=["eid", "video"]).to_numpy(np.float32)
         except (TypeError, ValueError) as error:
             raise UserError(f"{path.name}: every column but eid and video is a number") from error
-        self.names, self.rows = ids["video"].to_numpy(), ids.groupby("eid").indices
-        super().__init__(path, dict.fromkeys(self.rows, path))
+        self.n_features = self.array.shape[1]
+        super().__init__(path, ids)
 
-    @contextmanager
-    def open(self, eid):
-        rows = self.rows[eid]
-        videos, counts = np.unique(self.names[rows], return_counts=True)
-        if len(set(counts)) > 1:
-            raise ValueError(f"its videos have different numbers of rows: {some(set(counts))}")
-        order = rows[np.argsort(self.names[rows], kind="stable")]
-        array = self.array[order].reshape(len(videos), counts[0], -1)
-        yield OpenStudy(Header.of(array.shape, {}), lambda number: array, videos.tolist)
+    def read_rows(self, rows):
+        return self.array[rows]

@@ -545,6 +545,12 @@ def open_pack(folder, findings):
     return store
 
 
+def holds_embeddings(path):
+    """Whether a path is a file or a folder of clip embeddings, and not one of videos."""
+    names = ("*.hdf5", "*.h5", "cache_index.json", "*.npy", "*.pt", "*/*.npy", "*/*.pt")
+    return path.is_file() or any(next(path.glob(name), None) for name in names)
+
+
 def open_folder(path):
     """The Store of a folder or a file that is not packed. Raises UserError."""
     if not path.exists():
