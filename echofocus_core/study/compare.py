@@ -21,7 +21,7 @@ from echofocus_core.study.job import check_settings
 from echofocus_core.study.loading import load_model, model_folder, read_checkpoint
 from echofocus_core.study.sources import Source, open_embeddings
 from echofocus_core.study.train_command import best_of, train_model
-from echofocus_core.video.store import open_store
+from echofocus_core.video.joined import open_stores
 
 COMPARED = "compared models"
 
@@ -97,8 +97,8 @@ def train_cells(job):
     each begins at another place and leaves out what another one trains.
     """
     cells, folders = cells_of(job)
-    for folder in folders.values():  # so that faults are reported before the first training
-        store = open_store(folder)
+    for paths in folders.values():  # so that faults are reported before the first training
+        store = open_stores(paths)
         store.width(store.files)
     grid = grid_of(job.settings.grid) if job.settings.grid else [{}]
     runs = []
