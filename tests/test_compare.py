@@ -119,6 +119,8 @@ def test_mistakes(planted, cli):
     assert cli(*LINE, "--aggregators", "mean", "--model_name", "done")[0] == 0
     for options, text in (
         (("--aggregators", "mean", "--model_name", "done", "--seed", "5"), "seed was 0"),
+        (("--aggregators", "mlp", "--model_name", "done"), "emb_mean"),
+        (("--aggregators", "mean", "--model_name", "done", "--grid", "lr=1e-3,1e-4"), "without"),
         (("--encoders", "a=emb", "b=nowhere"), "nowhere"),
         (("--grid", "transformer_type=mean,mlp"), "--aggregators"),
         (("--encoders", "emb"), "panecho=emb/p"),

@@ -412,3 +412,13 @@ def test_a_missing_library_or_name_is_one_line(cli, videos, tmp_path, monkeypatc
     line = videos, "--out", tmp_path / "emb", *options.split()
     status, _, err = cli(*line, main=extract.main)
     assert status == 1 and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_wrong_pixels_are_refused():
+    for options, text in (
+        ({"order": "GBR"}, "GBR"),
+        ({"size": 32, "resize": 16}, "16"),
+        ({"cut": 0.5}, "cut"),
+    ):
+        with pytest.raises(UserError, match=text):
+            Pixels(**options)

@@ -78,7 +78,10 @@ def draw_learning_curves(path, trained, headlines, label):
         axis.vlines(x, *ends, color=style["color"], alpha=0.4)
     metric = next(iter(headlines.values()))[label].metric
     axis.set(xscale="log", xlabel="share of training patients", ylabel=metric_name(metric))
-    axis.legend(fontsize=8)
+    fractions = sorted({x.cell.fraction for x in trained})
+    axis.set_xticks(fractions, [f"{100 * x:g} %" for x in fractions], minor=False)
+    axis.minorticks_off()
+    axis.legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
     save_figure(figure, path)
 
 

@@ -101,6 +101,7 @@ def train_cells(job):
         store = open_stores(paths)
         store.width(store.files)
     grid = grid_of(job.settings.grid) if job.settings.grid else [{}]
+    refuse_other_cells(job, cells)
     runs = []
     for cell, (k, options) in product(cells, enumerate(grid)):
         part = f"grid_{k}" if options else ""
@@ -123,6 +124,25 @@ def train_cells(job):
         if all(best.values()):
             finished[cell] = min(best, key=lambda place: best[place]["val_loss"])
     return finished, cells
+
+
+def refuse_other_cells(job, cells):
+    """UserError where the results of other combinations would be replaced."""
+    folder = model_folder(job.settings.model_name, job.settings.run_id)
+    for cell in cells:
+        place = folder / cell.name
+        whole, parts = (place / "last_checkpoint.pt").exists(), any(place.glob("grid_*"))
+        if whole if job.settings.grid else parts:
+            other = "without" if job.settings.grid else "with"
+            raise UserError(f"{cell.name} was trained {other} --grid: use another --model_name")
+    if (folder / "cells.csv").is_file():
+        names = ["encoder", "aggregator", "fraction"]
+        rows = pd.read_csv(folder / "cells.csv", dtype={"encoder": str})[names].drop_duplicates()
+        if missing := {Cell(*row).name for row in rows.to_numpy()} - {cell.name for cell in cells}:
+            raise UserError(
+                f"{folder} compares other combinations too ({some(sorted(missing))}): name them "
+                "again, or use another --model_name"
+            )
 
 
 def refuse_changes(place, settings):
@@ -163,6 +183,7 @@ def answer_cells(job, finished):
         split = pd.read_csv(place / "split.csv", dtype=str)
         split = split[split["fold"] == "train"]
         facts = {
+            "model": "/".join(place.parts[-2:] if place.name == cell.name else place.parts[-3:]),
             "train_studies": len(split), "train_patients": split["pid"].nunique(),
             "width": model.net.width,
             "parameters": sum(p.numel() for p in model.net.parameters()),

@@ -33,7 +33,7 @@ class Aggregator(nn.Module):
         """groups: slices of the outputs, each with the classes of one label; width: D, the number
         of features of a clip embedding."""
         super().__init__()
-        self.width = width
+        self.width = self.token_width = width
         self.front = nn.Identity()  # from clip embeddings to tokens, see `join`
         self.n_outputs, self.kind, self.depth, self.combine = n_outputs, kind, depth, combine
         self.groups = groups
@@ -90,8 +90,8 @@ class Aggregator(nn.Module):
     def label_axes(self):
         """Parameter -> its axis of labels, for parameters that have one."""
         with torch.device("meta"):
-            width = self.ff.in_features
-            more = type(self)(self.n_outputs + 1, self.kind, self.depth, self.combine, width=width)
+            options = self.kind, self.depth, self.combine
+            more = type(self)(self.n_outputs + 1, *options, width=self.token_width)
             more.front = self.front
         pairs = zip(self.state_dict().items(), more.state_dict().values(), strict=True)
         differ = {k: [a != b for a, b in zip(x.shape, y.shape, strict=True)] for (k, x), y in pairs}

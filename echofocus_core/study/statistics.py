@@ -378,7 +378,8 @@ def difference(a, b, metric, values, others, patients):
     with np.errstate(invalid="ignore"):
         less = values - others
     n_patients = count_patients(patients, a.usable)
-    low, high, n_boot = interval(less, n_patients, mean_method(a, metric))
+    method = mean_method(a, metric) if n_patients >= a.metric(metric).fewest else "none"
+    low, high, n_boot = interval(less, n_patients, method)
     n, positive, unit = a.n, a.n_positive, a.unit(metric)
     row = Estimate(a.label, metric, float(less[0]), low, high, n, positive, unit, "", n_boot)
     if metric == "auroc" and isinstance(a, BinaryOutcome):

@@ -24,6 +24,7 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: the repository is the import root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from echofocus_core.base.console import UserError
 from echofocus_core.video.containers import container_rate, iter_container, read_head
 from echofocus_core.video.dicom import (
     DicomFile,
@@ -226,6 +227,9 @@ def resize_centre(frame, size=224):
     return cv2.resize(centre, (size, size), interpolation=cv2.INTER_AREA)
 
 
+ORDERS = ("RGB", "BGR", "RGB except DICOM")  # of the channels of an encoder's pictures
+
+
 @dataclass(frozen=True)
 class Pixels:
     """Conversion of frames to the input of an encoder other than PanEcho, (size, size, 3) uint8."""
@@ -237,6 +241,16 @@ class Pixels:
     filter: str = "bicubic"  # Pillow's name, or OpenCV's such as INTER_CUBIC
     floor: bool = False  # round the last crop's edge down (like transformers), not to the nearest
     order: str = "RGB"  # "BGR", or "RGB except DICOM"
+
+    def __post_init__(self):
+        """Raises UserError."""
+        for wrong, text in (
+            (self.order not in ORDERS, f"order {self.order!r}: one of {', '.join(ORDERS)}"),
+            (0 < self.resize < self.size, f"resize {self.resize} is below size {self.size}"),
+            (not 0 <= self.cut < 0.5, f"cut {self.cut} is not between 0 and 0.5"),
+        ):
+            if wrong:
+                raise UserError(f"Pixels: {text}")
 
     def picture(self, frame, is_dicom=False):
         """uint8 (H, W, 3) BGR -> (size, size, 3) in the order of channels of `order`."""

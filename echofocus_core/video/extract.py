@@ -240,6 +240,8 @@ class Batches:
                 embeddings = video.pieces.join(torch.cat(video.features)).float().cpu().numpy()
             if embeddings.shape[1:] != (width := self.encoder.width,):
                 raise UserError(f"{self.encoder.name} returns {embeddings.shape}, not (n, {width})")
+            if not np.isfinite(embeddings).all():
+                raise UserError(f"{self.encoder.name} returns NaN or infinity: check its weights")
             yield video.job, video.reply, np.stack(np.split(embeddings, len(video.reply[0])))
 
 
