@@ -249,7 +249,7 @@ def difference_rows(trained, reference, n_boot, seed):
         for e in estimates:
             if headline.get(e.label) == e.metric:
                 rows.append(vars(x.cell) | {"minus": reference.cell.name} | e.row())
-    adjusted = holm([row["p_value"] for row in rows])
+    adjusted = st.holm([row["p_value"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
 
 
@@ -265,17 +265,6 @@ def perturbed_rows(trained, n_boot, seed):
                 if headline.get(e.label) == e.metric:
                     rows.append(vars(x.cell) | {"perturbed": name} | e.row())
     return rows
-
-
-def holm(p_values):
-    """p-values adjusted by Holm's method (Scand J Stat 1979;6:65); None stays None."""
-    rows = [i for i, p in enumerate(p_values) if p is not None]
-    order = sorted(rows, key=lambda i: p_values[i])
-    adjusted, largest = list(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, p_values[i] * (len(order) - rank)))
-        adjusted[i] = largest
-    return adjusted
 
 
 def best_of_cells(trained, headlines):
