@@ -128,3 +128,12 @@ def test_mistakes(planted, cli):
     ):
         status, _, err = cli(*LINE, *options)
         assert status in (1, 2) and text in err, err
+
+
+def test_models_of_a_comparison_are_named_as_in_its_table(planted, cli):
+    assert cli(*LINE, "--epoch_lim", 1, "--aggregators", "mean", "--grid", "lr=1e-3")[0] == 0
+    (name,) = pd.read_csv("trained_models/t/cells.csv")["model"]
+    assert name == "t/emb_mean/grid_0"
+    for line in (("predict", "--model_name", name, "--out", "p.csv"), ("inspect", name)):
+        status, _, err = cli(*line)
+        assert status == 0, err

@@ -60,7 +60,7 @@ def cohort(report):
         used = f"{min(sizes)} to {max(sizes)}, by label"
     return (
         f"Performance was evaluated in {n_patients} patients ({where}), by {rules[facts['pool']]}. "
-        f"Patients with a truth and a prediction, on whom each metric is based: {used}."
+        f"Each metric uses the patients with a truth and a prediction: {used}."
     )
 
 

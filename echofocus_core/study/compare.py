@@ -173,11 +173,12 @@ def answer_cells(job, finished):
     for cell, place in finished.items():
         model = load_model(place, device=pick_device(job.settings.device))
         studies, warnings = answer_cell(job, cell, folders[cell.encoder], model)
-        perturbed = {
-            "+".join(path.name for path in paths): answer_cell(job, cell, paths, model)[0]
-            for name, paths in named_paths("--perturbed", job.settings.perturbed)
-            if name == cell.encoder and cell.fraction == 1
-        }
+        perturbed = {}
+        for name, paths in named_paths("--perturbed", job.settings.perturbed):
+            if name == cell.encoder and cell.fraction == 1:
+                title = "+".join(path.name for path in paths)
+                perturbed[title], more = answer_cell(job, cell, paths, model)
+                warnings = [*warnings, *more]  # such as embeddings of other weights
         saved = read_checkpoint(place / "last_checkpoint.pt")
         history = np.array([row[1:5] for row in saved["perf_log"]], float)
         split = pd.read_csv(place / "split.csv", dtype=str)
