@@ -1,15 +1,15 @@
 """The page and tables of `compare`: encoders and aggregators on the same unseen patients."""
 
 import base64
-from pathlib import Path
 
 import numpy as np
 
 from echofocus_core import __version__
 from echofocus_core.base.console import RUN, some
 from echofocus_core.base.figures import MARKERS, OKABE_ITO, new_figure, save_figure
-from echofocus_core.base.files import atomic_path, write_table
+from echofocus_core.base.files import write_table
 from echofocus_core.report.curves import forest, metric_name, number
+from echofocus_core.report.html import page_templates, write_text
 from echofocus_core.study.compare import answer_cells, tables_of, train_cells
 from echofocus_core.study.evaluation import group_columns
 from echofocus_core.study.loading import model_folder
@@ -87,10 +87,7 @@ def draw_learning_curves(path, trained, headlines, label):
 
 def write_page(folder, job, trained, tables, references, figures):
     """Write comparison.html: one file without scripts, links or network requests."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    templates = FileSystemLoader(Path(__file__).parent / "templates")
-    env = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
+    env = page_templates()
     env.filters["number"] = lambda x: "n/a" if x is None else number(x)
     env.globals["metric_name"] = metric_name
     patients = np.unique(trained[0].studies.patients)
@@ -109,5 +106,4 @@ def write_page(folder, job, trained, tables, references, figures):
         n_studies=len(trained[0].studies), n_patients=len(patients),
         warnings=sorted(warnings),
     )  # fmt: skip
-    with atomic_path(folder / "comparison.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(folder / "comparison.html", page)

@@ -20,6 +20,7 @@ from echofocus_core.base.files import atomic_path, in_file_name, write_table
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
 from echofocus_core.report.curves import metric_name, number, title_of, with_interval
+from echofocus_core.report.html import page_templates, write_text
 from echofocus_core.report.methods import methods_paragraph
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
@@ -227,10 +228,7 @@ class Report:
 
     def write_page(self):
         """Write the page: one file without scripts, links or network requests."""
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-        templates = FileSystemLoader(Path(__file__).parent / "templates")
-        env = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
+        env = page_templates()
         env.filters |= {"p_value": lambda p: "" if p is None or p != p else f"{p:.3g}"}
         env.filters |= {"number": number_or_na, "some": lambda labels: some(labels, 8)}
         env.globals |= {"metric_name": metric_name}
@@ -243,8 +241,7 @@ class Report:
                 if self.headlines.get(x.label) == x
             ],
         )  # fmt: skip
-        with atomic_path(self.folder / f"report_{self.name}.html") as temporary:
-            temporary.write_text(page, encoding="utf-8")
+        write_text(self.folder / f"report_{self.name}.html", page)
         self.files.append(f"report_{self.name}.html")
 
 
