@@ -107,10 +107,11 @@ def cmd_predict(job):
 def predict_page(job, folder, table, left_out):
     """Write the page of predictions, with the contribution of each video to each answer."""
     from echofocus_core.report.page import make_page
+    from echofocus_core.study.attribution import PAGE_METHOD
     from echofocus_core.study.explanations import explain_studies, label_columns
     from echofocus_core.study.network import Readings
 
-    explanations = []
+    job, explanations = job.but(explain_method=PAGE_METHOD), []
     if not isinstance(job.model.net, Readings):  # readings have nothing to attribute
         explanations = explain_studies(job, list(table["eid"]), label_columns(job.model))
     make_page(job, folder, table, left_out, explanations)
@@ -150,10 +151,13 @@ def cmd_explain(job):
     """Write the contribution of every video to every answer, and the published top-n table."""
     from echofocus_core.base.files import open_journal
     from echofocus_core.study import explanations as ex
+    from echofocus_core.study.attribution import PAGE_METHOD
     from echofocus_core.study.explanation_tables import explanation_names
     from echofocus_core.study.faithfulness import read_views
     from echofocus_core.study.sources import warn_of_other_input
 
+    if job.settings.page and "explain_method" not in job.settings.model_fields_set:
+        job = job.but(explain_method=PAGE_METHOD)
     job = job.with_source()
     model, settings, store, world = job.model, job.settings, job.source.store, job.world
     columns = ex.label_columns(model, settings.explain_tasks)

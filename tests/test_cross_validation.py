@@ -75,18 +75,20 @@ def explained(cli, folder, models):
     few = ("--subset", "all", "--sample_limit", "4")
     status, _, err = cli("explain", "--model_name", "defect", *few, "--page")
     assert status == 0, err
-    rows = pd.read_csv(folder / "explanation_all_site.sample_limit-4.csv", dtype={"eid": str})
+    path = folder / "explanation_all_site.sample_limit-4.shapley"
+    rows = pd.read_csv(f"{path}.csv", dtype={"eid": str})
     table = ef.predict(ef.load(folder), "emb").set_index("eid")
     first = rows.groupby("eid").first()
     np.testing.assert_allclose(first["prediction"], table["finding"][first.index], rtol=1e-4)
     eid = first.index[0]
     bag = open_store(Path("emb")).read(eid)
-    each = [ef.attribute(model, bag).set_index("video")["score"] for model in models]
+    method = {"explain_method": "shapley"}
+    each = [ef.attribute(model, bag, **method).set_index("video")["score"] for model in models]
     scores = rows[rows["eid"] == eid].set_index("video")["score"]
     mean = sum(each) / len(each)
     np.testing.assert_allclose(scores, mean[scores.index], rtol=1e-3, atol=1e-5)
     assert (rows["convergence_error"] < 0.01).all()
-    assert (folder / "explanation_all_site.sample_limit-4" / "index.html").is_file()
+    assert (path / "index.html").is_file()
 
 
 def averaged(cli, folder, each):

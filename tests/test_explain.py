@@ -283,9 +283,20 @@ def test_columns_of_the_long_table(trained, cli):
 
 
 def test_scores_of_a_measurement_are_in_its_unit(add_model, cli):
+    """A baseline outside the training labels, which no study has, is reported."""
     folder = add_model("sizes", "--epoch_lim", "2")
-    assert cli("explain")[0] == 0
+    status, out, err = cli("explain")
+    assert status == 0, err
     actual = table("explanation_test_site.csv", folder)
+    split = pd.read_csv(folder / "split.csv", dtype=str).set_index("eid")["fold"]
+    labels = pd.read_csv("labels.csv", dtype={"eid": str}).set_index("eid")["size"]
+    low, high = labels[split.index[split == "train"]].agg(["min", "max"])
+    outside = ~actual["baseline"].between(low, high)
+    assert outside.any() and (actual["score_warning"].notna() == outside).all()
+    assert "size: scores start from an answer that no training study has" in out + err
+    assert label_of("EF", "regression").score_unit(
+        {"EF": {"apply_boxcox": False, "stdev": 9}}, "%"
+    ) == (9, "points")
     change = actual.groupby("eid")[["prediction", "baseline"]].first()
     sums = actual.groupby("eid")["score"].agg(["sum", lambda x: x.abs().sum()])
     assert (actual["score_unit"] == "cm").all()
@@ -362,6 +373,8 @@ def test_shapley_values_start_from_the_mean_answer_in_training(trained, cli):
     status, _, err = cli("explain", "--explain_method", "shapley")
     assert status == 0, err
     rows = table("explanation_test_site.shapley.csv")
+    assert (rows["baseline_name"] == "the mean answer in the training fold").all()
+    assert rows["score_warning"].isna().all()
     np.testing.assert_allclose(rows["baseline"], torch.sigmoid(mean).item(), rtol=1e-4)
     assert (rows["standard_error"] >= 0).all()
     answer = mean.item() + rows.groupby("eid")["score"].transform("sum")
@@ -372,6 +385,7 @@ def test_shapley_values_start_from_the_mean_answer_in_training(trained, cli):
     bag = next(x for x in bags if len(x) > 1)
     singles = [model.net(torch.tensor(x), [len(x)])[0].item() for x in bag]
     actual = ef.attribute(ef.load("defect"), bag, explain_method="shapley")
+    assert "single videos" in actual["baseline_name"][0]
     assert actual["baseline"][0] == pytest.approx(1 / (1 + np.exp(-np.mean(singles))), rel=1e-4)
     assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0  # it is finished
     np.testing.assert_array_equal(ef.load("defect").mean_answer, model.mean_answer)
@@ -389,6 +403,12 @@ def test_the_mean_baseline_is_refused_where_it_is_unknown(trained, cli):
     torch.save(saved, FOLDER / "best_checkpoint.pt")
     status, _, err = cli("explain", "--baseline", "mean")
     assert status == 1 and "has no mean clip embedding" in err
+    bag = store.read(training.iloc[0]).embeddings
+    rows = ef.attribute(ef.load("defect"), bag, baseline="study")
+    expected = ef.predict(model, {"x": bag.mean((0, 1), keepdims=True)})["finding"][0]
+    assert rows["baseline"][0] == pytest.approx(expected, rel=1e-4)
+    rows = ef.attribute(model, bag, explain_method="leave_one_out")
+    assert rows["baseline"].isna().all() and not rows["baseline_name"].any()
 
 
 @pytest.mark.slow

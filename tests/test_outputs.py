@@ -256,13 +256,13 @@ def test_classes_and_risks_are_explained(learnt, cli):
     status, _, err = cli("explain", "--sample_limit", "3", "--page")
     assert status == 0, err
     folder = Path("trained_models/outlook")
-    videos = pd.read_csv(folder / "explanation_test_site.sample_limit-3.csv")
+    videos = pd.read_csv(folder / "explanation_test_site.sample_limit-3.shapley.csv")
     classes = {"grade_None", "grade_mild", "grade_severe"}
     assert set(videos["label"]) == classes | {"death_risk", "finding", "size"}
     units = videos.groupby("label")["score_unit"].first()
     assert units["grade_mild"] == "log-odds" and units["death_risk"] == "log hazard"
     assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
-    page = (folder / "explanation_test_site.sample_limit-3" / "index.html").read_text()
+    page = (folder / "explanation_test_site.sample_limit-3.shapley" / "index.html").read_text()
     assert "grade_severe" in page and "death_risk" in page
     assert "size (left &lt;ventricle&gt;)" in page
     status, _, err = cli("explain", "--explain_mode", "loss", "--sample_limit", "2")

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group("page")  # one process: one page and one br
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 HOSTILE = "<img src=x onerror=alert(1)>\"'=1+1"
 HOSTILE_LABEL = "</script><script>alert(2)</script> {{ 7 * 7 }}"
+METHOD = ("--explain_method", "adaptive")
 STUDIES = [HOSTILE, *(f"S{i:02}" for i in range(29))]
 STARTS = np.array([0, 4, 7])
 
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("page"))
         write_cohort()
         train = ["train", "--epoch_lim", "1", "--batch_number", "8", "--split", "40,40,20"]
-        for line in (train, ["explain", "--subset", "all", "--page"]):
+        for line in (train, ["explain", "--subset", "all", "--page", *METHOD]):
             run_main(lambda line=line: ef.main(line), "echofocus.py")
         return Path("trained_models/t/explanation_all_d").resolve()
 
@@ -299,14 +300,14 @@ def test_shapley_values_start_from_the_answer_for_no_videos(folder, tab, tmp_pat
     empty = model.readable(model.mean_answer[None])[0, 0]
     assert f"{100 * empty:.1f}" in tab.locator("svg.waterfall").first.text_content()
     text = tab.locator("body").text_content()
-    assert "Shapley value" in text and "mean of the training fold" in text
+    assert "Shapley value" in text and "mean answer in the training fold" in text
     assert "baseline zero" not in text
 
 
 def test_a_second_page_reuses_the_clips(folder, monkeypatch, cli):
     monkeypatch.chdir(folder.parents[2])
     before = {p: p.stat().st_mtime_ns for p in (folder / "clips").iterdir()}
-    status, out, err = cli("explain", "--subset", "all", "--page")
+    status, out, err = cli("explain", "--subset", "all", "--page", *METHOD)
     assert status == 0 and f"{folder.name}/index.html" in out, err
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "clips").iterdir()}
     assert len(before) == 12  # of each of six videos the clip and what is in it

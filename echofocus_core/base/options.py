@@ -487,12 +487,13 @@ class Settings(CohortOptions):
     ] = option(
         "adaptive", "adaptive: integrated gradients, refined to an error of 1 %; the next three: "
         "fixed quadratures; leave_one_out: change without the video; shapley: mean change by "
-        "adding the video to others; attention: rollout", EXPLAINING, "explain"
+        "adding the video to others (default with --page); attention: rollout", EXPLAINING,
+        "explain"
     )
     explain_steps: int = option(64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1)
-    baseline: Literal["zero", "mean"] = option(
-        "zero", "start of integrated gradients: zero, or the mean clip embedding in training",
-        EXPLAINING, "explain"
+    baseline: Literal["zero", "mean", "study"] = option(
+        "zero", "start of integrated gradients: zero, or the mean clip embedding in training or "
+        "of the study", EXPLAINING, "explain"
     )
     curves: bool = option(
         False, "also remove and restore videos by score and at random, and report the answers for "

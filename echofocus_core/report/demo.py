@@ -103,7 +103,7 @@ def summarise_demo(folder):
     defect = pd.read_csv(models / "defect" / "saveout_test_phantoms.csv", dtype=ids)
     metrics = pd.read_csv(models / "defect" / "metrics_test_phantoms.csv").set_index("metric")
     auroc = metrics.loc["auroc"]
-    videos = pd.read_csv(models / "defect" / "explanation_test_phantoms.csv", dtype=ids)
+    videos = pd.read_csv(models / "defect" / "explanation_test_phantoms.shapley.csv", dtype=ids)
     videos = videos.merge(pd.read_csv(folder / "findings.csv", dtype=ids), on=["eid", "video"])
     videos = videos[videos.groupby("eid")["shows_defect"].transform("max") == 1]
     top = videos[videos["rank"] == 1]["shows_defect"]
@@ -118,12 +118,12 @@ def summarise_demo(folder):
     )
     print(f"""
 Look at, in {folder}:
-  trained_models/defect/explanation_test_phantoms/index.html   the videos behind each answer
-  demo.png                                                these results
-  trained_models/ef/scatter_plots_test_phantoms.png       predicted against true
-  trained_models/defect/explanation_test_phantoms.csv     every video in every answer
-  real.csv                                                the real echocardiogram
-  trained_models/ef/embeddings_phantoms_ef.h5             one 768-vector per study""")
+  trained_models/defect/explanation_test_phantoms.shapley/index.html  the videos of each answer
+  demo.png                                                     these results
+  trained_models/ef/scatter_plots_test_phantoms.png            predicted against true
+  trained_models/defect/explanation_test_phantoms.shapley.csv  every video in every answer
+  real.csv                                                     the real echocardiogram
+  trained_models/ef/embeddings_phantoms_ef.h5                  one 768-vector per study""")
 
 
 def plot_demo(ef, defect, videos, path):

@@ -16,7 +16,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import RUN, printable, progress
 from echofocus_core.base.files import atomic_path
 from echofocus_core.base.hdf5 import UNREADABLE
-from echofocus_core.study.explanations import score_unit
+from echofocus_core.study.explanations import label_explanation
 from echofocus_core.study.input_check import UNUSUAL
 from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
@@ -359,7 +359,9 @@ class Scores:
     bars: list[Bar]
     adds_up: bool  # whether the scores add up to the change from the baseline answer
     baseline: str
+    baseline_name: str  # what the baseline answer is, in words
     answer: str
+    fault: str  # a sentence for the place of the waterfall, if the scores have no meaning
     error: float
     low: float
     high: float
@@ -388,34 +390,25 @@ def label_view(page, study, i):
 def scores_of(page, study, view):
     """Scores of one label of a PageStudy."""
     model, settings, explanation, i = page.model, page.settings, study.explanation, view.number
-    k, loss = explanation["columns"].index(i), settings.explain_mode == "loss"
-    factor, unit = score_unit(model, view.name, settings)
-    of_clips = factor * explanation["scores"][k]  # (V, C)
-    scores = of_clips.sum(1, dtype=np.float64)
-    without = model.readable(explanation["without"])[:, i]
+    x = label_explanation(model, explanation, explanation["columns"].index(i), settings)
+    scores, without, loss = x.scores, x.without, settings.explain_mode == "loss"
 
     def player(v):
-        clips = clip_marks(study.details, study.videos[v], of_clips[v])
+        clips = clip_marks(study.details, study.videos[v], x.of_clips[v])
         return Player(study.videos[v], scores[v], view.text(without[v]), clips)
 
     order, finite = np.argsort(-scores, kind="stable"), without[np.isfinite(without)]
-    limits = [view.text(x) for x in (finite.min(), finite.max())] if len(finite) else []
-    adds_up = settings.explain_method not in ("leave_one_out", "attention")
-    ends = np.zeros(2)
-    if adds_up and not loss:
-        ends = factor * explanation["ends"][k].astype(float)
-    bars = waterfall(study.names, scores, [view.text(x) for x in without], ends[0], adds_up)
-    levels = [*ends, *(x for bar in bars for x in (bar.start, bar.end))]
-    baseline, answer = (
-        view.text(model.readable(explanation[x])[0, i]) for x in ("baseline", "answer")
-    )
+    limits = [view.text(value) for value in (finite.min(), finite.max())] if len(finite) else []
+    ends = np.zeros(2) if loss or not x.adds_up else x.ends
+    bars = waterfall(study.names, scores, [view.text(y) for y in without], ends[0], x.adds_up)
+    levels = [*ends, *(level for bar in bars for level in (bar.start, bar.end))]
     return Scores(
-        unit, " to ".join(dict.fromkeys(limits)),
+        x.unit, " to ".join(dict.fromkeys(limits)),
         [player(v) for v in order[:MAX_PLAYERS] if scores[v] > 0],
         [player(v) for v in order[::-1][:MAX_PLAYERS] if scores[v] < 0],
-        bars, adds_up, "" if loss else baseline,
-        f"loss {explanation['losses'][i]:.3g}" if loss else answer,
-        float(explanation["error"][k]), min(levels), max(levels),
+        bars, x.adds_up, "" if loss else view.text(x.baseline), x.baseline_name,
+        f"loss {explanation['losses'][i]:.3g}" if loss else view.text(x.answer), x.fault,
+        x.error, min(levels), max(levels),
     )  # fmt: skip
 
 

@@ -14,6 +14,15 @@ import torch
 from echofocus_core.base.console import UserError
 from echofocus_core.base.files import derive_seed, sha256_of
 
+PAGE_METHOD = "shapley"  # see benchmarks/RESULTS.md, "Attribution"
+NOT_ADDITIVE = ("leave_one_out", "attention")  # scores that do not add up to a change
+BASELINES = {  # the answers from which scores start
+    "zero": "the answer for clip embeddings of zeros, which no video has",
+    "mean": "the answer for the mean clip of the training fold",
+    "study": "the answer for the mean clip of this study",
+    "training": "the mean answer in the training fold",
+    "singles": "the mean answer for single videos of this study",
+}
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
 FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
 MAX_NODES_IN_HALF = 64  # more nodes would not make bf16 more exact
@@ -278,34 +287,45 @@ class Objectives:
         return self.losses(logits, targets.expand_as(logits), self.columns)
 
 
-def clip_baseline(model, settings):
-    """The clip embedding of `--baseline`: (D,) tensor, None for zero. Raises UserError."""
+def clip_baseline(model, bag, settings):
+    """The clip embedding of `--baseline` for a study (V, C, D): (D,) tensor, None for zero. Raises
+    UserError."""
     if settings.baseline == "zero":
         return None
+    if settings.baseline == "study":
+        return torch.from_numpy(bag.mean((0, 1), dtype=np.float64)).float()
     if model.clip_mean is None:
         raise UserError(
             f"{model.folder.name} has no mean clip embedding of its training fold, since it was "
-            "not trained by EchoFocus; use --baseline zero"
+            "not trained by EchoFocus; use --baseline study"
         )
     return model.clip_mean
 
 
-def answer_without_videos(model, bag, settings):
-    """The outputs (T_all,) that Shapley values start from: the mean over the training fold, or over
-    this study's single videos (V, C, D) where the checkpoint does not have it."""
+def baseline_answer(model, bag, settings, clip):
+    """(outputs (T_all,) from which the scores of a study (V, C, D) start, what they are in words).
+
+    NaN and '' for methods whose scores do not add up to a change. clip: of `clip_baseline`.
+    """
+    net, method = model.net, settings.explain_method
+    if method in NOT_ADDITIVE:
+        return torch.full((net.n_outputs,), torch.nan), ""
+    if method != "shapley":
+        start = path_start(clip, as_tokens(net, bag))
+        return outputs_of(net, [start], settings)[0], BASELINES[settings.baseline]
     if model.mean_answer is not None:
-        return model.mean_answer
-    subsets = np.eye(len(bag), dtype=bool)
-    zero, every = torch.zeros(model.net.n_outputs), Objectives(list(range(model.net.n_outputs)))
-    values = CoalitionValues(model.net, bag, settings, every, zero)(subsets)
-    return torch.from_numpy(values.mean(0))
+        return model.mean_answer, BASELINES["training"]
+    subsets, every = np.eye(len(bag), dtype=bool), Objectives(list(range(net.n_outputs)))
+    values = CoalitionValues(net, bag, settings, every, torch.zeros(net.n_outputs))(subsets)
+    return torch.from_numpy(values.mean(0)), BASELINES["singles"]
 
 
-def explain_study(model, eid, bag, columns, settings, baseline, truths):
+def explain_study(model, eid, bag, columns, settings, truths):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
-    ends: (T, 2) outputs for the baseline (Shapley values: for no videos) and for the study.
-    truths: (T_all,) normalised labels, NaN if missing, for the loss.
+    baseline: (1, T_all) outputs from which the scores start; baseline_name: what they are in words;
+    ends: (T, 2) outputs of the baseline and of the study. truths: (T_all,) normalised labels, NaN
+    if missing, for the loss.
     """
     net = model.net
     targets = None
@@ -315,17 +335,17 @@ def explain_study(model, eid, bag, columns, settings, baseline, truths):
     explanation = {"eid": eid, "columns": columns, "videos": bag.videos}
     if not columns:
         return explanation
-    tokens = as_tokens(net, bag.embeddings)
-    outputs = outputs_of(net, [tokens, path_start(baseline, tokens)], settings)
-    losses = model.losses(outputs[:1], torch.tensor(truths).to(outputs)[None], range(net.n_outputs))
-    if settings.explain_method == "shapley":
-        outputs[1] = answer_without_videos(model, bag.embeddings, settings)
+    clip = clip_baseline(model, bag.embeddings, settings)
+    answer = outputs_of(net, [as_tokens(net, bag.embeddings)], settings)
+    losses = model.losses(answer, torch.tensor(truths).to(answer)[None], range(net.n_outputs))
+    baseline, name = baseline_answer(model, bag.embeddings, settings, clip)
+    baseline = baseline.to(answer)[None]
     objectives = Objectives(columns, targets, model.losses)
     attribution = attribute_clips(
-        net, bag.embeddings, settings, objectives, baseline, mean_answer=outputs[1]
+        net, bag.embeddings, settings, objectives, clip, mean_answer=baseline[0]
     )
     without = outputs_without(net, bag.embeddings, settings)
-    answers = {"answer": outputs[:1], "baseline": outputs[1:], "without": without}
-    answers |= {"ends": outputs[[1, 0]][:, columns].T, "losses": losses[0]}
+    answers = {"answer": answer, "baseline": baseline, "without": without}
+    answers |= {"ends": torch.cat([baseline, answer])[:, columns].T, "losses": losses[0]}
     answers = {name: x.cpu().numpy() for name, x in answers.items()}
-    return explanation | answers | {"truths": truths} | vars(attribution)
+    return explanation | answers | {"baseline_name": name, "truths": truths} | vars(attribution)

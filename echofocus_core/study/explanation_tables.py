@@ -4,12 +4,12 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError
+from echofocus_core.base.console import RUN, UserError, some
 from echofocus_core.base.files import atomic_path, in_file_name, sha256_of, write_table
 from echofocus_core.base.hdf5 import new_hdf5
 from echofocus_core.base.options import Settings
 from echofocus_core.study.attribution import COMPLETE
-from echofocus_core.study.explanations import score_unit
+from echofocus_core.study.explanations import label_explanation
 from echofocus_core.study.loop import report_unreadable
 
 
@@ -17,25 +17,23 @@ def video_rows(model, explanation, settings):
     """DataFrame with a row per label and video, largest absolute score first.
 
     Columns: eid, label, prediction, video, score (signed; its unit in `score_unit`), score_abs,
-    rank, without (the answer without the video), baseline (the answer at the baseline),
+    rank, without (the answer without the video), baseline (the answer from which scores start;
+    `baseline_name` describes it), score_warning (why the scores have no meaning, or ''),
     convergence_error; by shapley also standard_error (of the score).
     """
     parts, videos = [], np.array(explanation["videos"], object)
-    answers = {k: model.readable(explanation[k]) for k in ("answer", "baseline", "without")}
-    for k, i in enumerate(explanation["columns"]):
-        label, absolute = model.outputs.names[i], explanation["absolute"][k]
-        factor, unit = score_unit(model, label, settings)
-        order = np.argsort(-absolute, kind="stable")
+    for k in range(len(explanation["columns"])):
+        x = label_explanation(model, explanation, k, settings)
+        order = np.argsort(-explanation["absolute"][k], kind="stable")
         columns = {
-            "eid": explanation["eid"], "label": label, "prediction": answers["answer"][0, i],
-            "video": videos[order],
-            "score": factor * explanation["scores"][k].sum(1, dtype=np.float64)[order],
-            "score_abs": factor * absolute[order], "rank": np.arange(1, len(order) + 1),
-            "without": answers["without"][order, i], "baseline": answers["baseline"][0, i],
-            "convergence_error": explanation["error"][k], "score_unit": unit,
+            "eid": explanation["eid"], "label": x.label, "prediction": x.answer,
+            "video": videos[order], "score": x.scores[order], "score_abs": x.absolute[order],
+            "rank": np.arange(1, len(order) + 1), "without": x.without[order],
+            "baseline": x.baseline, "baseline_name": x.baseline_name,
+            "convergence_error": x.error, "score_unit": x.unit, "score_warning": x.fault,
         }  # fmt: skip
         if settings.explain_method == "shapley":
-            columns["standard_error"] = factor * explanation["standard_error"][k][order]
+            columns["standard_error"] = x.standard_error[order]
         parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
@@ -102,6 +100,11 @@ def write_explanations(job, explanations, truths, names, warnings):
         RUN.warning(
             f"the scores differ from the change of the answer by up to {worst:.1%}",
             "see the column convergence_error",
+        )
+    if faulty := some(videos["label"][videos["score_warning"] != ""].unique()):
+        RUN.warning(
+            f"{faulty}: scores start from an answer that no training study has",
+            "use --explain_method shapley, or --baseline study",
         )
     for name in names.values():
         print(f"wrote {folder / name}")

@@ -1,5 +1,6 @@
 """The studies that `explain` selects, and the contribution of each video to each answer."""
 
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -9,7 +10,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import RUN, Collected, UserError, nearest, progress
 from echofocus_core.base.files import sha256_of
 from echofocus_core.base.seen import seen_levels
-from echofocus_core.study.attribution import clip_baseline, explain_study
+from echofocus_core.study.attribution import NOT_ADDITIVE, explain_study
 from echofocus_core.study.fold_answers import labelled_folds
 from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.loop import run_studies
@@ -18,6 +19,7 @@ from echofocus_core.study.scaling import scale
 from echofocus_core.study.sources import labelled_ids
 from echofocus_core.video.store import UnreadableStudy
 
+USUAL = 4  # standard deviations of a measurement
 SELECTED = 20  # studies that --select takes without --sample_limit
 
 
@@ -171,9 +173,8 @@ def explain(model, eid, bag, columns, settings, truths=None):
         each = [explain(m, eid, bag, columns, settings, truths) for m in model.members]
         return mean_explanation(model, each, settings)
     truths = np.full(len(model.outputs.names), np.nan) if truths is None else truths
-    baseline = clip_baseline(model, settings)
     targets = normalised(model, truths[None])[0]
-    return explain_study(model, eid, bag, columns, settings, baseline, targets)
+    return explain_study(model, eid, bag, columns, settings, targets)
 
 
 def mean_explanation(model, each, settings):
@@ -196,7 +197,8 @@ def mean_explanation(model, each, settings):
     for name in ("answer", "baseline", "without"):
         result[name] = np.concatenate([x[name] for x in each], axis=1)
     result["losses"] = np.mean([x["losses"] for x in each], axis=0)
-    return result | {"truths": each[0]["truths"]}
+    names = dict.fromkeys(x["baseline_name"] for x in each)
+    return result | {"baseline_name": ", or ".join(names), "truths": each[0]["truths"]}
 
 
 def weights_of(model, member, columns, settings):
@@ -215,6 +217,67 @@ def score_unit(model, label, settings):
     if settings.explain_mode == "loss":
         return 1.0, "loss"
     return model.outputs.by_output[label].score_unit(model.scaling, model.unit(label))
+
+
+@dataclass
+class LabelExplanation:
+    """The explanation of one answer, in readable units."""
+
+    label: str
+    answer: float
+    unit: str  # of the scores: log-odds, points (percentage points), the label's unit, loss, share
+    of_clips: np.ndarray  # (V, C) scores
+    absolute: np.ndarray  # (V,) sums of absolute values over clips and features
+    standard_error: np.ndarray  # (V,) of Shapley values by sampling; NaN: not defined
+    without: np.ndarray  # (V,) the answer without each video; NaN if it is the only one
+    adds_up: bool  # whether the scores add up to the change from the baseline to the answer
+    error: float  # the difference of their sum from it, as a share of their absolute sum
+    baseline: float  # the answer from which the scores start; NaN: not defined
+    baseline_name: str  # what that answer is, in words
+    ends: tuple[float, float]  # baseline and answer in the unit of the scores, from any zero
+    fault: str  # why the scores have no meaning, since no study has the baseline's answer; or ''
+
+    @property
+    def scores(self):
+        """(V,) scores of the videos."""
+        return self.of_clips.sum(1, dtype=np.float64)
+
+
+def label_explanation(model, explanation, k, settings):
+    """The LabelExplanation of the k-th of the labels of `explain_study`."""
+    i = explanation["columns"][k]
+    label, name = model.outputs.names[i], explanation["baseline_name"]
+    factor, unit = score_unit(model, label, settings)
+    answer, baseline, without = (
+        model.readable(explanation[x], Collected())[:, i] for x in ("answer", "baseline", "without")
+    )
+    low, high = plausible_range(model, label)
+    fault = ""
+    if name and not low <= baseline[0] <= high:
+        fault = (
+            f"The scores start from {baseline[0]:.4g} {model.unit(label)} ({name}), outside the "
+            f"range of the training labels, {low:.4g} to {high:.4g}: they have no meaning"
+        )
+    return LabelExplanation(
+        label, answer[0], unit, factor * explanation["scores"][k],
+        factor * explanation["absolute"][k], factor * explanation["standard_error"][k], without,
+        settings.explain_method not in NOT_ADDITIVE, float(explanation["error"][k]),
+        baseline[0], name, tuple(factor * explanation["ends"][k].astype(float)), fault,
+    )  # fmt: skip
+
+
+def plausible_range(model, label):
+    """The range of a label in training: for a finding 0 to 1; for a measurement that of the
+    training fold, or 4 standard deviations around its mean where the checkpoint has no record."""
+    if model.kind(label) == "binary":
+        return 0.0, 1.0
+    if model.kind(label) != "regression":
+        return -np.inf, np.inf
+    if label in model.record.ranges:
+        return model.record.ranges[label]
+    ends = np.array([[-USUAL], [USUAL]])
+    values = model.outputs.by_output[label].readable(ends, model.scaling, {})[:, 0]
+    return tuple(np.nan_to_num(values, nan=np.inf))  # NaN: past the end of the Box-Cox scale
 
 
 def normalised(model, truths):

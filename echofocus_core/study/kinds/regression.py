@@ -32,7 +32,8 @@ class Regression(Label):
     def score_unit(self, scaling, unit):
         if scaling[self.name]["apply_boxcox"]:
             return 1.0, "standard deviations"  # of the transformed label: its unit is not linear
-        return float(scaling[self.name]["stdev"]), unit or "label's unit"
+        name = "points" if unit == "%" else unit or "label's unit"  # differences of percentages
+        return float(scaling[self.name]["stdev"]), name
 
     def outcome(self, y, p, unit="", threshold=None, years=()):
         return RegressionOutcome(self.name, y[:, 0], p[:, 0], unit)
