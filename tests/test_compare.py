@@ -84,6 +84,17 @@ def test_an_aggregator_that_sees_single_videos_beats_the_mean(planted, cli):
     assert pd.read_csv(folder / "cells.csv").set_index(["encoder", "aggregator"]).equals(cells)
 
 
+def test_nobody_wins_without_a_signal(planted, cli):
+    line = (*LINE, "--epoch_lim", 4, "--split", "50,20,30", "--encoders", "none=noise")
+    log = "study,video,frames,seconds,encode_seconds,result,reason\ns0,a,9,1.5,2,ok,\n"
+    Path("noise/extract_log.csv").write_text(log + "s0,b,9,0.5,1,ok,\ns1,a,9,1,2,ok,\n")
+    status, _, err = cli(*line, "--aggregators", "mean", "standard", "attentive", "abmil")
+    assert status == 0, err
+    rows = pd.read_csv("trained_models/t/differences.csv")
+    assert len(rows) in (3, 6) and (rows["p_holm"] > 0.05).all()
+    assert (pd.read_csv("trained_models/t/cells.csv")["extract_seconds"] == 4).all()
+
+
 def test_learning_curves_and_grids(planted, cli, monkeypatch):
     """Each share of the training patients has those of the smaller one; the grid's best model by
     validation loss represents its combination; array jobs share the work."""

@@ -293,7 +293,14 @@ def test_the_documented_encoder(cli, videos, embed, tmp_path, monkeypatch):
     grid = clip.reshape(8, 4, 28, 4, 28).mean((0, 2, 4)).ravel()
     assert embeddings["short.avi"].shape == (1, 16)
     assert np.corrcoef(embeddings["short.avi"][0], grid)[0, 1] > 0.8
-    line = videos, "--out", "emb", "--encoder", "mine.py:brightness"
+    line = videos, "--encoder", "mine.py:brightness", "--out"
+    assert cli(*line, "brighter", "--perturb", "gain=0.2", main=extract.main)[0] == 0
+    with h5py.File("brighter/s1.hdf5") as f:
+        assert f.attrs["perturb"] == b"gain=0.2"
+        i = f["videos"].asstr()[:].tolist().index("short.avi")
+        assert (f["embeddings"][i, 0] >= embeddings["short.avi"][0]).all()
+        assert f["embeddings"][i, 0].max() > embeddings["short.avi"].max() + 0.1
+    line = *line, "emb"
     with open("mine.py", "a") as f:
         f.write("# changed\n")
     status, _, err = cli(*line, main=extract.main)
@@ -412,6 +419,23 @@ def test_a_missing_library_or_name_is_one_line(cli, videos, tmp_path, monkeypatc
     line = videos, "--out", tmp_path / "emb", *options.split()
     status, _, err = cli(*line, main=extract.main)
     assert status == 1 and words in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("self.model = Grid()", "pass", "a torch module as `model`"),
+        ("width = 16", "width = 0", "`width` above 0"),
+        ("def brightness(weights)", "def brightness()", "brightness must take one argument"),
+        ("return self.model(clips)", "return self.model(clips).numpy()", "returns ndarray"),
+    ],
+)
+def test_an_unfinished_encoder_is_one_line(cli, videos, tmp_path, before, after, words):
+    assert before in documented()
+    (tmp_path / "mine.py").write_text(documented().replace(before, after))
+    line = videos, "--out", tmp_path / "emb", "--encoder", f"{tmp_path / 'mine.py'}:brightness"
+    status, _, err = cli(*line, main=extract.main)
+    assert status == 1 and words in err and "Traceback" not in err
 
 
 def test_wrong_pixels_are_refused():

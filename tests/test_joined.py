@@ -190,8 +190,11 @@ def test_compare_with_joined_encoders(here, cli):
     status, _, err = cli(
         "compare", "--dataset", "first", "--aggregators", "mean", "--epoch_lim", 1,
         "--encoders", "first=emb/first", "both=emb/first,emb/second",
+        "--perturbed", "both=emb/first,emb/second",
     )  # fmt: skip
     assert status == 0, err
+    same = pd.read_csv("trained_models/t/perturbed.csv")
+    assert set(same["encoder"]) == {"both"} and (same["value"] == 0).all()
     cells = pd.read_csv("trained_models/t/cells.csv").set_index("encoder")
     assert cells["width"].to_dict() == {"first": 24, "both": 42}
 

@@ -234,6 +234,9 @@ def test_lists_of_videos(tmp_path, monkeypatch, cli):
     saved = next(Path("trained_models").rglob("saveout*.csv"))
     truths = pd.read_csv(saved)["lvef_Correct"]
     assert truths.min() > 30 and truths.max() < 80
-    Path("lvef/val.csv").write_text("video1.mp4 0.5\n")
+    Path("lvef/val.csv").write_text("p2/s90000020/video1.mp4 0.5\n")
     status, _, err = cli("train", "--run_id", "again")
     assert status == 1 and "val.csv, line 1" in err
+    pattern = r"p(?P<pid>\d+)/s(?P<eid>\d+)/"
+    status, _, err = cli("check", "--path_pattern", pattern)
+    assert "val.csv, line 1" not in err

@@ -248,6 +248,10 @@ class Settings(CohortOptions):
         "", "folder of clip embeddings, instead of the dataset's", WHAT, f"{ALL} pack"
     )
     label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
+    path_pattern: str = option(
+        "", "regular expression with (?P<pid>...) and (?P<eid>...) that finds the patient and the "
+        "study in the paths of label lists, instead of the dataset's", WHAT, ALL,
+    )  # fmt: skip
     videos: str = option(
         "", "folder of a study's videos, or of studies", WHAT, f"{WITH_MODEL} check train"
     )

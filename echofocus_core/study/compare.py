@@ -21,6 +21,7 @@ from echofocus_core.study.job import check_settings
 from echofocus_core.study.loading import load_model, model_folder, read_checkpoint
 from echofocus_core.study.sources import Source, open_embeddings
 from echofocus_core.study.train_command import best_of, train_model
+from echofocus_core.video.extract import extraction_seconds
 from echofocus_core.video.joined import open_stores
 
 COMPARED = "compared models"
@@ -190,6 +191,7 @@ def answer_cells(job, finished):
             "parameters": sum(p.numel() for p in model.net.parameters()),
             "epochs": len(history), "val_loss": history[:, 1].min(),
             "train_seconds": history[:, 3].sum(),
+            "extract_seconds": extraction_seconds_of(folders[cell.encoder]),
         }  # fmt: skip
         chosen = model.record.settings.model_dump(include=set(dict(option_names(job))))
         trained.append(Trained(cell, studies, facts | chosen, list(warnings), perturbed))
@@ -199,6 +201,12 @@ def answer_cells(job, finished):
     for x in trained:
         x.studies = only(x.studies, common)
     return trained
+
+
+def extraction_seconds_of(folders):
+    """Mean seconds of extraction per study, summed over joined encoders; NaN if not recorded."""
+    seconds = [extraction_seconds(folder) for folder in folders]
+    return np.nan if None in seconds else sum(seconds)
 
 
 def answer_cell(job, cell, folder, model):

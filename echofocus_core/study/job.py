@@ -257,6 +257,8 @@ def pick_dataset(command, typed, config, model=None):
     name, folder, more = typed.get("dataset", ""), typed.get("embedding_path"), {}
     if typed.get("label_path"):
         more["label_path"] = Path(typed["label_path"])
+    if typed.get("path_pattern"):
+        more["path_pattern"] = typed["path_pattern"]
     if typed.get("videos") and command != "train":
         folder = typed.get("keep") or CLIP_EMBEDDINGS  # a folder in it, once they are extracted
         name = Path(typed["videos"]).resolve().name
@@ -367,7 +369,8 @@ def check_encoder(model, settings, asked):
             ) from error
     if digest != trained:
         text = f"{name} was trained on embeddings of another encoder (weights {trained[:12]}, "
-        text += f"{settings.weights} is {digest[:12]})"
+        used = settings.weights if is_panecho(settings.encoder) else settings.encoder
+        text += f"{used} is {digest[:12]})"
         if not asked:
             raise UserError(f"{text}; give its file with --weights")
         RUN.warning(f"{text}: its answers are meaningless here")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from echofocus_core.base.console import RUN, progress, reason_lines
 from echofocus_core.base.files import derive_seed
@@ -158,7 +159,8 @@ def read_batches(context, plan, seed=None):
                 studies[eid] = study
         return collate(studies, ends_step, pin)
 
-    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
+    one_thread = threadpool_limits(1, "blas")  # small products; the readers are threads themselves
+    with one_thread, ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(1) as joiner:
         jobs = ((eids, ends, [readers.submit(read, eid) for eid in eids]) for eids, ends in plan)
         yield from map_ahead(joiner, join, jobs, READ_AHEAD + 1)
 

@@ -27,6 +27,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -87,7 +88,7 @@ NOTES = {  # kind -> warning on the videos with such a note, remedy
 EXTRACTED, FINISHED = "extracted", "already there"
 EMPTY, UNDONE = "without a usable video", "left for the next run"
 LISTED = 20  # skipped files named on screen; all of them are in the log
-LOG_COLUMNS = ("study", "video", "frames", "seconds", "result", "reason")
+LOG_COLUMNS = ("study", "video", "frames", "seconds", "encode_seconds", "result", "reason")
 
 
 # ---------------------------------------------------------------------------------------- decode
@@ -175,6 +176,7 @@ class Pending:
         self.pieces = encoder.pieces(frames, np.concatenate(index))
         self.taken = 0  # pieces sent to the encoder
         self.features = []  # theirs, (n, width) tensors in order
+        self.shares = []  # (share of a batch, its Stopwatch) of each of `features`
 
     def take(self, n):
         """The next pieces, at most `n`, normalised: float32 (n, ...)."""
@@ -185,6 +187,34 @@ class Pending:
     @property
     def is_encoded(self):
         return sum(map(len, self.features)) == len(self.pieces)
+
+    def encode_seconds(self):
+        return sum(share * watch.seconds() for share, watch in self.shares)
+
+
+class Stopwatch:
+    """The seconds of a `with` block, on a GPU measured there without waiting for it."""
+
+    def __init__(self, device):
+        self.gpu = torch.device(device).type == "cuda"
+
+    def now(self):
+        if not self.gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *_):
+        self.end = self.now()
+
+    def seconds(self):
+        """Once the results of the block have been read."""
+        return self.start.elapsed_time(self.end) / 1000 if self.gpu else self.end - self.start
 
 
 class Batches:
@@ -203,11 +233,11 @@ class Batches:
 
     @torch.inference_mode()
     def __call__(self, decoded):
-        """(job, reply) -> (job, reply, embeddings): see `decode`; float32 (copies, C, width), or
-        None when the reply is a VideoError."""
+        """(job, reply) -> (job, reply, embeddings, seconds of encoding): see `decode`; embeddings
+        are float32 (copies, C, width), or None when the reply is a VideoError."""
         for job, reply in decoded:
             if isinstance(reply[0], VideoError):
-                yield job, reply, None
+                yield job, reply, None, 0.0
                 continue
             self.put(Pending(job, reply, self.encoder, self.device))
             yield from self.pop_finished()
@@ -225,11 +255,17 @@ class Batches:
                 self.run_batch()
 
     def run_batch(self):
-        with self.autocast():
-            features = self.encoder.encode(torch.cat([x for _, x in self.batch])).float()
+        images = torch.cat([x for _, x in self.batch])
+        with Stopwatch(self.device) as watch, self.autocast():
+            features = self.encoder.encode(images)
+            if not isinstance(features, torch.Tensor):
+                kind = type(features).__name__
+                raise UserError(f"{self.encoder.name}: encode returns {kind}, not a torch.Tensor")
+            features = features.float()
         for pending, pieces in self.batch:
             part, features = features[: len(pieces)], features[len(pieces) :]
             pending.features.append(part)
+            pending.shares.append((len(pieces) / len(images), watch))
         self.batch, self.free = [], self.batch_size
 
     def pop_finished(self):
@@ -242,7 +278,8 @@ class Batches:
                 raise UserError(f"{self.encoder.name} returns {embeddings.shape}, not (n, {width})")
             if not np.isfinite(embeddings).all():
                 raise UserError(f"{self.encoder.name} returns NaN or infinity: check its weights")
-            yield video.job, video.reply, np.stack(np.split(embeddings, len(video.reply[0])))
+            copies = np.stack(np.split(embeddings, len(video.reply[0])))
+            yield video.job, video.reply, copies, video.encode_seconds()
 
 
 # ------------------------------------------------------------------------------------------- run
@@ -258,7 +295,7 @@ class Summary:
     def print(self):
         """Print counts, then the skipped files with their reasons."""
         states, notes, skipped = Counter(self.studies.values()), Counter(), {}
-        for study, video, _, _, result, reason in self.rows:
+        for study, video, *_, result, reason in self.rows:
             if result == "skipped":
                 skipped[f"{study}/{video}"] = reason
             else:
@@ -303,7 +340,7 @@ class StudyProgress:
     before: dict[str, store.FileRecord]  # from an earlier run
     records: dict[str, store.FileRecord]
     results: dict[str, tuple]  # (starts, embeddings), of videos with clips
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, tuple] = field(default_factory=dict)  # to decode and to encode a video
     gone: bool = False  # a file can no longer be reached
 
 
@@ -421,8 +458,9 @@ class Run:
                 result, first = "ok", self.first_of.setdefault(record.pixels[:16], file)
                 if first != file:
                     reason = "; ".join(filter(None, [reason, f"{COPY}: {first}"]))
-            seconds = f"{work.seconds[name]:.3f}" if name in work.seconds else ""
-            self.summary.rows.append((study.name, name, record.frames, seconds, result, reason))
+            seconds = [f"{x:.3f}" for x in work.seconds.get(name, ())] or ["", ""]
+            row = study.name, name, record.frames, *seconds, result, reason
+            self.summary.rows.append(row)
 
 
 def compare_videos(records, results):
@@ -543,12 +581,34 @@ def extract(studies, out, settings, encoder=None):
             decoded = decode(jobs, sampling_of(settings, encoder), settings.workers)
             batches = batches_of(encoder, settings)
             with contextlib.closing(decoded):
-                for (study, video), (reply, seconds), embeddings in batches(decoded):
+                for (study, video), (reply, seconds), embeddings, encoding in batches(decoded):
                     bar.update()
-                    run.collect(study, video, reply, embeddings, seconds)
-        log = pd.DataFrame(run.summary.rows, columns=LOG_COLUMNS)
-        write_table(log, Path(out) / f"extract_log{name}.csv")
+                    run.collect(study, video, reply, embeddings, (seconds, encoding))
+        write_log(run.summary.rows, Path(out) / f"extract_log{name}.csv")
     return run.summary
+
+
+def write_log(rows, path):
+    """Write the log; videos that were not read again keep the seconds of the log at `path`."""
+    log = pd.DataFrame(rows, columns=LOG_COLUMNS)
+    keys, seconds = ["study", "video"], ["seconds", "encode_seconds"]
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no log, or an older or edited one
+        before = pd.read_csv(path, dtype=str, keep_default_na=False)
+        before = before.drop_duplicates(keys).set_index(keys)[seconds]
+        before = before.reindex(pd.MultiIndex.from_frame(log[keys])).fillna("").to_numpy()
+        log[seconds] = log[seconds].where(log[seconds] != "", before)
+    write_table(log, path)
+
+
+def extraction_seconds(folder):
+    """Mean seconds of decoding and encoding a study, from the logs in a folder of embeddings;
+    None without them."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        logs = [pd.read_csv(path) for path in Path(folder).glob("extract_log*.csv")]
+        log = pd.concat(logs)[["study", "seconds", "encode_seconds"]].dropna()
+        if len(log):
+            return float(log[["seconds", "encode_seconds"]].sum(axis=None) / log["study"].nunique())
+    return None
 
 
 def prepare_encoder(encoder, out, settings):

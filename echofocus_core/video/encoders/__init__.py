@@ -2,7 +2,10 @@
 
 import hashlib
 import importlib.util
+import inspect
 from pathlib import Path
+
+from torch.nn import Module
 
 from echofocus_core.base.console import UserError, nearest
 from echofocus_core.video import panecho
@@ -71,10 +74,20 @@ def from_file(path, function, weights):
     spec.loader.exec_module(module)
     if not callable(make := getattr(module, function, None)):
         raise UserError(f"{path} has no function {function!r}; use --encoder {path}:FUNCTION")
+    try:
+        inspect.signature(make).bind(weights)
+    except TypeError as error:
+        raise UserError(f"{path}: {function} must take one argument, the value of --weights") from (
+            error
+        )
     encoder = make(weights)
     if not isinstance(encoder, ClipEncoder):
         raise UserError(f"{path}:{function} returns {type(encoder).__name__}, not a ClipEncoder")
-    encoder.name = f"{path}:{function}"
+    if not (isinstance(getattr(encoder, "model", None), Module) and encoder.width > 0):
+        raise UserError(
+            f"{path}:{function}: the encoder needs a torch module as `model`, and a `width` above 0"
+        )
+    encoder.name = f"{path.name}:{function}"
     encoder.weights = encoder.weights or str(weights) or path.name
     encoder.model.eval().requires_grad_(False)
     code = hashlib.sha256(path.read_bytes())

@@ -3,6 +3,8 @@
 Image models encode each frame; a clip's embedding is the mean over its frames.
 """
 
+from pathlib import Path
+
 from torch.nn.functional import normalize
 
 from echofocus_core.base.console import UserError
@@ -81,7 +83,7 @@ class HuggingFace:
     """What image and video models of transformers share; see `hugging_face`."""
 
     def set_up(self, name, model, processor, weights):
-        self.name = f"hf:{name}"
+        self.name = f"hf:{Path(name).name if Path(name).is_dir() else name}"  # no local path
         finish(self, model, weights)
         self.licence = self.citation = f"see the card of {name}"
         self.pixels = pixels_of(processor, self.name)
