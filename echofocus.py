@@ -1,6 +1,8 @@
+# PYTHON_ARGCOMPLETE_OK
 """EchoFocus: one answer per echocardiography study from all of its videos.
 
     python echofocus.py demo                                  # all steps on phantoms
+    python echofocus.py init                                  # a config for the files here
     python echofocus.py download EchoFocus_CHD                # a released model; --list names them
     python echofocus.py inspect  EchoFocus_CHD                # architecture, labels and origin
     python echofocus.py train    --task chd                   # learn a task from a label table
@@ -23,14 +25,30 @@ Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D f
 
 import json
 import os
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from echofocus_core import __version__
-from echofocus_core.base.console import PROGRAM, RUN, Collected, Parser, UserError, run_main
-from echofocus_core.base.options import Settings, add_options, validate_as
+from echofocus_core.base.console import (
+    PROGRAM,
+    RUN,
+    Collected,
+    Parser,
+    UserError,
+    print_next,
+    run_main,
+)
+from echofocus_core.base.options import (
+    ALL_FOLDS,
+    Settings,
+    add_options,
+    needs_videos,
+    options_of,
+    validate_as,
+)
 
 
 def cmd_train(job):
@@ -213,11 +231,14 @@ def cmd_check(settings):
     from echofocus_core.encoder.preview import preview_cohort
     from echofocus_core.study.check import check_run
 
-    check_run(settings.model_dump(exclude_unset=True), preview_cohort)
+    typed = settings.model_dump(exclude_unset=True)
+    check_run(typed, preview_cohort)
+    if not settings.cohort:
+        print_next(command_line("predict" if settings.videos else "train", typed))
 
 
 def cmd_pack(job):
-    """Pack a dataset's embeddings into <embedding_path>.packed.h5 (`PackedEmbeddings`)."""
+    """Pack a dataset's embeddings into one file, <embedding_path>.packed.h5, to read faster."""
     import numpy as np
 
     from echofocus_core.base.files import lock, packed_path
@@ -264,6 +285,7 @@ def cmd_download(settings):
         if key in record:
             print(f"{key}: {record[key]}")
     print(f"the model is {folder}; {PROGRAM} inspect {folder.name} describes it")
+    print_next(f"{PROGRAM} predict --model_name {folder.name} --videos FOLDER")
 
 
 def cmd_inspect(settings):
@@ -284,11 +306,19 @@ def cmd_inspect(settings):
         print(f"wrote {settings.json_}")
 
 
+def cmd_init(settings):
+    """Write a commented config for the embeddings, videos and tables in this folder."""
+    from echofocus_core.study.first_config import write_config
+
+    print_next(write_config(settings.config))
+
+
 def cmd_demo(settings):
     """Run and print the public commands on phantoms and a real DICOM cine, in ./demo."""
     from echofocus_core.report.demo import run_demo
 
     run_demo(settings.studies)
+    print_next(f"{PROGRAM} init  # in the folder of your own data")
 
 
 # ------------------------------------------------------------------------------------ the library
@@ -425,19 +455,23 @@ def bag_of(eid, array, model):
 
 # ------------------------------------------------------------------------------- the command line
 
-COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes Settings)
-    "train": (cmd_train, "training_job"),
-    "compare": (cmd_compare, "training_job"),
-    "evaluate": (cmd_evaluate, "evaluation_job"),
-    "predict": (cmd_predict, "model_job"),
-    "embed": (cmd_embed, "model_job"),
-    "explain": (cmd_explain, "model_job"),
-    "pack": (cmd_pack, "dataset_job"),
-    "check": (cmd_check, ""),
-    "download": (cmd_download, ""),
-    "inspect": (cmd_inspect, ""),
-    "demo": (cmd_demo, ""),
-}
+COMMANDS = {  # name: (function, what makes its Job in study/job.py; '': it takes Settings, example)
+    "init": (cmd_init, "", ""),
+    "train": (cmd_train, "training_job", "--task chd --n_folds 5 --fold all"),
+    "compare": (
+        cmd_compare, "training_job",
+        "--task chd --encoders panecho=emb/panecho echoprime=emb/echoprime",
+    ),
+    "evaluate": (cmd_evaluate, "evaluation_job", "--model_name chd --by sex age:18,65"),
+    "predict": (cmd_predict, "model_job", "--model_name EchoFocus_CHD --videos visits --page"),
+    "embed": (cmd_embed, "model_job", "--model_name chd --datasets site outside --map"),
+    "explain": (cmd_explain, "model_job", "--model_name chd --select confident --page"),
+    "pack": (cmd_pack, "dataset_job", "--dataset site --dtype float16"),
+    "check": (cmd_check, "", "--task chd --dataset site"),
+    "download": (cmd_download, "", "EchoFocus_CHD"),
+    "inspect": (cmd_inspect, "", "EchoFocus_CHD"),
+    "demo": (cmd_demo, "", "--studies 80"),
+}  # fmt: skip
 SHARED = {
     "train": "share each optimiser step",
     "compare": "share each optimiser step",
@@ -446,12 +480,20 @@ SHARED = {
 
 
 def build_parser():
-    parser = Parser(prog="echofocus.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--version", action="version", version=__version__)
+    more = f"{PROGRAM} COMMAND --help shows the options of a command."
+    parser = Parser(
+        "COMMAND", description=__doc__.split("\n\n")[0], epilog=more, prog="echofocus.py"
+    )
+    parser.add_argument("--version", action="version", version=__version__, help="show the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, (function, _) in COMMANDS.items():
+    for command, (function, _, example) in COMMANDS.items():
         summary = " ".join(function.__doc__.split("\n\n")[0].split())
-        sub = commands.add_parser(command, help=summary, description=summary)
+        source = "[SOURCE]" if "source" in options_of(command) else ""
+        line = f"{PROGRAM} {command}"
+        sub = commands.add_parser(
+            command, help=summary, arguments=source, program=line, description=summary,
+            example=example,
+        )  # fmt: skip
         add_options(sub, command)
     return parser
 
@@ -460,20 +502,70 @@ def main(argv=None):
     typed = vars(build_parser().parse_args(argv))
     command = typed.pop("command")
     settings = validate_as(Settings, typed)
-    typed = settings.model_dump(exclude_unset=True)
+    from echofocus_core.base.log import message_log
+
+    with message_log(settings):
+        run_command(command, settings)
+
+
+def run_command(command, settings):
+    """Run a command with the typed options, and print the line that usually follows."""
     from echofocus_core.base.world import World, from_environment, join_world, pick_device
 
     if command not in SHARED and from_environment("WORLD_SIZE", 1, least=1) > 1:
         raise UserError(f"{command} runs in one process: leave out torchrun")
-    function, make_job = COMMANDS[command]
+    function, make_job, _ = COMMANDS[command]
     if not make_job:
         return function(settings)
-    from echofocus_core.study import job
+    from echofocus_core.study import job as jobs
 
-    device = pick_device(typed.get("device", ""))
-    shared = command in SHARED
+    typed = settings.model_dump(exclude_unset=True)
+    device, shared = pick_device(typed.get("device", "")), command in SHARED
     with join_world(device, SHARED[command]) if shared else nullcontext(World()) as world:
-        function(getattr(job, make_job)(command, typed, world))
+        job = getattr(jobs, make_job)(command, typed, world)
+        function(job)
+        if line := line_after(command, job, typed):
+            print_next(line)
+
+
+KEPT = ("config", "dataset", "videos", "keep", "embedding_path", "label_path", "assume_unseen")
+
+
+def line_after(command, job, typed):
+    """The command line that usually follows a command, with its model and data; '' for none."""
+    from echofocus_core.study.config import MODELS
+    from echofocus_core.study.loading import model_folder
+
+    s, model = job.settings, job.model
+    kept = KEPT if command == "train" else (*KEPT, "task")
+    options = {k: x for k, x in typed.items() if k in kept or needs_videos(k)}
+    if command == "train" and not s.grid:
+        folder = model_folder(s.model_name, s.run_id)
+        after = "predict" if s.fold == ALL_FOLDS else "evaluate"
+    elif command in ("evaluate", "predict") and model and model.type != "readings":
+        if s.page or model.record.level == "video":
+            return ""
+        folder, after, options["page"] = model.folder, "explain", True
+    else:
+        return ""
+    name = folder.relative_to(MODELS) if folder.is_relative_to(MODELS) else folder
+    options["model_name"] = s.model_name if "," in s.model_name else str(name)
+    return command_line(after, options)
+
+
+def command_line(command, options):
+    """The line to type for a command with those of `options` that it has."""
+    words = [PROGRAM, command]
+    for name, value in options.items():
+        if name not in options_of(command):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            values = value.split(",") if name == "model_name" else value
+            values = values if isinstance(values, list) else [values]
+            words += [f"--{name}", *(shlex.quote(str(x)) for x in values)]
+    return " ".join(words)
 
 
 def program():

@@ -15,11 +15,20 @@ from echofocus_core.video.panecho import find_weights  # noqa: E402
 
 
 def main(argv=None):
-    parser = Parser(prog="embed/panecho.py", description=__doc__.split("\n\n")[0])
+    summary = "PanEcho's 40 readings of a folder of exams, one row per study."
+    program, example = "python embed/panecho.py", "predict exams --out readings.csv"
+    more = "Other options are those of: python echofocus.py predict"
+    parser = Parser("predict FOLDER", program, summary, example, epilog=more)
     parser.add_argument("command", choices=["predict"], help="write the readings of each study")
-    parser.add_argument("folder", help="folder of study folders, or of one study's files")
-    parser.add_argument("--weights", default="panecho", help="as for embed/extract.py")
-    parser.add_argument("--out", default="", help="table to write [panecho_<folder>.csv here]")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="folder of study folders, or of one study's files"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", default="panecho", help="as for embed/extract.py"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", default="", help="table to write [panecho_<folder>.csv here]"
+    )
     typed, more = parser.parse_known_args(argv)
     file = find_weights(typed.weights).resolve()
     out = typed.out or f"panecho_{Path(typed.folder).resolve().name}.csv"

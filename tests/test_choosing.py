@@ -1,5 +1,6 @@
-"""Folds for rare labels, frozen aggregators, two learning rates, failed steps, grid search."""
+"""A first config, folds for rare labels, frozen aggregators, failed steps, grid search."""
 
+import json
 from pathlib import Path
 from typing import get_args
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import copy_example
 from torch import nn
 
 from echofocus_core.base.console import Collected
@@ -164,3 +166,73 @@ def test_heads_are_copied_by_label_along_the_axis_of_labels():
     axes = {"ff.weight": 0, "ff.bias": 0}
     assert StudyModel(3).label_axes() == StudyModel(3, "query").label_axes() == axes
     assert StudyModel(3, "multiquery").label_axes() == {"query_tokens": 1}
+
+
+def init(folder, cli, monkeypatch):
+    """(output of `init` in a folder, the config that it wrote)."""
+    monkeypatch.chdir(folder)
+    status, out, err = cli("init")
+    assert status == 0, err
+    lines = (folder / "config.json").read_text().splitlines()
+    return out, json.loads("\n".join(x for x in lines if not x.strip().startswith("//")))
+
+
+def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkeypatch):
+    """It maps the columns of ids by their values, and proposes a task per kind of label."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emb").symlink_to(one_cohort / "emb")
+    table = pd.read_csv(one_cohort / "labels.csv", dtype={"eid": str})
+    n, i = len(table), np.arange(len(table))
+    german = pd.DataFrame({"Patient": table["pid"], "Untersuchung": table["eid"]})
+    german["VSD"] = table["finding"].map({1: "ja", 0: "nein"})
+    german["EF"] = table["size"].map("{:.2f}".format).str.replace(".", ",")
+    german["Grad"], german["Geschlecht"] = np.array(["leicht", "schwer"])[i % 2], "w"
+    german["Datum"], german["Kommentar"] = "03.04.2020", [f"Text {k}" for k in i]
+    german["Nummer"], german["warning"] = 9000 + i, i % 2
+    german.to_csv(tmp_path / "Befunde.csv", sep=";", index=False)
+    out, config = init(tmp_path, cli, monkeypatch)
+    tasks, columns = config["task"], {"pid": "Patient", "eid": "Untersuchung"}
+    kinds = {name: (task["type"], task["task_labels"]) for name, task in tasks.items()}
+    assert kinds == {
+        "findings": ("binary", ["VSD"]),
+        "measurements": ("regression", ["EF"]),
+        "grades": ("multiclass", ["Grad"]),
+    }
+    assert all(t["columns"] == columns and t["label_path"] == "Befunde.csv" for t in tasks.values())
+    assert config["dataset"] == {"emb": {"embedding_path": "data/emb"}}
+    assert f"VSD: {table['finding'].sum()} of {n}" in out and "next:" in out.splitlines()[-1]
+    before = Path("config.json").read_text()
+    status, _, err = cli("init")
+    assert status == 1 and "config.json exists" in err and Path("config.json").read_text() == before
+    line = out.splitlines()[-1].partition("echofocus.py ")[2].split()
+    status, out, _ = cli(*line)
+    assert status == 0 and "60 labelled studies of 40 patients" in out
+    Path("config.json").unlink()
+    status, _, err = cli("train")
+    assert status == 1 and "init writes one" in err
+    german["VSD"] = german["VSD"].map({"ja": "vorhanden", "nein": "fehlt"})
+    german.to_csv("Befunde.csv", sep=";", index=False)
+    task = {"task_labels": ["EF", "VSD"], "label_path": "Befunde.csv", "columns": columns}
+    Path("config.json").write_text(json.dumps({"task": {"a": task}, "dataset": config["dataset"]}))
+    status, _, err = cli("train", "--epoch_lim", "1")
+    assert status == 1 and "VSD: all 60 values" in err and err.count("\n") == 1
+
+
+def test_init_on_videos_and_on_nothing(tmp_path, cli, monkeypatch):
+    exams = tmp_path / "full" / "Exams"
+    for study in ("a", "b"):
+        (exams / study / "series").mkdir(parents=True)
+        copy_example(exams / study / "series" / "IM1")
+    out, config = init(tmp_path / "full", cli, monkeypatch)
+    (dataset,) = config["dataset"].values()
+    assert dataset["video_base_path"] == "Exams"
+    assert "download" in out.splitlines()[-1] and "--videos Exams" in out.splitlines()[-1]
+    (tmp_path / "full" / "config.json").unlink()
+    rows = [{"patient_id": f"P{i}", "exam": study, "EF": 50 + i} for i, study in enumerate("ab")]
+    pd.DataFrame(rows).to_csv(tmp_path / "full" / "labels.csv", index=False)
+    out, config = init(tmp_path / "full", cli, monkeypatch)
+    assert config["task"]["measurements"]["columns"] == {"pid": "patient_id", "eid": "exam"}
+    assert out.splitlines()[-1].endswith("Exams --out embeddings/Exams")
+    (tmp_path / "empty").mkdir()
+    out, config = init(tmp_path / "empty", cli, monkeypatch)
+    assert out.splitlines()[-1].endswith("demo") and list(config) == ["task", "dataset"]

@@ -1,7 +1,9 @@
 """The commands as a user types them, on a small cohort and on files in the published format."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,9 +33,12 @@ from sklearn.metrics import roc_auc_score
 import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.base.files import lock
-from echofocus_core.base.options import ALL_FOLDS, Settings
+from echofocus_core.base.options import ALL_FOLDS, Settings, options_of
+from echofocus_core.encoder.settings import EncoderSettings
+from echofocus_core.encoder.train import main as encoder_main
 from echofocus_core.study.loading import read_checkpoint
 from echofocus_core.study.train_command import folder_to_train_in
+from echofocus_core.video import extract
 
 
 @pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--lerning_rate", 2)])
@@ -52,6 +57,59 @@ except SystemExit as stop:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == expected, done.stderr
     assert "--learning_rate" in done.stdout + done.stderr
+
+
+def test_help_fits_on_a_screen(cli, monkeypatch):
+    """Common options first; --help_all shows each option, with a readable name of its value."""
+    monkeypatch.setenv("COLUMNS", "80")
+    programs = [(ef.main, name, (name,)) for name in ef.COMMANDS]
+    programs += [(extract.main, "extract", ()), (encoder_main, "train_encoder", ())]
+    for main, command, line in programs:
+        status, out, _ = cli(*line, "--help", main=main)
+        assert status == 0 and len(out.splitlines()) <= 40, out
+        assert out.startswith("usage: ") and out.splitlines()[1] == "" and "example: " in out
+        every = cli(*line, "--help-all", main=main)[1]
+        shown = [x for x in every.splitlines() if x.startswith("  --")]
+        fields = EncoderSettings if command == "train_encoder" else Settings
+        options = options_of(command, fields).items()
+        hidden = [n for n, f in options if command not in f.json_schema_extra["common"]]
+        assert len(shown) >= len(options) - ("source" in dict(options)), command
+        assert (f"{len(hidden)} more options" in out) == bool(hidden)
+        assert not re.search(r" [A-Z]+_[A-Z_]*\b", "\n".join(shown))
+
+
+def test_wrong_lines_are_one_line(cohort, cli):
+    (cohort / "Exams").mkdir()
+    for line, text in (
+        (["train", "--lr", "abc"], "abc"),
+        (["train", "--epoch-lim", "0.5"], "0.5"),
+        (["predict", "Exams"], "--videos Exams"),
+        (["predict", "emb"], "--embedding_path emb"),
+        (["predict", "--dry-run"], "unknown argument --dry-run"),
+        (["train", "--tf_combine", "sum"], "avg"),
+    ):
+        status, out, err = cli(*line)
+        assert status == 2 and text in err and err.count("\n") == 1 and not out, err
+
+
+def test_quiet_verbose_and_log(trained, cli):
+    """The file has all messages; the screen has fewer, or more with times."""
+    (trained / "emb" / "1003.hdf5").write_bytes(b"not HDF5")
+    line = ("predict", "--sample_limit", "0")
+    status, plain, _ = cli(*line)
+    assert status == 0 and "next: " in plain.splitlines()[-1] and "explain" in plain
+    status, out, err = cli(*line, "--quiet", "--log", "a/run.jsonl")
+    assert (status, out, err) == (0, "", "")
+    entries = [json.loads(x) for x in Path("a/run.jsonl").read_text().splitlines()]
+    assert "\n".join(x["message"] for x in entries).split() == plain.split()
+    status, out, err = cli("evaluate", "--dataset", "sitt", "--verbose", "--log", "run.log")
+    text = Path("run.log").read_text()
+    assert status == 1 and re.search(r"^20\d\d-.* ERROR .*has no dataset sitt", text, re.MULTILINE)
+    assert "Traceback" in text and "did you mean site" in err
+    status, _, err = cli(*line, "--log", "labels.csv")
+    assert status == 1 and "labels.csv exists" in err
+    handlers = logging.getLogger("echofocus").handlers
+    assert not [x for x in handlers if type(x) is logging.FileHandler]
 
 
 def test_train_evaluate_predict_embed_explain(cohort, cli):
@@ -279,7 +337,7 @@ def test_wrong_options(cohort, cli):
         (["train", "--task", "defects"], "no task defects; did you mean defect"),
         (["train", "--split", "60,20,30"], "sum to 100"),
         (["train", "--device", "gpu"], "--device gpu is not available here"),
-        (["evaluate"], "no trained model"),
+        (["evaluate"], "download EchoFocus_CHD"),
         (["evaluate", "--model_name", "defekt"], "no trained model trained_models/defekt"),
     ):
         status, _, err = cli(*line)

@@ -5,6 +5,8 @@ import difflib
 import errno
 import os
 import sys
+import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from pathlib import Path
 INSTALLED = not (Path(__file__).resolve().parents[2] / "embed" / "extract.py").is_file()
 PROGRAM = "echofocus" if INSTALLED else "python echofocus.py"
 EXTRACT = "echofocus-extract" if INSTALLED else "python embed/extract.py"
+TRAIN_ENCODER = "echofocus-train-encoder" if INSTALLED else "python embed/train.py"
+EXPORT = "echofocus-export" if INSTALLED else "python embed/end_to_end.py"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LONGEST_LINE = 2000  # characters of an error message
 
@@ -43,11 +47,15 @@ class Findings:
     It prints notes and warnings, and raises UserError for an error.
     """
 
+    verbosity = 0  # -1: only warnings and errors; 1: also checks that passed
+
     def __init__(self):
         self.notes = set()  # printed notes: a command prints each once
 
     def ok(self, text):
-        """A check that passed; only `check` reports it."""
+        """A check that passed; only `check` and --verbose report it."""
+        if self.verbosity > 0:
+            print(text)
 
     def note(self, text):
         """A decision that the user should see, such as rows left out on purpose."""
@@ -84,21 +92,32 @@ class Collected(Findings):
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar on standard error, with fewer updates in a log file."""
+    """A tqdm bar on standard error, which disappears when done; few updates in a log file."""
     from tqdm import tqdm
 
+    options = {"leave": False} | options
+    options["disable"] = options.get("disable", False) or RUN.verbosity < 0
     return tqdm(iterable, mininterval=0.2 if sys.stderr.isatty() else 20, **options)
+
+
+def print_next(line):
+    """End a run with the command line that usually follows."""
+    print(f"next: {line}")
 
 
 # ---------------------------------------------------------------------------------- command lines
 
 
 class Switch(argparse.Action):
-    """`--redo`, `--no_redo`; with Parser also `--redo True` and `--redo False`."""
+    """`--redo`, `--no_redo`; with Parser also `--redo True` and `--redo False`.
 
-    def __init__(self, option_strings, dest, **kwargs):
-        names = [*option_strings, *(f"--no_{name[2:]}" for name in option_strings)]
-        super().__init__(names, dest, nargs=0, **kwargs)
+    on: the default; --help shows only the form that changes it.
+    """
+
+    def __init__(self, option_strings, dest, on=False, **kwargs):
+        negative = [f"--no_{name[2:]}" for name in option_strings]
+        self.shown = negative if on else option_strings
+        super().__init__([*option_strings, *negative], dest, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, not option_string.startswith("--no_"))
@@ -111,16 +130,69 @@ class Joined(argparse.Action):
         setattr(namespace, self.dest, ",".join(values))
 
 
+class Help(argparse.Action):
+    """`--help` shows the common options, `--help_all` every option."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string != "--help_all" and (hidden := parser.hide_groups()):
+            parser.epilog = f"{hidden} more options: --help_all"
+        parser.print_help()
+        parser.exit()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the name of an option's value once, and `NAME ...` for several values."""
+
+    def __init__(self, prog, **kwargs):
+        super().__init__(prog, max_help_position=26, **kwargs)
+
+    def _format_action_invocation(self, action):
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{', '.join(getattr(action, 'shown', action.option_strings))} {value}".rstrip()
+
+    def _format_args(self, action, default_metavar):
+        text = super()._format_args(action, default_metavar)
+        return text.replace(f" [{action.metavar} ...]", " ...")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with `--model-name` for `--model_name` and a hint for a misspelt option."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, arguments="", program=PROGRAM, description="", example=None, **kwargs):
+        """arguments: those without a name, for the usage; program: what the user types; example:
+        the rest of a line."""
+        text = textwrap.fill(description, 78)
+        if example is not None:
+            text += f"\n\nexample: {program} {example}".rstrip()
+        usage = " ".join(f"{program} {arguments} [options]".split())
+        kwargs = {"usage": usage} | kwargs | {"add_help": False, "allow_abbrev": False}
+        super().__init__(description=text, formatter_class=HelpFormatter, **kwargs)
+        self._positionals.title, self._optionals.title = "arguments", "common options"
+        self.add_argument(
+            "-h", "--help", "--help_all", action=Help, nargs=0, default=argparse.SUPPRESS,
+            help="show this help; with --help_all every option",
+        )  # fmt: skip
+
+    def hide_groups(self):
+        """Remove all groups but the common options; returns the number of options in them."""
+        hidden = self._action_groups[2:]
+        del self._action_groups[2:]
+        return sum(len(group._group_actions) for group in hidden)
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+            with suppress(ImportError):
+                import argcomplete
+
+                argcomplete.autocomplete(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown argument {unknown[0]}{self.hint(unknown[0], parsed)}")
+            typed = {plain_arguments([word], set())[0]: word for word in args}
+            word = typed.get(unknown[0], unknown[0])
+            self.error(f"unknown argument {word}{self.hint(unknown[0], parsed)}")
         return parsed
 
     def parse_known_args(self, args=None, namespace=None):
@@ -132,9 +204,7 @@ class Parser(argparse.ArgumentParser):
         stop(self.prog, message, UsageError.status)
 
     def hint(self, argument, parsed):
-        """The option that a misspelt one may mean, or the commands that have it."""
-        if not argument.startswith("--"):
-            return ""
+        """The option that a misspelt one or a folder may mean, or the commands that have it."""
         name, options = argument.split("=")[0], list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -143,7 +213,13 @@ class Parser(argparse.ArgumentParser):
                 if takers:
                     return f"; it is an option of {', '.join(takers)}"
                 options += action.choices[getattr(parsed, action.dest)]._option_string_actions
-        return nearest(name, [x for x in options if not x.startswith("--no_")])
+        if argument.startswith("--"):
+            return nearest(name, [x for x in options if not x.startswith("--no_")])
+        folder, is_embedded = Path(argument), any(Path(argument).glob("*.hdf5"))
+        option = "--embedding_path" if is_embedded else "--videos"
+        return f"; for this folder type {option} {argument}" * (
+            option in options and folder.is_dir()
+        )
 
 
 def nearest(name, valid):

@@ -162,6 +162,7 @@ FILES = Group("files", in_config=False, on_resume="unrecorded")
 SPLIT = Group("data", on_resume="fixed", moves_folds=True)
 DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
 TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
+MESSAGES = Group("messages", in_config=False, on_resume="unrecorded")
 EXTRACTION = Group("extraction", needs_videos=True, on_resume="unrecorded")
 VIEWS = Group("views", in_config=False, needs_videos=True, on_resume="unrecorded")
 END_TO_END = Group("training through the encoder", needs_videos=True, on_resume="fixed")
@@ -170,6 +171,7 @@ WITH_MODEL = "evaluate predict embed explain"
 ALL = f"train check {WITH_MODEL}"
 EXTRACTS = f"extract {WITH_MODEL} check"
 READS_VIDEOS = f"{EXTRACTS} train"
+EVERY = f"{ALL} compare extract train_encoder pack download inspect init"
 
 
 def option(
@@ -182,9 +184,12 @@ def option(
     also="",
     on_resume: OnResume | None = None,
     moves_folds=None,
+    common="",
     **argparse_options,
 ):
     """Declare an option: default, meaning, group in --help, commands, bounds and synonyms.
+
+    common: the commands whose --help shows it; --help_all shows every option.
 
     on_resume: whether a resumed training refuses another value ("fixed"), or uses and reports it
     ("reported"); "unrecorded" options do not affect the weights and are not saved.
@@ -193,6 +198,7 @@ def option(
     meta = {
         "group": group,
         "commands": commands.split(),
+        "common": common.split(),
         "also": also.split(),
         "on_resume": on_resume or group.on_resume,
         "moves_folds": group.moves_folds if moves_folds is None else moves_folds,
@@ -205,16 +211,34 @@ Aggregators = Literal["standard", "query", "multiquery", "mean", "mlp", "attenti
 
 
 # fmt: off
-class CohortOptions(Entry):
+class MessageOptions(Entry):
+    """What a run prints, see `base.log`."""
+
+    quiet: bool = option(False, "print only warnings and errors", MESSAGES, EVERY)
+    verbose: bool = option(
+        False, "also print the time of each message, checks that passed, and where an error arose",
+        MESSAGES, EVERY
+    )
+    log: str = option(
+        "", "append all messages to this file, with their time; as JSON lines if it ends in .jsonl",
+        MESSAGES, EVERY, metavar="FILE"
+    )
+
+
+class CohortOptions(MessageOptions):
     """The labelled videos for training the encoder; `check` reads them too."""
 
     cohort: Literal["", "hospital", "echonetdynamic", "echonetpediatric"] = option(
-        "", "layout of the encoder's training data", WHAT, "train_encoder check"
+        "", "layout of the encoder's training data", WHAT, "train_encoder check",
+        common="train_encoder"
     )
-    data_dir: str = option("", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check")
+    data_dir: str = option(
+        "", "folder of the cohort [data/<cohort>]", WHAT, "train_encoder check",
+        common="train_encoder", metavar="FOLDER"
+    )
     tasks: Names = option(
         [], "PanEcho tasks to learn, or a JSON file of tasks [EF; hospital: every task in the "
-        "tables]", WHAT, "train_encoder check"
+        "tables]", WHAT, "train_encoder check", common="train_encoder", metavar="TASK"
     )
 
 
@@ -229,79 +253,96 @@ class Settings(CohortOptions):
         return one_name(values) if isinstance(values, dict) else values
 
     config: str = option(
-        "", "tasks and datasets [config.json or config-example.json]", WHAT, f"{ALL} pack inspect"
+        "", "tasks and datasets [config.json or config-example.json]", WHAT,
+        f"{ALL} pack inspect init", common="init", metavar="FILE"
     )
     model_name: str = option(
-        "", "folder in ./trained_models, or a path [train: the task; else the only one]; the "
-        "answers of several are averaged", WHAT, f"{ALL} download inspect", nargs="+", action=Joined
+        "", "folder in ./trained_models, or a path [train: the task's name; others: the only model]"
+        "; the answers of several models are averaged", WHAT, f"{ALL} download inspect", nargs="+",
+        action=Joined, common="train check evaluate predict embed explain download", metavar="NAME"
     )
-    run_id: str = option("", "suffix of the model's name, to separate runs", WHAT, ALL)
+    run_id: str = option(
+        "", "suffix of the model's name, to separate runs", WHAT, ALL, metavar="SUFFIX"
+    )
     task: str = option(
-        "", "task in the config [the model's, else the first]", WHAT, ALL, moves_folds=True
+        "", "task in the config [the model's, else the first]", WHAT, ALL, moves_folds=True,
+        common="train check compare", metavar="NAME"
     )
     dataset: str = option(
         "", "dataset in the config [the model's, else the first]", WHAT, f"{ALL} pack",
-        moves_folds=True
+        moves_folds=True,
+        common="train check compare evaluate predict embed explain pack", metavar="NAME"
     )
-    datasets: Names = option([], "several datasets, instead of --dataset", WHAT, "embed")
+    datasets: Names = option(
+        [], "several datasets, instead of --dataset", WHAT, "embed", common="embed", metavar="NAME"
+    )
     embedding_path: str = option(
-        "", "folder of clip embeddings, instead of the dataset's", WHAT, f"{ALL} pack"
+        "", "folder of clip embeddings, instead of the dataset's", WHAT, f"{ALL} pack",
+        common="pack", metavar="FOLDER"
     )
-    label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL)
+    label_path: str = option("", "label table, instead of the dataset's", WHAT, ALL, metavar="FILE")
     path_pattern: str = option(
         "", "regular expression with (?P<pid>...) and (?P<eid>...) that finds the patient and the "
-        "study in the paths of label lists, instead of the dataset's", WHAT, ALL,
-    )  # fmt: skip
+        "study in the paths of label lists, instead of the dataset's", WHAT, ALL, metavar="PATTERN"
+    )
     videos: str = option(
-        "", "folder of a study's videos, or of studies", WHAT, f"{WITH_MODEL} check train"
+        "", "folder of a study's videos, or of studies", WHAT, f"{WITH_MODEL} check train",
+        common="check predict embed explain", metavar="FOLDER"
     )
     keep: str = option(
-        "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL
+        "", "folder for the clip embeddings of --videos [./clip_embeddings]", WHAT, WITH_MODEL,
+        metavar="FOLDER"
     )
-    eids: Names = option([], "studies to explain, in any fold", WHAT, "explain")
+    eids: Names = option(
+        [], "studies to explain, in any fold", WHAT, "explain", common="explain", metavar="STUDY"
+    )
     source: str = option(
-        "", "download: a released model, URL, zip, folder or .pt file; inspect: a model",
-        WHAT, "download inspect", nargs="?"
+        "", "a released model, or a URL, zip, folder or .pt file (inspect: a model)",
+        WHAT, "download inspect", nargs="?", common="download inspect", metavar="SOURCE"
     )
-    list_: bool = option(False, "list the released models", WHAT, "download")
+    list_: bool = option(False, "list the released models", WHAT, "download", common="download")
     sha256: Annotated[str, Field(pattern="^([0-9a-fA-F]{64})?$")] = option(
-        "", "expected SHA-256 of the file", WHAT, "download"
+        "", "expected SHA-256 of the file", WHAT, "download", common="download", metavar="DIGEST"
     )
-    studies: int = option(80, "number of phantom studies", WHAT, "demo", least=22)
+    studies: int = option(80, "number of phantom studies", WHAT, "demo", least=22, common="demo")
 
-    subset: Literal[(*FOLDS, "all")] = option("test", "the fold to use", DATA, "evaluate explain")
+    subset: Literal[(*FOLDS, "all")] = option(
+        "test", "the fold to use", DATA, "evaluate explain", common="evaluate explain"
+    )
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
-        [], "several folds, instead of --subset", DATA, "evaluate"
+        [], "several folds, instead of --subset", DATA, "evaluate", metavar="FOLD"
     )
     sample_limit: int = option(
         0, "use at most this many studies, chosen by a hash of their ids; 0: all", DATA, ALL,
-        least=0, moves_folds=True
+        least=0, moves_folds=True, common="check explain"
     )
     max_videos_per_study: int = option(
         0, "at most this many videos of a study, chosen at random (in training each epoch); 0: all",
         DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
-        "64,16,20", "percent of patients to train,val,test", SPLIT, "train"
+        "64,16,20", "percent of patients to train,val,test", SPLIT, "train",
+        metavar="TRAIN,VAL,TEST"
     )
     seed: int = option(
         0, "seed of the split, the order and the dropout; evaluate: of the bootstrap", SPLIT,
         "train evaluate", least=-SEEDS, below=SEEDS
     )
     n_folds: int = option(
-        0, "folds of a cross-validation, instead of --split; 0: none", SPLIT, "train"
+        0, "folds of a cross-validation, instead of --split; 0: none", SPLIT, "train",
+        common="train"
     )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
         0, "test fold of --n_folds; the next one is validation; 'all': each in turn, into "
-        "<model>/fold_<k>", SPLIT, "train", type=str
+        "<model>/fold_<k>", SPLIT, "train", type=str, common="train", metavar="K"
     )
     stratify: str = option(
         "", "split patients by this label, so that each fold has its share of rare findings; "
-        "patients added later are test", SPLIT, "train"
+        "patients added later are test", SPLIT, "train", metavar="LABEL"
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train",
-        moves_folds=True
+        moves_folds=True, metavar="COLUMN"
     )
     first_study_only: bool = option(
         False, "only the first usable study of each patient, see --order_by", DATA,
@@ -309,7 +350,7 @@ class Settings(CohortOptions):
     )
     order_by: str = option(
         "", "dates in the label table that order a patient's studies [its only column of dates]",
-        DATA, "train evaluate explain", moves_folds=True
+        DATA, "train evaluate explain", moves_folds=True, metavar="COLUMN"
     )
     assume_unseen: bool = option(
         False, "treat a dataset as unseen by the model and the encoder, if their training "
@@ -319,22 +360,25 @@ class Settings(CohortOptions):
 
     n_boot: int = option(
         1000, "resamples of patients for 95 % intervals; 0: no intervals", DATA, "evaluate compare",
-        least=0, also="n_bootstrap"
+        least=0, also="n_bootstrap", common="compare evaluate"
     )
 
     target: str = option(
         "", "threshold of a finding: youden, sensitivity=0.95 or specificity=0.95, chosen on the "
-        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate"
+        "validation fold [youden; evaluate: the model's]", DATA, "train evaluate",
+        common="evaluate", metavar="RULE"
     )
     prevalence: float | None = option(
-        None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1
+        None, "also give PPV and NPV at this prevalence", DATA, "evaluate", least=0, below=1,
+        metavar="SHARE"
     )
     years: Annotated[list[float], BeforeValidator(times_in)] = option(
         [], "survival: times of survival and AUROC, as in 1,5 [1,5, within the follow-up]", DATA,
-        "predict evaluate"
+        "predict evaluate", metavar="YEAR"
     )
     per: Literal["study", "patient"] = option(
-        "study", "unit of analysis: studies, or patients with pooled studies", DATA, "evaluate"
+        "study", "unit of analysis: studies, or patients with pooled studies", DATA, "evaluate",
+        common="evaluate"
     )
     pool: Literal["mean", "first", "last"] = option(
         "mean", "for --per patient: mean of the predictions, or one study, see --order_by", DATA,
@@ -342,28 +386,32 @@ class Settings(CohortOptions):
     )
     by: Names = option(
         [], "also evaluate groups: columns of the label table, numbers with edges as in age:40,65",
-        DATA, "evaluate compare"
+        DATA, "evaluate compare", common="compare evaluate", metavar="COLUMN"
     )
     compare: Names = option(
-        [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate"
+        [], "models or tables of predictions to compare with on the same studies", WHAT, "evaluate",
+        common="evaluate", metavar="MODEL"
     )
     encoders: Names = option(
         [], "compare the embeddings of these encoders, as in panecho=emb/panecho, or "
         "both=emb/panecho,emb/echoprime joined [the dataset's]",
-        WHAT, "compare"
+        WHAT, "compare", common="compare", metavar="NAME=FOLDER"
     )
     aggregators: list[Aggregators] = option(
-        [], "compare these aggregators, see --transformer_type of train [standard]", WHAT, "compare"
+        [], "aggregators to compare: standard, query, multiquery, mean, mlp, attentive, abmil "
+        "[standard]", WHAT, "compare", common="compare", metavar="NAME"
     )
     fractions: Annotated[list[float], BeforeValidator(times_in)] = option(
-        [], "learning curves: shares of the training patients, as in 0.01 0.1 1", WHAT, "compare"
+        [], "learning curves: shares of the training patients, as in 0.01 0.1 1", WHAT, "compare",
+        common="compare", metavar="SHARE"
     )
     perturbed: Names = option(
         [], "also evaluate on embeddings of changed images (embed/extract.py --perturb), as in "
-        "panecho=emb/panecho_shadow", WHAT, "compare"
+        "panecho=emb/panecho_shadow", WHAT, "compare", metavar="NAME=FOLDER"
     )
     predictions: str = option(
-        "", "table of predictions to evaluate instead of a model", WHAT, "evaluate"
+        "", "table of predictions to evaluate instead of a model", WHAT, "evaluate",
+        common="evaluate", metavar="FILE"
     )
 
     allow_mixed: bool = option(
@@ -373,7 +421,7 @@ class Settings(CohortOptions):
 
     device: str = option(
         "", "cpu, cuda, cuda:1 [CUDA if available]", COMPUTING, f"{ALL} extract",
-        on_resume="unrecorded"
+        on_resume="unrecorded", common="train check compare predict extract", metavar="DEVICE"
     )
     precision: Literal["fp32", "bf16"] = option(
         "fp32", "number format", COMPUTING, f"{ALL} extract"
@@ -396,27 +444,29 @@ class Settings(CohortOptions):
     )
     tf_combine: Literal["avg", "max"] = option("avg", "pooling over clips", MODEL, "train")
     train_fraction: float = option(
-        1.0, "train on this share of the training patients", MODEL, "train", below=1.000001
+        1.0, "train on this share of the training patients", MODEL, "train", below=1.000001,
+        metavar="SHARE"
     )
     video_sampling: Literal["all", "one"] = option(
         "all", "one: train on one random clip of a study, and average the outputs of its clips, as "
         "probes of single clips do", MODEL, "train"
     )
     init_from: str = option(
-        "", "model to start from; heads matched by label name", MODEL, "train",
-        also="load_transformer_path", moves_folds=True
+        "", "model to start from; its heads are matched by label name", MODEL, "train",
+        also="load_transformer_path", moves_folds=True, common="train", metavar="MODEL"
     )
 
     learning_rate: float = option(
-        1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, also="lr"
+        1e-4, "learning rate of AdamW", TRAINING, "train", least=1e-12, also="lr",
+        common="train", metavar="RATE"
     )
     head_learning_rate: float = option(
         0.0, "learning rate of the head (with --end_to_end: of the study-level model); 0: that of "
-        "--learning_rate (1e-4)", TRAINING, "train", least=0, on_resume="fixed"
+        "--learning_rate (1e-4)", TRAINING, "train", least=0, on_resume="fixed", metavar="RATE"
     )
     layer_decay: float = option(
         1.0, "learning rate of each layer relative to the layer above it", TRAINING, "train",
-        least=1e-3, below=1.0000001, on_resume="fixed"
+        least=1e-3, below=1.0000001, on_resume="fixed", metavar="FACTOR"
     )
     freeze: Literal[
         "", "aggregator", "encoder", "stages:1", "stages:2", "stages:3", "stages:4"
@@ -425,65 +475,81 @@ class Settings(CohortOptions):
         "--end_to_end", TRAINING, "train", on_resume="fixed"
     )
     grid: Names = option(
-        [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT, "train"
+        [], "train each combination, as in learning_rate=1e-4,1e-5 encoder_depth=1,5", WHAT,
+        "train", common="compare", metavar="OPTION=VALUES"
     )
     tensorboard: bool = option(
         False, "also write the history for TensorBoard", COMPUTING, "train check",
         on_resume="unrecorded"
     )
-    batch_number: int = option(128, "studies per optimiser step", TRAINING, "train", least=1)
+    batch_number: int = option(
+        128, "studies per optimiser step", TRAINING, "train", least=1, common="train"
+    )
     clip_dropout: float = option(
-        0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1
+        0.5, "share of a study's clips dropped in training", TRAINING, "train", least=0, below=1,
+        metavar="SHARE"
     )
     epoch_lim: Annotated[int, AfterValidator(limit_or_none)] = option(
-        30, "most epochs; -1: no limit", TRAINING, "train", also="total_epochs epochs max_epochs"
+        30, "largest number of epochs; -1: no limit", TRAINING, "train",
+        also="total_epochs epochs max_epochs", common="train compare"
     )
     epoch_early_stop: int = option(
         10, "stop after this many epochs without improvement", TRAINING, "train", least=1
     )
     checkpoint_minutes: float = option(
         10, "minutes between checkpoints within an epoch; 0: after every step", TRAINING, "train",
-        least=0, on_resume="unrecorded"
+        least=0, on_resume="unrecorded", metavar="MINUTES"
     )
 
     spread: Literal["", "clips", "videos", "none"] = option(
         "", "range of each answer: how much it changes with other clips, or with other "
         "videos; predict takes about 14 times as long [with --page: clips; else none]", OUTPUT,
-        "predict explain"
+        "predict explain", common="predict"
     )
     page: bool = option(
-        False, "also write a web page with the videos, in a folder", OUTPUT, "predict explain"
+        False, "also write a web page with the videos, in a folder", OUTPUT, "predict explain",
+        common="predict explain"
     )
     page_mask: Literal["sector", "none"] = option(
         "sector", "clips of the page: black outside the ultrasound sector, or whole frames", OUTPUT,
         "predict explain"
     )
     level: Literal["study", "video"] = option(
-        "study", "one vector per study, or one per video", OUTPUT, "embed"
+        "study", "one vector per study, or one per video", OUTPUT, "embed", common="embed"
     )
     pool_queries: bool = option(
         True, "multiquery models: the mean over labels, or one vector per label", OUTPUT, "embed"
     )
     map: Literal["", "pca", "tsne"] = option(
         "", "also draw a map of the studies: pca (default) or tsne", OUTPUT, "embed", nargs="?",
-        const="pca"
+        const="pca", common="embed"
     )
-    color_by: str = option("dataset", "dataset, or a column of the label table", OUTPUT, "embed")
-    dtype: Literal["float32", "float16"] = option("float32", "type of the numbers", OUTPUT, "pack")
+    color_by: str = option(
+        "dataset", "dataset, or a column of the label table", OUTPUT, "embed",
+        common="embed", metavar="COLUMN"
+    )
+    dtype: Literal["float32", "float16"] = option(
+        "float32", "type of the numbers", OUTPUT, "pack", common="pack"
+    )
     out: str = option(
-        "", "table to write [predictions_<dataset>.csv in the model's folder]", FILES, "predict"
+        "", "table to write [predictions_<dataset>.csv in the model's folder]", FILES, "predict",
+        common="predict", metavar="FILE"
     )
     embed_file: str = option(
-        "", "file to write [embeddings_<dataset>_<task>.h5 in the model's folder]", FILES, "embed"
+        "", "file to write [embeddings_<dataset>_<task>.h5 in the model's folder]", FILES, "embed",
+        common="embed", metavar="FILE"
     )
-    json_: str = option("", "also write the description to this file, as JSON", FILES, "inspect")
+    json_: str = option(
+        "", "also write the description to this file, as JSON", FILES, "inspect",
+        common="inspect", metavar="FILE"
+    )
 
     explain_n: int = option(5, "top videos in the published table", EXPLAINING, "explain", least=1)
     explain_mode: Literal["pred", "loss"] = option(
         "pred", "explain the prediction or its loss", EXPLAINING, "explain"
     )
     explain_tasks: Annotated[list[str], BeforeValidator(labels_in)] = option(
-        [], "labels to explain [all]", EXPLAINING, "explain"
+        [], "labels to explain [all]", EXPLAINING, "explain", common="explain", metavar="LABEL"
     )
     explain_method: Literal[
         "adaptive", "gausslegendre", "riemann_right", "riemann_trapezoid", "leave_one_out",
@@ -492,7 +558,7 @@ class Settings(CohortOptions):
         "adaptive", "adaptive: integrated gradients, refined to an error of 1 %; the next three: "
         "fixed quadratures; leave_one_out: change without the video; shapley: mean change by "
         "adding the video to others (default with --page); attention: rollout", EXPLAINING,
-        "explain"
+        "explain", common="explain"
     )
     explain_steps: int = option(64, "steps of a fixed quadrature", EXPLAINING, "explain", least=1)
     baseline: Literal["zero", "mean", "study"] = option(
@@ -504,8 +570,8 @@ class Settings(CohortOptions):
         "labelled studies", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
-        "all", "studies to explain, best first; --sample_limit gives their number [20]", EXPLAINING,
-        "explain"
+        "all", "kind of studies to explain, the clearest first; --sample_limit sets how many [20]",
+        EXPLAINING, "explain", common="explain"
     )
 
     end_to_end: bool = option(
@@ -520,27 +586,30 @@ class Settings(CohortOptions):
         on_resume="unrecorded"
     )
     encoder_learning_rate: float = option(
-        1e-6, "learning rate of the encoder", END_TO_END, "train", least=1e-12
+        1e-6, "learning rate of the encoder", END_TO_END, "train", least=1e-12, metavar="RATE"
     )
     ping_pong: bool = option(
         False, "train the study-level model and the encoder in alternate epochs", END_TO_END,
         "train"
     )
     cache_dir: str = option(
-        "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded"
+        "frame_cache", "folder for decoded videos", END_TO_END, "train", on_resume="unrecorded",
+        metavar="FOLDER"
     )
 
     encoder: str = option(
         "panecho", "panecho (also for weights of embed/train.py), echoprime, echoclip, "
-        "echojepa-l, hf:ORG/MODEL, timm:MODEL, or FILE.py:FUNCTION", EXTRACTION, EXTRACTS
+        "echojepa-l, hf:ORG/MODEL, timm:MODEL, or FILE.py:FUNCTION", EXTRACTION, EXTRACTS,
+        common="extract", metavar="NAME"
     )
     weights: str = option(
         "panecho", "encoder weights: a file, a URL, 'panecho' for its release (downloaded once "
-        "into torch.hub's cache), or 'random' for a trial", EXTRACTION, READS_VIDEOS
+        "into torch.hub's cache), or 'random' for a trial", EXTRACTION, READS_VIDEOS,
+        common="predict extract", metavar="FILE"
     )
     group: Literal["dicom", "folder", "one"] = option(
         "dicom", "what makes a study: the DICOM StudyInstanceUID (other files: the subfolder), a "
-        "subfolder, or the whole source", EXTRACTION, READS_VIDEOS
+        "subfolder, or the whole source", EXTRACTION, READS_VIDEOS, common="extract"
     )
     study_id: Literal["folder", "uid", "digest"] = option(
         "folder", "name of a study: its folder, the StudyInstanceUID, or a digest of the UID",
@@ -548,17 +617,19 @@ class Settings(CohortOptions):
     )
     manifest: list[str] = option(
         [], "lists of videos instead: columns study and path, MIMIC-IV-ECHO's record list, or "
-        "EchoNet's FileList; paths are relative to the source", EXTRACTION, READS_VIDEOS
+        "EchoNet's FileList; paths are relative to the source", EXTRACTION, READS_VIDEOS,
+        common="extract", metavar="FILE"
     )
     mask: Literal["none", "sector"] = option(
         "none", "'sector' makes everything outside the ultrasound sector black, such as names",
-        EXTRACTION, EXTRACTS
+        EXTRACTION, EXTRACTS, common="extract"
     )
     perturb: Names = option(
         [], "change the images inside the sector, to test robustness: depth=0.5 shadow=0.3 "
-        "speckle=0.2 gain=0.2, shares of the grey scale", EXTRACTION, "extract"
+        "speckle=0.2 gain=0.2, shares of the grey scale", EXTRACTION, "extract",
+        metavar="CHANGE=SHARE"
     )
-    n_clips: int = option(16, "clips per video", EXTRACTION, EXTRACTS, least=1)
+    n_clips: int = option(16, "clips per video", EXTRACTION, EXTRACTS, least=1, common="extract")
     clip_len: int = option(
         16, "frames per clip", EXTRACTION, READS_VIDEOS, least=1, on_resume="fixed"
     )
@@ -580,16 +651,18 @@ class Settings(CohortOptions):
         "extract"
     )
     view_weights: str = option(
-        "", "its weights: view_classifier.pt, or 'random' for a trial", VIEWS, "extract"
+        "", "its weights: view_classifier.pt, or 'random' for a trial", VIEWS, "extract",
+        metavar="FILE"
     )
     image_batch: int = option(0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0)
     workers: int = option(0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0)
     shard: str = option(
         "auto", "part of the studies, I/N; 'auto' uses the environment of torchrun or SLURM",
-        EXTRACTION, EXTRACTS
+        EXTRACTION, EXTRACTS, metavar="I/N"
     )
     redo: bool = option(
-        False, "replace damaged files and files made with other settings", EXTRACTION, EXTRACTS
+        False, "replace damaged files and files made with other settings", EXTRACTION, EXTRACTS,
+        common="extract"
     )
 # fmt: on
 
@@ -635,28 +708,33 @@ def needs_videos(name):
 
 
 def add_options(parser, command, settings=Settings):
-    """Add the options of a command to a parser, in groups; the result has only given options."""
+    """Add the options of a command to a Parser: the common ones, and the others in groups.
+
+    The result of parsing has only the options that are given.
+    """
     groups = {}
     for name, f in options_of(command, settings).items():
-        meta, kind = f.json_schema_extra, f.annotation
-        if (title := meta["group"].title) not in groups:
-            groups[title] = parser.add_argument_group(title)
+        meta, kind, place = f.json_schema_extra, f.annotation, parser
+        if command not in meta["common"]:
+            title = meta["group"].title
+            place = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         default = "" if f.default in ("", [], False, None) else f" [{f.default}]"
         keywords = {"help": (f.description + default).replace("%", "%%"), "default": SUPPRESS}
         if kind is bool:
-            keywords["action"] = Switch
+            keywords |= {"action": Switch, "on": f.default}
         elif get_origin(kind) is list:
-            keywords |= {"type": str, "nargs": "+", "metavar": name.upper()}
+            keywords |= {"type": str, "nargs": "+"}
         elif get_origin(kind) is Literal:
             keywords |= {"type": str, "choices": [x for x in get_args(kind) if x]}
         else:
-            keywords |= {"type": float if kind == float | None else kind, "metavar": name.upper()}
+            kind = float if kind == float | None else kind
+            keywords |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
         keywords |= meta["argparse"]
+        words = [f"--{word}" for word in (name.rstrip("_"), *meta["also"])]
         if name == "source":  # a word without --
-            groups[title].add_argument(name, **keywords)
+            place.add_argument(name, **keywords)
         else:
-            words = [f"--{word}" for word in (name.rstrip("_"), *meta["also"])]
-            groups[title].add_argument(*words, dest=name, **keywords)
+            place.add_argument(*words, dest=name, **keywords)
 
 
 def one_name(values, others=None):

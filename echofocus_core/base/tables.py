@@ -63,7 +63,7 @@ def excel_records(path):
         sheets = pd.read_excel(path, sheet_name=None, header=None, dtype=str, na_filter=False)
     except ImportError as error:
         raise UserError(
-            f"{path} is an Excel file: install openpyxl (the extra 'xlsx'), or save it as CSV"
+            f"{path} is an Excel file; save it as CSV, or install its reader: pip install openpyxl"
         ) from error
     except Exception as error:  # openpyxl raises many types on damaged files
         raise UserError(f"{path} is not a readable Excel file; save it as CSV") from error

@@ -27,10 +27,13 @@ COMMAND = "train_encoder"
 class EncoderSettings(CohortOptions):
     """Every option of the encoder's training, under its published name."""
 
-    output_dir: str = option("encoder", "folder of the run", WHAT, COMMAND, on_resume="unrecorded")
+    output_dir: str = option(
+        "encoder", "folder of the run", WHAT, COMMAND, on_resume="unrecorded",
+        common=COMMAND, metavar="FOLDER"
+    )
     model_dir_path: str = option(
         "", "initial weights: a run's folder, a .pt file, or 'panecho' for the release", WHAT,
-        COMMAND, also="weights", on_resume="unrecorded"
+        COMMAND, also="weights", on_resume="unrecorded", common=COMMAND, metavar="FILE"
     )
     resume: bool = option(
         False, "fail if there is no run to resume (an existing run is always resumed)", WHAT,
@@ -39,7 +42,7 @@ class EncoderSettings(CohortOptions):
 
     fold: int = option(
         -1, "echonetpediatric: the fold to test; -1: all ten, one after the other", DATA, COMMAND,
-        least=-1, below=PEDIATRIC_FOLDS, on_resume="unrecorded"
+        least=-1, below=PEDIATRIC_FOLDS, on_resume="unrecorded", metavar="K"
     )
     clip_len: int = option(16, "frames per clip", DATA, COMMAND, least=1)
     num_clips: int = option(4, "clips per video in validation and test", DATA, COMMAND, least=1)
@@ -47,16 +50,18 @@ class EncoderSettings(CohortOptions):
     size: int = option(224, "side of the encoder's input, in pixels", DATA, COMMAND, least=32)
     augment: bool = option(False, "zoom, crop, flip and rotate training clips", DATA, COMMAND)
     cache_dir: str = option(
-        "frame_cache", "folder for decoded videos", DATA, COMMAND, on_resume="unrecorded"
+        "frame_cache", "folder for decoded videos", DATA, COMMAND, on_resume="unrecorded",
+        metavar="FOLDER"
     )
     sample_limit: int = option(0, "most videos per fold; 0: all", DATA, COMMAND, least=0)
 
     model_name: Literal["3dresnet18", "frame_transformer"] = option(
         "3dresnet18", "a 3-D network, or an image encoder with a transformer over frames", MODEL,
-        COMMAND
+        COMMAND, common=COMMAND
     )
     arch: Literal[("", *NAMES)] = option(
-        "", "image encoder of frame_transformer", MODEL, COMMAND, choices=("", *NAMES)
+        "", "image encoder of frame_transformer", MODEL, COMMAND, choices=("", *NAMES),
+        common=COMMAND, metavar="NAME"
     )
     n_layers: int = option(
         4, "layers of the frame transformer", MODEL, COMMAND, least=1, below=MOST_LAYERS + 1
@@ -64,26 +69,35 @@ class EncoderSettings(CohortOptions):
     n_heads: int = option(8, "attention heads of the frame transformer", MODEL, COMMAND, least=1)
     pooling: Literal["mean"] = option("mean", "pooling over frames", MODEL, COMMAND)
     transformer_dropout: float = option(
-        0, "dropout in the frame transformer", MODEL, COMMAND, least=0, below=1
+        0, "dropout in the frame transformer", MODEL, COMMAND, least=0, below=1, metavar="SHARE"
     )
-    fc_dropout: float = option(0, "dropout before the task heads", MODEL, COMMAND, least=0, below=1)
+    fc_dropout: float = option(
+        0, "dropout before the task heads", MODEL, COMMAND, least=0, below=1, metavar="SHARE"
+    )
     normalization: Literal[(*NORMALIZATIONS,)] = option(
         "", "mean and deviation of the input; '': none", MODEL, COMMAND, choices=(*NORMALIZATIONS,)
     )
     rand_init: bool = option(False, "random initial weights", MODEL, COMMAND)
 
-    max_epochs: int = option(30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded")
+    max_epochs: int = option(
+        30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded", common=COMMAND
+    )
     patience: int = option(
         10, "epochs without improvement before training stops", TRAINING, COMMAND, least=1,
         on_resume="unrecorded"
     )
-    batch_size: int = option(16, "videos per process and step", TRAINING, COMMAND, least=1)
-    lr: float = option(1e-4, "learning rate", TRAINING, COMMAND, least=1e-12)
+    batch_size: int = option(
+        16, "videos per process and step", TRAINING, COMMAND, least=1, common=COMMAND
+    )
+    lr: float = option(
+        1e-4, "learning rate", TRAINING, COMMAND, least=1e-12, common=COMMAND, metavar="RATE"
+    )
     wd: float = option(0, "weight decay", TRAINING, COMMAND, least=0)
     adamw: bool = option(False, "use AdamW instead of Adam", TRAINING, COMMAND)
     cos_anneal: bool = option(False, "cosine schedule over --max_epochs", TRAINING, COMMAND)
     eta_min: float = option(
-        1e-6, "final learning rate of the cosine schedule", TRAINING, COMMAND, least=0
+        1e-6, "final learning rate of the cosine schedule", TRAINING, COMMAND, least=0,
+        metavar="RATE"
     )
     reduce_lr: int = option(
         0, "epochs without improvement before the learning rate is halved [2 without a number]; "
@@ -98,11 +112,12 @@ class EncoderSettings(CohortOptions):
     )
     checkpoint_minutes: float = option(
         10, "minutes between checkpoints within an epoch; 0: after every step", TRAINING, COMMAND,
-        least=0, on_resume="unrecorded"
+        least=0, on_resume="unrecorded", metavar="MINUTES"
     )
 
     device: str = option(
-        "", "cpu, cuda, cuda:1 [CUDA if available]", COMPUTING, COMMAND, on_resume="unrecorded"
+        "", "cpu, cuda, cuda:1 [CUDA if available]", COMPUTING, COMMAND, on_resume="unrecorded",
+        metavar="DEVICE"
     )
     amp: bool = option(False, "half precision: bf16, or --precision fp16", COMPUTING, COMMAND)
     precision: Literal["fp32", "bf16", "fp16"] = option(

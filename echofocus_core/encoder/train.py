@@ -27,9 +27,20 @@ import torch
 
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import save
-from echofocus_core.base.console import RUN, Parser, UserError, progress, reason_lines, run_main
+from echofocus_core.base.console import (
+    EXTRACT,
+    RUN,
+    TRAIN_ENCODER,
+    Parser,
+    UserError,
+    print_next,
+    progress,
+    reason_lines,
+    run_main,
+)
 from echofocus_core.base.epochs import EpochProgress, EpochTraining, refuse_finished_model
 from echofocus_core.base.files import atomic_path, derive_seed, write_table
+from echofocus_core.base.log import message_log
 from echofocus_core.base.options import FOLDS, add_options
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.seen import Seen
@@ -45,6 +56,7 @@ from echofocus_core.video.clip_tensors import as_input, draw_factors
 from echofocus_core.video.panecho import activate, read_encoder, weights_path
 from echofocus_core.video.record import EncoderRecord, EncoderTask, record_of
 
+EXAMPLE = "--cohort echonetdynamic --data_dir EchoNet-Dynamic --output_dir runs/ef"  # of --help
 READERS = 6  # threads; more read no faster and delay the steps (benchmarks/RESULTS.md)
 
 
@@ -446,7 +458,8 @@ def train(settings, world=None):
         notes += [note for note in run.notes["test"] if note not in notes]
     if len(folders) > 1 and not world.rank:
         write_pooled(Path(settings.output_dir), folders, cohort.tasks, settings.n_bootstrap, notes)
-    print(f"the encoder is in {folder}; use it with: embed/extract.py --weights {folder}")
+    print(f"the encoder is in {folder}")
+    print_next(f"{EXTRACT} videos --out embeddings --weights {folder}")
 
 
 def decode_cohort(cohort, cache, settings, world):
@@ -469,12 +482,12 @@ def decode_cohort(cohort, cache, settings, world):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = Parser("", TRAIN_ENCODER, __doc__.split("\n\n")[0], EXAMPLE)
     add_options(parser, COMMAND, EncoderSettings)
     settings = resolve_settings(vars(parser.parse_args(argv)))
     device = pick_device(settings.device)
     exact = exact_convolutions() if settings.precision == "fp32" else nullcontext()
-    with exact, join_world(device, "train the encoder") as world:
+    with message_log(settings), exact, join_world(device, "train the encoder") as world:
         train(settings, world)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from echofocus_core.base.console import Collected, UserError, duration, progress, some
+from echofocus_core.base.console import PROGRAM, Collected, UserError, duration, progress, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import options_of
 from echofocus_core.base.world import pick_device
@@ -60,10 +60,11 @@ def check_run(typed, preview_cohort):
 def check_studies(typed, section):
     """Check config, model, options, data and videos."""
     config = model = job = None
-    with section("config", "correct the config; config-example.json shows one") as listener:
+    with section("config", f"correct the config; {PROGRAM} init writes one") as listener:
         config = read_config(typed.get("config"), needed=not typed.get("videos"))
         names = some(config.tasks, 9), some(config.datasets, 9)
-        listener.ok(f"{config.path}: tasks {names[0]}; datasets {names[1]}")
+        text = f"{config.path}: tasks {names[0]}; datasets {names[1]}"
+        listener.ok(text if config.tasks else "no config, which --videos does not need")
     if config:
         with section("model", "name another --model_name, or train it again") as listener:
             model = check_model(typed, config, listener)
@@ -102,9 +103,9 @@ def check_section(levels, title, remedy):
         print(title)
     for finding in listener.findings:
         levels[finding.level] += 1
-        print(f"  {finding.level:8} " + finding.text.replace("\n", "\n" + 11 * " "))
-        if finding.remedy:
-            print(f"  {'':8} -> {finding.remedy}")
+        text = finding.text.replace("\n", "\n" + 11 * " ")
+        remedy = f"\n  {'':8} -> {finding.remedy}" * bool(finding.remedy)
+        print(f"  {finding.level:8} {text}{remedy}")
 
 
 def check_model(typed, config, listener):
@@ -214,14 +215,14 @@ def check_labels(job, listener):
 def check_embeddings(store, settings, listener):
     """Study -> header of readable studies. Reads all headers and the numbers of a sample."""
     headers, unreadable = {}, {}
-    for eid in progress(store.files, desc="headers", unit="study", leave=False, delay=2):
+    for eid in progress(store.files, desc="headers", unit="study", delay=2):
         try:
             headers[eid] = store.header(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
     refuse_mixed(store, list(headers), settings.allow_mixed, listener)
     eids = sample_ids(headers, settings.sample_limit)
-    for eid in progress(eids, desc="read", unit="study", leave=False, delay=2):
+    for eid in progress(eids, desc="read", unit="study", delay=2):
         try:
             store.read(eid)
         except UnreadableStudy as error:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import (
 )
 
 from echofocus_core import EMBED_DIM
-from echofocus_core.base.console import UserError, nearest, printable
+from echofocus_core.base.console import PROGRAM, UserError, nearest, printable
 from echofocus_core.base.files import packed_path
 from echofocus_core.base.options import (
     IN_CONFIG,
@@ -338,15 +339,17 @@ class Config:
 def read_config(path="", needed=True):
     """Read and check the JSON config; paths in it are relative to its folder. Raises UserError.
 
-    Where it is not needed and does not exist, the result has no task and no dataset.
+    Lines that begin with // are comments. Where it is not needed and does not exist, the result has
+    no task and no dataset.
     """
     if not path and not needed and not any(p.is_file() for p in CONFIGS):
         return Config()
     path = Path(path) if path else next((p for p in CONFIGS if p.is_file()), CONFIGS[0])
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
+        text = re.sub(r"(?m)^\s*//.*$", "", path.read_text(encoding="utf-8-sig"))
+        raw = json.loads(text, object_pairs_hook=without_repeats)
     except OSError as error:
-        raise UserError(f"no config {path}; copy config-example.json and edit it") from error
+        raise UserError(f"no config {path}; {PROGRAM} init writes one") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     file = validate_as(ConfigFile, raw, str(path))

@@ -22,7 +22,15 @@ from torch.utils.checkpoint import checkpoint
 
 from echofocus_core import __version__
 from echofocus_core.base.checkpoints import load_safely, save
-from echofocus_core.base.console import RUN, Parser, UserError, reason_lines, run_main, some
+from echofocus_core.base.console import (
+    EXPORT,
+    RUN,
+    Parser,
+    UserError,
+    reason_lines,
+    run_main,
+    some,
+)
 from echofocus_core.base.files import output_path, sha256_file, sha256_of
 from echofocus_core.base.options import Settings
 from echofocus_core.study.config import Input
@@ -313,10 +321,11 @@ def is_published(path):
 
 
 def main(argv=None):
-    parser = Parser(prog="embed/end_to_end.py", description=__doc__.split("\n\n")[0])
+    summary = "Write an end-to-end model as a file of the published format."
+    parser = Parser("export FOLDER FILE", EXPORT, summary, "export trained_models/chd chd.pt")
     parser.add_argument("command", choices=["export"], help="write the published format")
-    parser.add_argument("folder", help="model folder")
-    parser.add_argument("file", help="output file")
+    parser.add_argument("folder", metavar="FOLDER", help="model folder")
+    parser.add_argument("file", metavar="FILE", help="output file")
     typed = parser.parse_args(argv)
     output_path(typed.file, "published end-to-end checkpoint", is_published)
     export(typed.folder, typed.file)

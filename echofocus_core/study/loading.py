@@ -83,11 +83,11 @@ def only_model(task, tasks):
     if names:
         print(f"using model_name = {names[0]} (the only one{of_task} in ./{MODELS})")
         return MODELS / names[0]
-    get = next((n for n, e in releases.registry().items() if task and e.get("task") == task), "")
-    get = f"{PROGRAM} download {get}, " if get else ""
+    released = [n for n, e in releases.registry().items() if not task or e.get("task") == task]
+    get = f"get a released one with `{PROGRAM} download {released[0]}`, or " if released else ""
     raise UserError(
-        f"no trained model{of_task} in ./{MODELS}; {get}train one first, or name one with "
-        "--model_name"
+        f"no trained model{of_task} in ./{MODELS}; {get}train one with `{PROGRAM} train`, or name "
+        "the path of one with --model_name"
     )
 
 

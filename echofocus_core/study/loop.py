@@ -238,7 +238,7 @@ def predict_steps(context, eids, label=""):
 def study_bar(context, eids, label):
     """The progress bar over studies of the first process; none without a label."""
     hidden = not label or context.world.rank > 0
-    return progress(total=len(eids), desc=label, unit="study", leave=False, disable=hidden)
+    return progress(total=len(eids), desc=label, unit="study", disable=hidden)
 
 
 def compute_parallel(batches, compute, device):

@@ -41,10 +41,13 @@ import torch
 
 from echofocus_core import __version__
 from echofocus_core.base.console import (
+    EXTRACT,
+    PROGRAM,
     RUN,
     Parser,
     UserError,
     clean_text,
+    print_next,
     progress,
     reason_lines,
     run_main,
@@ -52,6 +55,7 @@ from echofocus_core.base.console import (
 )
 from echofocus_core.base.files import atomic_path, lock, stamp_of, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
+from echofocus_core.base.log import message_log
 from echofocus_core.base.options import Settings, add_options, validate_as
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.resume import check_resume, differences
@@ -71,6 +75,7 @@ from echofocus_core.video.perturb import read_perturbations
 from echofocus_core.video.studies import find_studies, shard_from, visible
 from echofocus_core.video.views import classify_views
 
+EXAMPLE = "videos/site --out embeddings/site --mask sector"  # of --help
 DECODE_SECONDS = 300  # a decoder that takes longer over one file is stopped
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NOT_COMPARED = ("version", "weights", "weights_seen")  # attributes that change no number
@@ -630,13 +635,21 @@ def batches_of(encoder, settings):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("source", help="a folder of study folders, or of one study's files")
-    parser.add_argument("--out", required=True, help="folder for the HDF5 files")
+    parser = Parser("SOURCE --out FOLDER", EXTRACT, __doc__.split("\n\n")[0], EXAMPLE)
+    parser.add_argument(
+        "source", metavar="SOURCE", help="a folder of study folders, or of one study's files"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for the HDF5 files")
     add_options(parser, "extract")
     typed = vars(parser.parse_args(argv))
     source, out = typed.pop("source"), typed.pop("out")
     options = validate_as(Settings, typed)
+    with message_log(options):
+        extract_source(source, out, options)
+
+
+def extract_source(source, out, options):
+    """Extract a folder of videos, and classify their views if --views is given."""
     grouping = options.group, options.manifest, options.study_id
     studies = find_studies(source, *grouping, leave_out=out)
     summary = extract(studies, out, options)
@@ -648,6 +661,7 @@ def main(argv=None):
         classify_views(studies[index::count], path, out, options, map_in_processes)
     if count == 1:
         summary.refuse_nothing(source)
+    print_next(f"{PROGRAM} {'check' if Path('config.json').is_file() else 'init'}")
 
 
 def program():

@@ -15,7 +15,7 @@ class VideosOf(Store):
         super().__init__(store.folder, {})
         self.store, self.numbers, left_out = store, {}, {}
         self.whole = lru_cache(maxsize=64)(self.read_study)
-        for eid in progress(store.files, desc="videos", unit="study", leave=False, delay=2):
+        for eid in progress(store.files, desc="videos", unit="study", delay=2):
             try:
                 with store.open_study(eid) as study:
                     names = list(study.read_videos())

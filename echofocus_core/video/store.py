@@ -395,7 +395,7 @@ class Store:
 
     def readable_headers(self, eids):
         """(study id, Header) for studies with a readable header."""
-        for eid in progress(eids, desc="headers", unit="study", leave=False, delay=2):
+        for eid in progress(eids, desc="headers", unit="study", delay=2):
             with suppress(UnreadableStudy):
                 yield eid, self.header(eid)
 

@@ -217,7 +217,7 @@ def read_facts(source, files):
     """The HeaderFacts of all files, a dict; headers are read once, up to the pixels."""
     with ThreadPoolExecutor(HEADER_READERS) as pool:
         facts = pool.map(lambda f: read_header_facts(source / f), files)
-        options = {"unit": "file", "total": len(files), "leave": False, "delay": 2}
+        options = {"unit": "file", "total": len(files), "delay": 2}
         return dict(zip(files, progress(facts, desc="headers", **options), strict=True))
 
 

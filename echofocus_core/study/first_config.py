@@ -1,0 +1,314 @@
+"""`init`: a commented config for the embeddings, videos and tables of a folder."""
+
+import json
+import os
+import re
+import textwrap
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from echofocus_core.base import releases
+from echofocus_core.base.console import EXTRACT, PROGRAM, RUN, Collected, UserError, some
+from echofocus_core.base.tables import clean_ids, read_dates, read_table
+from echofocus_core.study.config import CONFIGS, MODELS, Task, read_config
+from echofocus_core.study.labels import LabelFile, decide_kinds, label_values, read_cells
+from echofocus_core.study.sources import CLIP_EMBEDDINGS
+from echofocus_core.video.store import open_folder
+from echofocus_core.video.studies import is_candidate, is_hidden
+
+OUTPUTS = {MODELS.name, CLIP_EMBEDDINGS.name, "frame_cache", "site-packages", "node_modules"}
+DEEPEST = 4  # folders below the config's
+TABLES = {".csv", ".tsv", ".xlsx"}
+# Names of columns, in lower case without other characters than letters and digits.
+STUDIES = ("eid", "echoid", "study", "studyid", "exam", "examid", "accession", "accessionnumber",
+           "untersuchung", "untersuchungsnummer", "untersuchungsid")  # fmt: skip
+PATIENTS = ("pid", "patient", "patientid", "patientnumber", "patientennummer", "patientenid",
+            "patientnr", "mrn", "subject", "subjectid")  # fmt: skip
+GROUPS = ("sex", "gender", "geschlecht", "age", "alter", "site", "hospital", "klinik", "fold",
+          "split", "race", "ethnicity")  # fmt: skip
+TASK_NAMES = {"binary": "findings", "regression": "measurements", "multiclass": "grades"}
+MOST_CLASSES = 9
+EXAMPLE = {"task_labels": ["finding"], "label_path": "labels.csv", "type": "binary"}
+HEADER = """\
+Lines that begin with // are comments. The program ignores them and never changes this file.
+Paths are relative to this file. A task or a dataset may set options, as in "precision": "bf16"."""
+
+
+@dataclass
+class Files:
+    """What a folder contains, as paths."""
+
+    embeddings: list = field(default_factory=list)  # folders of clip embeddings
+    videos: list = field(default_factory=list)  # folders of study folders
+    tables: list = field(default_factory=list)
+
+
+def write_config(path=""):
+    """Write the config for the folder that it is in; returns the line to type next.
+
+    Raises UserError if the file exists.
+    """
+    path = Path(path or CONFIGS[0])
+    if path.exists():
+        raise UserError(f"{path} exists and is not changed; edit it, or name a file with --config")
+    root = path.parent
+    files = Files()
+    search(root, files)
+    datasets, ids = describe_datasets(root, files)
+    tasks = {}
+    for table in files.tables:
+        prefix = f"{table.stem}_" if len(files.tables) > 1 else ""
+        tasks |= propose_tasks(table, root, ids, prefix)
+    line = next_line(root, files, datasets, tasks)
+    if not tasks:
+        text = "No label table was found. Name a table with a row per study and its columns here."
+        tasks = {"example": (text, EXAMPLE)}
+    if not datasets:
+        text = "No clip embeddings were found. Name their folder here."
+        datasets = {"example": (text, {"embedding_path": "embeddings"})}
+    parts = [f'  "task": {{\n{entries(tasks)}\n  }}', f'  "dataset": {{\n{entries(datasets)}\n  }}']
+    path.write_text(f"{{\n{comment(HEADER, 2)}\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+    read_config(path)
+    for name, (text, _) in (tasks | datasets).items():
+        print(f"{name}\n{textwrap.indent(text, '  ')}")
+    print(f"wrote {path}: tasks {some(tasks, 9)}; datasets {some(datasets, 9)}")
+    return line
+
+
+def entries(parts):
+    """{name: (comment, entry)} as JSON with comments, one line per key."""
+    texts = []
+    for name, (text, entry) in parts.items():
+        keys = [f'      "{k}": {json.dumps(x, ensure_ascii=False)}' for k, x in entry.items()]
+        body = ",\n".join(keys)
+        name = json.dumps(name, ensure_ascii=False)
+        texts.append(f"{comment(text, 4)}\n    {name}: {{\n{body}\n    }}")
+    return ",\n".join(texts)
+
+
+def comment(text, indent):
+    start = " " * indent + "// "
+    lines = [textwrap.wrap(line, 96 - indent, break_long_words=False) for line in text.split("\n")]
+    return "\n".join(start + line for wrapped in lines for line in wrapped)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def search(folder, files, depth=0):
+    """Add what a folder contains to `files`."""
+    below = sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.name not in OUTPUTS)
+    files.tables += [p for p in below if p.suffix.lower() in TABLES and p.is_file()]
+    if is_embedded(folder):
+        files.embeddings.append(folder)
+        return
+    for sub in (p for p in below if p.is_dir()):
+        mixed = any(is_embedded(p) for p in (sub, *sub.glob("*/"))) or any(
+            p.suffix.lower() in TABLES for p in sub.iterdir()
+        )
+        video = None if mixed else first_video(sub)
+        if mixed and depth < DEEPEST:
+            search(sub, files, depth + 1)
+        elif video:  # a study's folder is in the folder of videos
+            base = folder if video.parent == sub else sub
+            files.videos += [base] if base not in files.videos else []
+
+
+def is_embedded(folder):
+    """Whether a folder holds clip embeddings of this program or of the published scripts."""
+    paths = (*folder.glob("*.hdf5"), *folder.glob("cache_index.json"), *folder.glob("*.h5"))
+    return any(not p.name.endswith(".packed.h5") for p in paths)
+
+
+def first_video(folder):
+    """The first file below a folder that may be a video, or None."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for path in (Path(parent, name) for name in sorted(names) if not is_hidden(name)):
+            if path.is_file() and is_candidate(path):
+                return path
+    return None
+
+
+def relative(path, root):
+    """A path for the config in `root`; the folder itself by its name, which paths need."""
+    text = Path(os.path.relpath(path, root)).as_posix()
+    return f"../{root.resolve().name}" if text == "." else text
+
+
+def describe_datasets(root, files):
+    """({name: (comment, dataset)}, ids of all studies)."""
+    datasets, ids, bases = {}, set(), {}
+    for base in files.videos:
+        bases[base] = {p.name for p in base.iterdir() if p.is_dir() and not is_hidden(p.name)}
+        ids |= {name.removesuffix("_trim") for name in bases[base]}
+    for folder in files.embeddings:
+        eids = set(open_folder(folder).files)
+        entry, text = {"embedding_path": relative(folder, root)}, f"{len(eids)} studies"
+        for base, names in bases.items():
+            for form in ("{echo_id}", "{echo_id}_trim"):
+                if n := len(
+                    eids & {x.removesuffix(form[9:]) for x in names if x.endswith(form[9:])}
+                ):
+                    entry |= {"video_base_path": relative(base, root), "video_subdir_format": form}
+                    text += f", {n} with videos in {relative(base, root)}"
+        datasets[unused(folder, root, datasets)] = text, entry
+        ids |= eids
+    used = {entry.get("video_base_path") for _, entry in datasets.values()}
+    for base in (b for b in files.videos if relative(b, root) not in used):
+        name = unused(base, root, datasets)
+        form = "{echo_id}_trim" if all(x.endswith("_trim") for x in bases[base]) else "{echo_id}"
+        text = f"{len(bases[base])} folders of videos, not extracted yet"
+        paths = {"embedding_path": f"embeddings/{name}", "video_base_path": relative(base, root)}
+        datasets[name] = text, paths | {"video_subdir_format": form}
+    return datasets, ids
+
+
+def unused(folder, root, names):
+    """A name for a dataset, from its folder."""
+    name = re.sub(r"[^\w.+-]", "_", folder.resolve().name).lstrip(".+-")[:90] or "site"
+    while name in names:
+        name += "_2"
+    return name
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def propose_tasks(path, root, ids, prefix):
+    """{name: (comment, task)} of the columns of a table, one task per kind of label.
+
+    ids: of the studies with embeddings or videos.
+    """
+    listener, tasks = Collected(), {}
+    with suppress(UserError):
+        raw = read_table(path, listener)
+        columns = id_columns(raw, path, ids)
+        if "eid" not in columns:
+            RUN.note(f"{path}: no column of study ids; not used")
+            return {}
+        rest = [x for x in raw if x not in columns.values()]
+        as_read = LabelFile(path, {"pid": columns["eid"]} | columns)
+        cells = read_cells(as_read, rest, listener)
+        if cells is None:
+            return {}
+        labels, left_out = sort_columns(cells, rest, path)
+        n = len(set(cells["eid"]) & ids)
+        place = f"{relative(path, root)}: {len(cells)} rows; {n} studies are in the datasets below"
+        if "pid" not in columns:
+            text = "no column of patients, without which no model is trained"
+            RUN.warning(f"{path}: {text}", 'name it in the config: "columns": {"pid": "..."}')
+            place += f'\n{text}: "columns": {{"pid": "..."}} names it'
+        if left_out:
+            place += "\nleft out: " + "; ".join(f"{x} ({why})" for x, why in left_out.items())
+        columns = {k: x for k, x in columns.items() if k != x}
+        for kind, name in TASK_NAMES.items():
+            chosen = {x: more for x, (its, more, _) in labels.items() if its == kind}
+            if not chosen:
+                continue
+            facts = [] if tasks else [place]  # once for each table
+            facts += [f"{x}: {labels[x][2]}" for x in chosen]
+            entry = {"task_labels": list(chosen), "label_path": relative(path, root), "type": kind}
+            entry |= {"columns": columns} if columns else {}
+            entry |= {"classes": chosen} if kind == "multiclass" else {}
+            tasks[prefix + name] = "\n".join(facts), entry
+    if not tasks:
+        RUN.note(f"{path}: no labels in it; not used")
+    return tasks
+
+
+def id_columns(raw, path, ids):
+    """{'pid' and 'eid', where they are: the column}. ids: of the studies that exist."""
+    plain = {re.sub(r"\W|_", "", name.casefold()): name for name in raw}
+    columns = {}
+    for key, names in (("pid", PATIENTS), ("eid", STUDIES)):
+        if name := next((plain[x] for x in names if x in plain), ""):
+            columns[key] = name
+    shares = {x: clean_ids(raw[x].dropna(), path, Collected()).isin(ids).mean() for x in raw}
+    best = max(shares, key=lambda name: (shares[name], name == columns.get("eid")))
+    if shares[best] > 0.5:
+        columns["eid"] = best
+    if columns.get("pid") == columns.get("eid"):
+        columns.pop("pid", None)
+    return columns
+
+
+def sort_columns(cells, names, path):
+    """({label: (kind, classes or None, facts)}, {column: why it is left out}) of a table."""
+    labels, left_out = {}, {}
+    for name in names:
+        text = cells[name].dropna()
+        kind, classes, facts = "", None, ""
+        if not len(text):
+            facts = "empty"
+        elif re.sub(r"\W|_", "", name.casefold()) in GROUPS:
+            facts = "for --by or --split_column"
+        elif read_dates(text)[1]:
+            facts = "dates"
+        elif not may_be_label(name, labels):
+            facts = "its name is that of another column in the tables of results"
+        else:
+            kind, classes, facts = kind_of_column(cells, name, path)
+        if kind:
+            labels[name] = kind, classes, facts
+        else:
+            left_out[name] = facts
+    return labels, left_out
+
+
+def may_be_label(name, others):
+    """Whether a task may have a label of this name next to others."""
+    try:
+        return bool(Task(task_labels=[*others, name]))
+    except ValidationError:
+        return False
+
+
+def kind_of_column(cells, name, path):
+    """(kind, classes or None, facts); kind '' for a column that is no label."""
+    task, text, listener = Task(task_labels=[name]), cells[name].dropna(), Collected()
+    values = label_values(cells, task, path, listener)
+    errors = [finding.text for finding in listener.findings if finding.level == "ERROR"]
+    y = values[name].dropna()
+    if not errors:
+        task = decide_kinds(values, task, path, listener)
+        (label,) = task.outputs.each
+        n = y.nunique()
+        if why := label.why_constant(y):
+            return "", None, why
+        if label.kind == "regression" and n == len(y) > 20 and (y % 1 == 0).all():
+            return "", None, "every value is another whole number, as in ids"
+        facts = label.summary(y)
+        if unusable := len(text) - len(y):
+            facts += f", {unusable} cells cannot be used"
+        if label.kind == "regression" and n <= MOST_CLASSES and len(y) > 3 * n:
+            facts += f", only {n} values: if these are grades, give it classes"
+        return label.kind, None, facts
+    words = sorted(text.unique())
+    if not len(y) and 2 <= len(words) <= MOST_CLASSES and len(text) >= 3 * len(words):
+        counts = ", ".join(f"{word} {n}" for word, n in text.value_counts()[words].items())
+        return "multiclass", words, f"{counts}; put the classes into their order"
+    return "", None, "words" if not len(y) else errors[0].split(": ", 1)[-1]
+
+
+# -------------------------------------------------------------------------------------- next line
+
+
+def next_line(root, files, datasets, tasks):
+    """The command line to type after `init`."""
+    inside = "" if root == Path() else f"cd {root} && "
+    if tasks and files.embeddings:
+        return f"{inside}{PROGRAM} check --task {next(iter(tasks))}"
+    if tasks and files.videos:
+        name, base = next(iter(datasets)), relative(files.videos[0], root)
+        return f"{inside}{EXTRACT} {base} --out {datasets[name][1]['embedding_path']}"
+    if datasets:
+        model = next(iter(releases.registry()))
+        videos = relative(files.videos[0], root) if files.videos else ""
+        what = f"--videos {videos}" if videos else f"--dataset {next(iter(datasets))}"
+        get = f"{PROGRAM} download {model} && {PROGRAM} predict --model_name {model}"
+        return f"{inside}{get} {what}"
+    return f"{PROGRAM} demo"
