@@ -23,6 +23,8 @@ import what they use, so that --help and a misspelt option need neither torch no
 Axis letters: S studies, V videos, C clips, N tokens (all clips of a batch), D features, T labels.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shlex
@@ -30,6 +32,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from echofocus_core import __version__
 from echofocus_core.base.console import (
@@ -49,6 +52,19 @@ from echofocus_core.base.options import (
     options_of,
     validate_as,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import ArrayLike
+
+    from echofocus_core.study.models import LoadedModel
+
+    Model = LoadedModel | str | os.PathLike
+    Source = str | os.PathLike | list[str] | ArrayLike | dict[str, Any] | None
+    Labels = pd.DataFrame | str | os.PathLike | None
+    Task = str | list[str] | dict[str, Any]
+
+__all__ = ["UserError", "compare", "embed", "evaluate", "explain", "load", "predict", "train"]
 
 
 def cmd_train(job):
@@ -71,23 +87,10 @@ def cmd_compare(job):
 
 def cmd_evaluate(job):
     """Write metrics with intervals, tables, figures and a page, for a fold or for predictions."""
-    from echofocus_core.report.evaluation import evaluate_file, evaluate_fold
-    from echofocus_core.study.evaluation import group_columns
-    from echofocus_core.study.folds import stored_names
+    from echofocus_core.report.evaluation import evaluation_reports
 
-    if job.settings.predictions:
-        return evaluate_file(job)
-    job = job.with_source()
-    settings = job.settings
-    timed = job.model.outputs.of_kind("survival")
-    if timed and (settings.per, settings.pool) == ("patient", "mean"):
-        raise UserError(f"{timed[0]}: times cannot be averaged; use --pool first or last")
-    columns = {
-        column: (cells.rename(stored_names(cells.index, job.source.store)), edges)
-        for column, (cells, edges) in group_columns(job).items()
-    }
-    for fold in dict.fromkeys(settings.folds or [settings.subset]):
-        evaluate_fold(job.but(subset=fold), columns)
+    for report in evaluation_reports(job):
+        print("\n".join(report.write()))
 
 
 def cmd_predict(job):
@@ -139,19 +142,15 @@ def cmd_embed(job):
     """Write the model's embeddings as HDF5, one vector per study or video, and draw their map."""
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
-    from echofocus_core.study.embeddings import embed_source, is_embedded
+    from echofocus_core.study.embeddings import check_options, embed_source, is_embedded
     from echofocus_core.study.folds import stored_names
 
     settings = job.settings
     if len(settings.datasets) > 1 and settings.embed_file:
         raise UserError("--embed_file is one file: leave it out with several --datasets")
-    if settings.map and settings.level == "video":
-        raise UserError("--map shows studies: leave out --level video")
     if settings.embed_file:
         output_path(settings.embed_file, "file of study embeddings", is_embedded)
-    each = getattr(job.model.net, "embeds_labels", False)
-    if not settings.pool_queries and (settings.map or not each):
-        raise UserError("--no_pool_queries is for multiquery models, and for no map")
+    check_options(job)
     tables = map_rows(job) if settings.map else {}  # first: it may refuse
     files, rows = {}, {}
     for dataset_name, dataset in job.datasets.items():
@@ -322,10 +321,19 @@ def cmd_demo(settings):
 
 
 # ------------------------------------------------------------------------------------ the library
+#
+# Each function does what the command of its name does, with the command's options as keywords, and
+# returns a DataFrame instead of writing files. A source of studies is one of
+#
+#     a path             a folder or file of clip embeddings, or a folder of videos
+#     a list of paths    the clip embeddings of several encoders, for a model that joins them
+#     an array           a study's clip embeddings (V videos, C clips, D features)
+#     a dict             study id -> such an array, or -> dict of video -> array (C, D)
+#     None               the dataset of the config, as on the command line
 
 
-def load(model_name, task="", device=""):
-    """The LoadedModel with this name in ./trained_models, or at this path.
+def load(model_name: str | os.PathLike, task: str = "", device: str = "") -> LoadedModel:
+    """The model with this name in ./trained_models, or at this path.
 
     task: of the config, for a published checkpoint, which does not contain its labels; device: see
     --device. Raises UserError.
@@ -338,119 +346,166 @@ def load(model_name, task="", device=""):
     return load_named(str(model_name), "", tasks, task, pick_device(device))
 
 
-def predict(model, source, **options):
-    """A DataFrame with the model's answers, one row per study, see `prediction_table`.
+def predict(model: Model, source: Source = None, **options: Any) -> pd.DataFrame:
+    """The model's answers: a row per study, with the columns of the command `predict`.
 
-    source: clip embeddings of a study (V videos, C clips, D), a dict of study id to such arrays,
-    a folder of embedding files or of videos, a list of folders of embedding files for a model of
-    several encoders, or a store. options: those of `predict`, e.g.
-    precision="bf16". The studies without an answer are in `.attrs["left_out"]`, a dict of study to
-    reason. Raises UserError.
-    """
-    from echofocus_core.study.predictions import answer_studies
-
-    settings, store, eids = studies_of(model, source, options)
-    table, left_out, _ = answer_studies(model, store, eids, settings)
-    table.attrs["left_out"] = left_out
-    return table
-
-
-def study_embeddings(model, source, **options):
-    """Study embeddings: DataFrame (S, D) by study id; for the arguments see `predict`."""
-    import pandas as pd
-
-    from echofocus_core.study.loop import run_studies
-
-    settings, store, eids = studies_of(model, source, options)
-    unreadable = {}
-    results = run_studies(model.net, store, eids, settings, unreadable=unreadable)
-    table = pd.DataFrame(results.embeddings, index=pd.Index(results.eids, name="eid"))
-    table.attrs["left_out"] = unreadable
-    return table
-
-
-def attribute(model, study, labels=None, **options):
-    """The contribution of each video to each answer: DataFrame, see `video_rows`.
-
-    study: (V videos, C clips, D) clip embeddings, or StudyClips; labels: names, default all;
-    options: those of `explain`, e.g. explain_method="leave_one_out". Raises UserError.
-    """
-    from echofocus_core.study.explanation_tables import video_rows
-    from echofocus_core.study.explanations import explain, label_columns
-    from echofocus_core.video.store import StudyClips
-
-    settings = validate_as(Settings, options)
-    bag = study if isinstance(study, StudyClips) else bag_of("study", study, model)
-    explanation = explain(model, "study", bag, label_columns(model, labels), settings)
-    return video_rows(model, explanation, settings).drop(columns="eid")
-
-
-def studies_of(model, source, options):
-    """(Settings, store, study ids) of a source of `predict`.
-
-    Videos are extracted into ./clip_embeddings; options may include those of extraction.
+    model: of `load`, or its name or path. `.attrs["left_out"]` of the result is a dict of the
+    studies without an answer, and why. Raises UserError.
     """
     from echofocus_core.study.folds import sample_ids
-    from echofocus_core.study.job import input_options, videos_job
+    from echofocus_core.study.library import library_job
+    from echofocus_core.study.predictions import answer_studies
     from echofocus_core.study.sources import warn_of_other_input
-    from echofocus_core.video.joined import open_stores
-    from echofocus_core.video.store import holds_embeddings
 
-    settings = validate_as(Settings, input_options(model.record.input) | options)
-    one = isinstance(source, str | os.PathLike)
-    several = isinstance(source, list) and all(isinstance(x, str | os.PathLike) for x in source)
-    if isinstance(source, dict):
-        store = Arrays(source, model)
-    elif several or (one and holds_embeddings(Path(source))):
-        paths = [Path(x) for x in (source if several else [source])]
-        store = open_stores(paths, most_videos=settings.max_videos_per_study)
-    elif not one:
-        store = source if hasattr(source, "read") else Arrays({"study": source}, model)
-    else:
-        job = videos_job(model, source, settings, asked="weights" in options).with_source()
-        return job.settings, job.source.store, job.source.eids
-    eids = sample_ids(store.files, settings.sample_limit)
-    if hasattr(store, "made_with"):
-        warn_of_other_input(model, store, eids)
-    return settings, store, eids
+    with library_job("predict", options, source, model=model) as job:
+        job = job.with_source(limited=True)
+        store, eids = job.source.store, sample_ids(job.source.eids, job.settings.sample_limit)
+        warn_of_other_input(job.model, store, eids)
+        table, reasons, _ = answer_studies(job.model, store, eids, job.settings)
+        table.attrs["left_out"] = job.source.unusable() | reasons
+        return table
 
 
-class Arrays:
-    """Clip embeddings in memory as a store: dict of study id to (V videos, C clips, D)."""
+def embed(model: Model, source: Source = None, **options: Any) -> pd.DataFrame:
+    """The model's embeddings: a row per study, whose id is the index, and a column per feature.
 
-    def __init__(self, arrays, model):
-        self.files = {str(eid): bag_of(eid, array, model) for eid, array in arrays.items()}
-
-    def read(self, eid, rng=None):
-        return self.files[eid]
-
-    def size(self, eid):
-        V, C, _ = self.files[eid].embeddings.shape
-        return V * C
-
-
-def bag_of(eid, array, model):
-    """StudyClips of an array (V, C, D) for a model; its videos are numbered. Raises UserError."""
+    With level="video" there is a row per study and video, with pool_queries=False per study and
+    label. For the arguments and `.attrs` see `predict`.
+    """
     import numpy as np
+    import pandas as pd
 
-    from echofocus_core.video.store import StudyClips
+    from echofocus_core.study.embeddings import check_options, embeddings_of
+    from echofocus_core.study.folds import sample_ids
+    from echofocus_core.study.library import library_job
+    from echofocus_core.study.sources import warn_of_other_input
 
-    width = model.net.width
-    if encoders := list(model.record.encoders):
-        raise UserError(
-            f"{model.folder.name} reads the clip embeddings of {' and '.join(encoders)}: give a "
-            "list of their folders, not an array"
-        )
-    try:
-        array = np.asarray(array.detach() if hasattr(array, "detach") else array, np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"study {eid}: not an array of clip embeddings: {error}") from error
-    if array.shape[2:] != (width,) or not array.size or not np.isfinite(array).all():
-        raise UserError(
-            f"study {eid}: expected finite clip embeddings of shape (videos, clips, {width}); the "
-            f"shape is {array.shape}"
-        )
-    return StudyClips(array, [f"video {v}" for v in range(len(array))])
+    with library_job("embed", options, source, model=model) as job:
+        check_options(job)
+        job, left_out = job.with_source(limited=True), {}
+        eids = sample_ids(job.source.eids, job.settings.sample_limit)
+        warn_of_other_input(job.model, job.source.store, eids)
+        studies = list(embeddings_of(job, eids, left_out))
+        if not studies:
+            raise UserError("no study could be read")
+        if studies[0][1] is None:
+            ids = pd.Index([eid for eid, _, _ in studies], name="eid")
+        else:
+            pairs = [(eid, name) for eid, names, _ in studies for name in names]
+            second = "video" if job.settings.level == "video" else "label"
+            ids = pd.MultiIndex.from_tuples(pairs, names=["eid", second])
+        table = pd.DataFrame(np.concatenate([np.atleast_2d(x) for *_, x in studies]), ids)
+        table.attrs["left_out"] = job.source.unusable() | left_out
+        return table
+
+
+def explain(
+    model: Model, source: Source = None, labels: Labels = None, **options: Any
+) -> pd.DataFrame:
+    """The contribution of each video to each answer: a row per study, label and video.
+
+    labels: the label table, for the column y_true. The columns are those of the command `explain`.
+    Unlike there, `subset` is "all" by default. For the other arguments and `.attrs` see `predict`.
+    """
+    import pandas as pd
+
+    from echofocus_core.study import explanations as ex
+    from echofocus_core.study.explanation_tables import labelled_rows
+    from echofocus_core.study.library import library_job
+    from echofocus_core.study.sources import warn_of_other_input
+
+    with library_job("explain", {"subset": "all"} | options, source, labels, model=model) as job:
+        columns = ex.label_columns(job.model, job.settings.explain_tasks)
+        job = job.with_source()
+        eids, truths, _ = ex.explained_studies(job)
+        warn_of_other_input(job.model, job.source.store, eids)
+        eids = ex.select_studies(job, eids, truths, columns)
+        tables, left_out = [], job.source.unusable()
+        for explanation in ex.explain_studies(job, eids, columns, truths):
+            if explanation["columns"]:
+                tables.append(labelled_rows(job.model, explanation, job.settings, truths))
+            elif "unreadable" in explanation:
+                left_out[explanation["eid"]] = explanation["unreadable"]
+        if not tables:
+            raise UserError("no study could be explained")
+        table = pd.concat(tables, ignore_index=True)
+        table.attrs["left_out"] = left_out
+        return table
+
+
+def evaluate(
+    model: Model | pd.DataFrame,
+    source: Source = None,
+    labels: Labels = None,
+    task: Task = "",
+    **options: Any,
+) -> pd.DataFrame:
+    """Metrics with 95 % intervals over patients: a row per fold, label and metric.
+
+    model: as for `predict`, or a DataFrame of any model's predictions (eid, a column per label);
+    labels: the label table; task: see `train`, for predictions. With `by`, rows of the groups
+    follow; with `compare`, rows of the differences. Raises UserError.
+    """
+    import pandas as pd
+
+    from echofocus_core.report.evaluation import evaluation_reports
+    from echofocus_core.study.library import library_job
+
+    with library_job("evaluate", options, source, labels, task, model) as job:
+        tables = []
+        for report in evaluation_reports(job):
+            report.compute()
+            for table in report.tables.values():
+                tables.append(table.copy())
+                tables[-1].insert(0, "fold", report.facts["fold"])
+        return pd.concat(tables, ignore_index=True)
+
+
+def train(
+    source: Source = None, labels: Labels = None, task: Task = "", **options: Any
+) -> LoadedModel:
+    """Train a model in ./trained_models, or resume its training, and return it.
+
+    labels: the label table (pid, eid, a column per label), a path or a DataFrame; task: the labels
+    to learn, or the keys of a task as a dict, or the name of a task of the config. `model_name` is
+    the model's folder. With fold="all" the result averages the models of the folds; with `grid` it
+    is the model with the smallest validation loss. Raises UserError.
+    """
+    import pandas as pd
+
+    from echofocus_core.study.library import library_job
+    from echofocus_core.study.loading import model_folder
+
+    with library_job("train", options, source, labels, task) as job:
+        cmd_train(job)
+        folder = model_folder(job.settings.model_name, job.settings.run_id)
+        if job.settings.grid:
+            folder = folder.parent / pd.read_csv(folder / "grid.csv")["model"][0]
+        return load(os.path.join(folder, ""), device=job.settings.device)
+
+
+def compare(
+    encoders: dict[str, Source] | None = None,
+    labels: Labels = None,
+    task: Task = "",
+    **options: Any,
+) -> pd.DataFrame:
+    """Train encoders and aggregators on the same folds: a row per combination, label and metric.
+
+    encoders: name -> source of clip embeddings; None for those of the dataset. For the other
+    arguments see `train`. The metrics are of the same test patients. `.attrs["folder"]` has the
+    page and the other tables, such as differences.csv. Raises UserError.
+    """
+    from echofocus_core.report.comparison import compare_models
+    from echofocus_core.study.library import library_job
+    from echofocus_core.study.loading import model_folder
+
+    with library_job("compare", options, encoders, labels, task) as job:
+        table = compare_models(job)
+        if table is None:
+            raise UserError("another process still trains some of these models")
+        table.attrs["folder"] = str(model_folder(job.settings.model_name, job.settings.run_id))
+        return table
 
 
 # ------------------------------------------------------------------------------- the command line

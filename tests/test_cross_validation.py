@@ -83,7 +83,8 @@ def explained(cli, folder, models):
     eid = first.index[0]
     bag = open_store(Path("emb")).read(eid)
     method = {"explain_method": "shapley"}
-    each = [ef.attribute(model, bag, **method).set_index("video")["score"] for model in models]
+    study = {eid: dict(zip(bag.videos, bag.embeddings, strict=True))}
+    each = [ef.explain(model, study, **method).set_index("video")["score"] for model in models]
     scores = rows[rows["eid"] == eid].set_index("video")["score"]
     mean = sum(each) / len(each)
     np.testing.assert_allclose(scores, mean[scores.index], rtol=1e-3, atol=1e-5)

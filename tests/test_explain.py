@@ -384,7 +384,7 @@ def test_shapley_values_start_from_the_mean_answer_in_training(trained, cli):
     torch.save(saved, FOLDER / "best_checkpoint.pt")
     bag = next(x for x in bags if len(x) > 1)
     singles = [model.net(torch.tensor(x), [len(x)])[0].item() for x in bag]
-    actual = ef.attribute(ef.load("defect"), bag, explain_method="shapley")
+    actual = ef.explain(ef.load("defect"), bag, explain_method="shapley")
     assert "single videos" in actual["baseline_name"][0]
     assert actual["baseline"][0] == pytest.approx(1 / (1 + np.exp(-np.mean(singles))), rel=1e-4)
     assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0  # it is finished
@@ -404,10 +404,10 @@ def test_the_mean_baseline_is_refused_where_it_is_unknown(trained, cli):
     status, _, err = cli("explain", "--baseline", "mean")
     assert status == 1 and "has no mean clip embedding" in err
     bag = store.read(training.iloc[0]).embeddings
-    rows = ef.attribute(ef.load("defect"), bag, baseline="study")
+    rows = ef.explain(ef.load("defect"), bag, baseline="study")
     expected = ef.predict(model, {"x": bag.mean((0, 1), keepdims=True)})["finding"][0]
     assert rows["baseline"][0] == pytest.approx(expected, rel=1e-4)
-    rows = ef.attribute(model, bag, explain_method="leave_one_out")
+    rows = ef.explain(model, bag, explain_method="leave_one_out")
     assert rows["baseline"].isna().all() and not rows["baseline_name"].any()
 
 

@@ -1,6 +1,7 @@
 """The functions of `import echofocus` give the results of the command line."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,18 +11,53 @@ import pandas as pd
 import pytest
 import torch
 from helpers import ROOT
+from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.video.store import open_store
 
 
-def test_the_snippet_of_the_readme_runs(trained, capfd):
+def test_the_examples_in_the_documentation_run(trained, capfd):
+    """Those of the README with a model of the cohort, those of the page alone."""
     text = (ROOT / "README.md").read_text()
     code = re.search(r"<!-- run:library -->\n```python\n(.*?)```", text, re.S)[1]
     exec(code, {})
     out = capfd.readouterr().out
     assert "visit 1" in out and "finding_decision" in out and "video 4" in out
+    shutil.rmtree("trained_models")
+    Path("config.json").unlink()
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S):
+        exec(code, names)
+    for name in set(ef.__all__) - {"UserError"}:
+        assert f"echofocus.{name}(" in (ROOT / "docs/python.md").read_text()
+    model, clips, labels = (names[name] for name in ("model", "clips", "labels"))
+    assert "\n" not in repr(model) and len(repr(model)) < 100
+
+    split = pd.read_csv("trained_models/defect/split.csv", index_col="eid")
+    test = split.index[split["fold"] == "test"]
+    answers = ef.predict("defect", clips).set_index("eid")["defect"]
+    truth = labels.set_index("eid")["defect"]
+    metrics = ef.evaluate(Path("trained_models/defect"), clips, labels, n_boot=0)
+    area = metrics.set_index("metric")["value"]["auroc"]
+    assert area == pytest.approx(roc_auc_score(truth[test], answers[test]))
+    theirs = names["theirs"].set_index("eid")["defect"]
+    metrics = ef.evaluate(names["theirs"], labels=labels, task=["defect"], n_boot=0)
+    area = metrics.set_index("metric")["value"]["auroc"]
+    assert area == pytest.approx(roc_auc_score(truth[theirs.index], theirs))
+
+    videos = names["videos"]
+    eid, video = videos.index[5]
+    alone = ef.embed(model, clips[eid][[int(video[-1])]])
+    np.testing.assert_allclose(videos.loc[(eid, video)], alone.iloc[0], atol=1e-5)
+    cells = pd.read_csv("trained_models/comparison/cells.csv")
+    np.testing.assert_allclose(names["cells"]["value"], cells["value"], rtol=1e-5)
+    rows = ef.explain(model, {"study 1": clips["study 1"]}, labels, explain_method="leave_one_out")
+    assert (rows["y_true"] == truth["study 1"]).all() and len(rows) == 4
+    numbers = dict(zip(rows["video"], rows["without"], strict=True))
+    rest = ef.predict(model, clips["study 1"][1:])["defect"][0]
+    assert numbers["video 0"] == pytest.approx(rest, rel=1e-4)
 
 
 def test_the_same_numbers_as_the_command_line(trained, cli):
@@ -33,33 +69,41 @@ def test_the_same_numbers_as_the_command_line(trained, cli):
         expected = pd.read_csv("p.csv", dtype={"eid": str}).set_index("eid").sort_index()
         assert list(table) == list(expected) and table.attrs["left_out"] == {}
         np.testing.assert_allclose(table["finding"], expected["finding"], rtol=1e-5)
-        vectors = ef.study_embeddings(model, source)
+        vectors = ef.embed(model, source)
         with h5py.File("trained_models/defect/embeddings_site_defect.h5") as f:
             np.testing.assert_allclose(vectors.loc["1000"], f["1000"][:], atol=1e-5)
 
 
-def test_one_study_as_an_array(trained):
-    model, clips = ef.load("defect"), open_store(Path("emb")).read("1000").embeddings
-    row, rows = (ef.predict(model, x) for x in (clips, {"study": clips}))
-    pd.testing.assert_frame_equal(row, rows)
-    assert row["eid"].tolist() == ["study"]
-    assert ef.study_embeddings(model, clips).shape == (1, 768)
-
-
-def test_arrays_and_labels_that_do_not_fit(trained):
-    model = ef.load("defect")
-    for clips, text in (
+def test_mistakes_raise_one_line(trained):
+    model, clips = ef.load("defect"), np.ones((1, 2, 768))
+    shape = r"study x: expected finite .* shape \(videos, clips, 768\); the shape is "
+    for call, text in (
+        (lambda: ef.predict(model, {"x": clips[0]}), shape + r"\(2, 768\)"),
+        (lambda: ef.predict(model, {"x": clips * np.nan}), shape),
+        (lambda: ef.predict(model, {"x": clips[..., :512]}), shape + r"\(1, 2, 512\)"),
+        (lambda: ef.predict(model, {"a/b": clips}), "study a/b"),
+        (lambda: ef.predict(model, "nowhere"), "nowhere is not a folder"),
+        (lambda: ef.predict(model, clips, sample_limits=2), "did you mean sample_limit"),
+        (lambda: ef.predict(model, clips, page=True), "predict.. has no option page"),
+        (lambda: ef.predict(clips, clips), "expected a model"),
+        (lambda: ef.predict("defects", clips), "did you mean defect?"),
         (
-            np.zeros((3, 768)),
-            r"shape \(videos, clips, 768\); the shape is \(3, 768\)",
+            lambda: ef.explain(model, clips, explain_tasks=["findings"]),
+            "no label findings in defect; did you mean finding",
         ),
-        (np.full((1, 2, 768), np.nan), "study x: expected finite"),
-        (np.ones((1, 2, 512)), r"768\); the shape is \(1, 2, 512\)"),
+        (lambda: ef.evaluate(model, "emb", clips), "expected a DataFrame or a path"),
+        (lambda: ef.train("emb", "labels.csv", {"task_labels": ["finding"], "typ": ""}), "type?"),
+        (lambda: ef.train("emb", pd.DataFrame({"eid": ["1"]}), ["finding"]), "no column 'pid'"),
+        (lambda: ef.compare("emb"), "encoders: name them"),
     ):
-        with pytest.raises(UserError, match=text):
-            ef.predict(model, {"x": clips})
-    with pytest.raises(UserError, match="no label findings in defect; did you mean finding"):
-        ef.attribute(model, np.ones((1, 2, 768)), ["findings"])
+        with pytest.raises(UserError, match=text) as error:
+            call()
+        assert len(str(error.value).splitlines()) == 1
+    Path("config.json").unlink()
+    with pytest.raises(UserError, match="task: name the labels"):
+        ef.train("emb", "labels.csv")
+    with pytest.raises(UserError, match="source: give"):
+        ef.predict(model)
 
 
 def test_calls_change_no_global_state(trained, cli):
@@ -70,7 +114,7 @@ def test_calls_change_no_global_state(trained, cli):
         assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0
         model = ef.load("defect")
         ef.predict(model, "emb")
-        ef.attribute(model, np.ones((2, 2, 768), np.float32))
+        ef.explain(model, np.ones((2, 2, 768), np.float32))
         assert torch.equal(torch.get_rng_state(), before[0]) and sys.stdout is before[2]
         assert torch.backends.cudnn.allow_tf32
     finally:

@@ -549,8 +549,8 @@ def test_an_average_is_explained_by_its_members(outlook, method):
         members[-1].mean_answer = torch.randn(len(outputs.names)) if seed else None
     model = ensemble_of(members, Path("m"))
     study = np.random.default_rng(0).normal(size=(3, 2, 768)).astype(np.float32)
-    each = [ef.attribute(m, study, explain_method=method) for m in members]
-    rows = ef.attribute(model, study, explain_method=method).set_index(["label", "video"])
+    each = [ef.explain(m, study, explain_method=method) for m in members]
+    rows = ef.explain(model, study, explain_method=method).set_index(["label", "video"])
     for label in outputs.names:
         learnt = [t for t, m in zip(each, members, strict=True) if label not in m.record.unlearnt]
         for column in ("score", "prediction", "without", "baseline"):

@@ -16,15 +16,18 @@ from echofocus_core.study.loading import model_folder
 
 
 def compare_models(job):
-    """Train all combinations, then write their tables and page next to them."""
+    """Train all combinations, write their tables and page next to them, and return the table.
+
+    None in all processes but the first, and while other processes still train.
+    """
     finished, cells = train_cells(job)
     if job.world.rank:
-        return
+        return None
     folder = model_folder(job.settings.model_name, job.settings.run_id)
     if len(finished) < len(cells):
         missing = some(cell.name for cell in cells if cell not in finished)
         print(f"{len(cells) - len(finished)} of {len(cells)} are not trained yet: {missing}")
-        return
+        return None
     trained = answer_cells(job, finished)
     tables, headlines, references = tables_of(job, trained, group_columns(job))
     files = []
@@ -38,6 +41,7 @@ def compare_models(job):
     for text in sorted({text for x in trained for text in x.warnings}):
         RUN.warning(text)
     print(f"wrote {', '.join(files)} and comparison.html to {folder}")
+    return tables["cells"]
 
 
 def draw(folder, trained, headlines):

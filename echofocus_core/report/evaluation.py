@@ -48,6 +48,7 @@ from echofocus_core.study.fold_answers import (
     studies_of_answers,
     thresholds_for,
 )
+from echofocus_core.study.folds import stored_names
 from echofocus_core.study.kinds.base import rarer
 from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.labels import load_labels
@@ -81,35 +82,43 @@ class Report:
     seed: int = 0
     notes: list = field(default_factory=list)
     folds: list = field(default_factory=list)
+    saveout: pd.DataFrame | None = None  # the answers and truths of each study, to write
 
-    def write(self):
-        """Write tables, figures and the page; return the lines for the screen."""
+    def compute(self):
+        """Compute `estimates` and `tables`: metrics, by_<column> of each group, comparison."""
         studies = self.studies
-        self.figures, self.files = [], []
         self.estimates = st.estimates(studies.outcomes, studies.patients, self.n_boot, self.seed)
         self.headlines = headlines_of(studies, self.estimates)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.of_folds = self.fold_columns()
         doubts = {name: self.facts[name] for name in ("unseen", "warning") if name in self.facts}
         metrics = pd.DataFrame([x.row() for x in self.estimates], columns=list(COLUMNS))
-        self.write_table("metrics", metrics.assign(**doubts, **self.of_folds))
+        self.tables = {"metrics": metrics.assign(**doubts, **self.of_folds)}
+        self.interactions = {}
+        self.groups = {column: self.groups_of(column) for column in self.by}
+        if rows := [row for name in self.others for row in self.compare(name)]:
+            table = pd.DataFrame(rows)
+            table["p_holm"] = holm_by(table, "metric")
+            self.tables["comparison"] = table
+
+    def write(self):
+        """Write tables, figures and the page; return the lines for the screen."""
+        self.compute()
+        self.figures, self.files = [], []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.saveout is not None:
+            self.write_table("saveout", self.saveout)
+        for name, table in self.tables.items():
+            self.write_table(name, table)
         with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
             facts = self.facts | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
             whole = metrics_json(self.estimates, facts)
             temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
         self.draw_panels()
         self.draw_forests()
-        self.interactions = {}
-        self.groups = {column: self.write_groups(column) for column in self.by}
-        self.comparison = [row for name in self.others for row in self.compare(name)]
-        if self.comparison:
-            self.comparison = pd.DataFrame(self.comparison)
-            self.comparison["p_holm"] = holm_by(self.comparison, "metric")
-            self.write_table("comparison", self.comparison)
-            self.comparison = [
-                {k: None if v != v else v for k, v in row.items()}
-                for row in self.comparison.to_dict("records")
-            ]
+        for column in self.by:
+            self.draw_groups(column)
+        rows = self.tables.get("comparison", pd.DataFrame()).to_dict("records")
+        self.comparison = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         self.write_more_tables()
         self.write_page()
         lines = on_screen(self.headlines, [x for x in self.estimates if x.label == "mean"])
@@ -188,20 +197,23 @@ class Report:
         if self.survival_rows:
             self.write_table("survival_calibration", pd.DataFrame(self.survival_rows))
 
-    def write_groups(self, column):
-        """Write the table and forest plots of a column's groups; return [(group, Estimate)]."""
+    def groups_of(self, column):
+        """The [(group, Estimate of a headline metric)] of a column; adds its table."""
         cells, edges = self.by[column]
         groups = subgroups(self.studies, cells, edges, self.n_boot, self.seed)
         rows = [{"column": column, "group": group} | x.row() for group, x in groups]
-        by = f"by_{in_file_name(column)}"
         table = pd.DataFrame(rows, columns=["column", "group", *COLUMNS])
         table = table.join(interactions(groups, self.studies.outcomes), on=["label", "metric"])
-        self.write_table(by, table)
+        self.tables[f"by_{in_file_name(column)}"] = table
         self.interactions |= {
             (column, row.label, row.metric): row for row in table.itertuples(index=False)
         }
         headlines = {o.label: o.headline for o in self.studies.outcomes}
-        groups = [(g, x) for g, x in groups if headlines[x.label] == x.metric]
+        return [(g, x) for g, x in groups if headlines[x.label] == x.metric]
+
+    def draw_groups(self, column):
+        """Draw the forest plots of a column's groups."""
+        by, groups = f"by_{in_file_name(column)}", self.groups[column]
         shown = [self.headlines[o.label] for o in curves.select_panels(self.studies.outcomes)]
         axes = sorted({(x.metric, x.unit) for x in shown})
         for metric, unit in axes:
@@ -215,7 +227,6 @@ class Report:
             draw = partial(curves.forest, lines, name, reference=reference, headings=labels)
             file = f"forest_{by}" + (f"_{metric}" if len(axes) > 1 else "")
             self.figure(file, f"{name} by {column}", draw)
-        return groups
 
     def compare(self, name):
         """Rows with this model's metrics minus another's, on the studies that both predict."""
@@ -329,8 +340,26 @@ def uncertain_labels(report):
 # -------------------------------------------------------------------------------------- evaluations
 
 
-def evaluate_file(job):
-    """`evaluate --predictions`: evaluate a table of study ids and predictions of any model.
+def evaluation_reports(job):
+    """Yield the Report of each fold that `evaluate` evaluates, or of --predictions."""
+    if job.settings.predictions:
+        yield report_of_file(job)
+        return
+    job = job.with_source()
+    settings = job.settings
+    timed = job.model.outputs.of_kind("survival")
+    if timed and (settings.per, settings.pool) == ("patient", "mean"):
+        raise UserError(f"{timed[0]}: times cannot be averaged; use --pool first or last")
+    columns = {
+        column: (cells.rename(stored_names(cells.index, job.source.store)), edges)
+        for column, (cells, edges) in group_columns(job).items()
+    }
+    for fold in dict.fromkeys(settings.folds or [settings.subset]):
+        yield report_of_fold(job.but(subset=fold), columns)
+
+
+def report_of_file(job):
+    """The Report of a table of study ids and predictions of any model.
 
     The truths are in the label table, or in this table (<label>_Correct and PID, like the tables
     that `evaluate` writes).
@@ -356,14 +385,11 @@ def evaluate_file(job):
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
     facts = {"run_id": "", "model_name": path.stem, "fold": "all", "target": ""}
-    report_evaluation(folder, name, studies, flow, facts, job, columns)
+    return report_of(folder, name, studies, flow, facts, job, columns)
 
 
-def report_evaluation(folder, name, studies, flow, facts, job, columns):
-    """Write the evaluation of some studies, pooled by patient if requested, and print a summary.
-
-    columns: of `group_columns`.
-    """
+def report_of(folder, name, studies, flow, facts, job, columns, saveout=None):
+    """The Report of some studies, pooled by patient if requested. columns: of `group_columns`."""
     settings, pairs = job.settings, {}
     notes = unseen_notes(settings.subset, facts.get("unseen"))
     notes += filter(None, [facts.get("warning")])
@@ -377,14 +403,14 @@ def report_evaluation(folder, name, studies, flow, facts, job, columns):
     names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
     facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset} | facts
     by = {name: (cells.reindex(studies.eids), edges) for name, (cells, edges) in columns.items()}
-    report = Report(
-        folder, name, studies, facts, flow, by, pairs, settings.n_boot, settings.seed, notes
-    )
-    print("\n".join(report.write()))
+    return Report(
+        folder, name, studies, facts, flow, by, pairs, settings.n_boot, settings.seed, notes,
+        saveout=saveout,
+    )  # fmt: skip
 
 
-def evaluate_fold(job, columns):
-    """`evaluate` for the fold `settings.subset`. columns: of `group_columns`."""
+def report_of_fold(job, columns):
+    """The Report of the fold `settings.subset`. columns: of `group_columns`."""
     model = job.model
     averaged = isinstance(model, LoadedEnsemble)
     own_rule = job.settings.target in ("", model.target)
@@ -392,14 +418,14 @@ def evaluate_fold(job, columns):
     settings = job.settings
     studies, flow, evidence, warnings = answer_fold(job, thresholds_for(job))
     name = f"{settings.subset}_{settings.dataset}"
-    write_table(studies.saveout(), model.folder / f"saveout_{name}.csv")
     facts = {"run_id": settings.run_id, "model_name": model.folder.name}
     facts |= {"unseen": evidence if settings.subset == "test" else ""}
     facts |= {"warning": "; ".join(warnings)} if warnings else {}
     if averaged:
         names = ", ".join(f"{m.folder.parent.name}/{m.folder.name}" for m in model.members)
         facts |= {"averaged": names, "mean_thresholds": own_rule}
-    report_evaluation(model.folder, name, studies, flow, facts, job, columns)
+    saveout = studies.saveout()
+    return report_of(model.folder, name, studies, flow, facts, job, columns, saveout)
 
 
 def evaluate_folds(folder, settings, cohorts, store, evidence=()):
@@ -423,13 +449,12 @@ def evaluate_folds(folder, settings, cohorts, store, evidence=()):
     studies, table = join_folds(parts), next(iter(cohorts.values())).table
     flow = fold_flow(table, [c.folds for c in cohorts.values()], studies.eids)
     name = f"cv_{settings.dataset}"
-    write_table(studies.saveout(), folder / f"saveout_{name}.csv")
     facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
     facts |= {"target": model.target, "model_name": folder.name}
     facts["fold"] = f"every fold of {len(parts)} (cross-validation)"
     notes = [*unseen_notes("test", "; ".join(evidence)), *fold_notes(parts)]
     report = Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
-        notes=notes, folds=parts,
+        notes=notes, folds=parts, saveout=studies.saveout(),
     )  # fmt: skip
     print("\n".join(report.write()))

@@ -24,17 +24,35 @@ def is_embedded(path):
         return False
 
 
+def check_options(job):
+    """UserError for options of `embed` that do not fit together or the model."""
+    settings = job.settings
+    if settings.map and settings.level == "video":
+        raise UserError("--map shows studies: leave out --level video")
+    each = getattr(job.model.net, "embeds_labels", False)
+    if not settings.pool_queries and (settings.map or not each):
+        raise UserError("--no_pool_queries is for multiquery models, and for no map")
+
+
 def embed_source(job):
     """Write the embeddings of a job's studies; returns the file's path."""
-    model, settings, store = job.model, job.settings, job.source.store
+    model, settings, unreadable, n = job.model, job.settings, {}, 0
     eids = sample_ids(job.source.eids, settings.sample_limit)
-    warnings = warn_of_other_input(model, store, eids)
-    write = embed_studies if settings.level == "study" else embed_videos
+    warnings = warn_of_other_input(model, job.source.store, eids)
     name = f"{'' if settings.level == 'study' else 'video_'}embeddings_{settings.dataset}"
     path = Path(settings.embed_file or model.folder / f"{name}_{settings.task}.h5")
-    unreadable = {}
     with atomic_path(path) as temporary, new_hdf5(temporary) as f:
-        n = write(f, model, store, eids, settings, unreadable)
+        for eid, names, embeddings in embeddings_of(job, eids, unreadable):
+            n += 1 if settings.level == "study" else len(names)
+            if settings.level == "study":
+                f[eid] = embeddings
+                continue
+            f[f"{eid}/embeddings"] = embeddings
+            f[eid].create_dataset("videos", data=names, dtype=h5py.string_dtype())
+        if settings.level == "video":
+            f.attrs["level"] = "video"
+        elif not settings.pool_queries:
+            f.attrs["labels"] = model.outputs.names
         f.attrs["dataset"], f.attrs["task"] = settings.dataset, settings.task
         f.attrs["model_name"] = model.folder.name
         if warnings:
@@ -46,35 +64,28 @@ def embed_source(job):
     return path
 
 
-def embed_studies(f, model, store, eids, settings, unreadable):
-    """Write one dataset (768,) per study, as published; returns the number of studies.
+def embeddings_of(job, eids, unreadable):
+    """Yield (study id, names, embeddings) of some studies of a job; fills `unreadable`.
 
-    Without pooled queries (labels, 768); the attribute `labels` has the names of the rows.
+    Of studies: None and (768,), as published; without pooled queries the labels and (T, 768). Of
+    videos: their names and (V, 768). A video's embedding is the study embedding of a study with
+    only this video; one study at a time is in memory, since a cohort might not fit.
     """
-    net = model.net
-    if not settings.pool_queries:
-        net, f.attrs["labels"] = EachQuery(net), model.outputs.names
-    outcome = run_studies(net, store, eids, settings, unreadable=unreadable, label="embed")
-    for eid, embedding in zip(outcome.eids, outcome.embeddings, strict=True):
-        f[eid] = embedding
-    return len(outcome)
-
-
-def embed_videos(f, model, store, eids, settings, unreadable):
-    """Write `embeddings` (V, 768) and `videos` (V,) per study; returns the number of videos.
-
-    A video's embedding is the study embedding of a study with only this video. Only one study at a
-    time is in memory, since a cohort might not fit.
-    """
-    f.attrs["level"], n = "video", 0
+    net, store, settings = job.model.net, job.source.store, job.settings
+    if settings.level == "study":
+        net, names = (
+            (net, None) if settings.pool_queries else (EachQuery(net), job.model.outputs.names)
+        )
+        outcome = run_studies(net, store, eids, settings, unreadable=unreadable, label="embed")
+        yield from (
+            (eid, names, x) for eid, x in zip(outcome.eids, outcome.embeddings, strict=True)
+        )
+        return
     for eid in progress(eids, desc="embed", unit="study"):
         try:
             bag = store.read(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
             continue
-        outcome = run_studies(model.net, VideosAsStudies(bag), range(len(bag.videos)), settings)
-        f[f"{eid}/embeddings"] = outcome.embeddings
-        f[eid].create_dataset("videos", data=bag.videos, dtype=h5py.string_dtype())
-        n += len(outcome)
-    return n
+        outcome = run_studies(net, VideosAsStudies(bag), range(len(bag.videos)), settings)
+        yield eid, bag.videos, outcome.embeddings

@@ -38,6 +38,17 @@ def video_rows(model, explanation, settings):
     return pd.concat(parts, ignore_index=True)
 
 
+def labelled_rows(model, explanation, settings, truths):
+    """`video_rows` with the study's label as `y_true`, if any study has one.
+
+    truths: DataFrame of labels by study id, in physical units.
+    """
+    rows = video_rows(model, explanation, settings)
+    if truths.notna().any(axis=None):
+        rows.insert(2, "y_true", rows["label"].map(truths.loc[explanation["eid"]]))
+    return rows
+
+
 def top_rows(model, explanation, settings, truths, dataset):
     """Rows of the published table: one per label, with the top videos by absolute score."""
     values, rows = model.readable(explanation["answer"])[0], []
@@ -64,7 +75,6 @@ def write_explanations(job, explanations, truths, names, warnings):
     """
     model, settings, dataset = job.model, job.settings, job.settings.dataset
     videos, tops, unreadable, folder = [], [], {}, model.folder
-    labelled = truths.notna().any(axis=None)
     with atomic_path(folder / names["clips"]) as temporary, new_hdf5(temporary) as f:
         f.attrs["method"], f.attrs["model_name"] = settings.explain_method, folder.name
         for explanation in explanations:
@@ -73,11 +83,7 @@ def write_explanations(job, explanations, truths, names, warnings):
             if not explanation["columns"]:
                 continue
             truth = truths.loc[explanation["eid"]].to_numpy()
-            rows = video_rows(model, explanation, settings)
-            if labelled:
-                of_label = dict(zip(model.outputs.names, truth, strict=True))
-                rows.insert(2, "y_true", rows["label"].map(of_label))
-            videos.append(rows)
+            videos.append(labelled_rows(model, explanation, settings, truths))
             tops += top_rows(model, explanation, settings, truth, dataset)
             labels = [model.outputs.names[i] for i in explanation["columns"]]
             f[f"{explanation['eid']}/scores"] = explanation["scores"]  # (T, V, C), network's units

@@ -56,7 +56,8 @@ class Job:
         return replace(self.but(dataset=source.name), dataset=dataset, source=source)
 
 
-# Each of these makes the Job of a command from its name, the typed options and the processes.
+# Each of these makes the Job of a command from its name, the typed options and the processes. The
+# library gives a Config and a LoadedModel; the commands read them.
 
 
 def dataset_job(command, typed, world):
@@ -66,20 +67,20 @@ def dataset_job(command, typed, world):
     return Job(Settings(**typed).model_copy(update={"dataset": name}), dataset=dataset)
 
 
-def evaluation_job(command, typed, world):
+def evaluation_job(command, typed, world, config=None, model=None):
     """The Job of `evaluate`. With --predictions it has no model.
 
     It has no task either if the table of predictions has the truths, as tables by `evaluate` do.
     """
     if not typed.get("predictions"):
-        return model_job(command, typed, world)
+        return model_job(command, typed, world, config, model)
     refuse_video_options(typed, "is for videos, not for --predictions")
     for name in ("model_name", "run_id", "subset", "folds", "target", "videos", "keep"):
         if typed.get(name) and (name, typed[name]) != ("subset", "all"):
             where = " (thresholds are its columns <label>_threshold)" * (name == "target")
             raise UserError(f"--predictions is a table of answers: leave out --{name}{where}")
     models = [name for name in typed.get("compare", ()) if not is_table(name)]
-    config = read_config(typed.get("config"), needed=False)
+    config = config or read_config(typed.get("config"), needed=False)
     settings, path = validate_as(Settings, typed), Path(typed["predictions"])
     asked = {"subset": "test", "target": ""}  # for models to compare with
     if not (models or settings.task or settings.label_path) and holds_truths(path):
@@ -94,7 +95,7 @@ def evaluation_job(command, typed, world):
     return replace(job, others=compared_models(job, config))
 
 
-def model_job(command, typed, world):
+def model_job(command, typed, world, config=None, model=None):
     """The Job of a command with a trained model."""
     if typed.get("datasets"):
         typed = typed | {"dataset": typed["datasets"][0]}
@@ -102,11 +103,13 @@ def model_job(command, typed, world):
     if videos and typed.get("dataset"):
         option = "--datasets" if typed.get("datasets") else "--dataset"
         raise UserError(f"--videos and {option} are two sources: give one")
-    config = read_config(typed.get("config"), needed=not (videos or typed.get("embedding_path")))
+    needed = not (videos or typed.get("embedding_path"))
+    config = config or read_config(typed.get("config"), needed=needed)
     if task and not released_task(task):
         config.pick("task", task)
-    names = typed.get("model_name", ""), typed.get("run_id", "")
-    model = load_named(*names, config.tasks, task, pick_device(typed.get("device", "")))
+    if model is None:
+        names = typed.get("model_name", ""), typed.get("run_id", "")
+        model = load_named(*names, config.tasks, task, pick_device(typed.get("device", "")))
     refuse_model(command, typed, model)
     settings, dataset = resolve_settings(command, typed, config, model)
     by_attention = command == "explain" and settings.explain_method == "attention"
@@ -163,9 +166,9 @@ def compared_models(job, config):
     return others
 
 
-def training_job(command, typed, world):
+def training_job(command, typed, world, config=None):
     """The Job of `train`."""
-    config = read_config(typed.get("config"))
+    config = config or read_config(typed.get("config"))
     config.pick("task", typed.get("task"))
     settings, dataset = resolve_settings(command, typed, config)
     if not settings.end_to_end:
