@@ -23,12 +23,15 @@ from echofocus_core.video import panecho
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--docs", action="store_true", help="also run the pages of the documentation")
 
 
 def pytest_collection_modifyitems(config, items):
     reasons = []
     if not config.getoption("--slow"):
         reasons.append(("slow", "takes minutes: run with --slow"))
+    if not config.getoption("--docs"):
+        reasons.append(("docs", "the documentation: run with --docs"))
     if not torch.cuda.is_available():
         reasons.append(("gpu", "needs a CUDA device"))
     for item in items:

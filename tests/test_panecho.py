@@ -147,10 +147,10 @@ def test_hub(hub_cache, model):
         assert load(pretrained=False, clip_len=4)(x[:, :, :4])["EF"].shape == (1, 1)
 
 
-def test_the_snippet_of_the_readme(hub_cache, monkeypatch):
+def test_the_documented_snippet(hub_cache, monkeypatch):
     """It runs on smaller images."""
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "embed" / "README.md").read_text()
+    text = (ROOT / "docs" / "released.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "torch.hub" in c]
     assert code.count('source="local"') == 6
     actual = {}

@@ -104,7 +104,7 @@ def write_page(folder, job, trained, tables, references, figures):
         settings=job.settings, version=__version__, first=references[0].cell,
         best=references[-1].cell,
         cells=tables["cells"].to_dict("records"), figures=figures,
-        differences=tables["differences"].to_dict("records"),
+        differences=tables["differences"].to_dict("records") if "differences" in tables else [],
         groups=tables["groups"].to_dict("records") if "groups" in tables else [],
         perturbed=tables["perturbed"].to_dict("records") if "perturbed" in tables else [],
         n_studies=len(trained[0].studies), n_patients=len(patients),

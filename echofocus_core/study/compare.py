@@ -311,7 +311,9 @@ def tables_of(job, trained, columns):
     references = dict.fromkeys((0, whole.index(best_of_cells(whole, headlines))))
     references = [whole[i] for i in references]
     rows = [row for x in references for row in difference_rows(whole, x, *boot)]
-    tables = {"cells": pd.DataFrame(cells), "differences": pd.DataFrame(rows)}
+    tables = {"cells": pd.DataFrame(cells)}
+    if rows:  # none for a single combination
+        tables["differences"] = pd.DataFrame(rows)
     if settings.perturbed:
         tables["perturbed"] = pd.DataFrame(perturbed_rows(trained, *boot))
     if columns:

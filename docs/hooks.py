@@ -1,0 +1,137 @@
+"""What mkdocs adds to the pages of docs/: files of the repository, options and tutorials.
+
+The pages that are generated here are never committed, so that no text is in two places:
+README.md (as index.md), the files of REPOSITORY, options.md from the declarations of the options,
+and a page for each notebook. A notebook's page has the results of build/tutorials/, where
+docs/tutorials/run.py puts the executed notebooks.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md")
+OTHER_FILES = r"\]\((?:\.\./)*((?:LICENSE|CITATION\.cff|echofocus_core/|tests/)[^)]*)\)"
+
+
+def on_files(files, config):
+    """Add the generated pages."""
+    pages = {"index.md": (ROOT / "README.md").read_text(), "options.md": options_page()}
+    pages |= {name: (ROOT / name).read_text() for name in REPOSITORY}
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.ipynb")):
+        pages[f"tutorials/{path.stem}.md"] = notebook_page(path)
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Links of repository files, as links between pages; those to other files become text."""
+    markdown = re.sub(OTHER_FILES, r"](#)", markdown)
+    markdown = re.sub(r"\[([^]]*)\]\(#\)", r"\1", markdown)
+    markdown = re.sub(r"\]\(\.\./(README|[A-Z]+|benchmarks/RESULTS)\.md", r"](\1.md", markdown)
+    if page.file.src_uri in ("index.md", *REPOSITORY):
+        markdown = re.sub(r"\]\((\.\./)?docs/", r"](\1", markdown)
+    markdown = markdown.replace("](tutorials)", "](tutorials/three-exams.md)")
+    return markdown.replace("](README.md", "](index.md")
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def options_page():
+    """Every option, by group: names, values, default, meaning and commands."""
+    sys.path.insert(0, str(ROOT))
+    from echofocus_core.base.options import Settings
+    from echofocus_core.encoder.settings import EncoderSettings
+
+    intro = (
+        "# Options\n\nGenerated from the declarations in the code. An option may be written with "
+        "`-` instead of `_`. A switch has an opposite, `--no_<name>`. Options of groups marked "
+        "*config* may also be keys of a task or a dataset in `config.json`. A list takes several "
+        "words.\n"
+    )
+    other = "\n# Options of embed/train.py\n\nThey keep their published names.\n"
+    return intro + option_tables(Settings) + other + option_tables(EncoderSettings, "train_encoder")
+
+
+def option_tables(settings, command=""):
+    """A table for each group of options; of one command without the column of commands."""
+    groups = {}
+    for name, field in settings.model_fields.items():
+        if not command or command in field.json_schema_extra["commands"]:
+            groups.setdefault(field.json_schema_extra["group"].title, []).append((name, field))
+    text = ""
+    for title, options in groups.items():
+        in_config = options[0][1].json_schema_extra["group"].in_config and not command
+        text += f"\n## {title.capitalize()}{' (config)' * in_config}\n\n"
+        text += "| option | values | default | meaning |" + " commands |" * (not command) + "\n"
+        text += "|---|---|---|---|" + "---|" * (not command) + "\n"
+        for name, field in options:
+            meta = field.json_schema_extra
+            words = [name] if name == "source" else [f"--{name.rstrip('_')}"]
+            words += [f"--{other}" for other in meta["also"]]
+            cells = ["<br>".join(f"`{word}`" for word in words), values_of(field)]
+            cells += [default_of(field), safe(field.description)]
+            cells += [", ".join(meta["commands"])] * (not command)
+            text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def values_of(field):
+    """The values that an option takes, in words."""
+    kind = field.annotation
+    if kind is bool:
+        return "switch"
+    several = "list of " * (get_origin(kind) is list)
+    kind = get_args(kind)[0] if several else kind
+    if get_origin(kind) is Literal:
+        return several + ", ".join(f"`{x}`" for x in get_args(kind) if x != "")
+    names = {int: "whole number", float: "number", str: "text"}
+    bounds = [getattr(x, "ge", None) for x in field.metadata]
+    least = next((x for x in bounds if x is not None), None)
+    name = several + names.get(kind, "number" if "float" in str(kind) else "text")
+    return f"{name}, at least {least:g}" if least is not None and least > -(2**62) else name
+
+
+def default_of(field):
+    empty = field.default in ("", [], False, None)
+    return "" if empty else f"`{field.default}`"
+
+
+def safe(text):
+    """Text for a cell of a table in Markdown."""
+    return re.sub(r"<", "&lt;", text).replace("|", "\\|").replace("*", "\\*")
+
+
+# ---------------------------------------------------------------------------------------- tutorials
+
+
+def notebook_page(path):
+    """A notebook as Markdown: texts, code and, of an executed one, printed results."""
+    executed = ROOT / "build" / "tutorials" / path.name
+    cells = json.loads((executed if executed.is_file() else path).read_text())["cells"]
+    text = ""
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text += source + "\n\n"
+            continue
+        language = "bash" if source.startswith("%%bash") else "python"
+        source = re.sub(r"^%%bash.*\n", "", source)
+        text += f"```{language}\n{source}\n```\n\n"
+        if results := "".join(map(printed, cell.get("outputs", []))):
+            text += f"```text\n{results.strip()}\n```\n\n"
+    return text + f"*The notebook is `docs/tutorials/{path.name}`.*\n"
+
+
+def printed(output):
+    """What a result of a cell prints on a page; progress bars and warnings do not."""
+    if output["output_type"] == "stream":
+        return "".join(output["text"]) if output["name"] == "stdout" else ""
+    return "".join(output.get("data", {}).get("text/plain", "")) + "\n"
