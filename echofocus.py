@@ -119,10 +119,20 @@ def cmd_predict(job):
     write_table(table, path)
     if settings.page:
         predict_page(job, predictions.page_folder(path), table, left_out)
-    shown = table.head(10).dropna(axis=1, how="all").drop(columns="warning")
-    print(shown.to_string(index=False, float_format="{:.4g}".format, max_cols=12))
+    print_answers(table.head(10), model.outputs.names)
     report_warnings(warnings, model.folder.name)
     print(f"wrote {len(table)} studies to {path}")
+
+
+def print_answers(table, names):
+    """Print a table of predictions without the ranges of the outputs `names`; a study is a column
+    if there are more columns than studies."""
+    ends = "_low", "_high", "_sd", "_threshold"
+    hidden = ["warning", *(name + end for name in names for end in ends)]
+    table = table.drop(columns=hidden, errors="ignore").dropna(axis=1, how="all").set_index("eid")
+    upright = len(table) < min(6, len(table.columns))
+    shown = table.T if upright else table.reset_index()
+    print(shown.to_string(index=upright, float_format="{:.4g}".format, max_cols=12))
 
 
 def predict_page(job, folder, table, left_out):
@@ -583,6 +593,7 @@ def run_command(command, settings):
             print_next(line)
 
 
+MORE = {"explain": {"page": True}, "embed": {"map": "pca"}}
 KEPT = ("config", "dataset", "videos", "keep", "embedding_path", "label_path", "assume_unseen")
 
 
@@ -601,8 +612,10 @@ def line_after(command, job, typed):
         if s.page or model.record.level == "video":
             return ""
         folder, after, options["page"] = model.folder, "explain", True
+    elif command in MORE and not s.page and not s.map and s.level == "study":
+        return command_line(command, typed | MORE[command])
     else:
-        return ""
+        return command_line("train", options) if command == "pack" else ""
     name = folder.relative_to(MODELS) if folder.is_relative_to(MODELS) else folder
     options["model_name"] = s.model_name if "," in s.model_name else str(name)
     return command_line(after, options)

@@ -1,6 +1,5 @@
 """The package installed by pip: commands from any folder and `import echofocus`."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -42,7 +41,8 @@ def site(tmp_path_factory):
 def test_installed_files(site):
     names = {p.name for p in site.iterdir() if p.suffix != ".dist-info"}
     assert names - {"__pycache__"} == {"echofocus.py", "echofocus_core", "bin"}
-    assert {p.name for p in (site / "bin").iterdir()} == {"echofocus", "echofocus-extract"}
+    programs = {"echofocus", *(f"echofocus-{x}" for x in ("extract", "train-encoder", "export"))}
+    assert {p.name for p in (site / "bin").iterdir()} == programs
     files = {p.relative_to(ROOT) for p in (ROOT / "echofocus_core").rglob("*") if p.is_file()}
     files = {p for p in files if "__pycache__" not in p.parts}
     assert [p for p in files if not (site / p).is_file()] == []
@@ -51,8 +51,8 @@ def test_installed_files(site):
 def test_commands_from_another_folder(site, tmp_path, monkeypatch, cli):
     published_model(tmp_path / "trained_models" / "EchoFocus_CHD", 22)
     write_embeddings(tmp_path / "emb", "s1", normal(0, 2, 3, 768))
-    config = {"task": {"t": {"task_labels": ["a"]}}, "dataset": {"d": {"embedding_path": "emb"}}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = run([site / "bin" / "echofocus", "init"], tmp_path, PYTHONPATH=str(site))
+    assert out.splitlines()[-1].startswith("next: echofocus download")
     line = ["predict", "--model_name", "EchoFocus_CHD", "--out", "p.csv"]
     run([site / "bin" / "echofocus", *line], tmp_path, PYTHONPATH=str(site))
     monkeypatch.chdir(tmp_path)

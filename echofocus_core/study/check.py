@@ -36,7 +36,12 @@ from echofocus_core.study.loading import (
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_studies, train_steps
 from echofocus_core.study.network import build
 from echofocus_core.study.outputs import Outputs
-from echofocus_core.study.sources import open_embeddings, refuse_mixed, warn_of_other_input
+from echofocus_core.study.sources import (
+    CLIP_EMBEDDINGS,
+    open_embeddings,
+    refuse_mixed,
+    warn_of_other_input,
+)
 from echofocus_core.video.preview import preview_extraction
 from echofocus_core.video.store import UnreadableStudy
 from echofocus_core.video.studies import studies_of_dataset
@@ -156,6 +161,9 @@ def check_videos(typed, config, model, listener):
     trained_on = model.record.encoder_sha256 if model else ""
     settings = settings.model_copy(update={"videos": typed["videos"]})
     preview_extraction(settings, trained_on, listener)
+    listener.ok(
+        f"predict keeps their clip embeddings in ./{CLIP_EMBEDDINGS}; --keep names a folder"
+    )
 
 
 def check_data(job, section):

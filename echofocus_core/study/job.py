@@ -251,7 +251,8 @@ def resolve_settings(command, typed, config, model=None):
                 if source != "typed":
                     taken.append(f"{option} = {layer[option]} ({source})")
                 break
-    print("using " + "; ".join(taken))
+    if command != "extract" or len(taken) > 1:
+        print("using " + "; ".join(taken))
     return validate_as(Settings, values), dataset
 
 

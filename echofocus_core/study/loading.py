@@ -65,7 +65,7 @@ def find_model(name, run_id="", task="", tasks=()):
     get = f"; get it with: {PROGRAM} download {name}"
     if name not in releases.registry():
         names = [*(path.parent.name for path in MODELS.glob(f"*/{BEST}")), *releases.registry()]
-        get = f"{nearest(name, names)}; train it, or get a released one ({PROGRAM} download --list)"
+        get = f"; train it, or get a released one ({PROGRAM} download --list){nearest(name, names)}"
     raise UserError(f"no trained model {folder}{get}")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base import checkpoints, releases
-from echofocus_core.base.console import RUN, UserError, nearest
+from echofocus_core.base.console import PROGRAM, RUN, UserError, nearest, print_next
 from echofocus_core.base.files import lock, write_table
 from echofocus_core.base.options import ALL_FOLDS, grid_of
 from echofocus_core.base.world import pick_device
@@ -59,6 +59,7 @@ def search(job):
         print(
             table.to_string(index=False) + f"\nwrote {folder / 'grid.csv'}; no test fold was read"
         )
+        print_next(f"{PROGRAM} evaluate --model_name {table['model'].iloc[0]}")
 
 
 def best_of(place, combination):
