@@ -16,6 +16,7 @@ from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validate_as
 from echofocus_core.study.config import Input
 from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, almost_the_same
+from echofocus_core.video.studies import may_name_patient
 
 # ----------------------------------------------------------------------------- training data
 
@@ -253,6 +254,8 @@ class InputCheck:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
         if pairs:
             notes.append(f"{len(pairs)} videos almost the same as others: {some(pairs)}")
+        if may_name_patient(eid) or any(part.made_with.get("names_patient") for part in parts):
+            notes.append("the study id may name the patient: extract with --study_id digest")
         if notes:
             self.report.notes[eid] = "; ".join(notes)
         if differences:

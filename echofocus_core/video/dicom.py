@@ -73,7 +73,8 @@ TAGS = (
     *(f"{name}PaletteColorLookupTableDescriptor" for name in ("Red", "Green", "Blue")),
 )  # fmt: skip
 FACTS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "InstanceNumber",
-         "NumberOfFrames", "Rows", "Columns", "PatientID", "LossyImageCompression")  # fmt: skip
+         "NumberOfFrames", "Rows", "Columns", "PatientID", "PatientName",
+         "LossyImageCompression")  # fmt: skip
 
 
 class DicomFile:
@@ -195,6 +196,7 @@ class HeaderFacts:
     rows: int = 0
     columns: int = 0
     patient: str = field(default="", repr=False)  # PatientID; compared but never shown
+    patient_name: str = field(default="", repr=False)  # compared but never shown
     lossy: bool = False  # compressed with loss, now or earlier
     bad_uid: bool = False  # it has an invalid StudyInstanceUID
 
@@ -221,6 +223,7 @@ def read_header_facts(path):
         rows=rows or 0,
         columns=columns or 0,
         patient=short_text(header, "PatientID"),
+        patient_name=text(header, "PatientName"),
         lossy=not lossless,
         bad_uid=bool(study) and not is_uid(study),
     )

@@ -454,8 +454,9 @@ class Run:
             path, other = store.study_path(self.out, study), store.empty_path(self.out, study)
             if not usable:
                 path, other = other, path
+            named = {"names_patient": "yes"} if study.names_patient else {}
             with atomic_path(path) as temporary:
-                store.write_study(temporary, work.results, self.attributes, work.records)
+                store.write_study(temporary, work.results, self.attributes | named, work.records)
             other.unlink(missing_ok=True)
         for name, record in sorted(work.records.items()):
             file, result, reason = f"{study.name}/{name}", "skipped", record.reason

@@ -1,5 +1,5 @@
-"""A video as a clip that browsers play: WebM (VP8), at its frame rate, masked to the ultrasound
-sector."""
+"""A video as a clip that browsers play, WebM (VP8) at its frame rate, and its first frame as JPEG;
+masked to the ultrasound sector."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from echofocus_core.video.decode import VideoFile, resize, sector_mask
 from echofocus_core.video.errors import VideoError
 
 LONGEST_SIDE = 384  # pixels of a clip for the screen
+POSTER_QUALITY = 75  # of the JPEG, up to 100
 USUAL_RATE = 30.0  # frames per second if a video declares no rate
 
 
@@ -28,6 +29,7 @@ class Playback:
 def stored_clip(source, folder, mask, content=""):
     """(file name, Playback) of a video's clip in `folder`, which is written if it does not exist.
 
+    Next to the clip are its first frame (.jpg) and its Playback (.json).
     content: SHA-256 of the video that was embedded, '' if it is not recorded. Raises VideoError,
     also if the video has changed since.
     """
@@ -37,7 +39,8 @@ def stored_clip(source, folder, mask, content=""):
         key = f"{video.digest} {mask} {__version__}".encode()
         path = folder / f"{hashlib.sha256(key).hexdigest()[:16]}.webm"
         record = path.with_suffix(".json")
-        playback = read_playback(record) if path.is_file() else None
+        exists = path.is_file() and path.with_suffix(".jpg").is_file()
+        playback = read_playback(record) if exists else None
         if playback is None:
             playback = write_clip(video, path, mask)
             with atomic_path(record) as temporary:
@@ -54,7 +57,7 @@ def read_playback(record):
 
 
 def write_clip(video, path, mask):
-    """Write a VideoFile to `path` (.webm); returns its Playback.
+    """Write a VideoFile to `path` (.webm) and its first frame (.jpg); returns its Playback.
 
     mask: 'sector' blacks out the part outside the ultrasound sector, such as burned-in names;
     'none' keeps it. Raises VideoError, also if there is no sector or no encoder.
@@ -73,7 +76,9 @@ def write_clip(video, path, mask):
         inside = sector_mask(small, video.boxes, [])
         inside = cv2.resize(inside, (width, height), interpolation=cv2.INTER_NEAREST)[..., None]
         frames = [frame * inside for frame in frames]
-    rate = video.rate
+    rate, quality = video.rate, [cv2.IMWRITE_JPEG_QUALITY, POSTER_QUALITY]
+    with atomic_path(path.with_suffix(".jpg")) as temporary:
+        temporary.write_bytes(cv2.imencode(".jpg", frames[0], quality)[1])
     with atomic_path(path) as temporary:
         codec = cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"VP80")
         writer = cv2.VideoWriter(str(temporary), *codec, rate or USUAL_RATE, (width, height))

@@ -54,7 +54,7 @@ from echofocus_core.base.seen import Seen, all_seen
 # Attributes that decide what a clip embedding is: alike in a dataset, and in a model's input.
 CHECKED = ("weights_sha256", "size", "clip_len", "sampling", "mask")  # also in the checksums
 MADE_WITH = (*CHECKED, "encoder", "perturb")
-REPORTED = ("weights", "weights_seen", "starts")  # also in a Header
+REPORTED = ("weights", "weights_seen", "starts", "names_patient")  # also in a Header
 LONGEST_NAME = 4096  # characters of a file's name, relative to its study's folder
 
 # ------------------------------------------------------------------------------------------ writing

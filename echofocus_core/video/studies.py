@@ -43,6 +43,7 @@ class Study:
     videos: list[str]
     left_out: dict[str, str] = field(default_factory=dict)  # file -> why it is not read
     series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
+    names_patient: bool = False  # whether its name has the PatientID or PatientName of its files
 
     def source(self, video):
         """The path of a video, or the list of its frames' paths: what `read_clips` takes."""
@@ -99,6 +100,8 @@ def find_studies(
     groups = [g for g in groups if has_one_patient(g.files, facts, listener)]
     names = name_groups(source, groups, study_id, listener)
     studies = [study_of(n, source, g, facts) for n, g in zip(names, groups, strict=True)]
+    if study_id == "folder":
+        warn_of_names(studies, groups, facts, listener)
     if not studies:
         listener.error(f"no study in {source} can be used", "see above")
     return sorted(studies, key=lambda study: study.name)
@@ -440,6 +443,55 @@ def file_name(name):
         return name
     start = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
     return f"{start}-{short_digest(name)}"
+
+
+# Capitalised words of study ids that are no names of patients.
+USUAL_WORDS = set(
+    "study studies patient case control exam examination echo echocardiogram visit test demo sample "
+    "subject series scan video site center centre hospital clinic cohort group baseline follow "
+    "followup normal healthy abnormal heart cardiac phantom dataset data folder record session "
+    "anonymous anonymized anonymised anon train training validation day week month year part batch "
+    "one two three four five real fake new old full first second third last id no mrn dicom images "
+    "january february march april may june july august september october november december jan feb "
+    "mar apr jun jul aug sep oct nov dec".split()
+)
+
+
+def may_name_patient(name):
+    """Whether a study's name looks like a person's: Family^Given, a capitalised word that is not
+    usual in ids (2024-03-12 Müller), or nothing but two words in capitals (DOE_JANE)."""
+    words = [w for w in re.findall(r"[^\W\d_]+", name) if len(w) > 2]
+    words = [w for w in words if w.casefold() not in USUAL_WORDS]
+    capitals = [w for w in words if w.isupper()]
+    return (
+        bool(re.search(r"[^\W\d_]\^[^\W\d_]", name))
+        or any(re.search(rf"(?<![^\W_]){w}(?![^\W_])", name) for w in words if w.istitle())
+        or (len(capitals) > 1 and not re.search(r"\d", name))
+    )
+
+
+def has_identifier(name, facts):
+    """Whether a study's name has the PatientID or a part of the PatientName of a HeaderFacts."""
+    words = set(re.findall(r"[^\W\d_]{3,}", name.casefold())) - USUAL_WORDS
+    if words & set(re.findall(r"[^\W\d_]{3,}", facts.patient_name.casefold())):
+        return True
+    identifier = re.escape(facts.patient.casefold())
+    return bool(facts.patient) and bool(
+        re.search(rf"(?<![^\W_]){identifier}(?![^\W_])", name.casefold())
+    )
+
+
+def warn_of_names(studies, groups, facts, listener):
+    """Set `Study.names_patient`, and report studies that are named like their patient."""
+    for study, group in zip(studies, groups, strict=True):
+        study.names_patient = any(has_identifier(study.name, facts[file]) for file in group.files)
+    n = sum(study.names_patient or may_name_patient(study.name) for study in studies)
+    if n:
+        listener.warning(
+            f"{n} of {len(studies)} study folders have a PatientID or the name of a patient as "
+            "their name, or look so; it is the study id in all tables",
+            "--study_id digest takes a digest instead",
+        )
 
 
 # ------------------------------------------------------------------------------------- from a table

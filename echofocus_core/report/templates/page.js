@@ -1,16 +1,29 @@
 "use strict";
-// The list (search, sort, filter) and the players (loop, step, slow motion, timeline). No network, no library.
+// The list (search, sort, filter), the explanations of a study and the players (loop, step, slow
+// motion, timeline). No network, no library.
+
+const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+const byId = (id) => document.getElementById(id);
+const read = (id) => JSON.parse(byId(id)?.textContent ?? "null");
+const poster = (clip) => clip.replace(/\.webm$/, ".jpg");
+
+const make = (tag, className = "", text = "", ...children) => {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text) element.textContent = text;
+  element.append(...children);
+  return element;
+};
 
 // ---------------------------------------------------------------------------------------- players
 
-const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-
 class Player {
-  constructor(figure) {
+  constructor(figure, film) {
     this.figure = figure;
     this.video = figure.querySelector("video");
-    this.rate = Number(figure.dataset.rate);
-    this.frames = Number(figure.dataset.frames);
+    this.rate = film.rate;
+    this.frames = film.frames;
+    this.clip = `../${film.clip}`;
     this.line = figure.querySelector(".timeline");
     this.now = figure.querySelector(".now");
     this.output = figure.querySelector("output");
@@ -35,7 +48,7 @@ class Player {
   load() {
     if (this.video.getAttribute("src")) return;
     this.video.preload = "auto";  // to step through frames before it has played
-    this.video.src = this.figure.dataset.clip;
+    this.video.src = this.clip;
     this.video.playbackRate = Number(this.speed.value);
     if (this.figure.dataset.autoplay && !still) this.play();
   }
@@ -100,7 +113,7 @@ class Player {
 }
 
 const players = new Map();
-const seen = new IntersectionObserver((entries) => {
+const visibleFigures = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     const player = players.get(target);
     if (isIntersecting) {
@@ -112,9 +125,159 @@ const seen = new IntersectionObserver((entries) => {
     }
   }
 }, { rootMargin: "200px" });
-for (const figure of document.querySelectorAll(".player[data-clip]")) {
-  players.set(figure, new Player(figure));
-  seen.observe(figure);
+
+// A video of the study; caption: what follows its name; best: the number of its most important clip.
+const makePlayer = (film, { caption = null, best = -1, down = false } = {}) => {
+  const figure = byId("player").content.firstElementChild.cloneNode(true);
+  const legend = figure.querySelector("figcaption");
+  legend.append(make("strong", "", film.name));
+  if (caption) legend.append(caption);
+  if (film.note) legend.append(make("span", "soft", film.note));
+  const screen = figure.querySelector(".film");
+  if (!film.clip) {
+    screen.replaceWith(make("div", "standin", `No clip: ${film.missing}`));
+    for (const part of figure.querySelectorAll(".timeline, .controls")) part.remove();
+    return figure;
+  }
+  const image = screen.querySelector("img");
+  image.src = `../${poster(film.clip)}`;
+  for (const part of [image, screen.querySelector("video")]) {
+    part.width = film.width;
+    part.height = film.height;
+  }
+  const speed = `${film.frames} frames at ${Number(film.rate.toPrecision(3))} a second`;
+  screen.querySelector("video").setAttribute("aria-label", `${film.name}: ${speed}`);
+  const line = figure.querySelector(".timeline");
+  line.setAttribute("aria-label", `Frame of ${film.name}`);
+  line.setAttribute("aria-valuemax", film.frames);
+  if (caption) {
+    const places = new Set();
+    film.clips.forEach(([left, width], c) => {
+      if (c !== best && places.has(left)) return;
+      places.add(left);
+      const mark = make("span", `clip${c === best ? " best" : ""}${c === best && down ? " down" : ""}`);
+      mark.style.left = `${left}%`;
+      mark.style.width = `${width}%`;
+      line.prepend(mark);
+    });
+    figure.dataset.autoplay = "yes";
+  }
+  const player = new Player(figure, film);
+  players.set(figure, player);
+  player.show();
+  visibleFigures.observe(figure);
+  return figure;
+};
+
+// ----------------------------------------------------------------------------------- explanations
+
+const study = read("study");
+
+const effectOf = ([, sign, effect, without]) => {
+  const text = make("span", "effect");
+  if (sign) text.append(make("b", sign > 0 ? "up" : "down", `${sign > 0 ? "\u25b2" : "\u25bc"} ${effect}`));
+  if (without) text.append(make("span", "", `without it ${without}`));
+  return text;
+};
+
+const inTrack = (className, left, width = null) => {
+  const mark = make("i", className);
+  mark.style.left = `${left}%`;
+  if (width !== null) mark.style.width = `${width}%`;
+  return mark;
+};
+
+const waterfall = ({ bars, ticks, ends, cut, unit, caption }, name) => {
+  const table = make("table", "waterfall");
+  table.append(make("caption", "", `How the videos add up to the answer: ${name}`));
+  const track = (...marks) => {
+    const cell = make("div", "track", "", ...ticks.map(([at]) => inTrack("tick", at)), ...marks);
+    if (cut !== null) cell.append(inTrack("cut", cut));
+    return make("td", "axis", "", cell);
+  };
+  const axis = make("div", "ticks", "", ...ticks.map(([at, text]) => {
+    const label = make("span", "", text);
+    label.style.left = `${at}%`;
+    if (at < 8) label.classList.add("first");
+    if (at > 92) label.classList.add("last");
+    return label;
+  }));
+  const head = make("tr", "", "", make("th", "", "Video"), make("th", "axis", "", axis),
+    make("th", "number", unit), make("th", "number", "Without it"));
+  table.append(make("thead", "", "", head));
+  const row = (className, title, line, score, without) => make("tr", className, "",
+    make("th", "", title), line, make("td", "number score", score), make("td", "number without", without));
+  const endRow = ([title, at, text]) => row("end", title, track(inTrack("end", at)), "", text);
+  const body = make("tbody");
+  if (ends.length > 1) body.append(endRow(ends[0]));
+  for (const [v, start, stop, score, without] of bars) {
+    const kind = v < 0 ? "rest" : score[0] === "\u2212" ? "against" : "for";
+    const bar = inTrack(kind, Math.min(start, stop), Math.abs(stop - start));
+    const title = v < 0 ? `${-v} other videos` : study.videos[v].name;
+    body.append(row("", title, track(bar), score, without));
+  }
+  if (ends.length) body.append(endRow(ends[ends.length - 1]));
+  table.append(body);
+  return make("div", "why", "", table, make("p", "soft", caption));
+};
+
+const fill = (details) => {  // the content of a label, once
+  if (details.children.length > 1) return;
+  const label = study.labels[details.dataset.label];
+  const name = details.querySelector(".name").textContent;
+  const cards = make("div", "players");
+  for (const card of label.cards) {
+    const options = { caption: effectOf(card), best: card[4], down: card[1] < 0 };
+    cards.append(makePlayer(study.videos[card[0]], options));
+  }
+  details.append(make("div", "detail", "", cards));
+  if (label.fault) details.lastChild.append(make("p", "caution", `\u26a0 ${label.fault}.`));
+  if (label.bars) details.lastChild.append(waterfall(label, name));
+};
+
+if (study) {
+  const labels = [...document.querySelectorAll("details.label")];
+  for (const details of labels) {
+    if (details.open) fill(details);
+    details.addEventListener("toggle", () => { if (details.open) fill(details); });
+  }
+  byId("videos").querySelector(".players").append(...study.videos.map((film) => makePlayer(film)));
+
+  const button = byId("all-labels");
+  const nameButton = () => {
+    button.textContent = labels.every((x) => x.open) ? "Close all labels" : "Open all labels";
+  };
+  if (button) {
+    nameButton();
+    for (const details of labels) details.addEventListener("toggle", nameButton);
+    button.addEventListener("click", () => {
+      const open = !labels.every((x) => x.open);
+      for (const details of labels) details.open = open;
+    });
+  }
+  const showHash = () => {
+    const target = labels.find((x) => `#${x.id}` === location.hash);
+    if (target) target.open = true;
+  };
+  addEventListener("hashchange", showHash);
+  showHash();
+
+  // On paper: a table of all answers, then every label with its explanation.
+  let closed = [];
+  addEventListener("beforeprint", () => {
+    closed = labels.filter((x) => !x.open);
+    const answers = document.querySelector(".answers");
+    const copy = make("section", `${answers.className} print-only`);
+    for (const row of answers.querySelectorAll(".row")) {
+      copy.append(make("div", row.className, "", ...[...row.children].map((x) => x.cloneNode(true))));
+    }
+    answers.before(copy);
+    for (const details of labels) { fill(details); details.open = true; }
+  });
+  addEventListener("afterprint", () => {
+    for (const copy of document.querySelectorAll(".answers.print-only")) copy.remove();
+    for (const details of closed) details.open = false;
+  });
 }
 
 for (const link of document.querySelectorAll("a[data-key]")) {
@@ -126,29 +289,35 @@ for (const link of document.querySelectorAll("a[data-key]")) {
 
 // ------------------------------------------------------------------------------------------- list
 
-const list = document.getElementById("list");
+const list = byId("list");
 if (list) {
-  const studies = JSON.parse(document.getElementById("studies").textContent);
+  const studies = read("studies");
   const rows = [...list.tBodies[0].rows];
-  const field = (name) => document.getElementById(name);
+  const columns = ["value", "width", "cut", "truth", "decision", "right", "shown", "range",
+    "truthShown", "clip"];
+  for (const one of studies) {
+    one.labels = one.labels.map((x) => Object.fromEntries(columns.map((name, k) => [name, x[k]])));
+  }
   let sorting = { by: "eid", down: false };
 
-  const thumbs = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting && !target.src) target.src = target.dataset.src;
-    }
-  }, { rootMargin: "300px" });
-  for (const video of list.querySelectorAll("video[data-src]")) {
-    thumbs.observe(video);
-    video.addEventListener("mouseenter", () => { if (!still) video.play().catch(() => {}); });
-    video.addEventListener("mouseleave", () => video.pause());
+  const film = make("video");  // one for all rows: it plays the clip under the pointer
+  Object.assign(film, { muted: true, loop: true });
+  for (const cell of list.querySelectorAll("td.thumb")) {
+    const image = cell.querySelector("img");
+    if (!image || still) continue;
+    cell.addEventListener("mouseenter", () => {
+      film.src = image.dataset.clip;
+      cell.append(film);
+      film.play().catch(() => {});
+    });
+    cell.addEventListener("mouseleave", () => film.remove());
   }
+  addEventListener("beforeprint", () => {
+    for (const image of list.querySelectorAll("img")) image.loading = "eager";
+  });
 
-  const answer = (i) => studies[i].labels[Number(field("label").value)] ?? {};
-  const value = (i, by) => {
-    if (by === "value" || by === "truth" || by === "width") return answer(i)[by];
-    return studies[i][by];
-  };
+  const answer = (i) => studies[i].labels[Number(byId("label").value)] ?? {};
+  const value = (i, by) => (["value", "truth", "width"].includes(by) ? answer(i)[by] : studies[i][by]);
   const compare = (a, b) => {  // blanks are last in both directions
     const [x, y] = [value(a, sorting.by), value(b, sorting.by)];
     const missing = (v) => v === null || v === undefined || v === "";
@@ -159,63 +328,71 @@ if (list) {
 
   const setFilter = (name, key) => {  // disable a filter for labels without its values
     const exists = rows.some((_, i) => (answer(i)[key] ?? null) !== null);
-    field(name).disabled = !exists;
-    if (!exists) field(name).value = "";
+    byId(name).disabled = !exists;
+    if (!exists) byId(name).value = "";
   };
 
   const matches = (i) => {
-    const words = field("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const label = answer(i);
-    const decision = field("decision").value;
-    const right = field("right").value;
-    const novelty = field("novelty").value;
+    const decision = byId("decision").value;
+    const right = byId("right").value;
+    const novelty = byId("novelty").value;
     return words.every((word) => studies[i].text.includes(word))
-      && (!decision || label.decision === (decision === "yes"))
-      && (!right || label.right === (right === "right"))
+      && (!decision || label.decision === Number(decision === "yes"))
+      && (!right || label.right === Number(right === "right"))
       && (!novelty || studies[i].warned === (novelty === "warned"));
   };
 
-  const badge = (cell, kind, text) => {
-    const span = document.createElement("span");
-    span.className = `badge ${kind}`;
-    span.textContent = text;
-    cell.append(" ", span);
+  const badge = (kind, text) => make("b", `badge ${kind}`, text);
+
+  const show = (i) => {
+    const label = answer(i);
+    const cell = (name) => rows[i].querySelector(name);
+    cell(".shown .text").textContent = label.shown;
+    const bar = cell(".bar");
+    const isProbability = label.shown.endsWith("%") && label.cut !== null;
+    bar.hidden = !isProbability;
+    bar.classList.toggle("yes", label.decision === 1);
+    if (isProbability) {
+      bar.style.setProperty("--p", `${100 * label.value}%`);
+      bar.style.setProperty("--t", `${100 * label.cut}%`);
+    }
+    const decisions = [badge("no", "\u25cb absent"), badge("yes", "\u25cf present")];
+    cell(".decision").replaceChildren(...(label.decision === null ? [] : [decisions[label.decision]]));
+    if (cell(".range")) cell(".range").textContent = label.range;
+    const truth = cell(".truth");
+    if (truth) {
+      const marks = [badge("wrong", "\u2717 differs"), badge("no", "\u2713 agrees")];
+      truth.replaceChildren(label.truthShown, ...(label.right === null ? [] : [" ", marks[label.right]]));
+    }
+    const image = cell(".thumb img");
+    if (image && label.clip && image.dataset.clip !== label.clip) {
+      image.dataset.clip = label.clip;
+      image.src = poster(label.clip);
+    }
   };
 
   const update = () => {
     setFilter("decision", "decision");
     setFilter("right", "right");
-    const order = rows.map((_, i) => i).sort(compare);
     let shown = 0;
-    for (const i of order) {
-      const label = answer(i);
-      for (const name of ["shown", "width_shown", "truth_shown"]) {
-        const cell = rows[i].querySelector("." + name);
-        if (cell) cell.textContent = label[name] ?? "";
-      }
-      const [answerCell, truthCell] = [".shown", ".truth_shown"].map((x) => rows[i].querySelector(x));
-      if (label.decision === true) badge(answerCell, "yes", "\u25cf present");
-      if (label.decision === false) badge(answerCell, "no", "\u25cb absent");
-      if (truthCell && label.right === false) badge(truthCell, "wrong", "\u2717 differs");
-      if (truthCell && label.right === true) badge(truthCell, "no", "\u2713 agrees");
-      const thumb = rows[i].querySelector("video[data-src]");
-      if (thumb && label.thumb && thumb.dataset.src !== label.thumb) {
-        thumb.dataset.src = label.thumb;
-        if (thumb.src) thumb.src = label.thumb;
-      }
+    for (const i of rows.map((_, k) => k).sort(compare)) {
+      show(i);
       rows[i].hidden = !matches(i);
       shown += !rows[i].hidden;
       list.tBodies[0].append(rows[i]);
     }
-    field("count").textContent = `${shown} of ${rows.length} studies`;
+    const label = byId("label").selectedOptions[0]?.textContent ?? "";
+    byId("count").textContent = `${shown} of ${rows.length} studies \u00b7 ${label}`;
     for (const th of list.querySelectorAll("th[data-by]")) {
       const state = th.dataset.by !== sorting.by ? "none" : sorting.down ? "descending" : "ascending";
       th.setAttribute("aria-sort", state);
     }
   };
 
-  for (const name of ["label", "decision", "right", "novelty"]) field(name).addEventListener("change", update);
-  field("search").addEventListener("input", update);
+  for (const name of ["label", "decision", "right", "novelty"]) byId(name).addEventListener("change", update);
+  byId("search").addEventListener("input", update);
   for (const th of list.querySelectorAll("th[data-by]")) {
     th.querySelector("button").addEventListener("click", () => {
       sorting = { by: th.dataset.by, down: sorting.by === th.dataset.by ? !sorting.down : false };

@@ -1,0 +1,299 @@
+"""The answers of a study for the templates of the page: texts, and positions on axes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from echofocus_core.study.explanations import label_explanation
+from echofocus_core.video.decode import first_frames
+
+MAX_BARS = 16  # of a waterfall; the videos with the smallest scores share one bar
+MAX_CARDS = 4  # videos of a label that are shown, those with the largest effects
+KINDS = ("binary", "regression", "survival")  # in the order of the page
+
+
+def number(value):
+    """A finite number, or None."""
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def percent(share):
+    return fixed(100 * share, 1) + "\u00a0%"
+
+
+def fixed(value, decimals):
+    """A number with so many decimals and a true minus, never -0.0."""
+    value = round(float(value), decimals) + 0.0
+    return f"{value:.{decimals}f}".replace("-", "\u2212")
+
+
+def signed(value, decimals):
+    text = fixed(value, decimals)
+    return text if text.startswith("\u2212") or not float(text) else "+" + text
+
+
+def title_of(label, plain):
+    """A label's name in plain words, else its name. plain: label -> words, or ''."""
+    words = plain.get(label, "")
+    return words[:1].upper() + words[1:] or label
+
+
+@dataclass
+class LabelView:
+    """One output of a study for the templates; missing values are None."""
+
+    name: str
+    plain: str  # its name in words, or ''
+    number: int
+    kind: str
+    unit: str
+    value: float | None
+    low: float | None
+    high: float | None
+    threshold: float | None
+    truth: float | None
+    one_clip: bool  # whether its study has one clip of each video
+    details: dict | None = None  # of its explanation, for the script
+    sentence: str = ""  # the answer and the video it most depends on
+    top_video: int | None = None  # the video with the largest effect
+    is_open: bool = False
+
+    @property
+    def title(self):
+        return title_of(self.name, {self.name: self.plain})
+
+    @property
+    def decimals(self):
+        """Of all values of this label: one of percentages, else for three digits of the answer."""
+        if self.kind == "binary" or self.unit == "%":
+            return 1
+        size = abs(self.value or 0)
+        return 2 if not size else int(np.clip(2 - np.floor(np.log10(size)), 0, 4))
+
+    def text(self, value):
+        """A probability in percent, or a value with its unit; '' if missing."""
+        if number(value) is None:
+            return ""
+        if self.kind == "binary":
+            return percent(value)
+        return f"{fixed(value, self.decimals)}\u00a0{self.unit}".strip()
+
+    def change_text(self, change):
+        """A difference of answers, in points or the unit, with its sign; '' if it rounds to 0."""
+        is_percentage = self.kind == "binary" or self.unit == "%"
+        text = signed(100 * change if self.kind == "binary" else change, self.decimals)
+        unit = "points" if is_percentage else self.unit
+        return f"{text}\u00a0{unit}".strip() if text[0] in "+\u2212" else ""
+
+    @property
+    def width(self):
+        return None if self.low is None or self.high is None else self.high - self.low
+
+    @property
+    def range_text(self):
+        if self.width is None:
+            return ""
+        ends = self.text(self.low), self.text(self.high)
+        return "one clip only" if self.one_clip and ends[0] == ends[1] else " to ".join(ends)
+
+    @property
+    def truth_text(self):
+        if self.truth is None or self.kind != "binary":
+            return self.text(self.truth)
+        return "present" if self.truth else "absent"
+
+    @property
+    def decision(self):
+        unknown = self.threshold is None or self.value is None
+        return None if unknown else self.value >= self.threshold
+
+    @property
+    def right(self):
+        unknown = self.decision is None or self.truth is None
+        return None if unknown else self.decision == bool(self.truth)
+
+    @property
+    def order(self):
+        """Sort key: findings that are present, then by answer; other kinds in their order."""
+        kind = KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
+        if self.kind != "binary":
+            return kind, 0, self.number
+        return kind, not self.decision, -1 if self.value is None else -self.value
+
+    def list_data(self):
+        """Its values and texts for the script of the list."""
+        binary = [x if x is None else int(x) for x in (self.decision, self.right)]
+        places = [x if x is None else round(x, 4) for x in (self.value, self.width)]
+        texts = [self.text(self.value), self.range_text, self.truth_text]
+        return [*places, self.threshold, self.truth, *binary, *texts]
+
+
+def label_view(page, study, i):
+    """LabelView of output i of a PageStudy."""
+    model, label, row = page.model, page.model.outputs.names[i], study.row
+    unit = model.unit(label)
+    ending = f" [{unit}]" if unit else ""
+    value, low, high = (number(row.get(f"{label}{part}{ending}")) for part in ("", "_low", "_high"))
+    kind = model.kind(label)
+    view = LabelView(
+        label, page.plain.get(label, ""), i, kind, "log hazard" if kind == "survival" else unit,
+        value, low, high, model.record.thresholds.get(label),
+        None if study.truths is None else number(study.truths[i]),
+        row["n_clips"] == len(study.names),
+    )  # fmt: skip
+    explanation, columns = None, study.explanation["columns"] if study.explanation else ()
+    if i in columns:
+        k = columns.index(i)
+        explanation = label_explanation(model, study.explanation, k, page.settings)
+        view.details = details_of(page.settings, study, view, explanation)
+    view.sentence = sentence_of(study, view, explanation)
+    return view
+
+
+def sentence_of(study, view, explanation):
+    """'VSD 92.0 % (threshold 60.0 %): present. Most depends on PSAX: without it 76.0 %.'"""
+    text = f"{view.title} {view.text(view.value) or 'has no answer'}"
+    if view.decision is not None:
+        verdict = "present" if view.decision else "absent"
+        text += f" (threshold {view.text(view.threshold)}): {verdict}"
+    if explanation is None:
+        return f"{text}."
+    effects = explanation.answer - explanation.without
+    if not np.isfinite(effects).any():
+        return f"{text}. It rests on one video."
+    view.top_video = top = int(np.nanargmax(np.abs(effects)))
+    without = view.text(explanation.without[top])
+    if without == view.text(view.value):
+        return f"{text}. No single video changes it."
+    return f"{text}. Most depends on {study.names[top]}: without it {without}."
+
+
+# ----------------------------------------------------------------------------------- explanations
+
+
+def details_of(settings, study, view, explanation):
+    """What the script shows of a LabelExplanation: cards of videos, and the waterfall or a fault.
+
+    cards: [video, sign of the effect, effect, answer without it, number of its best clip]; clips:
+    of each video, their positions on its timeline in percent.
+    """
+    without = explanation.without
+    effects = explanation.answer - without
+    cards = []
+    for v in np.argsort(-np.abs(np.nan_to_num(effects)), kind="stable")[:MAX_CARDS]:
+        text = view.change_text(np.nan_to_num(effects[v]))
+        best = best_clip(explanation.of_clips[v])
+        cards.append([int(v), int(np.sign(effects[v])) if text else 0, text,
+                      view.text(without[v]), best])  # fmt: skip
+    details = {"cards": cards, "fault": explanation.fault}
+    if np.isfinite(explanation.scores).all() and not explanation.fault:
+        details |= waterfall(settings, study.names, view, explanation)
+    return details
+
+
+def best_clip(scores):
+    """The clip that contributed most in the direction of the video's score, or -1: all alike."""
+    if not np.ptp(scores) > 0:
+        return -1
+    return int(np.argmax(scores if scores.sum() >= 0 else -scores))
+
+
+def waterfall(settings, names, view, explanation):
+    """The bars of a label and their axis; positions are in percent of its length.
+
+    bars: [video or, for several, minus their number, start, end, score, answer without it]; ends:
+    [name, position, text] of the reference and the answer.
+    """
+    x, loss = explanation, settings.explain_mode == "loss"
+    decimals = 3 if loss or settings.explain_method == "attention" else 2
+    strong = np.argsort(-np.abs(x.scores), kind="stable")
+    rows = [(int(v), x.scores[v]) for v in strong]
+    if len(rows) > MAX_BARS:
+        weak = strong[MAX_BARS - 1 :]
+        rows = [*rows[: MAX_BARS - 1], (-len(weak), x.scores[weak].sum())]
+    rows.sort(key=lambda row: -row[1])
+    sums = np.concatenate([[0], np.cumsum([score for _, score in rows])])
+    ends, in_answers = [], not loss and settings.explain_method != "attention"
+    if in_answers and x.adds_up:
+        levels = levels_in_answers(view, x, x.ends[0] + sums)
+        starts, stops = levels[:-1], levels[1:]
+        ends = [["reference", x.baseline], ["answer", x.answer]]
+    elif in_answers:  # each video from the answer without it
+        starts = np.array([x.without[v] if v >= 0 else x.answer for v, _ in rows])
+        stops = np.full(len(rows), x.answer)
+        ends = [["answer", x.answer]]
+    else:
+        starts = sums[:-1] if x.adds_up else 0 * sums[1:]
+        stops = starts + [score for _, score in rows]
+    shown = [*starts, *stops, *(value for _, value in ends)]
+    low, high, ticks = axis_of(shown, view.kind == "binary" and in_answers)
+
+    def place(value):
+        return round(float(np.clip((value - low) / (high - low), 0, 1)) * 100, 1)
+
+    tick_text = view.text if in_answers else lambda value: fixed(value, 2)
+    if view.kind == "binary" and in_answers:
+        tick_text = lambda value: f"{100 * value:.0f}\u00a0%"  # noqa: E731
+    bars = [
+        [v, place(start), place(stop), signed(score, decimals), view.text(x.without[v]) if v >= 0
+         else ""]
+        for (v, score), start, stop in zip(rows, starts, stops, strict=True)
+    ]  # fmt: skip
+    cut = view.threshold if in_answers else None
+    return {
+        "bars": bars, "ticks": [[place(t), tick_text(t)] for t in ticks],
+        "ends": [[name, place(value), view.text(value)] for name, value in ends],
+        "cut": cut if cut is None else place(cut), "unit": x.unit, "caption": caption_of(x, loss),
+    }  # fmt: skip
+
+
+def caption_of(explanation, loss):
+    if not explanation.adds_up:
+        return ""
+    text = f"The reference is {explanation.baseline_name}. " if not loss else ""
+    return text + f"The scores add up to the change within {percent(explanation.error)}."
+
+
+def levels_in_answers(view, explanation, levels):
+    """Sums of scores (n,), in the network's units or scaled ones, as answers.
+
+    A finding: by the logistic function of log-odds; else linear. Both go through the reference and
+    the answer exactly, also for averaged models.
+    """
+    ends = np.array([explanation.baseline, explanation.answer], float)
+    if view.kind == "binary":
+        p = np.clip(ends, 1e-7, 1 - 1e-7)
+        ends = np.log(p) - np.log1p(-p)
+    change = explanation.ends[1] - explanation.ends[0]
+    small = abs(change) < 1e-3 * np.abs(explanation.scores).sum()
+    slope = 1.0 if small or not change else (ends[1] - ends[0]) / change
+    answers = ends[0] + slope * (levels - explanation.ends[0])
+    return 1 / (1 + np.exp(-answers)) if view.kind == "binary" else answers
+
+
+def axis_of(values, is_probability):
+    """(low, high, ticks) of an axis: 0 to 1, or around the values at round numbers."""
+    if is_probability:
+        return 0.0, 1.0, [0, 0.25, 0.5, 0.75, 1]
+    low, high = np.nanmin(values), np.nanmax(values)
+    span = (high - low) or abs(high) or 1.0
+    step = 10 ** np.floor(np.log10(span / 2))
+    step *= next(m for m in (1, 2, 5, 10) if span / (m * step) <= 4)
+    first, last = np.floor(low / step), np.ceil(high / step)
+    last += first == last
+    return first * step, last * step, np.arange(first, last + 1) * step
+
+
+def clip_marks(details, video):
+    """The positions of a video's clips on its timeline in percent: [[left, width]]."""
+    starts = details.starts.get(video.name)
+    if starts is None or not video.playback:
+        return []
+    frames, first = video.playback.frames, first_frames(starts)
+    length = details.attributes.get("clip_len", 0)
+    if "stride" in details.attributes:  # windows, not random starts
+        first, length = starts, (length - 1) * details.attributes["stride"] + 1
+    return [
+        [round(100 * int(x) / frames, 2), round(100 * (min(int(x) + length, frames) - int(x)) / frames, 2)]
+        for x in first
+    ]  # fmt: skip
