@@ -12,10 +12,10 @@ def page_templates():
     import jinja2
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    templates = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    compact = {"ensure_ascii": False, "separators": (",", ":")}
+    templates.policies["json.dumps_kwargs"] = compact
+    return templates
 
 
 def write_text(path, text):

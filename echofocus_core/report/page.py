@@ -176,7 +176,7 @@ def write_page(page):
         common, up="", studies=views, left_out=left_out, labels=[
             (title_of(name, page.plain), name) for name in page.model.outputs.names
         ],
-        data=[view.list_data() for view in views],
+        data=[view.list_data() for view in views], model_kind=page.model.kind,
     )  # fmt: skip
     write_text(folder / "index.html", text)
     remove_leftovers(page, len(views))
@@ -309,7 +309,15 @@ class StudyView:
         videos = [
             video.data() | {"clips": clip_marks(self.study.details, video)} for video in self.videos
         ]
-        return {"videos": videos, "labels": details}
+        explanation = self.study.explanation or {}
+        notes = {video["note"] for video in videos if video.get("note")}
+        shared = len(notes) == 1 and all(video.get("note") for video in videos)
+        if shared:
+            videos = [video | {"note": ""} for video in videos]
+        return {
+            "videos": videos, "labels": details, "note": notes.pop() if shared else "",
+            "reference": explanation.get("baseline_name", ""),
+        }  # fmt: skip
 
     @property
     def poster(self):

@@ -145,7 +145,7 @@ def label_view(page, study, i):
     if i in columns:
         k = columns.index(i)
         explanation = label_explanation(model, study.explanation, k, page.settings)
-        view.details = details_of(page.settings, study, view, explanation)
+        view.details = details_of(page.settings, view, explanation)
     view.sentence = sentence_of(study, view, explanation)
     return view
 
@@ -171,23 +171,22 @@ def sentence_of(study, view, explanation):
 # ----------------------------------------------------------------------------------- explanations
 
 
-def details_of(settings, study, view, explanation):
+def details_of(settings, view, explanation):
     """What the script shows of a LabelExplanation: cards of videos, and the waterfall or a fault.
 
-    cards: [video, sign of the effect, effect, answer without it, number of its best clip]; clips:
-    of each video, their positions on its timeline in percent.
+    cards: [video, effect on the answer or '', number of its best clip] of the largest effects;
+    without: of each video, the answer without it.
     """
-    without = explanation.without
-    effects = explanation.answer - without
-    cards = []
-    for v in np.argsort(-np.abs(np.nan_to_num(effects)), kind="stable")[:MAX_CARDS]:
-        text = view.change_text(np.nan_to_num(effects[v]))
-        best = best_clip(explanation.of_clips[v])
-        cards.append([int(v), int(np.sign(effects[v])) if text else 0, text,
-                      view.text(without[v]), best])  # fmt: skip
-    details = {"cards": cards, "fault": explanation.fault}
-    if np.isfinite(explanation.scores).all() and not explanation.fault:
-        details |= waterfall(settings, study.names, view, explanation)
+    effects = np.nan_to_num(explanation.answer - explanation.without)
+    cards = [
+        [int(v), view.change_text(effects[v]), best_clip(explanation.of_clips[v])]
+        for v in np.argsort(-np.abs(effects), kind="stable")[:MAX_CARDS]
+    ]
+    details = {"cards": cards, "without": [view.text(x) for x in explanation.without]}
+    if explanation.fault:
+        return details | {"fault": explanation.fault}
+    if np.isfinite(explanation.scores).all():
+        details |= waterfall(settings, view, explanation)
     return details
 
 
@@ -198,11 +197,11 @@ def best_clip(scores):
     return int(np.argmax(scores if scores.sum() >= 0 else -scores))
 
 
-def waterfall(settings, names, view, explanation):
+def waterfall(settings, view, explanation):
     """The bars of a label and their axis; positions are in percent of its length.
 
-    bars: [video or, for several, minus their number, start, end, score, answer without it]; ends:
-    [name, position, text] of the reference and the answer.
+    bars: [video or, for several, minus their number, start, end, score]; ends: [position, text] of
+    the reference, where scores add up, and of the answer; ticks: none for an axis from 0 to 100 %.
     """
     x, loss = explanation, settings.explain_mode == "loss"
     decimals = 3 if loss or settings.explain_method == "attention" else 2
@@ -217,41 +216,34 @@ def waterfall(settings, names, view, explanation):
     if in_answers and x.adds_up:
         levels = levels_in_answers(view, x, x.ends[0] + sums)
         starts, stops = levels[:-1], levels[1:]
-        ends = [["reference", x.baseline], ["answer", x.answer]]
+        ends = [x.baseline, x.answer]
     elif in_answers:  # each video from the answer without it
         starts = np.array([x.without[v] if v >= 0 else x.answer for v, _ in rows])
         stops = np.full(len(rows), x.answer)
-        ends = [["answer", x.answer]]
+        ends = [x.answer]
     else:
         starts = sums[:-1] if x.adds_up else 0 * sums[1:]
         stops = starts + [score for _, score in rows]
-    shown = [*starts, *stops, *(value for _, value in ends)]
+    shown = [*starts, *stops, *ends]
     low, high, ticks = axis_of(shown, view.kind == "binary" and in_answers)
 
     def place(value):
         return round(float(np.clip((value - low) / (high - low), 0, 1)) * 100, 1)
 
     tick_text = view.text if in_answers else lambda value: fixed(value, 2)
-    if view.kind == "binary" and in_answers:
-        tick_text = lambda value: f"{100 * value:.0f}\u00a0%"  # noqa: E731
     bars = [
-        [v, place(start), place(stop), signed(score, decimals), view.text(x.without[v]) if v >= 0
-         else ""]
+        [v, place(start), place(stop), signed(score, decimals)]
         for (v, score), start, stop in zip(rows, starts, stops, strict=True)
-    ]  # fmt: skip
+    ]
     cut = view.threshold if in_answers else None
-    return {
+    result = {
         "bars": bars, "ticks": [[place(t), tick_text(t)] for t in ticks],
-        "ends": [[name, place(value), view.text(value)] for name, value in ends],
-        "cut": cut if cut is None else place(cut), "unit": x.unit, "caption": caption_of(x, loss),
+        "ends": [[place(value), view.text(value)] for value in ends],
+        "cut": cut if cut is None else place(cut), "unit": x.unit,
     }  # fmt: skip
-
-
-def caption_of(explanation, loss):
-    if not explanation.adds_up:
-        return ""
-    text = f"The reference is {explanation.baseline_name}. " if not loss else ""
-    return text + f"The scores add up to the change within {percent(explanation.error)}."
+    if x.error >= 0.0005:
+        result["check"] = f"check: the scores add up to the change within {percent(x.error)}"
+    return {k: v for k, v in result.items() if v not in ([], None)}
 
 
 def levels_in_answers(view, explanation, levels):
@@ -272,9 +264,9 @@ def levels_in_answers(view, explanation, levels):
 
 
 def axis_of(values, is_probability):
-    """(low, high, ticks) of an axis: 0 to 1, or around the values at round numbers."""
+    """(low, high, ticks) of an axis: 0 to 1 without ticks, or round numbers around the values."""
     if is_probability:
-        return 0.0, 1.0, [0, 0.25, 0.5, 0.75, 1]
+        return 0.0, 1.0, []
     low, high = np.nanmin(values), np.nanmax(values)
     span = (high - low) or abs(high) or 1.0
     step = 10 ** np.floor(np.log10(span / 2))
@@ -293,7 +285,5 @@ def clip_marks(details, video):
     length = details.attributes.get("clip_len", 0)
     if "stride" in details.attributes:  # windows, not random starts
         first, length = starts, (length - 1) * details.attributes["stride"] + 1
-    return [
-        [round(100 * int(x) / frames, 2), round(100 * (min(int(x) + length, frames) - int(x)) / frames, 2)]
-        for x in first
-    ]  # fmt: skip
+    widths = np.minimum(first + length, frames) - first
+    return np.round(100 * np.column_stack([first, widths]) / frames, 1).tolist()

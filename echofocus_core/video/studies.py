@@ -445,40 +445,39 @@ def file_name(name):
     return f"{start}-{short_digest(name)}"
 
 
-# Capitalised words of study ids that are no names of patients.
-USUAL_WORDS = set(
-    "study studies patient case control exam examination echo echocardiogram visit test demo sample "
-    "subject series scan video site center centre hospital clinic cohort group baseline follow "
-    "followup normal healthy abnormal heart cardiac phantom dataset data folder record session "
-    "anonymous anonymized anonymised anon train training validation day week month year part batch "
-    "one two three four five real fake new old full first second third last id no mrn dicom images "
-    "january february march april may june july august september october november december jan feb "
-    "mar apr jun jul aug sep oct nov dec".split()
+# Words of study ids that are no names of patients.
+USUAL_WORD = re.compile(
+    "stud(y|ies)|patients?|case|controls?|exam(ination)?|echo(cardiogram)?|visit|test|train(ing)?|"
+    "validation|demo|sample|subject|series|scan|videos?|site|cent(er|re)|hospital|clinic|cohort|"
+    "group|baseline|follow|followup|normal|healthy|heart|cardiac|phantoms?|data(set)?|folder|record|"
+    "session|anon(ym\\w+)?|day|week|month|year|part|batch|one|two|three|first|second|real|old|new"
 )
+
+
+def words_of(name):
+    """The words of a name with three letters or more, without digits next to them."""
+    words = re.findall(r"(?<![^\W_])[^\W\d_]{3,}(?![^\W_])", name)
+    return [word for word in words if not USUAL_WORD.fullmatch(word.casefold())]
 
 
 def may_name_patient(name):
     """Whether a study's name looks like a person's: Family^Given, a capitalised word that is not
     usual in ids (2024-03-12 Müller), or nothing but two words in capitals (DOE_JANE)."""
-    words = [w for w in re.findall(r"[^\W\d_]+", name) if len(w) > 2]
-    words = [w for w in words if w.casefold() not in USUAL_WORDS]
+    words = words_of(name)
     capitals = [w for w in words if w.isupper()]
     return (
         bool(re.search(r"[^\W\d_]\^[^\W\d_]", name))
-        or any(re.search(rf"(?<![^\W_]){w}(?![^\W_])", name) for w in words if w.istitle())
+        or any(word.istitle() for word in words)
         or (len(capitals) > 1 and not re.search(r"\d", name))
     )
 
 
 def has_identifier(name, facts):
     """Whether a study's name has the PatientID or a part of the PatientName of a HeaderFacts."""
-    words = set(re.findall(r"[^\W\d_]{3,}", name.casefold())) - USUAL_WORDS
-    if words & set(re.findall(r"[^\W\d_]{3,}", facts.patient_name.casefold())):
+    name, identifier = name.casefold(), re.escape(facts.patient.casefold())
+    if identifier and re.search(rf"(?<![^\W_]){identifier}(?![^\W_])", name):
         return True
-    identifier = re.escape(facts.patient.casefold())
-    return bool(facts.patient) and bool(
-        re.search(rf"(?<![^\W_]){identifier}(?![^\W_])", name.casefold())
-    )
+    return not set(words_of(name)).isdisjoint(words_of(facts.patient_name.casefold()))
 
 
 def warn_of_names(studies, groups, facts, listener):

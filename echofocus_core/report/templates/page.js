@@ -95,9 +95,9 @@ class Player {
     if (!this.video.paused) this.target = null;
     const frame = this.frame;
     this.now.style.left = `${(100 * (frame + 0.5)) / this.frames}%`;
-    this.output.textContent = `frame ${frame + 1} of ${this.frames}`;
+    this.output.textContent = `${frame + 1} of ${this.frames}`;
     this.line.setAttribute("aria-valuenow", frame + 1);
-    this.line.setAttribute("aria-valuetext", this.output.textContent);
+    this.line.setAttribute("aria-valuetext", `frame ${this.output.textContent}`);
     this.playButton.textContent = this.video.paused ? "\u25b6" : "\u275a\u275a";
     this.playButton.setAttribute("aria-label", this.video.paused ? "Play" : "Pause");
   }
@@ -126,9 +126,20 @@ const visibleFigures = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
+const parts = document.createElement("template");
+parts.innerHTML = `<figure class="player"><figcaption></figcaption>
+<div class="film"><img alt=""><video muted loop playsinline preload="none"></video></div>
+<div class="timeline" role="slider" tabindex="0" aria-valuemin="1" aria-valuenow="1">
+<span class="now" style="left:0"></span></div>
+<div class="controls"><button type="button" class="back" aria-label="One frame back">\u25c0\u275a</button>
+<button type="button" class="play" aria-label="Play">\u25b6</button>
+<button type="button" class="on" aria-label="One frame forward">\u275a\u25b6</button>
+<select aria-label="Speed"><option value="1">1\u00d7</option><option value="0.5">\u00bd\u00d7</option>
+<option value="0.25">\u00bc\u00d7</option></select><output></output></div></figure>`;
+
 // A video of the study; caption: what follows its name; best: the number of its most important clip.
 const makePlayer = (film, { caption = null, best = -1, down = false } = {}) => {
-  const figure = byId("player").content.firstElementChild.cloneNode(true);
+  const figure = parts.content.firstElementChild.cloneNode(true);
   const legend = figure.querySelector("figcaption");
   legend.append(make("strong", "", film.name));
   if (caption) legend.append(caption);
@@ -173,9 +184,9 @@ const makePlayer = (film, { caption = null, best = -1, down = false } = {}) => {
 
 const study = read("study");
 
-const effectOf = ([, sign, effect, without]) => {
-  const text = make("span", "effect");
-  if (sign) text.append(make("b", sign > 0 ? "up" : "down", `${sign > 0 ? "\u25b2" : "\u25bc"} ${effect}`));
+const effectOf = (effect, without) => {
+  const text = make("span", "effect"), up = effect[0] === "+";
+  if (effect) text.append(make("b", up ? "up" : "down", `${up ? "\u25b2" : "\u25bc"}\u00a0${effect}`));
   if (without) text.append(make("span", "", `without it ${without}`));
   return text;
 };
@@ -187,52 +198,56 @@ const inTrack = (className, left, width = null) => {
   return mark;
 };
 
-const waterfall = ({ bars, ticks, ends, cut, unit, caption }, name) => {
+const PROBABILITIES = [0, 25, 50, 75, 100].map((x) => [x, `${x}\u00a0%`]);
+
+const waterfall = ({ bars, without, unit, check = "", cut = null, ends = [], ticks = PROBABILITIES }) => {
   const table = make("table", "waterfall");
-  table.append(make("caption", "", `How the videos add up to the answer: ${name}`));
+  table.append(make("caption", "", ends.length > 1 ? "How the videos add up to the answer" : "All videos"));
   const track = (...marks) => {
     const cell = make("div", "track", "", ...ticks.map(([at]) => inTrack("tick", at)), ...marks);
     if (cut !== null) cell.append(inTrack("cut", cut));
     return make("td", "axis", "", cell);
   };
   const axis = make("div", "ticks", "", ...ticks.map(([at, text]) => {
-    const label = make("span", "", text);
+    const label = make("span", at < 8 ? "first" : at > 92 ? "last" : "", text);
     label.style.left = `${at}%`;
-    if (at < 8) label.classList.add("first");
-    if (at > 92) label.classList.add("last");
     return label;
   }));
   const head = make("tr", "", "", make("th", "", "Video"), make("th", "axis", "", axis),
-    make("th", "number", unit), make("th", "number", "Without it"));
+    make("th", "number", `Score, ${unit}`), make("th", "number", "Without it"));
   table.append(make("thead", "", "", head));
-  const row = (className, title, line, score, without) => make("tr", className, "",
-    make("th", "", title), line, make("td", "number score", score), make("td", "number without", without));
-  const endRow = ([title, at, text]) => row("end", title, track(inTrack("end", at)), "", text);
+  const row = (className, title, line, score, text) => make("tr", className, "",
+    make("th", "", title), line, make("td", "number", score), make("td", "number without", text));
+  const endRow = (title, [at, text]) => row("end", title, track(inTrack("end", at)), "", text);
   const body = make("tbody");
-  if (ends.length > 1) body.append(endRow(ends[0]));
-  for (const [v, start, stop, score, without] of bars) {
+  if (ends.length > 1) body.append(endRow("reference", ends[0]));
+  for (const [v, start, stop, score] of bars) {
     const kind = v < 0 ? "rest" : score[0] === "\u2212" ? "against" : "for";
     const bar = inTrack(kind, Math.min(start, stop), Math.abs(stop - start));
     const title = v < 0 ? `${-v} other videos` : study.videos[v].name;
-    body.append(row("", title, track(bar), score, without));
+    body.append(row("", title, track(bar), score, without[v] ?? ""));
   }
-  if (ends.length) body.append(endRow(ends[ends.length - 1]));
+  if (ends.length) body.append(endRow("answer", ends.at(-1)));
   table.append(body);
-  return make("div", "why", "", table, make("p", "soft", caption));
+  const notes = [];
+  if (ends.length > 1) notes.push(`The reference is ${study.reference}.`);
+  if (cut !== null) notes.push("Dotted: the threshold.");
+  const caption = make("p", "soft", notes.join(" "));
+  caption.title = check;
+  return make("div", "why", "", table, caption);
 };
 
 const fill = (details) => {  // the content of a label, once
   if (details.children.length > 1) return;
-  const label = study.labels[details.dataset.label];
-  const name = details.querySelector(".name").textContent;
+  const label = study.labels[details.id.slice("label-".length)];
   const cards = make("div", "players");
-  for (const card of label.cards) {
-    const options = { caption: effectOf(card), best: card[4], down: card[1] < 0 };
-    cards.append(makePlayer(study.videos[card[0]], options));
+  for (const [v, effect, best] of label.cards) {
+    const caption = effectOf(effect, label.without[v]);
+    cards.append(makePlayer(study.videos[v], { caption, best, down: effect[0] === "\u2212" }));
   }
   details.append(make("div", "detail", "", cards));
   if (label.fault) details.lastChild.append(make("p", "caution", `\u26a0 ${label.fault}.`));
-  if (label.bars) details.lastChild.append(waterfall(label, name));
+  if (label.bars) details.lastChild.append(waterfall(label));
 };
 
 if (study) {
@@ -241,6 +256,7 @@ if (study) {
     if (details.open) fill(details);
     details.addEventListener("toggle", () => { if (details.open) fill(details); });
   }
+  byId("videos").querySelector("p").textContent = study.note;
   byId("videos").querySelector(".players").append(...study.videos.map((film) => makePlayer(film)));
 
   const button = byId("all-labels");
@@ -351,12 +367,12 @@ if (list) {
     const cell = (name) => rows[i].querySelector(name);
     cell(".shown .text").textContent = label.shown;
     const bar = cell(".bar");
-    const isProbability = label.shown.endsWith("%") && label.cut !== null;
+    const isProbability = byId("label").selectedOptions[0]?.dataset.probability && label.shown;
     bar.hidden = !isProbability;
     bar.classList.toggle("yes", label.decision === 1);
     if (isProbability) {
       bar.style.setProperty("--p", `${100 * label.value}%`);
-      bar.style.setProperty("--t", `${100 * label.cut}%`);
+      bar.style.setProperty("--t", label.cut === null ? "-99rem" : `${100 * label.cut}%`);
     }
     const decisions = [badge("no", "\u25cb absent"), badge("yes", "\u25cf present")];
     cell(".decision").replaceChildren(...(label.decision === null ? [] : [decisions[label.decision]]));
