@@ -78,11 +78,13 @@ class LabelView:
             return percent(value)
         return f"{fixed(value, self.decimals)}\u00a0{self.unit}".strip()
 
-    def change_text(self, change):
-        """A difference of answers, in points or the unit, with its sign; '' if it rounds to 0."""
-        is_percentage = self.kind == "binary" or self.unit == "%"
-        text = signed(100 * change if self.kind == "binary" else change, self.decimals)
-        unit = "points" if is_percentage else self.unit
+    def change_text(self, answer, without):
+        """The difference of two answers as shown, in points or the unit, with its sign; '' if it
+        rounds to 0 or is missing."""
+        scale = 100 if self.kind == "binary" else 1
+        ends = [round(float(scale * x), self.decimals) for x in (answer, without)]
+        text = signed(ends[0] - ends[1], self.decimals) if np.isfinite(ends).all() else "0"
+        unit = "points" if self.kind == "binary" or self.unit == "%" else self.unit
         return f"{text}\u00a0{unit}".strip() if text[0] in "+\u2212" else ""
 
     @property
@@ -177,12 +179,13 @@ def details_of(settings, view, explanation):
     cards: [video, effect on the answer or '', number of its best clip] of the largest effects;
     without: of each video, the answer without it.
     """
-    effects = np.nan_to_num(explanation.answer - explanation.without)
+    answer, without = explanation.answer, explanation.without
+    effects = np.nan_to_num(answer - without)
     cards = [
-        [int(v), view.change_text(effects[v]), best_clip(explanation.of_clips[v])]
+        [int(v), view.change_text(answer, without[v]), best_clip(explanation.of_clips[v])]
         for v in np.argsort(-np.abs(effects), kind="stable")[:MAX_CARDS]
     ]
-    details = {"cards": cards, "without": [view.text(x) for x in explanation.without]}
+    details = {"cards": cards, "without": [view.text(x) for x in without]}
     if explanation.fault:
         return details | {"fault": explanation.fault}
     if np.isfinite(explanation.scores).all():
