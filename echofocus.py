@@ -313,6 +313,9 @@ def cmd_inspect(settings):
         with atomic_path(settings.json_) as temporary:
             temporary.write_text(json.dumps(facts, indent=2, default=str) + "\n")
         print(f"wrote {settings.json_}")
+    if facts["kind"] == "study-level model":
+        name = settings.source or settings.model_name or facts["name"]
+        print_next(command_line("predict", {"model_name": name, "videos": "FOLDER"}))
 
 
 def cmd_init(settings):

@@ -321,7 +321,7 @@ class Settings(CohortOptions):
         DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
-        "64,16,20", "percent of patients to train,val,test", SPLIT, "train",
+        "64,16,20", "percent of patients for training, validation and test", SPLIT, "train",
         metavar="TRAIN,VAL,TEST"
     )
     seed: int = option(
@@ -338,7 +338,7 @@ class Settings(CohortOptions):
     )
     stratify: str = option(
         "", "split patients by this label, so that each fold has its share of rare findings; "
-        "patients added later are test", SPLIT, "train", metavar="LABEL"
+        "patients added later join the test fold", SPLIT, "train", metavar="LABEL"
     )
     split_column: str = option(
         "", "column of the label table with train, val or test, instead of --split", DATA, "train",
@@ -651,8 +651,8 @@ class Settings(CohortOptions):
         "extract"
     )
     view_weights: str = option(
-        "", "its weights: view_classifier.pt, or 'random' for a trial", VIEWS, "extract",
-        metavar="FILE"
+        "", "weights of the view classifier: view_classifier.pt, or 'random' for a trial", VIEWS,
+        "extract", metavar="FILE"
     )
     image_batch: int = option(0, "images per batch; 0: automatic", EXTRACTION, EXTRACTS, least=0)
     workers: int = option(0, "decoder processes; 0: automatic", EXTRACTION, READS_VIDEOS, least=0)
@@ -712,8 +712,8 @@ def add_options(parser, command, settings=Settings):
 
     The result of parsing has only the options that are given.
     """
-    groups = {}
-    for name, f in options_of(command, settings).items():
+    groups, options = {}, options_of(command, settings).items()
+    for name, f in sorted(options, key=lambda x: x[1].json_schema_extra["group"] is MESSAGES):
         meta, kind, place = f.json_schema_extra, f.annotation, parser
         if command not in meta["common"]:
             title = meta["group"].title

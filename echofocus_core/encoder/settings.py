@@ -80,7 +80,8 @@ class EncoderSettings(CohortOptions):
     rand_init: bool = option(False, "random initial weights", MODEL, COMMAND)
 
     max_epochs: int = option(
-        30, "most epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded", common=COMMAND
+        30, "largest number of epochs", TRAINING, COMMAND, least=1, on_resume="unrecorded",
+        common=COMMAND
     )
     patience: int = option(
         10, "epochs without improvement before training stops", TRAINING, COMMAND, least=1,

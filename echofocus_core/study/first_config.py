@@ -20,15 +20,17 @@ from echofocus_core.video.store import open_folder
 from echofocus_core.video.studies import is_candidate, is_hidden
 
 OUTPUTS = {MODELS.name, CLIP_EMBEDDINGS.name, "frame_cache", "site-packages", "node_modules"}
+CLONE = {"benchmarks", "demo", "docs", "tests"}  # folders of this repository
 DEEPEST = 4  # folders below the config's
 TABLES = {".csv", ".tsv", ".xlsx"}
 # Names of columns, in lower case without other characters than letters and digits.
 STUDIES = ("eid", "echoid", "study", "studyid", "exam", "examid", "accession", "accessionnumber",
-           "untersuchung", "untersuchungsnummer", "untersuchungsid")  # fmt: skip
+           "untersuchung", "untersuchungsnummer", "untersuchungsid", "filename")  # fmt: skip
 PATIENTS = ("pid", "patient", "patientid", "patientnumber", "patientennummer", "patientenid",
             "patientnr", "mrn", "subject", "subjectid")  # fmt: skip
 GROUPS = ("sex", "gender", "geschlecht", "age", "alter", "site", "hospital", "klinik", "fold",
           "split", "race", "ethnicity")  # fmt: skip
+MANIFESTS = ({"study", "path"}, {"study_id", "dicom_filepath"}, {"FileName"})
 TASK_NAMES = {"binary": "findings", "regression": "measurements", "multiclass": "grades"}
 MOST_CLASSES = 9
 EXAMPLE = {"task_labels": ["finding"], "label_path": "labels.csv", "type": "binary"}
@@ -44,6 +46,7 @@ class Files:
     embeddings: list = field(default_factory=list)  # folders of clip embeddings
     videos: list = field(default_factory=list)  # folders of study folders
     tables: list = field(default_factory=list)
+    manifest: Path | None = None  # a table that lists the videos of each study
 
 
 def write_config(path=""):
@@ -59,6 +62,7 @@ def write_config(path=""):
     search(root, files)
     datasets, ids = describe_datasets(root, files)
     tasks = {}
+    files.manifest = next(filter(is_manifest, files.tables), None)
     for table in files.tables:
         prefix = f"{table.stem}_" if len(files.tables) > 1 else ""
         tasks |= propose_tasks(table, root, ids, prefix)
@@ -72,7 +76,7 @@ def write_config(path=""):
     parts = [f'  "task": {{\n{entries(tasks)}\n  }}', f'  "dataset": {{\n{entries(datasets)}\n  }}']
     path.write_text(f"{{\n{comment(HEADER, 2)}\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     read_config(path)
-    for name, (text, _) in (tasks | datasets).items():
+    for name, (text, _) in [*tasks.items(), *datasets.items()]:
         print(f"{name}\n{textwrap.indent(text, '  ')}")
     print(f"wrote {path}: tasks {some(tasks, 9)}; datasets {some(datasets, 9)}")
     return line
@@ -100,7 +104,8 @@ def comment(text, indent):
 
 def search(folder, files, depth=0):
     """Add what a folder contains to `files`."""
-    below = sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.name not in OUTPUTS)
+    skipped = OUTPUTS | (CLONE if (folder / "echofocus.py").is_file() else set())
+    below = sorted(p for p in folder.iterdir() if not is_hidden(p.name) and p.name not in skipped)
     files.tables += [p for p in below if p.suffix.lower() in TABLES and p.is_file()]
     if is_embedded(folder):
         files.embeddings.append(folder)
@@ -147,21 +152,21 @@ def describe_datasets(root, files):
         ids |= {name.removesuffix("_trim") for name in bases[base]}
     for folder in files.embeddings:
         eids = set(open_folder(folder).files)
-        entry, text = {"embedding_path": relative(folder, root)}, f"{len(eids)} studies"
+        entry, text = {"embedding_path": relative(folder, root)}, f"studies: {len(eids)}"
         for base, names in bases.items():
             for form in ("{echo_id}", "{echo_id}_trim"):
                 if n := len(
                     eids & {x.removesuffix(form[9:]) for x in names if x.endswith(form[9:])}
                 ):
                     entry |= {"video_base_path": relative(base, root), "video_subdir_format": form}
-                    text += f", {n} with videos in {relative(base, root)}"
+                    text += f", with videos in {relative(base, root)}: {n}"
         datasets[unused(folder, root, datasets)] = text, entry
         ids |= eids
     used = {entry.get("video_base_path") for _, entry in datasets.values()}
     for base in (b for b in files.videos if relative(b, root) not in used):
         name = unused(base, root, datasets)
         form = "{echo_id}_trim" if all(x.endswith("_trim") for x in bases[base]) else "{echo_id}"
-        text = f"{len(bases[base])} folders of videos, not extracted yet"
+        text = f"folders of videos, not extracted yet: {len(bases[base])}"
         paths = {"embedding_path": f"embeddings/{name}", "video_base_path": relative(base, root)}
         datasets[name] = text, paths | {"video_subdir_format": form}
     return datasets, ids
@@ -184,7 +189,7 @@ def propose_tasks(path, root, ids, prefix):
     ids: of the studies with embeddings or videos.
     """
     listener, tasks = Collected(), {}
-    with suppress(UserError):
+    try:
         raw = read_table(path, listener)
         columns = id_columns(raw, path, ids)
         if "eid" not in columns:
@@ -197,7 +202,7 @@ def propose_tasks(path, root, ids, prefix):
             return {}
         labels, left_out = sort_columns(cells, rest, path)
         n = len(set(cells["eid"]) & ids)
-        place = f"{relative(path, root)}: {len(cells)} rows; {n} studies are in the datasets below"
+        place = f"{relative(path, root)}: {len(cells)} rows, of studies in the datasets below: {n}"
         if "pid" not in columns:
             text = "no column of patients, without which no model is trained"
             RUN.warning(f"{path}: {text}", 'name it in the config: "columns": {"pid": "..."}')
@@ -215,9 +220,20 @@ def propose_tasks(path, root, ids, prefix):
             entry |= {"columns": columns} if columns else {}
             entry |= {"classes": chosen} if kind == "multiclass" else {}
             tasks[prefix + name] = "\n".join(facts), entry
+    except UserError as error:
+        RUN.note(f"not used: {error}")
+        return {}
     if not tasks:
         RUN.note(f"{path}: no labels in it; not used")
     return tasks
+
+
+def is_manifest(path):
+    """Whether a table lists the videos of studies, see --manifest."""
+    with suppress(UserError):
+        columns = set(read_table(path, Collected()))
+        return any(names <= columns for names in MANIFESTS)
+    return False
 
 
 def id_columns(raw, path, ids):
@@ -304,7 +320,8 @@ def next_line(root, files, datasets, tasks):
         return f"{inside}{PROGRAM} check --task {next(iter(tasks))}"
     if tasks and files.videos:
         name, base = next(iter(datasets)), relative(files.videos[0], root)
-        return f"{inside}{EXTRACT} {base} --out {datasets[name][1]['embedding_path']}"
+        line = f"{inside}{EXTRACT} {base} --out {datasets[name][1]['embedding_path']}"
+        return line + f" --manifest {relative(files.manifest, root)}" * bool(files.manifest)
     if datasets:
         model = next(iter(releases.registry()))
         videos = relative(files.videos[0], root) if files.videos else ""
