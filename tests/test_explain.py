@@ -294,6 +294,13 @@ def test_scores_of_a_measurement_are_in_its_unit(add_model, cli):
     outside = ~actual["baseline"].between(low, high)
     assert outside.any() and (actual["score_warning"].notna() == outside).all()
     assert "size: scores start from an answer that no training study has" in out + err
+    saved = torch.load(folder / "best_checkpoint.pt", weights_only=True)
+    del saved["mean_answer"]
+    torch.save(saved, folder / "best_checkpoint.pt")
+    bag = open_store(Path("emb")).read("1000").embeddings
+    rows = ef.explain(ef.load("sizes"), bag, explain_method="shapley")
+    mean = labels[split.index[split == "train"]].mean()
+    assert rows["baseline"].to_numpy() == pytest.approx(mean) and not rows["score_warning"].any()
     assert label_of("EF", "regression").score_unit(
         {"EF": {"apply_boxcox": False, "stdev": 9}}, "%"
     ) == (9, "points")

@@ -21,7 +21,8 @@ BASELINES = {  # the answers from which scores start
     "mean": "the answer for the mean clip of the training fold",
     "study": "the answer for the mean clip of this study",
     "training": "the mean answer in the training fold",
-    "singles": "the mean answer for single videos of this study",
+    "labels": "the mean of the training labels",  # of measurements
+    "singles": "the mean answer for single videos of this study",  # of other labels
 }
 QUADRATURES = ("gausslegendre", "riemann_right", "riemann_trapezoid")  # Captum's
 FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
@@ -297,7 +298,7 @@ def clip_baseline(model, bag, settings):
     if model.clip_mean is None:
         raise UserError(
             f"{model.folder.name} has no mean clip embedding of its training fold, since it was "
-            "not trained by EchoFocus; use --baseline study"
+            "not trained by EchoFocus; use --explain_method shapley, or --baseline study"
         )
     return model.clip_mean
 
@@ -305,7 +306,9 @@ def clip_baseline(model, bag, settings):
 def baseline_answer(model, bag, settings, clip):
     """(outputs (T_all,) from which the scores of a study (V, C, D) start, what they are in words).
 
-    NaN and '' for methods whose scores do not add up to a change. clip: of `clip_baseline`.
+    NaN and '' for methods whose scores do not add up to a change.
+
+    clip: of `clip_baseline`. Shapley values: the answer for no videos.
     """
     net, method = model.net, settings.explain_method
     if method in NOT_ADDITIVE:
@@ -317,13 +320,16 @@ def baseline_answer(model, bag, settings, clip):
         return model.mean_answer, BASELINES["training"]
     subsets, every = np.eye(len(bag), dtype=bool), Objectives(list(range(net.n_outputs)))
     values = CoalitionValues(net, bag, settings, every, torch.zeros(net.n_outputs))(subsets)
-    return torch.from_numpy(values.mean(0)), BASELINES["singles"]
+    is_scaled = np.isin(model.outputs.names, model.outputs.of_kind("regression"))
+    outputs = np.where(is_scaled, 0, values.mean(0))  # 0: the mean, by the scaling of the labels
+    names = {BASELINES["labels" if x else "singles"]: None for x in is_scaled}
+    return torch.from_numpy(outputs), " or ".join(names)
 
 
 def explain_study(model, eid, bag, columns, settings, truths):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
-    baseline: (1, T_all) outputs from which the scores start; baseline_name: what they are in words;
+    baseline: (1, T_all) outputs from which the scores start; baseline_name: what they are;
     ends: (T, 2) outputs of the baseline and of the study. truths: (T_all,) normalised labels, NaN
     if missing, for the loss.
     """

@@ -110,7 +110,7 @@ def write_explanations(job, explanations, truths, names, warnings):
     if faulty := some(videos["label"][videos["score_warning"] != ""].unique()):
         RUN.warning(
             f"{faulty}: scores start from an answer that no training study has",
-            "use --explain_method shapley, or --baseline study",
+            "use --explain_method shapley",
         )
     for name in names.values():
         print(f"wrote {folder / name}")

@@ -198,7 +198,7 @@ def mean_explanation(model, each, settings):
         result[name] = np.concatenate([x[name] for x in each], axis=1)
     result["losses"] = np.mean([x["losses"] for x in each], axis=0)
     names = dict.fromkeys(x["baseline_name"] for x in each)
-    return result | {"baseline_name": ", or ".join(names), "truths": each[0]["truths"]}
+    return result | {"baseline_name": " or ".join(names), "truths": each[0]["truths"]}
 
 
 def weights_of(model, member, columns, settings):
