@@ -95,7 +95,9 @@ def values_of(field):
     names = {int: "whole number", float: "number", str: "text"}
     bounds = [getattr(x, "ge", None) for x in field.metadata]
     least = next((x for x in bounds if x is not None), None)
-    name = several + names.get(kind, "number" if "float" in str(kind) else "text")
+    metavar = field.json_schema_extra["argparse"].get("metavar", "")
+    names[str] = f"`{metavar}`" if metavar else "text"
+    name = several + names.get(kind, "number" if "float" in str(kind) else names[str])
     return f"{name}, at least {least:g}" if least is not None and least > -(2**62) else name
 
 

@@ -34,6 +34,7 @@ import practice
 
 pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("docs")]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+PAGES.remove("docs/python.md")  # tests/test_library.py runs it
 BLOCK = re.compile(
     r"(?:^<!-- (?P<comment>[^>]*) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.S | re.M
 )
@@ -95,16 +96,33 @@ def fetch(url, path):
 
 
 @pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+    """A folder with videos, embeddings and labels, as a new user has: no config and no model."""
+    folder = tmp_path_factory.mktemp("readme")
+    with contextlib.chdir(folder):
+        table = practice.draw_labels(24)
+        table.to_csv("labels.csv", index=False)
+        practice.write_embeddings("embeddings", table)
+        practice.write_exams("visits", ["visit_1"], views=1)
+        practice.write_stand_in("EchoFocus_CHD.zip")
+        Path("hub/checkpoints").mkdir(parents=True)
+        torch.save({"weights": panecho.random_weights()}, "hub/checkpoints/panecho.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def finished():
     """The lines that have run."""
     return set()
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page(page, hospital, finished, monkeypatch, weights_drawn_once):
-    monkeypatch.chdir(hospital)
+def test_page(page, request, finished, monkeypatch, weights_drawn_once):
+    folder = request.getfixturevalue("newcomer" if page == "README.md" else "hospital")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(releases, "fetch", fetch)
-    monkeypatch.setattr(sys, "path", [str(hospital), *sys.path])
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder / "hub"))
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     for comment, language, text in blocks(page):
         if comment.startswith("file: "):
             Path(comment.removeprefix("file: ")).write_text(text)
@@ -116,7 +134,7 @@ def test_page(page, hospital, finished, monkeypatch, weights_drawn_once):
             check_config(text)
         elif language == "python" and not comment.startswith(NOT_RUN):
             exec(compile(text, page, "exec"), {})
-    assert (hospital / "config.json").is_file()
+    assert (folder / "config.json").is_file()
 
 
 def run_command(words, monkeypatch, page, only_options, finished):
@@ -132,14 +150,19 @@ def run_command(words, monkeypatch, page, only_options, finished):
         return check_options(script, rest)
     assert words[0] == "python", words
     line = shlex.join(words)
-    if line in ("python echofocus.py download EchoFocus_CHD", *finished):
-        return  # the workspace has it already
-    finished.add(line)
+    if (Path.cwd(), line) in finished or Path("trained_models", rest[-1]).is_dir():
+        return  # the folder has the results already
+    finished.add((Path.cwd(), line))
+    kept = rest[:1] == ["init"] and Path("config.json").is_file()
+    if kept:  # init refuses to replace a config
+        Path("config.json").rename("config.kept")
     monkeypatch.setattr(sys, "argv", [script, *rest])
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as stop:
         assert not stop.code, f"{page}: {line}"
+    if kept:
+        Path("config.kept").replace("config.json")
 
 
 def check_options(script, words):

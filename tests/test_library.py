@@ -1,7 +1,6 @@
 """The functions of `import echofocus` give the results of the command line."""
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,15 +17,8 @@ from echofocus_core.base.console import UserError
 from echofocus_core.video.store import open_store
 
 
-def test_the_examples_in_the_documentation_run(trained, capfd):
-    """Those of the README with a model of the cohort, those of the page alone."""
-    text = (ROOT / "README.md").read_text()
-    code = re.search(r"<!-- run:library -->\n```python\n(.*?)```", text, re.S)[1]
-    exec(code, {})
-    out = capfd.readouterr().out
-    assert "visit 1" in out and "finding_decision" in out and "video 4" in out
-    shutil.rmtree("trained_models")
-    Path("config.json").unlink()
+def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S):
         exec(code, names)

@@ -119,7 +119,7 @@ def write_embeddings(
         rng = np.random.default_rng(int(row["eid"]))
         clips = rng.standard_normal((rng.integers(2, 4), 4, width))
         for label, pattern in zip(labels, patterns, strict=True):
-            clips[0] += 0.2 * row[label] * pattern
+            clips[0] += 0.1 * row[label] * pattern
         names = [f"{view}.avi" for view in VIEWS[: len(clips)]]
         if layout == "published":
             with h5py.File(Path(folder, f"{row['eid']}_trim_embed.hdf5"), "w") as f:
