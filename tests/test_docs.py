@@ -203,7 +203,8 @@ def check_config(text):
 
 def test_every_column_is_documented(hospital):
     """After the pages: docs/outputs.md names each column of each table that they wrote."""
-    text = (ROOT / "docs" / "outputs.md").read_text() + (ROOT / "docs" / "compare.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("outputs.md", "compare.md"))
+    text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     documented = {*re.findall(r"`([^`]+)`", text), *Settings.model_fields}
     labels = {"ASD", "VSD_ADJ", *releases.registry()["EchoFocus_CHD"]["labels"], "EF"}
     tables, missing = 0, {}
@@ -216,6 +217,7 @@ def test_every_column_is_documented(hospital):
         for column in next(csv.reader([header])):
             label = max((x for x in labels if column.startswith(x)), key=len, default="")
             plain = f"<label>{column[len(label) :]}" if label else column
+            plain = re.sub("^top_video_[0-9]+", "top_video_1", plain)
             if plain not in documented and column not in documented:
                 missing.setdefault(path.name, []).append(column)
     assert tables > 5 and not missing
