@@ -6,6 +6,7 @@ examples`, `file: NAME` (the block is written to this file). Downloads are copie
 files. Of commands that do not run, the options are checked.
 """
 
+import ast
 import contextlib
 import csv
 import json
@@ -221,3 +222,19 @@ def test_every_column_is_documented(hospital):
             if plain not in documented and column not in documented:
                 missing.setdefault(path.name, []).append(column)
     assert tables > 5 and not missing
+
+
+def test_messages_are_those_of_the_program():
+    """docs/messages.md quotes texts that the code has; `...` stands for values."""
+    texts = []
+    for path in ROOT.glob("echofocus_core/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (x.value if isinstance(x, ast.Constant) else "..." for x in node.values)
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    code = "\n".join(texts)
+    rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "messages.md").read_text(), re.M)
+    parts = [part.strip(" ;") for row in rows for part in row.split("...")]
+    assert len(rows) > 20 and [part for part in parts if part not in code] == []
