@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -12,11 +13,11 @@ import zipfile
 import pandas as pd
 import pydicom
 import pytest
+import test_docs
 import yaml
 from helpers import ROOT, normal, published_model, write_embeddings
 
 from echofocus_core import __version__
-from echofocus_core.study.config import read_config
 
 pytestmark = pytest.mark.xdist_group("packaging")  # one process: one installation
 NOT_SOURCES = (".*", "build", "demo", "*.egg-info", "__pycache__", "embeddings", "config.json")
@@ -46,16 +47,6 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-<<<<<<< HEAD
-def test_installed_files(site):
-    names = {p.name for p in site.iterdir() if p.suffix != ".dist-info"}
-    assert names - {"__pycache__"} == {"echofocus.py", "echofocus_core", "bin"}
-    programs = {"echofocus", *(f"echofocus-{x}" for x in ("extract", "train-encoder", "export"))}
-    assert {p.name for p in (site / "bin").iterdir()} == programs
-    files = {p.relative_to(ROOT) for p in (ROOT / "echofocus_core").rglob("*") if p.is_file()}
-    files = {p for p in files if "__pycache__" not in p.parts}
-    assert [p for p in files if not (site / p).is_file()] == []
-=======
 @pytest.fixture(scope="module")
 def programs(wheel, tmp_path_factory):
     """The bin folder of a new environment with the wheel, and the libraries of this one."""
@@ -67,7 +58,6 @@ def programs(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--python", env / "bin" / "python"]
     run([*pip, "install", *options, wheel], env)
     return env / "bin"
->>>>>>> 4055e0f (Release workflow, conda recipe, and programs tested in an environment of their own)
 
 
 def test_files_of_the_wheel(wheel):
@@ -85,17 +75,12 @@ def test_programs_from_an_empty_folder(programs, tmp_path):
     for name in PROJECT["scripts"]:
         out = run([programs / name, "--help"], tmp_path)
         assert out.lower().startswith(f"usage: {name}")
-    write_embeddings(tmp_path / "emb", "s1", normal(0, 2, 3, 768))
-    (tmp_path / "labels.csv").write_text("pid,eid,VSD\nP1,s1,1\nP2,s2,0\n")
-    run([programs / "echofocus", "init"], tmp_path)
-    (task,) = read_config(tmp_path / "config.json").tasks.values()
-    assert task.task_labels == ["VSD"]
 
 
 def test_commands_from_another_folder(programs, tmp_path, monkeypatch, cli):
     published_model(tmp_path / "trained_models" / "EchoFocus_CHD", 22)
     write_embeddings(tmp_path / "emb", "s1", normal(0, 2, 3, 768))
-    out = run([site / "bin" / "echofocus", "init"], tmp_path, PYTHONPATH=str(site))
+    out = run([programs / "echofocus", "init"], tmp_path)
     assert out.splitlines()[-1].startswith("next: echofocus download")
     line = ["predict", "--model_name", "EchoFocus_CHD", "--out", "p.csv"]
     run([programs / "echofocus", *line], tmp_path)
@@ -144,3 +129,25 @@ def test_files_for_other_programs():
     other |= {"opencv-python-headless": "py-opencv"}
     needs = {" ".join([other.get(x.split()[0], x.split()[0]), x.split()[1]]) for x in needs}
     assert needs == set(recipe["requirements"]["run"][1:])
+
+
+hospital = test_docs.hospital
+OF_PIP = {"echofocus.py": "echofocus", "embed/extract.py": "echofocus-extract"}
+ELSEWHERE = ("not run: ", "run:demo", "run:test")
+
+
+@pytest.mark.docs
+def test_the_readme_after_pip_install(programs, hospital):
+    """The lines of its quickstarts, in a folder that has only the user's files."""
+    shutil.copytree(hospital / "trained_models/chd", hospital / "trained_models/defect")
+    for comment, language, text in test_docs.blocks("README.md"):
+        if comment.startswith(ELSEWHERE):
+            continue
+        if language == "python":
+            run([programs / "python", "-c", text], hospital)
+            continue
+        for line in text.splitlines():
+            _, script, *words = shlex.split(line, comments=True)
+            if words != ["download", "EchoFocus_CHD"]:  # which needs a network
+                run([programs / OF_PIP[script], *words], hospital)
+    assert list(hospital.glob("trained_models/EchoFocus_CHD/predictions_visits*/index.html"))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from echofocus_core.base.console import UserError, progress
+from echofocus_core.base.console import EXTRACT, INSTALLED, PROGRAM, UserError, progress
 from echofocus_core.base.figures import new_figure, save_figure
 from echofocus_core.base.files import begins, output_path
 from echofocus_core.study.config import MODELS
@@ -51,7 +51,8 @@ def run_demo(studies):
     weights = shlex.quote(make_demo(folder, studies))
     for command in COMMANDS:
         line = command.format(extraction=f"--weights {weights} --size {SIZE} --n_clips 1")
-        print(f"\n$ python ../{line}", flush=True)
+        installed = line.replace("embed/extract.py", EXTRACT).replace("echofocus.py", PROGRAM)
+        print(f"\n$ {installed if INSTALLED else f'python ../{line}'}", flush=True)
         script, *options = shlex.split(line)
         program = Path(__file__).resolve().parents[2] / script
         if not program.is_file():  # installed by pip
