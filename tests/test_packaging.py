@@ -72,7 +72,8 @@ def test_files_of_the_wheel(wheel):
 
 def test_programs_from_an_empty_folder(programs, tmp_path):
     assert run([programs / "echofocus", "--version"], tmp_path).strip() == __version__
-    for name in PROJECT["scripts"]:
+    assert set(PROJECT["scripts"]) <= {path.name for path in programs.iterdir()}
+    for name in ("echofocus-train-encoder", "echofocus-export"):  # other tests run the others
         out = run([programs / name, "--help"], tmp_path)
         assert out.lower().startswith(f"usage: {name}")
 
