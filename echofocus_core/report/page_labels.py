@@ -8,7 +8,7 @@ from echofocus_core.study.explanations import label_explanation
 from echofocus_core.video.decode import first_frames
 
 MAX_BARS = 16  # of a waterfall; the videos with the smallest scores share one bar
-MAX_CARDS = 4  # videos of a label that are shown, those with the largest effects
+MAX_CARDS = 4  # videos of a label that are shown, the most important ones
 KINDS = ("binary", "regression", "survival")  # in the order of the page
 
 
@@ -55,7 +55,7 @@ class LabelView:
     one_clip: bool  # whether its study has one clip of each video
     details: dict | None = None  # of its explanation, for the script
     sentence: str = ""  # the answer and the video it most depends on
-    top_video: int | None = None  # the video with the largest effect
+    top_video: int | None = None  # the most important video
     is_open: bool = False
 
     @property
@@ -160,30 +160,39 @@ def sentence_of(study, view, explanation):
         text += f" (threshold {view.text(view.threshold)}): {verdict}"
     if explanation is None:
         return f"{text}."
-    effects = explanation.answer - explanation.without
-    if not np.isfinite(effects).any():
+    without = [view.text(x) for x in explanation.without]
+    if not any(without):
         return f"{text}. It rests on one video."
-    view.top_video = top = int(np.nanargmax(np.abs(effects)))
-    without = view.text(explanation.without[top])
-    if without == view.text(view.value):
+    view.top_video = top = by_importance(explanation)[0]
+    if set(without) == {view.text(view.value)}:
         return f"{text}. No single video changes it."
-    return f"{text}. Most depends on {study.names[top]}: without it {without}."
+    still = "still " if without[top] == view.text(view.value) else ""
+    return f"{text}. Most depends on {study.names[top]}: without it {still}{without[top]}."
 
 
 # ----------------------------------------------------------------------------------- explanations
 
 
+def by_importance(explanation):
+    """Numbers of the videos, largest absolute score first: of redundant videos none has an effect
+    when it alone is left out. By these effects where scores have no meaning.
+    """
+    sizes = np.abs(explanation.scores)
+    if explanation.fault or not np.isfinite(sizes).all():
+        sizes = np.abs(np.nan_to_num(explanation.answer - explanation.without))
+    return np.argsort(-sizes, kind="stable").tolist()
+
+
 def details_of(settings, view, explanation):
     """What the script shows of a LabelExplanation: cards of videos, and the waterfall or a fault.
 
-    cards: [video, effect on the answer or '', number of its best clip] of the largest effects;
+    cards: [video, effect on the answer or '', number of its best clip] of the most important;
     without: of each video, the answer without it.
     """
     answer, without = explanation.answer, explanation.without
-    effects = np.nan_to_num(answer - without)
     cards = [
-        [int(v), view.change_text(answer, without[v]), best_clip(explanation.of_clips[v])]
-        for v in np.argsort(-np.abs(effects), kind="stable")[:MAX_CARDS]
+        [v, view.change_text(answer, without[v]), best_clip(explanation.of_clips[v])]
+        for v in by_importance(explanation)[:MAX_CARDS]
     ]
     details = {"cards": cards, "without": [view.text(x) for x in without]}
     if explanation.fault:
