@@ -233,6 +233,13 @@ def test_init_on_videos_and_on_nothing(tmp_path, cli, monkeypatch):
     out, config = init(tmp_path / "full", cli, monkeypatch)
     assert config["task"]["measurements"]["columns"] == {"pid": "patient_id", "eid": "exam"}
     assert out.splitlines()[-1].endswith("Exams --out embeddings/Exams")
+    (tmp_path / "full" / "config.json").unlink()
+    rows = [{"FileName": f"0X{i}", "EF": 50.5 + i, "Split": "TRAIN"} for i in range(3)]
+    pd.DataFrame(rows).to_csv(tmp_path / "full" / "FileList.csv", index=False)
+    out, config = init(tmp_path / "full", cli, monkeypatch)
+    assert out.splitlines()[-1].endswith("embeddings/Exams --manifest FileList.csv")
+    assert "FileList.csv: no column of patients" in out
+    assert set(config["task"]) == {"FileList_measurements", "labels_measurements"}
     (tmp_path / "empty").mkdir()
     out, config = init(tmp_path / "empty", cli, monkeypatch)
     assert out.splitlines()[-1].endswith("demo") and list(config) == ["task", "dataset"]

@@ -157,7 +157,8 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     assert status == 0, err
     videos = pd.read_csv(folder / "explanation_test_site.csv", dtype={"eid": str})
     columns = ["eid", "label", "y_true", "prediction", "video", "score", "score_abs", "rank"]
-    columns += ["without", "baseline", "convergence_error", "score_unit"]
+    columns += ["without", "baseline", "baseline_name", "convergence_error", "score_unit"]
+    columns += ["score_warning"]
     assert list(videos) == columns
     assert set(videos["eid"]) == set(saved["Echo_ID"])
     assert len(videos) == predicted.loc[saved["Echo_ID"], "n_videos"].sum()

@@ -138,7 +138,7 @@ def first_video(folder):
     return None
 
 
-def relative(path, root):
+def relative_path(path, root):
     """A path for the config in `root`; the folder itself by its name, which paths need."""
     text = Path(os.path.relpath(path, root)).as_posix()
     return f"../{root.resolve().name}" if text == "." else text
@@ -152,27 +152,28 @@ def describe_datasets(root, files):
         ids |= {name.removesuffix("_trim") for name in bases[base]}
     for folder in files.embeddings:
         eids = set(open_folder(folder).files)
-        entry, text = {"embedding_path": relative(folder, root)}, f"studies: {len(eids)}"
+        entry, text = {"embedding_path": relative_path(folder, root)}, f"studies: {len(eids)}"
         for base, names in bases.items():
-            for form in ("{echo_id}", "{echo_id}_trim"):
-                if n := len(
-                    eids & {x.removesuffix(form[9:]) for x in names if x.endswith(form[9:])}
-                ):
-                    entry |= {"video_base_path": relative(base, root), "video_subdir_format": form}
-                    text += f", with videos in {relative(base, root)}: {n}"
-        datasets[unused(folder, root, datasets)] = text, entry
+            for end in ("", "_trim"):
+                with_videos = eids & {x.removesuffix(end) for x in names if x.endswith(end)}
+                if with_videos:
+                    entry["video_base_path"] = relative_path(base, root)
+                    entry["video_subdir_format"] = "{echo_id}" + end
+                    text += f", with videos in {relative_path(base, root)}: {len(with_videos)}"
+        datasets[free_name(folder, root, datasets)] = text, entry
         ids |= eids
     used = {entry.get("video_base_path") for _, entry in datasets.values()}
-    for base in (b for b in files.videos if relative(b, root) not in used):
-        name = unused(base, root, datasets)
-        form = "{echo_id}_trim" if all(x.endswith("_trim") for x in bases[base]) else "{echo_id}"
+    for base in (b for b in files.videos if relative_path(b, root) not in used):
+        name = free_name(base, root, datasets)
         text = f"folders of videos, not extracted yet: {len(bases[base])}"
-        paths = {"embedding_path": f"embeddings/{name}", "video_base_path": relative(base, root)}
-        datasets[name] = text, paths | {"video_subdir_format": form}
+        entry = {"embedding_path": f"embeddings/{name}"}
+        entry["video_base_path"] = relative_path(base, root)
+        end = "_trim" if all(x.endswith("_trim") for x in bases[base]) else ""
+        datasets[name] = text, entry | {"video_subdir_format": "{echo_id}" + end}
     return datasets, ids
 
 
-def unused(folder, root, names):
+def free_name(folder, root, names):
     """A name for a dataset, from its folder."""
     name = re.sub(r"[^\w.+-]", "_", folder.resolve().name).lstrip(".+-")[:90] or "site"
     while name in names:
@@ -202,7 +203,9 @@ def propose_tasks(path, root, ids, prefix):
             return {}
         labels, left_out = sort_columns(cells, rest, path)
         n = len(set(cells["eid"]) & ids)
-        place = f"{relative(path, root)}: {len(cells)} rows, of studies in the datasets below: {n}"
+        place = (
+            f"{relative_path(path, root)}: {len(cells)} rows, of studies in the datasets below: {n}"
+        )
         if "pid" not in columns:
             text = "no column of patients, without which no model is trained"
             RUN.warning(f"{path}: {text}", 'name it in the config: "columns": {"pid": "..."}')
@@ -216,7 +219,11 @@ def propose_tasks(path, root, ids, prefix):
                 continue
             facts = [] if tasks else [place]  # once for each table
             facts += [f"{x}: {labels[x][2]}" for x in chosen]
-            entry = {"task_labels": list(chosen), "label_path": relative(path, root), "type": kind}
+            entry = {
+                "task_labels": list(chosen),
+                "label_path": relative_path(path, root),
+                "type": kind,
+            }
             entry |= {"columns": columns} if columns else {}
             entry |= {"classes": chosen} if kind == "multiclass" else {}
             tasks[prefix + name] = "\n".join(facts), entry
@@ -319,12 +326,13 @@ def next_line(root, files, datasets, tasks):
     if tasks and files.embeddings:
         return f"{inside}{PROGRAM} check --task {next(iter(tasks))}"
     if tasks and files.videos:
-        name, base = next(iter(datasets)), relative(files.videos[0], root)
+        name, base = next(iter(datasets)), relative_path(files.videos[0], root)
         line = f"{inside}{EXTRACT} {base} --out {datasets[name][1]['embedding_path']}"
-        return line + f" --manifest {relative(files.manifest, root)}" * bool(files.manifest)
+        manifest = files.manifest and relative_path(files.manifest, root)
+        return line + f" --manifest {manifest}" * bool(manifest)
     if datasets:
         model = next(iter(releases.registry()))
-        videos = relative(files.videos[0], root) if files.videos else ""
+        videos = relative_path(files.videos[0], root) if files.videos else ""
         what = f"--videos {videos}" if videos else f"--dataset {next(iter(datasets))}"
         get = f"{PROGRAM} download {model} && {PROGRAM} predict --model_name {model}"
         return f"{inside}{get} {what}"
