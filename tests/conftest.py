@@ -162,3 +162,16 @@ def source(tmp_path):
     (b / "notes.dcm").write_text("not a DICOM file")
     (b / "report.txt").write_text("not a video")
     return tmp_path / "videos"
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The browser for tests of pages; these run in one process, by the mark xdist_group("page")."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not program:
+        pytest.skip("needs chromium: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -121,7 +121,7 @@ def test_train_evaluate_predict_embed_explain(cohort, cli):
     assert names | {"training_progress.pdf", "train_args.csv"} <= {p.name for p in folder.iterdir()}
     losses = pd.read_csv(folder / "train_losses.csv")
     columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time", "dropped_steps"]
-    assert list(losses) == columns
+    assert list(losses) == [*columns, "val_AUROC"]
     split = pd.read_csv(folder / "split.csv", dtype=str)
     assert (split.groupby("pid")["fold"].nunique() == 1).all()
 

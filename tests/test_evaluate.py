@@ -9,18 +9,23 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import blank
+from scipy import optimize, special
 from sklearn import metrics as sk
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
 
 import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.report import curves
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.report.methods import methods_paragraph
+from echofocus_core.report.recalibration import fit_recalibration
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.kinds.multiclass import MulticlassOutcome
+from echofocus_core.study.kinds.regression import RegressionOutcome
 
 FEW = ("--n_boot", "200")
 
@@ -104,6 +109,23 @@ def test_anyones_predictions_by_groups_and_against_others(site, table, cli):
     assert against["difference"] == pytest.approx(metrics["value"]["auroc"] - other, abs=1e-5)
     assert against["p_value"] < 0.001 and "noise.csv" in out
     check_page((folder / "report_all_site.html").read_text())
+    assert against["this_value"] - against["other_value"] == pytest.approx(against["difference"])
+    tables = (folder / "tables_all_site.html").read_text()
+    female, sizes = (part["sex"] == "F").sum(), part["pid"].value_counts()
+    ages = "{:.3g} ({:.3g} to {:.3g})".format(*part["age"].quantile([0.5, 0.25, 0.75]))
+    positive = f"{part['finding'].sum()} of 280 ({part['finding'].mean():.1%})".replace("%", " %")
+    for cells in (["Studies", "280"], ["Patients", "200"],
+                  ["Age in years, median (quartiles)", ages],
+                  ["Studies per patient, median (range)", f"{sizes.median():g} (1 to 2)"],
+                  ["Female, n (%)", f"{female} ({female / 2.8:.0f} %)"],
+                  ["Finding", positive]):  # fmt: skip
+        assert cells in rows_of(tables), cells
+
+
+def rows_of(page):
+    """Texts of the cells of each row of a page's tables."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in rows]
 
 
 def check_page(page):
@@ -377,6 +399,72 @@ def test_roc_band_against_a_loop(table):
         assert precision[50, b] == pytest.approx(at * n / (at * n + below), rel=1e-5)
 
 
+def test_a_calibration_curve_against_a_loop(table):
+    """The line through each point's neighbours, by numpy, in resamples of patients."""
+    y, p = table["finding"].to_numpy(float), table["p"].to_numpy()
+    weights = next(st.resamples(table["pid"], 4, seed=1))
+    at = np.linspace(p.min(), p.max(), 9)
+    smooth = curves.lowess(p, y, at, weights)
+    for point, fits in zip(at, smooth, strict=True):
+        away = abs(p - point)
+        kernel = (1 - np.minimum(away / np.sort(away)[225 - 1], 1) ** 3) ** 3
+        for b, fit in enumerate(fits):
+            _, level = np.polyfit(p - point, y, 1, w=np.sqrt(kernel * weights[:, b]))
+            assert fit == pytest.approx(level, abs=1e-5)
+    assert np.isnan(
+        curves.lowess(np.r_[np.zeros(9), 1.0], np.ones(10), np.array([1.0]), np.ones((10, 1)))
+    )
+
+
+def test_recalibration_against_other_implementations(table):
+    y, p = table["finding"].to_numpy(float), table["p"].to_numpy() ** 2
+    x, new = special.logit(p), np.linspace(0.01, 0.8, 7)
+    methods = fit_recalibration(y, p)
+    shift = optimize.brentq(lambda a: special.expit(a + x).sum() - y.sum(), -9, 9)
+    np.testing.assert_allclose(methods["intercept"](new), special.expit(shift + special.logit(new)))
+    logistic = LogisticRegression(C=np.inf, tol=1e-12, max_iter=999).fit(x[:, None], y)
+    expected = logistic.predict_proba(special.logit(new)[:, None])[:, 1]
+    np.testing.assert_allclose(methods["slope"](new), expected, atol=1e-6)
+    order = np.argsort(p)
+    total = np.r_[0, np.cumsum(y[order])]
+    means = [[(total[b] - total[a]) / (b - a) for b in range(a + 1, 301)] for a in range(300)]
+    monotone = [max(min(means[a][i - a :]) for a in range(i + 1)) for i in range(0, 300, 30)]
+    np.testing.assert_allclose(methods["isotonic"](p[order[::30]]), monotone, atol=1e-9)
+    assert fit_recalibration(y * 0, p) == {}
+
+
+@pytest.mark.xdist_group("page")
+def test_the_report_fits_screens_and_paper(tmp_path, table, chromium):
+    """No column is cut on a desktop, a phone, A4 and Letter, and all texts have contrast."""
+    names = {"finding": "ventricular septal defect", "size": "left atrial diameter"}
+    columns = {"threshold": 0.3, "prevalence": 0.01}
+    outcomes = [
+        BinaryOutcome("finding", table["finding"], table["p"], **columns),
+        BinaryOutcome("never", table["finding"] * 0, table["p"], **columns),
+        RegressionOutcome("size", table["size"], table["guess"], "cm"),
+    ]
+    studies = evaluation.Studies(list(table["eid"]), table["pid"].to_numpy(), outcomes)
+    flow = evaluation.study_flow(table.set_index("eid"), dict.fromkeys(studies.eids, ""))
+    Report(
+        tmp_path, "x", studies, {"model_name": "m", "dataset": "site", "labels_sha256": "0" * 64},
+        flow, {"sex": (table.set_index("eid")["sex"], [])}, {"other": (studies, studies)}, 100,
+        names=names, validation=lambda: studies,
+    ).write()  # fmt: skip
+    faults = Path(__file__).with_name("page_faults.js").read_text()
+    for width, scheme, medium in (
+        (1280, "light", "screen"), (1280, "dark", "screen"), (390, "light", "screen"),
+        (703, "light", "print"), (725, "light", "print"),
+    ):  # fmt: skip
+        page = chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.emulate_media(media=medium)
+        page.goto((tmp_path / "report_x.html").as_uri())
+        assert page.evaluate(faults) == []
+        texts = page.locator("thead th").all_inner_texts() if width == 1280 else []
+        assert not texts or {"LR\u2212", "Brier score", "R\u00b2"} <= set(texts)
+        assert "Ventricular septal defect" in page.inner_text("body")
+        page.close()
+
+
 def test_a_flow_counts_patients_once():
     table = pd.DataFrame({"pid": list("aabbcd")}, index=list("123456"))
     reasons = {"1": "no label", "3": "no label", "4": "in the train fold", "6": "no label"}
@@ -390,11 +478,18 @@ def test_a_flow_counts_patients_once():
 
 
 def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
-    outcome = BinaryOutcome('<img src="x">', np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40))
+    name = '<img src="x"> 50 % & a_b'
+    outcome = BinaryOutcome(name, np.tile([0.0, 1.0], 20), np.linspace(0, 1, 40))
     studies = evaluation.Studies([str(i) for i in range(40)], np.arange(40), [outcome])
     Report(tmp_path, "x", studies, {"model_name": "<b>"}, n_boot=100).write()
-    page = (tmp_path / "report_x.html").read_text()
-    assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
+    for file in ("report_x.html", "tables_x.html"):
+        page = (tmp_path / file).read_text()
+        assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
+    lines = (tmp_path / "tables_x.tex").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("$<$"))
+    assert r"50 \% \& a\_b" in row and row.endswith(r" \\")
+    (head,) = (line for line in lines if "Brier score" in line and "Average" in line)
+    assert len(re.findall(r"(?<!\\)&", row)) == len(re.findall("&", head)) == 8
 
 
 def test_one_forest_plot_for_findings_and_grades(tmp_path):
@@ -474,6 +569,7 @@ def test_a_models_fold_thresholds_and_another_model(cohort, add_model, cli, monk
     tested = [set(split["eid"][split["fold"] == "test"]) for split in splits]
     against = pd.read_csv(folder / "comparison_test_site.csv")
     assert against["n"].eq(len(tested[0] & tested[1])).all()  # unseen by both
+    check_recalibration(folder)
 
     saved = json.loads((folder / "metrics_val_site.json").read_text())
     assert saved["target"] == "specificity=0.8"
@@ -499,3 +595,24 @@ def test_a_models_fold_thresholds_and_another_model(cohort, add_model, cli, monk
     assert status == 0, err
     against = pd.read_csv("theirs_evaluation/comparison_all_site.csv")
     assert against["n"].eq(len(tested[0])).all()  # of its test fold, not of its training
+
+
+def check_recalibration(folder):
+    """The table against other fits to the predictions of the two folds."""
+    val, test = (pd.read_csv(folder / f"saveout_{fold}_site.csv") for fold in ("val", "test"))
+    y, p, truth, q = (x[f"finding_{k}"] for x in (val, test) for k in ("Correct", "Predict"))
+    x, new = special.logit(p), special.logit(q)
+    shift = optimize.brentq(lambda a: special.expit(a + x).sum() - y.sum(), -30, 30)
+    steps = IsotonicRegression(out_of_bounds="clip").fit(p, y)
+    expected = {
+        "original": q,
+        "intercept": special.expit(shift + new),
+        "isotonic": steps.predict(q),
+    }
+    if p[y == 0].max() > p[y == 1].min():  # otherwise the slope is infinite
+        fit = LogisticRegression(C=np.inf, tol=1e-12, max_iter=9999).fit(x.to_frame(), y)
+        expected["slope"] = fit.predict_proba(new.to_frame())[:, 1]
+    table = pd.read_csv(folder / "recalibration_test_site.csv").set_index("metric").loc["brier"]
+    assert set(table["method"]) == set(expected)
+    for method, value in zip(table["method"], table["value"], strict=True):
+        assert value == pytest.approx(((expected[method] - truth) ** 2).mean(), rel=1e-3), method

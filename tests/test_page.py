@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import cv2
@@ -25,7 +24,6 @@ from echofocus_core.video.store import FileRecord, StudyClips, write_study
 from echofocus_core.video.studies import Study
 
 pytestmark = pytest.mark.xdist_group("page")  # one process: one page and one browser
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 HOSTILE = "<img src=x onerror=alert(1)>\"'=1+1"
 HOSTILE_LABEL = "</script><script>alert(2)</script> {{ 7 * 7 }}"
 METHOD = ("--explain_method", "adaptive")
@@ -68,17 +66,6 @@ def folder(tmp_path_factory):
         for line in (train, ["explain", "--subset", "all", "--page", *METHOD]):
             run_main(lambda line=line: ef.main(line), "echofocus.py")
         return Path("trained_models/t/explanation_all_d").resolve()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not CHROMIUM:
-        pytest.skip("needs chromium: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -387,7 +387,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic):
     assert list(history["phase"][:2]) == ["train", "val"] and "EF_r2" in history
     metrics = pd.read_csv("ef/metrics_test.csv").set_index("metric")
     assert metrics.at["rmse", "value"] == pytest.approx(mse**0.5, rel=1e-4)
-    assert "EF: r2" in Path("ef/test_summary.txt").read_text()
+    assert "EF: R²" in Path("ef/test_summary.txt").read_text()
     assert str(here) not in "".join(p.read_text() for p in Path("ef").rglob("*.csv"))
 
     (weights,) = Path("ef").glob("chkpt_epoch-*.pt")

@@ -1,16 +1,29 @@
-"""Figures, as PDF and PNG."""
+"""Figures for papers, as PDF and PNG: one style, drawn at the width of one or two columns."""
 
 import numpy as np
 import pandas as pd
 
 from echofocus_core.base.files import atomic_path
 
+COLUMN, PAGE = 85 / 25.4, 174 / 25.4  # inches: one and two columns of a journal
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
+MARKERS = "os^DvP*X"  # shapes as well as colours, for colour-blind readers and for print
+MISSING_GREY = "#BBBBBB"
+STYLE = {  # no text below 7 points
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7,
+    "ytick.labelsize": 7, "legend.fontsize": 7, "legend.frameon": False, "lines.linewidth": 1.2,
+    "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
+    "pdf.fonttype": 42,  # text that a journal can edit
+    "text.parse_math": False,  # show $ in labels unchanged
+}  # fmt: skip
+
 
 def new_figure(*args, **kwargs):
+    """(figure, axes) in this style, as of `matplotlib.pyplot.subplots`."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # show $ in labels unchanged
+    matplotlib.rcParams.update(STYLE)
     import matplotlib.pyplot as plt
 
     return plt.subplots(*args, **kwargs)
@@ -22,27 +35,41 @@ def save_figure(figure, path):
 
     for suffix in (".pdf", ".png"):
         with atomic_path(path.with_name(path.name + suffix)) as temporary:
-            figure.savefig(temporary, dpi=120, format=suffix[1:])
+            figure.savefig(temporary, dpi=200, format=suffix[1:])
         figure.set_layout_engine("none")  # keep the layout of the first file
     plt.close(figure)
 
 
-def plot_history(history, folder):
-    """Plot losses over epochs: training_progress.pdf and .png."""
-    figure, axis = new_figure(figsize=(6, 4))  # drawn in every epoch: a fixed layout is fast
-    axis.plot(history["epochs_trained"], history["train_loss"], label="training")
-    axis.plot(history["epochs_trained"], history["val_loss"], label="validation")
-    best = history.loc[history["val_loss"].idxmin()]
-    label = f"best: epoch {best['epochs_trained']:.0f}"
-    axis.plot(best["epochs_trained"], best["val_loss"], "o", color="black", ms=5, label=label)
-    axis.set(xlabel="epoch", ylabel="loss")
-    axis.legend()
-    save_figure(figure, folder / "training_progress")
+def plot_history(history, path, name=""):
+    """Plot losses, and metrics of the validation, over epochs: <path>.pdf and .png.
 
+    history: epochs_trained, train_loss, val_loss, and val_<metric> for each metric.
+    """
+    from matplotlib.ticker import MaxNLocator
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")
-MARKERS = "os^DvP*X"  # shapes as well as colours, for colour-blind readers and for print
-MISSING_GREY = "#BBBBBB"
+    epochs, shown = history["epochs_trained"], history.dropna(axis=1, how="all").columns
+    metrics = [x for x in shown if x.startswith("val_") and x != "val_loss"]
+    lines = {"loss": {"training": "train_loss", "validation": "val_loss"}}
+    lines |= {x.removeprefix("val_").replace("_", " "): {"validation": x} for x in metrics}
+    size = (COLUMN, 2.6) if len(lines) == 1 else (PAGE, 2.6)
+    figure, axes = new_figure(1, len(lines), figsize=size, squeeze=False)
+    # Drawn in every epoch: a fixed layout is fast.
+    figure.subplots_adjust(0.6 / size[0], 0.17, 1 - 0.1 / size[0], 0.88, wspace=0.35)
+    best = history["val_loss"].idxmin()
+    for axis, (title, columns) in zip(axes.flat, lines.items(), strict=True):
+        for k, (label, column) in enumerate(columns.items()):
+            colour = OKABE_ITO[1 if label == "training" else 0]
+            style = dict(color=colour, ls="-" if k == len(columns) - 1 else "--")
+            axis.plot(epochs, history[column], label=label, marker=".", ms=4, **style)
+        axis.plot(
+            epochs[best], history[column][best], "o", mfc="none", color="black", ms=7,
+            label=f"best: epoch {epochs[best]:.0f}",
+        )  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(xlabel="epoch", ylabel=title)
+        axis.legend()
+    figure.suptitle(f"Training{' of ' * bool(name)}{name}", fontsize=8)
+    save_figure(figure, path)
 
 
 def plot_map(points, axes, title, note, path):

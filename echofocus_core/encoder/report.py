@@ -11,13 +11,8 @@ import pandas as pd
 
 from echofocus_core.base.figures import plot_history
 from echofocus_core.base.files import atomic_path, write_table
-from echofocus_core.report.curves import (
-    PANELS,
-    metric_name,
-    panel_figure,
-    select_panels,
-    with_interval,
-)
+from echofocus_core.report.curves import PANELS, panel_figure, select_panels
+from echofocus_core.report.display import metric_name, with_interval
 from echofocus_core.study.outputs import label_of
 from echofocus_core.study.statistics import estimates
 
@@ -92,7 +87,8 @@ def write_results(run, fold, predictions):
     plot_predictions(outcomes, computed, run.folder, fold)
     history = pd.DataFrame(run.history).pivot(index="epoch", columns="phase", values="loss")
     history = history.rename_axis(index="epochs_trained").reset_index()
-    plot_history(history.rename(columns={"train": "train_loss", "val": "val_loss"}), run.folder)
+    history = history.rename(columns={"train": "train_loss", "val": "val_loss"})
+    plot_history(history, run.folder / "training_progress")
     title = (
         f"{fold}: {len(predictions.studies)} studies, {len(predictions.videos)} videos, "
         f"best epoch {run.best_epoch}"

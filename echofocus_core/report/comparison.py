@@ -1,14 +1,25 @@
 """The page and tables of `compare`: encoders and aggregators on the same unseen patients."""
 
-import base64
+from datetime import date
 
 import numpy as np
 
 from echofocus_core import __version__
 from echofocus_core.base.console import RUN, some
-from echofocus_core.base.figures import MARKERS, OKABE_ITO, new_figure, save_figure
+from echofocus_core.base.figures import MARKERS, OKABE_ITO, PAGE, new_figure, save_figure
 from echofocus_core.base.files import write_table
-from echofocus_core.report.curves import forest, metric_name, number
+from echofocus_core.report.curves import forest
+from echofocus_core.report.display import (
+    Cell,
+    Table,
+    as_base64,
+    capital,
+    export_tables,
+    interval,
+    metric_name,
+    number,
+    p_value,
+)
 from echofocus_core.report.html import page_templates, write_text
 from echofocus_core.study.compare import answer_cells, tables_of, train_cells
 from echofocus_core.study.evaluation import group_columns
@@ -35,9 +46,11 @@ def compare_models(job):
         write_table(table, folder / f"{name}.csv")
         files.append(f"{name}.csv")
     figures = draw(folder, trained, headlines)
-    write_page(folder, job, trained, tables, references, figures)
-    shown = tables["cells"][["encoder", "aggregator", "fraction", "label", "metric", "value"]]
-    print(shown.to_string(index=False, float_format="{:.3f}".format))
+    shown = page_tables(tables, references, job.task.names if job.task else {})
+    files += export_tables([x for part in shown.values() for x in part], folder / "tables")
+    write_page(folder, job, trained, shown, figures)
+    cells = tables["cells"][["encoder", "aggregator", "fraction", "label", "metric", "value"]]
+    print(cells.to_string(index=False, float_format="{:.3f}".format))
     for text in sorted({text for x in trained for text in x.warnings}):
         RUN.warning(text)
     print(f"wrote {', '.join(files)} and comparison.html to {folder}")
@@ -45,7 +58,7 @@ def compare_models(job):
 
 
 def draw(folder, trained, headlines):
-    """Draw a forest plot of each label, and learning curves; [(title, PNG as base64)]."""
+    """Draw a forest plot of each label, and learning curves; returns the figures of the page."""
     figures = []
     labels = dict.fromkeys(label for rows in headlines.values() for label in rows)
     whole = [x.cell for x in trained if x.cell.fraction == 1]
@@ -54,23 +67,20 @@ def draw(folder, trained, headlines):
         rows = [(cell.name, headlines[cell][label]) for cell in whole if label in headlines[cell]]
         if rows:
             title = f"{label}: {metric_name(rows[0][1].metric)}"
-            forest(rows, title, folder / f"forest_{len(figures)}")
-            figures.append((title, as_base64(folder / f"forest_{len(figures)}.png")))
+            path = folder / f"forest_{len(figures)}"
+            forest(rows, title, path)
+            figures.append({"title": title, "png": as_base64(path), "wide": True})
     if len(fractions) > 1:
         label = "mean" if "mean" in labels else next(iter(labels))
         draw_learning_curves(folder / "learning_curves", trained, headlines, label)
-        title = f"Learning curves, {label}"
-        figures.append((title, as_base64(folder / "learning_curves.png")))
+        title, path = f"Learning curves, {label}", folder / "learning_curves"
+        figures.append({"title": title, "png": as_base64(path), "wide": True})
     return figures
-
-
-def as_base64(path):
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 def draw_learning_curves(path, trained, headlines, label):
     """The metric of a label over the share of training patients, a line for each combination."""
-    figure, axis = new_figure(figsize=(6, 4), layout="constrained")
+    figure, axis = new_figure(figsize=(PAGE, 3.4), layout="constrained")
     lines = dict.fromkeys((x.cell.encoder, x.cell.aggregator) for x in trained)
     for i, line in enumerate(lines):
         cells = [x.cell for x in trained if (x.cell.encoder, x.cell.aggregator) == line]
@@ -85,29 +95,102 @@ def draw_learning_curves(path, trained, headlines, label):
     fractions = sorted({x.cell.fraction for x in trained})
     axis.set_xticks(fractions, [f"{100 * x:g} %" for x in fractions], minor=False)
     axis.minorticks_off()
-    axis.legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
+    axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
     save_figure(figure, path)
 
 
-def write_page(folder, job, trained, tables, references, figures):
+COMBINATION = {"encoder": "Encoder", "aggregator": "Aggregator"}
+MEASURED = {"label": "Label", "metric": "Metric"}
+RESULTS = COMBINATION | {"fraction": "Share of patients"} | MEASURED
+RESULTS |= {"value": "Value", "n": "n", "n_positive": "Positive"}
+MODELS = COMBINATION | {
+    "model": "Model", "fraction": "Share of patients", "train_studies": "Training studies",
+    "width": "Features", "parameters": "Parameters", "train_seconds": "Training, s",
+    "extract_seconds": "Extraction, s per study",
+    "epochs": "Epochs",
+}  # fmt: skip
+DIFFERENCES = COMBINATION | {"minus": "Minus"} | MEASURED
+DIFFERENCES |= {"value": "Difference", "p_value": "p", "p_holm": "Adjusted p"}
+PERTURBED = COMBINATION | {"perturbed": "Images"} | MEASURED | {"value": "Change"}
+GROUPS = COMBINATION | {"fraction": "Share of patients", "by": "Column", "group": "Group"}
+GROUPS |= MEASURED | {"value": "Value", "n": "n"}
+TEXTS = (*COMBINATION, "model", "minus", "perturbed", "fraction", "by", "group", *MEASURED)
+
+
+def page_tables(tables, references, names):
+    """Heading of the page -> its Tables. tables: of `tables_of`; names: label -> plain name."""
+    first, best = references[0].cell.name, references[-1].cell.name
+    note = f"Each combination minus {first}, the first"
+    if best != first:
+        note += f", and minus {best}, the best on these studies by mean rank over labels. The best "
+        note += "was chosen on these test studies, so its result is optimistic"
+    note += (
+        ". AUROC by DeLong's test for clustered data, other metrics by the paired bootstrap. The "
+        "adjusted p-value is Holm's over all differences from the same combination."
+    )
+    cells = tables["cells"].sort_values("label", kind="stable")
+    models = cells.drop_duplicates(list(MODELS))
+    sections = {
+        "Results": [
+            table_of(cells, RESULTS, "Results on the test studies", names),
+            table_of(models, MODELS, "Models", names),
+        ],
+    }
+    if "differences" in tables:
+        table = table_of(tables["differences"], DIFFERENCES, "Differences", names, note)
+        sections["Differences"] = [table]
+    if "perturbed" in tables:
+        note = "The metric on embeddings of changed images minus that on the plain ones, by the "
+        note += "same model on the same studies."
+        table = table_of(tables["perturbed"], PERTURBED, "Changed images", names, note)
+        sections["Robustness"] = [table]
+    if "groups" in tables:
+        sections["Groups"] = [table_of(tables["groups"], GROUPS, "Results by group", names)]
+    return sections
+
+
+def table_of(frame, columns, title, names, note=""):
+    """A Table of the columns {name: heading} of a DataFrame of estimates; `value` with its
+    interval and note."""
+    rows = []
+    for row in frame.to_dict("records"):
+        shown = {name: cell_text(name, row.get(name)) for name in columns}
+        if "value" in columns:
+            limits = interval(row["ci_low"], row["ci_high"])
+            shown["value"] = Cell(number(row["value"]), limits, row["note"] or "")
+        if "label" in columns:
+            shown["label"] = capital(names.get(row["label"], row["label"]))
+        rows.append(list(shown.values()))
+    n_text = sum(x in TEXTS for x in columns)
+    return Table(title, list(columns.values()), rows, note, n_text).without_empty_columns()
+
+
+def cell_text(name, value):
+    """A cell of these tables as text; '' for a missing value."""
+    if value is None or value != value:
+        return ""
+    if name == "fraction":
+        return f"{100 * value:g} %"
+    if name in ("p_value", "p_holm"):
+        return p_value(value)
+    if name == "metric":
+        return metric_name(value)
+    if name == "extract_seconds":
+        return f"{value:.2g}"
+    return f"{value:.0f}" if name in ("n_positive", "train_seconds") else f"{value}"
+
+
+def write_page(folder, job, trained, sections, figures):
     """Write comparison.html: one file without scripts, links or network requests."""
-    env = page_templates()
-    env.filters["number"] = lambda x: "n/a" if x is None else number(x)
-    env.globals["metric_name"] = metric_name
     patients = np.unique(trained[0].studies.patients)
     warnings = {text for x in trained for text in x.warnings}
     if len({(x.cell.fraction, x.facts["train_studies"]) for x in trained}) > len(
         {x.cell.fraction for x in trained}
     ):
         warnings.add("Encoders without embeddings of some studies were trained on fewer studies.")
-    page = env.get_template("comparison.html").render(
-        settings=job.settings, version=__version__, first=references[0].cell,
-        best=references[-1].cell,
-        cells=tables["cells"].to_dict("records"), figures=figures,
-        differences=tables["differences"].to_dict("records") if "differences" in tables else [],
-        groups=tables["groups"].to_dict("records") if "groups" in tables else [],
-        perturbed=tables["perturbed"].to_dict("records") if "perturbed" in tables else [],
-        n_studies=len(trained[0].studies), n_patients=len(patients),
-        warnings=sorted(warnings),
+    page = page_templates().get_template("comparison.html").render(
+        settings=job.settings, version=__version__, sections=sections, figures=figures,
+        n_studies=len(trained[0].studies), n_patients=len(patients), warnings=sorted(warnings),
+        today=date.today().isoformat(),
     )  # fmt: skip
     write_text(folder / "comparison.html", page)

@@ -4,11 +4,14 @@ A figure has one panel per label, at most `MAX_PANELS`. Bands and bars are 95 % 
 patients. Each kind of label lists its figures (`study.kinds`); PANELS describes them.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 
-from echofocus_core.base.figures import OKABE_ITO, new_figure, save_figure
+from echofocus_core.base.figures import COLUMN, OKABE_ITO, PAGE, new_figure, save_figure
+from echofocus_core.report.display import metric_name, number, with_interval
+from echofocus_core.report.methods import SPAN
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
@@ -17,41 +20,15 @@ BAND_BOOT = 200  # resamples of a curve
 GRID = np.linspace(0, 1, 101)  # on which the curves of resamples are averaged
 BLUE, ORANGE, GREEN, GREY = *OKABE_ITO[:3], "0.6"
 MAX_POINTS = 1000  # of a scatter plot; more are drawn as density
-NAMES = {
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-    "median_absolute_error": "median error",
-    "c_index": "C index",
-}
+FEWEST, SPARSE = 10, 5  # studies of a smooth curve, and of a point of it
 
 
-def number(value, like=0.0):
-    """A number as text with three digits, and as many decimals as `like` would have."""
-    if not np.isfinite(value):
-        return "n/a" if np.isnan(value) else "infinite"
-    size = max(abs(value), abs(like) if np.isfinite(like) else 0)
-    digits = 3 if size <= 1 else 2 if size < 10 else 1 if size < 100 else 0
-    return f"{value:.{digits}f}"
-
-
-def with_interval(estimate):
-    """'0.912 (0.853 to 0.951)'; only the value if the interval is not defined."""
-    text = number(estimate.value, estimate.ci_high)
-    if np.isfinite(estimate.ci_low):
-        ends = (number(x, estimate.ci_high) for x in (estimate.ci_low, estimate.ci_high))
-        text += " ({} to {})".format(*ends)
-    return text
-
-
-def metric_name(metric, unit=""):
-    return NAMES.get(metric, metric.replace("_", " ")) + (f" [{unit}]" if unit else "")
-
-
-def title_of(estimate):
-    """'VSD (n = 120, 34 +)' and 'AUROC 0.912 (0.853 to 0.951)' in two lines."""
+def title_of(estimate, name=""):
+    """'VSD (n = 120, 34 +)' and 'AUROC 0.912 (0.853 to 0.951)' in two lines. name: of the label."""
     unit = f" {estimate.unit}" if estimate.unit else ""
     positive = "" if estimate.n_positive < 0 else f", {estimate.n_positive} +"
-    label = estimate.label if len(estimate.label) < 33 else estimate.label[:30] + "..."
+    label = name or estimate.label
+    label = label if len(label) < 33 else label[:30] + "..."
     value = f"{metric_name(estimate.metric)} {with_interval(estimate)}{unit}"
     return f"{label} (n = {estimate.n}{positive})\n{value}"
 
@@ -83,18 +60,54 @@ def curves(truth, score, weights):
     return roc, precision
 
 
+def lowess(x, y, at, weights, span=SPAN):
+    """(G, B): the mean of y (S,) at the points `at` (G,) of x, by local linear regression in each
+    resample. weights (S, B).
+
+    Cleveland (J Am Stat Assoc 1979;74:829): tricube weights that reach to the nearest `span` of the
+    studies; without iterations against outliers, which would hide rare findings (Austin and
+    Steyerberg, Stat Med 2014;33:517). NaN where the weights are those of fewer than SPARSE studies
+    (Kish's effective number).
+    """
+    away = x - at[:, None]
+    nearest = int(np.ceil(span * len(x)))
+    reach = np.partition(abs(away), nearest - 1, axis=1)[:, nearest - 1, None] * (1 + 1e-9)
+    kernel = np.clip(1 - (abs(away) / np.maximum(reach, 1e-9)) ** 3, 0, None) ** 3
+    s0, s1, s2 = (kernel * away**k @ weights for k in range(3))
+    t0, t1 = (kernel * away**k * y @ weights for k in range(2))
+    area = s0 * s2 - s1**2
+    with np.errstate(all="ignore"):
+        fit = np.where(area > 1e-6 * s0 * s2, (s2 * t0 - s1 * t1) / area, t0 / s0)
+        fit[kernel.sum(axis=1) ** 2 < SPARSE * (kernel**2).sum(axis=1)] = np.nan
+    return fit
+
+
+def calibration_curve(truth, probability, weights):
+    """(points (G,), observed frequency at these (G, B)) by `lowess`, between 0 and 1."""
+    at = np.linspace(probability.min(), probability.max(), 51)
+    return at, np.clip(lowess(probability, truth, at, weights), 0, 1)
+
+
+def has_calibration_curve(truth, probability):
+    return len(truth) >= FEWEST and 0 < truth.sum() < len(truth) and np.ptp(probability) > 0
+
+
 def bands(outcomes, patients, seed=0):
-    """label -> (ROC (G, 2), precision (G, 2)): pointwise 95 % bands of findings."""
+    """label -> [ROC (G, 2), precision (G, 2), calibration (G, 2) or nothing]: pointwise 95 % bands
+    of findings."""
     chunks = {o.label: [] for o in outcomes}
     for weights in st.resamples(patients, BAND_BOOT, seed):
         for o in outcomes:
-            chunks[o.label].append(curves(*o.pairs(), weights[o.usable]))
+            (y, p), w = o.pairs(), weights[o.usable]
+            smooth = [calibration_curve(y, p, w)[1]] if has_calibration_curve(y, p) else []
+            chunks[o.label].append([*curves(y, p, w), *smooth])
     limits = {}
     for label, parts in chunks.items():
-        both = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
-        if both and np.isfinite(both[0]).any():
-            ends = [np.nanquantile(c[1:], (0.025, 0.975), axis=1).T for c in both]
-            limits[label] = [np.vstack([np.full((1, 2), np.nan), e]) for e in ends]
+        each = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+        if each and np.isfinite(each[0]).any():
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # precision has no value at a sensitivity of 0
+                limits[label] = [np.nanquantile(c, (0.025, 0.975), axis=1).T for c in each]
     return limits
 
 
@@ -132,21 +145,25 @@ def draw_precision(axis, outcome, band=None, **_):
     axis.set(xlim=(-0.02, 1.02), ylim=(0, 1.04))
 
 
-def draw_reliability(axis, outcome, patients=None, **_):
-    """Observed frequency in ten groups of equal size, with Wilson's intervals; a histogram."""
-    from scipy import stats  # takes a second to import
-
+def draw_reliability(axis, outcome, band=None, recalibrated=None, **_):
+    """A smooth calibration curve, and a histogram of the probabilities. recalibrated: name ->
+    BinaryOutcome, whose curves are drawn instead of the band."""
     y, p = outcome.pairs()
     axis.plot([0, 1], [0, 1], color=GREY, lw=0.8)
-    if len(y):
-        edges = np.unique(np.quantile(p, np.linspace(0, 1, 11)))
-        part = np.clip(np.searchsorted(edges, p, side="right") - 1, 0, max(len(edges) - 2, 0))
-        patient = np.asarray(patients)[outcome.usable]
-        for k in np.unique(part):
-            n, mean = len(np.unique(patient[part == k])), y[part == k].mean()
-            low, high = stats.binomtest(round(mean * n), n).proportion_ci(method="wilson")
-            bars = [[max(0, mean - low)], [max(0, high - mean)]]
-            axis.errorbar(p[part == k].mean(), mean, bars, fmt="o", color=BLUE, ms=4, lw=1)
+    if has_calibration_curve(y, p):
+        at, smooth = calibration_curve(y, p, np.ones((len(y), 1)))
+        if band is not None and len(band) > 2 and not recalibrated:
+            axis.fill_between(at, *band[2].T, color=BLUE, alpha=0.2, lw=0)
+        axis.plot(at, smooth[:, 0], color=BLUE, label="original")
+    styles = zip((ORANGE, GREEN), ("--", "-."), strict=True)
+    for (name, other), (colour, dashes) in zip((recalibrated or {}).items(), styles, strict=False):
+        q = other.pairs()[1]
+        if has_calibration_curve(y, q):
+            at, smooth = calibration_curve(y, q, np.ones((len(y), 1)))
+            axis.plot(at, smooth[:, 0], color=colour, ls=dashes, label=name)
+    if recalibrated:
+        axis.legend(loc="upper left")
+    elif len(y):
         counts, ends = np.histogram(p, 25, (0, 1))
         axis.bar(ends[:-1], counts / counts.max() * 0.15, 0.04, align="edge", color=GREY, alpha=0.6)
     unit_square(axis, "predicted probability", "observed frequency")
@@ -163,7 +180,7 @@ def draw_decision(axis, outcome, **_):
         top = max(y.mean(), 0.01)
         axis.set_xlim(0, min(1, max(0.2, 1.05 * p.max())))
         axis.set_ylim(-0.25 * top, 1.1 * top)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend()
     axis.set(xlabel="threshold probability", ylabel="net benefit")
 
 
@@ -180,9 +197,10 @@ def draw_confusion(axis, outcome, **_):
     for (i, j), n in np.ndenumerate(table):
         colour = "white" if part[i, j] > 0.55 else "black"
         text = f"{n:.0f}\n{part[i, j]:.0%}"
-        axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
-    axis.set_xticks(range(len(names)), names, fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=8, rotation=90, va="center")
+        axis.text(j, i, text, ha="center", va="center", color=colour)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(names)), names, rotation=90, va="center")
+    axis.spines[:].set_visible(True)
     axis.set(xlabel="predicted", ylabel="truth")
 
 
@@ -192,7 +210,7 @@ def draw_confusion(axis, outcome, **_):
 def points(axis, x, y):
     """A scatter plot, or a density plot of many points."""
     if len(x) <= MAX_POINTS:
-        axis.scatter(x, y, s=9, alpha=0.5, color=BLUE, lw=0)
+        axis.scatter(x, y, s=14, alpha=0.65, color=BLUE, lw=0)
     else:
         axis.hexbin(x, y, gridsize=45, cmap="Blues", bins="log", mincnt=1, lw=0)
 
@@ -237,7 +255,7 @@ def draw_classes(axis, outcome, **_):
             axis.plot(false / false[-1], true / true[-1], color=colour, label=text)
     axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, loc="lower right", frameon=False)
+        axis.legend(loc="lower right")
 
 
 def draw_kaplan_meier(axis, outcome, patients, **_):
@@ -256,7 +274,7 @@ def draw_kaplan_meier(axis, outcome, patients, **_):
             axis.fill_between(times, low, high, step="post", color=colour, alpha=0.15, lw=0)
     axis.set(xlabel=outcome.units, ylabel="survival", ylim=(0, 1.02))
     if len(risk):
-        axis.legend(fontsize=7, loc="lower left", frameon=False)
+        axis.legend(loc="lower left")
 
 
 def draw_survival_calibration(axis, outcome, patients, **_):
@@ -270,7 +288,7 @@ def draw_survival_calibration(axis, outcome, patients, **_):
         colour, bars = OKABE_ITO[k % len(OKABE_ITO)], [np.maximum(y - low, 0), high - y]
         axis.errorbar(x, y, bars, fmt="o-", color=colour, ms=4, lw=1, label=f"{year:g} years")
     if rows:
-        axis.legend(fontsize=7, loc="upper left", frameon=False)
+        axis.legend(loc="upper left")
     unit_square(axis, "predicted survival", "observed survival")
 
 
@@ -295,8 +313,14 @@ PANELS = {
     ),
     "reliability": Panel(
         "Calibration", draw_reliability, "calibration_slope",
-        "Ten groups of equal size with 95 % intervals; on the diagonal, predicted and observed "
-        "risk are equal. Grey: number of studies by probability.",
+        f"Line: LOWESS (local linear, span {SPAN}) with a pointwise 95 % band over patients; on "
+        "the diagonal, predicted and observed risk are equal. Bars: number of studies by "
+        "probability.",
+    ),
+    "recalibration": Panel(
+        "Recalibration", draw_reliability, "calibration_slope",
+        f"LOWESS (span {SPAN}) before and after recalibration, which was fitted on the validation "
+        "fold. Titles: before recalibration.",
     ),
     "decision_curves": Panel(
         "Decision curves", draw_decision, "auroc",
@@ -327,11 +351,11 @@ PANELS = {
         "patient. On the diagonal, both are equal.",
     ),
     "confusion": Panel(
-        "Truth and prediction", draw_confusion, "f1",
+        "Confusion matrix", draw_confusion, "f1",
         "Rows: truth. Columns: predicted at the threshold.",
     ),
     "confusion_classes": Panel(
-        "Truth and prediction of grades", draw_confusion, "balanced_accuracy",
+        "Confusion matrix of grades", draw_confusion, "balanced_accuracy",
         "Rows: truth. Columns: the most probable class.",
     ),
 }  # fmt: skip
@@ -346,47 +370,53 @@ def select_panels(outcomes):
     return [outcomes[i] for i in sorted(rows)]
 
 
-def panel_figure(outcomes, draw, titles, path, patients=None, bands=None):
-    """Draw one panel per outcome. titles: label -> Estimate; bands: of `bands`, by label."""
+def panel_figure(outcomes, draw, titles, path, patients=None, bands=None, names=None, more=None):
+    """Draw one panel per outcome, as wide as a column or a page of a journal.
+
+    titles: label -> Estimate; bands: of `bands`, by label; names: label -> its plain name; more:
+    label -> options of `draw`.
+    """
     n = len(outcomes)
-    columns = {4: 2, 5: 3, 6: 3}.get(n, min(n, 4))
+    columns = 1 if n == 1 else 2 if n in (2, 4) else 3
     rows = -(-n // columns)
-    wide, high = 3.6 * columns, 3.75 * rows
-    edges = dict(left=0.65 / wide, right=1 - 0.2 / wide, bottom=0.55 / high, top=1 - 0.5 / high)
+    wide = COLUMN if n == 1 else PAGE
+    top = 0.36 if columns < 3 else 0.47  # inches of the title: a narrow panel has three lines
+    high = (wide / columns + top - 0.21) * rows
+    edges = dict(left=0.5 / wide, right=1 - 0.1 / wide, bottom=0.42 / high, top=1 - top / high)
+    gaps = {"wspace": (0.28, 0.28, 0.36)[columns - 1], "hspace": (0.5, 0.4, 0.62)[columns - 1]}
     figure, axes = new_figure(
-        rows, columns, figsize=(wide, high), squeeze=False,
-        gridspec_kw=edges | {"wspace": 0.3, "hspace": 0.42},
-    )  # fmt: skip
+        rows, columns, figsize=(wide, high), squeeze=False, gridspec_kw=edges | gaps
+    )
     for axis in axes.flat[n:]:
         axis.axis("off")
     for axis, outcome in zip(axes.flat, outcomes, strict=False):
-        draw(axis, outcome, patients=patients, band=(bands or {}).get(outcome.label))
-        axis.set_title(title_of(titles[outcome.label]), fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.xaxis.label.set_size(9)
-        axis.yaxis.label.set_size(9)
+        label = outcome.label
+        options = (more or {}).get(label, {})
+        draw(axis, outcome, patients=patients, band=(bands or {}).get(label), **options)
+        title = title_of(titles[label], (names or {}).get(label))
+        axis.set_title(title.replace(" (n", "\n(n") if columns == 3 else title, fontsize=7)
     save_figure(figure, path)
 
 
 def forest(rows, title, path, reference=None, headings=()):
-    """Draw a forest plot. rows: (text, Estimate); headings: texts in bold."""
-    rows = rows[:MAX_ROWS]
-    height = 0.9 + 0.25 * len(rows)
-    figure, axis = new_figure(figsize=(9, height))
-    figure.subplots_adjust(0.27, 0.6 / height, 0.66, 0.98)
-    style = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    """Draw a forest plot as wide as a page. rows: (text, Estimate), of which those without a value
+    are left out; headings: texts in bold."""
+    rows = [row for row in rows if np.isfinite(row[1].value)][:MAX_ROWS]
+    height = 0.55 + 0.2 * max(len(rows), 1)
+    figure, axis = new_figure(figsize=(PAGE, height))
+    figure.subplots_adjust(0.33, 0.42 / height, 0.66, 1 - 0.05 / height)
+    style = dict(transform=axis.get_yaxis_transform(), va="center", fontsize=7.5)
     limits = []
     for i, (text, x) in enumerate(rows):
         bold = "bold" if text in headings else "normal"
+        text = text if len(text) < 45 else text[:42] + "..."
         axis.text(-0.02, i, text, ha="right", fontweight=bold, **style)
-        if np.isfinite(x.value):
-            ends = [e if np.isfinite(e) else x.value for e in (x.ci_low, x.ci_high)]
-            limits += ends
-            axis.plot(ends, [i, i], color=BLUE, lw=1.2)
-            axis.plot(x.value, i, "s", color=BLUE, ms=5)
+        ends = [e if np.isfinite(e) else x.value for e in (x.ci_low, x.ci_high)]
+        limits += ends
+        axis.plot(ends, [i, i], color=BLUE)
+        axis.plot(x.value, i, "s", color=BLUE, ms=4)
         positive = "" if x.n_positive < 0 else f", {x.n_positive} +"
-        value = with_interval(x) if np.isfinite(x.value) else f"n/a: {x.note}"
-        axis.text(1.02, i, f"{value}   n = {x.n}{positive}", ha="left", **style)
+        axis.text(1.02, i, f"{with_interval(x)}   n = {x.n}{positive}", ha="left", **style)
     if reference is not None and np.isfinite(reference):
         axis.axvline(reference, color=GREY, lw=0.8, ls="--")
     if limits:
@@ -395,6 +425,6 @@ def forest(rows, title, path, reference=None, headings=()):
         axis.set_xlim(low - margin, high + margin)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_yticks([])
-    axis.set_xlabel(title, fontsize=9)
-    axis.spines[["left", "right", "top"]].set_visible(False)
+    axis.set_xlabel(title)
+    axis.spines["left"].set_visible(False)
     save_figure(figure, path)

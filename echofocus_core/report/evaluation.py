@@ -4,24 +4,43 @@ studies = Studies(eids, patients, [BinaryOutcome("VSD", truth, probability, 0.31
 Report(folder, "test_site", studies, facts={"model_name": "chd"}).write()
 """
 
-import base64
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from string import ascii_uppercase
 
 import numpy as np
 import pandas as pd
 
 from echofocus_core import __version__
-from echofocus_core.base.console import RUN, UserError, some
-from echofocus_core.base.files import atomic_path, in_file_name, write_table
+from echofocus_core.base.console import RUN, Collected, UserError, some
+from echofocus_core.base.figures import plot_history
+from echofocus_core.base.files import atomic_path, in_file_name, sha256_file, write_table
 from echofocus_core.base.world import pick_device
 from echofocus_core.report import curves
-from echofocus_core.report.curves import metric_name, number, title_of, with_interval
+from echofocus_core.report.cohort import FOLD_NAMES, cohort_table, flow_chart, read_people
+from echofocus_core.report.curves import title_of
+from echofocus_core.report.display import (
+    as_base64,
+    capital,
+    export_tables,
+    metric_name,
+    number,
+    with_interval,
+)
+from echofocus_core.report.evaluation_tables import chart_ends, page_sections
 from echofocus_core.report.html import page_templates, write_text
-from echofocus_core.report.methods import methods_paragraph
+from echofocus_core.report.methods import methods_paragraph, model_table
+from echofocus_core.report.recalibration import (
+    METHODS,
+    recalibrate,
+    recalibration_rows,
+    recalibration_table,
+)
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 from echofocus_core.study.evaluation import (
@@ -44,6 +63,7 @@ from echofocus_core.study.evaluation import (
 )
 from echofocus_core.study.fold_answers import (
     answer_fold,
+    answer_validation,
     compared_studies,
     studies_of_answers,
     thresholds_for,
@@ -51,11 +71,12 @@ from echofocus_core.study.fold_answers import (
 from echofocus_core.study.folds import stored_names
 from echofocus_core.study.kinds.base import rarer
 from echofocus_core.study.kinds.binary import BinaryOutcome
-from echofocus_core.study.labels import load_labels
-from echofocus_core.study.loading import load_model
+from echofocus_core.study.labels import label_file, load_labels
+from echofocus_core.study.loading import load_model, released_task
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.models import LoadedEnsemble
 
+SVG = "http://www.w3.org/2000/svg"  # the namespace of a file
 FEW = 100  # patients of the rarer class: fewer give uncertain estimates (Stat Med 2016;35:214)
 MAX_LINES = 25  # labels on screen
 FOREST = "Squares: the value; lines: 95 % intervals over patients."
@@ -68,7 +89,10 @@ class Report:
     facts: name -> text or number, for the JSON and the table of settings; by: column -> (cells in
     the order of the studies, edges); others: name of another model -> (Studies of this model, of
     the other model) by `pair_studies`; notes: warnings for the reader; folds: Studies of each fold
-    of a cross-validation, to report the mean and SD over folds.
+    of a cross-validation, to report the mean and SD over folds; names: label -> its plain name;
+    describe: function that returns the Tables of the cohort and of the model; history: of
+    `Training`, to plot; validation: function that returns the Studies of the validation fold or
+    None, to fit a recalibration.
     """
 
     folder: Path
@@ -83,6 +107,10 @@ class Report:
     notes: list = field(default_factory=list)
     folds: list = field(default_factory=list)
     saveout: pd.DataFrame | None = None  # the answers and truths of each study, to write
+    names: dict = field(default_factory=dict)
+    describe: Callable | None = None
+    history: pd.DataFrame | None = None
+    validation: Callable | None = None
 
     def compute(self):
         """Compute `estimates` and `tables`: metrics, by_<column> of each group, comparison."""
@@ -93,7 +121,6 @@ class Report:
         doubts = {name: self.facts[name] for name in ("unseen", "warning") if name in self.facts}
         metrics = pd.DataFrame([x.row() for x in self.estimates], columns=list(COLUMNS))
         self.tables = {"metrics": metrics.assign(**doubts, **self.of_folds)}
-        self.interactions = {}
         self.groups = {column: self.groups_of(column) for column in self.by}
         if rows := [row for name in self.others for row in self.compare(name)]:
             table = pd.DataFrame(rows)
@@ -113,6 +140,7 @@ class Report:
             facts = self.facts | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
             whole = metrics_json(self.estimates, facts)
             temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
+        self.recalibrate()
         self.draw_panels()
         self.draw_forests()
         for column in self.by:
@@ -126,6 +154,10 @@ class Report:
         lines += [compared_line(row) for row in self.comparison if row["metric"] in headlines]
         lines += [f"note: {text}" for text in self.notes]
         return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
+
+    def plain(self, label):
+        """The plain name of a label."""
+        return capital(self.names.get(label, label))
 
     def fold_columns(self):
         """fold_mean and fold_sd for each row of the metrics of a cross-validation."""
@@ -141,20 +173,31 @@ class Report:
         write_table(rows, self.folder / f"{name}_{self.name}.csv")
         self.files.append(f"{name}_{self.name}.csv")
 
-    def figure(self, file, title, draw, legend=FOREST):
+    # ------------------------------------------------------------------------------------- figures
+
+    def figure(self, file, title, draw, legend=FOREST, n_panels=1):
         """Draw a figure with draw(path=), and add it to the page."""
         path = self.folder / f"{file}_{self.name}"
         draw(path=path)
-        png = base64.b64encode(path.with_name(path.name + ".png").read_bytes()).decode()
-        self.figures.append({"title": title, "file": path.name, "png": png, "legend": legend})
+        self.figures.append({
+            "title": title, "file": path.name, "png": as_base64(path), "legend": legend,
+            "wide": n_panels > 1,
+        })  # fmt: skip
 
     def draw_panels(self):
         """Draw the figures in PANELS that the kinds of labels have."""
         patients, bands = self.studies.patients, {}
         for file, panel in curves.PANELS.items():
-            outcomes = [o for o in self.studies.outcomes if file in o.figures]
+            outcomes, more = [o for o in self.studies.outcomes if file in o.figures and o.n], {}
             if file == "confusion":
                 outcomes = [o for o in outcomes if o.threshold is not None]
+            if file == "recalibration":
+                outcomes = [o for o in self.studies.outcomes if o.label in self.recalibrated]
+                more = {
+                    label: {"recalibrated": {METHODS[m].lower(): each[m] for m in shown}}
+                    for label, each in self.recalibrated.items()
+                    if (shown := [m for m in ("slope", "isotonic") if m in each])
+                }
             if not outcomes:
                 continue
             shown, title = curves.select_panels(outcomes), panel.title
@@ -163,21 +206,38 @@ class Report:
             if len(shown) < len(outcomes):
                 title += f" ({len(shown)} of {len(outcomes)} labels: those with the most examples)"
             titles = {x.label: x for x in self.estimates if x.metric == panel.metric}
+            names = {o.label: self.plain(o.label) for o in shown}
             draw = partial(
-                curves.panel_figure, shown, panel.draw, titles, patients=patients, bands=bands
-            )
-            self.figure(file, title, draw, panel.legend)
+                curves.panel_figure, shown, panel.draw, titles, patients=patients, bands=bands,
+                names=names, more=more,
+            )  # fmt: skip
+            self.figure(file, title, draw, panel.legend, len(shown))
 
     def draw_forests(self):
         """Draw a forest plot for each headline metric that several labels have in one unit."""
-        outcomes = self.studies.outcomes
+        outcomes = [o for o in self.studies.outcomes if np.isfinite(self.headlines[o.label].value)]
         for metric in dict.fromkeys(o.headline for o in outcomes):
             rows = [self.headlines[o.label] for o in outcomes if o.headline == metric]
             if len(rows) > 1 and len({x.unit for x in rows}) == 1:
                 name = metric_name(metric, rows[0].unit)
                 more = f" of the first {curves.MAX_ROWS} labels" * (len(rows) > curves.MAX_ROWS)
-                draw = partial(curves.forest, [(x.label, x) for x in rows], name)
-                self.figure(f"forest_{metric}", f"{name}{more}", draw)
+                draw = partial(curves.forest, [(self.plain(x.label), x) for x in rows], name)
+                self.figure(f"forest_{metric}", f"{name}{more}", draw, n_panels=2)
+
+    # -------------------------------------------------------------------------------------- tables
+
+    def recalibrate(self):
+        """Recalibrate findings on the validation fold, and write the table."""
+        self.recalibrated, self.recalibration = {}, []
+        if self.validation and (validation := self.validation()):
+            findings = [o for o in self.studies.outcomes if isinstance(o, BinaryOutcome) and o.n]
+            self.recalibrated = recalibrate(findings, {o.label: o for o in validation.outcomes})
+        if self.recalibrated:
+            patients, boot = self.studies.patients, (self.n_boot, self.seed)
+            rows = recalibration_rows(self.recalibrated, self.estimates, patients, *boot)
+            self.recalibration = [recalibration_table(rows, self.plain)]
+            table = [{"method": m} | x.row() for _, m, each in rows for x in each.values()]
+            self.write_table("recalibration", pd.DataFrame(table).drop(columns="p_value"))
 
     def write_more_tables(self):
         """Write the net benefit of findings and the calibration of survival."""
@@ -205,28 +265,27 @@ class Report:
         table = pd.DataFrame(rows, columns=["column", "group", *COLUMNS])
         table = table.join(interactions(groups, self.studies.outcomes), on=["label", "metric"])
         self.tables[f"by_{in_file_name(column)}"] = table
-        self.interactions |= {
-            (column, row.label, row.metric): row for row in table.itertuples(index=False)
-        }
-        headlines = {o.label: o.headline for o in self.studies.outcomes}
-        return [(g, x) for g, x in groups if headlines[x.label] == x.metric]
+        headlines = [(o.label, o.headline) for o in self.studies.outcomes if o.n]
+        groups = [(g, x) for g, x in groups if (x.label, x.metric) in headlines]
+        return sorted(groups, key=lambda pair: headlines.index((pair[1].label, pair[1].metric)))
 
     def draw_groups(self, column):
         """Draw the forest plots of a column's groups."""
         by, groups = f"by_{in_file_name(column)}", self.groups[column]
-        shown = [self.headlines[o.label] for o in curves.select_panels(self.studies.outcomes)]
+        shown = curves.select_panels([o for o in self.studies.outcomes if o.n])
+        shown = [self.headlines[o.label] for o in shown]
         axes = sorted({(x.metric, x.unit) for x in shown})
         for metric, unit in axes:
             lines = []
             for whole in shown:
                 if (whole.metric, whole.unit) == (metric, unit):
-                    lines.append((whole.label, whole))
+                    lines.append((self.plain(whole.label), whole))
                     lines += [(f"{column} {g}", x) for g, x in groups if x.label == whole.label]
             reference = lines[0][1].value if len(shown) == 1 else None
-            name, labels = metric_name(metric, unit), [x.label for x in shown]
+            name, labels = metric_name(metric, unit), [self.plain(x.label) for x in shown]
             draw = partial(curves.forest, lines, name, reference=reference, headings=labels)
             file = f"forest_{by}" + (f"_{metric}" if len(axes) > 1 else "")
-            self.figure(file, f"{name} by {column}", draw)
+            self.figure(file, f"{name} by {column}", draw, n_panels=2)
 
     def compare(self, name):
         """Rows with this model's metrics minus another's, on the studies that both predict."""
@@ -234,23 +293,52 @@ class Report:
         differences = st.compare(
             first.outcomes, second.outcomes, first.patients, self.n_boot, self.seed
         )
-        rows = [x.row() for x in differences]
-        return [{"other": name, "difference": row.pop("value")} | row for row in rows]
+        values, others = (
+            {(e.label, e.metric): e.row()["value"] for e in st.estimates(x.outcomes, x.patients, 0)}
+            for x in (first, second)
+        )
+        rows = []
+        for x in differences:
+            row, key = x.row(), (x.label, x.metric)
+            both = {"this_value": values[key], "other_value": others[key]}
+            rows.append({"other": name} | both | {"difference": row.pop("value")} | row)
+        return rows
+
+    def subtitle(self):
+        """The fold and the task."""
+        fold, task = self.facts.get("fold", "all"), self.facts.get("task")
+        text = f"{capital(fold)} fold" if fold in FOLD_NAMES else capital(fold)
+        return ("All studies" if fold == "all" else text) + (f", task {task}" if task else "")
+
+    # ---------------------------------------------------------------------------------------- page
 
     def write_page(self):
-        """Write the page: one file without scripts, links or network requests."""
+        """Write the page, one file without scripts, links or network requests, and its tables for
+        papers."""
+        sections = page_sections(self, self.describe() if self.describe else {})
+        tables = [table for part in sections.values() for table in part]
+        self.files += export_tables(tables, self.folder / f"tables_{self.name}")
+        chart = flow_chart(self.flow, chart_ends(self)) if self.flow else ""
+        if chart:
+            svg = chart.replace("<svg ", f'<svg xmlns="{SVG}" ', 1)
+            write_text(self.folder / f"flow_{self.name}.svg", svg)
+            self.files.append(f"flow_{self.name}.svg")
+        curve = None
+        if self.history is not None:
+            draw = partial(plot_history, self.history, name=self.folder.name)
+            n_panels = sum(x.startswith("val_") for x in self.history)
+            self.figure("training", "Training", draw, "", n_panels=n_panels)
+            curve = self.figures.pop()
         env = page_templates()
-        env.filters |= {"p_value": lambda p: "" if p is None or p != p else f"{p:.3g}"}
-        env.filters |= {"number": number_or_na, "some": lambda labels: some(labels, 8)}
-        env.globals |= {"metric_name": metric_name}
+        env.filters["some"] = lambda labels: some(labels, 8)
+        model = self.facts.get("model_name", "predictions")
+        dataset = self.facts.get("dataset")
         page = env.get_template("evaluation.html").render(
-            report=self, version=__version__, tables=page_tables(self), few=FEW,
-            **uncertain_labels(self), methods=methods_paragraph(self),
-            fold_rows=[
-                (x, *pair)
-                for x, *pair in zip(self.estimates, *self.of_folds.values(), strict=False)
-                if self.headlines.get(x.label) == x
-            ],
+            report=self, few=FEW, **uncertain_labels(self), sections=sections,
+            title=f"Evaluation of model {model}" + (f" on dataset {dataset}" if dataset else ""),
+            methods=methods_paragraph(self), chart=chart,
+            curve=curve, version=__version__, today=date.today().isoformat(),
+            subtitle=self.subtitle(), letters=[letter_of(k) for k in range(len(self.figures))],
         )  # fmt: skip
         write_text(self.folder / f"report_{self.name}.html", page)
         self.files.append(f"report_{self.name}.html")
@@ -290,32 +378,15 @@ def on_screen(headlines, means=()):
 
 
 def compared_line(row):
-    value, low, high = (number_or_na(row[k]) for k in ("difference", "ci_low", "ci_high"))
+    value, low, high = (number(row[k]) for k in ("difference", "ci_low", "ci_high"))
     p = "" if row["p_value"] is None else f", p = {row['p_value']:.3g}"
     label, metric, other = row["label"], row["metric"], row["other"]
     return f"{label}: {metric} minus that of {other}: {value} ({low} to {high}{p})"
 
 
-def number_or_na(value):
-    if isinstance(value, np.ndarray):
-        return "of each fold"
-    return "n/a" if value is None else number(value)
-
-
-def page_tables(report):
-    """[(heading, metrics, [(outcome, {metric: Estimate})])] of the metrics with a heading."""
-    by_key = {(x.label, x.metric): x for x in report.estimates}
-    tables = []
-    for kind in dict.fromkeys(map(type, report.studies.outcomes)):
-        outcomes = [o for o in report.studies.outcomes if type(o) is kind]
-        available = [m for m in kind.METRICS if not all(o.lacks(m) for o in outcomes)]
-        for heading in dict.fromkeys(m.heading for m in available if m.heading):
-            metrics = [m for m in available if m.heading == heading]
-            shown = [o for o in outcomes if not o.lacks(metrics[0])]
-            names = [m.name for m in metrics]
-            rows = [(o, {name: by_key[o.label, name] for name in names}) for o in shown]
-            tables.append((heading, names, rows))
-    return tables
+def letter_of(k):
+    """A to Z, then AA to ZZ."""
+    return (ascii_uppercase[k // 26 - 1] if k > 25 else "") + ascii_uppercase[k % 26]
 
 
 def uncertain_labels(report):
@@ -326,14 +397,17 @@ def uncertain_labels(report):
         if isinstance(o, BinaryOutcome):
             few = st.count_patients(report.studies.patients, rarer(o, o.truth == 1))
             whole = st.count_patients(report.studies.patients, o.usable)
-            small += [f"{o.label} ({few} of {whole})"] * (0 < few < FEW)
+            small += [f"{report.plain(o.label)} ({few} of {whole})"] * (0 < few < FEW)
     rows = report.headlines.values()
     undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)
     undefined = {
-        note: [label for _, label in pairs] for note, pairs in groupby(undefined, lambda x: x[0])
+        note: [report.plain(label) for _, label in pairs]
+        for note, pairs in groupby(undefined, lambda x: x[0])
     }
     defined = [x for x in rows if np.isfinite(x.value)]
-    no_interval = [x.label for x in defined if report.n_boot and not np.isfinite(x.ci_low)]
+    no_interval = [
+        report.plain(x.label) for x in defined if report.n_boot and not np.isfinite(x.ci_low)
+    ]
     return {"small": small, "undefined": undefined, "no_interval": no_interval}
 
 
@@ -380,33 +454,57 @@ def report_of_file(job):
         raise UserError(f"{path}: no study has both a truth and a prediction")
     evaluated = dict.fromkeys(studies.eids, "")
     flow = [] if table is None else study_flow(table, reasons | evaluated)
-    columns = group_columns(job)
+    columns, describe = group_columns(job), None
+    if table is not None:
+        describe = partial(describe_evaluated, job, task, table, studies.eids)
     studies = studies.at_prevalence(settings.prevalence)
     folder = path.with_name(f"{path.stem}_evaluation")
     name = f"all_{settings.dataset or path.stem}"
     facts = {"run_id": "", "model_name": path.stem, "fold": "all", "target": ""}
-    return report_of(folder, name, studies, flow, facts, job, columns)
+    facts["predictions_sha256"] = sha256_file(path)
+    return report_of(folder, name, studies, flow, facts, job, columns, describe=describe)
 
 
-def report_of(folder, name, studies, flow, facts, job, columns, saveout=None):
-    """The Report of some studies, pooled by patient if requested. columns: of `group_columns`."""
+def describe_evaluated(job, task, table, eids):
+    """The Table of the evaluated studies of a label table."""
+    people = read_people(task, job.dataset)
+    return {"cohort": [cohort_table(task, table, {"Evaluated": eids}, people, task.names)]}
+
+
+def report_of(folder, name, studies, flow, facts, job, columns, **more):
+    """The Report of some studies, pooled by patient if requested.
+
+    columns: of `group_columns`; more: fields of Report.
+    """
     settings, pairs = job.settings, {}
     notes = unseen_notes(settings.subset, facts.get("unseen"))
     notes += filter(None, [facts.get("warning")])
-    for other, (theirs, more) in compared_studies(job, studies).items():
+    for other, (theirs, messages) in compared_studies(job, studies).items():
         *pairs[other], missing = pair_studies(studies, theirs, other)
-        notes += [f"{other}: {note}" for note in more] + missing
+        notes += [f"{other}: {note}" for note in messages] + missing
     if settings.per == "patient":  # compared on the same studies of a patient
         pairs = {x: [s.per_patient(settings.pool)[0] for s in both] for x, both in pairs.items()}
         studies, mixed = studies.per_patient(settings.pool)
         notes += [f"{x}: {n} patients whose studies differ in truth" for x, n in mixed.items()]
     names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
     facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset} | facts
+    facts |= digest_of_labels(job)
     by = {name: (cells.reindex(studies.eids), edges) for name, (cells, edges) in columns.items()}
     return Report(
         folder, name, studies, facts, flow, by, pairs, settings.n_boot, settings.seed, notes,
-        saveout=saveout,
+        names=plain_names(job), **more,
     )  # fmt: skip
+
+
+def plain_names(job):
+    """label -> its plain name, of the config or of a released model."""
+    task = job.model.task if job.model else job.settings.task
+    return released_task(task).get("names", {}) | (job.task.names if job.task else {})
+
+
+def digest_of_labels(job):
+    path = label_file(job.task, job.dataset).path if job.dataset else None
+    return {"labels_sha256": sha256_file(path)} if path and path.is_file() else {}
 
 
 def report_of_fold(job, columns):
@@ -416,25 +514,59 @@ def report_of_fold(job, columns):
     own_rule = job.settings.target in ("", model.target)
     job = job.but(target=job.settings.target or model.target)
     settings = job.settings
-    studies, flow, evidence, warnings = answer_fold(job, thresholds_for(job))
-    name = f"{settings.subset}_{settings.dataset}"
+    answers = answer_fold(job, thresholds_for(job))
+    studies, name = answers.studies, f"{settings.subset}_{settings.dataset}"
     facts = {"run_id": settings.run_id, "model_name": model.folder.name}
-    facts |= {"unseen": evidence if settings.subset == "test" else ""}
-    facts |= {"warning": "; ".join(warnings)} if warnings else {}
+    facts |= {"unseen": answers.evidence if settings.subset == "test" else ""}
+    facts |= {"warning": "; ".join(answers.warnings)} if answers.warnings else {}
     if averaged:
         names = ", ".join(f"{m.folder.parent.name}/{m.folder.name}" for m in model.members)
         facts |= {"averaged": names, "mean_thresholds": own_rule}
-    saveout = studies.saveout()
-    return report_of(model.folder, name, studies, flow, facts, job, columns, saveout)
+    recalibrates = settings.subset == "test" and model.outputs.of_kind("binary")
+    return report_of(
+        model.folder, name, studies, answers.flow, facts, job, columns, saveout=studies.saveout(),
+        describe=partial(describe_fold, job, answers), history=read_history(model.folder),
+        validation=partial(validation_of, job, answers) if recalibrates else None,
+    )  # fmt: skip
 
 
-def evaluate_folds(folder, settings, cohorts, store, evidence=()):
+def validation_of(job, answers):
+    """Studies of the validation fold, pooled by patient if requested, or None."""
+    validation = answer_validation(job, answers.cohort, answers.folds)
+    if validation and job.settings.per == "patient":
+        return validation.per_patient(job.settings.pool)[0]
+    return validation
+
+
+def describe_fold(job, answers):
+    """Tables of the cohort by fold, of which one is of the evaluated studies, and of the model."""
+    groups = {FOLD_NAMES[f]: list(answers.folds.index[answers.folds == f]) for f in FOLD_NAMES}
+    groups[FOLD_NAMES.get(job.settings.subset, "All folds")] = answers.studies.eids
+    groups = {name: eids for name, eids in groups.items() if eids}
+    people = read_people(answers.task, job.dataset)
+    people = people.rename(index=stored_names(people.index, job.source.store, Collected()))
+    names = plain_names(job)
+    cohort = cohort_table(answers.task, answers.cohort, groups, people, names)
+    return {"cohort": [cohort], "model": [model_table(job.model, names)]}
+
+
+def read_history(folder):
+    """The table of a training's epochs, or None for a model without it."""
+    path = folder / "train_losses.csv"
+    if not path.is_file():
+        return None
+    history = pd.read_csv(path)
+    return history if {"epochs_trained", "train_loss", "val_loss"} <= set(history) else None
+
+
+def evaluate_folds(folder, job, cohorts, store, evidence=()):
     """Evaluate a cross-validation: the predictions of a study are from the model that has not seen
     it.
 
-    evidence: of `seen_elsewhere`, on whether another model or the encoder has seen the studies.
+    job: of the training; evidence: of `seen_elsewhere`, on whether another model or the encoder has
+    seen the studies.
     """
-    parts, unreadable = [], {}
+    settings, parts, unreadable = job.settings, [], {}
     for k, cohort in cohorts.items():
         model = load_model(folder / f"fold_{k}", device=pick_device(settings.device))
         answers = run_studies(
@@ -446,15 +578,21 @@ def evaluate_folds(folder, settings, cohorts, store, evidence=()):
         thresholds = model.record.thresholds
         parts.append(studies_of_answers(model, cohort.table, answers, thresholds, settings))
     report_unreadable(unreadable)
-    studies, table = join_folds(parts), next(iter(cohorts.values())).table
+    cohort, names = next(iter(cohorts.values())), job.task.names
+    studies, table = join_folds(parts), cohort.table
     flow = fold_flow(table, [c.folds for c in cohorts.values()], studies.eids)
     name = f"cv_{settings.dataset}"
     facts = {n: getattr(settings, n) for n in ("run_id", "task", "dataset", "n_folds")}
     facts |= {"target": model.target, "model_name": folder.name}
     facts["fold"] = f"every fold of {len(parts)} (cross-validation)"
+    facts |= digest_of_labels(job)
     notes = [*unseen_notes("test", "; ".join(evidence)), *fold_notes(parts)]
+    people = read_people(cohort.task, job.dataset)
+    people = people.rename(index=stored_names(people.index, store, Collected()))
+    of_cohort = cohort_table(cohort.task, table, {"All folds": studies.eids}, people, names)
     report = Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
-        notes=notes, folds=parts, saveout=studies.saveout(),
+        notes=notes, folds=parts, saveout=studies.saveout(), names=names,
+        describe=lambda: {"cohort": [of_cohort], "model": [model_table(model, names)]},
     )  # fmt: skip
     print("\n".join(report.write()))

@@ -1,9 +1,11 @@
-"""The paragraph on statistical methods of an evaluation, for the methods section of a paper."""
+"""For the methods section of a paper: the statistical methods, and the model and its training."""
 
 import numpy as np
 
 from echofocus_core import __version__
 from echofocus_core.base.console import some
+from echofocus_core.base.files import sha256_file
+from echofocus_core.report.display import Table, metric_name
 
 INTERVALS = {  # of `statistics.INTERVALS`
     "percentile": "percentiles of the resamples, at levels widened for few patients (Hesterberg "
@@ -25,6 +27,7 @@ INTERVALS |= dict.fromkeys(
     "the logarithmic method of Simel (1991) with effective sample sizes",
 )
 CHOSEN = "in the validation fold"
+SPAN = 0.75  # of a calibration curve: the share of the studies that each point uses
 
 
 def methods_paragraph(report):
@@ -79,7 +82,18 @@ def models(report):
 
 
 def kinds(report):
-    return " ".join(dict.fromkeys(o.methods for o in report.studies.outcomes))
+    text = " ".join(dict.fromkeys(o.methods for o in report.studies.outcomes))
+    if any("reliability" in o.figures for o in report.studies.outcomes):
+        text += (
+            f" Calibration curves are local linear regressions (LOWESS, span {SPAN}) with "
+            "pointwise bootstrap bands over patients."
+        )
+    if getattr(report, "recalibrated", None):
+        text += (
+            " Recalibration (logistic with intercept, logistic with intercept and slope, isotonic) "
+            "was fitted on the validation fold."
+        )
+    return text
 
 
 def thresholds(report):
@@ -137,8 +151,6 @@ def intervals(report):
 
 def group_name(metric):
     """A metric's name, with one name for the AUROCs of classes and times and for quarters."""
-    from echofocus_core.report.curves import metric_name
-
     if metric.startswith("auroc_at_"):
         return "dynamic AUROC"
     if metric.startswith("auroc_"):
@@ -166,3 +178,52 @@ def tests(report):
             f"paired bootstrap with percentile intervals{adjusted}."
         )
     yield f"Computed with EchoFocus {__version__}."
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+def model_table(model, names):
+    """Table of a LoadedModel: its labels, network, input, training and digests. names: label ->
+    plain name."""
+    record, checkpoint = model.record, model.folder / "best_checkpoint.pt"
+    settings, rows = record.settings, []
+    labels = [f"{names[x]} ({x})" if names.get(x, x) != x else x for x in model.outputs.labels]
+    rows.append(["Labels", f"{len(labels)}: {'; '.join(labels)}"])
+    net = getattr(model.net, "nets", [model.net])[0]
+    if kind := getattr(net, "architecture", {}).get("transformer_type"):
+        n = sum(p.numel() for p in net.parameters())
+        depth = net.architecture["encoder_depth"]
+        rows.append(
+            [
+                "Aggregator",
+                f"{kind}, {depth} layer{'s' * (depth != 1)}, {n / 1e6:.3g} million parameters",
+            ]
+        )
+    for name, given in record.inputs.items():
+        parts = {
+            "": given.encoder or "PanEcho", "weights": given.weights, "pixels": given.size,
+            "frames per clip": given.clip_len, "clips per video": given.n_clips,
+            "sampling": given.sampling, "mask": given.mask,
+        }  # fmt: skip
+        text = ", ".join(f"{key} {x}".strip() for key, x in parts.items() if x is not None)
+        rows.append([f"Encoder {name}".strip(), text])
+        rows.append(["SHA-256 of the encoder", given.weights_sha256])
+    if record.task:
+        epochs = f"at most {settings.epoch_lim}" if settings.epoch_lim > 0 else "not limited"
+        rows += [
+            ["Training data", f"{record.dataset}, task {record.task}"],
+            ["Optimiser", f"AdamW, learning rate {settings.learning_rate:g}, weight decay 0.01, "
+             f"{settings.batch_number} studies per step, the rate halved after 3 epochs without a "
+             "lower validation loss"],
+            ["Epochs", f"{epochs}; stopped after {settings.epoch_early_stop} without a lower "
+             "validation loss, whose best epoch is used"],
+            ["Started from", settings.init_from],
+            ["Seed", settings.seed],
+            ["SHA-256 of the labels of its training", record.labels_sha256],
+            ["Program of its training", f"EchoFocus {record.version}" * bool(record.version)],
+        ]  # fmt: skip
+    if checkpoint.is_file():
+        rows.append(["SHA-256 of the model", sha256_file(checkpoint)])
+    rows = [[name, text] for name, text in rows if text not in (None, "")]
+    return Table("Model and training", ["", ""], rows, n_text=2)

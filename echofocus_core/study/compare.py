@@ -214,8 +214,8 @@ def answer_cell(job, cell, folder, model):
     one = job_of_cell(job, cell, folder, "").but(subset="test")
     source = Source(job.settings.dataset, open_embeddings(one.dataset, job.task, one.settings))
     one = replace(one, model=model, source=source)
-    studies, _, _, warnings = answer_fold(one, model.record.thresholds)
-    return studies, warnings
+    answers = answer_fold(one, model.record.thresholds)
+    return answers.studies, answers.warnings
 
 
 def only(studies, eids):

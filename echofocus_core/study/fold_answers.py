@@ -1,9 +1,10 @@
 """A model's answers for the studies of one fold of a labelled dataset, with their labels."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from echofocus_core.base.console import RUN, UserError
 from echofocus_core.base.options import FOLDS
@@ -78,13 +79,23 @@ def folds_to_test(job, task, whole, store, listener=RUN):
     return without_seen(folds, series, listener), "; ".join([evidence, *more])
 
 
-def studies_in_fold(job, task, whole, folds):
-    """The rows of the label table in the chosen fold that have embeddings."""
-    settings = job.settings
-    table = match_studies(whole, job.source.store, task, first_only=settings.first_study_only)
-    table = table[folds.reindex(table.index).isin(chosen_folds(settings))]
+@dataclass(frozen=True)
+class FoldAnswers:
+    """A model's answers for the studies of a fold, and the cohort of which the fold is a part."""
+
+    studies: Studies
+    flow: list  # of `study_flow`
+    evidence: str  # that the studies are unseen
+    warnings: list[str]  # about the answers
+    task: object  # with the kinds of its labels
+    cohort: pd.DataFrame  # pid and targets of all labelled studies with embeddings
+    folds: pd.Series  # of these studies
+
+
+def studies_in_fold(settings, cohort, folds, averaged):
+    """The rows of a cohort in the chosen fold. averaged: whether the model is an average."""
+    table = cohort[folds.isin(chosen_folds(settings))]
     if not len(table):
-        averaged = isinstance(job.model, LoadedEnsemble)
         hint = " (test: none of the averaged models has seen the patient)" * averaged
         raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
     return table.loc[sample_ids(table.index, settings.sample_limit)]
@@ -95,11 +106,12 @@ def chosen_folds(settings):
 
 
 def answer_fold(job, thresholds):
-    """(Studies of the fold with the model's answers, study flow, evidence that they are unseen,
-    warnings about the answers)."""
+    """The FoldAnswers of a model for the studies of the fold `settings.subset`."""
     model, settings, store = job.model, job.settings, job.source.store
     task, whole, folds, evidence = labelled_folds(job)
-    table = studies_in_fold(job, task, whole, folds)
+    cohort = match_studies(whole, store, task, first_only=settings.first_study_only)
+    of_cohort = folds.reindex(cohort.index)
+    table = studies_in_fold(settings, cohort, of_cohort, isinstance(model, LoadedEnsemble))
     warnings = list(warn_of_other_input(model, store, list(table.index)))
     for text in other_times(model, task.survival, task.units):
         RUN.warning(text, "declare the unit in both, or give the column of the same times")
@@ -128,7 +140,19 @@ def answer_fold(job, thresholds):
     flow = study_flow(whole, reasons)
     studies = studies_of_answers(model, table, results, thresholds, settings)
     order = np.argsort(whole.index.get_indexer(studies.eids))  # as in the label table
-    return studies.take(order), flow, evidence, warnings
+    return FoldAnswers(studies.take(order), flow, evidence, warnings, task, cohort, of_cohort)
+
+
+def answer_validation(job, cohort, folds):
+    """Studies of the validation fold of a cohort, for a model in the dataset of its training; None
+    if there are none."""
+    rows = cohort[folds == "val"]
+    if not len(rows) or job.settings.dataset != job.model.record.dataset:
+        return None
+    results = run_studies(
+        job.model.net, job.source.store, list(rows.index), job.settings, label="validation fold"
+    )
+    return studies_of_answers(job.model, rows, results, {}, job.settings) if len(results) else None
 
 
 def studies_of_answers(model, table, results, thresholds, settings):
@@ -155,7 +179,7 @@ def thresholds_for(job):
             f"--target {rule}: thresholds are chosen on the validation fold, but the validation "
             f"fold of {model.folder.name} is in another dataset; train with this --target"
         )
-    studies, *_ = answer_fold(job.but(subset="val", sample_limit=0), {})
+    studies = answer_fold(job.but(subset="val", sample_limit=0), {}).studies
     cuts = {
         o.label: choose_threshold(o.truth, o.predicted, rule)
         for o in studies.outcomes
@@ -181,8 +205,8 @@ def compared_studies(job, studies):
             thresholds = thresholds_for(other)
         except UserError as error:
             thresholds, notes = {}, [f"not compared at a threshold: {error}"]
-        answers, _, evidence, warnings = answer_fold(other, thresholds)
-        unseen = evidence if settings.subset == "test" else ""
-        notes += [*warnings, *unseen_notes(settings.subset, unseen)]
-        others[name] = answers, notes
+        answers = answer_fold(other, thresholds)
+        unseen = answers.evidence if settings.subset == "test" else ""
+        notes += [*answers.warnings, *unseen_notes(settings.subset, unseen)]
+        others[name] = answers.studies, notes
     return others

@@ -111,7 +111,7 @@ def train_model(job):
         if settings.end_to_end:
             validate_extracted(run)
     if len(parts) > 1 and not world.rank:
-        return folder, settings, {k: cohort for k, (_, cohort) in cohorts.items()}, store, evidence
+        return folder, job, {k: cohort for k, (_, cohort) in cohorts.items()}, store, evidence
     return None
 
 

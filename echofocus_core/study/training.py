@@ -27,7 +27,7 @@ from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, train_steps
 from echofocus_core.study.network import build
-from echofocus_core.study.validation import metric_line
+from echofocus_core.study.validation import metric_line, validation_metrics
 
 # The name of the training data where a resumed run has other data
 DATA = "clip embeddings or videos (--allow_mixed accepts copies without a checksum)"
@@ -146,6 +146,7 @@ class Training(EpochTraining):
             self.optimizer, patience=3, factor=0.5
         )
         self.dropped = {}  # epoch -> steps that were skipped because their loss was not finite
+        self.val_metrics = {}  # epoch -> {metric: value} of its validation
         self.thresholds = {}  # label -> probability, at the best epoch
         self.hazards = {}  # label -> Hazard, at the best epoch
         self.seen = all_seen([cohort.seen()], parent and parent.seen, encoder_seen)
@@ -224,6 +225,7 @@ class Training(EpochTraining):
             **dict.fromkeys(unused),  # every draw depends only on the seed, epoch and study
             "progress": asdict(self.progress),
             "dropped": self.dropped,
+            "val_metrics": self.val_metrics,
             "embeddings_sha256": self.data_sha256,
             "seen": [part.saved() for part in self.seen],
             "clip_mean": self.training_input.clip_mean,
@@ -243,6 +245,7 @@ class Training(EpochTraining):
         self.optimizer.load_state_dict(saved["optimizer_state_dict"])
         self.scheduler.load_state_dict(saved["scheduler_state_dict"])
         self.history, self.dropped = list(saved["perf_log"]), dict(saved["dropped"])
+        self.val_metrics = dict(saved.get("val_metrics", {}))
         self.thresholds, self.hazards = record.thresholds, record.hazards
         if record.settings.learning_rate != self.settings.learning_rate and not self.encoder_start:
             groups = zip(
@@ -288,9 +291,11 @@ class Training(EpochTraining):
         self.scheduler.step(loss)
         if self.epochs_since_best == 0:
             self.decide(validation)
+        metrics = validation_metrics(self.answers(validation), self.cohort.scaling)
+        self.val_metrics[number] = {name: value for name, (value, _) in metrics.items()}
         print(
             f"{self.epoch_name(number)}: train loss {train_loss:.4f}, validation loss {loss:.4f}, "
-            f"{self.metrics(validation)}, lr {rate:g}"
+            f"{metric_line(metrics)}, lr {rate:g}"
         )
         self.save()
 
@@ -337,7 +342,7 @@ class Training(EpochTraining):
 
     def metrics(self, validation):
         """The metrics of a validation, as text."""
-        return metric_line(self.answers(validation), self.cohort.scaling)
+        return metric_line(validation_metrics(self.answers(validation), self.cohort.scaling))
 
     # ------------------------------------------------------------------------------------- files
 
@@ -395,9 +400,11 @@ class Training(EpochTraining):
         columns = ["epochs_trained", "train_loss", "val_loss", "lr", "epoch_time"]
         history = pd.DataFrame(self.history, columns=columns)
         history["dropped_steps"] = [self.dropped.get(row[0], 0) for row in self.history]
+        metrics = pd.DataFrame([self.val_metrics.get(row[0], {}) for row in self.history])
+        history = history.join(metrics.add_prefix("val_"))
         write_table(history, self.folder / "train_losses.csv")
         if time.time() - self.plotted > 10 or self.finished:
-            plot_history(history, self.folder)
+            plot_history(history, self.folder / "training_progress", self.folder.name)
             self.plotted = time.time()
         if self.settings.tensorboard:
             write_tensorboard(history.iloc[-1], self.folder)

@@ -1,12 +1,13 @@
-"""The metrics of an epoch's validation as one line of text."""
+"""The metrics of an epoch's validation."""
 
 import numpy as np
 
 from echofocus_core.study.scaling import scale
 
 
-def metric_line(answers, scaling):
-    """One metric for each kind of label, as text: the median over its labels.
+def validation_metrics(answers, scaling):
+    """name -> (value, number of labels): a metric for each kind of label, the median over its
+    labels; NaN if it is not defined.
 
     answers: [(label, targets (S, c), readable answers (S, n))]. The error of a single measurement
     is in its unit, of several measurements in standard deviations.
@@ -19,9 +20,17 @@ def metric_line(answers, scaling):
             y, p = (scale(x, [label.name], scaling) for x in (y, p))
             name += " in SD"
         metrics.setdefault(name, []).append(label.metric(y, p))
+    defined = {name: [x for x in each if not np.isnan(x)] for name, each in metrics.items()}
+    return {
+        name: (float(np.median(each)) if each else np.nan, len(each))
+        for name, each in defined.items()
+    }
+
+
+def metric_line(metrics):
+    """`validation_metrics` as text."""
     texts = []
-    for name, each in metrics.items():
-        each = [x for x in each if not np.isnan(x)]
-        text = f"{np.median(each):.3f}" if each else "not defined"
-        texts.append(f"{name} {text}" + f" (median of {len(each)} labels)" * (len(each) > 1))
+    for name, (value, n) in metrics.items():
+        text = f"{value:.3f}" if n else "not defined"
+        texts.append(f"{name} {text}" + f" (median of {n} labels)" * (n > 1))
     return ", ".join(texts)

@@ -1,0 +1,141 @@
+"""Who was studied: the table of patients and the flow chart of a report."""
+
+from html import escape
+from textwrap import wrap
+
+import numpy as np
+import pandas as pd
+
+from echofocus_core.base.console import Collected
+from echofocus_core.base.tables import ages_to_years
+from echofocus_core.report.display import Table, capital
+from echofocus_core.study.evaluation import SEX
+from echofocus_core.study.labels import label_file, read_rows
+
+AGE = ("age", "Age", "AGE", "age_years", "patient_age", "Alter", "alter")
+SEXES = ("sex", "Sex", "SEX", "gender", "Gender", "Geschlecht", "geschlecht")
+FOLD_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+
+
+def read_people(task, dataset):
+    """DataFrame of age in years and sex (f, m, o) by study id, from the columns of the label table
+    with such names; a column without a value is left out."""
+    file, people = label_file(task, dataset), pd.DataFrame()
+    rows = read_rows(file, [*AGE, *SEXES], Collected()) if file.path else None
+    for column in () if rows is None else rows.columns.intersection([*AGE, *SEXES]):
+        text, name = rows[column].str.strip(), "age" if column in AGE else "sex"
+        numbers = pd.to_numeric(text.str.replace(",", "."), errors="coerce")
+        values = ages_to_years(text).fillna(numbers) if name == "age" else None
+        values = text.str.casefold().map(SEX) if values is None else values
+        if values.notna().any() and name not in people:
+            people[name] = values
+    return people
+
+
+def cohort_table(task, table, groups, people, names):
+    """Table 1: each group's patients and labels.
+
+    table: label table; groups: name -> study ids; people: of `read_people`; names: label -> its
+    plain name.
+    """
+    rows = {"Studies": [], "Patients": [], "Studies per patient, median (range)": []}
+    for eids in groups.values():
+        part = table.loc[eids]
+        sizes = part["pid"].value_counts()
+        rows["Studies"].append(f"{len(part)}")
+        rows["Patients"].append(f"{len(sizes)}")
+        per_patient = f"{sizes.median():g} ({sizes.min()} to {sizes.max()})" if len(sizes) else ""
+        rows["Studies per patient, median (range)"].append(per_patient)
+        for name, text in [*describe_people(people.reindex(eids)), *describe_labels(task, part)]:
+            rows.setdefault(names.get(name, name), []).append(text)
+    title = "Studies and patients" + " by fold" * (len(groups) > 1)
+    return Table(
+        title, ["", *groups], [[capital(name), *cells] for name, cells in rows.items()],
+        "Findings: studies with the finding of those where it is known. Measurements: mean (SD).",
+    )  # fmt: skip
+
+
+def describe_people(people):
+    """[(row, text)] of ages and sexes."""
+    if "age" in people:
+        low, middle, high = people["age"].quantile([0.25, 0.5, 0.75])
+        text = f"{middle:.3g} ({low:.3g} to {high:.3g})" if middle == middle else ""
+        yield "Age in years, median (quartiles)", text
+    if "sex" in people:
+        counts = people["sex"].value_counts()
+        for letter, name in (("f", "Female"), ("m", "Male"), ("o", "Other")):
+            if letter != "o" or letter in counts:
+                n = counts.get(letter, 0)
+                yield f"{name}, n (%)", f"{n} ({n / max(counts.sum(), 1):.0%})".replace("%", " %")
+    for name, column in people.items():
+        yield f"{capital(name)} missing", f"{column.isna().sum()}"
+
+
+def describe_labels(task, table):
+    """[(label, text)]: prevalence, or mean and SD of a measurement."""
+    for label in task.outputs.each:
+        y = label.contrast(table).dropna()
+        if label.kind == "regression":
+            unit = task.units.get(label.name, "")
+            yield label.name, f"{y.mean():.3g} ({y.std():.2g}) {unit}".rstrip() if len(y) else ""
+        else:
+            yield label.name, label.summary(y).replace("%", " %")
+
+
+# --------------------------------------------------------------------------------------- flow chart
+
+WIDE, GAP, LINE, LETTERS = 205, 22, 17, 29  # px of a box, between boxes, of a line; letters of one
+BRANCH = 235  # left edge of the boxes of studies that are left out
+
+
+def flow_chart(flow, ends=()):
+    """SVG of the flow of participants (STARD), as text. flow: of `study_flow`; ends: [lines] of the
+    boxes into which the last one divides."""
+    parts, y, middle = [], 0, WIDE / 2
+    before = 0  # lower edge of the last box on the main line
+    for k, box in enumerate(flow):
+        text = ("Left out: " if box["left_out"] else "Studies ") + box["text"]
+        if k == len(flow) - 1:
+            text = "Evaluated"
+        counts = f"{box['studies']} studies, {box['patients']} patients"
+        lines = [*wrap(text, LETTERS), counts]
+        height = LINE * len(lines) + 12
+        if box["left_out"]:
+            parts += [svg_box(BRANCH, y, lines), svg_arrow(middle, y + height / 2, BRANCH)]
+        else:
+            parts.append(svg_box(0, y, lines))
+            if k:
+                parts.append(svg_arrow(middle, before, middle, y))
+            before = y + height
+        y += height + GAP
+    for k, lines in enumerate(ends):
+        x = k * BRANCH
+        parts.append(svg_box(x, y, lines))
+        parts.append(svg_arrow(middle, before, x + middle, y))
+    y += max((LINE * len(lines) + 12 + GAP for lines in ends), default=0)
+    (n, m), wide = (flow[i]["studies"] for i in (0, -1)), BRANCH + WIDE + 2
+    return (
+        f'<svg viewBox="-1 -1 {wide} {y - GAP + 2}" width="{wide}" role="img" '
+        f'aria-label="Flow of participants: {n} studies, {m} evaluated" fill="none" '
+        'stroke="currentColor" font-family="Arial, sans-serif" font-size="13">\n'
+        + "\n".join(parts)
+        + "\n</svg>"
+    )
+
+
+def svg_box(x, y, lines):
+    text = "".join(f'<tspan x="{x + 8}" dy="{LINE}">{escape(line)}</tspan>' for line in lines)
+    return (
+        f'<rect x="{x}" y="{y}" width="{WIDE}" height="{LINE * len(lines) + 12}" rx="3"/>'
+        f'<text y="{y + 3}" fill="currentColor" stroke="none">{text}</text>'
+    )
+
+
+def svg_arrow(x, y, to_x, to_y=None):
+    """A line with a head; right-angled where the ends differ in both directions."""
+    to_y = y if to_y is None else to_y
+    down = to_y != y
+    path = f"M{x} {y}" + (f"V{(y + to_y) / 2}H{to_x}V{to_y}" if down else f"H{to_x}")
+    a, b = (np.array([[-4, -7], [4, -7]]) if down else np.array([[-7, -4], [-7, 4]])) + [to_x, to_y]
+    head = f"M{a[0]} {a[1]}L{to_x} {to_y}L{b[0]} {b[1]}Z"
+    return f'<path d="{path}"/><path d="{head}" fill="currentColor"/>'
