@@ -85,7 +85,10 @@ def test_mistakes_raise_one_line(trained):
         ),
         (lambda: ef.evaluate(model, "emb", clips), "expected a DataFrame or a path"),
         (lambda: ef.train("emb", "labels.csv", {"task_labels": ["finding"], "typ": ""}), "type?"),
-        (lambda: ef.train("emb", pd.DataFrame({"eid": ["1"]}), ["finding"]), "no column 'pid'"),
+        (
+            lambda: ef.train("emb", pd.DataFrame({"eid": ["1"]}), ["finding"]),
+            "^labels.csv has no column 'pid'",
+        ),
         (lambda: ef.compare("emb"), "encoders: name them"),
     ):
         with pytest.raises(UserError, match=text) as error:

@@ -36,44 +36,48 @@ def library_job(command, options, source=None, labels=None, task="", model=None)
         if SYNONYMS.get(name, name) not in allowed:
             raise UsageError(f"{command}() has no option {name}{nearest(name, allowed)}")
     typed = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    config = read_config(typed.get("config", ""), needed=False)
     RUN.notes.clear()
     with TemporaryDirectory() as folder:
-        folder = Path(folder)
-        if isinstance(model, pd.DataFrame):
-            typed["predictions"], model = path_of(model, folder / "predictions.csv"), None
-        elif command not in TRAINS:
-            model = model_of(model, config.tasks, typed.get("device", ""))
-            typed.setdefault("device", str(next(model.net.parameters()).device))
-        if labels is not None:
-            typed["label_path"] = path_of(labels, folder / "labels.csv")
-        if not isinstance(task, str):
-            name = Path(typed.get("model_name", "model")).name
-            keys = task if isinstance(task, dict) else {"task_labels": list(task)}
-            config = replace(config, tasks=config.tasks | {name: validate_as(Task, keys, "task")})
-            task = name
-        if task:
-            typed["task"] = task
-        elif not config.tasks and not model:
-            raise UserError('task: name the labels, as in task=["ASD", "VSD"], or write a config')
-        if command == "compare":
-            if not isinstance(source, dict | None):
-                raise UserError("encoders: name them, as in {'panecho': 'emb/panecho'}")
-            paths = {name: paths_of(each, folder / name) for name, each in (source or {}).items()}
-            typed["encoders"] = [f"{name}={','.join(x)}" for name, x in paths.items()]
-            source = next(iter(paths.values()), None)
-        if source is not None:
-            config = add_source(command, source, typed, config, folder, model)
-        elif not config.datasets and "predictions" not in typed:
-            raise UserError(
-                "source: give the studies' clip embeddings or videos, or write a config"
-            )
-        typed = validate_as(Settings, typed).model_dump(exclude_unset=True)
-        if command in TRAINS:
-            yield training_job(command, typed, World(), config)
-        else:
-            make_job = evaluation_job if command == "evaluate" else model_job
-            yield make_job(command, typed, World(), config, model)
+        try:
+            yield make_job(command, typed, source, labels, task, model, Path(folder))
+        except UserError as error:
+            raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error
+
+
+def make_job(command, typed, source, labels, task, model, folder):
+    """The Job for the arguments of `library_job`; adds them to the typed options."""
+    config = read_config(typed.get("config", ""), needed=False)
+    if isinstance(model, pd.DataFrame):
+        typed["predictions"], model = path_of(model, folder / "predictions.csv"), None
+    elif command not in TRAINS:
+        model = model_of(model, config.tasks, typed.get("device", ""))
+        typed.setdefault("device", str(next(model.net.parameters()).device))
+    if labels is not None:
+        typed["label_path"] = path_of(labels, folder / "labels.csv")
+    if not isinstance(task, str):
+        name = Path(typed.get("model_name", "model")).name
+        keys = task if isinstance(task, dict) else {"task_labels": list(task)}
+        config = replace(config, tasks=config.tasks | {name: validate_as(Task, keys, "task")})
+        task = name
+    if task:
+        typed["task"] = task
+    elif not config.tasks and not model:
+        raise UserError('task: name the labels, as in task=["ASD", "VSD"], or write a config')
+    if command == "compare":
+        if not isinstance(source, dict | None):
+            raise UserError("encoders: name them, as in {'panecho': 'emb/panecho'}")
+        paths = {name: paths_of(each, folder / name) for name, each in (source or {}).items()}
+        typed["encoders"] = [f"{name}={','.join(x)}" for name, x in paths.items()]
+        source = next(iter(paths.values()), None)
+    if source is not None:
+        config = add_source(command, source, typed, config, folder, model)
+    elif not config.datasets and "predictions" not in typed:
+        raise UserError("source: give the studies' clip embeddings or videos, or write a config")
+    typed = validate_as(Settings, typed).model_dump(exclude_unset=True)
+    if command in TRAINS:
+        return training_job(command, typed, World(), config)
+    make = evaluation_job if command == "evaluate" else model_job
+    return make(command, typed, World(), config, model)
 
 
 def model_of(model, tasks, device):
