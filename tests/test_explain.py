@@ -7,6 +7,7 @@ import sys
 from itertools import combinations
 from math import factorial
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -27,6 +28,7 @@ from helpers import (
 
 import echofocus as ef
 from echofocus_core.base.options import Settings
+from echofocus_core.report.page_labels import by_importance
 from echofocus_core.study import attribution
 from echofocus_core.study.attribution import Objectives, attribute_clips, explain_study
 from echofocus_core.study.outputs import label_of, losses_of_outputs
@@ -186,6 +188,10 @@ def test_videos_with_the_same_finding_share_it(V):
     scores, error = actual.scores[0].sum(1), actual.standard_error[0]
     assert (abs(scores[[1, 3]] - 2) <= 4 * error[[1, 3]] + 1e-6).all()
     assert abs(np.delete(scores, [1, 3])).max() < 1e-6 and scores.sum() == pytest.approx(4)
+    without = np.where(np.arange(V) == 0, 3.9, 4.0)  # the page shows both first all the same
+    x = SimpleNamespace(scores=scores, fault="", answer=4.0, without=without)
+    assert set(by_importance(x)[:2]) == {1, 3}
+    assert by_importance(SimpleNamespace(**vars(x) | {"fault": "no study has it"}))[0] == 0
 
 
 @pytest.mark.parametrize("model", MODELS)
