@@ -179,8 +179,8 @@ def init(folder, cli, monkeypatch):
 
 def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkeypatch):
     """It maps the columns of ids by their values, and proposes a task per kind of label."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "emb").symlink_to(one_cohort / "emb")
+    (tmp_path / "data" / "of" / "site").mkdir(parents=True)
+    (tmp_path / "data" / "of" / "site" / "emb").symlink_to(one_cohort / "emb")
     table = pd.read_csv(one_cohort / "labels.csv", dtype={"eid": str})
     n, i = len(table), np.arange(len(table))
     german = pd.DataFrame({"Patient": table["pid"], "Untersuchung": table["eid"]})
@@ -199,7 +199,7 @@ def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkey
         "grades": ("multiclass", ["Grad"]),
     }
     assert all(t["columns"] == columns and t["label_path"] == "Befunde.csv" for t in tasks.values())
-    assert config["dataset"] == {"emb": {"embedding_path": "data/emb"}}
+    assert config["dataset"] == {"emb": {"embedding_path": "data/of/site/emb"}}
     assert f"VSD: {table['finding'].sum()} of {n}" in out and "next:" in out.splitlines()[-1]
     before = Path("config.json").read_text()
     status, _, err = cli("init")

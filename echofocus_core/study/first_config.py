@@ -110,16 +110,16 @@ def search(folder, files, depth=0):
     if is_embedded(folder):
         files.embeddings.append(folder)
         return
-    for sub in (p for p in below if p.is_dir()):
+    for sub in (p for p in below if p.is_dir() and not (p / "pyvenv.cfg").is_file()):
         mixed = any(is_embedded(p) for p in (sub, *sub.glob("*/"))) or any(
             p.suffix.lower() in TABLES for p in sub.iterdir()
         )
         video = None if mixed else first_video(sub)
-        if mixed and depth < DEEPEST:
-            search(sub, files, depth + 1)
-        elif video:  # a study's folder is in the folder of videos
-            base = folder if video.parent == sub else sub
+        if video:
+            base = folder if video.parent == sub else sub  # sub may be a study
             files.videos += [base] if base not in files.videos else []
+        elif depth < DEEPEST:
+            search(sub, files, depth + 1)
 
 
 def is_embedded(folder):
