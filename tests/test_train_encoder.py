@@ -526,7 +526,7 @@ def test_pediatric_views_and_folds(cli, here, monkeypatch):
     assert os.stat("out/fold_0/last_checkpoint.pt").st_mtime_ns == before
     pooled = pd.read_csv("out/echonet-pediatric_EF_preds.csv")
     assert sorted(pooled["acc_num"]) == [f"CR{i:02}-CA{i:02}" for i in range(9)]
-    assert "r2" in Path("out/echonet-pediatric_summary.txt").read_text()
+    assert "R²" in Path("out/echonet-pediatric_summary.txt").read_text()
 
 
 @pytest.fixture

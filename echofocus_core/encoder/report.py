@@ -117,7 +117,8 @@ def write_metrics(computed, table, summary, lines):
     for x in computed:
         if x.metric in SHOWN:
             value = with_interval(x) if np.isfinite(x.value) else f"not defined ({x.note})"
-            lines = [*lines, f"{x.label}: {metric_name(x.metric, x.unit)} {value}"]
+            line = f"{x.label}: {metric_name(x.metric, x.unit)} {value}"
+            lines = [*lines, line.replace("\u2212", "-")]
     with atomic_path(summary) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

@@ -105,8 +105,9 @@ def bands(outcomes, patients, seed=0):
     for label, parts in chunks.items():
         each = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
         if each and np.isfinite(each[0]).any():
-            with np.errstate(all="ignore"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # precision has no value at a sensitivity of 0
+            each[0][0] = np.nan  # the curve is vertical there
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # points without a value
                 limits[label] = [np.nanquantile(c, (0.025, 0.975), axis=1).T for c in each]
     return limits
 
@@ -130,7 +131,7 @@ def draw_roc(axis, outcome, band=None, **_):
         if outcome.threshold is not None:
             positive = outcome.positive[outcome.usable]
             axis.plot(positive[y == 0].mean(), positive[y == 1].mean(), "o", color=ORANGE, ms=5)
-    unit_square(axis, "1 - specificity", "sensitivity")
+    unit_square(axis, "1 \u2212 specificity", "sensitivity")
 
 
 def draw_precision(axis, outcome, band=None, **_):
@@ -240,7 +241,7 @@ def draw_bland_altman(axis, outcome, **_):
                 axis.text(0.99, level, number(level), transform=axis.get_yaxis_transform(),
                           fontsize=7, ha="right", va="bottom", color="#8a5a00")  # fmt: skip
         axis.axhline(0, color=GREY, lw=0.8)
-    axis.set(xlabel=f"mean of both{unit}", ylabel=f"predicted - measured{unit}")
+    axis.set(xlabel=f"mean of both{unit}", ylabel=f"predicted \u2212 measured{unit}")
 
 
 def draw_classes(axis, outcome, **_):
@@ -253,7 +254,7 @@ def draw_classes(axis, outcome, **_):
             text = f"{name} {mt.auroc(y == k, p[:, k]):.2f} ({(y == k).sum()})"
             colour = OKABE_ITO[k % len(OKABE_ITO)]
             axis.plot(false / false[-1], true / true[-1], color=colour, label=text)
-    axis.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    axis.set(xlabel="1 \u2212 specificity", ylabel="sensitivity", aspect="equal")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower right")
 

@@ -132,12 +132,12 @@ def plot_demo(ef, defect, videos, path):
     from echofocus_core.report.curves import draw_roc
     from echofocus_core.study.kinds.binary import BinaryOutcome
 
-    figure, (left, middle, right) = new_figure(1, 3, figsize=(11, 3.6), layout="constrained")
+    figure, (left, middle, right) = new_figure(1, 3, figsize=(9, 3), layout="constrained")
     left.axline((45, 45), slope=1, color="grey", lw=0.8)
     left.scatter(ef["EF_Correct"], ef["EF_Predict"], s=14)
     left.set(xlabel="true ejection fraction [%]", ylabel="predicted [%]")
     draw_roc(middle, BinaryOutcome("VSD", defect["VSD_Correct"], defect["VSD_Predict"]))
-    middle.set_title("septal defect", fontsize=10)
+    middle.set_title("septal defect")
     for k, (shown, colour) in enumerate(((1, "C3"), (0, "C0"))):
         part = videos[videos["shows_defect"] == shown]
         spread = np.linspace(-0.2, 0.2, len(part))

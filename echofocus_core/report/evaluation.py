@@ -153,6 +153,7 @@ class Report:
         headlines = {x.metric for x in self.headlines.values()}
         lines += [compared_line(row) for row in self.comparison if row["metric"] in headlines]
         lines += [f"note: {text}" for text in self.notes]
+        lines = [line.replace("\u2212", "-") for line in lines]  # some terminals have no minus
         return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
 
     def plain(self, label):

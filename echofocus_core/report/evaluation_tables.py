@@ -162,7 +162,12 @@ def chart_ends(report):
 
 
 def settings_table(report):
-    rows = [[name, report.facts.get(key)] for key, name in SETTINGS.items()]
+    per_patient = report.facts.get("per") == "patient"
+    rows = [
+        [name, report.facts.get(key)]
+        for key, name in SETTINGS.items()
+        if key != "pool" or per_patient
+    ]
     rows += [["Bootstrap resamples, seed", f"{report.n_boot}, {report.seed}"]]
     rows += [["Program", f"EchoFocus {__version__}"], ["Date", date.today().isoformat()]]
     rows = [[name, "yes" if x is True else x] for name, x in rows if x not in (None, "", False)]

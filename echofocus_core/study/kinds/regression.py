@@ -70,7 +70,7 @@ class RegressionOutcome(Outcome):
     figures = ("scatter_plots", "bland_altman")
     methods = (
         "Agreement of measurements was assessed by the median and mean absolute error, root mean "
-        "squared error, R2, correlation, and bias with 95 % limits of agreement."
+        "squared error, R\u00b2, correlation, and bias with 95 % limits of agreement."
     )
 
     def why_undefined(self):
