@@ -156,7 +156,7 @@ def test_two_encoders_that_each_have_half_of_the_signal(here, cli):
 
 def test_every_command_works_on_two_encoders(here, cli):
     name = ("--model_name", "both")
-    train(cli, "both", "both", "--transformer_type", "attentive")
+    train(cli, "both", "both", "--transformer_type", "attentive", "--epoch_lim", 2)
     before = Path("trained_models/both/run.json").read_text()
     for line in (
         ("check", *name, "--dataset", "both"),
@@ -169,7 +169,7 @@ def test_every_command_works_on_two_encoders(here, cli):
         ("explain", *name, "--sample_limit", 3, "--explain_method", "attention"),
         ("explain", *name, "--sample_limit", 3, "--explain_method", "shapley"),
         ("explain", *name, "--sample_limit", 3, "--baseline", "mean"),
-        ("train", "--dataset", "both", *name, "--epoch_lim", 7, "--transformer_type", "attentive"),
+        ("train", "--dataset", "both", *name, "--epoch_lim", 3, "--transformer_type", "attentive"),
     ):
         status, out, err = cli(*line)
         assert status == 0, (line, out, err)
@@ -209,9 +209,9 @@ def test_a_damaged_file_makes_its_study_unreadable(here):
 
 def test_a_resumed_training_is_the_same_to_the_bit(here, cli):
     options = ("--seed", 3, "--max_videos_per_study", 3)
-    train(cli, "both", "whole", *options)
+    train(cli, "both", "whole", *options, "--epoch_lim", 2)
+    train(cli, "both", "parts", *options, "--epoch_lim", 1)
     train(cli, "both", "parts", *options, "--epoch_lim", 2)
-    train(cli, "both", "parts", *options)
     whole, parts = (
         torch.load(f"trained_models/{name}/last_checkpoint.pt", weights_only=True)
         for name in ("whole", "parts")
