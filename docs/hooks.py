@@ -16,6 +16,10 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md")
+TITLES = [  # of the groups, in the order of the page
+    "what to work on", "data", "extraction", "views", "model", "training",
+    "training through the encoder", "explanation", "output", "files", "computing", "messages",
+]  # fmt: skip
 OTHER_FILES = r"\]\((?:\.\./)*((?:LICENSE|CITATION\.cff|echofocus_core/|tests/)[^)]*)\)"
 
 
@@ -47,39 +51,42 @@ def on_page_markdown(markdown, page, **_):
 def options_page():
     """Every option, by group: names, values, default, meaning and commands."""
     sys.path.insert(0, str(ROOT))
-    from echofocus_core.base.options import Settings
-    from echofocus_core.encoder.settings import EncoderSettings
+    from echofocus_core.base.options import Settings, options_of
+    from echofocus_core.encoder.settings import COMMAND, EncoderSettings
 
+    names = {x for f in Settings.model_fields.values() for x in f.json_schema_extra["commands"]}
+    commands = {x: options_of(x) for x in sorted(names - {COMMAND})}
     intro = (
         "# Options\n\nGenerated from the declarations in the code. An option may be written with "
-        "`-` instead of `_`. A switch has an opposite, `--no_<name>`. Options of groups marked "
-        "*config* may also be keys of a task or a dataset in `config.json`. A list takes several "
-        "words.\n"
+        "`-` instead of `_`. A switch has an opposite, `--no_<name>`. A list takes several words. "
+        "Options of groups marked *config* may also be keys of a task or a dataset in "
+        "`config.json`. The command `extract` is `embed/extract.py`.\n"
     )
+    mine = {"": options_of(COMMAND, EncoderSettings)}
     other = "\n# Options of embed/train.py\n\nThey keep their published names.\n"
-    return intro + option_tables(Settings) + other + option_tables(EncoderSettings, "train_encoder")
+    return intro + option_tables(commands) + other + option_tables(mine)
 
 
-def option_tables(settings, command=""):
-    """A table for each group of options; of one command without the column of commands."""
+def option_tables(commands):
+    """A table for each group of options. commands: name -> its options; '' for the only one."""
+    options = {name: field for group in commands.values() for name, field in group.items()}
     groups = {}
-    for name, field in settings.model_fields.items():
-        if not command or command in field.json_schema_extra["commands"]:
-            groups.setdefault(field.json_schema_extra["group"].title, []).append((name, field))
-    text = ""
-    for title, options in groups.items():
-        in_config = options[0][1].json_schema_extra["group"].in_config and not command
-        text += f"\n## {title.capitalize()}{' (config)' * in_config}\n\n"
-        text += "| option | values | default | meaning |" + " commands |" * (not command) + "\n"
-        text += "|---|---|---|---|" + "---|" * (not command) + "\n"
-        for name, field in options:
-            meta = field.json_schema_extra
+    for name, field in options.items():
+        groups.setdefault(field.json_schema_extra["group"].title, {})[name] = field
+    several, text = "" not in commands, ""
+    for title in sorted(groups, key=TITLES.index):
+        group = next(iter(groups[title].values())).json_schema_extra["group"]
+        text += f"\n## {title.capitalize()}{' (config)' * (several and group.in_config)}\n\n"
+        text += "| option | values | default | meaning |" + " commands |" * several + "\n"
+        text += "|---|---|---|---|" + "---|" * several + "\n"
+        for name, field in groups[title].items():
             words = [name] if name == "source" else [f"--{name.rstrip('_')}"]
-            words += [f"--{other}" for other in meta["also"]]
+            words += [f"--{other}" for other in field.json_schema_extra["also"]]
+            takers = [command for command, group in commands.items() if name in group]
             cells = ["<br>".join(f"`{word}`" for word in words), values_of(field)]
             cells += [default_of(field), safe(field.description)]
-            cells += [", ".join(meta["commands"])] * (not command)
-            text += f"| {' | '.join(cells)} |\n"
+            cells += ["all but demo" if len(takers) > len(commands) - 2 else ", ".join(takers)]
+            text += f"| {' | '.join(cells[: 4 + several])} |\n"
     return text
 
 

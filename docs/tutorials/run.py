@@ -23,7 +23,8 @@ SCRIPTS = {"echofocus": "echofocus.py", "echofocus-extract": "embed/extract.py"}
 def run(path):
     """Execute a notebook, write it with its results, and return whether it succeeded."""
     start, notebook = time.monotonic(), nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}})
+    options = {"timeout": 300, "extra_arguments": ["--log-level=ERROR"]}
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(HERE)}}, **options)
     try:
         client.execute()
         error = ""
