@@ -264,7 +264,7 @@ def test_classes_and_risks_are_explained(learnt, cli):
     assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
     page = (folder / "explanation_test_site.sample_limit-3.shapley" / "index.html").read_text()
     assert "grade_severe" in page and "death_risk" in page
-    assert "size (left &lt;ventricle&gt;)" in page
+    assert "Left &lt;ventricle&gt;" in page
     status, _, err = cli("explain", "--explain_mode", "loss", "--sample_limit", "2")
     assert status == 0, err
 
