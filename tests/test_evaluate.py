@@ -557,6 +557,9 @@ def test_a_models_fold_thresholds_and_another_model(cohort, add_model, cli, monk
     assert cli("evaluate", "--model_name", "defect", "--subset", "val", *FEW)[0] == 0
     metrics = metrics_of(folder / "metrics_val_site.csv").loc["finding"]["value"]
     assert metrics["sensitivity"] >= 0.9  # stored with the model, on this very fold
+    history = pd.read_csv(folder / "train_losses.csv")
+    best = history["val_AUROC"][history["val_loss"].idxmin()]
+    assert best == pytest.approx(metrics["auroc"], rel=1e-5)
     page = (folder / "report_val_site.html").read_text()
     assert "was trained on them or chosen by them" in page and "reach a sensitivity of 0.9" in page
     args = ("--subset", "val", "--target", "specificity=0.8")

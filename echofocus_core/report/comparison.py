@@ -45,8 +45,9 @@ def compare_models(job):
     for name, table in tables.items():
         write_table(table, folder / f"{name}.csv")
         files.append(f"{name}.csv")
-    figures = draw(folder, trained, headlines)
-    shown = page_tables(tables, references, job.task.names if job.task else {})
+    names = job.task.names if job.task else {}
+    figures = draw(folder, trained, headlines, names)
+    shown = page_tables(tables, references, names)
     files += export_tables([x for part in shown.values() for x in part], folder / "tables")
     write_page(folder, job, trained, shown, figures)
     cells = tables["cells"][["encoder", "aggregator", "fraction", "label", "metric", "value"]]
@@ -57,7 +58,7 @@ def compare_models(job):
     return tables["cells"]
 
 
-def draw(folder, trained, headlines):
+def draw(folder, trained, headlines, names):
     """Draw a forest plot of each label, and learning curves; returns the figures of the page."""
     figures = []
     labels = dict.fromkeys(label for rows in headlines.values() for label in rows)
@@ -66,14 +67,16 @@ def draw(folder, trained, headlines):
     for label in labels:
         rows = [(cell.name, headlines[cell][label]) for cell in whole if label in headlines[cell]]
         if rows:
-            title = f"{label}: {metric_name(rows[0][1].metric)}"
+            estimate, name = rows[0][1], capital(names.get(label, label))
+            title = f"{name}: {metric_name(estimate.metric, estimate.unit)}"
             path = folder / f"forest_{len(figures)}"
             forest(rows, title, path)
             figures.append({"title": title, "png": as_base64(path), "wide": True})
     if len(fractions) > 1:
         label = "mean" if "mean" in labels else next(iter(labels))
         draw_learning_curves(folder / "learning_curves", trained, headlines, label)
-        title, path = f"Learning curves, {label}", folder / "learning_curves"
+        name = names.get(label, label)
+        title, path = f"Learning curves, {name}", folder / "learning_curves"
         figures.append({"title": title, "png": as_base64(path), "wide": True})
     return figures
 

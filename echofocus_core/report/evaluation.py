@@ -523,7 +523,8 @@ def report_of_fold(job, columns):
     if averaged:
         names = ", ".join(f"{m.folder.parent.name}/{m.folder.name}" for m in model.members)
         facts |= {"averaged": names, "mean_thresholds": own_rule}
-    recalibrates = settings.subset == "test" and model.outputs.of_kind("binary")
+    recalibrates = settings.subset == "test" and not settings.sample_limit
+    recalibrates = recalibrates and model.outputs.of_kind("binary")
     return report_of(
         model.folder, name, studies, answers.flow, facts, job, columns, saveout=studies.saveout(),
         describe=partial(describe_fold, job, answers), history=read_history(model.folder),
