@@ -84,7 +84,8 @@ def describe_labels(task, table):
 
 # --------------------------------------------------------------------------------------- flow chart
 
-WIDE, GAP, LINE, LETTERS = 205, 22, 17, 29  # px of a box, between boxes, of a line; letters of one
+WIDE, GAP, LINE = 205, 22, 17  # px of a box, between boxes, of a line
+WRAP = 29  # letters of a line
 BRANCH = 235  # left edge of the boxes of studies that are left out
 
 
@@ -97,8 +98,8 @@ def flow_chart(flow, ends=()):
         text = ("Left out: " if box["left_out"] else "Studies ") + box["text"]
         if k == len(flow) - 1:
             text = "Evaluated"
-        counts = f"{box['studies']} studies, {box['patients']} patients"
-        lines = [*wrap(text, LETTERS), counts]
+        counts = f"studies: {box['studies']}, patients: {box['patients']}"
+        lines = [*wrap(text, WRAP), counts]
         height = LINE * len(lines) + 12
         if box["left_out"]:
             parts += [svg_box(BRANCH, y, lines), svg_arrow(middle, y + height / 2, BRANCH)]

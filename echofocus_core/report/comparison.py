@@ -15,7 +15,7 @@ from echofocus_core.report.display import (
     as_base64,
     capital,
     export_tables,
-    interval,
+    interval_text,
     metric_name,
     number,
     p_value,
@@ -159,7 +159,7 @@ def table_of(frame, columns, title, names, note=""):
     for row in frame.to_dict("records"):
         shown = {name: cell_text(name, row.get(name)) for name in columns}
         if "value" in columns:
-            limits = interval(row["ci_low"], row["ci_high"])
+            limits = interval_text(row["ci_low"], row["ci_high"])
             shown["value"] = Cell(number(row["value"]), limits, row["note"] or "")
         if "label" in columns:
             shown["label"] = capital(names.get(row["label"], row["label"]))

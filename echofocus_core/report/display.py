@@ -70,14 +70,16 @@ def number(value, like=0.0):
         return "n/a" if value is None or np.isnan(value) else "infinite"
     size = max(abs(value), abs(like) if np.isfinite(like) else 0)
     digits = 3 if size <= 1 else 2 if size < 10 else 1 if size < 100 else 0
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def p_value(p):
+    """A p value as text, '' for a missing one."""
     return "" if p is None or np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def interval(low, high):
+def interval_text(low, high):
     """'0.853 to 0.951', or '' if it is not defined; a missing upper limit is infinite."""
     if low is None or not np.isfinite(low):
         return ""
@@ -106,7 +108,7 @@ def cell_of(estimate, note=True):
     """The Cell of an Estimate, with its note as a footnote."""
     text = number(estimate.value, estimate.ci_high)
     note = estimate.note if note else ""
-    return Cell(text, interval(estimate.ci_low, estimate.ci_high), note)
+    return Cell(text, interval_text(estimate.ci_low, estimate.ci_high), note)
 
 
 @dataclass
@@ -208,7 +210,7 @@ def latex(text):
     return re.sub(r"[\s\S]", lambda x: LATEX.get(x[0], x[0]), text)
 
 
-LINE = 100  # letters of a line of footnotesize
+LETTERS = 100  # of a line of footnotesize
 
 
 def latex_columns(table):
@@ -216,7 +218,7 @@ def latex_columns(table):
     columns = [list(map(str, column)) for column in zip(table.head, *table.rows, strict=True)]
     longest = [max(map(len, column)) for column in columns]
     sides = ["left" if j < table.n_text else "right" for j in range(len(columns))]
-    if sum(longest) + len(columns) < LINE:
+    if sum(longest) + len(columns) < LETTERS:
         return "".join(side[0] for side in sides)
     words = [
         max(len(word) for text in column for word in text.split() or [""]) for column in columns

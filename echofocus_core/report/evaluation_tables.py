@@ -11,7 +11,7 @@ from echofocus_core.report.display import (
     Table,
     capital,
     cell_of,
-    interval,
+    interval_text,
     metric_name,
     number,
     p_value,
@@ -64,7 +64,7 @@ def result_tables(report):
             shown = [m for m in metrics if m.heading == heading]
             head = ["Label", "n", "Positive", "Threshold"]
             rows = [
-                [row_name(report, o), o.n, count(o),
+                [row_name(report, o), o.n, positive_text(o),
                  threshold_text(o) if heading == AT_THRESHOLD else "",
                  *(cell_of(by_key[o.label, m.name]) for m in shown)]
                 for o in outcomes if not o.lacks(shown[0])
@@ -97,7 +97,7 @@ def survival_table(report):
         [
             [report.plain(r["label"]), f"{r['year']:g}", r["group"], r["n"], r["events"],
              number(r["predicted"]),
-             Cell(number(r["observed"]), interval(r["ci_low"], r["ci_high"]))]
+             Cell(number(r["observed"]), interval_text(r["ci_low"], r["ci_high"]))]
             for r in report.survival_rows
         ],
         "Observed (Kaplan-Meier, Greenwood's 95 % interval) and mean predicted survival at "
@@ -119,7 +119,7 @@ def comparison_table(report):
         [
             [report.plain(r["label"]), r["other"], metric_name(r["metric"], r["unit"]), r["n"],
              number(r["this_value"]), number(r["other_value"]),
-             Cell(number(r["difference"]), interval(r["ci_low"], r["ci_high"])),
+             Cell(number(r["difference"]), interval_text(r["ci_low"], r["ci_high"])),
              p_value(r["p_value"]), p_value(r["p_holm"])]
             for r in report.comparison if r["difference"] is not None and r["metric"] in shown
         ],
@@ -138,7 +138,7 @@ def group_table(report, column):
         ["Label", capital(column), "n", "Positive", "Metric", "Value",
          "p (interaction)", "p (Holm)"],
         [
-            [report.plain(x.label), group, x.n, count(x), metric_name(x.metric, x.unit),
+            [report.plain(x.label), group, x.n, positive_text(x), metric_name(x.metric, x.unit),
              cell_of(x), *map(p_value, tests[x.label, x.metric][-2:])]
             for group, x in groups
         ],
@@ -194,6 +194,6 @@ def threshold_text(outcome):
     return "" if outcome.threshold is None else number(outcome.threshold)
 
 
-def count(x):
+def positive_text(x):
     """The number of positive studies of an Outcome or Estimate, '' where it does not apply."""
     return x.n_positive if x.n_positive >= 0 else ""
