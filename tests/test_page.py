@@ -234,7 +234,7 @@ def test_pixels_in_the_browser_are_those_of_the_video(folder, tab):
 
 def test_a_source_that_is_gone_has_a_stand_in(folder, tab):
     open_study(folder, tab, "S20")
-    assert "the source video is not available" in tab.inner_text(".standin >> nth=0")
+    assert "the source video is not available" in tab.inner_text("#videos > p")
     assert tab.locator("video").count() == 0
 
 

@@ -144,6 +144,21 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
     assert "2 patients: A/x, A/y" in out and "MRN" not in out
 
 
+NAMED = ["Muster/x", "K-4711 b/x", "2024 M\u00fcller/x", "DOE_JANE/x", "Doe^J/x"]
+UNNAMED = ["S01/x", "Study 12/x", "CHD_007/x", "p10002221/x", "4711a/x", "Apical view/x"]
+
+
+def test_studies_named_like_their_patient_are_reported(tmp_path, capsys):
+    tags = {"PatientName": "MUSTER^Eva", "PatientID": "4711"}
+    for k, file in enumerate([*NAMED, *UNNAMED]):
+        put(tmp_path, file, str(k + 1), **(tags if k in (0, 1, 5, 9) else {}))
+    all_studies = studies.find_studies(tmp_path)
+    assert {study.name for study in all_studies if study.names_patient} == {"Muster", "K-4711 b"}
+    assert "5 of 11 study folders" in capsys.readouterr().err
+    studies.find_studies(tmp_path, study_id="digest")
+    assert "study folders" not in capsys.readouterr().err
+
+
 def test_files_without_a_study_are_left_out(tmp_path, capsys):
     lay_out(tmp_path, {"A/x": "1", "A/y": "2", "A/z.avi": "", "B/w": "3", "loose.mp4": ""})
     assert sorted(v for _, vs in layout_of(tmp_path).values() for v in vs) == ["w", "x", "y"]

@@ -24,7 +24,7 @@ from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.report.html import TEMPLATES, page_templates, write_text
 from echofocus_core.report.inspect import origin_of
 from echofocus_core.report.page_labels import clip_marks, label_view, number, percent, title_of
-from echofocus_core.study.input_check import UNUSUAL
+from echofocus_core.study.input_check import NAMES_PATIENT, UNUSUAL
 from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
 from echofocus_core.video.errors import VideoError
@@ -47,7 +47,8 @@ class PageVideo:
     name: str
     clip: str = ""  # its file, from the page's folder; its first frame is next to it, as .jpg
     playback: Playback | None = None
-    missing: str = "the source video is not available"  # why there is no clip
+    # why there is no clip
+    missing: str = "the source video is not available; video_base_path in the config names it"
     note: str = ""
 
     def data(self):
@@ -77,9 +78,8 @@ class PageStudy:
     @cached_property
     def title(self):
         """Its id, or a digest of it where the id may name the patient."""
-        if self.details.attributes.get("names_patient"):
-            return id_digest(self.eid)
-        return public_id(self.eid)
+        is_reported = NAMES_PATIENT in (self.row.get("warning") or "")
+        return id_digest(self.eid) if is_reported else public_id(self.eid)
 
     @cached_property
     def videos(self):
@@ -280,11 +280,13 @@ class StudyView:
     @property
     def sentences(self):
         """The answers in words, the most important ones first."""
+        if len(self.labels) <= FEW_LABELS:
+            return [label.sentence for label in self.labels]
         findings = [label for label in self.labels if label.kind == "binary"]
         present = [label for label in findings if label.decision]
         if not present and any(label.decision is False for label in findings):
             n = sum(label.decision is False for label in findings)
-            none = f"None of {n} findings reaches its threshold. The highest is " if n > 1 else ""
+            none = f"None of {n} findings reaches its threshold. The highest: "
             return [none + findings[0].sentence]
         shown = present or findings[:1] or self.labels[:2]
         more = len(shown) - MAX_SENTENCES
@@ -309,13 +311,13 @@ class StudyView:
         videos = [
             video.data() | {"clips": clip_marks(self.study.details, video)} for video in self.videos
         ]
-        explanation = self.study.explanation or {}
-        notes = {video["note"] for video in videos if video.get("note")}
-        shared = len(notes) == 1 and all(video.get("note") for video in videos)
-        if shared:
-            videos = [video | {"note": ""} for video in videos]
+        explanation, note = self.study.explanation or {}, ""
+        notes = {video.get("note", video.get("missing")) for video in videos}
+        if len(notes) == 1 and len({video.get("clip", "") != "" for video in videos}) == 1:
+            (note,) = notes
+            videos = [{k: v for k, v in x.items() if k not in ("note", "missing")} for x in videos]
         return {
-            "videos": videos, "labels": details, "note": notes.pop() if shared else "",
+            "videos": videos, "labels": details, "note": note,
             "reference": explanation.get("baseline_name", ""),
         }  # fmt: skip
 

@@ -228,6 +228,9 @@ class InputReport:
     modulo: dict[str, bool] = field(default_factory=dict)  # starts of one class, `clip_starts`
 
 
+NAMES_PATIENT = "the study id may name the patient: extract with --study_id digest"
+
+
 class InputCheck:
     """Compares each study with the input that a model was trained on."""
 
@@ -255,7 +258,7 @@ class InputCheck:
         if pairs:
             notes.append(f"{len(pairs)} videos almost the same as others: {some(pairs)}")
         if may_name_patient(eid) or any(part.made_with.get("names_patient") for part in parts):
-            notes.append("the study id may name the patient: extract with --study_id digest")
+            notes.append(NAMES_PATIENT)
         if notes:
             self.report.notes[eid] = "; ".join(notes)
         if differences:

@@ -450,7 +450,8 @@ USUAL_WORD = re.compile(
     "stud(y|ies)|patients?|case|controls?|exam(ination)?|echo(cardiogram)?|visit|test|train(ing)?|"
     "validation|demo|sample|subject|series|scan|videos?|site|cent(er|re)|hospital|clinic|cohort|"
     "group|baseline|follow|followup|normal|healthy|heart|cardiac|phantoms?|data(set)?|folder|record|"
-    "session|anon(ym\\w+)?|day|week|month|year|part|batch|one|two|three|first|second|real|old|new"
+    "session|anon(ym\\w+)?|day|week|month|year|part|batch|one|two|three|first|second|real|old|new|"
+    "apical|parasternal|subcostal|suprasternal|short|long|axis|chamber|view|colou?r|doppler|stress"
 )
 
 

@@ -146,7 +146,7 @@ const makePlayer = (film, { caption = null, best = -1, down = false } = {}) => {
   if (film.note) legend.append(make("span", "soft", film.note));
   const screen = figure.querySelector(".film");
   if (!film.clip) {
-    screen.replaceWith(make("div", "standin", `No clip: ${film.missing}`));
+    screen.replaceWith(film.missing ? make("div", "standin", `No clip: ${film.missing}`) : "");
     for (const part of figure.querySelectorAll(".timeline, .controls")) part.remove();
     return figure;
   }
@@ -328,9 +328,8 @@ if (list) {
     });
     cell.addEventListener("mouseleave", () => film.remove());
   }
-  addEventListener("beforeprint", () => {
-    for (const image of list.querySelectorAll("img")) image.loading = "eager";
-  });
+  const loadAll = () => { for (const image of list.querySelectorAll("img")) image.loading = "eager"; };
+  addEventListener("load", () => setTimeout(loadAll, 1000));  // a printed list needs them all
 
   const answer = (i) => studies[i].labels[Number(byId("label").value)] ?? {};
   const value = (i, by) => (["value", "truth", "width"].includes(by) ? answer(i)[by] : studies[i][by]);
