@@ -154,9 +154,9 @@ def test_studies_named_like_their_patient_are_reported(tmp_path, capsys):
         put(tmp_path, file, str(k + 1), **(tags if k in (0, 1, 5, 9) else {}))
     all_studies = studies.find_studies(tmp_path)
     assert {study.name for study in all_studies if study.names_patient} == {"Muster", "K-4711 b"}
-    assert "5 of 11 study folders" in capsys.readouterr().err
+    assert "5 of 11 study folders" in capsys.readouterr().out
     studies.find_studies(tmp_path, study_id="digest")
-    assert "study folders" not in capsys.readouterr().err
+    assert "study folders" not in capsys.readouterr().out
 
 
 def test_files_without_a_study_are_left_out(tmp_path, capsys):

@@ -488,8 +488,8 @@ def warn_of_names(studies, groups, facts, listener):
     n = sum(study.names_patient or may_name_patient(study.name) for study in studies)
     if n:
         listener.warning(
-            f"{n} of {len(studies)} study folders have a PatientID or the name of a patient as "
-            "their name, or look so; it is the study id in all tables",
+            f"{n} of {len(studies)} study folders seem to be named after their patient, and their "
+            "names are the study ids in all tables",
             "--study_id digest takes a digest instead",
         )
 
