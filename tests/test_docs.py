@@ -226,7 +226,7 @@ def test_every_column_is_documented(hospital):
 
 
 def test_messages_are_those_of_the_program():
-    """docs/messages.md quotes texts that the code has; `...` stands for values."""
+    """docs/messages.md quotes texts that the code has; `...` is a value."""
     texts = []
     for path in ROOT.glob("echofocus_core/**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -239,3 +239,11 @@ def test_messages_are_those_of_the_program():
     rows = re.findall(r"^\| `([^`]+)`", (ROOT / "docs" / "messages.md").read_text(), re.M)
     parts = [part.strip(" ;") for row in rows for part in row.split("...")]
     assert len(rows) > 20 and [part for part in parts if part not in code] == []
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1200
+    prose = re.sub(r"^```.*?^```|^<!--.*?-->|^[|#!].*?$", "", text, flags=re.S | re.M)
+    sentences = [x.split() for x in re.split(r"[.:;] |\.\n|\n\n", prose) if x.strip()]
+    assert sum(map(len, sentences)) / len(sentences) <= 20
