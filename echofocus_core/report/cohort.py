@@ -125,10 +125,12 @@ def flow_chart(flow, ends=()):
 
 
 def svg_box(x, y, lines):
+    """A box with lines of text; its title is the whole text, for screen readers and searches."""
     text = "".join(f'<tspan x="{x + 8}" dy="{LINE}">{escape(line)}</tspan>' for line in lines)
     return (
+        f"<g><title>{escape(' '.join(lines))}</title>"
         f'<rect x="{x}" y="{y}" width="{WIDE}" height="{LINE * len(lines) + 12}" rx="3"/>'
-        f'<text y="{y + 3}" fill="currentColor" stroke="none">{text}</text>'
+        f'<text y="{y + 3}" fill="currentColor" stroke="none">{text}</text></g>'
     )
 
 

@@ -592,9 +592,10 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
     people = read_people(cohort.task, job.dataset)
     people = people.rename(index=stored_names(people.index, store, Collected()))
     of_cohort = cohort_table(cohort.task, table, {"All folds": studies.eids}, people, names)
+    of_model = model_table(model, names, of_folds=True)
     report = Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
         notes=notes, folds=parts, saveout=studies.saveout(), names=names,
-        describe=lambda: {"cohort": [of_cohort], "model": [model_table(model, names)]},
+        describe=lambda: {"cohort": [of_cohort], "model": [of_model]},
     )  # fmt: skip
     print("\n".join(report.write()))

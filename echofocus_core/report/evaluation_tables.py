@@ -154,10 +154,10 @@ def chart_ends(report):
     (o, *others), boxes = report.studies.outcomes, []
     if others or not isinstance(o, BinaryOutcome) or o.threshold is None:
         return []
-    for name, mask in (("Positive", o.positive), ("Negative", ~o.positive)):
+    for name, mask in (("positive", o.positive), ("negative", ~o.positive)):
         y = o.truth[o.usable & mask]
         counts = f"finding present: {y.sum():.0f}", f"finding absent: {(y == 0).sum()}"
-        boxes.append([f"{name} at the threshold: {len(y)}", *counts])
+        boxes.append([f"Index test {name}: {len(y)}", *counts])
     return boxes
 
 

@@ -183,9 +183,11 @@ def tests(report):
 # ------------------------------------------------------------------------------------------- model
 
 
-def model_table(model, names):
-    """Table of a LoadedModel: its labels, network, input, training and digests. names: label ->
-    plain name."""
+def model_table(model, names, of_folds=False):
+    """Table of a LoadedModel: its labels, network, input, training and digests.
+
+    names: label -> plain name; of_folds: whether it stands for all models of a cross-validation.
+    """
     record, checkpoint = model.record, model.folder / "best_checkpoint.pt"
     settings, rows = record.settings, []
     labels = [f"{names[x]} ({x})" if names.get(x, x) != x else x for x in model.outputs.labels]
@@ -223,7 +225,7 @@ def model_table(model, names):
             ["SHA-256 of the labels of its training", record.labels_sha256],
             ["Program of its training", f"EchoFocus {record.version}" * bool(record.version)],
         ]  # fmt: skip
-    if checkpoint.is_file():
+    if checkpoint.is_file() and not of_folds:
         rows.append(["SHA-256 of the model", sha256_file(checkpoint)])
     rows = [[name, text] for name, text in rows if text not in (None, "")]
     return Table("Model and training", ["", ""], rows, n_text=2)
