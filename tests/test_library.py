@@ -17,7 +17,7 @@ from echofocus_core.base.console import UserError
 from echofocus_core.video.store import open_store
 
 
-def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
+def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S):
@@ -29,7 +29,9 @@ def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
 
     split = pd.read_csv("trained_models/defect/split.csv", index_col="eid")
     test = split.index[split["fold"] == "test"]
-    answers = ef.predict("defect", clips).set_index("eid")["defect"]
+    capfd.readouterr()
+    answers = ef.predict("defect", clips, quiet=True).set_index("eid")["defect"]
+    assert capfd.readouterr().out == ""
     truth = labels.set_index("eid")["defect"]
     metrics = ef.evaluate(Path("trained_models/defect"), clips, labels, n_boot=0)
     area = metrics.set_index("metric")["value"]["auroc"]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core.base.console import RUN, UsageError, UserError, nearest
+from echofocus_core.base.log import message_log
 from echofocus_core.base.options import SYNONYMS, Settings, options_of, validate_as
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import Dataset, Task, read_config
@@ -37,7 +38,7 @@ def library_job(command, options, source=None, labels=None, task="", model=None)
             raise UsageError(f"{command}() has no option {name}{nearest(name, allowed)}")
     typed = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     RUN.notes.clear()
-    with TemporaryDirectory() as folder:
+    with message_log(validate_as(Settings, typed)), TemporaryDirectory() as folder:
         try:
             yield make_job(command, typed, source, labels, task, model, Path(folder))
         except UserError as error:
