@@ -162,9 +162,9 @@ def draw_reliability(axis, outcome, band=None, recalibrated=None, **_):
         if has_calibration_curve(y, q):
             at, smooth = calibration_curve(y, q, np.ones((len(y), 1)))
             axis.plot(at, smooth[:, 0], color=colour, ls=dashes, label=name)
-    if recalibrated:
+    if recalibrated and axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper left")
-    elif len(y):
+    elif len(y) and not recalibrated:
         counts, ends = np.histogram(p, 25, (0, 1))
         axis.bar(ends[:-1], counts / counts.max() * 0.15, 0.04, align="edge", color=GREY, alpha=0.6)
     unit_square(axis, "predicted probability", "observed frequency")
