@@ -32,7 +32,8 @@ def fit_recalibration(y, p):
     x = log_odds(p)
     target, ones, methods = np.array([[y.sum()], [(y * x).sum()]]), np.ones((len(y), 1)), {}
     for name in ("intercept", "slope"):
-        a, b = mt.fit_logistic(x, ones, target, slope_is_1=name == "intercept")[:, 0]
+        with np.errstate(all="ignore"):  # where the classes are separated
+            a, b = mt.fit_logistic(x, ones, target, slope_is_1=name == "intercept")[:, 0]
         if np.isfinite(a) and np.isfinite(b):
             methods[name] = lambda p, a=a, b=b: special.expit(a + b * log_odds(p))
     steps = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(p, y)
