@@ -186,7 +186,7 @@ def tests(report):
 def model_table(model, names, of_folds=False):
     """Table of a LoadedModel: its labels, network, input, training and digests.
 
-    names: label -> plain name; of_folds: whether it stands for all models of a cross-validation.
+    names: label -> plain name; of_folds: whether it describes all models of a cross-validation.
     """
     record, checkpoint = model.record, model.folder / "best_checkpoint.pt"
     settings, rows = record.settings, []

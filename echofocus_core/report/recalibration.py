@@ -48,10 +48,10 @@ def recalibrate(outcomes, validation):
     recalibrated = {}
     for o in outcomes:
         methods = fit_recalibration(*validation[o.label].pairs()) if o.label in validation else {}
-        known = np.isfinite(o.predicted)
+        finite = np.isfinite(o.predicted)
         for name, function in methods.items():
             p = np.full(len(o.predicted), np.nan)
-            p[known] = function(o.predicted[known])
+            p[finite] = function(o.predicted[finite])
             outcome = replace(o, predicted=p, threshold=None, prevalence=None)
             recalibrated.setdefault(o.label, {})[name] = outcome
     return recalibrated
