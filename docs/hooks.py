@@ -136,7 +136,10 @@ def notebook_page(path):
         text += f"```{language}\n{source}\n```\n\n"
         if results := "".join(map(printed, cell.get("outputs", []))):
             text += f"```text\n{results.strip()}\n```\n\n"
-    return text + f"*The notebook is `docs/tutorials/{path.name}`.*\n"
+    return text + (
+        f"*The notebook is `docs/tutorials/{path.name}`. To run it: `pip install . notebook`, then "
+        f"`jupyter notebook docs/tutorials/{path.name}`.*\n"
+    )
 
 
 def printed(output):
