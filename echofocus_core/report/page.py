@@ -188,8 +188,9 @@ def origin_facts(page):
     model, settings = page.model, page.settings
     digests = [
         sha256_file(path)[:12]
-        for folder in [m.folder for m in getattr(model, "members", [model])]
-        if (path := folder / "best_checkpoint.pt").is_file()
+        for member in getattr(model, "members", [model])
+        for name in releases.USED
+        if (path := member.folder / name).is_file()
     ]
     digest = f" (SHA-256 {', '.join(digests)})" if digests else ""
     facts = [datetime.date.today().isoformat(), f"model {model.folder.name}{digest}"]
