@@ -362,6 +362,8 @@ def test_many_labels_are_in_the_order_of_their_answers(many, tab):
     assert lead.startswith(f"Ventricular septal defect of the muscular part {answers[0]}\u00a0% (")
     assert "present. Most depends on A4C.avi: without it " in lead
     assert "more unusual than 94\u00a0% of the training studies" in tab.inner_text("main")
+    cards = tab.locator("details[open] .player")
+    assert cards.count() == 3 and len({card.bounding_box()["y"] for card in cards.all()}) == 1
     bars = tab.locator("details[open] .track :is(.end, .for, .against)")
     places = bars.evaluate_all("x => x.map(bar => parseFloat(bar.style.left))")
     expected = 100 * sigmoid(np.array([-2, -2, 1, 1.1, 1.2]))  # on an axis of probability

@@ -96,7 +96,9 @@ class LabelView:
         if self.width is None:
             return ""
         ends = self.text(self.low), self.text(self.high)
-        return "one clip only" if self.one_clip and ends[0] == ends[1] else " to ".join(ends)
+        if ends[0] == ends[1]:
+            return "one clip only" if self.one_clip else "no difference"
+        return " to ".join(ends)
 
     @property
     def truth_text(self):
