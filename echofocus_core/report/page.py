@@ -272,7 +272,7 @@ class StudyView:
     @property
     def groups(self):
         """[(heading, LabelViews)]: findings, then measurements, then survival."""
-        headings = {"binary": "Finding", "regression": "Measurement", "survival": "Survival"}
+        headings = {"binary": "Finding", "regression": "Measurement", "survival": "Log hazard"}
         groups = {}
         for label in self.labels:
             groups.setdefault(headings.get(label.kind, "Reading"), []).append(label)
@@ -285,10 +285,10 @@ class StudyView:
             return [label.sentence for label in self.labels]
         findings = [label for label in self.labels if label.kind == "binary"]
         present = [label for label in findings if label.decision]
-        if not present and any(label.decision is False for label in findings):
-            n = sum(label.decision is False for label in findings)
-            none = f"None of {n} findings reaches its threshold. The highest: "
-            return [none + findings[0].sentence]
+        absent = [label for label in findings if label.decision is False]
+        if absent and not present:
+            none = f"None of {len(absent)} findings reaches its threshold. The highest: "
+            return [none * (len(absent) > 1) + absent[0].sentence]
         shown = present or findings[:1] or self.labels[:2]
         more = len(shown) - MAX_SENTENCES
         texts = [label.sentence for label in shown[:MAX_SENTENCES] if label.value is not None]

@@ -98,7 +98,7 @@ class LabelView:
         ends = self.text(self.low), self.text(self.high)
         if ends[0] == ends[1]:
             return "one clip only" if self.one_clip else "no difference"
-        return " to ".join(ends)
+        return f"{ends[0].removesuffix(self.unit).strip()} to {ends[1]}"
 
     @property
     def truth_text(self):
@@ -138,10 +138,9 @@ def label_view(page, study, i):
     unit = model.unit(label)
     ending = f" [{unit}]" if unit else ""
     value, low, high = (number(row.get(f"{label}{part}{ending}")) for part in ("", "_low", "_high"))
-    kind = model.kind(label)
     view = LabelView(
-        label, page.plain.get(label, ""), i, kind, "log hazard" if kind == "survival" else unit,
-        value, low, high, model.record.thresholds.get(label),
+        label, page.plain.get(label, ""), i, model.kind(label), unit, value, low, high,
+        model.record.thresholds.get(label),
         None if study.truths is None else number(study.truths[i]),
         row["n_clips"] == len(study.names),
     )  # fmt: skip
@@ -157,6 +156,8 @@ def label_view(page, study, i):
 def sentence_of(study, view, explanation):
     """'VSD 92.0 % (threshold 60.0 %): present. Most depends on PSAX: without it 76.0 %.'"""
     text = f"{view.title} {view.text(view.value) or 'has no answer'}"
+    if view.kind == "survival":
+        text += " (log hazard)"
     if view.decision is not None:
         verdict = "present" if view.decision else "absent"
         text += f" (threshold {view.text(view.threshold)}): {verdict}"
