@@ -47,7 +47,8 @@ def main():
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(HERE)])
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(run, sorted(HERE.glob("*.ipynb"))))
+            longest_first = sorted(HERE.glob("*.ipynb"), key=lambda path: -path.stat().st_size)
+            results = list(pool.map(run, longest_first))
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     sys.exit(not all(results))
 
