@@ -149,7 +149,7 @@ def predict_page(job, folder, table, left_out):
 
 
 def cmd_embed(job):
-    """Write the model's embeddings as HDF5, one vector per study or video, and draw their map."""
+    """Write the model's embeddings (HDF5), one vector per study or video, or a map of them."""
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
     from echofocus_core.study.embeddings import check_options, embed_source, is_embedded
@@ -232,7 +232,7 @@ def write_explained(job, eids, explanations, truths, patients, names, warnings, 
 
 
 def cmd_check(settings):
-    """Report the problems of a long run, each with its remedy, and its run time.
+    """Report the problems of a long run before it starts, with remedies, and estimate its time.
 
     It reads config, labels, embeddings and models with the functions of a run and collects their
     reports. After an error it checks what it still can. It writes no file.
@@ -247,7 +247,7 @@ def cmd_check(settings):
 
 
 def cmd_pack(job):
-    """Pack a dataset's embeddings into one file, <embedding_path>.packed.h5, to read faster."""
+    """Pack a dataset's embeddings into one file, <embedding_path>.packed.h5, for faster reading."""
     import numpy as np
 
     from echofocus_core.base.files import lock, packed_path

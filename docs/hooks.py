@@ -17,7 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 REPOSITORY = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/RESULTS.md")
 TITLES = [  # of the groups, in the order of the page
-    "what to work on", "data", "extraction", "views", "model", "training",
+    "task and data", "data", "extraction", "views", "model", "training",
     "training through the encoder", "explanation", "output", "files", "computing", "messages",
 ]  # fmt: skip
 OTHER_FILES = r"\]\((?:\.\./)*((?:LICENSE|CITATION\.cff|echofocus_core/|tests/)[^)]*)\)"

@@ -340,7 +340,7 @@ def test_tables_of_truths_without_patients_or_with_copies_are_reported(tmp_path,
     cells = {"PID": ["p", "q"], "Echo_ID": ["a", "b"], "x_Correct": [0, 1], "x_Predict": [0, 1]}
     pd.DataFrame(cells).to_csv(tmp_path / "s.csv", index=False)
     evaluation.warn_of_truths("s.csv", evaluation.studies_with_truths(tmp_path / "s.csv").outcomes)
-    assert "every prediction of x is the truth" in capsys.readouterr().out
+    assert "all predictions of x equal the truth" in capsys.readouterr().out
 
 
 def test_a_patient_is_named_by_the_study_that_is_taken():

@@ -384,7 +384,7 @@ def test_paper_has_every_label_and_first_frame(many, tab):
     assert images.count() == 23
     assert images.evaluate_all("x => x.every(i => i.naturalWidth > 0 && i.checkVisibility())")
     assert tab.locator("video:visible").count() == 0
-    assert "Left out on paper" in tab.inner_text("main")
+    assert "Not printed" in tab.inner_text("main")
     assert tab.locator(".answers.print-only .row:visible").count() == 23
 
 

@@ -54,7 +54,7 @@ def output_path(path, what, is_ours):
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
+        raise UserError(f"{path} is a folder; give a file in it")
     if path.is_file() and path.stat().st_size and not is_ours(path):
         raise UserError(f"{path} exists and is not a {what}; name another file, or move this one")
     return path

@@ -157,7 +157,7 @@ class Group:
     moves_folds: bool = False  # whether another value puts other patients into the validation fold
 
 
-WHAT = Group("what to work on", in_config=False, on_resume="unrecorded")
+WHAT = Group("task and data", in_config=False, on_resume="unrecorded")
 FILES = Group("files", in_config=False, on_resume="unrecorded")
 SPLIT = Group("data", on_resume="fixed", moves_folds=True)
 DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
@@ -216,7 +216,7 @@ class MessageOptions(Entry):
 
     quiet: bool = option(False, "print only warnings and errors", MESSAGES, EVERY)
     verbose: bool = option(
-        False, "also print the time of each message, checks that passed, and where an error arose",
+        False, "also print the time of each message, passed checks, and where an error occurred",
         MESSAGES, EVERY
     )
     log: str = option(
@@ -321,11 +321,11 @@ class Settings(CohortOptions):
         DATA, ALL, least=0
     )
     split: Annotated[str, BeforeValidator(percentages)] = option(
-        "64,16,20", "percent of patients for training, validation and test", SPLIT, "train",
+        "64,16,20", "percentages of patients for training, validation and test", SPLIT, "train",
         metavar="TRAIN,VAL,TEST"
     )
     seed: int = option(
-        0, "seed of the split, the order and the dropout; evaluate: of the bootstrap", SPLIT,
+        0, "seed of the split, the study order and dropout; evaluate: of the bootstrap", SPLIT,
         "train evaluate", least=-SEEDS, below=SEEDS
     )
     n_folds: int = option(

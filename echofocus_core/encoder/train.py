@@ -412,7 +412,9 @@ def learnable_tasks(tasks, labels):
         else:
             RUN.warning(f"{task['name']} cannot be learnt: all its training labels are equal")
     if not kept:
-        raise UserError("no task can be learnt: its training labels need two different values")
+        raise UserError(
+            "no task can be learnt: a task needs at least two different training labels"
+        )
     return kept
 
 

@@ -18,7 +18,7 @@ def map_rows(job):
     """
     column, task, datasets = job.settings.color_by.strip(), job.task, job.datasets
     if column in ("pid", "eid"):
-        raise UserError(f"--color_by {column}: patient and study ids cannot be colours")
+        raise UserError(f"--color_by {column}: patient and study ids cannot be used as colours")
     columns, rows, reasons = [] if column == "dataset" else [column], {}, []
     for name, dataset in datasets.items():
         file = label_file(task, dataset)

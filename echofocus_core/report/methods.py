@@ -8,14 +8,13 @@ from echofocus_core.base.files import sha256_file
 from echofocus_core.report.display import Table, metric_name
 
 INTERVALS = {  # of `statistics.INTERVALS`
-    "percentile": "percentiles of the resamples, at levels widened for few patients (Hesterberg "
-    "2015)",
+    "percentile": "percentile intervals, widened for small numbers of patients (Hesterberg 2015)",
     "normal": "Wald intervals with the standard error from the resamples",
     "wilson": "Wilson's interval with the effective sample size from the resamples (Dean and "
     "Pagano 2015)",
-    "logit": "intervals on the log-odds scale with the standard deviation of the resamples, "
+    "logit": "intervals on the log-odds scale with the standard error from the resamples, "
     "Wilson's for values of 0 and 1",
-    "log": "intervals on the logarithmic scale with the standard deviation of the resamples",
+    "log": "intervals on the logarithmic scale with the standard error from the resamples",
     "log_rest": "intervals on the scale of log(1 - value) with the standard deviation of the "
     "resamples",
     "fisher": "intervals on Fisher's z scale with the standard deviation of the resamples",
@@ -140,7 +139,7 @@ def intervals(report):
     yield (
         f"95 % confidence intervals are based on {report.n_boot} bootstrap resamples of patients"
         f"{per} (seed {report.seed}), with quantiles of Student's t for the number of patients "
-        "that limits the precision (for a finding often those of the rarer class)."
+        "that limits the precision (for a finding, usually those in the rarer class)."
     )
     if used:
         texts = (f"{', '.join(names)}: {method}" for method, names in used.items())
@@ -222,8 +221,8 @@ def model_table(model, names, of_folds=False):
              "validation loss, whose best epoch is used"],
             ["Started from", settings.init_from],
             ["Seed", settings.seed],
-            ["SHA-256 of the labels of its training", record.labels_sha256],
-            ["Program of its training", f"EchoFocus {record.version}" * bool(record.version)],
+            ["SHA-256 of the training labels", record.labels_sha256],
+            ["Trained with", f"EchoFocus {record.version}" * bool(record.version)],
         ]  # fmt: skip
     if checkpoint.is_file() and not of_folds:
         rows.append(["SHA-256 of the model", sha256_file(checkpoint)])

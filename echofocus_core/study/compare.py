@@ -68,11 +68,13 @@ def cells_of(job):
     for text in settings.grid:
         if text.partition("=")[0] in CELL:
             raise UserError(
-                f"--grid {text}: it decides a combination; use --aggregators, --fractions"
+                f"--grid {text}: it defines the combinations; use --aggregators, --fractions"
             )
     fractions = sorted(set(settings.fractions or [1.0]))
     if not 0 < fractions[0] <= fractions[-1] <= 1:
-        raise UserError("--fractions: shares of the training patients, above 0 and up to 1")
+        raise UserError(
+            "--fractions: give fractions of the training patients, above 0 and at most 1"
+        )
     return [Cell(*x) for x in product(folders, dict.fromkeys(aggregators), fractions)], folders
 
 

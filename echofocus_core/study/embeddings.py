@@ -28,10 +28,10 @@ def check_options(job):
     """UserError for options of `embed` that do not fit together or the model."""
     settings = job.settings
     if settings.map and settings.level == "video":
-        raise UserError("--map shows studies: leave out --level video")
+        raise UserError("--map plots studies: omit --level video")
     each = getattr(job.model.net, "embeds_labels", False)
     if not settings.pool_queries and (settings.map or not each):
-        raise UserError("--no_pool_queries is for multiquery models, and for no map")
+        raise UserError("--no_pool_queries works only with multiquery models, and not with --map")
 
 
 def embed_source(job):

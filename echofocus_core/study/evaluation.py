@@ -119,7 +119,7 @@ def pair_studies(studies, other, name):
     place = {eid: i for i, eid in enumerate(other.eids)}
     first = studies.take([i for i, eid in enumerate(studies.eids) if eid in place])
     if not len(first):
-        raise UserError(f"--compare {name}: it has no study in common with this evaluation")
+        raise UserError(f"--compare {name}: has no study in common with this evaluation")
     second = other.take([place[eid] for eid in first.eids])
     labels = {o.label for o in first.outcomes} & {o.label for o in second.outcomes}
     if not labels:
@@ -180,7 +180,7 @@ def read_prediction_rows(path):
 
 def rows_with_id(rows, column, path):
     if blank := int(rows[column].isna().sum()):
-        RUN.warning(f"{path}: {blank} rows have no {column}", "fill in; they are ignored")
+        RUN.warning(f"{path}: {blank} rows have no {column}", "fill them in; the rows are ignored")
     return rows.dropna(subset=[column])
 
 
@@ -199,7 +199,7 @@ def read_predictions(rows, path, labels, units=()):
             RUN.note(f"{path}: predictions of {label} are {columns[label]}, not {some(others)}")
     if missing := [label for label, column in columns.items() if column is None]:
         raise UserError(
-            f"{path} has no predictions of {some(missing)}; name the column like the label, or "
+            f"{path} has no predictions of {some(missing)}; name the column after the label, or "
             f"<label>_Predict (it has: {some(map(printable, rows.columns))})"
         )
     values = numeric_columns(rows, columns.values(), path).set_axis(list(columns), axis=1)
@@ -278,7 +278,7 @@ def warn_of_truths(path, outcomes):
     equal = [o for o in outcomes if o.n and np.array_equal(*o.pairs())]
     if equal:
         names = some(o.label for o in equal)
-        RUN.warning(f"{path}: every prediction of {names} is the truth", "are these predictions?")
+        RUN.warning(f"{path}: all predictions of {names} equal the truth", "are these predictions?")
 
 
 def studies_with_truths(path):
@@ -336,7 +336,9 @@ def read_by(text):
     except ValueError:
         edges = [np.nan]
     if column in ("", "eid") or sorted(set(edges)) != edges or not np.isfinite(edges).all():
-        raise UserError(f"--by {text}: a column, or a column and rising edges as in age:40,65")
+        raise UserError(
+            f"--by {text}: give a column, or a column and increasing edges as in age:40,65"
+        )
     return column, edges
 
 
@@ -396,7 +398,7 @@ def groups_of(cells, edges):
     names = sorted(cells[filled].unique())
     if len(names) > MAX_GROUPS:
         raise UserError(
-            f"--by {column}: {len(names)} different values; cut numbers at edges, as in "
+            f"--by {column}: {len(names)} different values; group numbers by edges, as in "
             f"--by {column}:40,65"
         )
     return [printable(x)[:40] for x in names], pd.Categorical(cells, names).codes

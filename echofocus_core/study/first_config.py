@@ -56,7 +56,10 @@ def write_config(path=""):
     """
     path = Path(path or CONFIGS[0])
     if path.exists():
-        raise UserError(f"{path} exists and is not changed; edit it, or name a file with --config")
+        raise UserError(
+            f"{path} already exists and was not changed; edit it, or name another file "
+            "with --config"
+        )
     root = path.parent
     files = Files()
     search(root, files)

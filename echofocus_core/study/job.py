@@ -102,7 +102,7 @@ def model_job(command, typed, world, config=None, model=None):
     videos, task = typed.get("videos"), typed.get("task", "")
     if videos and typed.get("dataset"):
         option = "--datasets" if typed.get("datasets") else "--dataset"
-        raise UserError(f"--videos and {option} are two sources: give one")
+        raise UserError(f"--videos and {option} are two sources: give only one")
     needed = not (videos or typed.get("embedding_path"))
     config = config or read_config(typed.get("config"), needed=needed)
     if task and not released_task(task):
@@ -306,9 +306,11 @@ def refuse_model(command, typed, model):
     """UserError for a model that a command cannot use."""
     name = model.folder.name
     if command not in ("predict", "embed") and isinstance(model.net, Readings):
-        raise UserError(f"{command} needs a study-level model; {name} has only readings")
+        raise UserError(f"{command} needs a study-level model; {name} has only PanEcho's outputs")
     if model.record.level == "video" and (command == "explain" or typed.get("page")):
-        raise UserError(f"{name} answers for single videos, so it has no contributions of videos")
+        raise UserError(
+            f"{name} predicts single videos, so there are no contributions of videos to explain"
+        )
 
 
 def check_settings(settings):

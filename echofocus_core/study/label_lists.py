@@ -103,7 +103,8 @@ def one_row_a_study(rows, path):
     if len(repeated):
         raise UserError(
             f"{path}: the videos of {len(repeated)} studies have different labels, patients or "
-            f"folds ({some(repeated)}): a label of studies is the same for all"
+            f"folds ({some(repeated)}): a study-level label must be the same for all videos "
+            "of the study"
         )
     return table.reset_index(drop=True)
 

@@ -135,7 +135,7 @@ def paths_of(source, folder, model=None):
     folder.mkdir(parents=True)
     for eid, videos in (source if isinstance(source, dict) else {"study": source}).items():
         if str(eid).startswith(".") or os.sep in str(eid):
-            raise UserError(f"study {eid}: an id has no {os.sep}, and no dot in front")
+            raise UserError(f"study {eid}: an id must not contain {os.sep} or begin with a dot")
         names, array = clips_of(eid, videos, model.net.width if model else None)
         starts = np.zeros(array.shape[1], np.int64)
         rows = {name: (starts, clips[None]) for name, clips in zip(names, array, strict=True)}

@@ -84,7 +84,7 @@ class LoadedModel:
                 elif at * year > hazard.end:
                     RUN.warning(
                         f"no training patient was followed for {at:g} years until {label}",
-                        f"{label}_survival_{at:g} stays blank: take --years below "
+                        f"{label}_survival_{at:g} stays blank: use --years below "
                         f"{hazard.end / year:g}",
                     )
                 columns[f"{label}_survival_{at:g}"] = values

@@ -77,8 +77,8 @@ def find_array(path, name):
     if dtype.kind != "f" or len(shape) != 2 or fortran:
         order = ", stored by columns" if fortran else ""
         raise UserError(
-            f"{path.name}: '{name}' is {dtype} of shape {shape}{order}; it must be floats (videos, "
-            "D), stored by rows"
+            f"{path.name}: '{name}' is {dtype} of shape {shape}{order}; it must be a float array "
+            "(videos, D), stored by rows"
         )
     return offset, dtype, shape
 
@@ -251,7 +251,9 @@ class EmbeddingTable(Rows):
         try:
             self.array = table.drop(columns=["eid", "video"]).to_numpy(np.float32)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path.name}: every column but eid and video is a number") from error
+            raise UserError(
+                f"{path.name}: every column except eid and video must be numeric"
+            ) from error
         self.n_features = self.array.shape[1]
         super().__init__(path, ids)
 

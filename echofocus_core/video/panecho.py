@@ -508,7 +508,7 @@ def warn_of_other_clips(record, path, size, clip_len, rate=1):
         current = {"size": size, "clip_len": clip_len, "sampling_rate": rate}
         for change in differences(trained, current).values():
             RUN.warning(f"the clips differ from those that {path} was trained on: {change}",
-                        "use the same values; else the embeddings may be worse")  # fmt: skip
+                        "use the same values, or the embeddings may be worse")  # fmt: skip
 
 
 def weights_digest(weights):

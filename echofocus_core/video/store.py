@@ -580,7 +580,7 @@ class EmbeddingFolder(Store):
                 raise UserError(f"{path}: {both} are both study {eid}; keep one of them")
             files[eid] = path / name
         if not files:
-            raise UserError(f"{path} holds no .hdf5 file; make them with {EXTRACT}")
+            raise UserError(f"{path} contains no .hdf5 file; create them with {EXTRACT}")
         super().__init__(path, files)
 
     @contextmanager

@@ -72,7 +72,7 @@ class ClipEncoder:
         for name, value in (("clip_len", self.frames), ("size", self.pixels.size)):
             if name in chosen and getattr(sampling, name) != value:
                 raise UserError(
-                    f"--{name} {getattr(sampling, name)}: {self.name} takes clips of {self.frames} "
+                    f"--{name} {getattr(sampling, name)}: {self.name} needs clips of {self.frames} "
                     f"frames of {self.pixels.size} x {self.pixels.size} pixels"
                 )
         if sampling.augment:
