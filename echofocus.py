@@ -149,7 +149,7 @@ def predict_page(job, folder, table, left_out):
 
 
 def cmd_embed(job):
-    """Write the model's embeddings (HDF5), one vector per study or video, or a map of them."""
+    """Write the model's embeddings (HDF5), one vector per study or video; --map plots them."""
     from echofocus_core.base.files import output_path
     from echofocus_core.report.maps import make_map, map_rows
     from echofocus_core.study.embeddings import check_options, embed_source, is_embedded
