@@ -146,17 +146,32 @@ def test_one_study_of_two_patients_is_left_out(tmp_path, capsys):
 
 NAMED = ["Muster/x", "K-4711 b/x", "2024 M\u00fcller/x", "DOE_JANE/x", "Doe^J/x"]
 UNNAMED = ["S01/x", "Study 12/x", "CHD_007/x", "p10002221/x", "4711a/x", "Apical view/x"]
+LIKE_NAMES = ["DOE_JANE_19500102", "m\u00fcller_anna", "MUELLERJUERGEN1970", "MUELLER_ANNA_A4C.avi",
+              "exam/MuellerAnna.dcm", "2024 Mu\u0308ller"]  # fmt: skip
+LIKE_VIEWS = [
+    "Ambulanz", "Herzzentrum", "Kontrollen", "A4C.avi", "PSAX_LV.avi", "Subcostal.mp4", "IM_0001",
+    "US000001", "1.2.840.113619.2.5.19700101", "0X100009310A3BD7FC.avi", "mitral_inflow_2.avi",
+    "DICOM/PAT00001/STUD0001/IMAG0001", "Echo 2024-05-01", "PLAX L\u00e4ngsachse.dcm",
+]  # fmt: skip
 
 
-def test_studies_named_like_their_patient_are_reported(tmp_path, capsys):
+def test_studies_and_videos_named_like_their_patient_are_reported(tmp_path, capsys):
     tags = {"PatientName": "MUSTER^Eva", "PatientID": "4711"}
     for k, file in enumerate([*NAMED, *UNNAMED]):
         put(tmp_path, file, str(k + 1), **(tags if k in (0, 1, 5, 9) else {}))
+    put(tmp_path, "S01/muster.dcm", "6", **tags)
+    put(tmp_path, "S01/MEIER_ANNA/A4C.dcm", "6", **tags)
     all_studies = studies.find_studies(tmp_path)
-    assert {study.name for study in all_studies if study.names_patient} == {"Muster", "K-4711 b"}
-    assert "5 of 11 study folders" in capsys.readouterr().out
+    names = {study.name: study.names_patient for study in all_studies if study.names_patient}
+    assert names == {"Muster": "study", "K-4711 b": "study", "S01": "videos"}
+    assert "5 of 11 studies" in (out := capsys.readouterr().out) and "2 of 13 videos" in out
     studies.find_studies(tmp_path, study_id="digest")
-    assert "study folders" not in capsys.readouterr().out
+    assert "11 studies" not in (out := capsys.readouterr().out) and "2 of 13 videos" in out
+    (tmp_path / "list.csv").write_text("study,path\nDoe^J,S01/muster.dcm\n")
+    studies.find_studies(tmp_path, manifests=[tmp_path / "list.csv"])
+    assert "1 of 1 studies" in (out := capsys.readouterr().out) and "1 of 1 videos" in out
+    assert all(map(studies.path_may_name_patient, LIKE_NAMES))
+    assert not any(map(studies.path_may_name_patient, LIKE_VIEWS))
 
 
 def test_files_without_a_study_are_left_out(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """Answers as web pages: a list of studies, and a report of each study with its videos.
 
 A folder with index.html, studies/, clips/, a style sheet and a script: it opens from disk without
-network requests. It contains no identifiers except study ids and video names; a study id that may
-name the patient is replaced by a digest.
+network requests. It contains no identifiers except study ids and video names; those that may name
+the patient are replaced, and listed in a table next to the folder.
 """
 
 import datetime
@@ -15,23 +15,24 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pandas as pd
 
 from echofocus_core import __version__
 from echofocus_core.base import releases
 from echofocus_core.base.console import RUN, printable, progress
-from echofocus_core.base.files import atomic_path, sha256_file
+from echofocus_core.base.files import atomic_path, sha256_file, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.report.html import TEMPLATES, page_templates, write_text
 from echofocus_core.report.inspect import origin_of
 from echofocus_core.report.page_labels import clip_marks, label_view, number, percent, title_of
-from echofocus_core.study.input_check import NAMES_PATIENT, UNUSUAL
+from echofocus_core.study.input_check import NAMES_PATIENT, UNUSUAL, VIDEOS_NAME_PATIENT
 from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
 from echofocus_core.video.errors import VideoError
 from echofocus_core.video.extract import map_in_processes
 from echofocus_core.video.playback import Playback, stored_clip
 from echofocus_core.video.store import StudyDetails, load_details, open_folder
-from echofocus_core.video.studies import may_name_patient, visible
+from echofocus_core.video.studies import may_name_patient, path_may_name_patient, visible
 
 FEW_LABELS = 3  # are all open, whatever their answers
 MAX_SENTENCES = 5  # at the top of a study
@@ -45,6 +46,7 @@ class PageVideo:
     """A video of a study on the page."""
 
     name: str
+    shown: str  # its name on the page
     clip: str = ""  # its file, from the page's folder; its first frame is next to it, as .jpg
     playback: Playback | None = None
     # why there is no clip
@@ -55,9 +57,9 @@ class PageVideo:
         """For the script of the page."""
         film = self.playback
         if film is None:
-            return {"name": self.name, "missing": self.missing}
+            return {"name": self.shown, "missing": self.missing}
         return {
-            "name": self.name, "clip": self.clip, "frames": film.frames, "note": self.note,
+            "name": self.shown, "clip": self.clip, "frames": film.frames, "note": self.note,
             "rate": round(film.rate, 3), "width": film.width, "height": film.height,
         }  # fmt: skip
 
@@ -75,15 +77,40 @@ class PageStudy:
     source: object = None  # the `studies.Study` of its videos, where it is available
     encoders: tuple = ("",)  # of which the names of videos begin, where several are joined
 
+    @property
+    def warning(self):
+        return self.row.get("warning") or ""
+
     @cached_property
     def title(self):
         """Its id, or a digest of it where the id may name the patient."""
-        is_reported = NAMES_PATIENT in (self.row.get("warning") or "")
-        return id_digest(self.eid) if is_reported else public_id(self.eid)
+        return id_digest(self.eid) if NAMES_PATIENT in self.warning else public_id(self.eid)
 
     @cached_property
     def videos(self):
-        return [PageVideo(name) for name in self.names]
+        return [PageVideo(name, self.replaced.get(name, name)) for name in self.names]
+
+    @cached_property
+    def replaced(self):
+        """{name that may name the patient: what the page shows}, of its videos and skipped files.
+
+        If a name has the PatientID or PatientName of the DICOM files, none of its names is shown.
+        """
+        made_with = self.details.attributes  # {} for packs and several encoders
+        by_header = "videos" in made_with.get("names_patient", "" if made_with else self.warning)
+        files = [("video", self.names), ("file", [name for name, _ in self.details.skipped])]
+        return {
+            name: f"{kind} {n}"
+            for kind, names in files
+            for n, name in enumerate(names, 1)
+            if (by_header and VIDEOS_NAME_PATIENT in self.warning) or path_may_name_patient(name)
+        }
+
+    def public(self, text):
+        """A text without the names that may name the patient."""
+        for name in sorted(self.replaced, key=len, reverse=True):
+            text = text.replace(name, self.replaced[name])
+        return text.replace(self.eid, self.title)
 
     @cached_property
     def files(self):
@@ -171,7 +198,10 @@ def write_page(page):
         before, after = n > 1 and f"{n - 1}.html", n < len(views) and f"{n + 1}.html"
         text = report.render(common, up="../", study=view, number=n, before=before, after=after)
         write_text(folder / view.href, text)
-    left_out = [(public_id(printable(eid)), printable(x)) for eid, x in page.left_out.items()]
+    left_out = [
+        (public_id(printable(eid)), printable(x).replace(eid, public_id(eid)))
+        for eid, x in page.left_out.items()
+    ]
     text = templates.get_template("page_list.html").render(
         common, up="", studies=views, left_out=left_out, labels=[
             (title_of(name, page.plain), name) for name in page.model.outputs.names
@@ -180,7 +210,21 @@ def write_page(page):
     )  # fmt: skip
     write_text(folder / "index.html", text)
     remove_leftovers(page, len(views))
+    write_names(page)
     return folder / "index.html"
+
+
+def write_names(page):
+    """Write what the page shows instead of names that may name the patient, next to its folder."""
+    path = page.folder.with_name(f"{page.folder.name}_names.csv")
+    rows = [(eid, "", public_id(eid)) for eid in page.left_out if public_id(eid) != eid]
+    for study in page.studies:
+        rows += [(study.eid, "", study.title)] * (study.title != study.eid)
+        rows += [(study.eid, *pair) for pair in study.replaced.items()]
+    path.unlink(missing_ok=True)
+    if rows:
+        write_table(pd.DataFrame(rows, columns=["eid", "file", "on_page"]), path)
+        print(f"{path} lists the names that the page does not show: keep it with the tables")
 
 
 def origin_facts(page):
@@ -241,11 +285,13 @@ def write_clips(folder, studies, mask, workers=0):
                     "matched by name only: the embeddings do not record the video's content"
                 )
             call = stored_clip, source, folder / "clips", mask, contents.get(video.name, "")
-            calls.append((video, call))
+            calls.append(((study, video), call))
     replies = map_in_processes(calls, workers) if calls else ()
-    for video, (reply, _) in progress(replies, desc="clips", unit="video", total=len(calls)):
+    for (study, video), (reply, _) in progress(
+        replies, desc="clips", unit="video", total=len(calls)
+    ):
         if isinstance(reply, VideoError):
-            video.missing = str(reply)
+            video.missing = study.public(str(reply))
             continue
         name, video.playback = reply
         video.clip = f"clips/{name}"
@@ -266,8 +312,8 @@ class StudyView:
         for label in explained:
             label.is_open = bool(label.decision) or len(explained) <= FEW_LABELS
         self.novelty = number(study.row.get("novelty"))
-        warning = study.row.get("warning") or ""
-        self.warnings = [text for text in warning.split("; ") if text]
+        self.warnings = [text for text in study.public(study.warning).split("; ") if text]
+        self.skipped = [map(study.public, pair) for pair in study.details.skipped]
 
     @property
     def groups(self):
@@ -337,7 +383,7 @@ class StudyView:
 
     def list_data(self):
         """The values by which the script of the list sorts and filters a study."""
-        names = [video.name for video in self.videos]
+        names = [video.shown for video in self.videos]
         return {
             "eid": self.title, "text": " ".join([self.title, *self.warnings, *names]).lower(),
             "novelty": self.novelty, "videos": len(names),

@@ -170,7 +170,7 @@ def sentence_of(study, view, explanation):
     if set(without) == {view.text(view.value)}:
         return f"{text}. No single video changes it."
     still = "still " if without[top] == view.text(view.value) else ""
-    return f"{text}. Most depends on {study.names[top]}: without it {still}{without[top]}."
+    return f"{text}. Most depends on {study.videos[top].shown}: without it {still}{without[top]}."
 
 
 # ----------------------------------------------------------------------------------- explanations

@@ -16,7 +16,7 @@ from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validate_as
 from echofocus_core.study.config import Input
 from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, almost_the_same
-from echofocus_core.video.studies import may_name_patient
+from echofocus_core.video.studies import may_name_patient, path_may_name_patient
 
 # ----------------------------------------------------------------------------- training data
 
@@ -229,6 +229,7 @@ class InputReport:
 
 
 NAMES_PATIENT = "the study id may name the patient: extract with --study_id digest"
+VIDEOS_NAME_PATIENT = "names of videos may name the patient: rename them and extract again"
 
 
 class InputCheck:
@@ -257,8 +258,11 @@ class InputCheck:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
         if pairs:
             notes.append(f"{len(pairs)} videos almost the same as others: {some(pairs)}")
-        if may_name_patient(eid) or any(part.made_with.get("names_patient") for part in parts):
+        named = " ".join(str(part.made_with.get("names_patient", "")) for part in parts)
+        if may_name_patient(eid) or "study" in named or "yes" in named:
             notes.append(NAMES_PATIENT)
+        if "videos" in named or any(map(path_may_name_patient, study.videos)):
+            notes.append(VIDEOS_NAME_PATIENT)
         if notes:
             self.report.notes[eid] = "; ".join(notes)
         if differences:

@@ -454,7 +454,7 @@ class Run:
             path, other = store.study_path(self.out, study), store.empty_path(self.out, study)
             if not usable:
                 path, other = other, path
-            named = {"names_patient": "yes"} if study.names_patient else {}
+            named = {"names_patient": study.names_patient} if study.names_patient else {}
             with atomic_path(path) as temporary:
                 store.write_study(temporary, work.results, self.attributes | named, work.records)
             other.unlink(missing_ok=True)

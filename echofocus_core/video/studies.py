@@ -9,6 +9,7 @@ several patients.
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class Study:
     videos: list[str]
     left_out: dict[str, str] = field(default_factory=dict)  # file -> why it is not read
     series: dict[str, list[str]] = field(default_factory=dict)  # video -> its single-frame files
-    names_patient: bool = False  # whether its name has the PatientID or PatientName of its files
+    names_patient: str = ""  # what has the PatientID or PatientName of its files: study, videos
 
     def source(self, video):
         """The path of a video, or the list of its frames' paths: what `read_clips` takes."""
@@ -100,8 +101,7 @@ def find_studies(
     groups = [g for g in groups if has_one_patient(g.files, facts, listener)]
     names = name_groups(source, groups, study_id, listener)
     studies = [study_of(n, source, g, facts) for n, g in zip(names, groups, strict=True)]
-    if study_id == "folder":
-        warn_of_names(studies, groups, facts, listener)
+    warn_of_names(studies, [[facts[f] for f in g.files] for g in groups], listener)
     if not studies:
         listener.error(f"no study in {source} can be used", "see above")
     return sorted(studies, key=lambda study: study.name)
@@ -445,52 +445,94 @@ def file_name(name):
     return f"{start}-{short_digest(name)}"
 
 
-# Words of study ids that are no names of patients.
+# Words of names of studies, folders and files that are no names of patients, in lower case.
 USUAL_WORD = re.compile(
-    "stud(y|ies)|patients?|case|controls?|exam(ination)?|echo(cardiogram)?|visit|test|train(ing)?|"
-    "validation|demo|sample|subject|series|scan|videos?|site|cent(er|re)|hospital|clinic|cohort|"
-    "group|baseline|follow|followup|normal|healthy|heart|cardiac|phantoms?|data(set)?|folder|record|"
-    "session|anon(ym\\w+)?|day|week|month|year|part|batch|one|two|three|first|second|real|old|new|"
-    "apical|parasternal|subcostal|suprasternal|short|long|axis|chamber|view|colou?r|doppler|stress"
+    r"stud(y|ies|ien?)|patient(s|en|in)?|case|controls?|exam(s|ination)?|visit|test|train(ing)?|"
+    r"validation|demo|sample|subject|serie[sn]?|scan|site|cent(er|re)|hospital|group|baseline|"
+    r"follow|followup|normal|healthy|phantoms?|data(set)?|folder|record(ing)?|session|day|week|"
+    r"month|year|part|batch|one|two|three|first|second|real|old|new|unknown|copy|final|raw|net|"
+    r"archive|exports?|imports?|loops?|clips?|cines?|movies?|videos?|films?|images?|pictures?|"
+    r"frames?|stills?|screen(shot)?|snapshot|capture|files?|avi|mp4|mov|mpe?g|wmv|mkv|webm|dcm|"
+    r"dicoms?|jpe?g|png|img|apical|parasternal|sub(c|costal|xiphoid)|suprasternal|short|long|axis|"
+    r"chambers?|four|five|view|colou?r|doppler|stress|rest|contrast|strain|zoom|quality|good|poor|"
+    r"plax|psax|rvot|lvot|tapse|rvs?p|lvef|tte|tee|left|right|anterior|posterior|lateral|medial|"
+    r"inferior|septal|septum|inflow|outflow|tract|tissue|mode|wave|continuous|pulsed|flow|jet|"
+    r"regurgitation|stenosis|vena|cava|arch|vein|leaflets?|function|male|female|child|adult|"
+    r"fetal|neonat\w*|pa?ediatric\w*|mitral\w*|aort(a|ic)|tri[ck]uspid\w*|pulmonary|valv(e|ular)|"
+    r"ventri[ck](le|el|ular)|atri(al|um)|pericard\w*|[ck]ardi[ao]\w*|heart|herz(?!og)\w*|echo\w*|"
+    r"ultra(sound|schall)|[ck]lini[ck]\w*|ambulan\w*|station|[ck]ohorte?|kontrollen?|bild(er)?|"
+    r"untersuchung(en)?|aufnahmen?|verlauf|befunde?|ordner|kopie|(vier)?kammer(blick)?|klappen?|"
+    r"(längs|laengs|kurz)achse|grösse|anon\w*|pseudo\w*|philips|siemens|vivid|epiq|acuson"
 )
+DATE = r"(?:(?:19|20)\d\d(?:\d{4})?|\d{4}(?:19|20)\d\d)"  # a year, 19700131 or 31011970
 
 
 def words_of(name):
-    """The words of a name with three letters or more, without digits next to them."""
+    """The words of a name with three letters or more, without digits next to them except a date;
+    MuellerAnna1970 has two."""
+    name = re.sub(r"([a-z\u00df-\u00ff])([A-Z\u00c0-\u00de])", r"\1 \2", name)
+    name = re.sub(rf"(?<=[^\W\d_]{{4}})(?={DATE}(?![^\W_]))", " ", name)
     words = re.findall(r"(?<![^\W_])[^\W\d_]{3,}(?![^\W_])", name)
     return [word for word in words if not USUAL_WORD.fullmatch(word.casefold())]
 
 
 def may_name_patient(name):
-    """Whether a study's name looks like a person's: Family^Given, a capitalised word that is not
-    usual in ids (2024-03-12 Müller), or nothing but two words in capitals (DOE_JANE)."""
+    """Whether a part of a path looks like a person's name: Family^Given, a capitalised word that is
+    not usual (2024-03-12 Müller), two or three unusual words (DOE_JANE_2, müller_anna), or a word
+    and a date (MUELLERJUERGEN1970). A single word of small or capital letters does not.
+    """
+    name = unicodedata.normalize("NFC", name)
     words = words_of(name)
-    capitals = [w for w in words if w.isupper()]
+    letters = sum(map(len, words))
+    has_date = re.search(rf"(?<!\d){DATE}(?!\d)", name)
     return (
         bool(re.search(r"[^\W\d_]\^[^\W\d_]", name))
         or any(word.istitle() for word in words)
-        or (len(capitals) > 1 and not re.search(r"\d", name))
+        or (len(words) in (2, 3) and letters >= 7)
+        or bool(has_date and len(words) == 1 and letters >= 5)
     )
 
 
+def path_may_name_patient(path):
+    """`may_name_patient` of a folder or the file of a video's path below its study."""
+    return any(may_name_patient(part) for part in path.split("/"))
+
+
 def has_identifier(name, facts):
-    """Whether a study's name has the PatientID or a part of the PatientName of a HeaderFacts."""
-    name, identifier = name.casefold(), re.escape(facts.patient.casefold())
-    if identifier and re.search(rf"(?<![^\W_]){identifier}(?![^\W_])", name):
+    """Whether a name has the PatientID (of three characters or more) or a part of the PatientName
+    of a HeaderFacts."""
+    name, identifier = name.casefold(), facts.patient.casefold()
+    pattern = rf"(?<![^\W_]){re.escape(identifier)}(?![^\W_])"
+    if len(identifier) > 2 and re.search(pattern, name):
         return True
     return not set(words_of(name)).isdisjoint(words_of(facts.patient_name.casefold()))
 
 
-def warn_of_names(studies, groups, facts, listener):
-    """Set `Study.names_patient`, and report studies that are named like their patient."""
-    for study, group in zip(studies, groups, strict=True):
-        study.names_patient = any(has_identifier(study.name, facts[file]) for file in group.files)
-    n = sum(study.names_patient or may_name_patient(study.name) for study in studies)
-    if n:
+def warn_of_names(studies, facts_of, listener, remedy="--study_id digest takes a digest instead"):
+    """Set `Study.names_patient`, and report studies and videos that are named like their patient.
+
+    facts_of: for each study, the HeaderFacts of its files.
+    """
+    n_studies = n_videos = 0
+    for study, of_files in zip(studies, facts_of, strict=True):
+        people = {(facts.patient, facts.patient_name): facts for facts in of_files}.values()
+        files = [visible(x) for x in (*study.videos, *study.left_out)]
+        named = {x for x in files if any(has_identifier(x, facts) for facts in people)}
+        in_name = any(has_identifier(study.name, facts) for facts in people)
+        study.names_patient = " ".join(["study"] * in_name + ["videos"] * bool(named))
+        n_studies += in_name or may_name_patient(study.name)
+        n_videos += sum(x in named or path_may_name_patient(x) for x in files)
+    if n_studies:
         listener.warning(
-            f"{n} of {len(studies)} study folders seem to be named after their patient, and their "
-            "names are the study ids in all tables",
-            "--study_id digest takes a digest instead",
+            f"{n_studies} of {len(studies)} studies seem to be named after their patient, "
+            "and their names are the study ids in all tables",
+            remedy,
+        )
+    if n_videos:
+        listener.warning(
+            f"{n_videos} of {sum(len(x.videos) + len(x.left_out) for x in studies)} videos seem to "
+            "have the patient's name in their file or folder names, which are in tables and logs",
+            "rename them before the extraction; pages do not show them",
         )
 
 
@@ -507,15 +549,16 @@ def studies_of_manifests(source, manifests, listener):
     if several := sorted(visible(f) for f, n in counts.items() if n > 1):
         listener.warning(f"{len(several)} files are listed in two studies: {some(several, LISTED)}")
     facts = read_facts(source, sorted(present))
-    studies, mixed = [], []
+    studies, mixed, facts_of = [], [], []
     for name, paths in sorted(files.items()):
         group = Group(sorted(paths & present), folder=common_folder(paths))
+        facts_of.append([facts[f] for f in group.files])
         study = study_of(name, source, group, facts)
         missing = [str(PurePosixPath(f).relative_to(group.folder)) for f in paths - present]
         study.left_out |= dict.fromkeys(missing, "the manifest's file is missing")
         studies.append(study)
         if any(
-            len({getattr(facts[f], key) for f in group.files} - {""}) > 1
+            len({getattr(x, key) for x in facts_of[-1]} - {""}) > 1
             for key in ("study_uid", "patient")
         ):
             mixed.append(name)
@@ -525,6 +568,7 @@ def studies_of_manifests(source, manifests, listener):
             f"their DICOM headers: {some(mixed)}",
             "the grouping of the manifest is used",
         )
+    warn_of_names(studies, facts_of, listener, "use other names in the manifest")
     return studies
 
 
