@@ -10,7 +10,8 @@ transformer learns both, once per seed. The ways are compared on studies that it
     deletion         area under the finding's probability while videos are removed, largest score
                      first, less that in random order (lower is better)
     insertion        the same while videos are added (higher is better)
-    false support    the largest score in a study without the finding, in log-odds: the mean
+    false support    the largest score in a study without the finding, mean: of Shapley values in
+                     points of its probability, of the other ways in log-odds
     stability        Spearman correlation of a study's scores between models of different seeds
     sign             share of studies in which the summed scores of the EF's videos have the sign of
                      the EF's distance from the training mean (studies at least 10 points from it)
@@ -117,8 +118,10 @@ def train(seed, strength, n=600, epochs=6):
             optimizer.zero_grad()
     net.eval().requires_grad_(False)
     clip_mean = torch.from_numpy(np.mean([x.bag.mean((0, 1)) for x in studies], 0))
-    mean_answer = answers_of(net, [x.bag for x in studies]).mean(0)
     outputs = Outputs.of(["finding", "EF"], {"finding": "binary", "EF": "regression"})
+    mean_answer = torch.from_numpy(
+        outputs.mean(answers_of(net, [x.bag for x in studies]), {})
+    ).float()
     return SimpleNamespace(net=net, clip_mean=clip_mean, mean_answer=mean_answer, outputs=outputs)
 
 
@@ -130,7 +133,9 @@ def explain(model, bag, way):
     clip = at.clip_baseline(model, bag, settings)
     began = time.process_time()
     baseline, _ = at.baseline_answer(model, bag, settings, clip)
+    findings = np.array([x == "binary" for x in model.outputs.kind_of.values()])
     objectives = at.Objectives(list(range(model.net.n_outputs)))
+    objectives.findings = findings if settings.explain_method == "shapley" else None
     result = at.attribute_clips(model.net, bag, settings, objectives, clip, baseline)
     return result.scores.sum(2), baseline.numpy(), time.process_time() - began
 

@@ -65,7 +65,8 @@ def compare(net, bag, columns, repeats):
 
     def shapley(net, tokens, start, settings, objectives, V):
         """Scores, and the largest standard error of each label as a share of its sum."""
-        empty = torch.zeros(net.n_outputs)
+        empty, findings = torch.zeros(net.n_outputs), np.ones(len(columns), bool)
+        objectives = attribution.Objectives(columns, findings=findings)
         scores, errors = attribution.shapley_values(net, bag, settings, objectives, empty)
         return scores, errors.max(1) / np.abs(scores).sum(1)
 

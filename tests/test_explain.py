@@ -154,6 +154,31 @@ def test_shapley_values_depend_on_the_videos_not_on_their_order():
     np.testing.assert_array_equal(first.scores[:, order], second.scores)
 
 
+class RandomGames(torch.nn.Module):
+    """Independent random answers to each subset of 7 videos, whose clips are one-hot."""
+
+    n_outputs = 300
+
+    def __init__(self):
+        super().__init__()
+        self.answers = torch.nn.Parameter(torch.from_numpy(normal(3, 128, self.n_outputs)))
+
+    def forward(self, tokens, lengths):
+        subsets = torch.stack([x.sum(0) for x in tokens.split(lengths)])
+        return self.answers[(subsets @ 2.0 ** torch.arange(7)).long()], tokens
+
+
+def test_standard_errors_of_few_permutations(monkeypatch):
+    """They are not too small, although permutations are added only until they are small."""
+    monkeypatch.setattr(attribution, "PRECISE", np.inf)
+    net, bag = RandomGames().requires_grad_(False), torch.eye(7)[:, None]
+    mean = net.answers[0]
+    expected = by_all_subsets(net, bag, mean)
+    actual = attributed(net, bag, range(300), explain_method="shapley", mean=mean)
+    missed = abs(actual.scores.sum(2).T - expected) / actual.standard_error.T
+    assert (missed > 3).mean() < 0.04  # of two pairs, 20 %
+
+
 def test_shapley_values_of_the_loss():
     net, bag, mean = by_rule(n_outputs=1), study(2)[:4, :2], torch.tensor([0.5])
     options = dict(explain_method="shapley", mean=mean, targets=np.array([1.0]))
@@ -301,7 +326,7 @@ def test_scores_of_a_measurement_are_in_its_unit(add_model, cli):
     assert outside.any() and (actual["score_warning"].notna() == outside).all()
     assert "size: scores start from an answer that no training study has" in out + err
     saved = torch.load(folder / "best_checkpoint.pt", weights_only=True)
-    del saved["mean_answer"]
+    del saved["mean_answers"]
     torch.save(saved, folder / "best_checkpoint.pt")
     bag = open_store(Path("emb")).read("1000").embeddings
     rows = ef.explain(ef.load("sizes"), bag, explain_method="shapley")
@@ -380,26 +405,34 @@ def test_shapley_values_start_from_the_mean_answer_in_training(trained, cli):
     model, store = ef.load("defect"), open_store(Path("emb"))
     split = pd.read_csv(FOLDER / "split.csv", dtype=str)
     bags = [store.read(eid).embeddings for eid in split["eid"][split["fold"] == "train"]]
-    answers = [model.net(torch.tensor(x).flatten(0, 1), [x[..., 0].size])[0][0] for x in bags]
-    mean = torch.stack(answers).mean(0)
-    np.testing.assert_allclose(model.mean_answer, mean, atol=1e-5)
+    answers = [model.net(torch.tensor(x).flatten(0, 1), [x[..., 0].size])[0] for x in bags]
+    mean = torch.cat(answers).sigmoid().mean().item()
+    assert model.mean_answer.sigmoid().item() == pytest.approx(mean, abs=1e-5)
     status, _, err = cli("explain", "--explain_method", "shapley")
     assert status == 0, err
     rows = table("explanation_test_site.shapley.csv")
     assert (rows["baseline_name"] == "the mean answer in the training fold").all()
     assert rows["score_warning"].isna().all()
-    np.testing.assert_allclose(rows["baseline"], torch.sigmoid(mean).item(), rtol=1e-4)
-    assert (rows["standard_error"] >= 0).all()
-    answer = mean.item() + rows.groupby("eid")["score"].transform("sum")
-    np.testing.assert_allclose(rows["prediction"], 1 / (1 + np.exp(-answer)), rtol=1e-4)
+    np.testing.assert_allclose(rows["baseline"], mean, rtol=1e-4)
+    assert (rows["standard_error"] >= 0).all() and (rows["score_unit"] == "points").all()
+    points = 100 * mean + rows.groupby("eid")["score"].transform("sum")
+    np.testing.assert_allclose(100 * rows["prediction"], points, atol=1e-3)
     saved = torch.load(FOLDER / "best_checkpoint.pt", weights_only=True)
-    del saved["mean_answer"]
+    del saved["mean_answers"]
     torch.save(saved, FOLDER / "best_checkpoint.pt")
     bag = next(x for x in bags if len(x) > 1)
-    singles = [model.net(torch.tensor(x), [len(x)])[0].item() for x in bag]
+    singles = [model.net(torch.tensor(x), [len(x)])[0].sigmoid().item() for x in bag]
     actual = ef.explain(ef.load("defect"), bag, explain_method="shapley")
     assert "single videos" in actual["baseline_name"][0]
-    assert actual["baseline"][0] == pytest.approx(1 / (1 + np.exp(-np.mean(singles))), rel=1e-4)
+    assert actual["baseline"][0] == pytest.approx(np.mean(singles), rel=1e-4)
+    expected = by_all_subsets(
+        lambda x, n: (model.net(x, n)[0].sigmoid(),),
+        torch.tensor(bag),
+        torch.tensor([np.mean(singles)]),
+    )[:, 0]
+    np.testing.assert_allclose(
+        actual["score"], 100 * expected[np.argsort(-abs(expected))], rtol=1e-4
+    )
     assert cli("train", "--task", "defect", "--epoch_lim", "2")[0] == 0  # it is finished
     np.testing.assert_array_equal(ef.load("defect").mean_answer, model.mean_answer)
 

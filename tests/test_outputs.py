@@ -260,7 +260,7 @@ def test_classes_and_risks_are_explained(learnt, cli):
     classes = {"grade_None", "grade_mild", "grade_severe"}
     assert set(videos["label"]) == classes | {"death_risk", "finding", "size"}
     units = videos.groupby("label")["score_unit"].first()
-    assert units["grade_mild"] == "log-odds" and units["death_risk"] == "log hazard"
+    assert units["grade_mild"] == "points" and units["death_risk"] == "log hazard"
     assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
     page = (folder / "explanation_test_site.sample_limit-3.shapley" / "index.html").read_text()
     assert "grade_severe" in page and "death_risk" in page
@@ -450,7 +450,7 @@ def test_labels_of_videos(views, cli):
     truth = views.set_index(views["eid"] + "/" + views["video"])["view"]
     assert (table["view"] == truth.loc[table.index]).mean() > 0.9
     status, _, err = cli("explain")
-    assert status == 1 and "answers for single videos" in err
+    assert status == 1 and "predicts single videos" in err
     status, out, err = cli("check", "--task", "view", "--model_name", "view")
     assert status == 0, out + err
 

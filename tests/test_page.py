@@ -118,7 +118,7 @@ def test_the_list_shows_the_chosen_labels_top_video(folder, tab):
     open_study(folder, tab, "S00")
     best = [tab.locator(f"#label-{k} .player img").first.get_attribute("src") for k in range(2)]
     answers = [
-        tab.locator(f"#label-{k} .effect").first.inner_text().split("without it ")[1]
+        tab.locator(f"#label-{k} .effect").first.inner_text().split("without it: ")[1]
         for k in range(2)
     ]
     lead = tab.inner_text(".lead")

@@ -144,5 +144,5 @@ def plot_demo(ef, defect, videos, path):
         right.scatter(k + spread, part["score"], s=14, color=colour)
     right.axhline(0, color="grey", lw=0.8)
     right.set_xticks([0, 1], ["videos that show\nthe defect", "other videos\nof these studies"])
-    right.set(ylabel="score (change in log-odds)", xlim=(-0.6, 1.6))
+    right.set(ylabel="score [points]", xlim=(-0.6, 1.6))
     save_figure(figure, path)

@@ -36,6 +36,22 @@ from echofocus_core.video.studies import may_name_patient, path_may_name_patient
 
 FEW_LABELS = 3  # are all open, whatever their answers
 MAX_SENTENCES = 5  # at the top of a study
+DIFFERS = (
+    "It may differ from the answer without the video, even in direction: if another video shows "
+    "the same, leaving out one of them changes little."
+)
+SCORES = {  # method -> what its scores are
+    "shapley": "A score is the mean change of the answer when the video is added to some of the "
+    f"others (its Shapley value). {DIFFERS}",
+    "leave_one_out": "A score is the change of the answer when the video is left out. Scores do "
+    "not add up to the answer.",
+    "attention": "A score is the share of the model's attention that the video gets (attention "
+    "rollout). It does not show whether the video supports the answer.",
+}
+GRADIENTS = (  # of the other methods
+    "A score is the part of the change from the reference to the answer that is due to the video "
+    f"(integrated gradients). {DIFFERS}"
+)
 
 
 # ---------------------------------------------------------------------------------------- studies
@@ -366,6 +382,7 @@ class StudyView:
         return {
             "videos": videos, "labels": details, "note": note,
             "reference": explanation.get("baseline_name", ""),
+            "scores": SCORES.get(self.page.settings.explain_method, GRADIENTS),
         }  # fmt: skip
 
     @property

@@ -78,15 +78,6 @@ class LabelView:
             return percent(value)
         return f"{fixed(value, self.decimals)}\u00a0{self.unit}".strip()
 
-    def change_text(self, answer, without):
-        """The difference of two answers as shown, in points or the unit, with its sign; '' if it
-        rounds to 0 or is missing."""
-        scale = 100 if self.kind == "binary" else 1
-        ends = [round(float(scale * x), self.decimals) for x in (answer, without)]
-        text = signed(ends[0] - ends[1], self.decimals) if np.isfinite(ends).all() else "0"
-        unit = "points" if self.kind == "binary" or self.unit == "%" else self.unit
-        return f"{text}\u00a0{unit}".strip() if text[0] in "+\u2212" else ""
-
     @property
     def width(self):
         return None if self.low is None or self.high is None else self.high - self.low
@@ -189,15 +180,14 @@ def by_importance(explanation):
 def details_of(settings, view, explanation):
     """What the script shows of a LabelExplanation: cards of videos, and the waterfall or a fault.
 
-    cards: [video, effect on the answer or '', number of its best clip] of the most important;
-    without: of each video, the answer without it.
+    cards: [video, number of its best clip] of the most important; without: of each video, the
+    answer without it.
     """
-    answer, without = explanation.answer, explanation.without
-    cards = [
-        [v, view.change_text(answer, without[v]), best_clip(explanation.of_clips[v])]
-        for v in by_importance(explanation)[:MAX_CARDS]
-    ]
-    details = {"cards": cards, "without": [view.text(x) for x in without]}
+    top = by_importance(explanation)[:MAX_CARDS]
+    details = {
+        "cards": [[v, best_clip(explanation.of_clips[v])] for v in top],
+        "without": [view.text(x) for x in explanation.without],
+    }
     if explanation.fault:
         return details | {"fault": explanation.fault}
     if np.isfinite(explanation.scores).all():
@@ -219,7 +209,7 @@ def waterfall(settings, view, explanation):
     the reference, where scores add up, and of the answer; ticks: none for an axis from 0 to 100 %.
     """
     x, loss = explanation, settings.explain_mode == "loss"
-    decimals = 3 if loss or settings.explain_method == "attention" else 2
+    decimals = {"loss": 3, "share": 3, "log-odds": 2}.get(x.unit, view.decimals)
     strong = np.argsort(-np.abs(x.scores), kind="stable")
     rows = [(int(v), x.scores[v]) for v in strong]
     if len(rows) > MAX_BARS:
@@ -254,7 +244,7 @@ def waterfall(settings, view, explanation):
     result = {
         "bars": bars, "ticks": [[place(t), tick_text(t)] for t in ticks],
         "ends": [[place(value), view.text(value)] for value in ends],
-        "cut": cut if cut is None else place(cut), "unit": x.unit,
+        "cut": cut if cut is None else place(cut), "unit": x.unit.replace("label's unit", ""),
     }  # fmt: skip
     if x.error >= 0.0005:
         result["check"] = f"check: the scores add up to the change within {percent(x.error)}"
@@ -262,11 +252,13 @@ def waterfall(settings, view, explanation):
 
 
 def levels_in_answers(view, explanation, levels):
-    """Sums of scores (n,), in the network's units or scaled ones, as answers.
+    """Sums of scores (n,), in the unit of the scores, as answers.
 
     A finding: by the logistic function of log-odds; else linear. Both go through the reference and
     the answer exactly, also for averaged models.
     """
+    if view.kind == "binary" and explanation.unit == "points":
+        return levels / 100
     ends = np.array([explanation.baseline, explanation.answer], float)
     if view.kind == "binary":
         p = np.clip(ends, 1e-7, 1 - 1e-7)

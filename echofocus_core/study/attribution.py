@@ -29,17 +29,17 @@ FIRST_NODES, MAX_NODES = 8, 512  # of the path integral
 MAX_NODES_IN_HALF = 64  # more nodes would not make bf16 more exact
 COMPLETE = 0.01  # largest error of 'adaptive', as a share of the summed absolute scores
 MAX_EXACT = 6  # videos of a study whose Shapley values are exact, over all subsets
-FIRST_PAIRS, MAX_PAIRS = 2, 64  # of permutations of the videos of a larger study
+FIRST_PAIRS, MAX_PAIRS = 8, 64  # of permutations of the videos of a larger study
 PRECISE = 0.05  # their largest standard error, as a share of the summed absolute scores
 
 
 @dataclass
 class Attribution:
-    """The contributions of a study's clips to T outputs, in the network's units."""
+    """The contributions of a study's clips to T objectives, in their units."""
 
     scores: np.ndarray  # (T, V, C) signed, summed over features
     absolute: np.ndarray  # (T, V) sums of absolute values over clips and features
-    error: np.ndarray  # (T,) difference of the sum of scores from the change; NaN: not defined
+    error: np.ndarray  # (T,) see `incompleteness`; NaN: not defined
     standard_error: np.ndarray  # (T, V) of Shapley values by sampling; NaN: not defined
 
     @classmethod
@@ -273,15 +273,19 @@ class Objectives:
     """logits (S, T_all) -> (S, T): the outputs of some labels, or their losses.
 
     columns: numbers of the labels; to explain the loss, targets: (T,) normalised, and losses:
-    (logits, targets, columns) -> losses, all (S, T).
+    (logits, targets, columns) -> losses, all (S, T). findings: (T,) bool, the labels whose outputs
+    are log-odds to convert to probabilities.
     """
 
     columns: list[int]
     targets: np.ndarray | None = None
     losses: Callable | None = None
+    findings: np.ndarray | None = None
 
     def __call__(self, logits):
         logits = logits[:, self.columns]
+        if self.findings is not None:
+            return logits.sigmoid().where(torch.tensor(self.findings).to(logits.device), logits)
         if self.targets is None:
             return logits
         targets = torch.tensor(self.targets, dtype=logits.dtype, device=logits.device)
@@ -321,7 +325,8 @@ def baseline_answer(model, bag, settings, clip):
     subsets, every = np.eye(len(bag), dtype=bool), Objectives(list(range(net.n_outputs)))
     values = CoalitionValues(net, bag, settings, every, torch.zeros(net.n_outputs))(subsets)
     is_scaled = np.isin(model.outputs.names, model.outputs.of_kind("regression"))
-    outputs = np.where(is_scaled, 0, values.mean(0))  # 0: the mean, by the scaling of the labels
+    mean = model.outputs.mean(values, {})
+    outputs = np.where(is_scaled, 0, mean)  # 0: the mean, by the scaling of the labels
     names = {BASELINES["labels" if x else "singles"]: None for x in is_scaled}
     return torch.from_numpy(outputs), " or ".join(names)
 
@@ -330,8 +335,8 @@ def explain_study(model, eid, bag, columns, settings, truths):
     """The explanation of one study for some labels: a dict of Attribution's arrays and answers.
 
     baseline: (1, T_all) outputs from which the scores start; baseline_name: what they are;
-    ends: (T, 2) outputs of the baseline and of the study. truths: (T_all,) normalised labels, NaN
-    if missing, for the loss.
+    ends: (T, 2) objectives of the baseline and of the study. Shapley values of a finding are of its
+    probability. truths: (T_all,) normalised labels, NaN if missing, for the loss.
     """
     net = model.net
     targets = None
@@ -346,12 +351,15 @@ def explain_study(model, eid, bag, columns, settings, truths):
     losses = model.losses(answer, torch.tensor(truths).to(answer)[None], range(net.n_outputs))
     baseline, name = baseline_answer(model, bag.embeddings, settings, clip)
     baseline = baseline.to(answer)[None]
-    objectives = Objectives(columns, targets, model.losses)
+    findings = None
+    if targets is None and settings.explain_method == "shapley":
+        findings = np.array([model.kind(model.outputs.names[i]) == "binary" for i in columns])
+    objectives = Objectives(columns, targets, model.losses, findings)
     attribution = attribute_clips(
         net, bag.embeddings, settings, objectives, clip, mean_answer=baseline[0]
     )
     without = outputs_without(net, bag.embeddings, settings)
     answers = {"answer": answer, "baseline": baseline, "without": without}
-    answers |= {"ends": torch.cat([baseline, answer])[:, columns].T, "losses": losses[0]}
+    answers |= {"ends": objectives(torch.cat([baseline, answer])).T, "losses": losses[0]}
     answers = {name: x.cpu().numpy() for name, x in answers.items()}
     return explanation | answers | {"baseline_name": name, "truths": truths} | vars(attribution)

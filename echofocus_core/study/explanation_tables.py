@@ -86,7 +86,7 @@ def write_explanations(job, explanations, truths, names, warnings):
             videos.append(labelled_rows(model, explanation, settings, truths))
             tops += top_rows(model, explanation, settings, truth, dataset)
             labels = [model.outputs.names[i] for i in explanation["columns"]]
-            f[f"{explanation['eid']}/scores"] = explanation["scores"]  # (T, V, C), network's units
+            f[f"{explanation['eid']}/scores"] = explanation["scores"]  # (T, V, C)
             for name, texts in (("labels", labels), ("videos", explanation["videos"])):
                 f[explanation["eid"]].create_dataset(name, data=texts, dtype=h5py.string_dtype())
         report_unreadable(unreadable)
@@ -104,7 +104,8 @@ def write_explanations(job, explanations, truths, names, warnings):
     worst = videos["convergence_error"].max()
     if worst >= COMPLETE:
         RUN.warning(
-            f"the scores differ from the change of the answer by up to {worst:.1%}",
+            f"the sum of the scores differs from the change of the answer by up to {worst:.1%} of "
+            "the summed absolute scores",
             "see the column convergence_error",
         )
     if faulty := some(videos["label"][videos["score_warning"] != ""].unique()):

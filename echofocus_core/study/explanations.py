@@ -216,6 +216,8 @@ def score_unit(model, label, settings):
         return 1.0, "share"
     if settings.explain_mode == "loss":
         return 1.0, "loss"
+    if settings.explain_method == "shapley" and model.kind(label) == "binary":
+        return 100.0, "points"  # of a probability
     return model.outputs.by_output[label].score_unit(model.scaling, model.unit(label))
 
 
@@ -231,7 +233,7 @@ class LabelExplanation:
     standard_error: np.ndarray  # (V,) of Shapley values by sampling; NaN: not defined
     without: np.ndarray  # (V,) the answer without each video; NaN if it is the only one
     adds_up: bool  # whether the scores add up to the change from the baseline to the answer
-    error: float  # the difference of their sum from it, as a share of their absolute sum
+    error: float  # the difference of their sum from it, as a share of summed absolute scores
     baseline: float  # the answer from which the scores start; NaN: not defined
     baseline_name: str  # what that answer is, in words
     ends: tuple[float, float]  # baseline and answer in the unit of the scores, from any zero

@@ -166,7 +166,7 @@ def load_model(folder, tasks=(), task="", device="cpu"):
     novelty = Novelty.load(saved["novelty"]) if saved.get("novelty") else None
     return LoadedModel(
         folder, net, task, outputs, scaling, record, units, seen_from(saved, folder), encoder_file,
-        saved.get("clip_mean"), novelty, saved.get("mean_answer"),
+        saved.get("clip_mean"), novelty, saved.get("mean_answers"),
     )  # fmt: skip
 
 

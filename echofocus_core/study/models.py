@@ -34,7 +34,7 @@ class LoadedModel:
     encoder_file: Path | None = None  # the encoder of its training, if that is in its folder
     clip_mean: torch.Tensor | None = None  # (D,) of the training fold, if it is recorded
     novelty: Novelty | None = None  # measures how different a study is from the training fold
-    mean_answer: torch.Tensor | None = None  # (T,) mean output of the training fold, if recorded
+    mean_answer: torch.Tensor | None = None  # (T,) outputs of the mean answer in the training fold
 
     def __repr__(self):
         """One line, without weights and hashes of patients."""

@@ -10,6 +10,7 @@ from echofocus_core.study.kinds.binary import Binary
 from echofocus_core.study.kinds.multiclass import Multiclass
 from echofocus_core.study.kinds.regression import Regression
 from echofocus_core.study.kinds.survival import Survival
+from echofocus_core.study.scaling import scale
 
 KINDS = {kind.kind: kind for kind in (Binary, Regression, Multiclass, Survival)}
 
@@ -102,6 +103,16 @@ class Outputs:
         """Target columns -> DataFrame (S, O): 1 and 0 for classes, NaN for survival."""
         columns = {k: y for label in self.each for k, y in label.truths(table).items()}
         return type(table)(columns, table.index)
+
+    def mean(self, logits, scaling):
+        """Outputs (S, O) -> (O,): those whose answers are the means of the studies' answers."""
+        logits = np.asarray(logits, np.float64)
+        answers, mean = self.readable(logits, scaling, {}), logits.mean(0)
+        p = np.clip(answers.mean(0), 1e-7, 1 - 1e-7)
+        binary = [kind == "binary" for kind in self.kind_of.values()]
+        mean = np.where(binary, np.log(p) - np.log1p(-p), mean)
+        of_values = scale(np.nanmean(answers, 0, keepdims=True), self.names, scaling or {})[0]
+        return np.where(np.isin(self.names, self.of_kind("regression")), of_values, mean)
 
     def readable(self, logits, scaling, hazards):
         """Outputs (S, O) -> probabilities, physical units or centred log hazards: float64."""

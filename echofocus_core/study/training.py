@@ -380,10 +380,10 @@ class Training(EpochTraining):
         self.record_mean_answer()
 
     def record_mean_answer(self):
-        """Add the mean output (T,) over the training fold's studies to the best checkpoint, if it
-        is not there yet: the answer for no videos, see `attribution.shapley_values`."""
+        """Add the outputs (T,) of the mean answer in the training fold to the best checkpoint, if
+        they are not there yet: the answer for no videos, see `attribution.shapley_values`."""
         saved = checkpoints.load_safely(self.best_file())
-        if self.encoder_start or "mean_answer" in saved:
+        if self.encoder_start or "mean_answers" in saved:
             return
         last = {name: tensor.clone() for name, tensor in self.study.state_dict().items()}
         self.study.load_state_dict(saved["model_state_dict"])
@@ -391,7 +391,8 @@ class Training(EpochTraining):
         outputs = run_all_steps(context, self.cohort.eids["train"]).logits
         self.study.load_state_dict(last)
         if self.world.rank == 0 and len(outputs):
-            saved["mean_answer"] = torch.from_numpy(outputs.mean(0, dtype=np.float64)).float()
+            mean = self.cohort.outputs.mean(outputs, self.cohort.scaling)
+            saved["mean_answers"] = torch.from_numpy(mean).float()
             checkpoints.save(saved, self.best_file())
         self.world.gather(None)  # the file is complete for every process
 

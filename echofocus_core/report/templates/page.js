@@ -184,10 +184,12 @@ const makePlayer = (film, { caption = null, best = -1, down = false } = {}) => {
 
 const study = read("study");
 
-const effectOf = (effect, without) => {
-  const text = make("span", "effect"), up = effect[0] === "+";
-  if (effect) text.append(make("b", up ? "up" : "down", `${up ? "\u25b2" : "\u25bc"}\u00a0${effect}`));
-  if (without) text.append(make("span", "", `without it ${without}`));
+const signs = { "+": ["up", "\u25b2\u00a0"], "\u2212": ["down", "\u25bc\u00a0"] };
+
+const effectOf = (score, unit, without) => {
+  const text = make("span", "effect"), [className, arrow] = signs[score?.[0]] ?? ["", ""];
+  if (score) text.append(make("b", className, `${arrow}${score} ${unit ?? ""}`));
+  if (without) text.append(make("span", "", `without it: ${without}`));
   return text;
 };
 
@@ -214,7 +216,7 @@ const waterfall = ({ bars, without, unit, check = "", cut = null, ends = [], tic
     return label;
   }));
   const head = make("tr", "", "", make("th", "", "Video"), make("th", "axis", "", axis),
-    make("th", "number", `Score, ${unit}`), make("th", "number", "Without it"));
+    make("th", "number", unit ? `Score, ${unit}` : "Score"), make("th", "number", "Without it"));
   table.append(make("thead", "", "", head));
   const row = (className, title, line, score, text) => make("tr", className, "",
     make("th", "", title), line, make("td", "number", score), make("td", "number without", text));
@@ -231,6 +233,7 @@ const waterfall = ({ bars, without, unit, check = "", cut = null, ends = [], tic
   table.append(body);
   const notes = [];
   if (ends.length > 1) notes.push(`The reference is ${study.reference}.`);
+  notes.push(study.scores);
   if (cut !== null) notes.push("Dotted: the threshold.");
   const caption = make("p", "soft", notes.join(" "));
   caption.title = check;
@@ -241,9 +244,10 @@ const fill = (details) => {  // the content of a label, once
   if (details.children.length > 1) return;
   const label = study.labels[details.id.slice("label-".length)];
   const cards = make("div", "players");
-  for (const [v, effect, best] of label.cards) {
-    const caption = effectOf(effect, label.without[v]);
-    cards.append(makePlayer(study.videos[v], { caption, best, down: effect[0] === "\u2212" }));
+  const scores = new Map((label.bars ?? []).map(([v, , , score]) => [v, score]));
+  for (const [v, best] of label.cards) {
+    const score = scores.get(v), caption = effectOf(score, label.unit, label.without[v]);
+    cards.append(makePlayer(study.videos[v], { caption, best, down: score?.[0] === "\u2212" }));
   }
   details.append(make("div", "detail", "", cards));
   if (label.fault) details.lastChild.append(make("p", "caution", `\u26a0 ${label.fault}.`));
