@@ -11,7 +11,7 @@ transformer learns both, once per seed. The ways are compared on studies that it
                      first, less that in random order (lower is better)
     insertion        the same while videos are added (higher is better)
     false support    the largest score in a study without the finding, mean: of Shapley values in
-                     points of its probability, of the other ways in log-odds
+                     its probability (0.01 is a point), of the other ways in log-odds
     stability        Spearman correlation of a study's scores between models of different seeds
     sign             share of studies in which the summed scores of the EF's videos have the sign of
                      the EF's distance from the training mean (studies at least 10 points from it)

@@ -263,6 +263,14 @@ def test_classes_and_risks_are_explained(learnt, cli):
     assert units["grade_mild"] == "points" and units["death_risk"] == "log hazard"
     assert units["size"] == "cm" and (videos["convergence_error"] < 0.01).all()
     page = (folder / "explanation_test_site.sample_limit-3.shapley" / "index.html").read_text()
+    study = (folder / "explanation_test_site.sample_limit-3.shapley/studies/1.html").read_text()
+    classes = videos[videos["eid"] == min(videos["eid"])].groupby("label")["prediction"].first()
+    top = classes[classes.index.str.startswith("grade_")].idxmax().removeprefix("grade_")
+    assert f"Grade: {top} " in study.replace("grade: ", "Grade: ")
+    lines = [
+        line for line in study.splitlines() if "most probable" in line and "</summary>" in line
+    ]
+    assert len(lines) == 1 and f"{top} " in lines[0].replace("<", " ")
     assert "grade_severe" in page and "death_risk" in page
     assert "Left &lt;ventricle&gt;" in page
     status, _, err = cli("explain", "--explain_mode", "loss", "--sample_limit", "2")

@@ -223,12 +223,14 @@ def test_pixels_in_the_browser_are_those_of_the_video(folder, tab):
         tab.wait_for_function(
             "v => !v.seeking && v.readyState > 1", arg=player.locator("video").element_handle()
         )
-        tab.wait_for_timeout(400)
-        data = np.frombuffer(player.locator("video").screenshot(), np.uint8)
-        image = cv2.resize(cv2.imdecode(data, cv2.IMREAD_COLOR), (160, 120))[10:110, 10:150]
-        alike.append([
-            np.corrcoef(image.ravel(), f[10:110, 10:150].ravel())[0, 1] for f in frames
-        ])  # fmt: skip
+        for _ in range(8):  # on a busy machine the frame is painted after the end of the seek
+            tab.wait_for_timeout(250)
+            data = np.frombuffer(player.locator("video").screenshot(), np.uint8)
+            image = cv2.resize(cv2.imdecode(data, cv2.IMREAD_COLOR), (160, 120))[10:110, 10:150]
+            each = [np.corrcoef(image.ravel(), f[10:110, 10:150].ravel())[0, 1] for f in frames]
+            if np.argmax(each) == number:
+                break
+        alike.append(each)
     assert np.argmax(alike, axis=1).tolist() == [0, 5, 11] and np.max(alike, axis=1).min() > 0.93
 
 
@@ -251,9 +253,9 @@ def test_values_that_no_study_has_get_no_column(folder, tab, tmp_path):
         tab.select_option("#label", "1")
         assert shown(tab) == ["a"] and "70.0\u00a0%" in tab.inner_text("#list")
         tab.goto((tmp_path / "p/studies/1.html").as_uri())
-        assert "1 video, 1 clip " in tab.inner_text("main")
+        assert "1 video, 1 clip" in tab.inner_text("main").replace("clips", "")
         assert ("one clip only" in tab.inner_text("main")) == bool(more)
-        assert ("no record of its training data" in tab.inner_text("main")) == (not more)
+        assert ("on 15 patients: too few to judge" in tab.inner_text("main")) == (not more)
     assert heads[0] == ["Top video", "Study", "Answer", "Decision", "Videos", "Warnings"]
     assert {"90\u00a0% range", "More unusual than"} == set(heads[1]) - set(heads[0])
 

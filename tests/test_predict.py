@@ -156,6 +156,25 @@ def test_an_absurd_weight_is_reported(add_model, cli):
         assert table("p.csv")["warning"].str.contains("size: far beyond the training data").all()
 
 
+def test_a_negative_size_is_reported(add_model, cli):
+    """No value of the training fold is negative, by its record or by the published scaling."""
+    path = add_model("sizes", "--epoch_lim", "2") / "best_checkpoint.pt"
+    add_model("defect", "--epoch_lim", "2")
+    saved = read_checkpoint(path)
+    scaling = saved["input_norm_dict"]["size"]
+    saved["model_state_dict"]["ff.weight"][:] = 0
+    saved["model_state_dict"]["ff.bias"][:] = (
+        -(scaling["mean"] - scaling["shift"] + 0.1) / scaling["stdev"]
+    )
+    for ranges in (saved["echofocus"]["ranges"], {}):
+        saved["echofocus"]["ranges"] = ranges
+        torch.save(saved, path)
+        assert cli("predict", "--task", "sizes", "--out", "p.csv")[0] == 0
+        values = table("p.csv")
+        assert values["size [cm]"].astype(float).to_numpy() == pytest.approx(-0.1, abs=1e-3)
+        assert values["warning"].str.contains("size: .*negative").all()
+
+
 def test_another_clip_length_is_marked(cohort, cli):
     for path in Path("emb").iterdir():
         with h5py.File(path, "a") as f:
@@ -186,7 +205,7 @@ def test_units_and_what_cannot_be_read(cohort, cli):
 
 def test_options_without_effect_are_refused(trained, cli):
     status, _, err = cli("predict", "--videos", "emb", "--dataset", "site")
-    assert status == 1 and "give one" in err
+    assert status == 1 and "give only one" in err
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         status, _, err = cli("predict")

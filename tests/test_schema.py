@@ -409,7 +409,7 @@ def test_one_vector_a_label(cohort, cli):
     expected = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(answers[["finding", "other"]].astype(float), expected, rtol=1e-4)
     status, _, err = cli("embed", "--pool_queries", "False", "--map")
-    assert status == 1 and "multiquery models, and for no map" in err
+    assert status == 1 and "works only with multiquery models" in err
 
 
 def test_few_videos_of_a_study(cohort):

@@ -25,17 +25,24 @@ from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.report.html import TEMPLATES, page_templates, write_text
 from echofocus_core.report.inspect import origin_of
 from echofocus_core.report.page_labels import clip_marks, label_view, number, percent, title_of
-from echofocus_core.study.input_check import NAMES_PATIENT, UNUSUAL, VIDEOS_NAME_PATIENT
+from echofocus_core.study.input_check import FEWEST, NAMES_PATIENT, UNUSUAL, VIDEOS_NAME_PATIENT
 from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
 from echofocus_core.video.errors import VideoError
 from echofocus_core.video.extract import map_in_processes
 from echofocus_core.video.playback import Playback, stored_clip
-from echofocus_core.video.store import StudyDetails, load_details, open_folder
+from echofocus_core.video.store import (
+    StudyDetails,
+    encoder_text,
+    is_untrained,
+    load_details,
+    open_folder,
+)
 from echofocus_core.video.studies import may_name_patient, path_may_name_patient, visible
 
 FEW_LABELS = 3  # are all open, whatever their answers
 MAX_SENTENCES = 5  # at the top of a study
+UNTRAINED = "The video encoder is untrained (random weights): for trials, not for results."
 DIFFERS = (
     "It may differ from the answer without the video, even in direction: if another video shows "
     "the same, leaving out one of them changes little."
@@ -91,7 +98,8 @@ class PageStudy:
     truths: np.ndarray | None = None  # (T,) in physical units
     details: StudyDetails = field(default_factory=StudyDetails)
     source: object = None  # the `studies.Study` of its videos, where it is available
-    encoders: tuple = ("",)  # of which the names of videos begin, where several are joined
+    # encoder -> attributes of its clip embeddings; names of videos begin with it if several
+    encoders: dict = field(default_factory=lambda: {"": {}})
 
     @property
     def warning(self):
@@ -167,7 +175,7 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
     """Write the page for the studies in a prediction table, with explanations; print its path."""
     by_study = {x["eid"]: x for x in explanations if x["columns"]}
     sources = source_studies(job, list(table["eid"]))
-    paths, studies, encoders = job.dataset.embedding_paths, [], tuple(job.source.store.parts)
+    paths, studies, stores = job.dataset.embedding_paths, [], job.source.store.parts
     files = open_folder(paths[0]).files if len(paths) == 1 and paths[0].is_dir() else {}
     for row in table.to_dict("records"):
         eid = row["eid"]
@@ -184,6 +192,11 @@ def make_page(job, folder, table, left_out, explanations=(), truths=None):
                 "extract or copy it again",
             )
         source = sources.get(eid)
+        encoders = {
+            encoder: header.made_with
+            for encoder, store in stores.items()
+            for _, header in store.readable_headers({eid} & store.files.keys())
+        }
         studies.append(PageStudy(eid, row, names, explanation, truth, details, source, encoders))
     plain = released_task(job.model.task).get("names", {}) | (job.task.names if job.task else {})
     page = Page(folder, job.model, job.settings, studies, left_out, plain)
@@ -199,12 +212,16 @@ def write_page(page):
             shutil.copyfile(TEMPLATES / source, temporary)
     views = [StudyView(page, study, f"studies/{n}.html") for n, study in enumerate(page.studies, 1)]
     labels = [label for view in views for label in view.labels]
+    made_with = [x for study in page.studies for x in study.encoders.values()]
     common = {
         "page": page, "settings": settings, "model": page.model.folder.name,
         "origin": origin_facts(page), "n_studies": len(views), "unusual": UNUSUAL,
         "labelled": any(label.truth is not None for label in labels),
         "explained": any(study.explanation for study in page.studies),
-        "decides": bool(page.model.record.thresholds),
+        "decides": any(label.decision is not None for label in labels),
+        "undecided": any(label.kind == "binary" and label.decision is None for label in labels),
+        "untrained": UNTRAINED * any(map(is_untrained, made_with)),
+        "why_no_novelty": why_no_novelty(page.model.record),
         "has_novelty": any(view.novelty is not None for view in views),
         "has_range": any(label.range_text for label in labels),
     }  # fmt: skip
@@ -220,9 +237,11 @@ def write_page(page):
     ]
     text = templates.get_template("page_list.html").render(
         common, up="", studies=views, left_out=left_out, labels=[
-            (title_of(name, page.plain), name) for name in page.model.outputs.names
+            (": ".join(filter(None, title_of(page, name))), name)
+            for name in page.model.outputs.names
         ],
         data=[view.list_data() for view in views], model_kind=page.model.kind,
+        classes={label.name for view in views for label in view.by_output if label.grade},
     )  # fmt: skip
     write_text(folder / "index.html", text)
     remove_leftovers(page, len(views))
@@ -243,6 +262,16 @@ def write_names(page):
         print(f"{path} lists the names that the page does not show: keep it with the tables")
 
 
+def why_no_novelty(record):
+    """Why the novelty of a study is not known, by the Record of its model."""
+    if 0 < record.train_patients < FEWEST:
+        return (
+            f"The model was trained on {record.train_patients} patients: too few to judge how "
+            "unusual a study is."
+        )
+    return "How unusual a study is cannot be judged: the model has no record of its training data."
+
+
 def origin_facts(page):
     """[text] for the foot of the page: date, model, encoder, dataset, licences and citations."""
     model, settings = page.model, page.settings
@@ -258,13 +287,13 @@ def origin_facts(page):
         facts.append(f"dataset {settings.dataset}")
     origins, encoders = [origin_of(model.folder)], {}
     for study in page.studies:
-        made_with = study.details.attributes
-        if made_with.get("weights"):
-            encoders[f"{made_with['weights']} {made_with.get('weights_sha256', '')[:12]}"] = None
-            is_panecho = made_with.get("encoder") in (None, "panecho")
-            trained = is_panecho and not made_with["weights"].startswith("random")
-            origins.append(releases.registry()["PanEcho"] if trained else made_with)
-    facts += [f"encoder weights {x.strip()}" for x in encoders]
+        origins.append(study.details.attributes)
+        for made_with in study.encoders.values():
+            encoders[encoder_text(made_with)] = None
+            is_panecho = made_with.get("encoder", "panecho").lower() == "panecho"
+            if is_panecho and made_with.get("weights") and not is_untrained(made_with):
+                origins.append(releases.registry()["PanEcho"])
+    facts += [f"encoder {x}" for x in encoders]
     facts += dict.fromkeys(f"licence {x['licence']}" for x in origins if x.get("licence"))
     facts += dict.fromkeys(f"cite {x['citation']}" for x in origins if x.get("citation"))
     masked = "masked to the ultrasound sector" if settings.page_mask == "sector" else "not masked"
@@ -327,38 +356,49 @@ class StudyView:
         explained = [label for label in self.labels if label.details]
         for label in explained:
             label.is_open = bool(label.decision) or len(explained) <= FEW_LABELS
+        if explained and not any(label.is_open for label in explained):
+            explained[0].is_open = True
         self.novelty = number(study.row.get("novelty"))
         self.warnings = [text for text in study.public(study.warning).split("; ") if text]
+        self.untrained = (
+            ""
+            if "untrained" in study.warning
+            else UNTRAINED * any(map(is_untrained, study.encoders.values()))
+        )
         self.skipped = [map(study.public, pair) for pair in study.details.skipped]
 
     @property
     def groups(self):
-        """[(heading, LabelViews)]: findings, then measurements, then survival."""
+        """[(heading, LabelViews)]: findings, grades by label, measurements, survival."""
         headings = {"binary": "Finding", "regression": "Measurement", "survival": "Log hazard"}
         groups = {}
         for label in self.labels:
-            groups.setdefault(headings.get(label.kind, "Reading"), []).append(label)
+            heading = label.grade or headings.get(label.kind, "Reading")
+            groups.setdefault(heading, []).append(label)
         return list(groups.items())
 
     @property
     def sentences(self):
         """The answers in words, the most important ones first."""
-        if len(self.labels) <= FEW_LABELS:
-            return [label.sentence for label in self.labels]
-        findings = [label for label in self.labels if label.kind == "binary"]
+        labels = [label for label in self.labels if not label.grade or label.decision]
+        if len(labels) <= FEW_LABELS:
+            return [label.sentence for label in labels]
+        grades = [label.sentence for label in labels if label.grade]
+        findings = [label for label in labels if label.kind == "binary" and not label.grade]
         present = [label for label in findings if label.decision]
         absent = [label for label in findings if label.decision is False]
         if absent and not present:
             none = f"None of {len(absent)} findings reaches its threshold. The highest: "
-            return [none * (len(absent) > 1) + absent[0].sentence]
-        shown = present or findings[:1] or self.labels[:2]
+            return [none * (len(absent) > 1) + absent[0].sentence, *grades]
+        shown = present or findings[:1] or ([] if grades else labels[:2])
         more = len(shown) - MAX_SENTENCES
         texts = [label.sentence for label in shown[:MAX_SENTENCES] if label.value is not None]
-        return texts + [f"{more} more findings reach their thresholds; see below."] * (more > 0)
+        texts += [f"{more} more findings reach their thresholds; see below."] * (more > 0)
+        return texts + grades
 
     @property
     def more(self):
-        """[(name, text)] of further answers (most probable class, survival)."""
+        """[(name, text)] of further answers, such as survival."""
         rows = []
         for label in self.page.model.outputs.each:
             for name, answer in label.more_answers(self.row):

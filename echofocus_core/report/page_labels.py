@@ -32,10 +32,12 @@ def signed(value, decimals):
     return text if text.startswith("\u2212") or not float(text) else "+" + text
 
 
-def title_of(label, plain):
-    """A label's name in plain words, else its name. plain: label -> words, or ''."""
-    words = plain.get(label, "")
-    return words[:1].upper() + words[1:] or label
+def title_of(page, output):
+    """(Label of an output in plain words, else its name; class of a grade, or '')."""
+    label = page.model.outputs.by_output[output]
+    words = page.plain.get(output) or page.plain.get(label.name, "")
+    title = words[:1].upper() + words[1:] or (label.name if label.classes else output)
+    return title, output.removeprefix(f"{label.name}_") if label.classes else ""
 
 
 @dataclass
@@ -43,7 +45,8 @@ class LabelView:
     """One output of a study for the templates; missing values are None."""
 
     name: str
-    plain: str  # its name in words, or ''
+    title: str  # in plain words, or its name; a class of a grade
+    grade: str  # the title of the class's label, or ''
     number: int
     kind: str
     unit: str
@@ -57,10 +60,8 @@ class LabelView:
     sentence: str = ""  # the answer and the video it most depends on
     top_video: int | None = None  # the most important video
     is_open: bool = False
-
-    @property
-    def title(self):
-        return title_of(self.name, {self.name: self.plain})
+    is_top: bool = False  # whether it is the most probable class of its grade
+    first: int = -1  # the number of its grade's first class
 
     @property
     def decimals(self):
@@ -95,25 +96,29 @@ class LabelView:
     def truth_text(self):
         if self.truth is None or self.kind != "binary":
             return self.text(self.truth)
-        return "present" if self.truth else "absent"
+        return "present" if self.truth else "absent" if not self.grade else ""
 
     @property
     def decision(self):
+        """Whether a finding is present, or a class is the most probable; None if unknown."""
+        if self.grade:
+            return self.is_top
         unknown = self.threshold is None or self.value is None
         return None if unknown else self.value >= self.threshold
 
     @property
     def right(self):
-        unknown = self.decision is None or self.truth is None
+        unknown = self.decision is None or self.truth is None or (self.grade and not self.is_top)
         return None if unknown else self.decision == bool(self.truth)
 
     @property
     def order(self):
-        """Sort key: findings that are present, then by answer; other kinds in their order."""
+        """Sort key: findings that are present, then by answer; grades, their classes by answer;
+        other kinds in their order."""
         kind = KINDS.index(self.kind) if self.kind in KINDS else len(KINDS)
         if self.kind != "binary":
-            return kind, 0, self.number
-        return kind, not self.decision, -1 if self.value is None else -self.value
+            return kind, 0, 0, self.number
+        return kind, self.first, not self.decision, -1 if self.value is None else -self.value
 
     def list_data(self):
         """Its values and texts for the script of the list."""
@@ -129,12 +134,19 @@ def label_view(page, study, i):
     unit = model.unit(label)
     ending = f" [{unit}]" if unit else ""
     value, low, high = (number(row.get(f"{label}{part}{ending}")) for part in ("", "_low", "_high"))
+    title, class_name = title_of(page, label)
     view = LabelView(
-        label, page.plain.get(label, ""), i, model.kind(label), unit, value, low, high,
+        label, class_name or title, title * bool(class_name), i, model.kind(label), unit,
+        value, low, high,
         model.record.thresholds.get(label),
         None if study.truths is None else number(study.truths[i]),
         row["n_clips"] == len(study.names),
     )  # fmt: skip
+    if view.grade:
+        classes = model.outputs.by_output[label].outputs
+        answers = [number(row.get(name)) for name in classes]
+        view.first = model.outputs.names.index(classes[0])
+        view.is_top = None not in answers and label == classes[int(np.argmax(answers))]
     explanation, columns = None, study.explanation["columns"] if study.explanation else ()
     if i in columns:
         k = columns.index(i)
@@ -146,10 +158,13 @@ def label_view(page, study, i):
 
 def sentence_of(study, view, explanation):
     """'VSD 92.0 % (threshold 60.0 %): present. Most depends on PSAX: without it 76.0 %.'"""
-    text = f"{view.title} {view.text(view.value) or 'has no answer'}"
+    name = f"{view.grade}: {view.title}" if view.grade else view.title
+    text = f"{name} {view.text(view.value) or 'has no answer'}"
     if view.kind == "survival":
         text += " (log hazard)"
-    if view.decision is not None:
+    if view.grade:
+        text += " (the most probable class)" * view.is_top
+    elif view.decision is not None:
         verdict = "present" if view.decision else "absent"
         text += f" (threshold {view.text(view.threshold)}): {verdict}"
     if explanation is None:

@@ -438,6 +438,7 @@ class Record(Labelled):
     unlearnt: list[str] = Field([])  # outputs that had no two values in training
     thresholds: dict[str, float] = Field({})  # label -> probability that counts as present
     ranges: dict[str, tuple[float, float]] = Field({})  # measurement -> ends of the training fold
+    train_patients: int = 0  # of the training fold; 0: not recorded
     labels_sha256: str = ""
     encoder_sha256: str = ""
     input: Input = Input()

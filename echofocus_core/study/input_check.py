@@ -15,7 +15,13 @@ from echofocus_core.base.console import RUN, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validate_as
 from echofocus_core.study.config import Input
-from echofocus_core.video.store import MADE_WITH, StudyClips, UnreadableStudy, almost_the_same
+from echofocus_core.video.store import (
+    MADE_WITH,
+    StudyClips,
+    UnreadableStudy,
+    almost_the_same,
+    is_untrained,
+)
 from echofocus_core.video.studies import may_name_patient, path_may_name_patient
 
 # ----------------------------------------------------------------------------- training data
@@ -272,8 +278,9 @@ class InputCheck:
 def differences_of(reference, study):
     """How the StudyClips of one encoder differ from an Input (a dict), in words."""
     differences, made_with = [], study.made_with
-    untrained = str(made_with.get("weights", "")).startswith("random")
-    if untrained and reference.get("weights_sha256") != made_with.get("weights_sha256"):
+    if is_untrained(made_with) and reference.get("weights_sha256") != made_with.get(
+        "weights_sha256"
+    ):
         differences.append("the encoder was untrained: the answers mean nothing")
     for name in MADE_WITH:
         then = str(reference.get(name))

@@ -14,8 +14,9 @@ from echofocus_core.study.kinds.base import sigmoid
 from echofocus_core.study.kinds.survival import USUAL_YEARS, per_year
 from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.outputs import Outputs, losses_of_outputs
+from echofocus_core.study.scaling import least_value
 
-IMPLAUSIBLE = "far beyond the training data"
+IMPLAUSIBLE = "far beyond the training data, or negative unlike all of it"
 FAR = 30  # standard deviations of a measurement in training: ten times a usual range of +-3
 
 
@@ -98,25 +99,27 @@ class LoadedModel:
         """(S, T): where an answer is far beyond the training data, for example by damaged weights.
 
         A measurement: outside an interval ten times as wide as that of the training fold, around
-        its middle; without a record of it beyond FAR. A log-odds or log hazard: beyond 100.
+        its middle; without a record of it beyond FAR; or negative although no value of the training
+        fold is. A log-odds or log hazard: beyond 100.
         """
         outputs = np.asarray(logits, float)
-        if isinstance(self.net, Readings):
-            return np.zeros(outputs.shape, bool)
+        if isinstance(self.net, Readings):  # probabilities and sizes
+            return outputs < 0
         values = self.outputs.readable(outputs, self.scaling, self.record.hazards)
         far = abs(outputs) > 100
         for label in self.outputs.of_kind("regression"):
             i = self.outputs.names.index(label)
-            low, high = self.record.ranges.get(label, (0, 0))
+            low, high = self.record.ranges.get(label, (least_value(label, self.scaling),) * 2)
             of_value = abs(values[:, i] - (low + high) / 2) > 5 * (high - low)
             far[:, i] = of_value if high > low else abs(outputs[:, i]) > FAR
+            far[:, i] |= (values[:, i] < 0) & (low >= 0)
         return far & np.isfinite(outputs) & ~np.isin(self.outputs.names, self.record.unlearnt)
 
     def readable(self, logits, listener=RUN):
         """Outputs (S, T) -> probabilities or physical units; NaN for labels never learnt."""
-        if isinstance(self.net, Readings):
-            return np.asarray(logits)
-        values = self.outputs.readable(logits, self.scaling, self.record.hazards)
+        values = np.asarray(logits)
+        if not isinstance(self.net, Readings):
+            values = self.outputs.readable(values, self.scaling, self.record.hazards)
         unlearnt = np.isin(self.outputs.names, self.record.unlearnt)
         beyond = np.isnan(values) & ~np.isnan(np.asarray(logits)) & ~unlearnt
         for where, text, remedy in (

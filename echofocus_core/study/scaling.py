@@ -66,6 +66,14 @@ def fit_scaling(y, apply_boxcox):
     return entry | {"mean": float(z.mean()), "stdev": float(z.std())}
 
 
+def least_value(label, scaling):
+    """The least value of a label in the training fold, by the shift of `fit_scaling`: exact without
+    Box-Cox, else with the middle of the values for their mean."""
+    if not isinstance(entry := (scaling or {}).get(label), dict):
+        return np.nan
+    return abs(unscale(np.zeros((1, 1)), [label], scaling)[0, 0]) - entry["shift"]
+
+
 def scaling_fault(entry):
     """Why a label's scaling cannot be used, or ''."""
     for name in ("shift", "mean", "stdev", *(["lmbda"] if entry.get("apply_boxcox") else [])):

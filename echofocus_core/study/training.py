@@ -187,6 +187,7 @@ class Training(EpochTraining):
             survival=self.task.survival, units=self.task.units, unlearnt=unlearnt,
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
             ranges={label: tuple(map(float, ends[label])) for label in ends},
+            train_patients=cohort.table["pid"].loc[cohort.eids["train"]].nunique(),
             width=self.width, encoders=self.encoders,
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()), loss_over_all_labels=True,

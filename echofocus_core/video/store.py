@@ -60,6 +60,22 @@ LONGEST_NAME = 4096  # characters of a file's name, relative to its study's fold
 # ------------------------------------------------------------------------------------------ writing
 
 
+def encoder_text(made_with):
+    """The encoder and its weights in words, from the attributes of clip embeddings (a dict)."""
+    weights, digest = str(made_with.get("weights", "")), made_with.get("weights_sha256", "")[:12]
+    name = made_with.get("encoder") or "PanEcho"
+    if is_untrained(made_with):
+        return f"{name}, untrained: for trials, not for results"
+    if not weights and not digest:
+        return "not recorded"
+    return f"{name}, weights {weights} {digest}".rstrip()
+
+
+def is_untrained(made_with):
+    """Whether clip embeddings are of random weights: `--weights random`, or those of the demo."""
+    return str(made_with.get("weights", "")).startswith(("random", "untrained"))
+
+
 def study_path(out, study):
     return Path(out) / f"{study.name}.hdf5"
 

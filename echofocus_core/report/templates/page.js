@@ -377,7 +377,9 @@ if (list) {
       bar.style.setProperty("--p", `${100 * label.value}%`);
       bar.style.setProperty("--t", label.cut === null ? "-99rem" : `${100 * label.cut}%`);
     }
-    const decisions = [badge("no", "\u25cb absent"), badge("yes", "\u25cf present")];
+    const isClass = byId("label").selectedOptions[0]?.dataset.class;
+    const decisions = isClass ? ["", badge("yes", "\u25cf most probable")]
+      : [badge("no", "\u25cb absent"), badge("yes", "\u25cf present")];
     cell(".decision").replaceChildren(...(label.decision === null ? [] : [decisions[label.decision]]));
     if (cell(".range")) cell(".range").textContent = label.range;
     const truth = cell(".truth");

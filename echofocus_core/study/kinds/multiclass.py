@@ -62,9 +62,6 @@ class Multiclass(Label):
         best = np.where(answered[:, None], p, 0).argmax(axis=1)
         return {self.name: np.where(answered, np.array(self.classes)[best], "")}
 
-    def more_answers(self, row):
-        return [(f"{self.name}, most probable class", row.get(self.name))]
-
     def outcome(self, y, p, unit="", threshold=None, years=()):
         return MulticlassOutcome(self.name, y[:, 0], p, self.classes)
 
