@@ -423,14 +423,14 @@ def test_a_name_of_a_patient_is_not_on_the_page(many, tab):
     for path in sorted(many.rglob("*.html")):
         assert "ller" not in path.read_text().lower(), path
     tab.goto((many / "index.html").as_uri())
-    assert digest in shown(tab) and "v0.avi and video 2" in tab.inner_text("#list")
+    assert digest in shown(tab) and "v0.avi and video 2 (PSAX.avi)" in tab.inner_text("#list")
     tab.goto((many / "studies/1.html").as_uri())
     names = tab.locator("#videos .player strong").all_inner_texts()
-    assert names == ["A4C.avi", "video 2", "v0.avi"]
+    assert names == ["A4C.avi", "video 2 (PSAX.avi)", "v0.avi"]
     table = pd.read_csv(many.with_name("p_names.csv"), keep_default_na=False)
     assert set(table["eid"]) == {"2024-03-12 M\u00fcller"}
     assert dict(zip(table["on_page"], table["file"], strict=True)) == {
-        digest: "", "video 2": "MUELLER_ANNA/PSAX.avi", "file 1": "M\u00fcller.pdf",
+        digest: "", "video 2 (PSAX.avi)": "MUELLER_ANNA/PSAX.avi", "file 1": "M\u00fcller.pdf",
     }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.report.html import TEMPLATES, page_templates, write_text
 from echofocus_core.report.inspect import origin_of
 from echofocus_core.report.page_labels import clip_marks, label_view, number, percent, title_of
-from echofocus_core.study.input_check import FEWEST, NAMES_PATIENT, UNUSUAL, VIDEOS_NAME_PATIENT
+from echofocus_core.study.input_check import FEWEST, NAMES_PATIENT, UNUSUAL
 from echofocus_core.study.loading import released_task
 from echofocus_core.study.sources import source_studies
 from echofocus_core.video.errors import VideoError
@@ -55,6 +55,10 @@ SCORES = {  # method -> what its scores are
     "attention": "A score is the share of the model's attention that the video gets (attention "
     "rollout). It does not show whether the video supports the answer.",
 }
+LOSS = (
+    "A score is the part of the error (the loss) that is due to the video: one with a negative "
+    "score brought the answer closer to the label."
+)
 GRADIENTS = (  # of the other methods
     "A score is the part of the change from the reference to the answer that is due to the video "
     f"(integrated gradients). {DIFFERS}"
@@ -119,16 +123,21 @@ class PageStudy:
         """{name that may name the patient: what the page shows}, of its videos and skipped files.
 
         If a name has the PatientID or PatientName of the DICOM files, none of its names is shown.
+        Otherwise the file stays, if only a folder may name the patient: 'video 2 (A4C.avi)'.
         """
-        made_with = self.details.attributes  # {} for packs and several encoders
-        by_header = "videos" in made_with.get("names_patient", "" if made_with else self.warning)
-        files = [("video", self.names), ("file", [name for name, _ in self.details.skipped])]
-        return {
-            name: f"{kind} {n}"
-            for kind, names in files
-            for n, name in enumerate(names, 1)
-            if (by_header and VIDEOS_NAME_PATIENT in self.warning) or path_may_name_patient(name)
-        }
+        by_header = any(
+            "videos" in str(made_with.get("names_patient", ""))
+            for made_with in self.encoders.values()
+        )
+        files, replaced = [name for name, _ in self.details.skipped], {}
+        for kind, names in (("video", self.names), ("file", files)):
+            for n, name in enumerate(names, 1):
+                if by_header or path_may_name_patient(name):
+                    replaced[name] = f"{kind} {n}"
+                    file = PurePosixPath(name).name
+                    if not by_header and not may_name_patient(file):
+                        replaced[name] += f" ({file})"
+        return replaced
 
     def public(self, text):
         """A text without the names that may name the patient."""
@@ -414,7 +423,7 @@ class StudyView:
         videos = [
             video.data() | {"clips": clip_marks(self.study.details, video)} for video in self.videos
         ]
-        explanation, note = self.study.explanation or {}, ""
+        explanation, note, settings = self.study.explanation or {}, "", self.page.settings
         notes = {video.get("note", video.get("missing")) for video in videos}
         if len(notes) == 1 and len({video.get("clip", "") != "" for video in videos}) == 1:
             (note,) = notes
@@ -422,7 +431,9 @@ class StudyView:
         return {
             "videos": videos, "labels": details, "note": note,
             "reference": explanation.get("baseline_name", ""),
-            "scores": SCORES.get(self.page.settings.explain_method, GRADIENTS),
+            "scores": SCORES.get(settings.explain_method, GRADIENTS)
+            if settings.explain_mode == "pred"
+            else LOSS,
         }  # fmt: skip
 
     @property

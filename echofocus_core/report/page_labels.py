@@ -250,9 +250,10 @@ def waterfall(settings, view, explanation):
     def place(value):
         return round(float(np.clip((value - low) / (high - low), 0, 1)) * 100, 1)
 
+    score_text = fixed if x.unit == "share" else signed  # a share has no direction
     tick_text = view.text if in_answers else lambda value: fixed(value, 2)
     bars = [
-        [v, place(start), place(stop), signed(score, decimals)]
+        [v, place(start), place(stop), score_text(score, decimals)]
         for (v, score), start, stop in zip(rows, starts, stops, strict=True)
     ]
     cut = view.threshold if in_answers else None

@@ -16,7 +16,7 @@ from echofocus_core.study.network import Aggregator, Readings
 from echofocus_core.study.outputs import Outputs, losses_of_outputs
 from echofocus_core.study.scaling import least_value
 
-IMPLAUSIBLE = "far beyond the training data, or negative unlike all of it"
+IMPLAUSIBLE = "far beyond the training data or impossibly negative"
 FAR = 30  # standard deviations of a measurement in training: ten times a usual range of +-3
 
 
