@@ -434,6 +434,14 @@ def test_a_name_of_a_patient_is_not_on_the_page(many, tab):
     }  # fmt: skip
 
 
+def test_names_of_videos_are_hidden_by_header_and_without_the_encoders_name():
+    names = ["Zwei/A4C.avi", "Zwei/DOE_JANE/A4C.avi"]
+    study = PageStudy("a", {}, names, encoders={"Eins": {}, "Zwei": {}})
+    assert study.replaced == {names[1]: "video 2 (A4C.avi)"}
+    study = PageStudy("a", {}, names, encoders={"Zwei": {"names_patient": "videos"}})
+    assert study.replaced == dict(zip(names, ["video 1", "video 2"], strict=True))
+
+
 def test_a_study_of_many_labels_is_small(many):
     sizes = [path.stat().st_size for path in many.rglob("*.html")]
     assert len(sizes) == 4 and sum(sizes) / 3 < 25_000  # 200 of them are below 5 MB

@@ -132,11 +132,13 @@ class PageStudy:
         files, replaced = [name for name, _ in self.details.skipped], {}
         for kind, names in (("video", self.names), ("file", files)):
             for n, name in enumerate(names, 1):
-                if by_header or path_may_name_patient(name):
-                    replaced[name] = f"{kind} {n}"
-                    file = PurePosixPath(name).name
-                    if not by_header and not may_name_patient(file):
-                        replaced[name] += f" ({file})"
+                path = name
+                for encoder in self.encoders:
+                    path = path.removeprefix(f"{encoder}/")
+                if by_header or path_may_name_patient(path):
+                    file = PurePosixPath(path).name
+                    is_shown = not by_header and not may_name_patient(file)
+                    replaced[name] = f"{kind} {n}" + f" ({file})" * is_shown
         return replaced
 
     def public(self, text):

@@ -267,7 +267,12 @@ class InputCheck:
         named = " ".join(str(part.made_with.get("names_patient", "")) for part in parts)
         if may_name_patient(eid) or "study" in named or "yes" in named:
             notes.append(NAMES_PATIENT)
-        if "videos" in named or any(map(path_may_name_patient, study.videos)):
+        files = [
+            video.removeprefix(f"{encoder}/")
+            for encoder, part in zip(self.references, parts, strict=True)
+            for video in part.videos
+        ]
+        if "videos" in named or any(map(path_may_name_patient, files)):
             notes.append(VIDEOS_NAME_PATIENT)
         if notes:
             self.report.notes[eid] = "; ".join(notes)

@@ -448,7 +448,7 @@ def file_name(name):
 # Words of names of studies, folders and files that are no names of patients, in lower case.
 USUAL_WORD = re.compile(
     r"stud(y|ies|ien?)|patient(s|en|in)?|case|controls?|exam(s|ination)?|visit|test|train(ing)?|"
-    r"validation|demo|sample|subject|serie[sn]?|scan|site|cent(er|re)|hospital|group|baseline|"
+    r"validation|demo|sample|unnamed|unbenannt|subject|serie[sn]?|scan|site|cent(er|re)|hospital|group|baseline|"
     r"follow|followup|normal|healthy|phantoms?|data(set)?|folder|record(ing)?|session|day|week|"
     r"month|year|part|batch|one|two|three|first|second|real|old|new|unknown|copy|final|raw|net|"
     r"archive|exports?|imports?|loops?|clips?|cines?|movies?|videos?|films?|images?|pictures?|"
@@ -462,7 +462,7 @@ USUAL_WORD = re.compile(
     r"ventri[ck](le|el|ular)|atri(al|um)|pericard\w*|[ck]ardi[ao]\w*|heart|herz(?!og)\w*|echo\w*|"
     r"ultra(sound|schall)|[ck]lini[ck]\w*|ambulan\w*|station|[ck]ohorte?|kontrollen?|bild(er)?|"
     r"untersuchung(en)?|aufnahmen?|verlauf|befunde?|ordner|kopie|(vier)?kammer(blick)?|klappen?|"
-    r"(längs|laengs|kurz)achse|grösse|anon\w*|pseudo\w*|philips|siemens|vivid|epiq|acuson"
+    r"(längs|laengs|lang|kurz)achse|preop|postop|grösse|anon\w*|pseudo\w*|philips|siemens|vivid|epiq|acuson"
 )
 DATE = r"(?:(?:19|20)\d\d(?:\d{4})?|\d{4}(?:19|20)\d\d)"  # a year, 19700131 or 31011970
 
