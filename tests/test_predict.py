@@ -183,7 +183,7 @@ def test_another_clip_length_is_marked(cohort, cli):
     with h5py.File("emb/1005.hdf5", "a") as f:
         f.attrs["clip_len"] = 32
     assert cli("pack")[0] == 0 and cli("predict")[0] == 0
-    assert table()["warning"]["1005"] == "clip_len 32, trained on 16"
+    assert table()["warning"]["1005"] == "clip_len is 32, but 16 in training"
 
 
 def test_units_and_what_cannot_be_read(cohort, cli):

@@ -291,11 +291,13 @@ def differences_of(reference, study):
         then = str(reference.get(name))
         now = str(made_with.get(name, then))
         if name in reference and now != then:
-            differences.append(f"{name} {now[:12]}, trained on {then[:12]}")
+            differences.append(f"{name} is {now[:12]}, but {then[:12]} in training")
     if "norm_mean" in reference:
         norm, usual = mean_norm(study), reference["norm_mean"]
         if abs(norm - usual) > max(6 * reference["norm_sd"], 0.1 * usual):
-            differences.append(f"norm of clip embeddings {norm:.3g}, trained on {usual:.3g}")
+            differences.append(
+                f"norm of clip embeddings is {norm:.3g}, but {usual:.3g} in training"
+            )
     return differences
 
 
