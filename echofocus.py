@@ -108,7 +108,8 @@ def cmd_predict(job):
     model, source, settings = job.model, job.source, job.settings
     labelled = () if source.requested else labelled_ids(job)
     absent = dict.fromkeys(sorted(set(labelled) - set(source.eids)), "no embeddings")
-    path = Path(settings.out or model.folder / f"predictions_{settings.dataset}.csv")
+    part = f".sample_limit-{settings.sample_limit}" * bool(settings.sample_limit)
+    path = Path(settings.out or model.folder / f"predictions_{settings.dataset}{part}.csv")
     eids = sample_ids(source.eids, settings.sample_limit)
     warn_of_other_input(model, source.store, eids, names=MADE_WITH[:1])
     table, reasons, warnings = predictions.answer_studies(model, source.store, eids, settings)

@@ -11,12 +11,11 @@ import pytest
 from helpers import blank
 from scipy import optimize, special
 from sklearn import metrics as sk
-from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 import echofocus as ef
 from echofocus_core.base.console import UserError
-from echofocus_core.report import curves
+from echofocus_core.report import curves, recalibration
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.report.methods import methods_paragraph
 from echofocus_core.report.recalibration import fit_recalibration
@@ -178,6 +177,13 @@ def test_groups_as_hospitals_write_them(site, table, cli):
     for actual, expected in zip(groups[1], groups[0], strict=True):
         assert sorted(map(str, actual.to_numpy())) == sorted(map(str, expected.to_numpy()))
     assert "count as" in out and "read as years" in out and "decimal commas in age" in out
+    folder = Path("theirs_evaluation")  # the next evaluation leaves no file of this one
+    (folder / "by_mine_all_site.csv").write_text("")
+    assert (folder / "forest_by_age_all_site.png").is_file()
+    assert cli("evaluate", "--predictions", "theirs.csv", *FEW)[0] == 0
+    assert [path.name for path in folder.glob("*by_*")] == ["by_mine_all_site.csv"]
+    saved = json.loads((folder / "metrics_all_site.json").read_text())
+    assert {*saved["files"], "by_mine_all_site.csv"} == {path.name for path in folder.iterdir()}
 
 
 def test_survival_of_a_table_at_the_years_of_the_option(site, table, cli):
@@ -416,9 +422,11 @@ def test_a_calibration_curve_against_a_loop(table):
     )
 
 
-def test_recalibration_against_other_implementations(table):
+def test_recalibration_against_other_implementations(table, monkeypatch):
     y, p = table["finding"].to_numpy(float), table["p"].to_numpy() ** 2
     x, new = special.logit(p), np.linspace(0.01, 0.8, 7)
+    assert list(fit_recalibration(y, p)) == ["intercept", "slope"]
+    monkeypatch.setattr(recalibration, "ISOTONIC_FROM", len(y))
     methods = fit_recalibration(y, p)
     shift = optimize.brentq(lambda a: special.expit(a + x).sum() - y.sum(), -9, 9)
     np.testing.assert_allclose(methods["intercept"](new), special.expit(shift + special.logit(new)))
@@ -606,16 +614,18 @@ def check_recalibration(folder):
     y, p, truth, q = (x[f"finding_{k}"] for x in (val, test) for k in ("Correct", "Predict"))
     x, new = special.logit(p), special.logit(q)
     shift = optimize.brentq(lambda a: special.expit(a + x).sum() - y.sum(), -30, 30)
-    steps = IsotonicRegression(out_of_bounds="clip").fit(p, y)
-    expected = {
-        "original": q,
-        "intercept": special.expit(shift + new),
-        "isotonic": steps.predict(q),
-    }
+    expected = {"original": q, "intercept": special.expit(shift + new)}
     if p[y == 0].max() > p[y == 1].min():  # otherwise the slope is infinite
         fit = LogisticRegression(C=np.inf, tol=1e-12, max_iter=9999).fit(x.to_frame(), y)
         expected["slope"] = fit.predict_proba(new.to_frame())[:, 1]
     table = pd.read_csv(folder / "recalibration_test_site.csv").set_index("metric").loc["brier"]
+    assert (table["fitted_on"] == len(val)).all() and (table["fitted_positive"] == y.sum()).all()
+    page = (folder / "report_test_site.html").read_text()
+    shown = "logistic with intercept" + ", logistic with intercept and slope" * (
+        "slope" in expected
+    )
+    assert f"Recalibration ({shown}) was fitted on" in page and "No isotonic fit" in page
+    assert f"{len(val)} ({y.sum()})" in page
     assert set(table["method"]) == set(expected)
     for method, value in zip(table["method"], table["value"], strict=True):
         assert value == pytest.approx(((expected[method] - truth) ** 2).mean(), rel=1e-3), method

@@ -288,6 +288,21 @@ def test_folds_of_a_labelled_dataset(dataset, stratify, new):
     assert evidence == f"assumed: {1 if at_home else 3} studies are known to m"
 
 
+def test_another_dataset_with_the_name_of_the_training_is_elsewhere(trained, cli):
+    """An external cohort whose folder has the same name: all its studies are test data."""
+    table = pd.read_csv("labels.csv", dtype=str)
+    table.assign(pid="ext" + table["pid"], eid="ext" + table["eid"]).to_csv("ext.csv", index=False)
+    Path("other").mkdir()
+    for path in Path("emb").iterdir():
+        shutil.copy(path, f"other/ext{path.name}")
+    line = ("--dataset", "site", "--embedding_path", "other", "--label_path", "ext.csv")
+    status, out, err = cli("evaluate", *line, "--n_boot", 0)
+    assert status == 0 and "WARNING: site has the name of the training dataset" in out, err
+    assert len(pd.read_csv("trained_models/defect/saveout_test_site.csv")) == 60
+    assert not Path("trained_models/defect/recalibration_test_site.csv").exists()
+    assert "no study of site is in the fold val" in cli("evaluate", *line, "--subset", "val")[2]
+
+
 def test_a_model_of_ours_without_its_list_is_refused():
     table = table_of("ab", "12")
     model = SimpleNamespace(

@@ -6,6 +6,7 @@ from scipy import stats
 
 from benchmarks.coverage import FINDINGS, coverage, finding
 from echofocus_core.study.kinds.binary import BinaryOutcome
+from echofocus_core.study.kinds.multiclass import MulticlassOutcome
 from echofocus_core.study.kinds.regression import RegressionOutcome
 from echofocus_core.study.statistics import compare, estimates
 
@@ -100,12 +101,21 @@ def test_probabilities_of_0_or_1_are_counted():
     assert row["calibration_slope"].value < 0.75 * rows["calibration_slope"].value
 
 
-def test_a_median_of_few_patients_has_no_interval():
+def test_few_patients_have_no_interval():
     rng = np.random.default_rng(4)
     truth = rng.normal(60, 8, 12)
     rows = by_metric(RegressionOutcome("EF", truth, truth + rng.normal(0, 5, 12), "%"))
     assert np.isfinite(rows["median_absolute_error"].ci_low)
     assert np.isnan(rows["median_absolute_error_q1"].ci_low)  # of 3 patients
+    grades = np.array([0, 1, 0, 1.0]), np.eye(2)[[0, 1, 1, 1]] * 0.8 + 0.1
+    pair = RegressionOutcome("EF", truth[:4], truth[:4] + np.array([1, -2, 3, 0]), "%")
+    patients = np.array([0, 0, 1, 1])  # whose extremes the percentiles would be
+    for few in (pair, MulticlassOutcome("grade", *grades, ("no", "yes"))):
+        for row in by_metric(few, 200, patients).values():
+            if np.isfinite(row.value) and row.metric in [m.name for m in few.METRICS]:
+                assert np.isnan(row.ci_low) and row.note == "no interval: fewer than 6 patients"
+    other = RegressionOutcome("EF", truth[:4], truth[:4] + np.array([2, 1, 0, 3]), "%")
+    assert all(np.isnan(row.ci_low) for row in compare([pair], [other], patients, 200))
 
 
 def test_a_difference_of_areas_uses_the_rarer_class():

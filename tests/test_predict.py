@@ -295,3 +295,9 @@ def test_a_dataset_that_has_videos_and_no_embeddings(trained, cli):
     assert list(table("trained_models/defect/predictions_film.csv").index) == ["1000", "77"]
     status, out, err = cli("explain", "--task", "defect", *options, "--subset", "all")
     assert status == 0 and "2 already there" in out, err
+
+
+def test_a_part_of_the_studies_does_not_replace_the_whole_table(trained, cli):
+    assert cli("predict")[0] == 0 and len(table()) == 60
+    assert cli("predict", "--sample_limit", "3")[0] == 0 and len(table()) == 60
+    assert len(table("trained_models/defect/predictions_site.sample_limit-3.csv")) == 3

@@ -38,6 +38,7 @@ def write_config(tmp_path, task=None, dataset=None, **more):
 # ------------------------------------------------------------------------------------------- config
 
 FAULTS = {  # changes of the config, and parts of the line about it
+    "fold to use": (dict(task={"subset": "val"}), "unknown key 'subset'"),
     "unknown key": (dict(task={"task_label": ["a"]}), "task t: unknown key 'task_label'; did you"),
     "kind": (dict(task={"label_path": 5}), "task t, label_path is not a valid path"),
     "null": (dict(task={"task_labels": None}), "task t, task_labels should be a valid list"),

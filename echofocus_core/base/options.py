@@ -160,6 +160,7 @@ class Group:
 WHAT = Group("task and data", in_config=False, on_resume="unrecorded")
 FILES = Group("files", in_config=False, on_resume="unrecorded")
 SPLIT = Group("data", on_resume="fixed", moves_folds=True)
+CHOICE = Group("data", in_config=False)  # of a command line, not of a task
 DATA, COMPUTING, MODEL = Group("data"), Group("computing"), Group("model", on_resume="fixed")
 TRAINING, EXPLAINING, OUTPUT = Group("training"), Group("explanation"), Group("output")
 MESSAGES = Group("messages", in_config=False, on_resume="unrecorded")
@@ -307,10 +308,10 @@ class Settings(CohortOptions):
     studies: int = option(80, "number of phantom studies", WHAT, "demo", least=22, common="demo")
 
     subset: Literal[(*FOLDS, "all")] = option(
-        "test", "the fold to use", DATA, "evaluate explain", common="evaluate explain"
+        "test", "the fold to use", CHOICE, "evaluate explain", common="evaluate explain"
     )
     folds: Annotated[list[Literal[(*FOLDS, "all")]], BeforeValidator(folds_in)] = option(
-        [], "several folds, instead of --subset", DATA, "evaluate", metavar="FOLD"
+        [], "several folds, instead of --subset", CHOICE, "evaluate", metavar="FOLD"
     )
     sample_limit: int = option(
         0, "use at most this many studies, chosen by a hash of their ids; 0: all", DATA, ALL,
@@ -532,7 +533,8 @@ class Settings(CohortOptions):
         "float32", "type of the numbers", OUTPUT, "pack", common="pack"
     )
     out: str = option(
-        "", "table to write [predictions_<dataset>.csv in the model's folder]", FILES, "predict",
+        "", "table to write [predictions_<dataset>.csv in the model's folder; with "
+        "--sample_limit N: predictions_<dataset>.sample_limit-N.csv]", FILES, "predict",
         common="predict", metavar="FILE"
     )
     embed_file: str = option(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
+from glob import escape
 from itertools import groupby
 from pathlib import Path
 from string import ascii_uppercase
@@ -130,16 +131,12 @@ class Report:
     def write(self):
         """Write tables, figures and the page; return the lines for the screen."""
         self.compute()
-        self.figures, self.files = [], []
+        self.figures, self.files = [], [f"metrics_{self.name}.json"]
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.saveout is not None:
             self.write_table("saveout", self.saveout)
         for name, table in self.tables.items():
             self.write_table(name, table)
-        with atomic_path(self.folder / f"metrics_{self.name}.json") as temporary:
-            facts = self.facts | {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
-            whole = metrics_json(self.estimates, facts)
-            temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
         self.recalibrate()
         self.draw_panels()
         self.draw_forests()
@@ -149,12 +146,30 @@ class Report:
         self.comparison = [{k: None if v != v else v for k, v in row.items()} for row in rows]
         self.write_more_tables()
         self.write_page()
+        self.replace_record()
         lines = on_screen(self.headlines, [x for x in self.estimates if x.label == "mean"])
         headlines = {x.metric for x in self.headlines.values()}
         lines += [compared_line(row) for row in self.comparison if row["metric"] in headlines]
         lines += [f"note: {text}" for text in self.notes]
         lines = [line.replace("\u2212", "-") for line in lines]  # some terminals have no minus
-        return [*lines, f"wrote {', '.join(self.files)} to {self.folder}"]
+        shown = [file for file in self.files if not file.endswith((".pdf", ".png"))]
+        return [*lines, f"wrote {', '.join(shown)} to {self.folder}"]
+
+    def replace_record(self):
+        """Write the JSON with the metrics and the names of all files, and delete files of an
+        earlier evaluation, by its JSON, that this one did not write."""
+        path = self.folder / self.files[0]
+        try:
+            earlier = list(json.loads(path.read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or of an earlier version
+            earlier = []
+        facts = {"n_bootstrap": self.n_boot, "seed": self.seed, "flow": self.flow}
+        whole = metrics_json(self.estimates, self.facts | facts | {"files": self.files})
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(whole, indent=1, allow_nan=False))
+        for file in self.folder.glob(f"*_{escape(self.name)}.*"):
+            if file.name in earlier and file.name not in self.files:
+                file.unlink()
 
     def plain(self, label):
         """The plain name of a label."""
@@ -180,6 +195,7 @@ class Report:
         """Draw a figure with draw(path=), and add it to the page."""
         path = self.folder / f"{file}_{self.name}"
         draw(path=path)
+        self.files += [f"{path.name}.pdf", f"{path.name}.png"]
         self.figures.append({
             "title": title, "file": path.name, "png": as_base64(path), "legend": legend,
             "wide": n_panels > 1,
@@ -232,12 +248,18 @@ class Report:
         self.recalibrated, self.recalibration = {}, []
         if self.validation and (validation := self.validation()):
             findings = [o for o in self.studies.outcomes if isinstance(o, BinaryOutcome) and o.n]
-            self.recalibrated = recalibrate(findings, {o.label: o for o in validation.outcomes})
+            fitted = {o.label: o for o in validation.outcomes}
+            self.recalibrated = recalibrate(findings, fitted)
         if self.recalibrated:
             patients, boot = self.studies.patients, (self.n_boot, self.seed)
             rows = recalibration_rows(self.recalibrated, self.estimates, patients, *boot)
-            self.recalibration = [recalibration_table(rows, self.plain)]
-            table = [{"method": m} | x.row() for _, m, each in rows for x in each.values()]
+            self.recalibration = [recalibration_table(rows, fitted, self.plain)]
+            table = [
+                {"method": m, "fitted_on": o.n, "fitted_positive": o.n_positive} | x.row()
+                for label, m, each in rows
+                for o in [fitted[label]]
+                for x in each.values()
+            ]
             self.write_table("recalibration", pd.DataFrame(table).drop(columns="p_value"))
 
     def write_more_tables(self):
@@ -391,14 +413,16 @@ def letter_of(k):
 
 
 def uncertain_labels(report):
-    """Labels that the page warns about: small (texts), undefined (note -> labels), no_interval
-    (labels)."""
-    small = []
+    """Labels that the page warns about: small (texts; findings), few_patients (texts; others),
+    undefined (note -> labels), no_interval (labels)."""
+    small, few_patients = [], []
     for o in report.studies.outcomes:
+        whole = st.count_patients(report.studies.patients, o.usable)
         if isinstance(o, BinaryOutcome):
             few = st.count_patients(report.studies.patients, rarer(o, o.truth == 1))
-            whole = st.count_patients(report.studies.patients, o.usable)
             small += [f"{report.plain(o.label)} ({few} of {whole})"] * (0 < few < FEW)
+        else:
+            few_patients += [f"{report.plain(o.label)} ({whole})"] * (0 < whole < FEW)
     rows = report.headlines.values()
     undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)
     undefined = {
@@ -409,7 +433,10 @@ def uncertain_labels(report):
     no_interval = [
         report.plain(x.label) for x in defined if report.n_boot and not np.isfinite(x.ci_low)
     ]
-    return {"small": small, "undefined": undefined, "no_interval": no_interval}
+    return {
+        "small": small, "few_patients": few_patients, "undefined": undefined,
+        "no_interval": no_interval,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- evaluations

@@ -6,6 +6,7 @@ from echofocus_core import __version__
 from echofocus_core.base.console import some
 from echofocus_core.base.files import sha256_file
 from echofocus_core.report.display import Table, metric_name
+from echofocus_core.report.recalibration import METHODS
 
 INTERVALS = {  # of `statistics.INTERVALS`
     "percentile": "percentile intervals, widened for small numbers of patients (Hesterberg 2015)",
@@ -87,11 +88,11 @@ def kinds(report):
             f" Calibration curves are local linear regressions (LOWESS, span {SPAN}) with "
             "pointwise bootstrap bands over patients."
         )
-    if getattr(report, "recalibrated", None):
-        text += (
-            " Recalibration (logistic with intercept, logistic with intercept and slope, isotonic) "
-            "was fitted on the validation fold."
-        )
+    if fits := {name for each in getattr(report, "recalibrated", {}).values() for name in each}:
+        names = [
+            "logistic with " * (m != "isotonic") + METHODS[m].lower() for m in METHODS if m in fits
+        ]
+        text += f" Recalibration ({', '.join(names)}) was fitted on the validation fold."
     return text
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 
+from echofocus_core.base.console import some
 from echofocus_core.report.display import Table, cell_of, metric_name
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
 METHODS = {"intercept": "Intercept", "slope": "Intercept and slope", "isotonic": "Isotonic"}
+ISOTONIC_FROM = 1000  # studies: with fewer it overfits (Niculescu-Mizil and Caruana, ICML 2005)
 METRICS = ("brier", "calibration_slope", "calibration_intercept", "ece", "auroc")
 
 
@@ -22,11 +24,9 @@ def fit_recalibration(y, p):
 
     Intercept, and intercept and slope: logistic regression of the truth on the log-odds (Cox,
     Biometrika 1958;45:562). Isotonic: the monotone fit of least squares, linear between its points
-    (Zadrozny and Elkan, KDD 2002). {} without both classes; a method without a finite fit is
-    left out.
+    (Zadrozny and Elkan, KDD 2002), from ISOTONIC_FROM studies. {} without both classes; a method
+    without a finite fit is left out.
     """
-    from sklearn.isotonic import IsotonicRegression  # takes a second to import
-
     if not 0 < y.sum() < len(y):
         return {}
     x = log_odds(p)
@@ -36,6 +36,10 @@ def fit_recalibration(y, p):
             a, b = mt.fit_logistic(x, ones, target, slope_is_1=name == "intercept")[:, 0]
         if np.isfinite(a) and np.isfinite(b):
             methods[name] = lambda p, a=a, b=b: special.expit(a + b * log_odds(p))
+    if len(y) < ISOTONIC_FROM:
+        return methods
+    from sklearn.isotonic import IsotonicRegression  # takes a second to import
+
     steps = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(p, y)
     return methods | {"isotonic": steps.predict}
 
@@ -74,16 +78,19 @@ def recalibration_rows(recalibrated, estimates, patients, n_boot, seed):
     return rows
 
 
-def recalibration_table(rows, names):
-    """The Table of `recalibration_rows`."""
+def recalibration_table(rows, fitted, names):
+    """The Table of `recalibration_rows`. fitted: label -> outcome of the validation fold."""
+    few = [names(x) for x in dict.fromkeys(x for x, *_ in rows) if fitted[x].n < ISOTONIC_FROM]
     return Table(
         "Recalibration fitted on the validation fold",
-        ["Label", "Probabilities", *map(metric_name, METRICS)],
+        ["Label", "Probabilities", "Fitted on (positive)", *map(metric_name, METRICS)],
         [
             [names(label), METHODS.get(method, "Original"),
+             f"{fitted[label].n} ({fitted[label].n_positive})" if method in METHODS else "",
              *(cell_of(x, note=False) for x in each.values())]
             for label, method, each in rows
         ],
         "The evaluated studies had no part in the fits. A calibrated model has slope 1 and "
-        "intercept 0.", n_text=2,
+        "intercept 0." + f" No isotonic fit on fewer than {ISOTONIC_FROM} studies: {some(few)}."
+        * bool(few), n_text=2,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from echofocus_core.study.fold_answers import folds_to_test, task_for
 from echofocus_core.study.folds import (
     cohort_of,
     fold_table,
+    is_at_home,
     match_studies,
     sample_ids,
     seen_elsewhere,
@@ -256,7 +257,7 @@ def check_folds(job, data, listener):
         folds, _ = folds_to_test(job, task, table, store, listener)
         folds = folds.loc[studies.index]
         listener.ok("labels by fold\n" + fold_table(studies, folds, task).to_string(max_rows=60))
-        if settings.dataset != model.record.dataset:
+        if not is_at_home(model, table, settings.dataset):
             return None
     else:
         encoder = store.encoder_seen(list(studies.index), listener)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError
+from echofocus_core.base.console import RUN, Collected, UserError
 from echofocus_core.base.options import FOLDS
 from echofocus_core.study.config import MISSING_LABELS
 from echofocus_core.study.evaluation import (
@@ -21,13 +21,14 @@ from echofocus_core.study.evaluation import (
 )
 from echofocus_core.study.folds import (
     folds_for,
+    is_at_home,
     match_studies,
     sample_ids,
     seen_elsewhere,
     stored_names,
     without_seen,
 )
-from echofocus_core.study.labels import load_labels, other_unit
+from echofocus_core.study.labels import label_file, load_labels, other_unit, read_rows
 from echofocus_core.study.loading import SEVERAL_RULES, other_times
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.metrics import choose_threshold, read_target
@@ -60,11 +61,12 @@ def labelled_folds(job):
     model, settings, store = job.model, job.settings, job.source.store
     if job.task is None:
         raise UserError(f"the config has no task {settings.task} with the model's labels")
-    at_home = settings.dataset == model.record.dataset
-    column = model.record.settings.split_column if at_home else ""
-    task, table = load_labels(
-        task_for(model, job.task), job.dataset, settings=settings, split_column=column
-    )
+    task, column = task_for(model, job.task), model.record.settings.split_column
+    if column:  # which only the dataset of the training has
+        ids = read_rows(label_file(task, job.dataset), [], Collected())
+        if ids is None or not is_at_home(model, ids, settings.dataset):
+            column = ""
+    task, table = load_labels(task, job.dataset, settings=settings, split_column=column)
     table = table.rename(index=stored_names(table.index, store))
     return task, table, *folds_to_test(job, task, table, store)
 
@@ -97,6 +99,8 @@ def studies_in_fold(settings, cohort, folds, averaged):
     table = cohort[folds.isin(chosen_folds(settings))]
     if not len(table):
         hint = " (test: none of the averaged models has seen the patient)" * averaged
+        if settings.subset == "val":
+            hint = ": the model was validated on none of these patients"
         raise UserError(f"no study of {settings.dataset} is in the fold {settings.subset}{hint}")
     return table.loc[sample_ids(table.index, settings.sample_limit)]
 
@@ -116,7 +120,7 @@ def answer_fold(job, thresholds):
     for text in other_times(model, task.survival, task.units):
         RUN.warning(text, "declare the unit in both, or give the column of the same times")
         warnings.append(text)
-    if settings.dataset == model.record.dataset and model.record.biased_if_missing:
+    if is_at_home(model, whole, settings.dataset) and model.record.biased_if_missing:
         filled = whole[task.task_labels].notna()
         if (filled.any(axis=1) & ~filled.all(axis=1)).any():
             warnings.append(f"The model was {MISSING_LABELS}")
@@ -149,9 +153,12 @@ def answer_validation(job, cohort, folds):
     rows = cohort[folds == "val"]
     if not len(rows) or job.settings.dataset != job.model.record.dataset:
         return None
+    unreadable = {}
     results = run_studies(
-        job.model.net, job.source.store, list(rows.index), job.settings, label="validation fold"
-    )
+        job.model.net, job.source.store, list(rows.index), job.settings, unreadable=unreadable,
+        label="validation fold",
+    )  # fmt: skip
+    report_unreadable(unreadable)
     return studies_of_answers(job.model, rows, results, {}, job.settings) if len(results) else None
 
 

@@ -140,6 +140,13 @@ def levels_by(name, seen, table, listener):
     return levels
 
 
+def is_at_home(model, table, dataset):
+    """Whether a label table is of the dataset of a model's training: by its name, and by a patient
+    or study that the model has seen. The dataset of averaged models is elsewhere."""
+    same_name = dataset == model.record.dataset and not getattr(model, "members", ())
+    return same_name and (not model.seen or bool(seen_levels(model.seen[:1], table).any()))
+
+
 def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     """(study id -> fold of a labelled dataset, evidence that its test studies are unseen).
 
@@ -148,14 +155,20 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
         by an ancestor       no fold *                         no fold *
         not at all           by the rule of its training       test
 
-    * with `assume_unseen` as not seen at all. The dataset of averaged models is elsewhere, and each
-    member counts: a study is test where none has seen its patient, and val where none trained on
-    it. Where the training was stratified, new patients are in the test fold.
+    * with `assume_unseen` as not seen at all. See `is_at_home`; each of averaged models counts: a
+    study is test where none has seen its patient, and val where none trained on it. Where the
+    training was stratified, new patients are in the test fold.
     """
     name, members = model.folder.name, len(getattr(model, "members", ()))
     seen, evidence = seen_by_model(model, dataset, assume_unseen)
     levels_by(name, seen, table, listener)
-    at_home = dataset == model.record.dataset and not members
+    at_home = is_at_home(model, table, dataset)
+    if dataset == model.record.dataset and not at_home and not members:
+        listener.warning(
+            f"{dataset} has the name of the training dataset of {name}, but none of its patients "
+            "and studies: all its studies are test data",
+            "if it is the same dataset, restore its ids",
+        )
     if at_home and seen:
         refuse_moved(seen[0], table, listener)
     n_lists = len(seen) if members else 1

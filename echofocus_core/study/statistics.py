@@ -18,7 +18,7 @@ from scipy import special
 from threadpoolctl import threadpool_limits
 
 from echofocus_core.base.console import UserError
-from echofocus_core.study.kinds.base import rarer
+from echofocus_core.study.kinds.base import FEWEST, rarer
 from echofocus_core.study.kinds.binary import BinaryOutcome
 
 CHUNK_BYTES = 2**24  # of weights, to fit the cache; a metric needs several arrays of this size
@@ -287,9 +287,10 @@ def estimates(outcomes, patients, n_boot=1000, seed=0):
     return rows + macro_means(outcomes, values, patients)
 
 
-def mean_method(outcome, metric):
+def mean_method(outcome, metric, n_patients):
     """The method of the interval of a mean over labels, or of a difference between models."""
-    return "none" if outcome.metric(metric).interval == "none" else "percentile"
+    none = outcome.metric(metric).interval == "none" or n_patients < FEWEST
+    return "none" if none else "percentile"
 
 
 def macro_means(outcomes, values, patients):
@@ -310,7 +311,8 @@ def macro_means(outcomes, values, patients):
         with np.errstate(invalid="ignore"):
             mean = np.where(finite, stacked, 0).sum(axis=0) / finite.sum(axis=0)
         usable = np.any([o.usable for o in defined], axis=0)
-        n_patients, method = count_patients(patients, usable), mean_method(defined[0], metric)
+        n_patients = count_patients(patients, usable)
+        method = mean_method(defined[0], metric, n_patients)
         low, high, n_boot = interval(mean, n_patients, method)
         note, n = f"mean of {len(defined)} of {len(outcomes)} labels", int(usable.sum())
         value, unit = float(mean[0]), units.pop()
@@ -378,8 +380,7 @@ def difference(a, b, metric, values, others, patients):
     with np.errstate(invalid="ignore"):
         less = values - others
     n_patients = count_patients(patients, a.usable)
-    method = mean_method(a, metric) if n_patients >= a.metric(metric).fewest else "none"
-    low, high, n_boot = interval(less, n_patients, method)
+    low, high, n_boot = interval(less, n_patients, mean_method(a, metric, n_patients))
     n, positive, unit = a.n, a.n_positive, a.unit(metric)
     row = Estimate(a.label, metric, float(less[0]), low, high, n, positive, unit, "", n_boot)
     if metric == "auroc" and isinstance(a, BinaryOutcome):

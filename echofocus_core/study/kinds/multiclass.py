@@ -8,6 +8,7 @@ import numpy as np
 from echofocus_core.base.console import UserError
 from echofocus_core.study import metrics as mt
 from echofocus_core.study.kinds.base import (
+    FEWEST,
     Label,
     Metric,
     Outcome,
@@ -74,7 +75,7 @@ class MulticlassOutcome(Outcome):
 
     headline = "auroc"
     METRICS: ClassVar = tuple(
-        Metric(name, "Grades") for name in ("auroc", "balanced_accuracy", "kappa")
+        Metric(name, "Grades", fewest=FEWEST) for name in ("auroc", "balanced_accuracy", "kappa")
     )
     figures = ("roc_classes", "confusion_classes")
     methods = "Grades were assessed by one-vs-rest AUROC, balanced accuracy and quadratic kappa."

@@ -7,12 +7,12 @@ from typing import ClassVar
 import numpy as np
 
 from echofocus_core.study import metrics as mt
-from echofocus_core.study.kinds.base import Label, Metric, Outcome
+from echofocus_core.study.kinds.base import FEWEST, Label, Metric, Outcome
 from echofocus_core.study.scaling import unscale
 
-MEDIAN_OF = 6  # patients: the range of fewer contains the true median less than 95 times in 100
 QUARTERS = 4  # quantile groups of the truth, for which the error is also computed
-ERROR, AGREEMENT = "Error", "Agreement"
+AGREEMENT = "Agreement"
+IN_UNITS = {"heading": "Error", "has_unit": True, "fewest": FEWEST}
 
 
 class Regression(Label):
@@ -47,20 +47,20 @@ class RegressionOutcome(Outcome):
 
     headline, averages_truths = "median_absolute_error", True
     METRICS: ClassVar = (
-        Metric("median_absolute_error", ERROR, has_unit=True, fewest=MEDIAN_OF),
-        Metric("mean_absolute_error", ERROR, has_unit=True),
-        Metric("rmse", ERROR, has_unit=True, interval="log"),
-        Metric("bias", ERROR, has_unit=True),
-        Metric("loa_low", AGREEMENT, has_unit=True, interval="limit_of_agreement"),
-        Metric("loa_high", AGREEMENT, has_unit=True, interval="limit_of_agreement"),
-        Metric("r2", AGREEMENT, interval="log_rest"),
-        Metric("pearson", AGREEMENT, interval="fisher"),
-        Metric("spearman", AGREEMENT, interval="fisher"),
+        Metric("median_absolute_error", **IN_UNITS),
+        Metric("mean_absolute_error", **IN_UNITS),
+        Metric("rmse", interval="log", **IN_UNITS),
+        Metric("bias", **IN_UNITS),
+        Metric("loa_low", AGREEMENT, True, interval="limit_of_agreement", fewest=FEWEST),
+        Metric("loa_high", AGREEMENT, True, interval="limit_of_agreement", fewest=FEWEST),
+        Metric("r2", AGREEMENT, interval="log_rest", fewest=FEWEST),
+        Metric("pearson", AGREEMENT, interval="fisher", fewest=FEWEST),
+        Metric("spearman", AGREEMENT, interval="fisher", fewest=FEWEST),
         *(
             Metric(
                 f"median_absolute_error_q{q + 1}",
                 has_unit=True,
-                fewest=MEDIAN_OF,
+                fewest=FEWEST,
                 limit=lambda o, q=q: o.usable & (o.quarter(o.truth) == q),
                 undefined="no study in this quarter",
             )
