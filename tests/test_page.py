@@ -14,6 +14,7 @@ import echofocus as ef
 from echofocus_core.base.console import run_main
 from echofocus_core.base.options import Settings
 from echofocus_core.report.page import Page, PageStudy, write_page
+from echofocus_core.report.page_labels import keep_inside
 from echofocus_core.study.explanations import explain
 from echofocus_core.study.kinds.base import sigmoid
 from echofocus_core.study.outputs import Outputs
@@ -432,6 +433,13 @@ def test_a_name_of_a_patient_is_not_on_the_page(many, tab):
     assert dict(zip(table["on_page"], table["file"], strict=True)) == {
         digest: "", "video 2 (PSAX.avi)": "MUELLER_ANNA/PSAX.avi", "file 1": "M\u00fcller.pdf",
     }  # fmt: skip
+
+
+def test_bars_stay_on_the_axis_of_probability():
+    rows = [(0, -36.2), (1, -35.3), (2, 21.7), (3, 19.3)]
+    order = keep_inside(rows, 49.9)
+    levels = 49.9 + np.cumsum([score for _, score in order])
+    assert sorted(order) == rows and levels.min() >= 0 and order[0] == rows[0]
 
 
 def test_names_of_videos_are_hidden_by_header_and_without_the_encoders_name():

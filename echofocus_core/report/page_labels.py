@@ -230,7 +230,8 @@ def waterfall(settings, view, explanation):
     if len(rows) > MAX_BARS:
         weak = strong[MAX_BARS - 1 :]
         rows = [*rows[: MAX_BARS - 1], (-len(weak), x.scores[weak].sum())]
-    rows.sort(key=lambda row: -row[1])
+    if view.kind == "binary" and x.unit == "points":
+        rows = keep_inside(rows, x.ends[0])
     sums = np.concatenate([[0], np.cumsum([score for _, score in rows])])
     ends, in_answers = [], not loss and settings.explain_method != "attention"
     if in_answers and x.adds_up:
@@ -265,6 +266,18 @@ def waterfall(settings, view, explanation):
     if x.error >= 0.0005:
         result["check"] = f"check: the scores add up to the change within {percent(x.error)}"
     return {k: v for k, v in result.items() if v not in ([], None)}
+
+
+def keep_inside(rows, level):
+    """Bars (video, points), reordered so that each ends between 0 and 100 % if possible: of those
+    that do, the first one is next. level: the probability of the reference in percent."""
+    rows, order = list(rows), []
+    while rows:
+        row = next((row for row in rows if 0 <= level + row[1] <= 100), rows[0])
+        rows.remove(row)
+        order.append(row)
+        level += row[1]
+    return order
 
 
 def levels_in_answers(view, explanation, levels):

@@ -133,7 +133,10 @@ class Survival(Label):
     def more_answers(self, row):
         start = f"{self.name}_survival_"
         times = {k.removeprefix(start): v for k, v in row.items() if k.startswith(start)}
-        return [(f"no {self.name} until {time}", p) for time, p in times.items()]
+        return [
+            (f"no {self.name} within {time} year{'s' * (time != '1')}", p)
+            for time, p in times.items()
+        ]
 
     def outcome(self, y, p, unit="", threshold=None, years=()):
         years = tuple(years or USUAL_YEARS)
