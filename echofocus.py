@@ -41,6 +41,7 @@ from echofocus_core.base.console import (
     Collected,
     Parser,
     UserError,
+    count_of,
     print_next,
     run_main,
 )
@@ -122,7 +123,7 @@ def cmd_predict(job):
         predict_page(job, predictions.page_folder(path), table, left_out)
     print_answers(table.head(10), model.outputs.names)
     report_warnings(warnings, model.folder.name)
-    print(f"wrote {len(table)} studies to {path}")
+    print(f"wrote {count_of(len(table), 'studies')} to {path}")
 
 
 def print_answers(table, names):
@@ -367,7 +368,7 @@ def predict(model: Model, source: Source = None, **options: Any) -> pd.DataFrame
     studies without an answer, and why. Raises UserError.
     """
     from echofocus_core.study.folds import sample_ids
-    from echofocus_core.study.library import library_job
+    from echofocus_core.study.library import library_job, report_left_out
     from echofocus_core.study.predictions import answer_studies
     from echofocus_core.study.sources import warn_of_other_input
 
@@ -377,6 +378,7 @@ def predict(model: Model, source: Source = None, **options: Any) -> pd.DataFrame
         warn_of_other_input(job.model, store, eids)
         table, reasons, _ = answer_studies(job.model, store, eids, job.settings)
         table.attrs["left_out"] = job.source.unusable() | reasons
+        report_left_out(table.attrs["left_out"], len(table))
         return table
 
 
@@ -391,7 +393,7 @@ def embed(model: Model, source: Source = None, **options: Any) -> pd.DataFrame:
 
     from echofocus_core.study.embeddings import check_options, embeddings_of
     from echofocus_core.study.folds import sample_ids
-    from echofocus_core.study.library import library_job
+    from echofocus_core.study.library import library_job, report_left_out
     from echofocus_core.study.sources import warn_of_other_input
 
     with library_job("embed", options, source, model=model) as job:
@@ -400,8 +402,8 @@ def embed(model: Model, source: Source = None, **options: Any) -> pd.DataFrame:
         eids = sample_ids(job.source.eids, job.settings.sample_limit)
         warn_of_other_input(job.model, job.source.store, eids)
         studies = list(embeddings_of(job, eids, left_out))
-        if not studies:
-            raise UserError("no study could be read")
+        left_out = job.source.unusable() | left_out
+        report_left_out(left_out, len(studies))
         if studies[0][1] is None:
             ids = pd.Index([eid for eid, _, _ in studies], name="eid")
         else:
@@ -409,7 +411,7 @@ def embed(model: Model, source: Source = None, **options: Any) -> pd.DataFrame:
             second = "video" if job.settings.level == "video" else "label"
             ids = pd.MultiIndex.from_tuples(pairs, names=["eid", second])
         table = pd.DataFrame(np.concatenate([np.atleast_2d(x) for *_, x in studies]), ids)
-        table.attrs["left_out"] = job.source.unusable() | left_out
+        table.attrs["left_out"] = left_out
         return table
 
 
@@ -425,7 +427,7 @@ def explain(
 
     from echofocus_core.study import explanations as ex
     from echofocus_core.study.explanation_tables import labelled_rows
-    from echofocus_core.study.library import library_job
+    from echofocus_core.study.library import library_job, report_left_out
     from echofocus_core.study.sources import warn_of_other_input
 
     with library_job("explain", {"subset": "all"} | options, source, labels, model=model) as job:
@@ -440,8 +442,7 @@ def explain(
                 tables.append(labelled_rows(job.model, explanation, job.settings, truths))
             elif "unreadable" in explanation:
                 left_out[explanation["eid"]] = explanation["unreadable"]
-        if not tables:
-            raise UserError("no study could be explained")
+        report_left_out(left_out, len(tables))
         table = pd.concat(tables, ignore_index=True)
         table.attrs["left_out"] = left_out
         return table

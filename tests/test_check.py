@@ -151,7 +151,7 @@ FAULTS = {  # how to plant it; exit status; level and text of each finding
     "rows without id": (
         lambda: edit_labels(pid={3: None}),
         0,
-        [("WARNING", "1 rows have no pid"), ("WARNING", "not in the label")],
+        [("WARNING", "1 row has no pid"), ("WARNING", "study is not in the label")],
     ),
     "not a number": (
         lambda: edit_labels(finding={4: "maybe"}),
@@ -199,7 +199,7 @@ FAULTS = {  # how to plant it; exit status; level and text of each finding
         0,
         [("WARNING", "of the encoder weights")],
     ),
-    "moved patient": (train_then_move, 1, [("ERROR", "gives 1 studies to other patients")]),
+    "moved patient": (train_then_move, 1, [("ERROR", "gives 1 study to other patients")]),
     "damaged model": (damage_model, 1, [("ERROR", "best_checkpoint.pt")]),
     "stale pack": (pack_then_add, 0, [("WARNING", "emb.packed.h5")]),
     "no embeddings folder": (lambda: shutil.move("emb", "gone"), 1, [("ERROR", "emb")]),

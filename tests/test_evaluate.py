@@ -333,7 +333,7 @@ def test_a_table_says_which_columns_are_predictions(tmp_path, capsys):
     with pytest.raises(UserError, match="x_threshold: 1 of 2"):
         compared({"x": [0.3, 0.7], "x_threshold": [0.6, None]})
     for odd in (">0.9", "93%", "inf"):
-        with pytest.raises(UserError, match=f"x: 1 cells .*{odd} .study b."):
+        with pytest.raises(UserError, match=f"x: 1 cell .*{odd} .study b."):
             compared({"x": ["0.1", odd]})
     capsys.readouterr()
 

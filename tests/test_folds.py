@@ -81,7 +81,7 @@ def test_a_copied_model_as_initial_weights(cohort, cli):
         line = (*DEFECT, *wide, "--init_from", model, "--model_name", name, "--seed", seed)
         status, out, err = cli(*line)
         assert status == 0, err
-        assert "has seen them" in out
+        assert "has seen the patients" in out
         split = split_of(name)
         val, test = (set(split.index[split["fold"] == fold]) for fold in ("val", "test"))
         assert test and not test & (learnt | validated) and not val & learnt
@@ -180,7 +180,7 @@ def test_a_moved_patient_is_refused(trained, cli):
     table.to_csv("labels.csv", index=False)
     for model in ("defect", copy_alone("defect", "copy")):
         status, _, err = cli("evaluate", "--model_name", model)
-        expected = f"1 studies to other patients than when the model was trained ({eid})"
+        expected = f"1 study to other patients than when the model was trained ({eid})"
         assert status == 1 and expected in err
 
 
@@ -196,14 +196,14 @@ def test_patients_in_the_training_of_the_encoder(trained, cli):
     write_encoder_seen("emb", {"ab": [Seen.of(seen_ids, "00")]})
     write_encoder_seen("emb", {"other": [Seen.of(patients.to_frame().assign(fold="train"), "00")]})
     gone = patients.index[patients.isin(patients[[tests[0], tests[-1], val[0]]])]
-    warning = f"left out {len(gone)} studies of val and test: the encoder has seen them"
+    warning = f"left out {len(gone)} studies of val and test: the encoder has seen the patients"
     for line in (("check", "--task", "defect", "--run_id", "b"), (*DEFECT, "--run_id", "b")):
         status, out, err = cli(*line)
         assert status == 0 and warning in out, out + err
     split = split_of("defect_b")["fold"]
     assert set(split.index[split == "known to the encoder"]) == set(gone)
     unseen, out = studies_tested(cli, "defect")  # trained without the encoder's list
-    assert unseen == trained["test"] - set(gone) and "the encoder has seen them" in out
+    assert unseen == trained["test"] - set(gone) and "the encoder has seen the patients" in out
     assert "known to the encoder" in (MODELS / "defect/report_test_site.html").read_text()
     all_tested, out = studies_tested(cli, "defect", "--assume_unseen")
     assert all_tested == trained["test"] and "studies are known to the encoder, by the ids" in out
@@ -255,7 +255,7 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     settings = Settings(dataset="s", assume_unseen=True)
     seen_lists, evidence = fd.seen_elsewhere(table, settings, ([b], True), model)
     assert [name for name, _ in seen_lists] == ["m"]
-    assert evidence == ["assumed: 1 studies are known to the encoder"]
+    assert evidence == ["assumed: 1 study is known to the encoder"]
     elsewhere = settings.model_copy(update={"dataset": "t"})
     seen_lists, evidence = fd.seen_elsewhere(table, elsewhere, ([], False), model)
     assert not seen_lists and evidence == [
@@ -264,8 +264,8 @@ def test_assume_unseen_overrules_ids_that_collide(capsys):
     for assumed, fold in ((False, "seen by an ancestor"), (True, "test")):
         folds, evidence = fd.folds_for(model, table, "s", assume_unseen=assumed)
         assert list(folds) == ["train", fold, "test"]
-    assert evidence == "assumed: 1 studies are known to m"
-    assert "WARNING: 1 studies are known to m, by the ids" in capsys.readouterr().out
+    assert evidence == "assumed: 1 study is known to m"
+    assert "WARNING: 1 study is known to m, by the ids" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_folds_of_a_labelled_dataset(dataset, stratify, new):
     folds, evidence = fd.folds_for(model, table, dataset, Collected(), assume_unseen=True)
     at_home = dataset == "s"
     assert list(folds) == (["train", "val", new, new] if at_home else ["test"] * 4)
-    assert evidence == f"assumed: {1 if at_home else 3} studies are known to m"
+    assert evidence == f"assumed: {'1 study is' if at_home else '3 studies are'} known to m"
 
 
 def test_another_dataset_with_the_name_of_the_training_is_elsewhere(trained, cli):
@@ -399,7 +399,7 @@ def test_split_column(cohort, cli, where):
     "cells, expected",
     [
         (dict(r0="holdout"), "part: not folds: holdout (line 2)"),
-        (dict(r0="test"), "part: 1 patients are in two folds (studies 1000, 1040)"),
+        (dict(r0="test"), "part: 1 patient is in two folds (studies 1000, 1040)"),
     ],
 )
 def test_given_splits_that_cannot_be(cohort, cli, cells, expected):

@@ -36,11 +36,11 @@ EF = np.linspace(31, 74, 60).round(1).tolist()
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ([*EF, 999], "1 values look like a code for 'missing': 999 (study 60)"),
+        ([*EF, 999], "1 value looks like a code for 'missing': 999 (study 60)"),
         ([*EF, 9999, 999], "2 values look like a code for 'missing': 9999 (study 60), 999"),
-        ([*EF, -9], "1 values look like a code for 'missing': -9 (study 60)"),
-        ([0, 1, 0, 1, 9], "1 values look like a code for 'missing': 9 (study 4)"),
-        ([-22.5, -17, -12.1, -99], "1 values look like a code for 'missing': -99 (study 3)"),
+        ([*EF, -9], "1 value looks like a code for 'missing': -9 (study 60)"),
+        ([0, 1, 0, 1, 9], "1 value looks like a code for 'missing': 9 (study 4)"),
+        ([-22.5, -17, -12.1, -99], "1 value looks like a code for 'missing': -99 (study 3)"),
         (EF, ""),
         ([2.5, 4, 5.5, 7, 8.8, 9], ""),  # 9 is where it would be
         ([-2.0, -1, 0, 0.5, 2], ""),  # a z-score
@@ -55,7 +55,7 @@ def test_suspicious_values(values, expected):
 
 def test_beyond_the_unit():
     (actual,) = warnings([*EF, 130], units={"L": "%"})
-    assert "1 values are above 100 %: 130 (study 60)" in actual
+    assert "1 value is above 100 %: 130 (study 60)" in actual
     assert warnings([*EF, 130], units={"L": "ml"}) == []
     (actual,) = warnings([*EF, 999], units={"L": "%"})  # one fault, reported once
     assert "code for 'missing'" in actual

@@ -1,6 +1,7 @@
 """The functions of `import echofocus` give the results of the command line."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -68,14 +69,29 @@ def test_the_same_numbers_as_the_command_line(trained, cli):
             np.testing.assert_allclose(vectors.loc["1000"], f["1000"][:], atol=1e-5)
 
 
-def test_mistakes_raise_one_line(trained):
+def test_mistakes_raise_one_line(trained, capfd):
     model, clips = ef.load("defect"), np.ones((1, 2, 768))
-    shape = r"study x: expected finite .* shape \(videos, clips, 768\); the shape is "
+    shape = r"study x: expected clip .* shape \(videos, clips, 768\); the shape is "
+    Path("bad").mkdir()
+    Path("bad/7.hdf5").write_bytes(b"not HDF5")
+    days = pd.read_csv("labels.csv", dtype=str)
+    days = days.assign(day=[f"2020-01-{1 + i % 28:02}" for i in range(60)], grade="mild", blank="")
     for call, text in (
         (lambda: ef.predict(model, {"x": clips[0]}), shape + r"\(2, 768\)"),
-        (lambda: ef.predict(model, {"x": clips * np.nan}), shape),
+        (lambda: ef.predict(model, {"x": clips * np.nan}), "study x: 1536 of its numbers are NaN"),
+        (lambda: ef.predict(model, {"x": [clips[0], clips[0, :1]]}), "same number of clips"),
+        (lambda: ef.predict(model, {1: clips, "1": clips}), "two study ids are 1"),
+        (lambda: ef.predict(model, {"x": {0: clips[0], "0": clips[0]}}), "two videos of study x"),
+        (lambda: ef.predict(model, {}), "the dict has no study"),
+        (lambda: ef.predict(model, {"": clips}), "study '': an id has 1 to 200 bytes"),
+        (lambda: ef.predict(model, {"x" * 300: clips}), "an id has 1 to 200 bytes"),
+        (lambda: ef.predict(model, "bad"), "no study could be read: 7: .*7.hdf5"),
+        (lambda: ef.evaluate(model, "emb", "labels.csv", compare=[pd.DataFrame()]), "to a CSV"),
+        (lambda: ef.evaluate(model, "emb", days, by=["finding", "day"]), "--by: day holds dates"),
+        (lambda: ef.train("emb", days, ["grade"]), '"classes": {"<label>"'),
+        (lambda: ef.train("emb", days, ["blank"]), "^blank: the label table has no usable value"),
         (lambda: ef.predict(model, {"x": clips[..., :512]}), shape + r"\(1, 2, 512\)"),
-        (lambda: ef.predict(model, {"a/b": clips}), "study a/b"),
+        (lambda: ef.predict(model, {"a/b": clips}), "study 'a/b'"),
         (lambda: ef.predict(model, "nowhere"), "nowhere is not a folder"),
         (lambda: ef.predict(model, clips, sample_limits=2), "did you mean sample_limit"),
         (lambda: ef.predict(model, clips, page=True), "predict.. has no option page"),
@@ -96,7 +112,21 @@ def test_mistakes_raise_one_line(trained):
         with pytest.raises(UserError, match=text) as error:
             call()
         assert len(str(error.value).splitlines()) == 1
+    shutil.copy("emb/1000.hdf5", "bad")
+    capfd.readouterr()
+    assert ef.predict(model, "bad", quiet=True)["eid"].tolist() == ["1000"]
+    assert "WARNING: 1 study left out:\n7: " in capfd.readouterr().out
+    with pytest.raises(UserError, match="no column 'pid'"):
+        ef.evaluate(model, "emb", days.drop(columns="pid"), quiet=True)
+    assert capfd.readouterr().out == ""
+    twice = pd.concat([days, days[:1]]).set_index("eid", drop=False)
+    videos = {0: torch.ones(2, 768).bfloat16(), 1: torch.ones(2, 768).bfloat16()}
+    ef.predict(model, {1000: videos})
+    ef.evaluate(model, "emb", twice, n_boot=0)
+    assert "WARNING: labels.csv: 1 row is repeated" in capfd.readouterr().out
     Path("config.json").unlink()
+    with pytest.raises(UserError, match=r'of this name: task=\["finding"\]'):
+        ef.train("emb", "labels.csv", "finding")
     with pytest.raises(UserError, match="task: name the labels"):
         ef.train("emb", "labels.csv")
     with pytest.raises(UserError, match="source: give"):

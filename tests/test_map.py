@@ -30,7 +30,7 @@ def test_video_embeddings(cohort, cli):
     for options in ((), ("--batch_tokens", "1")):  # all of a study's at once, or one by one
         status, out, err = cli("embed", "--level", "video", *options)
         assert status == 0, err
-        assert "1 studies cannot be read" in out and "1003.hdf5" in out
+        assert "1 study cannot be read" in out and "1003.hdf5" in out
         with h5py.File("trained_models/defect/video_embeddings_site_defect.h5") as f:
             assert len(f) == 59 and f.attrs["level"] == "video" and f.attrs["dataset"] == "site"
             actual = {eid: group["embeddings"][:] for eid, group in f.items()}

@@ -412,7 +412,7 @@ def test_faults_of_their_values(outlook):
     listener, config = Collected(), read_config()
     _, table = load_labels(config.tasks["outlook"], config.datasets["site"], listener)
     text = "\n".join(x.text for x in listener.findings)
-    assert "death: 1 values are below zero" in text and "terrible" in text
+    assert "death: 1 value is below zero" in text and "terrible" in text
     assert table["death"].isna().sum() == 2 and table["grade"].isna().sum() == 1
     assert table["death" + EVENT].isna().sum() == 2
 

@@ -121,7 +121,7 @@ def test_input_unlike_the_training_input_is_marked_in_the_table(trained, cli):
     with h5py.File("emb/1003.hdf5", "a") as f:
         f["embeddings"][...] *= 3
     status, out, _ = cli("predict")
-    assert status == 0 and "WARNING: 1 studies are unlike the training data of defect" in out
+    assert status == 0 and "WARNING: 1 study is unlike the training data of defect" in out
     warned = table()["warning"]
     assert "norm of clip embeddings" in warned["1003"] and (warned != "").sum() == 1
 
@@ -212,6 +212,11 @@ def test_options_without_effect_are_refused(trained, cli):
         assert status == 1 and "leave out torchrun" in err
     status, _, err = cli("predict", "--mask", "sector")
     assert status == 1 and "--mask is for videos" in err
+    Path("config.json").unlink()
+    Path("visits").mkdir()
+    for options, text in (((), "no label table: give it"), (("--label_path", "x.csv"), "x.csv")):
+        status, _, err = cli("evaluate", "--videos", "visits", *options)
+        assert status == 1 and text in err and "--label_path" in err, err
 
 
 def test_panecho_readings_from_stored_embeddings(tmp_path, monkeypatch, cli):

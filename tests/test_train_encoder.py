@@ -789,7 +789,7 @@ def test_patients_of_the_initial_weights_are_not_tested(capsys):
     assert actual.tolist() == ["train", "train", "known to s.pt", "val", "test", "test"]
     assert notes["val"] == ["left out: 1 of 2 videos, whose patients or studies s.pt has seen"]
     assert notes["test"] == []
-    assert "left out 1 videos of val and test: s.pt has seen" in capsys.readouterr().out
+    assert "left out 1 video of val and test: s.pt has seen" in capsys.readouterr().out
     with pytest.raises(UserError, match="all 2 test videos"):
         left(seen_of(videos.loc[["y"]], "val"))  # the other one is of the same patient
     assert left(seen_of(videos, "train"), folds.map(lambda _: "train"))[0].eq("train").all()

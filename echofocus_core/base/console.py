@@ -48,6 +48,7 @@ class Findings:
     """
 
     verbosity = 0  # -1: only warnings and errors; 1: also checks that passed
+    folder = ""  # a temporary one, with its last /, which is not printed
 
     def __init__(self):
         self.notes = set()  # printed notes: a command prints each once
@@ -55,16 +56,17 @@ class Findings:
     def ok(self, text):
         """A check that passed; only `check` and --verbose report it."""
         if self.verbosity > 0:
-            print(text)
+            print(text.replace(self.folder, ""))
 
     def note(self, text):
         """A decision that the user should see, such as rows left out on purpose."""
         if text not in self.notes:
             self.notes.add(text)
-            print(text)
+            print(text.replace(self.folder, ""))
 
     def warning(self, text, remedy=""):
-        print(f"WARNING: {text}{'; ' if remedy else ''}{remedy}")
+        text = f"WARNING: {text}{'; ' if remedy else ''}{remedy}"
+        print(text.replace(self.folder, ""))
 
     def error(self, text, remedy=""):
         raise UserError(f"{text}{'; ' if remedy else ''}{remedy}")
@@ -297,6 +299,16 @@ def is_out_of_memory(error):
 
 
 # ------------------------------------------------------------------------------------------- text
+
+
+SINGULAR = {"are": "is", "have": "has", "studies": "study", "patients": "patient"}
+SINGULAR |= {"videos": "video", "rows": "row", "cells": "cell", "values": "value"}
+SINGULAR |= {"numbers": "a number", "look": "looks"}
+
+
+def count_of(n, words):
+    """(2, 'studies are') -> '2 studies are'; (1, 'studies are') -> '1 study is'."""
+    return f"{n} {' '.join(SINGULAR.get(x, x) for x in words.split()) if n == 1 else words}"
 
 
 def some(names, n=3):

@@ -51,7 +51,7 @@ def message_log(options):
         return
     screen = logging.StreamHandler(sys.stdout)
     screen.setLevel(logging.WARNING if options.quiet else logging.INFO)
-    screen.addFilter(lambda record: options.verbose or not record.exc_info)  # printed at the end
+    screen.addFilter(lambda record: options.verbose or not hasattr(record, "raised"))
     screen.setFormatter(logging.Formatter("%(asctime)s %(message)s" if options.verbose else None))
     handlers = [screen]
     if options.log and os.environ.get("RANK", "0") == "0":  # one of the processes of torchrun
@@ -72,5 +72,5 @@ def message_log(options):
             with redirect_stdout(Prints()):
                 yield
         except Exception as error:
-            LOG.error(str(error), exc_info=options.verbose)
+            LOG.error(str(error), exc_info=options.verbose, extra={"raised": True})
             raise

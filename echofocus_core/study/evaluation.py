@@ -12,9 +12,9 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError, printable, some
+from echofocus_core.base.console import RUN, UserError, count_of, printable, some
 from echofocus_core.base.options import FOLDS
-from echofocus_core.base.tables import ages_to_years, clean_ids, read_table, to_numbers
+from echofocus_core.base.tables import ages_to_years, clean_ids, read_dates, read_table, to_numbers
 from echofocus_core.study import statistics as st
 from echofocus_core.study.folds import ASSUMED, ELSEWHERE, ENCODER_UNKNOWN, sample_ids
 from echofocus_core.study.kinds.base import examples_of, finite_rows
@@ -180,7 +180,10 @@ def read_prediction_rows(path):
 
 def rows_with_id(rows, column, path):
     if blank := int(rows[column].isna().sum()):
-        RUN.warning(f"{path}: {blank} rows have no {column}", "fill them in; the rows are ignored")
+        RUN.warning(
+            f"{path}: {count_of(blank, 'rows have')} no {column}",
+            "fill them in; the rows are ignored",
+        )
     return rows.dropna(subset=[column])
 
 
@@ -216,7 +219,7 @@ def numeric_columns(rows, columns, path):
         invalid = text[name][values[name].isna() & text[name].notna()]
         if len(invalid):
             raise UserError(
-                f"{path}, {name}: {len(invalid)} cells are not numbers: "
+                f"{path}, {name}: {count_of(len(invalid), 'cells are not numbers')}: "
                 f"{examples_of(invalid, invalid.index)}; write numbers, or leave these cells empty"
             )
     return values
@@ -265,7 +268,9 @@ def studies_of_labels(path, task, table, years=()):
             f"{path} has no study of the label table (its ids: {ids}; the label table: {expected})"
         )
     if others := len(predicted) - len(eids):
-        RUN.warning(f"{others} studies of {path} are not in the label table", "they are ignored")
+        RUN.warning(
+            f"{count_of(others, 'studies are')} in {path} and not in the label table", "ignored"
+        )
     predicted, truth = predicted.loc[eids], table.loc[eids, outputs.columns].to_numpy()
     thresholds = thresholds_of(thresholds, predicted, path)
     outcomes = outcomes_of(outputs, truth, predicted.to_numpy(), task.units, thresholds, years)
@@ -351,6 +356,11 @@ def group_columns(job):
         raise UserError("--by reads the label table: name a --task of the config")
     file = label_file(job.task, job.dataset)
     rows = read_rows(file, list(edges))
+    if dates := [column for column in edges if read_dates(rows[column])[1]]:
+        raise UserError(
+            f"--by: {some(dates)} holds dates; add a column with numbers, such as the year, or "
+            "with groups, such as before and after"
+        )
     return {
         column: ((numeric_groups if numbers else merge_words)(rows[column], file.path), numbers)
         for column, numbers in edges.items()

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError, printable, some
+from echofocus_core.base.console import RUN, UserError, count_of, printable, some
 from echofocus_core.base.files import derive_seed, sha256_of
 from echofocus_core.base.options import FOLDS, parse_split
 from echofocus_core.base.seen import STUDY, Seen, normal_form, seen_levels, studies_in
@@ -99,7 +99,7 @@ def refuse_other_folds(folder, folds):
     moved = sorted({eid for eid, _ in set(before.items()) ^ set(now.items())})
     if moved:
         raise UserError(
-            f"{len(moved)} studies are in other folds than when {folder} was started "
+            f"{count_of(len(moved), 'studies are')} in other folds than when {folder} was started "
             f"({some(map(printable, moved))}): restore the label table, encoder_seen.pt, "
             "--init_from and --assume_unseen, or use another --model_name or --run_id"
         )
@@ -184,16 +184,16 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
         return folds.mask(avoidable, rule), count_as_unseen(avoidable, name, listener)
     if avoidable.any() and not at_home:
         listener.note(
-            f"left out {avoidable.sum()} labelled studies: {name} was trained on them or their "
-            "patients, by the ids"
+            f"left out {count_of(avoidable.sum(), 'labelled studies')}: {name} was trained on "
+            "these patients, by the ids"
         )
     return folds, evidence
 
 
 def count_as_unseen(seen, name, listener):
     """Warn of studies that `name` has seen but --assume_unseen includes; returns the evidence."""
-    text = f"{seen.sum()} studies are known to {name}"
-    listener.warning(f"{text}, by the ids; they count as unseen (--assume_unseen)")
+    text = f"{count_of(seen.sum(), 'studies are')} known to {name}"
+    listener.warning(f"{text}, by the ids, but counted as unseen (--assume_unseen)")
     return f"{ASSUMED}: {text}"
 
 
@@ -203,8 +203,9 @@ def refuse_moved(seen, table, listener):
     moved = table.index[(by_study > 0) & (by_patient == 0)]
     if len(moved):
         listener.error(
-            f"the label table gives {len(moved)} studies to other patients than when the model was "
-            f"trained ({some(moved)}): a training patient could turn up in the test fold",
+            f"the label table gives {count_of(len(moved), 'studies')} to other patients "
+            f"than when the model was trained ({some(moved)}): a training patient could turn up "
+            "in the test fold",
             "restore the pids, or train under a new name",
         )
 
@@ -242,7 +243,7 @@ def without_seen(folds, seen, listener=RUN, what="studies"):
         used = (levels == 2) & folds.isin(["val", "test"]) | (levels == 1) & (folds == "test")
         if used.any():
             listener.note(
-                f"left out {used.sum()} {what} of val and test: {name} has seen them or their "
+                f"left out {count_of(used.sum(), what)} of val and test: {name} has seen the "
                 f"patients ({some(map(printable, used.index[used]))})"
             )
         folds = folds.mask(used, f"known to {name}")
@@ -300,8 +301,8 @@ def stored_names(ids, store, listener=RUN):
     pairs = {a[0]: b[0] for a, b in forms.values() if len(a) == len(b) == 1 and a != b}
     if pairs:
         listener.note(
-            f"{len(pairs)} studies are matched although the label table writes them in another "
-            f"form: {some(map(printable, pairs))}"
+            f"{count_of(len(pairs), 'studies are')} matched although the label table writes "
+            f"the ids in another form: {some(map(printable, pairs))}"
         )
     return pairs
 
@@ -315,13 +316,13 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
     rows = table[labelled & table.index.isin(list(store.files))]
     stored, named = set(store.files), set(table.index)
     for text, eids, remedy in (
-        ("studies of the label table have no embeddings", named - stored, "extract them"),
-        ("embedded studies are not in the label table", stored - named, "add their rows"),
-        ("studies have no label at all", set(table.index[~labelled]), "fill them in"),
+        ("studies have no embeddings", named - stored, "extract the videos"),
+        ("embedded studies are not in the label table", stored - named, "add rows"),
+        ("studies have no label at all", set(table.index[~labelled]), "fill in labels"),
     ):
         if eids:
             examples = some(map(printable, sorted(eids)))
-            listener.warning(f"{len(eids)} {text}: {examples}", f"{remedy}; they are left out")
+            listener.warning(f"{count_of(len(eids), text)}: {examples}", f"left out; {remedy}")
     if first_only:
         studies = pd.Series(studies_in(rows), rows.index)
         rows = rows[studies == studies.groupby(rows["pid"]).transform("first")]
@@ -329,8 +330,13 @@ def match_studies(table, store, task, limit=0, first_only=False, listener=RUN):
         rows = rows.loc[sample_ids(rows.index, limit)]
     report_copies(rows["pid"], store, listener)
     if len(rows):
-        patients = rows["pid"].nunique()
-        listener.note(f"{len(rows)} labelled studies of {patients} patients with embeddings")
+        patients = count_of(rows["pid"].nunique(), "patients")
+        studies = count_of(len(rows), "labelled studies")
+        listener.note(f"{studies} of {patients} with embeddings")
+    elif not labelled.any():
+        listener.error(
+            f"{some(task.task_labels)}: the label table has no usable value", "fill in the labels"
+        )
     else:
         listener.error(
             f"no study is both labelled and embedded (eid: {some(map(printable, table.index))}; "
@@ -464,7 +470,8 @@ def targets_of(table, folds, task, scaling, unlearnt, listener=RUN):
     for label, n in zip(columns, (had_value & np.isnan(values)).sum(0), strict=True):
         if n:
             listener.warning(
-                f"label {label}: {n} values are below the range of its Box-Cox transform",
+                f"label {label}: {count_of(n, 'values are')} below the range of its Box-Cox "
+                "transform",
                 "leave it out of boxcox in the task; they count as missing",
             )
     for label in unlearnt:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from echofocus_core import EMBED_DIM
-from echofocus_core.base.console import RUN, some
+from echofocus_core.base.console import RUN, count_of, some
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import validate_as
 from echofocus_core.study.config import Input
@@ -305,7 +305,7 @@ def report_warnings(warnings, model_name):
     """Print a summary; all warnings are in the table."""
     for text, n in Counter(warnings.values()).most_common(3):
         RUN.warning(
-            f"{n} studies are unlike the training data of {model_name}: {text}",
+            f"{count_of(n, 'studies are')} unlike the training data of {model_name}: {text}",
             "see the column warning",
         )
 

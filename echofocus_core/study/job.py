@@ -17,6 +17,7 @@ from echofocus_core.base.options import (
 from echofocus_core.base.tables import read_table
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import Dataset, Task, read_config
+from echofocus_core.study.labels import label_file
 from echofocus_core.study.loading import find_model, load_model, load_named, released_task
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import Aggregator, Readings
@@ -121,6 +122,11 @@ def model_job(command, typed, world, config=None, model=None):
     datasets[settings.dataset] = dataset
     job = Job(settings, task, dataset, model, world=world, datasets=datasets)
     if job.reads_videos:
+        labels = label_file(task, dataset).path if command == "evaluate" else None
+        if command == "evaluate" and not (labels and labels.exists()):
+            raise UserError(
+                f"no label table {labels or ''}".strip() + ": give it with --label_path"
+            )
         check_encoder(model, settings, asked=bool({"encoder", "weights"} & set(typed)))
     else:
         reason = "needs --videos, or a dataset that has videos and no embeddings yet"

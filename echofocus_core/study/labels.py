@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError, nearest, printable, some
+from echofocus_core.base.console import RUN, UserError, count_of, nearest, printable, some
 from echofocus_core.base.seen import STUDY, id_key
 from echofocus_core.base.tables import clean_ids, read_dates, read_table, to_numbers
 from echofocus_core.study.config import PUBLISHED_BOXCOX
@@ -52,7 +52,9 @@ def load_labels(task, dataset, listener=RUN, settings=None, split_column=""):
     """(task with its kinds decided, label table) of a dataset, or (task, None) without a table."""
     file = label_file(task, dataset, settings)
     if file.path is None:
-        raise UserError("no label table: set label_path of the task or the dataset in the config")
+        raise UserError(
+            "no label table: give --label_path, or label_path of the task or the dataset"
+        )
     task, table = read_labels(file, task, listener, split_column)
     if table is None:
         return task, None
@@ -129,7 +131,8 @@ def read_cells(file, columns, listener, words=None):
     if blank := len(raw) - len(rows):
         report = listener.warning if len(rows) else listener.error
         report(
-            f"{path}: {blank} rows have no {' or no '.join(ids)}", "fill them in; they are left out"
+            f"{path}: {count_of(blank, 'rows have')} no {' or no '.join(ids)}",
+            "fill them in; they are left out",
         )
     if not len(rows):
         return None
@@ -182,7 +185,9 @@ def sorted_by_date(rows, whole, file, listener):
         return rows
     listener.note(f"{file.path}: studies of a patient are in the order of {name} ({form})")
     if n := int((dates.isna() & repeated).sum()):
-        listener.warning(f"{file.path}: {n} studies have no {name}", "they count as the last ones")
+        listener.warning(
+            f"{file.path}: {count_of(n, 'studies have')} no {name}", "they count as the last ones"
+        )
     return rows.loc[dates.sort_values(kind="stable").index]
 
 
@@ -222,12 +227,14 @@ def refuse_split_patients(table, column, path, listener):
     both = folds.index[folds > 1]
     if len(both):
         listener.error(
-            f"{path}, {column}: {len(both)} patients are in two folds (studies "
+            f"{path}, {column}: {count_of(len(both), 'patients are')} in two folds (studies "
             f"{some(table.index[table['pid'].isin(both)])})",
             "give all studies of a patient one fold",
         )
     if blank := int(table[GIVEN_FOLD].isna().sum()):
-        listener.warning(f"{path}, {column}: {blank} studies have no fold", "they are left out")
+        listener.warning(
+            f"{path}, {column}: {count_of(blank, 'studies have')} no fold", "they are left out"
+        )
 
 
 def one_row_a_study(rows, path, listener):
@@ -235,16 +242,16 @@ def one_row_a_study(rows, path, listener):
     repeated = rows[rows.duplicated()]
     if len(repeated):
         listener.warning(
-            f"{path}: {len(repeated)} rows repeat another one: {lines_of(repeated)}",
-            "delete them; each is read once",
+            f"{path}: {count_of(len(repeated), 'rows are')} repeated: {lines_of(repeated)}",
+            "delete repeated rows; each is read once",
         )
     rows = rows.drop_duplicates()
     conflicting = rows[rows["eid"].duplicated(keep=False)].sort_values("eid", kind="stable")
     if len(conflicting):
         differ = (conflicting.groupby("eid").agg(lambda x: x.nunique(dropna=False)) > 1).any()
+        studies = count_of(conflicting["eid"].nunique(), "studies")
         listener.error(
-            f"{path}: rows contradict each other for {conflicting['eid'].nunique()} studies: "
-            f"{lines_of(conflicting)}",
+            f"{path}: rows contradict each other for {studies}: {lines_of(conflicting)}",
             f"keep one row for each study; they differ in {some(differ.index[differ])}",
         )
     table = rows.drop_duplicates("eid").set_index("eid")
@@ -312,7 +319,7 @@ def warn_of_suspicious_values(label, y, unit, path, listener, more=""):
         if len(values):
             examples = examples_of(values.map("{:g}".format), values.index)
             listener.warning(
-                f"{path}, {label}: {len(values)} values {text}: {examples}",
+                f"{path}, {label}: {count_of(len(values), f'values {text}')}: {examples}",
                 f"{remedy}; they are used as they are{more}",
             )
 

@@ -9,16 +9,26 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UsageError, UserError, nearest
+from echofocus_core.base.console import (
+    RUN,
+    UsageError,
+    UserError,
+    clean_text,
+    count_of,
+    nearest,
+    reason_lines,
+    some,
+)
 from echofocus_core.base.log import message_log
 from echofocus_core.base.options import SYNONYMS, Settings, options_of, validate_as
 from echofocus_core.base.world import World, pick_device
 from echofocus_core.study.config import Dataset, Task, read_config
 from echofocus_core.study.job import evaluation_job, model_job, training_job
-from echofocus_core.study.loading import load_named
+from echofocus_core.study.loading import load_named, released_task
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.video.store import holds_embeddings, write_study
 
+LONGEST_ID = 200  # bytes of a study id, which is part of a file's name
 ONLY_FILES = ("out", "embed_file", "page", "map", "curves")  # options of files, not of tables
 OF_ARGUMENTS = ("label_path", "embedding_path", "videos", "predictions", "datasets", "encoders")
 TRAINS = ("train", "compare")
@@ -37,12 +47,31 @@ def library_job(command, options, source=None, labels=None, task="", model=None)
         if SYNONYMS.get(name, name) not in allowed:
             raise UsageError(f"{command}() has no option {name}{nearest(name, allowed)}")
     typed = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    others = typed.get("compare")
+    if any(
+        isinstance(x, pd.DataFrame) for x in [others, *(others if type(others) is list else ())]
+    ):
+        raise UserError(
+            "compare: names of models and paths of tables; write the DataFrame to a CSV"
+        )
     RUN.notes.clear()
     with message_log(validate_as(Settings, typed)), TemporaryDirectory() as folder:
+        RUN.folder = f"{folder}{os.sep}"
         try:
             yield make_job(command, typed, source, labels, task, model, Path(folder))
         except UserError as error:
-            raise type(error)(str(error).replace(f"{folder}{os.sep}", "")) from error
+            raise type(error)(str(error).replace(RUN.folder, "")) from error
+        finally:
+            RUN.folder = ""
+
+
+def report_left_out(left_out, answered):
+    """Report studies without a row (study id -> reason). UserError if no study is `answered`."""
+    if not answered:
+        reasons = some(f"{eid}: {reason}" for eid, reason in left_out.items())
+        raise UserError(f"no study could be read: {reasons or 'there is none'}")
+    if left_out:
+        RUN.warning(f"{count_of(len(left_out), 'studies')} left out:{reason_lines(left_out)}")
 
 
 def make_job(command, typed, source, labels, task, model, folder):
@@ -60,6 +89,8 @@ def make_job(command, typed, source, labels, task, model, folder):
         keys = task if isinstance(task, dict) else {"task_labels": list(task)}
         config = replace(config, tasks=config.tasks | {name: validate_as(Task, keys, "task")})
         task = name
+    if task and not config.tasks and not released_task(task):
+        raise UserError(f'no config with a task {task}; for a label of this name: task=["{task}"]')
     if task:
         typed["task"] = task
     elif not config.tasks and not model:
@@ -97,8 +128,8 @@ def path_of(table, path):
         return os.fspath(table)
     if not isinstance(table, pd.DataFrame):
         raise UserError(f"expected a DataFrame or a path, not a {type(table).__name__}")
-    if {"pid", "eid"} & set(table.index.names):
-        table = table.reset_index()
+    if ids := {"pid", "eid"} & set(table.index.names) - set(table):
+        table = table.reset_index(level=list(ids))
     table.to_csv(path, index=False)
     return str(path)
 
@@ -133,9 +164,17 @@ def paths_of(source, folder, model=None):
             "list of their folders, not an array"
         )
     folder.mkdir(parents=True)
-    for eid, videos in (source if isinstance(source, dict) else {"study": source}).items():
-        if str(eid).startswith(".") or os.sep in str(eid):
-            raise UserError(f"study {eid}: an id must not contain {os.sep} or begin with a dot")
+    studies = source if isinstance(source, dict) else {"study": source}
+    if not studies:
+        raise UserError("source: the dict has no study")
+    refuse_repeats("study ids", studies)
+    for eid, videos in studies.items():
+        text = str(eid)
+        if text[:1] in ("", ".") or os.sep in text or len(os.fsencode(text)) > LONGEST_ID:
+            raise UserError(
+                f"study {clean_text(text, 60)!r}: an id has 1 to {LONGEST_ID} bytes, does not "
+                f"contain {os.sep}, and does not begin with a dot"
+            )
         names, array = clips_of(eid, videos, model.net.width if model else None)
         starts = np.zeros(array.shape[1], np.int64)
         rows = {name: (starts, clips[None]) for name, clips in zip(names, array, strict=True)}
@@ -150,16 +189,41 @@ def clips_of(eid, videos, width=None):
     """
     arrays = list(videos.values()) if isinstance(videos, dict) else videos
     try:
-        array = arrays.detach().cpu() if hasattr(arrays, "detach") else arrays
-        array = np.asarray(array, np.float32)
+        if isinstance(arrays, list | tuple):
+            arrays = list(map(as_array, arrays))
+            if len(shapes := {x.shape for x in arrays}) > 1:
+                raise UserError(
+                    f"study {eid}: its videos have different shapes, {some(sorted(shapes))}; give "
+                    "every video the same number of clips"
+                )
+        array = as_array(arrays)
     except (TypeError, ValueError) as error:
         raise UserError(f"study {eid}: not an array of clip embeddings: {error}") from error
-    fits = array.ndim == 3 and array.size and width in (None, array.shape[2])
-    if not fits or not np.isfinite(array).all():
+    if array.ndim != 3 or not array.size or width not in (None, array.shape[2]):
         raise UserError(
-            f"study {eid}: expected finite clip embeddings of shape (videos, clips, "
+            f"study {eid}: expected clip embeddings of shape (videos, clips, "
             f"{width or 'features'}); the shape is {array.shape}"
         )
+    if not np.isfinite(array).all():
+        raise UserError(
+            f"study {eid}: {(~np.isfinite(array)).sum()} of its numbers are NaN or infinite; leave "
+            "out these videos, or extract them again"
+        )
     digits = len(str(len(array) - 1))  # names are sorted in the file
-    numbers = [f"video {v:0{digits}}" for v in range(len(array))]
-    return list(videos) if isinstance(videos, dict) else numbers, array
+    if not isinstance(videos, dict):
+        return [f"video {v:0{digits}}" for v in range(len(array))], array
+    refuse_repeats(f"videos of study {eid}", videos)
+    return list(map(str, videos)), array
+
+
+def as_array(values):
+    """A float32 array of numbers, an array or a tensor."""
+    values = values.detach().cpu().float() if hasattr(values, "detach") else values
+    return np.asarray(values, np.float32)
+
+
+def refuse_repeats(what, keys):
+    """UserError for keys of a dict that are the same text, such as 1 and "1"."""
+    texts = pd.Series(list(map(str, keys)))
+    if texts.duplicated().any():
+        raise UserError(f"two {what} are {some(texts[texts.duplicated()])} when written as text")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from echofocus_core.base.console import RUN, progress, reason_lines
+from echofocus_core.base.console import RUN, count_of, progress, reason_lines
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.parallel import map_ahead
 from echofocus_core.base.world import World
@@ -436,6 +436,6 @@ def report_unreadable(unreadable, listener=RUN):
     """Report which studies could not be read, and why."""
     if unreadable:
         listener.warning(
-            f"{len(unreadable)} studies cannot be read:{reason_lines(unreadable, 50)}",
+            f"{count_of(len(unreadable), 'studies')} cannot be read:{reason_lines(unreadable, 50)}",
             "copy or extract damaged files again; the studies are left out",
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echofocus_core.base.console import EXTRACT, RUN, UserError, some
+from echofocus_core.base.console import EXTRACT, RUN, UserError, count_of, some
 from echofocus_core.study.folds import sample_ids, stored_names
 from echofocus_core.study.labels import label_file, read_rows
 from echofocus_core.video import extract
@@ -123,7 +123,8 @@ def refuse_mixed(store, eids, allowed, findings):
             continue
         kinds = sorted(studies.items(), key=lambda item: -len(item[1]))
         groups = [
-            f"{str(kind)[:12] or 'not recorded'} ({len(e)} studies: {some(e)})" for kind, e in kinds
+            f"{str(kind)[:12] or 'not recorded'} ({count_of(len(e), 'studies')}: {some(e)})"
+            for kind, e in kinds
         ]
         text = f"{which} were made with different {name}: {some(groups)}"
         if allowed:
@@ -150,9 +151,9 @@ def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
                     continue
                 fact, n = ("the encoder weights", 12) if what == "weights_sha256" else (what, None)
                 text = (
-                    f"{name} was trained on embeddings of {fact} {before[:n]}, but {len(studies)} "
-                    f"studies ({some(studies)}) have {value[:n]}: its answers may mean nothing "
-                    "there"
+                    f"{name} was trained on embeddings of {fact} {before[:n]}, but "
+                    f"{count_of(len(studies), 'studies have')} {value[:n]} ({some(studies)}): its "
+                    "answers may mean nothing there"
                 )
                 listener.warning(text, "extract them with the settings of its training")
                 warnings[text] = studies

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from echofocus_core.base.console import UserError, printable, some
+from echofocus_core.base.console import UserError, count_of, printable, some
 
 
 @dataclass(frozen=True)
@@ -313,6 +313,12 @@ def sigmoid(z):
     return torch.sigmoid(torch.as_tensor(np.asarray(z))).numpy()
 
 
+MAKE_NUMBERS = {
+    "not numbers": "write numbers; if these are grades, list them in order in the task: "
+    '"classes": {"<label>": ["none", "mild", "severe"]}'
+}
+
+
 def mask_faults(label, column, y, faults, cells, path, listener):
     """y (S,) with NaN where a fault is; each fault is reported with examples of its cells.
 
@@ -324,9 +330,11 @@ def mask_faults(label, column, y, faults, cells, path, listener):
         if mask.any():
             examples = examples_of(cells.loc[mask, column].fillna(""), cells.loc[mask, "eid"])
             report(
-                f"{path}, {label}: {'' if usable else 'all '}{mask.sum()} values are {fault}: "
-                f"{examples}",
-                "correct them" + "; they count as missing" * bool(usable),
+                f"{path}, {label}: {'' if usable else 'all '}"
+                f"{count_of(mask.sum(), f'values are {fault}')}: {examples}",
+                "correct them; they count as missing"
+                if usable
+                else MAKE_NUMBERS.get(fault, "correct them"),
             )
             y = y.mask(mask)
     return y
