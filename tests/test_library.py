@@ -85,6 +85,8 @@ def test_mistakes_raise_one_line(trained, capfd):
         (lambda: ef.predict(model, {}), "the dict has no study"),
         (lambda: ef.predict(model, {"": clips}), "study '': an id has 1 to 200 bytes"),
         (lambda: ef.predict(model, {"x" * 300: clips}), "an id has 1 to 200 bytes"),
+        (lambda: ef.predict(model, {"x\0": clips}), "can be printed"),
+        (lambda: ef.train("emb", "labels.csv", None), "task: a list of labels"),
         (lambda: ef.predict(model, "bad"), "no study could be read: 7: .*7.hdf5"),
         (lambda: ef.evaluate(model, "emb", "labels.csv", compare=[pd.DataFrame()]), "to a CSV"),
         (lambda: ef.evaluate(model, "emb", days, by=["finding", "day"]), "--by: day holds dates"),

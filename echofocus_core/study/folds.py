@@ -165,9 +165,9 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
     at_home = is_at_home(model, table, dataset)
     if dataset == model.record.dataset and not at_home and not members:
         listener.warning(
-            f"{dataset} has the name of the training dataset of {name}, but none of its patients "
-            "and studies: all its studies are test data",
-            "if it is the same dataset, restore its ids",
+            f"{dataset} has the name of the training dataset of {name}, but no patient or study "
+            "that the model has seen: all its studies are test data",
+            "if it is the same dataset, check that its ids have not changed",
         )
     if at_home and seen:
         refuse_moved(seen[0], table, listener)

@@ -84,6 +84,8 @@ def make_job(command, typed, source, labels, task, model, folder):
         typed.setdefault("device", str(next(model.net.parameters()).device))
     if labels is not None:
         typed["label_path"] = path_of(labels, folder / "labels.csv")
+    if not isinstance(task, str | list | tuple | dict):
+        raise UserError(f"task: a list of labels, a dict or a name, not {type(task).__name__}")
     if not isinstance(task, str):
         name = Path(typed.get("model_name", "model")).name
         keys = task if isinstance(task, dict) else {"task_labels": list(task)}
@@ -170,10 +172,11 @@ def paths_of(source, folder, model=None):
     refuse_repeats("study ids", studies)
     for eid, videos in studies.items():
         text = str(eid)
-        if text[:1] in ("", ".") or os.sep in text or len(os.fsencode(text)) > LONGEST_ID:
+        plain = text.isprintable() and text[:1] not in ("", ".") and os.sep not in text
+        if not plain or len(text.encode()) > LONGEST_ID:
             raise UserError(
-                f"study {clean_text(text, 60)!r}: an id has 1 to {LONGEST_ID} bytes, does not "
-                f"contain {os.sep}, and does not begin with a dot"
+                f"study {clean_text(text, 60)!r}: an id has 1 to {LONGEST_ID} bytes that "
+                f"can be printed, does not contain {os.sep}, and does not begin with a dot"
             )
         names, array = clips_of(eid, videos, model.net.width if model else None)
         starts = np.zeros(array.shape[1], np.int64)
