@@ -172,7 +172,7 @@ def test_words_and_repeated_rows_give_the_same_labels(cohort):
     again = table[:3].assign(finding=table["finding"][:3] + ".0")
     pd.concat([table, again]).to_csv("labels.csv", index=False)
     pd.testing.assert_frame_equal(load(heard=heard)[1], plain)
-    assert any("3 rows repeat" in x.text for x in heard.findings)
+    assert any("3 rows are repeated" in x.text for x in heard.findings)
     table["finding"] = table["finding"].map({"1": "Yes", "0": "NO"})
     table.to_csv("labels.csv", index=False)
     pd.testing.assert_frame_equal(load()[1], plain)

@@ -151,7 +151,7 @@ def test_invalid_options_of_maps(two_sites, cli):
     for options, message in (
         (["--map", "--color_by", "findin"], "has no column 'findin'; did you mean finding"),
         (["--map", "--color_by", "pid"], "cannot be used as colours"),
-        (["--map", "--level", "video"], "leave out --level video"),
+        (["--map", "--level", "video"], "omit --level video"),
         (["--map", "--sample_limit", "3"], "four studies"),
         (["--datasets", "near", "fa"], "no dataset fa; did you mean far"),
         (["--datasets", "near", "far", "--embed_file", "x.h5"], "--embed_file is one file"),

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core import __version__
-from echofocus_core.base.console import RUN, Collected, UserError, some
+from echofocus_core.base.console import RUN, Collected, UserError, count_of, some
 from echofocus_core.base.figures import plot_history
 from echofocus_core.base.files import atomic_path, in_file_name, sha256_file, write_table
 from echofocus_core.base.world import pick_device
@@ -513,7 +513,10 @@ def report_of(folder, name, studies, flow, facts, job, columns, **more):
     if settings.per == "patient":  # compared on the same studies of a patient
         pairs = {x: [s.per_patient(settings.pool)[0] for s in both] for x, both in pairs.items()}
         studies, mixed = studies.per_patient(settings.pool)
-        notes += [f"{x}: {n} patients whose studies differ in truth" for x, n in mixed.items()]
+        notes += [
+            f"{x}: {count_of(n, 'patients')} whose studies differ in truth"
+            for x, n in mixed.items()
+        ]
     names = ("task", "dataset", "per", "pool", "target", "prevalence", "first_study_only")
     facts = {n: getattr(settings, n) for n in names} | {"fold": settings.subset} | facts
     facts |= digest_of_labels(job)
