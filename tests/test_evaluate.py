@@ -439,6 +439,11 @@ def test_recalibration_against_other_implementations(table, monkeypatch):
     monotone = [max(min(means[a][i - a :]) for a in range(i + 1)) for i in range(0, 300, 30)]
     np.testing.assert_allclose(methods["isotonic"](p[order[::30]]), monotone, atol=1e-9)
     assert fit_recalibration(y * 0, p) == {}
+    both, none = ([BinaryOutcome("VSD", truth, p)] for truth in (y, y * 0))
+    both, none = (evaluation.Studies(list(table["eid"]), table["pid"], o) for o in (both, none))
+    report = Report(Path(), "x", both, n_boot=0, validation=lambda: none)
+    report.recalibrate()
+    assert not report.recalibration and report.notes[0].endswith("the finding: VSD")
 
 
 @pytest.mark.xdist_group("page")

@@ -250,6 +250,9 @@ class Report:
             findings = [o for o in self.studies.outcomes if isinstance(o, BinaryOutcome) and o.n]
             fitted = {o.label: o for o in validation.outcomes}
             self.recalibrated = recalibrate(findings, fitted)
+            if absent := [o.label for o in findings if o.label not in self.recalibrated]:
+                text = "No recalibration: the validation fold has only studies with, or without,"
+                self.notes.append(f"{text} the finding: {some(absent)}")
         if self.recalibrated:
             patients, boot = self.studies.patients, (self.n_boot, self.seed)
             rows = recalibration_rows(self.recalibrated, self.estimates, patients, *boot)
