@@ -203,7 +203,11 @@ def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkey
     assert f"VSD: {table['finding'].sum()} of {n}" in out and "next:" in out.splitlines()[-1]
     before = Path("config.json").read_text()
     status, _, err = cli("init")
-    assert status == 1 and "config.json already exists" in err and Path("config.json").read_text() == before
+    assert (
+        status == 1
+        and "config.json already exists" in err
+        and Path("config.json").read_text() == before
+    )
     line = out.splitlines()[-1].partition("echofocus.py ")[2].split()
     status, out, _ = cli(*line)
     assert status == 0 and "60 labelled studies of 40 patients" in out
