@@ -69,7 +69,7 @@ __all__ = ["UserError", "compare", "embed", "evaluate", "explain", "load", "pred
 
 
 def cmd_train(job):
-    """Train a model: best and last checkpoints, split, history and curves in its folder."""
+    """Train a model, and write its checkpoints, split, history and curves into its folder."""
     from echofocus_core.report.evaluation import evaluate_folds
     from echofocus_core.study.train_command import search, train_model
 
@@ -80,7 +80,7 @@ def cmd_train(job):
 
 
 def cmd_compare(job):
-    """Train encoders and aggregators on the same folds; a page and tables of their differences."""
+    """Train encoders and aggregators on the same folds, and report their differences."""
     from echofocus_core.report.comparison import compare_models
 
     compare_models(job)
@@ -245,6 +245,7 @@ def cmd_check(settings):
     typed = settings.model_dump(exclude_unset=True)
     check_run(typed, preview_cohort)
     if not settings.cohort:
+        typed.pop("sample_limit", None)  # here it limits what is read
         print_next(command_line("predict" if settings.videos else "train", typed))
 
 
@@ -265,7 +266,9 @@ def cmd_pack(job):
             raise UserError(f"cannot write {path}: {error}; an older pack is unchanged") from error
         report_unreadable(unreadable)
         n, size = len(source.files) - len(unreadable), path.stat().st_size / 1e9
-        print(f"packed {job.settings.dataset}: {n} studies, {size:.2f} GB in {path.name}")
+        print(
+            f"packed {job.settings.dataset}: {count_of(n, 'studies')}, {size:.2f} GB in {path.name}"
+        )
 
 
 def cmd_download(settings):
@@ -290,8 +293,13 @@ def cmd_download(settings):
     if others:
         print(f"ignored files, which are not part of a model: {', '.join(others[:10])}")
     if record["sha256"]:
-        origin = "as expected" if record["sha256_was_known"] else "recorded, not verified"
-        print(f"SHA-256 {record['sha256']} ({origin})")
+        print(f"SHA-256 {record['sha256']}")
+        if not record["sha256_was_known"]:
+            RUN.warning(
+                "this digest was not verified, so a file that was changed before the download is "
+                "not detected; later changes are",
+                "get the digest from the authors, and compare it",
+            )
     for key in ("licence", "citation"):
         if key in record:
             print(f"{key}: {record[key]}")
@@ -328,7 +336,7 @@ def cmd_init(settings):
 
 
 def cmd_demo(settings):
-    """Run and print the public commands on phantoms and a real DICOM cine, in ./demo."""
+    """Run the main commands on phantoms and a real DICOM cine, in ./demo."""
     from echofocus_core.report.demo import run_demo
 
     run_demo(settings.studies)
@@ -562,7 +570,7 @@ def build_parser():
         line = f"{PROGRAM} {command}"
         sub = commands.add_parser(
             command, help=summary, arguments=source, program=line, description=summary,
-            example=example,
+            example=example, prog=parser.prog,
         )  # fmt: skip
         add_options(sub, command)
     return parser

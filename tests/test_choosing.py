@@ -1,6 +1,7 @@
 """A first config, folds for rare labels, frozen aggregators, failed steps, grid search."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -189,16 +190,27 @@ def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkey
     german["Grad"], german["Geschlecht"] = np.array(["leicht", "schwer"])[i % 2], "w"
     german["Datum"], german["Kommentar"] = "03.04.2020", [f"Text {k}" for k in i]
     german["Nummer"], german["warning"] = 9000 + i, i % 2
+    german["NYHA"] = np.array(["0", "I", "II", "III"])[i % 4]
+    german["MR"] = np.array(["Mild", "None", "Severe"])[i % 3]
+    german["LVEDD [mm]"] = 40.5 + i % 7
+    german["Nachname"] = np.array(["Müller", "Weber"])[i // 2 % 2]
+    german["Ansprechpartner"] = np.array(["Dr. Fuchs", "Dr. Hahn"])[i % 2]
+    german["Tel.-Nr. 1"] = 1700000 + i % 9
     german.to_csv(tmp_path / "Befunde.csv", sep=";", index=False)
     out, config = init(tmp_path, cli, monkeypatch)
     tasks, columns = config["task"], {"pid": "Patient", "eid": "Untersuchung"}
     kinds = {name: (task["type"], task["task_labels"]) for name, task in tasks.items()}
     assert kinds == {
         "findings": ("binary", ["VSD"]),
-        "measurements": ("regression", ["EF"]),
-        "grades": ("multiclass", ["Grad"]),
+        "measurements": ("regression", ["EF", "LVEDD"]),
+        "grades": ("multiclass", ["Grad", "NYHA", "MR"]),
     }
+    assert tasks["grades"]["classes"]["NYHA"] == ["0", "I", "II", "III"]
+    assert tasks["grades"]["classes"]["MR"] == ["None", "Mild", "Severe"]
+    assert tasks["measurements"].pop("units") == {"LVEDD": "mm"}
+    assert tasks["measurements"]["columns"].pop("LVEDD") == "LVEDD [mm]"
     assert all(t["columns"] == columns and t["label_path"] == "Befunde.csv" for t in tasks.values())
+    assert not re.search("Weber|Hahn|1700", out + Path("config.json").read_text())
     assert config["dataset"] == {"emb": {"embedding_path": "data/of/site/emb"}}
     assert f"VSD: {table['finding'].sum()} of {n}" in out and "next:" in out.splitlines()[-1]
     before = Path("config.json").read_text()
@@ -209,6 +221,8 @@ def test_init_on_embeddings_and_a_german_table(one_cohort, tmp_path, cli, monkey
         and Path("config.json").read_text() == before
     )
     line = out.splitlines()[-1].partition("echofocus.py ")[2].split()
+    status, _, err = cli("init", "--config", "none/c.json")
+    assert status == 1 and "no folder none" in err
     status, out, _ = cli(*line)
     assert status == 0 and "60 labelled studies of 40 patients" in out
     Path("config.json").unlink()
@@ -244,6 +258,15 @@ def test_init_on_videos_and_on_nothing(tmp_path, cli, monkeypatch):
     assert out.splitlines()[-1].endswith("embeddings/Exams --manifest FileList.csv")
     assert "FileList.csv: no column of patients" in out
     assert set(config["task"]) == {"FileList_measurements", "labels_measurements"}
+    visits = tmp_path / "patients" / "Export"
+    for i, study in enumerate(("s1", "s2", "s3", "s4")):
+        (visits / f"P{i // 2}" / study).mkdir(parents=True)
+        copy_example(visits / f"P{i // 2}" / study / "IM1", study=f"1.2.{i}")
+    table = pd.DataFrame({"Patient": ["P0", "P0", "P1", "P1"], "No": ["s1", "s2", "s3", "s4"]})
+    table.assign(EF=[50, 60, 55, 45]).to_csv(tmp_path / "patients" / "labels.csv", index=False)
+    out, config = init(tmp_path / "patients", cli, monkeypatch)
+    assert config["dataset"] == {"Export": {"embedding_path": "embeddings/Export"}}
+    assert config["task"]["measurements"]["columns"] == {"pid": "Patient", "eid": "No"}
     (tmp_path / "empty").mkdir()
     out, config = init(tmp_path / "empty", cli, monkeypatch)
     assert out.splitlines()[-1].endswith("demo") and list(config) == ["task", "dataset"]

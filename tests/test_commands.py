@@ -85,6 +85,7 @@ def test_wrong_lines_are_one_line(cohort, cli):
         (["train", "--epoch-lim", "0.5"], "0.5"),
         (["predict", "Exams"], "--videos Exams"),
         (["predict", "emb"], "--embedding_path emb"),
+        (["pedict"], "did you mean predict?"),
         (["predict", "--dry-run"], "unknown argument --dry-run"),
         (["train", "--tf_combine", "sum"], "avg"),
     ):
@@ -99,15 +100,19 @@ def test_quiet_verbose_and_log(trained, cli):
     status, plain, _ = cli(*line)
     assert status == 0 and "next: " in plain.splitlines()[-1] and "explain" in plain
     status, out, err = cli(*line, "--quiet", "--log", "a/run.jsonl")
-    assert (status, out, err) == (0, "", "")
+    assert (status, err) == (0, "") and out.startswith("WARNING: 1 study left out")
+    assert out.count("\n") == 2 and "1003.hdf5: it is not an HDF5 file" in out
     entries = [json.loads(x) for x in Path("a/run.jsonl").read_text().splitlines()]
     assert "\n".join(x["message"] for x in entries).split() == plain.split()
     status, out, err = cli("evaluate", "--dataset", "sitt", "--verbose", "--log", "run.log")
     text = Path("run.log").read_text()
     assert status == 1 and re.search(r"^20\d\d-.* ERROR .*has no dataset sitt", text, re.MULTILINE)
     assert "Traceback" in text and "did you mean site" in err
-    status, _, err = cli(*line, "--log", "labels.csv")
-    assert status == 1 and "labels.csv exists" in err
+    Path("holter.csv").write_text("2024-01-01 10:00:00,72\n")
+    for name in ("labels.csv", "holter.csv"):
+        status, _, err = cli(*line, "--log", name)
+        assert status == 1 and f"{name} exists" in err
+    assert cli("inspect", "--log", "run.log")[0] == 0 and text in Path("run.log").read_text()
     handlers = logging.getLogger("echofocus").handlers
     assert not [x for x in handlers if type(x) is logging.FileHandler]
 

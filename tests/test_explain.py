@@ -491,7 +491,7 @@ def test_videos_are_decoded_once_for_all_commands_and_models(
     copy_example("visits/1000/cine.dcm")
     Path("config.json").rename("other.json")  # no config is needed
     status, out, err = cli("predict", "--model_name", "defect", *VIDEOS, "--out", "p.csv")
-    assert status == 0 and "1 studies extracted" in out, err
+    assert status == 0 and "1 study extracted" in out, err
     (kept,) = Path("clip_embeddings").iterdir()
     assert kept.name.startswith("visits_") and f"kept in {kept}" in out and "MB" in out
     for line in (

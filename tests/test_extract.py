@@ -177,7 +177,7 @@ def test_a_second_run_extracts_only_the_rest(tmp_path, run):
     before, logged = (out / "A_1.hdf5").stat().st_mtime_ns, read_log(out)
     (out / "B.hdf5").write_bytes(b"damaged")
     status, text, _ = run()
-    assert status == 0 and "1 studies extracted, 1 already there" in text
+    assert status == 0 and "1 study extracted, 1 already there" in text
     assert (out / "A_1.hdf5").stat().st_mtime_ns == before
     log = read_log(out)
     assert len(log) == 6 and log["A_1", "x.dcm"] == logged["A_1", "x.dcm"]
@@ -369,7 +369,7 @@ def test_temporary_faults_are_tried_again(source, tmp_path, run, decoded, monkey
         assert status == 0
         return sorted(decoded), text
 
-    assert "1 studies without a usable video: B" in again()[1]
+    assert "1 study without a usable video: B" in again()[1]
     names, text = again()
     assert names == ["real.dcm", "y.dcm"] and "0 studies extracted, 1 already there" in text
     assert "A_1/series/y.dcm: transfer syntax X needs a plugin" in text

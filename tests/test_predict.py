@@ -133,7 +133,7 @@ def test_a_repeated_video_is_marked(trained, cli):
     write_embeddings(Path("emb"), "1003", np.concatenate([bag, bag[:1] * np.float32(1.001)]))
     assert cli("predict")[0] == 0
     warned = table()["warning"]
-    assert f"1 videos almost the same as others: v{len(bag):02}.avi and v00.avi" in warned["1003"]
+    assert f"1 video almost the same as others: v{len(bag):02}.avi and v00.avi" in warned["1003"]
     assert not warned.drop("1003").str.contains("almost").any()
 
 

@@ -55,6 +55,7 @@ FAULTS = {  # changes of the config, and parts of the line about it
     "upside down": (dict(task={"valid_range": {"a": [9, 1]}}), "valid_range, a: [low, high] is up"),
     "range is text": (dict(task={"valid_range": {"a": "0"}}), "valid_range, a: [low, high], null"),
     "type": (dict(task={"type": "binry"}), "one of binary, regression, multiclass, survival"),
+    "types": (dict(task={"type": ["binary"]}), '{"VSD": "binary"}'),
     "setting unknown": (dict(task={"settings": {"learningrate": 1}}), "did you mean learning_rate"),
     "setting's bound": (dict(task={"clip_dropout": 1}), "settings, clip_dropout should be less"),
     "setting's choice": (dict(dataset={"precision": "fp8"}), "be 'fp32' or 'bf16'"),
@@ -452,9 +453,9 @@ def test_videos_are_extracted_as_the_model_was_trained(trained_on_small_images, 
     (path,) = Path("clip_embeddings").glob("*/v1.hdf5")
     with h5py.File(path) as f:
         assert f.attrs["size"] == 56 and f["embeddings"].shape[1] == 4
-    assert "WARNING" not in out.split("studies extracted")[0]
+    assert "WARNING" not in out.split("1 study extracted")[0]
     status, out, err = cli("predict", "--videos", "visits", "--size", "64", "--redo")
-    before = out.split("studies extracted")[0]
+    before = out.split("1 study extracted")[0]
     assert status == 0 and "WARNING: --size 64: defect was trained with 56" in before, err
 
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 import textwrap
 from contextlib import suppress
@@ -203,6 +204,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(plain_arguments(args, switches), namespace)
 
     def error(self, message):
+        choice = re.fullmatch(
+            r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message
+        )
+        if choice:
+            names = re.findall(r"[\w.-]+", choice[3])
+            message = f"{choice[1]} {choice[2]} is not one of {', '.join(names)}"
+            message += nearest(choice[2], names)
         stop(self.prog, message, UsageError.status)
 
     def hint(self, argument, parsed):
@@ -303,6 +311,7 @@ def is_out_of_memory(error):
 
 SINGULAR = {"are": "is", "have": "has", "studies": "study", "patients": "patient"}
 SINGULAR |= {"videos": "video", "rows": "row", "cells": "cell", "values": "value"}
+SINGULAR |= {"errors": "error", "warnings": "warning", "files": "file", "epochs": "epoch"}
 SINGULAR |= {"numbers": "a number", "look": "looks"}
 
 

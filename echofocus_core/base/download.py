@@ -2,7 +2,10 @@
 
 import http.client
 import os
+import socket
+import ssl
 import urllib.request
+from urllib.error import HTTPError
 
 from echofocus_core.base.checkpoints import WeightsError
 from echofocus_core.base.console import PROGRAM, progress
@@ -33,9 +36,23 @@ def fetch(url, path):
             receive(url, path)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise WeightsError(
-                f"could not download {plain_url(url)}: {error}; run the command again, or fetch "
-                f"the file on another machine, then: {PROGRAM} download ./{name_in_url(url)}"
+                f"could not download {plain_url(url)}: {connection_fault(error)}; check the "
+                "network and run the command again, or fetch the file on another machine, then: "
+                f"{PROGRAM} download ./{name_in_url(url)}"
             ) from error
+
+
+def connection_fault(error):
+    """The reason of a failed download, as a phrase."""
+    reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return (
+            f"the server's certificate is not trusted ({reason.verify_message}); if your network "
+            "has a proxy with its own certificate, set SSL_CERT_FILE to that file"
+        )
+    if isinstance(reason, socket.gaierror):
+        return "the server's name cannot be resolved"
+    return getattr(reason, "strerror", None) or str(reason)
 
 
 def receive(url, path):

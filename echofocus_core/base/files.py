@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from echofocus_core.base.console import UserError
+from echofocus_core.base.console import UserError, count_of
 
 # ---------------------------------------------------------------------------------- atomic writing
 
@@ -110,7 +110,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         end = self.scan() if self.path.is_file() else 0
         if self.n:
-            print(f"resuming after {self.n} studies")
+            print(f"resuming after {count_of(self.n, 'studies')}")
         with open(self.path, "ab") as f:
             f.truncate(end)
             if not end:

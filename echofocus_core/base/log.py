@@ -13,7 +13,8 @@ from echofocus_core.base.files import begins, output_path
 LOG = logging.getLogger("echofocus")
 LOG.propagate = False
 PLAIN = "%(asctime)s %(levelname)s %(message)s"
-BEGINS = r'\d{4}-\d\d-\d\d \d\d:\d\d:\d\d|\{"time": "'  # how a log file begins
+TIME, LEVEL = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "(INFO|WARNING|ERROR)"
+BEGINS = rf'{TIME} {LEVEL} |{{"time": "{TIME}", "level": "{LEVEL}"'  # how a log file begins
 
 
 class JsonLines(logging.Formatter):

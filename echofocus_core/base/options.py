@@ -254,7 +254,7 @@ class Settings(CohortOptions):
         return one_name(values) if isinstance(values, dict) else values
 
     config: str = option(
-        "", "tasks and datasets [config.json or config-example.json]", WHAT,
+        "", "file of tasks and datasets [config.json, else config-example.json]", WHAT,
         f"{ALL} pack inspect init", common="init", metavar="FILE"
     )
     model_name: str = option(
@@ -314,7 +314,8 @@ class Settings(CohortOptions):
         [], "several folds, instead of --subset", CHOICE, "evaluate", metavar="FOLD"
     )
     sample_limit: int = option(
-        0, "use at most this many studies, chosen by a hash of their ids; 0: all", DATA, ALL,
+        0, "use at most this many studies, chosen by a hash of their ids (check: reads the "
+        "numbers of these); 0: all", DATA, ALL,
         least=0, moves_folds=True, common="check explain"
     )
     max_videos_per_study: int = option(
@@ -334,8 +335,8 @@ class Settings(CohortOptions):
         common="train"
     )
     fold: Annotated[int, BeforeValidator(fold_in)] = option(
-        0, "test fold of --n_folds; the next one is validation; 'all': each in turn, into "
-        "<model>/fold_<k>", SPLIT, "train", type=str, common="train", metavar="K"
+        0, "test fold of --n_folds; the next fold is for validation. 'all': train a model for each "
+        "fold, in <model>/fold_<k>", SPLIT, "train", type=str, common="train", metavar="K"
     )
     stratify: str = option(
         "", "split patients by this label, so that each fold has its share of rare findings; "
@@ -425,14 +426,14 @@ class Settings(CohortOptions):
         on_resume="unrecorded", common="train check compare predict extract", metavar="DEVICE"
     )
     precision: Literal["fp32", "bf16"] = option(
-        "fp32", "number format", COMPUTING, f"{ALL} extract"
+        "fp32", "floating-point format of the computation", COMPUTING, f"{ALL} extract"
     )
     batch_tokens: int = option(
-        4096, "clips computed together, at least one study", COMPUTING, ALL, least=1
+        4096, "clips per batch; a batch has at least one study", COMPUTING, ALL, least=1
     )
     batch_size: int = option(
-        0, "at most this many studies computed together (see also --batch_number); 0: by "
-        "batch_tokens", COMPUTING, ALL, least=0
+        0, "studies per batch at most (see also --batch_number); 0: as --batch_tokens allows",
+        COMPUTING, ALL, least=0
     )
 
     transformer_type: Aggregators = option(
@@ -530,7 +531,7 @@ class Settings(CohortOptions):
         common="embed", metavar="COLUMN"
     )
     dtype: Literal["float32", "float16"] = option(
-        "float32", "type of the numbers", OUTPUT, "pack", common="pack"
+        "float32", "number type in the pack", OUTPUT, "pack", common="pack"
     )
     out: str = option(
         "", "table to write [predictions_<dataset>.csv in the model's folder; with "
@@ -572,7 +573,7 @@ class Settings(CohortOptions):
         "labelled studies", EXPLAINING, "explain"
     )
     select: Literal["all", "confident", "wrong", "balanced"] = option(
-        "all", "kind of studies to explain, the clearest first; --sample_limit sets how many [20]",
+        "all", "which studies to explain, the clearest first; --sample_limit sets how many [20]",
         EXPLAINING, "explain", common="explain"
     )
 
@@ -623,7 +624,7 @@ class Settings(CohortOptions):
         common="extract", metavar="FILE"
     )
     mask: Literal["none", "sector"] = option(
-        "none", "'sector' makes everything outside the ultrasound sector black, such as names",
+        "none", "'sector' blackens everything outside the ultrasound sector, for example names",
         EXTRACTION, EXTRACTS, common="extract"
     )
     perturb: Names = option(

@@ -8,7 +8,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from echofocus_core.base.console import PROGRAM, Collected, UserError, duration, progress, some
+from echofocus_core.base.console import (
+    PROGRAM,
+    Collected,
+    UserError,
+    count_of,
+    duration,
+    progress,
+    some,
+)
 from echofocus_core.base.files import derive_seed
 from echofocus_core.base.options import options_of
 from echofocus_core.base.world import pick_device
@@ -58,7 +66,7 @@ def check_run(typed, preview_cohort):
             preview_cohort(typed, listener)
     else:
         check_studies(typed, section)
-    print(f"{levels['ERROR']} errors, {levels['WARNING']} warnings")
+    print(f"{count_of(levels['ERROR'], 'errors')}, {count_of(levels['WARNING'], 'warnings')}")
     if levels["ERROR"]:
         raise UserError("a run would fail; see the lines marked ERROR")
 
@@ -86,7 +94,7 @@ def check_studies(typed, section):
         with section("options", "correct the option or the config") as listener:
             job = choose_job(typed, config, model, listener)
     if job:
-        check_data(job, section)
+        check_data(job, section, typed.get("sample_limit", 0))
     with section("videos", "see --videos") as listener:
         check_videos(typed, config or Config(), model, listener)
 
@@ -139,7 +147,8 @@ def choose_job(typed, config, model, listener):
     extracted = any(path.exists() for path in paths)
     if typed.get("videos") and not typed.get("dataset") and not extracted:
         return listener.ok("no dataset is extracted yet: only --videos is checked")
-    typed = {k: v for k, v in typed.items() if k in options_of("train") and k != "videos"}
+    names = set(options_of("train")) - {"videos", "sample_limit"}  # see `check_data`
+    typed = {k: v for k, v in typed.items() if k in names}
     settings, dataset = resolve_settings("train", typed, config, model)
     check_settings(settings)
     task = config.tasks.get(settings.task)
@@ -167,8 +176,8 @@ def check_videos(typed, config, model, listener):
     )
 
 
-def check_data(job, section):
-    """Check labels, embeddings, folds and time of a run."""
+def check_data(job, section, limit):
+    """Check labels, embeddings, folds and time of a run. limit: the embeddings to read, 0: all."""
     settings, dataset, model = job.settings, job.dataset, job.model
     task = table = store = studies = folds = None
     headers = {}
@@ -180,22 +189,24 @@ def check_data(job, section):
             place = dataset.video_base_path, dataset.video_subdir_format
             studies = studies_of_dataset(*place, listener=listener)
             n = sum(len(study.videos) for study in studies)
+            text = f"{place[0]}: {count_of(len(studies), 'studies')}, {count_of(n, 'videos')}"
             listener.ok(
-                f"{place[0]}: {len(studies)} studies, {n} videos; predict, evaluate, embed and "
-                "explain extract their clip embeddings"
+                f"{text}; predict, evaluate, embed and explain extract their clip embeddings"
             )
         return
     with section("embeddings", "see embedding_path in the config") as listener:
         store = open_embeddings(dataset, job.task, settings, listener)
-        headers = check_embeddings(store, settings, listener)
+        headers = check_embeddings(store, limit, listener)
     if model and store:
         with section("encoder", "") as listener:
             warn_of_other_input(model, store, list(headers), listener)
     if table is not None and store:
         with section("labels and embeddings", "") as listener:
             table = table.rename(index=stored_names(table.index, store, listener))
-            limit, first_only = settings.sample_limit, settings.first_study_only
-            studies = match_studies(table, store, task, limit, first_only, listener)
+            most, first_only = settings.sample_limit, settings.first_study_only
+            studies = match_studies(table, store, task, most, first_only, listener)
+            labelled = [eid for eid in studies.index if eid in headers]
+            refuse_mixed(store, labelled, settings.allow_mixed, listener)
     if studies is not None and len(studies):
         with section("split", "see --split") as listener:
             folds = check_folds(job, (task, table, studies, store), listener)
@@ -221,16 +232,16 @@ def check_labels(job, listener):
     return load_labels(task, job.dataset, listener, job.settings, job.settings.split_column)
 
 
-def check_embeddings(store, settings, listener):
-    """Study -> header of readable studies. Reads all headers and the numbers of a sample."""
+def check_embeddings(store, limit, listener):
+    """Study -> header of readable studies. Reads all headers, and the numbers of `limit` studies
+    (0: of all)."""
     headers, unreadable = {}, {}
     for eid in progress(store.files, desc="headers", unit="study", delay=2):
         try:
             headers[eid] = store.header(eid)
         except UnreadableStudy as error:
             unreadable[eid] = str(error)
-    refuse_mixed(store, list(headers), settings.allow_mixed, listener)
-    eids = sample_ids(headers, settings.sample_limit)
+    eids = sample_ids(headers, limit)
     for eid in progress(eids, desc="read", unit="study", delay=2):
         try:
             store.read(eid)
@@ -238,10 +249,9 @@ def check_embeddings(store, settings, listener):
             unreadable[eid] = str(error)
             del headers[eid]
     videos = sum(header.videos for header in headers.values())
-    text = (
-        f"{store.folder}: {len(headers)} readable studies, {videos} videos (headers of all read, "
-    )
-    text += f"numbers of {len(eids)} studies)"
+    text = f"{store.folder}: {count_of(len(headers), 'readable studies')}, "
+    text += f"{count_of(videos, 'videos')} (headers of all read, "
+    text += f"numbers of {count_of(len(eids), 'studies')})"
     if headers:
         listener.ok(text)
     else:
@@ -293,14 +303,14 @@ def check_time(n_outputs, store, eids, folds, settings, listener):
     each = {name: seconds_of(step) / len(eids) for name, step in steps.items()}
     ranges = seconds_of(lambda: run_studies(net, jackknife, keys, settings)) / len(headers)
     listener.ok(
-        f"predicting {n} studies: about {duration(each['predict'] * n)} on {device}; with ranges "
-        f"(--page or --spread): {duration((each['predict'] + ranges) * n)}"
+        f"predicting {count_of(n, 'studies')}: about {duration(each['predict'] * n)} on {device}; "
+        f"with ranges (--page or --spread): {duration((each['predict'] + ranges) * n)}"
     )
     if folds is not None:
         train, val = ((folds == fold).sum() for fold in ("train", "val"))
         epoch, limit = train * each["train"] + val * each["predict"], settings.epoch_lim
-        whole = f", {limit} epochs: {duration(epoch * limit)}" if limit > 0 else ""
+        whole = f", {count_of(limit, 'epochs')}: {duration(epoch * limit)}" if limit > 0 else ""
         listener.ok(
-            f"an epoch of training on {train} studies: about {duration(epoch)} on {device}"
-            f"{whole} (rough)"
+            f"an epoch of training on {count_of(int(train), 'studies')}: about "
+            f"{duration(epoch)} on {device}{whole} (rough)"
         )

@@ -70,7 +70,11 @@ def kinds_of(value):
     for kind in value.values() if isinstance(value, dict) else [value]:
         if not isinstance(kind, str) or kind not in KINDS:
             names = ", ".join(KINDS)
-            raise ValueError(f"one of {names}, not {shown(kind)}{nearest(kind, KINDS)}")
+            hint = nearest(kind, KINDS) if isinstance(kind, str) else ""
+            raise ValueError(
+                f'one of {names}, or one for each label as in {{"VSD": "binary"}}, not '
+                f"{shown(kind)}{hint}"
+            )
     return value
 
 
@@ -336,11 +340,11 @@ class Config:
         return name
 
 
-def read_config(path="", needed=True):
+def read_config(path="", needed=True, instead=""):
     """Read and check the JSON config; paths in it are relative to its folder. Raises UserError.
 
     Lines that begin with // are comments. Where it is not needed and does not exist, the result has
-    no task and no dataset.
+    no task and no dataset. instead: what the user can do without a config.
     """
     if not path and not needed and not any(p.is_file() for p in CONFIGS):
         return Config()
@@ -349,7 +353,7 @@ def read_config(path="", needed=True):
         text = re.sub(r"(?m)^\s*//.*$", "", path.read_text(encoding="utf-8-sig"))
         raw = json.loads(text, object_pairs_hook=without_repeats)
     except OSError as error:
-        raise UserError(f"no config {path}; {PROGRAM} init writes one") from error
+        raise UserError(f"no config {path}; {PROGRAM} init writes one{instead}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     file = validate_as(ConfigFile, raw, str(path))

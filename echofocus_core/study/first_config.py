@@ -11,28 +11,52 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from echofocus_core.base import releases
-from echofocus_core.base.console import EXTRACT, PROGRAM, RUN, Collected, UserError, some
+from echofocus_core.base.console import EXTRACT, PROGRAM, RUN, Collected, UserError, count_of, some
 from echofocus_core.base.tables import clean_ids, read_dates, read_table
 from echofocus_core.study.config import CONFIGS, MODELS, Task, read_config
 from echofocus_core.study.labels import LabelFile, decide_kinds, label_values, read_cells
 from echofocus_core.study.sources import CLIP_EMBEDDINGS
+from echofocus_core.video.dicom import read_header_facts
 from echofocus_core.video.store import open_folder
-from echofocus_core.video.studies import is_candidate, is_hidden
+from echofocus_core.video.studies import USUAL_WORD, is_candidate, is_hidden
 
 OUTPUTS = {MODELS.name, CLIP_EMBEDDINGS.name, "frame_cache", "site-packages", "node_modules"}
 CLONE = {"benchmarks", "demo", "docs", "tests"}  # folders of this repository
 DEEPEST = 4  # folders below the config's
 TABLES = {".csv", ".tsv", ".xlsx"}
 # Names of columns, in lower case without other characters than letters and digits.
-STUDIES = ("eid", "echoid", "study", "studyid", "exam", "examid", "accession", "accessionnumber",
-           "untersuchung", "untersuchungsnummer", "untersuchungsid", "filename")  # fmt: skip
-PATIENTS = ("pid", "patient", "patientid", "patientnumber", "patientennummer", "patientenid",
-            "patientnr", "mrn", "subject", "subjectid")  # fmt: skip
+NUMBERS = ("id", "number", "no", "nr", "nummer")
+STUDY = ("echo", "study", "exam", "examination", "untersuchungs", "studien")
+STUDIES = ("eid", *(x + n for x in STUDY for n in NUMBERS), "accession", "accessionnumber",
+           "study", "exam", "examination", "untersuchung", "filename")  # fmt: skip
+PATIENTS = ("pid", *(x + n for x in ("patient", "patienten", "pat", "subject") for n in NUMBERS),
+            "mrn", "subject", "patient")  # fmt: skip
+PEOPLE = re.compile(  # columns whose cells may identify patients or staff
+    r"(.*(name|phone|telefon|telephon|adress|address|strasse|street|physician|doctor|arzt|ärztin|"
+    r"sonograph|operator|reader|untersucher|befunder|reporter|nurse|insurance|versicher|wohnort|"
+    r"postcode|zipcode|comment|kommentar|bemerkung|remark|note)(in|s|r|er|en|e)?|e?mail(address)?|"
+    r"tel|handy|mobile|fax|ort|city|plz|zip|initials|initialen|kürzel|staff|mta)"
+    r"(nr|no|nummer|number)?\d*"
+)
 GROUPS = ("sex", "gender", "geschlecht", "age", "alter", "site", "hospital", "klinik", "fold",
           "split", "race", "ethnicity")  # fmt: skip
 MANIFESTS = ({"study", "path"}, {"study_id", "dicom_filepath"}, {"FileName"})
 TASK_NAMES = {"binary": "findings", "regression": "measurements", "multiclass": "grades"}
 MOST_CLASSES = 9
+UNIT = re.compile(  # at the end of a header: EF (%), LVEDD [mm]
+    r"\s*[([]\s*((?:%|°|(?:[mcdµμnk]?(?:m|g|l|L|s|Hz|mol|Pa)|mmHg|min|bpm|h|d)[²³23]?)"
+    r"(?:/(?:[mcdk]?(?:m|g|l|L|s)|min|h)[²³23]?)*|/min)\s*[)\]]$"
+)
+# Words of grades in their order. Other words are not copied into the config: they may be names.
+GRADES = (
+    "to bis and und grad grade stage class klasse nyha ccs",
+    "no none normal absent negative negativ kein keine nein ohne unauffällig good gut 0",
+    "trace trivial minimal spur i 1", "mild light leicht leichtgradig gering geringgradig low small"
+    " ii 2", "moderate medium intermediate fair mittel mittelgradig mässig mäßig iii 3",
+    "severe schwer schwergradig hochgradig high large poor schlecht iv 4", "critical massive v 5",
+    "6", "7", "8", "9",
+)  # fmt: skip
+RANK = {word: rank for rank, words in enumerate(GRADES) for word in words.split()}
 EXAMPLE = {"task_labels": ["finding"], "label_path": "labels.csv", "type": "binary"}
 HEADER = """\
 Lines that begin with // are comments. The program ignores them and never changes this file.
@@ -61,6 +85,8 @@ def write_config(path=""):
             "with --config"
         )
     root = path.parent
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}; create it, or name another file with --config")
     files = Files()
     search(root, files)
     datasets, ids = describe_datasets(root, files)
@@ -141,6 +167,26 @@ def first_video(folder):
     return None
 
 
+def visible_folders(folder):
+    return [p for p in sorted(folder.iterdir()) if p.is_dir() and not is_hidden(p.name)]
+
+
+def study_folders(base):
+    """(names of the folders of studies below `base`, whether these are in folders of patients).
+
+    The folders in `base` are of patients if DICOM files in the first with several folders of videos
+    are of several studies.
+    """
+    folders = visible_folders(base)
+    for folder in folders:
+        first = [video for sub in visible_folders(folder) if (video := first_video(sub))]
+        if len(first) > 1:
+            if len({read_header_facts(video).study_uid for video in first} - {""}) < 2:
+                break
+            return {sub.name for folder in folders for sub in visible_folders(folder)}, True
+    return {folder.name for folder in folders}, False
+
+
 def relative_path(path, root):
     """A path for the config in `root`; the folder itself by its name, which paths need."""
     text = Path(os.path.relpath(path, root)).as_posix()
@@ -149,10 +195,11 @@ def relative_path(path, root):
 
 def describe_datasets(root, files):
     """({name: (comment, dataset)}, ids of all studies)."""
-    datasets, ids, bases = {}, set(), {}
+    datasets, ids, bases, keys, used = {}, set(), {}, {}, set()
     for base in files.videos:
-        bases[base] = {p.name for p in base.iterdir() if p.is_dir() and not is_hidden(p.name)}
+        bases[base], nested = study_folders(base)
         ids |= {name.removesuffix("_trim") for name in bases[base]}
+        keys[base] = {} if nested else {"video_base_path": relative_path(base, root)}
     for folder in files.embeddings:
         eids = set(open_folder(folder).files)
         entry, text = {"embedding_path": relative_path(folder, root)}, f"studies: {len(eids)}"
@@ -160,20 +207,23 @@ def describe_datasets(root, files):
             for end in ("", "_trim"):
                 with_videos = eids & {x.removesuffix(end) for x in names if x.endswith(end)}
                 if with_videos:
-                    entry["video_base_path"] = relative_path(base, root)
-                    entry["video_subdir_format"] = "{echo_id}" + end
+                    used.add(base)
+                    entry |= with_format(keys[base], end)
                     text += f", with videos in {relative_path(base, root)}: {len(with_videos)}"
         datasets[free_name(folder, root, datasets)] = text, entry
         ids |= eids
-    used = {entry.get("video_base_path") for _, entry in datasets.values()}
-    for base in (b for b in files.videos if relative_path(b, root) not in used):
+    for base in (b for b in files.videos if b not in used):
         name = free_name(base, root, datasets)
         text = f"folders of videos, not extracted yet: {len(bases[base])}"
-        entry = {"embedding_path": f"embeddings/{name}"}
-        entry["video_base_path"] = relative_path(base, root)
         end = "_trim" if all(x.endswith("_trim") for x in bases[base]) else ""
-        datasets[name] = text, entry | {"video_subdir_format": "{echo_id}" + end}
+        entry = {"embedding_path": f"embeddings/{name}"} | with_format(keys[base], end)
+        datasets[name] = text, entry
     return datasets, ids
+
+
+def with_format(keys, end):
+    """A dataset's keys of its videos; none for videos in folders of patients."""
+    return keys and keys | {"video_subdir_format": "{echo_id}" + end}
 
 
 def free_name(folder, root, names):
@@ -200,22 +250,29 @@ def propose_tasks(path, root, ids, prefix):
             RUN.note(f"{path}: no column of study ids; not used")
             return {}
         rest = [x for x in raw if x not in columns.values()]
-        as_read = LabelFile(path, {"pid": columns["eid"]} | columns)
-        cells = read_cells(as_read, rest, listener)
+        units = {x: match[1] for x in rest if (match := UNIT.search(x))}
+        headers = {UNIT.sub("", x) if x in units else x: x for x in rest}
+        if len({*headers, *columns.values()}) < len(raw.columns):  # LVEDD [mm] and LVEDD [cm]
+            headers = {x: x for x in rest}
+        as_read = LabelFile(path, {"pid": columns["eid"]} | columns | headers)
+        none = dict.fromkeys(raw, ("None",))  # a grade, see `kind_of_column`
+        cells = read_cells(as_read, list(headers), listener, none)
         if cells is None:
             return {}
-        labels, left_out = sort_columns(cells, rest, path)
+        labels, left_out = sort_columns(cells, list(headers), path)
         n = len(set(cells["eid"]) & ids)
-        place = (
-            f"{relative_path(path, root)}: {len(cells)} rows, of studies in the datasets below: {n}"
-        )
+        place = f"{relative_path(path, root)}: {count_of(len(cells), 'rows')}"
+        place += f", of studies in the datasets below: {n}"
         if "pid" not in columns:
             text = "no column of patients, without which no model is trained"
             RUN.warning(f"{path}: {text}", 'name it in the config: "columns": {"pid": "..."}')
             place += f'\n{text}: "columns": {{"pid": "..."}} names it'
         if left_out:
-            place += "\nleft out: " + "; ".join(f"{x} ({why})" for x, why in left_out.items())
-        columns = {k: x for k, x in columns.items() if k != x}
+            reasons = {
+                why: [x for x in left_out if left_out[x] == why] for why in left_out.values()
+            }
+            texts = (f"{', '.join(names)} ({why})" for why, names in reasons.items())
+            place += "\nleft out: " + "; ".join(texts)
         for kind, name in TASK_NAMES.items():
             chosen = {x: more for x, (its, more, _) in labels.items() if its == kind}
             if not chosen:
@@ -227,7 +284,11 @@ def propose_tasks(path, root, ids, prefix):
                 "label_path": relative_path(path, root),
                 "type": kind,
             }
-            entry |= {"columns": columns} if columns else {}
+            renamed = columns | {x: headers[x] for x in chosen}
+            renamed = {x: header for x, header in renamed.items() if x != header}
+            with_unit = {x: units[headers[x]] for x in chosen if headers[x] in units}
+            entry |= {"columns": renamed} if renamed else {}
+            entry |= {"units": with_unit} if with_unit and kind == "regression" else {}
             entry |= {"classes": chosen} if kind == "multiclass" else {}
             tasks[prefix + name] = "\n".join(facts), entry
     except UserError as error:
@@ -248,11 +309,12 @@ def is_manifest(path):
 
 def id_columns(raw, path, ids):
     """{'pid' and 'eid', where they are: the column}. ids: of the studies that exist."""
-    plain = {re.sub(r"\W|_", "", name.casefold()): name for name in raw}
+    plain = {plain_header(name): name for name in raw}
     columns = {}
     for key, names in (("pid", PATIENTS), ("eid", STUDIES)):
-        if name := next((plain[x] for x in names if x in plain), ""):
-            columns[key] = name
+        for name in (plain[x] for x in names if x in plain):
+            if key == "pid" or raw[name].nunique() > len(raw) / 2:  # a trial has many rows
+                columns.setdefault(key, name)
     shares = {x: clean_ids(raw[x].dropna(), path, Collected()).isin(ids).mean() for x in raw}
     best = max(shares, key=lambda name: (shares[name], name == columns.get("eid")))
     if shares[best] > 0.5:
@@ -260,6 +322,18 @@ def id_columns(raw, path, ids):
     if columns.get("pid") == columns.get("eid"):
         columns.pop("pid", None)
     return columns
+
+
+def plain_header(name):
+    return re.sub(r"\W|_", "", name.casefold())
+
+
+def grade_ranks(value):
+    """A key that sorts grades, the ranks of a cell's words and digits; None for other words."""
+    words = re.findall(r"[^\W\d_]+|\d", value.casefold())
+    if not words or any(len(x) > 1 and not (x in RANK or USUAL_WORD.fullmatch(x)) for x in words):
+        return None
+    return [RANK[x] for x in words if x in RANK]
 
 
 def sort_columns(cells, names, path):
@@ -270,8 +344,10 @@ def sort_columns(cells, names, path):
         kind, classes, facts = "", None, ""
         if not len(text):
             facts = "empty"
-        elif re.sub(r"\W|_", "", name.casefold()) in GROUPS:
+        elif plain_header(name) in GROUPS:
             facts = "for --by or --split_column"
+        elif PEOPLE.fullmatch(plain_header(name)):
+            facts = "may identify a person"
         elif read_dates(text)[1]:
             facts = "dates"
         elif not may_be_label(name, labels):
@@ -295,29 +371,35 @@ def may_be_label(name, others):
 
 def kind_of_column(cells, name, path):
     """(kind, classes or None, facts); kind '' for a column that is no label."""
-    task, text, listener = Task(task_labels=[name]), cells[name].dropna(), Collected()
-    values = label_values(cells, task, path, listener)
+    ranks = {word: grade_ranks(word) for word in cells[name].dropna().unique()}
+    numbers = cells.assign(**{name: cells[name].mask(cells[name] == "None")})
+    task, text, listener = Task(task_labels=[name]), numbers[name].dropna(), Collected()
+    values = label_values(numbers, task, path, listener)
     errors = [finding.text for finding in listener.findings if finding.level == "ERROR"]
     y = values[name].dropna()
-    if not errors:
-        task = decide_kinds(values, task, path, listener)
-        (label,) = task.outputs.each
-        n = y.nunique()
-        if why := label.why_constant(y):
-            return "", None, why
-        if label.kind == "regression" and n == len(y) > 20 and (y % 1 == 0).all():
-            return "", None, "every value is another whole number, as in ids"
-        facts = label.summary(y)
-        if unusable := len(text) - len(y):
-            facts += f", {unusable} cells cannot be used"
-        if label.kind == "regression" and n <= MOST_CLASSES and len(y) > 3 * n:
-            facts += f", only {n} values: if these are grades, give it classes"
-        return label.kind, None, facts
-    words = sorted(text.unique())
-    if not len(y) and 2 <= len(words) <= MOST_CLASSES and len(text) >= 3 * len(words):
-        counts = ", ".join(f"{word} {n}" for word, n in text.value_counts()[words].items())
-        return "multiclass", words, f"{counts}; put the classes into their order"
-    return "", None, "words" if not len(y) else errors[0].split(": ", 1)[-1]
+    n_words = len(text) - len(y)
+    unusable = f"{n_words} of {len(text)} cells are not numbers"
+    if n_words and 2 <= len(ranks) <= MOST_CLASSES and None not in ranks.values():
+        classes = sorted(ranks, key=lambda word: (ranks[word], word))
+        counts = cells[name].value_counts()
+        facts = ", ".join(f"{word} {counts[word]}" for word in classes)
+        return "multiclass", classes, f"{facts}; check the order of the classes"
+    if errors:
+        words = f"{unusable}; if they are grades, add a task with their classes"
+        return "", None, words if "not numbers" in errors[0] else errors[0].split(": ", 1)[-1]
+    task = decide_kinds(values, task, path, listener)
+    (label,) = task.outputs.each
+    n, unusable = y.nunique(), f", {unusable}" * bool(n_words)
+    if why := label.why_constant(y):
+        return "", None, why + unusable
+    each = y.groupby(cells["pid"]).nunique()
+    like_ids = n > 20 and (y % 1 == 0).all() and (n == len(y) or n == each.sum() == len(each))
+    if label.kind == "regression" and like_ids:
+        return "", None, "each study or patient has another whole number, as in ids"
+    facts = label.summary(y) + unusable
+    if label.kind == "regression" and n <= MOST_CLASSES and len(y) > 3 * n:
+        facts += f", only {n} values: if these are grades, give it classes"
+    return label.kind, None, facts
 
 
 # -------------------------------------------------------------------------------------- next line

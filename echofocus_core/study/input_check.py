@@ -263,7 +263,8 @@ class InputCheck:
             if self.report.novelty[eid] > UNUSUAL:
                 differences.append(f"unlike the training data (novelty above {UNUSUAL})")
         if pairs:
-            notes.append(f"{len(pairs)} videos almost the same as others: {some(pairs)}")
+            n = count_of(len(pairs), "videos")
+            notes.append(f"{n} almost the same as others: {some(pairs)}")
         named = " ".join(str(part.made_with.get("names_patient", "")) for part in parts)
         if may_name_patient(eid) or "study" in named or "yes" in named:
             notes.append(NAMES_PATIENT)

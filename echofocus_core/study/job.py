@@ -105,7 +105,8 @@ def model_job(command, typed, world, config=None, model=None):
         option = "--datasets" if typed.get("datasets") else "--dataset"
         raise UserError(f"--videos and {option} are two sources: give only one")
     needed = not (videos or typed.get("embedding_path"))
-    config = config or read_config(typed.get("config"), needed=needed)
+    instead = ", or give a folder of videos with --videos" * (command != "evaluate")
+    config = config or read_config(typed.get("config"), needed, instead)
     if task and not released_task(task):
         config.pick("task", task)
     if model is None:

@@ -171,9 +171,10 @@ def sorted_by_date(rows, whole, file, listener):
     columns = {x: read_dates(whole[x]) for x in names}
     columns = {x: (dates, form) for x, (dates, form) in columns.items() if form or file.order}
     if len(columns) != 1:
+        several = f"several columns hold dates of studies: {some(columns)}"
+        reason = several if columns else "no column holds dates of studies"
         listener.warning(
-            f"{file.path}: the first study of a patient is the first row, because {len(columns)} "
-            f"columns hold dates of studies{f' ({some(columns)})' if columns else ''}",
+            f"{file.path}: the first study of a patient is the first row, because {reason}",
             "name one with --order_by",
         )
         return rows
@@ -255,7 +256,8 @@ def one_row_a_study(rows, path, listener):
             f"keep one row for each study; they differ in {some(differ.index[differ])}",
         )
     table = rows.drop_duplicates("eid").set_index("eid")
-    listener.ok(f"{path}: {len(table)} studies of {table['pid'].nunique()} patients")
+    patients = count_of(table["pid"].nunique(), "patients")
+    listener.ok(f"{path}: {count_of(len(table), 'studies')} of {patients}")
     return table
 
 

@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError, count_of
+from echofocus_core.base.console import RUN, UserError, count_of, reason_lines
 from echofocus_core.base.files import begins, output_path, write_table
 from echofocus_core.study.input_check import (
     BETWEEN_CLASSES,
@@ -160,9 +160,10 @@ def report_left_out(left_out, path):
     table, left_out = left_out_path(path), dict(sorted(left_out.items()))
     table.unlink(missing_ok=True)
     if left_out:
-        print(f"{count_of(len(left_out), 'studies')} left out, listed in {table}:")
-        for eid, reason in list(left_out.items())[:10]:
-            print(f"  {eid}: {reason}")
+        RUN.warning(
+            f"{count_of(len(left_out), 'studies')} left out, listed in {table}:"
+            f"{reason_lines(left_out)}"
+        )
         write_table(pd.DataFrame(left_out.items(), columns=["eid", "reason"]), table)
 
 

@@ -47,6 +47,7 @@ from echofocus_core.base.console import (
     Parser,
     UserError,
     clean_text,
+    count_of,
     print_next,
     progress,
     reason_lines,
@@ -289,6 +290,11 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------- run
 
+USUAL = (  # reasons for skipping files that every export contains next to cines
+    "still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
+    "a repeat",
+)  # fmt: skip
+
 
 @dataclass
 class Summary:
@@ -305,7 +311,8 @@ class Summary:
                 skipped[f"{study}/{video}"] = reason
             else:
                 notes.update(note.split(":")[0] for note in reason.split("; ") if note)
-        print(f"{states[EXTRACTED]} studies {EXTRACTED}, {states[FINISHED]} {FINISHED}")
+        n = count_of(states[EXTRACTED], "studies")
+        print(f"{n} {EXTRACTED}, {states[FINISHED]} {FINISHED}")
         if notes:
             kinds = ", ".join(f"{kind} {n}" for kind, n in notes.most_common())
             print(f"notes in extract_log.csv: {kinds}")
@@ -314,12 +321,14 @@ class Summary:
                 RUN.warning(f"{n} {text}", f"{remedy}; see '{kind}' in extract_log.csv")
         if skipped:
             lines = reason_lines(skipped, LISTED)
-            print(f"{len(skipped)} files skipped, see extract_log.csv:{lines}")
+            usual = all(reason.startswith(USUAL) for reason in skipped.values())
+            report = print if usual else RUN.warning
+            report(f"{count_of(len(skipped), 'files')} skipped, see extract_log.csv:{lines}")
             kinds = Counter(reason.split(":")[0] for reason in skipped.values())
             print("by reason: " + ", ".join(f"{k} {n}" for k, n in kinds.most_common()))
         for state in (EMPTY, UNDONE):
             if names := [name for name in self.studies if self.studies[name] == state]:
-                print(f"{len(names)} studies {state}: {some(names, LISTED)}")
+                RUN.warning(f"{count_of(len(names), 'studies')} {state}: {some(names, LISTED)}")
 
     def refuse_nothing(self, source):
         """UserError if a run has no usable study."""

@@ -12,11 +12,6 @@ from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
 from echofocus_core.video.encoders import is_panecho, open_encoder
 
-USUAL = (  # reasons for skipping files that every export contains next to cines
-    "still image", "M-mode", "spectral Doppler", "not an ultrasound", "DICOM without image",
-    "a repeat",
-)  # fmt: skip
-
 
 def preview_extraction(settings, trained_on, listener):
     """Report on the files of --videos, the encoder's weights and the time of an extraction.
@@ -34,10 +29,10 @@ def preview_extraction(settings, trained_on, listener):
                 reasons[f"{study.name}/{video}"] = reason
             else:
                 usable.append((study, video))
-    usual = Counter(reason for reason in reasons.values() if reason.startswith(USUAL))
+    usual = Counter(reason for reason in reasons.values() if reason.startswith(extract.USUAL))
     skipped = "".join(f"; {n} skipped: {reason}" for reason, n in usual.items())
     listener.ok(f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
-    odd = {name: reason for name, reason in reasons.items() if not reason.startswith(USUAL)}
+    odd = {name: reason for name, reason in reasons.items() if not reason.startswith(extract.USUAL)}
     if odd:
         listener.warning(
             f"{len(odd)} files cannot be used:{reason_lines(odd)}",

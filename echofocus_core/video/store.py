@@ -523,7 +523,8 @@ class Store:
 
 def reason_of(error, path):
     """An error with a file as text, without its folder."""
-    return clean_text(str(error).replace(f"{path.parent}{os.sep}", ""))
+    text = clean_text(str(error).replace(f"{path.parent}{os.sep}", ""))
+    return "it is not an HDF5 file" if "file signature not found" in text else text
 
 
 def open_store(path, findings=RUN, most_videos=0):
