@@ -38,7 +38,7 @@ def test_an_output_replaces_only_an_earlier_output(tmp_path):
         path = files.output_path(str(tmp_path / name), "x", files.begins("x="))
         assert path == tmp_path / name
     for name in ("y", ""):
-        with pytest.raises(UserError, match="name another|give a file"):
+        with pytest.raises(UserError, match=r"name another|give a file"):
             files.output_path(tmp_path / name, "x", files.begins("x="))
 
 
