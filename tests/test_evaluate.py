@@ -16,11 +16,14 @@ from sklearn.linear_model import LogisticRegression
 import echofocus as ef
 from echofocus_core.base.console import UserError
 from echofocus_core.report import curves, recalibration
+from echofocus_core.report.cohort import describe_labels, describe_people
+from echofocus_core.report.display import Table, latex_document
 from echofocus_core.report.evaluation import MAX_LINES, Report, on_screen
 from echofocus_core.report.methods import methods_paragraph
 from echofocus_core.report.recalibration import fit_recalibration
 from echofocus_core.study import evaluation
 from echofocus_core.study import statistics as st
+from echofocus_core.study.config import Task
 from echofocus_core.study.folds import sample_ids
 from echofocus_core.study.kinds.binary import BinaryOutcome
 from echofocus_core.study.kinds.multiclass import MulticlassOutcome
@@ -110,15 +113,38 @@ def test_anyones_predictions_by_groups_and_against_others(site, table, cli):
     check_page((folder / "report_all_site.html").read_text())
     assert against["this_value"] - against["other_value"] == pytest.approx(against["difference"])
     tables = (folder / "tables_all_site.html").read_text()
-    female, sizes = (part["sex"] == "F").sum(), part["pid"].value_counts()
-    ages = "{:.3g} ({:.3g} to {:.3g})".format(*part["age"].quantile([0.5, 0.25, 0.75]))
+    female, sizes = (part.drop_duplicates("pid")["sex"] == "F").sum(), part["pid"].value_counts()
+    people = part.sort_values("age").groupby("pid")["age"].head(1)  # the lowest of each patient
+    ages = "{:.3g} ({:.3g} to {:.3g})".format(*people.quantile([0.5, 0.25, 0.75]))
     positive = f"{part['finding'].sum()} of 280 ({part['finding'].mean():.1%})".replace("%", " %")
     for cells in (["Studies", "280"], ["Patients", "200"],
-                  ["Age in years, median (quartiles)", ages],
+                  ["Age of patients at the first study in years, median (quartiles)", ages],
                   ["Studies per patient, median (range)", f"{sizes.median():g} (1 to 2)"],
-                  ["Female, n (%)", f"{female} ({female / 2.8:.0f} %)"],
+                  ["Female patients, n (%)", f"{female} ({female / 2:.0f} %)"],
                   ["Finding", positive]):  # fmt: skip
         assert cells in rows_of(tables), cells
+
+
+def test_patients_of_table_1():
+    """Patients are counted once; other and unknown sexes have a row; a single value has no SD."""
+    pids = pd.Series(list("aabcd"), index=list("vwxyz"))
+    sexes = pd.Series(["f", "f", "divers", None, "m"], index=pids.index)
+    people = pd.DataFrame({"age": [3.0, 1, 7, None, 9], "sex": sexes}, pids.index)
+    assert dict(describe_people(people, pids)) == {
+        "Age of patients at the first study in years, median (quartiles)": "7 (4 to 8)",
+        "Female patients, n (%)": "1 (33 %)", "Male patients, n (%)": "1 (33 %)",
+        "Other patients, n (%)": "1 (33 %)", "Patients without a known age": "1",
+        "Patients without a known sex": "1",
+    }  # fmt: skip
+    task = Task(task_labels=["size"], type="regression")
+    size = pd.DataFrame({"pid": ["a"], "size": [2.5]}, ["v"])
+    assert dict(describe_labels(task, size)) == {"size": "2.5"}
+
+
+def test_rows_of_latex_that_look_like_options():
+    """No \\\\ or \\toprule is followed by a character that LaTeX reads as its option."""
+    text = latex_document([Table("T", ["[a]", "n"], [["*b", "1"], ["[c]", "2"]])])
+    assert not re.search(r"(\\\\|rule)\s*[*\[]", text) and text.count("{}") == 3
 
 
 def rows_of(page):
@@ -499,7 +525,7 @@ def test_names_from_elsewhere_are_text_in_the_page(tmp_path):
         page = (tmp_path / file).read_text()
         assert '<img src="x"' not in page and "&lt;img src" in page and "<b></b>" not in page
     lines = (tmp_path / "tables_x.tex").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("$<$"))
+    row = next(line for line in lines if line.startswith("{}$<$"))
     assert r"50 \% \& a\_b" in row and row.endswith(r" \\")
     (head,) = (line for line in lines if "Brier score" in line and "Average" in line)
     assert len(re.findall(r"(?<!\\)&", row)) == len(re.findall("&", head)) == 8

@@ -122,7 +122,8 @@ def test_download_keeps_only_the_files_of_a_model(server, cli, asset):
     source = json.loads((folder / "source.json").read_text())
     assert source["sha256"] == sha256_file(asset) and not source["sha256_was_known"]
     assert source["from"] == f"{server}/EchoFocus_CHD.zip" and "secret" not in str(source)
-    assert source["released"] == "EchoFocus_CHD" and source["licence"] == "CC BY-NC-SA 4.0"
+    assert source["released"] == "EchoFocus_CHD" and "citation" not in source  # any file
+    assert source["licence"] == releases.NOT_VERIFIED
     files = ("best_checkpoint.pt", "train_losses.csv")
     assert source["files"] == {name: sha256_file(folder / name) for name in files}
     status, _, err = cli("download", url)
@@ -145,7 +146,12 @@ def test_expected_digest(server, cli, asset, monkeypatch):
     check_refusal(cli, "EchoFocus_CHD", f"its SHA-256 is {digest}, not {'1' * 64}")
     assert cli("download", url, "--sha256", digest.upper())[0] == 0
     source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
-    assert source["sha256_was_known"]
+    assert source["sha256_was_known"] and source["licence"] == releases.NOT_VERIFIED
+    edit_registry(monkeypatch, sha256=digest)
+    shutil.rmtree("trained_models/EchoFocus_CHD")
+    assert cli("download", url)[0] == 0
+    source = json.loads(Path("trained_models/EchoFocus_CHD/source.json").read_text())
+    assert source["licence"] == releases.registry()["EchoFocus_CHD"]["licence"]
 
 
 def test_downloads_that_fail(server, cli, asset, monkeypatch):
@@ -218,7 +224,8 @@ def test_extraction_uses_the_downloaded_panecho(here, cli, monkeypatch, weights_
     status, out, err = cli("inspect", "PanEcho", "--json", "a.json")
     assert status == 0 and "LVWallThickness" in out, err
     description = json.loads(Path("a.json").read_text())
-    assert len(description["labels"]) == 40 and "JAMA" in description["source"]["citation"]
+    assert len(description["labels"]) == 40
+    assert description["source"]["licence"] == releases.NOT_VERIFIED  # random weights
     assert description["architecture"]["parameters"] == sum(t.numel() for t in state.values())
     nan = {"EF_head.1.bias": torch.tensor([float("nan")])}
     torch.save({"weights": state | nan}, "elsewhere/nan.pt")
@@ -385,7 +392,7 @@ def test_inspect_a_published_model(here, cli):
     assert description["history"] == {"epochs": 1, "best_validation_loss": 0.6, "best_epoch": 1}
     path = Path("trained_models/EchoFocus_Measure/best_checkpoint.pt")
     assert description["type"] == "regression" and description["sha256"] == sha256_file(path)
-    assert all(text in out for text in ("EF05", "CC BY-NC-SA 4.0", description["sha256"]))
+    assert all(text in out for text in ("EF05", releases.NOT_VERIFIED, description["sha256"]))
     shutil.copy(path, "bare.pt")
     status, out, err = cli("inspect", "bare.pt")
     assert status == 0 and "output 18" in out, err

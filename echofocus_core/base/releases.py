@@ -37,6 +37,16 @@ def read_source(folder):
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+NOT_VERIFIED = "not verified to be the release"
+
+
+def rights(entry):
+    """The licence and citation of a registry entry; for {}, that they are not verified."""
+    if not entry:
+        return {"licence": NOT_VERIFIED}
+    return {key: entry[key] for key in ("licence", "citation") if key in entry}
+
+
 def registry_entry(folder):
     """The registry entry of a model folder, by its record, or else by its name; {} if missing."""
     name = read_source(folder).get("released", folder.resolve().name)
@@ -105,7 +115,9 @@ def install(source, models, name, sha256, check):
             raise WeightsError(str(error).replace(str(model), asset.name)) from error
         record = {"released": released_name, "from": origin, "sha256": digest}
         record["sha256_was_known"] = bool(sha256 or pinned)
-        record |= {key: entry[key] for key in ("licence", "citation") if key in entry}
+        if released_name:  # a registry without a digest trusts the release's own address
+            expected = entry.get("sha256")
+            record |= rights(entry if source == released_name or expected == digest else {})
         record["files"] = {path.name: sha256_file(path) for path in sorted(model.iterdir())}
         (model / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
         os.rename(model, folder)

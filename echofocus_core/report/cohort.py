@@ -14,12 +14,13 @@ from echofocus_core.study.labels import label_file, read_rows
 
 AGE = ("age", "Age", "AGE", "age_years", "patient_age", "Alter", "alter")
 SEXES = ("sex", "Sex", "SEX", "gender", "Gender", "Geschlecht", "geschlecht")
+SEX_NAMES = {"Female": ["f"], "Male": ["m"], "Other": ["o", "other", "d", "divers"]}  # of SEX
 FOLD_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 
 
 def read_people(task, dataset):
-    """DataFrame of age in years and sex (f, m, o) by study id, from the columns of the label table
-    with such names; a column without a value is left out."""
+    """DataFrame of age in years and sex (of SEX, unless unknown) by study id, from the columns of
+    the label table with such names; a column without a value is left out."""
     file, people = label_file(task, dataset), pd.DataFrame()
     rows = read_rows(file, [*AGE, *SEXES], Collected()) if file.path else None
     for column in () if rows is None else rows.columns.intersection([*AGE, *SEXES]):
@@ -27,6 +28,7 @@ def read_people(task, dataset):
         numbers = pd.to_numeric(text.str.replace(",", "."), errors="coerce")
         values = ages_to_years(text).fillna(numbers) if name == "age" else None
         values = text.str.casefold().map(SEX) if values is None else values
+        values = values.mask(values.isin(["u", "unknown"]))
         if values.notna().any() and name not in people:
             people[name] = values
     return people
@@ -46,7 +48,7 @@ def cohort_table(task, table, groups, people, names):
         rows["Patients"].append(f"{len(sizes)}")
         per_patient = f"{sizes.median():g} ({sizes.min()} to {sizes.max()})" if len(sizes) else ""
         rows["Studies per patient, median (range)"].append(per_patient)
-        for name, text in [*describe_people(people.reindex(eids)), *describe_labels(task, part)]:
+        for name, text in [*describe_people(people, part["pid"]), *describe_labels(task, part)]:
             rows.setdefault(names.get(name, name), []).append(text)
     title = "Studies and patients" + " by fold" * (len(groups) > 1)
     return Table(
@@ -55,20 +57,26 @@ def cohort_table(task, table, groups, people, names):
     )  # fmt: skip
 
 
-def describe_people(people):
-    """[(row, text)] of ages and sexes."""
-    if "age" in people:
-        low, middle, high = people["age"].quantile([0.25, 0.5, 0.75])
+def describe_people(people, pids):
+    """[(row, text)] of the age at the first study and the sex of each patient.
+
+    pids: patient by study id. Of a patient's studies, the lowest age and the first sex count.
+    """
+    rules = {name: {"age": "min", "sex": "first"}[name] for name in people}
+    by_patient = people.reindex(pids.index).groupby(pids.to_numpy())
+    patients = by_patient.agg(rules) if rules else people
+    if "age" in rules:
+        low, middle, high = patients["age"].quantile([0.25, 0.5, 0.75])
         text = f"{middle:.3g} ({low:.3g} to {high:.3g})" if middle == middle else ""
-        yield "Age in years, median (quartiles)", text
-    if "sex" in people:
-        counts = people["sex"].value_counts()
-        for letter, name in (("f", "Female"), ("m", "Male"), ("o", "Other")):
-            if letter != "o" or letter in counts:
-                n = counts.get(letter, 0)
-                yield f"{name}, n (%)", f"{n} ({n / max(counts.sum(), 1):.0%})".replace("%", " %")
-    for name, column in people.items():
-        yield f"{capital(name)} missing", f"{column.isna().sum()}"
+        yield "Age of patients at the first study in years, median (quartiles)", text
+    if "sex" in rules:
+        total = max(patients["sex"].count(), 1)
+        for name, values in SEX_NAMES.items():
+            n = patients["sex"].isin(values).sum()
+            if name != "Other" or people["sex"].isin(values).any():
+                yield f"{name} patients, n (%)", f"{n} ({n / total:.0%})".replace("%", " %")
+    for name in rules:
+        yield f"Patients without a known {name}", f"{patients[name].isna().sum()}"
 
 
 def describe_labels(task, table):
@@ -77,7 +85,8 @@ def describe_labels(task, table):
         y = label.contrast(table).dropna()
         if label.kind == "regression":
             unit = task.units.get(label.name, "")
-            yield label.name, f"{y.mean():.3g} ({y.std():.2g}) {unit}".rstrip() if len(y) else ""
+            deviation = f" ({y.std():.2g})" if len(y) > 1 else ""
+            yield label.name, f"{y.mean():.3g}{deviation} {unit}".rstrip() if len(y) else ""
         else:
             yield label.name, label.summary(y).replace("%", " %")
 

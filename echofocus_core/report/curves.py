@@ -383,7 +383,7 @@ def panel_figure(outcomes, draw, titles, path, patients=None, bands=None, names=
     wide = COLUMN if n == 1 else PAGE
     top = 0.36 if columns < 3 else 0.47  # inches of the title: a narrow panel has three lines
     high = (wide / columns + top - 0.21) * rows
-    edges = dict(left=0.5 / wide, right=1 - 0.1 / wide, bottom=0.42 / high, top=1 - top / high)
+    edges = dict(left=0.6 / wide, right=1 - 0.1 / wide, bottom=0.42 / high, top=1 - top / high)
     gaps = {"wspace": (0.28, 0.28, 0.36)[columns - 1], "hspace": (0.5, 0.4, 0.62)[columns - 1]}
     figure, axes = new_figure(
         rows, columns, figsize=(wide, high), squeeze=False, gridspec_kw=edges | gaps

@@ -16,6 +16,7 @@ import torch
 from echofocus_core.base.console import EXTRACT, INSTALLED, PROGRAM, UserError, progress
 from echofocus_core.base.figures import new_figure, save_figure
 from echofocus_core.base.files import begins, output_path
+from echofocus_core.report.display import interval_text
 from echofocus_core.study.config import MODELS
 from echofocus_core.video import panecho
 
@@ -110,10 +111,11 @@ def summarise_demo(folder):
     top = videos[videos["rank"] == 1]["shows_defect"]
     plot_demo(ef, defect, videos, folder / "demo")
     error, guessed = ((x - ef["EF_Correct"]).abs().median() for x in (ef["EF_Predict"], guess))
+    interval = interval_text(auroc["ci_low"], auroc["ci_high"])
     print(
         f"\nEjection fraction, {len(ef)} test studies: median error {error:.1f} % (guessing the "
         f"training median: {guessed:.1f} %)\nSeptal defect, {len(defect)} test studies: AUROC "
-        f"{auroc['value']:.2f} ({auroc['ci_low']:.2f} to {auroc['ci_high']:.2f}; guessing: 0.5)\n"
+        f"{auroc['value']:.2f} ({interval + '; ' * bool(interval)}guessing: 0.5)\n"
         f"The top video of a study with a defect shows it in {top.sum()} of {len(top)} studies "
         f"(a random video: {videos['shows_defect'].mean():.0%})"
     )

@@ -234,7 +234,10 @@ def latex_columns(table):
 
 
 def latex_document(tables):
-    """Tables with the rules of booktabs, for \\input."""
+    """Tables with the rules of booktabs, for \\input.
+
+    Rows begin with {}, because \\\\ and \\toprule would read [ or * there as their option.
+    """
     parts = ["% needs \\usepackage{array,booktabs,longtable}"]
     for table in tables:
         rows = [
@@ -250,9 +253,9 @@ def latex_document(tables):
             f"{{\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n\\begin{{longtable}}"
             f"{{{latex_columns(table)}}}\n"
             f"\\caption{{{latex(table.title)}}}\\\\\n\\toprule\n"
-            f"{' & '.join(map(latex, table.head))} \\\\\n\\midrule\n\\endhead\n"
+            f"{{}}{' & '.join(map(latex, table.head))} \\\\\n\\midrule\n\\endhead\n"
             f"\\bottomrule\n\\endlastfoot\n"
-            + "".join(f"{row} \\\\\n" for row in rows)
+            + "".join(f"{{}}{row} \\\\\n" for row in rows)
             + "\\end{longtable}\n"
             + "".join(f"\\noindent {x}\\par\n" for x in notes)
             + "}\n"

@@ -426,16 +426,17 @@ def uncertain_labels(report):
             small += [f"{report.plain(o.label)} ({few} of {whole})"] * (0 < few < FEW)
         else:
             few_patients += [f"{report.plain(o.label)} ({whole})"] * (0 < whole < FEW)
+
+    def named(x):
+        return f"{metric_name(x.metric)} of {report.plain(x.label)}"
+
     rows = report.headlines.values()
-    undefined = sorted((x.note, x.label) for x in rows if not np.isfinite(x.value) and x.note)
+    undefined = sorted((x.note, named(x)) for x in rows if not np.isfinite(x.value) and x.note)
     undefined = {
-        note: [report.plain(label) for _, label in pairs]
-        for note, pairs in groupby(undefined, lambda x: x[0])
+        note: [text for _, text in pairs] for note, pairs in groupby(undefined, lambda x: x[0])
     }
     defined = [x for x in rows if np.isfinite(x.value)]
-    no_interval = [
-        report.plain(x.label) for x in defined if report.n_boot and not np.isfinite(x.ci_low)
-    ]
+    no_interval = [named(x) for x in defined if report.n_boot and not np.isfinite(x.ci_low)]
     return {
         "small": small, "few_patients": few_patients, "undefined": undefined,
         "no_interval": no_interval,
@@ -582,7 +583,10 @@ def describe_fold(job, answers):
     people = people.rename(index=stored_names(people.index, job.source.store, Collected()))
     names = plain_names(job)
     cohort = cohort_table(answers.task, answers.cohort, groups, people, names)
-    return {"cohort": [cohort], "model": [model_table(job.model, names)]}
+    return {
+        "cohort": [cohort],
+        "model": [model_table(job.model, names, read_history(job.model.folder))],
+    }
 
 
 def read_history(folder):
@@ -625,7 +629,7 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
     people = read_people(cohort.task, job.dataset)
     people = people.rename(index=stored_names(people.index, store, Collected()))
     of_cohort = cohort_table(cohort.task, table, {"All folds": studies.eids}, people, names)
-    of_model = model_table(model, names, of_folds=True)
+    of_model = model_table(model, names, None, of_folds=True)
     report = Report(
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
         notes=notes, folds=parts, saveout=studies.saveout(), names=names,

@@ -166,7 +166,8 @@ def settings_table(report):
     rows = [
         [name, report.facts.get(key)]
         for key, name in SETTINGS.items()
-        if key != "pool" or per_patient
+        if (key != "pool" or per_patient)
+        and (key != "target" or any(o.threshold is not None for o in report.studies.outcomes))
     ]
     rows += [["Bootstrap resamples, seed", f"{report.n_boot}, {report.seed}"]]
     rows += [["Program", f"EchoFocus {__version__}"], ["Date", date.today().isoformat()]]

@@ -126,10 +126,11 @@ def find_model_file(name):
 
 
 def origin_of(folder):
-    """The source, licence and citation of a model, from its record or the registry."""
-    entry = releases.registry_entry(folder)
-    entry = {k: entry[k] for k in ("licence", "citation") if k in entry}
-    return {k: v for k, v in (entry | releases.read_source(folder)).items() if k != "files"}
+    """The source, licence and citation of a model, from its record; {} for one's own."""
+    source = releases.read_source(folder)
+    if not source and releases.registry_entry(folder):  # only its folder has the release's name
+        return releases.rights({})
+    return {k: v for k, v in source.items() if k != "files"}
 
 
 def model_facts(path, tasks):

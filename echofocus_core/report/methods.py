@@ -7,6 +7,7 @@ from echofocus_core.base.console import some
 from echofocus_core.base.files import sha256_file
 from echofocus_core.report.display import Table, metric_name
 from echofocus_core.report.recalibration import METHODS
+from echofocus_core.video.store import encoder_text
 
 INTERVALS = {  # of `statistics.INTERVALS`
     "percentile": "percentile intervals, widened for small numbers of patients (Hesterberg 2015)",
@@ -183,10 +184,11 @@ def tests(report):
 # ------------------------------------------------------------------------------------------- model
 
 
-def model_table(model, names, of_folds=False):
+def model_table(model, names, history, of_folds=False):
     """Table of a LoadedModel: its labels, network, input, training and digests.
 
-    names: label -> plain name; of_folds: whether it describes all models of a cross-validation.
+    names: label -> plain name; history: of its epochs, or None; of_folds: whether it describes
+    all models of a cross-validation.
     """
     record, checkpoint = model.record, model.folder / "best_checkpoint.pt"
     settings, rows = record.settings, []
@@ -204,7 +206,7 @@ def model_table(model, names, of_folds=False):
         )
     for name, given in record.inputs.items():
         parts = {
-            "": given.encoder or "PanEcho", "weights": given.weights, "pixels": given.size,
+            "": encoder_text(given.model_dump(exclude_none=True)), "pixels": given.size,
             "frames per clip": given.clip_len, "clips per video": given.n_clips,
             "sampling": given.sampling, "mask": given.mask,
         }  # fmt: skip
@@ -212,14 +214,17 @@ def model_table(model, names, of_folds=False):
         rows.append([f"Encoder {name}".strip(), text])
         rows.append(["SHA-256 of the encoder", given.weights_sha256])
     if record.task:
-        epochs = f"at most {settings.epoch_lim}" if settings.epoch_lim > 0 else "not limited"
+        epochs = f"at most {settings.epoch_lim} epochs" if settings.epoch_lim > 0 else "no limit"
+        if history is not None and history["val_loss"].notna().any():
+            trained, best = history["epochs_trained"], history["val_loss"].idxmin()
+            epochs = f"trained for {trained.max()} ({epochs}); the best was epoch {trained[best]}"
         rows += [
             ["Training data", f"{record.dataset}, task {record.task}"],
             ["Optimiser", f"AdamW, learning rate {settings.learning_rate:g}, weight decay 0.01, "
              f"{settings.batch_number} studies per step, the rate halved after 3 epochs without a "
              "lower validation loss"],
-            ["Epochs", f"{epochs}; stopped after {settings.epoch_early_stop} without a lower "
-             "validation loss, whose best epoch is used"],
+            ["Epochs", f"{epochs}. Training stops after {settings.epoch_early_stop} epochs without "
+             "a lower validation loss; the model is that of the best epoch"],
             ["Started from", settings.init_from],
             ["Seed", settings.seed],
             ["SHA-256 of the training labels", record.labels_sha256],

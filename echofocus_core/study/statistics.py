@@ -262,7 +262,10 @@ def estimate(outcome, metric, values, patients):
     elif np.isinf(values[0]):
         note = "infinite: division by zero"
     elif n_patients < described.fewest:
-        note = f"no interval: fewer than {described.fewest} patients"
+        few = described.fewest
+        group = [x for x, f in outcome.groups.items() if count_patients(patients, f(outcome)) < few]
+        note = " ".join(["no interval: fewer than", str(few), "patients", " or ".join(group)])
+        note = note.rstrip()
     elif described.interval != "none" and np.isnan(low):
         note = "no interval: too few resamples have a value, or all values are equal"
     elif n_boot < len(values) - 1:

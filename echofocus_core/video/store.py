@@ -65,7 +65,7 @@ def encoder_text(made_with):
     weights, digest = str(made_with.get("weights", "")), made_with.get("weights_sha256", "")[:12]
     name = made_with.get("encoder") or "PanEcho"
     if is_untrained(made_with):
-        return f"{name}, untrained: for trials, not for results"
+        return f"{name}, untrained (random weights)"
     if not weights and not digest:
         return "not recorded"
     return f"{name}, weights {weights} {digest}".rstrip()

@@ -183,6 +183,7 @@ class Outcome:
     methods: ClassVar[str]  # a sentence for the methods section of a paper
     truth_fields: ClassVar[tuple[str, ...]] = ("truth",)
     averages_truths: ClassVar[bool] = False  # whether a patient's truth may be a mean
+    groups: ClassVar[dict] = {}  # name -> function of the outcome: (S,) bool, its studies
     n_positive = -1
     threshold = None
     units = ""

@@ -106,6 +106,7 @@ class BinaryOutcome(Outcome):
     prevalence: float | None = None
 
     headline = "auroc"
+    groups: ClassVar = {"with the finding": with_finding, "without the finding": without_finding}
     METRICS: ClassVar = (
         Metric("auroc", RANKING, interval="wilson", denominator=rarer_class),
         Metric("average_precision", RANKING, interval="logit", limit=rarer_class),
