@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import write_embeddings
+from scipy import optimize
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 import echofocus as ef
@@ -15,6 +17,7 @@ from echofocus_core.study.config import Record
 from echofocus_core.study.fold_answers import thresholds_for
 from echofocus_core.study.job import Job
 from echofocus_core.study.loading import ensemble_of
+from echofocus_core.study.metrics import NEAREST
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import StudyModel
 from echofocus_core.study.outputs import Outputs
@@ -56,6 +59,17 @@ def test_folds_pooled_and_averaged(cohort, cli):
     sensitivity = called[pooled["finding_Correct"] == 1].astype(float).mean()
     assert metrics["value"]["sensitivity"] == pytest.approx(sensitivity, rel=1e-5)
 
+    truths, parts = pooled["finding_Correct"], []
+    for answers, split, test in zip(each, splits, tested, strict=True):
+        val = split[split["fold"] == "val"]["eid"]
+        x = logit(answers.clip(NEAREST, 1 - NEAREST))
+        parts.append(expit(intercept(truths[val], x[val]) + x[test["eid"]]))
+    shifted = pd.concat(parts)
+    recalibration = pd.read_csv(folder / "recalibration_cv_site.csv")
+    recalibration = recalibration.set_index(["method", "metric"])["value"]
+    brier = ((shifted - truths[shifted.index]) ** 2).mean()
+    assert recalibration["intercept", "brier"] == pytest.approx(brier, rel=1e-3)
+
     before = (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime
     (folder / "fold_2" / "best_checkpoint.pt").unlink()
     (folder / "fold_2" / "last_checkpoint.pt").unlink()
@@ -68,6 +82,11 @@ def test_folds_pooled_and_averaged(cohort, cli):
     averaged(cli, folder, each)
     explained(cli, folder, models)
     unseen_alone_are_test(cli, folder)
+
+
+def intercept(truths, log_odds):
+    """The shift with which the probabilities add up to the studies with the finding."""
+    return optimize.brentq(lambda a: expit(a + log_odds).sum() - truths.sum(), -30, 30)
 
 
 def explained(cli, folder, models):

@@ -11,7 +11,7 @@ import numpy as np
 
 from echofocus_core.base.figures import COLUMN, OKABE_ITO, PAGE, new_figure, save_figure
 from echofocus_core.report.display import metric_name, number, with_interval
-from echofocus_core.report.methods import SPAN
+from echofocus_core.report.methods import FEWEST, SPAN
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
 
@@ -20,7 +20,7 @@ BAND_BOOT = 200  # resamples of a curve
 GRID = np.linspace(0, 1, 101)  # on which the curves of resamples are averaged
 BLUE, ORANGE, GREEN, GREY = *OKABE_ITO[:3], "0.6"
 MAX_POINTS = 1000  # of a scatter plot; more are drawn as density
-FEWEST, SPARSE = 10, 5  # studies of a smooth curve, and of a point of it
+SPARSE = 5  # studies of a point of a smooth curve
 
 
 def title_of(estimate, name=""):
@@ -314,14 +314,14 @@ PANELS = {
     ),
     "reliability": Panel(
         "Calibration", draw_reliability, "calibration_slope",
-        f"Line: LOWESS (local linear, span {SPAN}) with a pointwise 95 % band over patients; on "
-        "the diagonal, predicted and observed risk are equal. Bars: number of studies by "
-        "probability.",
+        f"Line, from {FEWEST} studies: LOWESS (local linear, span {SPAN}) with a pointwise 95 % "
+        "band over patients; on the diagonal, predicted and observed risk are equal. Bars: number "
+        "of studies by probability.",
     ),
     "recalibration": Panel(
         "Recalibration", draw_reliability, "calibration_slope",
-        f"LOWESS (span {SPAN}) before and after recalibration, which was fitted on the validation "
-        "fold. Titles: before recalibration.",
+        f"LOWESS (span {SPAN}, from {FEWEST} studies) before and after recalibration, which was "
+        "fitted on the validation fold. Titles: before recalibration.",
     ),
     "decision_curves": Panel(
         "Decision curves", draw_decision, "auroc",

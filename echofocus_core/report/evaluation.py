@@ -38,7 +38,7 @@ from echofocus_core.report.html import page_templates, write_text
 from echofocus_core.report.methods import methods_paragraph, model_table
 from echofocus_core.report.recalibration import (
     METHODS,
-    recalibrate,
+    recalibrate_folds,
     recalibration_rows,
     recalibration_table,
 )
@@ -92,8 +92,8 @@ class Report:
     the other model) by `pair_studies`; notes: warnings for the reader; folds: Studies of each fold
     of a cross-validation, to report the mean and SD over folds; names: label -> its plain name;
     describe: function that returns the Tables of the cohort and of the model; history: of
-    `Training`, to plot; validation: function that returns the Studies of the validation fold or
-    None, to fit a recalibration.
+    `Training`, to plot; validation: function that returns the Studies of the validation folds, one
+    of each model, to fit a recalibration.
     """
 
     folder: Path
@@ -246,12 +246,12 @@ class Report:
     def recalibrate(self):
         """Recalibrate findings on the validation fold, and write the table."""
         self.recalibrated, self.recalibration = {}, []
-        if self.validation and (validation := self.validation()):
+        if self.validation and (validations := self.validation()):
+            parts = self.folds or [self.studies]
+            self.recalibrated, fitted = recalibrate_folds(parts, validations)
             findings = [o for o in self.studies.outcomes if isinstance(o, BinaryOutcome) and o.n]
-            fitted = {o.label: o for o in validation.outcomes}
-            self.recalibrated = recalibrate(findings, fitted)
             if absent := [o.label for o in findings if o.label not in self.recalibrated]:
-                text = "No recalibration: the validation fold has only studies with, or without,"
+                text = "No recalibration: a validation fold has only studies with, or without,"
                 self.notes.append(f"{text} the finding: {some(absent)}")
         if self.recalibrated:
             patients, boot = self.studies.patients, (self.n_boot, self.seed)
@@ -567,11 +567,11 @@ def report_of_fold(job, columns):
 
 
 def validation_of(job, answers):
-    """Studies of the validation fold, pooled by patient if requested, or None."""
+    """[Studies] of the validation fold, pooled by patient if requested; [] without any."""
     validation = answer_validation(job, answers.cohort, answers.folds)
     if validation and job.settings.per == "patient":
-        return validation.per_patient(job.settings.pool)[0]
-    return validation
+        validation = validation.per_patient(job.settings.pool)[0]
+    return [validation] if validation else []
 
 
 def describe_fold(job, answers):
@@ -605,17 +605,19 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
     job: of the training; evidence: of `seen_elsewhere`, on whether another model or the encoder has
     seen the studies.
     """
-    settings, parts, unreadable = job.settings, [], {}
+    settings, parts, validations, unreadable = job.settings, [], [], {}
     for k, cohort in cohorts.items():
         model = load_model(folder / f"fold_{k}", device=pick_device(settings.device))
-        answers = run_studies(
-            model.net, store, cohort.eids["test"], settings, unreadable=unreadable,
-            label=f"fold {k}",
-        )  # fmt: skip
-        if not len(answers):
-            raise UserError(f"fold {k} has no test study: use a smaller --n_folds")
-        thresholds = model.record.thresholds
-        parts.append(studies_of_answers(model, cohort.table, answers, thresholds, settings))
+        for fold, thresholds, studies in (
+            ("test", model.record.thresholds, parts), ("val", {}, validations)
+        ):  # fmt: skip
+            answers = run_studies(
+                model.net, store, cohort.eids[fold], settings, unreadable=unreadable,
+                label=f"{fold} fold {k}",
+            )  # fmt: skip
+            if not len(answers):
+                raise UserError(f"fold {k} has no {fold} study: use a smaller --n_folds")
+            studies.append(studies_of_answers(model, cohort.table, answers, thresholds, settings))
     report_unreadable(unreadable)
     cohort, names = next(iter(cohorts.values())), job.task.names
     studies, table = join_folds(parts), cohort.table
@@ -634,5 +636,6 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
         notes=notes, folds=parts, saveout=studies.saveout(), names=names,
         describe=lambda: {"cohort": [of_cohort], "model": [of_model]},
+        validation=lambda: validations,
     )  # fmt: skip
     print("\n".join(report.write()))

@@ -28,7 +28,8 @@ INTERVALS |= dict.fromkeys(
     "the logarithmic method of Simel (1991) with effective sample sizes",
 )
 CHOSEN = "in the validation fold"
-SPAN = 0.75  # of a calibration curve: the share of the studies that each point uses
+# Of a calibration curve: the share of the studies that each point uses, the fewest studies.
+SPAN, FEWEST = 0.75, 10
 
 
 def methods_paragraph(report):
@@ -84,7 +85,7 @@ def models(report):
 
 def kinds(report):
     text = " ".join(dict.fromkeys(o.methods for o in report.studies.outcomes))
-    if any("reliability" in o.figures for o in report.studies.outcomes):
+    if any("reliability" in o.figures and o.n >= FEWEST for o in report.studies.outcomes):
         text += (
             f" Calibration curves are local linear regressions (LOWESS, span {SPAN}) with "
             "pointwise bootstrap bands over patients."
@@ -93,7 +94,9 @@ def kinds(report):
         names = [
             "logistic with " * (m != "isotonic") + METHODS[m].lower() for m in METHODS if m in fits
         ]
-        text += f" Recalibration ({', '.join(names)}) was fitted on the validation fold."
+        where = "of each model" if report.folds else ""
+        text += f" Recalibration ({', '.join(names)}) was fitted on the validation fold {where}"
+        text = text.rstrip() + "."
     return text
 
 

@@ -9,9 +9,11 @@ from echofocus_core.base.console import some
 from echofocus_core.report.display import Table, cell_of, metric_name
 from echofocus_core.study import metrics as mt
 from echofocus_core.study import statistics as st
+from echofocus_core.study.evaluation import join_folds
+from echofocus_core.study.kinds.binary import BinaryOutcome
 
 METHODS = {"intercept": "Intercept", "slope": "Intercept and slope", "isotonic": "Isotonic"}
-ISOTONIC_FROM = 1000  # studies: with fewer it overfits (Niculescu-Mizil and Caruana, ICML 2005)
+ISOTONIC_FROM = 200  # studies; it overfits below about 1000 (Niculescu-Mizil, Caruana, ICML 2005)
 METRICS = ("brier", "calibration_slope", "calibration_intercept", "ece", "auroc")
 
 
@@ -61,6 +63,28 @@ def recalibrate(outcomes, validation):
     return recalibrated
 
 
+def recalibrate_folds(parts, validations):
+    """(label -> {method: BinaryOutcome}, label -> Outcome of the validation): each part, Studies of
+    a model's test fold, recalibrated on that model's validation fold, and joined.
+
+    Labels and methods that a fold lacks are left out.
+    """
+    each = []
+    for part, validation in zip(parts, validations, strict=True):
+        findings = [o for o in part.outcomes if isinstance(o, BinaryOutcome) and o.n]
+        each.append(recalibrate(findings, {o.label: o for o in validation.outcomes}))
+    recalibrated = {}
+    for label, methods in each[0].items():
+        for method in methods:
+            if all(method in fold.get(label, {}) for fold in each):
+                shown = [
+                    replace(part, outcomes=[fold[label][method]])
+                    for part, fold in zip(parts, each, strict=True)
+                ]
+                recalibrated.setdefault(label, {})[method] = join_folds(shown).outcomes[0]
+    return recalibrated, {o.label: o for o in join_folds(validations).outcomes}
+
+
 def recalibration_rows(recalibrated, estimates, patients, n_boot, seed):
     """[(label, method, {metric: Estimate})], the original first. estimates: of the originals."""
     rows, methods = [], list(METHODS)
@@ -80,7 +104,8 @@ def recalibration_rows(recalibrated, estimates, patients, n_boot, seed):
 
 def recalibration_table(rows, fitted, names):
     """The Table of `recalibration_rows`. fitted: label -> outcome of the validation fold."""
-    few = [names(x) for x in dict.fromkeys(x for x, *_ in rows) if fitted[x].n < ISOTONIC_FROM]
+    isotonic = {label for label, method, _ in rows if method == "isotonic"}
+    few = [names(x) for x in dict.fromkeys(label for label, *_ in rows) if x not in isotonic]
     return Table(
         "Recalibration fitted on the validation fold",
         ["Label", "Probabilities", "Fitted on (positive)", *map(metric_name, METRICS)],
