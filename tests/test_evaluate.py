@@ -486,7 +486,7 @@ def test_the_report_fits_screens_and_paper(tmp_path, table, chromium):
     Report(
         tmp_path, "x", studies, {"model_name": "m", "dataset": "site", "labels_sha256": "0" * 64},
         flow, {"sex": (table.set_index("eid")["sex"], [])}, {"other": (studies, studies)}, 100,
-        names=names, validation=lambda: studies,
+        names=names, validation=lambda: [studies],
     ).write()  # fmt: skip
     faults = Path(__file__).with_name("page_faults.js").read_text()
     for width, scheme, medium in (
