@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
             r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message
         )
         if choice:
-            names = re.findall(r"[\w.-]+", choice[3])
+            names = [name.strip(" '") for name in choice[3].split(",")]
             message = f"{choice[1]} {choice[2]} is not one of {', '.join(names)}"
             message += nearest(choice[2], names)
         stop(self.prog, message, UsageError.status)
