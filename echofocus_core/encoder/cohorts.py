@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from echofocus_core.base.console import RUN, UserError, nearest, printable, some
+from echofocus_core.base.console import RUN, UserError, count_of, nearest, printable, some
 from echofocus_core.base.files import sha256_of
 from echofocus_core.base.hdf5 import shortest_distinct
 from echofocus_core.base.options import FOLDS
@@ -125,7 +125,7 @@ def read_list(path, columns, listener, words):
     blank = cells[list(columns)].isna().any(axis=1)
     if blank.any():
         listener.warning(
-            f"{path}: {blank.sum()} rows have no {' or '.join(columns)}: line "
+            f"{path}: {count_of(blank.sum(), 'rows have')} no {' or '.join(columns)}: line "
             f"{some(cells.index[blank])}",
             "fill them in; these rows are left out",
         )
@@ -200,7 +200,7 @@ def read_hospital(folder, listener, words):
             cells["patient"] = clean_ids(cells["patient"], path, listener)
             if blank := int(cells["patient"].isna().sum()):
                 listener.warning(
-                    f"{path}: {blank} rows have no patient",
+                    f"{path}: {count_of(blank, 'rows have')} no patient",
                     "fill them in; an accession without a patient counts as one patient",
                 )
         files = cells["fname"].map(lambda f: f if Path(f).suffix else f"{f}.avi")

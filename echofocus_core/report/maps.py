@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from echofocus_core.base.console import UserError
+from echofocus_core.base.console import UserError, count_of
 from echofocus_core.base.figures import plot_map
 from echofocus_core.base.files import in_file_name, write_table
 from echofocus_core.study.labels import label_file, read_labels, read_rows
@@ -75,7 +75,7 @@ def make_map(files, rows, model, settings):
     write_table(points, path.with_name(path.name + ".csv"))
     unit = f" [{model.units[column]}]" if column in model.units else ""
     plot_map(points, axes, column + unit, shift, path)
-    print(f"wrote {path}.csv, .png and .pdf ({len(points)} studies)")
+    print(f"wrote {path}.csv, .png and .pdf ({count_of(len(points), 'studies')})")
 
 
 def map_positions(x, method):

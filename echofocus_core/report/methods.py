@@ -3,7 +3,7 @@
 import numpy as np
 
 from echofocus_core import __version__
-from echofocus_core.base.console import some
+from echofocus_core.base.console import count_of, some
 from echofocus_core.base.files import sha256_file
 from echofocus_core.report.display import Table, metric_name
 from echofocus_core.report.recalibration import METHODS
@@ -47,7 +47,7 @@ def cohort(report):
     else:
         where = f"{'all folds' if where == 'all' else f'{where} fold'} of {dataset}"
     if facts.get("per") != "patient":
-        text = f"Performance was evaluated in {len(studies)} studies of {n_patients} patients"
+        text = f"Performance was evaluated in {count_of(len(studies), 'studies')} of {count_of(n_patients, 'patients')}"
         text += f" ({where})."
         if facts.get("first_study_only"):
             text += " Only the first study of each patient was used."

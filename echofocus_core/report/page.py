@@ -19,7 +19,7 @@ import pandas as pd
 
 from echofocus_core import __version__
 from echofocus_core.base import releases
-from echofocus_core.base.console import RUN, printable, progress
+from echofocus_core.base.console import RUN, count_of, printable, progress
 from echofocus_core.base.files import atomic_path, sha256_file, write_table
 from echofocus_core.base.hdf5 import UNREADABLE
 from echofocus_core.report.html import TEMPLATES, page_templates, write_text
@@ -277,7 +277,7 @@ def why_no_novelty(record):
     """Why the novelty of a study is not known, by the Record of its model."""
     if 0 < record.train_patients < FEWEST:
         return (
-            f"The model was trained on {record.train_patients} patients: too few to judge how "
+            f"The model was trained on {count_of(record.train_patients, 'patients')}: too few to judge how "
             "unusual a study is."
         )
     return "How unusual a study is cannot be judged: the model has no record of its training data."

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from echofocus_core import __version__
-from echofocus_core.base.console import RUN, Collected, UserError, nearest, progress
+from echofocus_core.base.console import RUN, Collected, UserError, count_of, nearest, progress
 from echofocus_core.base.files import sha256_of
 from echofocus_core.base.seen import seen_levels
 from echofocus_core.study.attribution import NOT_ADDITIVE, explain_study
@@ -105,7 +105,7 @@ def select_studies(job, eids, truths, columns):
     chosen = [results.eids[i] for i in order][: settings.sample_limit or SELECTED]
     if not chosen:
         raise UserError(f"--select {select} selects no study")
-    print(f"explaining {len(chosen)} of {len(eids)} studies: {select}")
+    print(f"explaining {len(chosen)} of {count_of(len(eids), 'studies')}: {select}")
     return chosen
 
 

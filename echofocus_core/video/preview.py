@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from echofocus_core.base.console import duration, progress, reason_lines, some
+from echofocus_core.base.console import count_of, duration, progress, reason_lines, some
 from echofocus_core.base.world import pick_device
 from echofocus_core.video import extract, panecho
 from echofocus_core.video.decode import why_skipped
@@ -31,7 +31,9 @@ def preview_extraction(settings, trained_on, listener):
                 usable.append((study, video))
     usual = Counter(reason for reason in reasons.values() if reason.startswith(extract.USUAL))
     skipped = "".join(f"; {n} skipped: {reason}" for reason, n in usual.items())
-    listener.ok(f"{source}: {len(studies)} studies, {len(usable)} videos{skipped}")
+    listener.ok(
+        f"{source}: {count_of(len(studies), 'studies')}, {count_of(len(usable), 'videos')}{skipped}"
+    )
     odd = {name: reason for name, reason in reasons.items() if not reason.startswith(extract.USUAL)}
     if odd:
         listener.warning(
@@ -87,6 +89,6 @@ def estimate_time(settings, encoder, usable, listener):
     encode = (time.perf_counter() - began) * len(pieces) / len(batch)
     total = max(seconds / workers, encode) * len(usable)
     listener.ok(
-        f"extraction of {len(usable)} videos: about {duration(total)} on {device} "
+        f"extraction of {count_of(len(usable), 'videos')}: about {duration(total)} on {device} "
         "(rough estimate from one video and a few images)"
     )
