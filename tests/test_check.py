@@ -47,7 +47,7 @@ def test_check_of_a_sound_cohort_writes_nothing(cohort, cli):
         assert status == 0 and findings(out) == [] and "0 errors, 0 warnings" in out, out + err
         assert "60 studies of 40 patients" in out and "an epoch of training" in out
         if task == "defect":
-            assert "1 skipped: still image" in out and "extraction of 1 videos: about" in out
+            assert "1 skipped: still image" in out and "extraction of 1 video: about" in out
     assert tree(cohort) == before
 
     split = pd.read_csv("trained_models/defect/split.csv", dtype=str).set_index("eid")["fold"]

@@ -47,8 +47,8 @@ def cohort(report):
     else:
         where = f"{'all folds' if where == 'all' else f'{where} fold'} of {dataset}"
     if facts.get("per") != "patient":
-        text = f"Performance was evaluated in {count_of(len(studies), 'studies')} of {count_of(n_patients, 'patients')}"
-        text += f" ({where})."
+        counts = f"{count_of(len(studies), 'studies')} of {count_of(n_patients, 'patients')}"
+        text = f"Performance was evaluated in {counts} ({where})."
         if facts.get("first_study_only"):
             text += " Only the first study of each patient was used."
         return text

@@ -277,8 +277,8 @@ def why_no_novelty(record):
     """Why the novelty of a study is not known, by the Record of its model."""
     if 0 < record.train_patients < FEWEST:
         return (
-            f"The model was trained on {count_of(record.train_patients, 'patients')}: too few to judge how "
-            "unusual a study is."
+            f"The model was trained on {count_of(record.train_patients, 'patients')}: too few to "
+            "judge how unusual a study is."
         )
     return "How unusual a study is cannot be judged: the model has no record of its training data."
 
