@@ -82,6 +82,33 @@ def test_an_aggregator_that_sees_single_videos_beats_the_mean(planted, cli):
                "--encoders", "good=emb", "bad=noise")[0] == 0  # fmt: skip
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.pt")} == before
     assert pd.read_csv(folder / "cells.csv").set_index(["encoder", "aggregator"]).equals(cells)
+    refuses_other_data(cli, "--split", "50,20,30")
+
+
+def refuses_other_data(cli, *options):
+    """Finished models are neither kept for other labels or embeddings, nor used on those of another
+    encoder."""
+    line = (*LINE, "--aggregators", "mean", "standard", *options)
+    status, _, err = cli(*line, "--encoders", "good=weak", "bad=noise")
+    assert status == 1 and "different clip embeddings" in err, err
+    labels = pd.read_csv("labels.csv")
+    labels.assign(VSD=1 - labels["VSD"]).to_csv("labels.csv", index=False)
+    status, _, err = cli(*line, "--encoders", "good=emb", "bad=noise")
+    assert status == 1 and "different values of the labels" in err, err
+    labels.to_csv("labels.csv", index=False)
+    config = Path("config.json")
+    for folder, text in (
+        ("weak", "was trained on the clip embeddings in emb"),
+        ("noise", "in emb"),
+    ):
+        config.write_text(config.read_text().replace('"emb"', f'"{folder}"'))
+        status, _, err = cli("evaluate", "--model_name", "t/good_mean")
+        assert status == 1 and text in err, err
+        config.write_text(config.read_text().replace(f'"{folder}"', '"emb"'))
+    given = ("--dataset", "d", "--embedding_path")
+    status, _, err = cli("predict", "--model_name", "t/good_mean", *given, "noise")
+    assert status == 1 and "32 features; noise has 16" in err, err
+    assert cli("evaluate", "--model_name", "t/good_mean", *given, "emb")[0] == 0
 
 
 def test_nobody_wins_without_a_signal(planted, cli):
@@ -127,6 +154,8 @@ def test_learning_curves_and_grids(planted, cli, monkeypatch):
 def test_mistakes(planted, cli):
     line = (*LINE, "--epoch_lim", 1)
     assert cli(*line, "--aggregators", "mean", "--model_name", "done")[0] == 0
+    page = Path("trained_models/done/comparison.html").read_text()
+    assert "emb_mean was still falling when --epoch_lim 1" in page
     for options, text in (
         (("--aggregators", "mean", "--model_name", "done", "--seed", "5"), "seed was 0"),
         (("--aggregators", "mlp", "--model_name", "done"), "emb_mean"),

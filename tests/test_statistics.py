@@ -591,3 +591,12 @@ def test_studies_of_a_patient_are_pooled():
     assert np.isnan(none.predicted).all() and len(none.truth) == 3
     with pytest.raises(UserError, match="--pool first or last"):
         SurvivalOutcome("x", truth, p, truth).by_patient(patients, "mean")
+
+
+def test_p_of_the_bootstrap_is_where_the_interval_ends_at_0():
+    less, n = np.random.default_rng(0).normal(0.3, 0.2, 2000), 15
+    p = st.percentile_p(less, n)
+    z = np.sqrt(n / (n - 1)) * scipy_stats.t.isf(p / 2, n - 1)
+    assert 0.1 < p < 0.3 and abs((less <= 0).mean() - scipy_stats.norm.sf(z)) < 1e-9
+    assert st.percentile_p(-less, n) == pytest.approx(p)
+    assert 0 < st.percentile_p(less + 9, n) < 0.01 and st.percentile_p(less * 0, n) == 1

@@ -21,7 +21,7 @@ from echofocus_core.report.display import (
     p_value,
 )
 from echofocus_core.report.html import page_templates, write_text
-from echofocus_core.study.compare import answer_cells, tables_of, train_cells
+from echofocus_core.study.compare import answer_cells, tables_of, train_cells, warnings_of
 from echofocus_core.study.evaluation import group_columns
 from echofocus_core.study.loading import model_folder
 
@@ -52,7 +52,7 @@ def compare_models(job):
     write_page(folder, job, trained, shown, figures)
     cells = tables["cells"][["encoder", "aggregator", "fraction", "label", "metric", "value"]]
     print(cells.to_string(index=False, float_format="{:.3f}".format))
-    for text in sorted({text for x in trained for text in x.warnings}):
+    for text in warnings_of(job, trained):
         RUN.warning(text)
     print(f"wrote {', '.join(files)} and comparison.html to {folder}")
     return tables["cells"]
@@ -128,8 +128,9 @@ def page_tables(tables, references, names):
         note += f", and minus {best}, the best on these studies by mean rank over labels. The best "
         note += "was chosen on these test studies, so its result is optimistic"
     note += (
-        ". AUROC by DeLong's test for clustered data, other metrics by the paired bootstrap. The "
-        "adjusted p-value is Holm's over all differences from the same combination."
+        ". AUROC by DeLong's test for clustered data, other metrics by the paired bootstrap; of "
+        "errors, a negative difference is better. The adjusted p-value is Holm's over all "
+        "differences from the same combination."
     )
     cells = tables["cells"].sort_values("label", kind="stable")
     models = cells.drop_duplicates(list(MODELS))
@@ -186,14 +187,9 @@ def cell_text(name, value):
 def write_page(folder, job, trained, sections, figures):
     """Write comparison.html: one file without scripts, links or network requests."""
     patients = np.unique(trained[0].studies.patients)
-    warnings = {text for x in trained for text in x.warnings}
-    if len({(x.cell.fraction, x.facts["train_studies"]) for x in trained}) > len(
-        {x.cell.fraction for x in trained}
-    ):
-        warnings.add("Encoders without embeddings of some studies were trained on fewer studies.")
     page = page_templates().get_template("comparison.html").render(
         settings=job.settings, version=__version__, sections=sections, figures=figures,
-        n_studies=len(trained[0].studies), n_patients=len(patients), warnings=sorted(warnings),
-        today=date.today().isoformat(),
+        n_studies=len(trained[0].studies), n_patients=len(patients),
+        warnings=warnings_of(job, trained), today=date.today().isoformat(),
     )  # fmt: skip
     write_text(folder / "comparison.html", page)

@@ -113,12 +113,11 @@ def train_cells(job):
         runs.append((cell, options, one, Path(one.settings.model_name).absolute()))
     first = from_environment("SLURM_ARRAY_TASK_ID", 0) % len(runs)
     for i, (cell, options, one, place) in enumerate(runs[first:] + runs[:first]):
-        print(f"{cell.name}, training {i + 1} of {len(runs)}" + f": {options}" * bool(options))
+        print(f"{cell.name}, {i + 1} of {len(runs)}" + f": {options}" * bool(options))
         if best_of(place, options):
             refuse_changes(place, one.settings)
-            continue
         try:
-            train_model(one)
+            train_model(one)  # compares labels and embeddings, also of a finished model
         except InUse:
             print(f"{place.name} is trained by another process")
     finished = {}
@@ -191,7 +190,8 @@ def answer_cells(job, finished):
             "train_studies": len(split), "train_patients": split["pid"].nunique(),
             "width": model.net.width,
             "parameters": sum(p.numel() for p in model.net.parameters()),
-            "epochs": len(history), "val_loss": history[:, 1].min(),
+            "epochs": len(history), "best_epoch": 1 + int(history[:, 1].argmin()),
+            "val_loss": history[:, 1].min(),
             "train_seconds": history[:, 3].sum(),
             "extract_seconds": extraction_seconds_of(folders[cell.encoder]),
         }  # fmt: skip
@@ -203,6 +203,22 @@ def answer_cells(job, finished):
     for x in trained:
         x.studies = only(x.studies, common)
     return trained
+
+
+def warnings_of(job, trained):
+    """Sorted texts for the reader of a comparison, about the embeddings and the training."""
+    warnings = {text for x in trained for text in x.warnings}
+    fractions = {x.cell.fraction for x in trained}
+    if len({(x.cell.fraction, x.facts["train_studies"]) for x in trained}) > len(fractions):
+        warnings.add("Encoders without embeddings of some studies were trained on fewer studies.")
+    limit = job.settings.epoch_lim
+    if falling := [x.cell.name for x in trained if x.facts["best_epoch"] == limit]:
+        warnings.add(
+            f"The validation loss of {some(falling, 8)} was still falling when --epoch_lim {limit} "
+            "ended the training, so better results are possible: use a larger --epoch_lim, or "
+            "choose the learning rate with --grid."
+        )
+    return sorted(warnings)
 
 
 def extraction_seconds_of(folders):
@@ -313,11 +329,12 @@ def tables_of(job, trained, columns):
     references = dict.fromkeys((0, whole.index(best_of_cells(whole, headlines))))
     references = [whole[i] for i in references]
     rows = [row for x in references for row in difference_rows(whole, x, *boot)]
-    tables = {"cells": pd.DataFrame(cells)}
+    tables = {"cells": pd.DataFrame(cells).drop(columns="p_value")}
     if rows:  # none for a single combination
         tables["differences"] = pd.DataFrame(rows)
     if settings.perturbed:
         tables["perturbed"] = pd.DataFrame(perturbed_rows(trained, *boot))
     if columns:
-        tables["groups"] = pd.DataFrame(group_rows(trained, columns, *boot))
+        groups = pd.DataFrame(group_rows(trained, columns, *boot))
+        tables["groups"] = groups.drop(columns="p_value", errors="ignore")
     return tables, headlines, references

@@ -444,6 +444,7 @@ class Record(Labelled):
     ranges: dict[str, tuple[float, float]] = Field({})  # measurement -> ends of the training fold
     train_patients: int = 0  # of the training fold; 0: not recorded
     labels_sha256: str = ""
+    embeddings: str = ""  # name of their folder
     encoder_sha256: str = ""
     input: Input = Input()
     width: int | list[int] = EMBED_DIM  # features of a clip embedding; a list: of each encoder

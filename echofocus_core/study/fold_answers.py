@@ -33,7 +33,12 @@ from echofocus_core.study.loading import SEVERAL_RULES, other_times
 from echofocus_core.study.loop import report_unreadable, run_studies
 from echofocus_core.study.metrics import choose_threshold, read_target
 from echofocus_core.study.models import LoadedEnsemble
-from echofocus_core.study.sources import Source, open_embeddings, warn_of_other_input
+from echofocus_core.study.sources import (
+    Source,
+    open_embeddings,
+    refuse_other_embeddings,
+    warn_of_other_input,
+)
 
 
 def task_for(model, task):
@@ -207,6 +212,7 @@ def compared_studies(job, studies):
             continue
         settings, notes = job.settings.model_copy(update={"task": other.settings.task}), []
         source = Source(settings.dataset, open_embeddings(job.dataset, other.task, settings))
+        refuse_other_embeddings(other.model, source)
         other = replace(other, settings=settings, dataset=job.dataset, source=source)
         try:
             thresholds = thresholds_for(other)

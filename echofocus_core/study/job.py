@@ -21,7 +21,12 @@ from echofocus_core.study.labels import label_file
 from echofocus_core.study.loading import find_model, load_model, load_named, released_task
 from echofocus_core.study.models import LoadedModel
 from echofocus_core.study.network import Aggregator, Readings
-from echofocus_core.study.sources import CLIP_EMBEDDINGS, Source, open_source
+from echofocus_core.study.sources import (
+    CLIP_EMBEDDINGS,
+    Source,
+    open_source,
+    refuse_other_embeddings,
+)
 from echofocus_core.video.encoders import is_file, is_panecho, weights_digest
 
 
@@ -54,6 +59,8 @@ class Job:
         limited: apply --sample_limit to the whole dataset, not to a fold.
         """
         source, dataset = open_source(self, limited)
+        if self.model and not self.reads_videos and not self.settings.embedding_path:
+            refuse_other_embeddings(self.model, source)
         return replace(self.but(dataset=source.name), dataset=dataset, source=source)
 
 

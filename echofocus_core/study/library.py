@@ -98,7 +98,7 @@ def make_job(command, typed, source, labels, task, model, folder):
     elif not config.tasks and not model:
         raise UserError('task: name the labels, as in task=["ASD", "VSD"], or write a config')
     if command == "compare":
-        if not isinstance(source, dict | None):
+        if not (source is None or (isinstance(source, dict) and source)):
             raise UserError("encoders: name them, as in {'panecho': 'emb/panecho'}")
         paths = {name: paths_of(each, folder / name) for name, each in (source or {}).items()}
         typed["encoders"] = [f"{name}={','.join(x)}" for name, x in paths.items()]

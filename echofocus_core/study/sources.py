@@ -110,6 +110,27 @@ def folder_of(videos, grouping, settings, encoder):
     return Path(settings.keep or CLIP_EMBEDDINGS) / f"{videos.resolve().name}_{key}"
 
 
+def embeddings_name(store):
+    """The name of the folder or file of a store's embeddings."""
+    return "+".join(part.folder.name for part in store.parts.values())
+
+
+def refuse_other_embeddings(model, source):
+    """UserError for the dataset of a model's training with embeddings of another name and without
+    the digest of the model's encoder."""
+    record, store = model.record, source.store
+    trained, now = record.embeddings, embeddings_name(store)
+    if source.name != record.dataset or trained in ("", now):
+        return
+    digests = set(store.made_with(source.eids)["weights_sha256"])
+    if not record.encoder_sha256 or digests != {record.encoder_sha256}:
+        raise UserError(
+            f"{model.folder.name} was trained on the clip embeddings in {trained}; the dataset "
+            f"{source.name} has those in {now}. Give the folder with --dataset {source.name} "
+            f"--embedding_path .../{trained}"
+        )
+
+
 def refuse_mixed(store, eids, allowed, findings):
     """Report an error if embeddings were made with different encoders or settings, or some have no
     record; with --allow_mixed a warning."""
@@ -164,11 +185,23 @@ def warn_of_other_input(model, store, eids, listener=RUN, names=MADE_WITH):
     return warnings
 
 
+def refuse_other_width(model, store, eids):
+    """UserError if no study has clip embeddings as wide as those that the model was trained on."""
+    widths = {header.width for _, header in store.readable_headers(eids)}
+    if widths and model.record.width not in widths:
+        raise UserError(
+            f"{model.folder.name} was trained on clip embeddings with {model.record.width} "
+            f"features; {embeddings_name(store)} has {some(sorted(widths))}: give "
+            "the embeddings of the model's encoder (--embedding_path)"
+        )
+
+
 def refuse_other_encoders(model, store, eids):
     """UserError if a model reads the embeddings of other encoders together than a dataset has."""
     trained, now = model.record.encoders, store.parts
     if len(trained) < 2 and len(now) < 2:
-        return  # another width is refused study by study
+        refuse_other_width(model, store, eids)
+        return
     trained = dict(zip(trained or [""], np.ravel(model.record.width), strict=True))
     now = dict(zip(now, np.ravel(store.width(eids)), strict=True))
     swapped = set(trained) == set(now) and list(trained) != list(now)

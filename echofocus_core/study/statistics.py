@@ -221,6 +221,9 @@ INTERVALS = {f.__name__: f for f in (percentile, normal, logit, log, log_rest, f
 INTERVALS |= {f.__name__: f for f in (wilson, lr_positive, lr_negative, limit_of_agreement)}
 
 
+LEAST = 100  # resamples with a value, for an interval
+
+
 def interval(values, n_patients, method="percentile", size=0, others=None):
     """(low, high, n_boot): the 95 % interval from (1 + n_boot,), the value and its resamples.
 
@@ -230,7 +233,7 @@ def interval(values, n_patients, method="percentile", size=0, others=None):
     """
     value, resamples = values[0], values[1:][~np.isnan(values[1:])]
     n_boot = len(resamples)
-    if method == "none" or np.isnan(value) or n_patients < 2 or n_boot < 100:
+    if method == "none" or np.isnan(value) or n_patients < 2 or n_boot < LEAST:
         return np.nan, np.nan, n_boot
     sampled = Sampled(float(value), resamples, n_patients, size, others or {})
     with np.errstate(all="ignore"):
@@ -267,7 +270,7 @@ def estimate(outcome, metric, values, patients):
         note = " ".join(["no interval: fewer than", str(few), "patients", " or ".join(group)])
         note = note.rstrip()
     elif described.interval != "none" and np.isnan(low):
-        note = "no interval: too few resamples have a value, or all values are equal"
+        note = f"no interval: fewer than {LEAST} resamples have a value, or all are equal"
     elif n_boot < len(values) - 1:
         note = f"interval from the {n_boot} of {len(values) - 1} resamples that have a value"
     if described.remark and not np.isnan(values[0]):
@@ -363,10 +366,11 @@ def holm(p):
 
 
 def compare(first, second, patients, n_boot=1000, seed=0):
-    """[Estimate]: the differences first - second between two models on the same studies.
+    """[Estimate]: the differences first - second between two models on the same studies, with a
+    p_value.
 
-    Each label uses the studies that both models predict. The AUROC of findings uses `delong`, with
-    a p_value; other metrics use the same resamples for both. UserError if labels or truths differ.
+    Each label uses the studies that both models predict. The AUROC of findings uses `delong`;
+    other metrics use the same resamples for both. UserError if labels or truths differ.
     """
     first, second = on_both(first, second)
     values, others = (bootstrap(o, patients, n_boot, seed) for o in (first, second))
@@ -386,6 +390,8 @@ def difference(a, b, metric, values, others, patients):
     low, high, n_boot = interval(less, n_patients, mean_method(a, metric, n_patients))
     n, positive, unit = a.n, a.n_positive, a.unit(metric)
     row = Estimate(a.label, metric, float(less[0]), low, high, n, positive, unit, "", n_boot)
+    if np.isfinite(low):
+        row = replace(row, p_value=percentile_p(less[1:], n_patients))
     if metric == "auroc" and isinstance(a, BinaryOutcome):
         low, high, p_value = delong_difference(a, b, patients)
         row = replace(row, ci_low=low, ci_high=high, p_value=p_value, n_boot=0)
@@ -394,8 +400,17 @@ def difference(a, b, metric, values, others, patients):
     if np.isnan(row.value):
         return replace(row, note=f"the other: {b.why_missing(metric)}")
     if np.isnan(row.ci_low):
-        return replace(row, note="no interval: too few patients, or all resamples are equal")
+        return replace(row, note="no interval: too few patients or resamples, or all are equal")
     return row
+
+
+def percentile_p(resamples, n_patients):
+    """The p value of no difference: 1 minus the level at which the interval by `percentile` ends
+    at 0."""
+    less = resamples[~np.isnan(resamples)]
+    tail = max(min((less <= 0).mean(), (less >= 0).mean()), 1 / (len(less) + 1))
+    t = special.ndtri(min(tail, 0.5)) * np.sqrt((n_patients - 1) / n_patients)
+    return float(2 * special.stdtr(n_patients - 1, t))
 
 
 def on_both(first, second):

@@ -170,9 +170,11 @@ def folder_to_train_in(settings):
 def train_cohort(run):
     """Train to the end, or resume a training, and report it."""
     run.run()
+    falling = run.best_epoch == run.epoch == run.settings.epoch_lim
     print(
-        f"best validation loss {-max(run.scores):.4f} after epoch {run.best_epoch} of {run.epoch}; "
-        f"the model is {run.folder}"
+        f"best validation loss {-max(run.scores):.4f} after epoch {run.best_epoch} of {run.epoch}"
+        + ", still falling: a larger --epoch_lim may help" * falling
+        + f"; the model is {run.folder}"
     )
     for unreadable in run.world.gather(run.unreadable):
         run.unreadable |= unreadable

@@ -27,6 +27,7 @@ from echofocus_core.study.input_check import TrainingInput
 from echofocus_core.study.labels import other_unit
 from echofocus_core.study.loop import LoopContext, report_unreadable, run_all_steps, train_steps
 from echofocus_core.study.network import build
+from echofocus_core.study.sources import embeddings_name
 from echofocus_core.study.validation import metric_line, validation_metrics
 
 # The name of the training data where a resumed run has other data
@@ -188,7 +189,7 @@ class Training(EpochTraining):
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
             ranges={label: tuple(map(float, ends[label])) for label in ends},
             train_patients=cohort.table["pid"].loc[cohort.eids["train"]].nunique(),
-            width=self.width, encoders=self.encoders,
+            width=self.width, encoders=self.encoders, embeddings=embeddings_name(self.store),
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()), loss_over_all_labels=True,
         )  # fmt: skip
