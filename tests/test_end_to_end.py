@@ -171,7 +171,7 @@ def test_a_model_and_its_encoder(site, cli):
     status, out, err = cli(*line, "--epoch_lim", "2")
     assert status == 0, err
     assert "extracted: loss" in out
-    assert "1 videos cannot be used and are left out:\ne0/v1.avi: " in out
+    assert "1 video cannot be used:\ne0/v1.avi: " in out
     folder = Path("trained_models/t")
     whole = read_checkpoint(folder / "last_checkpoint.pt")
     assert whole["echofocus"]["settings"]["end_to_end"] is True

@@ -377,7 +377,7 @@ def test_learns_from_echonet_dynamic(cli, here, dynamic):
     line = f"{dynamic_line(dynamic)} --output_dir ef {SMALL} --lr 2e-3 --wd 0.01 --adamw"
     status, out, err = run(cli, line, "--max_epochs 14 --clip_len 8")
     assert status == 0, err
-    assert "1 videos cannot be used and are left out:\n0X00.avi" in out
+    assert "1 video cannot be used:\n0X00.avi" in out
     test = pd.read_csv("ef/preds/EF/test_EF_preds.csv")
     train_mean = pd.read_csv(dynamic / "FileList.csv")["EF"][:28].mean()
     assert len(test) == 8

@@ -33,6 +33,7 @@ from echofocus_core.base.console import (
     TRAIN_ENCODER,
     Parser,
     UserError,
+    count_of,
     print_next,
     progress,
     reason_lines,
@@ -474,7 +475,7 @@ def decode_cohort(cohort, cache, settings, world):
     names = cohort.videos.index[cohort.videos["path"].isin(list(reasons))]
     if len(names):
         why = {name: reasons[cohort.videos.at[name, "path"]] for name in names}
-        RUN.warning(f"{len(names)} videos cannot be used and are left out:{reason_lines(why)}")
+        RUN.warning(f"{count_of(len(names), 'videos')} cannot be used:{reason_lines(why)}")
     content = {path: cache.content(path) for path in part}
     content = {k: v for part in world.gather(content) for k, v in part.items()}
     cohort.videos = cohort.videos.assign(content=cohort.videos["path"].map(content))

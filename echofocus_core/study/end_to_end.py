@@ -27,6 +27,7 @@ from echofocus_core.base.console import (
     RUN,
     Parser,
     UserError,
+    count_of,
     reason_lines,
     run_main,
     some,
@@ -217,7 +218,7 @@ class VideoStore:
         unused = {name: self.reasons[s] for name, s in every.items() if s in self.reasons}
         if unused:
             n, reasons = len(unused), reason_lines(unused)
-            RUN.warning(f"{n} videos cannot be used and are left out:{reasons}")
+            RUN.warning(f"{count_of(n, 'videos')} cannot be used:{reasons}")
 
     def videos(self, eid):
         """The names of a study's videos that can be decoded."""

@@ -189,7 +189,8 @@ class Training(EpochTraining):
             thresholds=self.thresholds, hazards=self.hazards, labels_sha256=cohort.digest,
             ranges={label: tuple(map(float, ends[label])) for label in ends},
             train_patients=cohort.table["pid"].loc[cohort.eids["train"]].nunique(),
-            width=self.width, encoders=self.encoders, embeddings=embeddings_name(self.store),
+            width=self.width, encoders=self.encoders, 
+            embeddings="" if s.end_to_end else embeddings_name(self.store),
             encoder_sha256=self.input.weights_sha256 or "", input=self.input,
             settings=Settings(**self.recorded_settings()), loss_over_all_labels=True,
         )  # fmt: skip
