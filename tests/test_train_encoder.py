@@ -604,7 +604,7 @@ def test_hospital_tables(here, hospital):
     patients["test"].loc[0, "patient"] = "other"
     assert reported("ERROR", "several patients", "test0", **patients)
     patients["test"].loc[0, "patient"] = None  # that of the other row
-    assert reported("WARNING", "test.csv", "1 rows have no patient", **patients)
+    assert reported("WARNING", "test.csv", "1 row has no patient", **patients)
     assert not reported("ERROR", **patients)
     Path("site/links").symlink_to("vids")
     twice = whole["test"].copy()
