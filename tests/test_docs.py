@@ -33,7 +33,7 @@ from echofocus_core.video.store import MADE_WITH
 sys.path.append(str(ROOT / "docs" / "tutorials"))
 import practice
 
-pytestmark = [pytest.mark.docs, pytest.mark.xdist_group("docs")]
+pytestmark = pytest.mark.xdist_group("docs")
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 PAGES.remove("docs/python.md")  # tests/test_library.py runs it
 BLOCK = re.compile(
@@ -117,6 +117,7 @@ def finished():
     return set()
 
 
+@pytest.mark.docs
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page, request, finished, monkeypatch, weights_drawn_once):
     folder = request.getfixturevalue("newcomer" if page == "README.md" else "hospital")
@@ -202,6 +203,7 @@ def check_config(text):
     read_config(str(path))
 
 
+@pytest.mark.docs
 def test_every_column_is_documented(hospital):
     """After the pages: docs/outputs.md names each column of each table that they wrote."""
     text = "".join((ROOT / "docs" / name).read_text() for name in ("outputs.md", "compare.md"))
@@ -228,7 +230,7 @@ def test_every_column_is_documented(hospital):
 def test_messages_are_those_of_the_program():
     """docs/messages.md quotes texts that the code has; `...` is a value."""
     texts = []
-    for path in ROOT.glob("echofocus_core/**/*.py"):
+    for path in (ROOT / "echofocus.py", *ROOT.glob("echofocus_core/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = (x.value if isinstance(x, ast.Constant) else "..." for x in node.values)
