@@ -69,6 +69,7 @@ def test_folds_pooled_and_averaged(cohort, cli):
     recalibration = recalibration.set_index(["method", "metric"])["value"]
     brier = ((shifted - truths[shifted.index]) ** 2).mean()
     assert recalibration["intercept", "brier"] == pytest.approx(brier, rel=1e-3)
+    assert "validation of each fold" in (folder / "report_cv_site.html").read_text()
 
     before = (folder / "fold_1" / "best_checkpoint.pt").stat().st_mtime
     (folder / "fold_2" / "best_checkpoint.pt").unlink()

@@ -43,11 +43,13 @@ def save_figure(figure, path):
 def plot_history(history, path, name=""):
     """Plot losses, and metrics of the validation, over epochs: <path>.pdf and .png.
 
-    history: epochs_trained, train_loss, val_loss, and val_<metric> for each metric.
+    history: epochs_trained, train_loss, val_loss, and val_<metric> for each metric; or a dict of
+    such tables by the name of the fold, each of which has a colour.
     """
     from matplotlib.ticker import MaxNLocator
 
-    epochs, shown = history["epochs_trained"], history.dropna(axis=1, how="all").columns
+    folds = history if isinstance(history, dict) else {"": history}
+    shown = next(iter(folds.values())).dropna(axis=1, how="all").columns
     metrics = [x for x in shown if x.startswith("val_") and x != "val_loss"]
     lines = {"loss": {"training": "train_loss", "validation": "val_loss"}}
     lines |= {x.removeprefix("val_").replace("_", " "): {"validation": x} for x in metrics}
@@ -55,16 +57,18 @@ def plot_history(history, path, name=""):
     figure, axes = new_figure(1, len(lines), figsize=size, squeeze=False)
     # Drawn in every epoch: a fixed layout is fast.
     figure.subplots_adjust(0.6 / size[0], 0.17, 1 - 0.1 / size[0], 0.88, wspace=0.35)
-    best = history["val_loss"].idxmin()
     for axis, (title, columns) in zip(axes.flat, lines.items(), strict=True):
-        for k, (label, column) in enumerate(columns.items()):
-            colour = OKABE_ITO[1 if label == "training" else 0]
-            style = dict(color=colour, ls="-" if k == len(columns) - 1 else "--")
-            axis.plot(epochs, history[column], label=label, marker=".", ms=4, **style)
-        axis.plot(
-            epochs[best], history[column][best], "o", mfc="none", color="black", ms=7,
-            label=f"best: epoch {epochs[best]:.0f}",
-        )  # fmt: skip
+        for k, (fold, table) in enumerate(folds.items()):
+            epochs, best = table["epochs_trained"], table["val_loss"].idxmin()
+            for label, column in columns.items():
+                colour = OKABE_ITO[k % len(OKABE_ITO) if fold else label == "training"]
+                text = "" if fold and label == "training" else fold or label
+                style = dict(color=colour, ls="--" if label == "training" else "-")
+                axis.plot(epochs, table[column], label=text, marker=".", ms=4, **style)
+            axis.plot(
+                epochs[best], table[column][best], "o", mfc="none", color="black", ms=7,
+                label="" if fold else f"best: epoch {epochs[best]:.0f}",
+            )  # fmt: skip
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="epoch", ylabel=title)
         axis.legend()

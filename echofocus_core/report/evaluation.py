@@ -92,8 +92,8 @@ class Report:
     the other model) by `pair_studies`; notes: warnings for the reader; folds: Studies of each fold
     of a cross-validation, to report the mean and SD over folds; names: label -> its plain name;
     describe: function that returns the Tables of the cohort and of the model; history: of
-    `Training`, to plot; validation: function that returns the Studies of the validation folds, one
-    of each model, to fit a recalibration.
+    `Training`, to plot, or that of each fold by its name; validation: function that returns the
+    Studies of the validation folds, one of each model, to fit a recalibration.
     """
 
     folder: Path
@@ -110,7 +110,7 @@ class Report:
     saveout: pd.DataFrame | None = None  # the answers and truths of each study, to write
     names: dict = field(default_factory=dict)
     describe: Callable | None = None
-    history: pd.DataFrame | None = None
+    history: pd.DataFrame | dict | None = None
     validation: Callable | None = None
 
     def compute(self):
@@ -352,8 +352,15 @@ class Report:
         curve = None
         if self.history is not None:
             draw = partial(plot_history, self.history, name=self.folder.name)
-            n_panels = sum(x.startswith("val_") for x in self.history)
-            self.figure("training", "Training", draw, "", n_panels=n_panels)
+            whole = isinstance(self.history, dict)
+            first = next(iter(self.history.values())) if whole else self.history
+            n_panels = sum(x.startswith("val_") for x in first)
+            title = (
+                "Training (dashed) and validation of each fold; circles: best epochs"
+                if whole
+                else "Training"
+            )
+            self.figure("training", title, draw, "", n_panels=n_panels)
             curve = self.figures.pop()
         env = page_templates()
         env.filters["some"] = lambda labels: some(labels, 8)
@@ -619,6 +626,8 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
                 raise UserError(f"fold {k} has no {fold} study: use a smaller --n_folds")
             studies.append(studies_of_answers(model, cohort.table, answers, thresholds, settings))
     report_unreadable(unreadable)
+    histories = {f"fold {k}": read_history(folder / f"fold_{k}") for k in cohorts}
+    histories = {fold: table for fold, table in histories.items() if table is not None}
     cohort, names = next(iter(cohorts.values())), job.task.names
     studies, table = join_folds(parts), cohort.table
     flow = fold_flow(table, [c.folds for c in cohorts.values()], studies.eids)
@@ -636,6 +645,6 @@ def evaluate_folds(folder, job, cohorts, store, evidence=()):
         folder, name, studies, facts, flow, n_boot=settings.n_boot, seed=settings.seed,
         notes=notes, folds=parts, saveout=studies.saveout(), names=names,
         describe=lambda: {"cohort": [of_cohort], "model": [of_model]},
-        validation=lambda: validations,
+        validation=lambda: validations, history=histories or None,
     )  # fmt: skip
     print("\n".join(report.write()))
