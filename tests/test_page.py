@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ import echofocus as ef
 from echofocus_core.base.console import run_main
 from echofocus_core.base.options import Settings
 from echofocus_core.report.page import Page, PageStudy, write_page
-from echofocus_core.report.page_labels import keep_inside
+from echofocus_core.report.page_labels import keep_inside, sentence_of
 from echofocus_core.study.explanations import explain
 from echofocus_core.study.kinds.base import sigmoid
 from echofocus_core.study.outputs import Outputs
@@ -357,6 +358,24 @@ def test_nothing_is_cut_or_pale_at_any_size(folder, many, tab, size):
             tab.emulate_media(color_scheme=scheme, media="print" if paper else "screen")
             assert tab.evaluate(FAULTS) == [], path
         tab.emulate_media(media="screen")
+
+
+def test_the_sentence_does_not_contradict_itself():
+    """A video with the largest score, without which the answer moves the other way."""
+    videos = [SimpleNamespace(shown="PSAX"), SimpleNamespace(shown="A4C")]
+    view = SimpleNamespace(
+        title="VSD", grade="", kind="binary", value=0.9, threshold=0.6, decision=True,
+        text=lambda x: f"{100 * x:.0f} %",
+    )  # fmt: skip
+    explanation = SimpleNamespace(
+        scores=np.array([30.0, 5.0]), answer=0.9, without=np.array([0.95, 0.8]), fault=""
+    )
+    start = "VSD 90 % (threshold 60 %): present. Most depends on PSAX"
+    sentence = sentence_of(SimpleNamespace(videos=videos), view, explanation)
+    assert sentence == f"{start}, but other videos make up for it: without it 95 %."
+    explanation.without[0] = 0.7
+    sentence = sentence_of(SimpleNamespace(videos=videos), view, explanation)
+    assert sentence == f"{start}: without it 70 %."
 
 
 def test_many_labels_are_in_the_order_of_their_answers(many, tab):

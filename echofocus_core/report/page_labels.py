@@ -175,8 +175,12 @@ def sentence_of(study, view, explanation):
     view.top_video = top = by_importance(explanation)[0]
     if set(without) == {view.text(view.value)}:
         return f"{text}. No single video changes it."
+    name, change = study.videos[top].shown, explanation.answer - explanation.without[top]
+    if explanation.scores[top] * change < 0:
+        made_up = f"but other videos make up for it: without it {without[top]}"
+        return f"{text}. Most depends on {name}, {made_up}."
     still = "still " if without[top] == view.text(view.value) else ""
-    return f"{text}. Most depends on {study.videos[top].shown}: without it {still}{without[top]}."
+    return f"{text}. Most depends on {name}: without it {still}{without[top]}."
 
 
 # ----------------------------------------------------------------------------------- explanations
