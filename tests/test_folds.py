@@ -104,7 +104,7 @@ def test_the_same_studies_under_another_name(trained, cli):
     for model in ("defect", copy_alone("defect", "copy")):
         tested, out = studies_tested(cli, model, dataset="other")
         assert tested == trained["test"] | expected
-        assert f"left out {100 - len(tested)} labelled studies" in out
+        assert f"not test studies: {100 - len(tested)} labelled studies" in out
 
 
 def test_new_studies_of_training_patients_are_left_out(trained, cli):

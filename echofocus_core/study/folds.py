@@ -184,8 +184,8 @@ def folds_for(model, table, dataset, listener=RUN, assume_unseen=False):
         return folds.mask(avoidable, rule), count_as_unseen(avoidable, name, listener)
     if avoidable.any() and not at_home:
         listener.note(
-            f"left out {count_of(avoidable.sum(), 'labelled studies')}: {name} was trained on "
-            "these patients, by the ids"
+            f"not test studies: {count_of(avoidable.sum(), 'labelled studies')}, whose patients "
+            f"{name} was trained on, by the ids"
         )
     return folds, evidence
 
