@@ -164,6 +164,7 @@ def test_mistakes(planted, cli):
         (("--grid", "transformer_type=mean,mlp"), "--aggregators"),
         (("--encoders", "emb"), "panecho=emb/p"),
         (("--fractions", "2"), "--fractions"),
+        (("--fractions", "1e-9", "--model_name", "no"), "fraction of the patients above 1e-09"),
         (("--perturbed", "other=noise"), "--perturbed"),
         (("--aggregators", "median"), "--aggregators"),
     ):

@@ -149,6 +149,8 @@ def numbers(**columns):
         (["1", "2.5", "-3e2", " 4"], [1, 2.5, -300, 4], ""),
         (["40,0", "41,25", None], [40, 41.25, np.nan], "decimal commas in x"),
         (["0,125", "0,250"], [0.125, 0.25], "decimal commas in x"),
+        (["49.9%", "60 %", None, "n/a"], [49.9, 60, np.nan, np.nan], "x: the % of its numbers"),
+        (["49.9%", "0.6"], [np.nan, 0.6], ""),  # of which scale?
         (["1.234,5", "17,5"], [1234.5, 17.5], "decimal commas in x"),
         (["40,125", "41,5"], [40.125, 41.5], "decimal commas in x"),
         (["Yes", "no", "YES", None], [1, 0, 1, np.nan], "read as 1/0 in x"),

@@ -191,8 +191,13 @@ def to_numbers(text, path, listener):
 
     Decimal commas are recognised and reported; a comma or point that may separate thousands is an
     error. Yes/No, true/false, present/absent, positive/negative, in some languages, become 1/0 in
-    columns that hold no numbers but 0 and 1.
+    columns that hold no numbers but 0 and 1. A % at the end of all numbers of a column is removed.
     """
+    for name in text:
+        numbers = text.loc[text[name].str.contains(r"\d", na=False), name]
+        if len(numbers) and numbers.str.endswith("%").all():
+            listener.note(f"{path}, {name}: the % of its numbers is removed")
+            text = text.assign(**{name: text[name].str.rstrip("% ")})
     values = text.apply(lambda column: pd.to_numeric(column, errors="coerce").astype(float))
     values = values.where(np.isfinite(values))
     commas = {}

@@ -385,7 +385,9 @@ def training_folds(table, settings, task, seen=(), listener=RUN):
     for fold in ("train", "val"):
         if not (folds == fold).any():
             text, remedy = f"no study falls into the {fold} fold", "change --split, --seed"
-            if why := sorted(set(folds[rule == fold])):
+            if fold == "train" and settings.train_fraction < 1:
+                remedy = f"use a fraction of the patients above {settings.train_fraction:g}"
+            elif why := sorted(set(folds[rule == fold])):
                 text += f": those of the split are {some(why)}"
                 remedy = "use a --split_column with the folds of that training, or --split, --seed"
             listener.error(text, remedy)
