@@ -128,7 +128,7 @@ def page_tables(tables, references, names):
         note += f", and minus {best}, the best on these studies by mean rank over labels. The best "
         note += "was chosen on these test studies, so its result is optimistic"
     note += (
-        ". AUROC by DeLong's test for clustered data, other metrics by the paired bootstrap; of "
+        ". AUROC by DeLong's test for clustered data, other metrics by the paired bootstrap; for "
         "errors, a negative difference is better. The adjusted p-value is Holm's over all "
         "differences from the same combination."
     )
@@ -157,11 +157,15 @@ def table_of(frame, columns, title, names, note=""):
     """A Table of the columns {name: heading} of a DataFrame of estimates; `value` with its
     interval and note."""
     rows = []
+    if "fraction" in frame and (frame["fraction"] == 1).all():
+        columns = {name: text for name, text in columns.items() if name != "fraction"}
     for row in frame.to_dict("records"):
         shown = {name: cell_text(name, row.get(name)) for name in columns}
         if "value" in columns:
             limits = interval_text(row["ci_low"], row["ci_high"])
             shown["value"] = Cell(number(row["value"]), limits, row["note"] or "")
+        if "metric" in columns:
+            shown["metric"] = metric_name(row["metric"], row["unit"])
         if "label" in columns:
             shown["label"] = capital(names.get(row["label"], row["label"]))
         rows.append(list(shown.values()))
@@ -177,8 +181,6 @@ def cell_text(name, value):
         return f"{100 * value:g} %"
     if name in ("p_value", "p_holm"):
         return p_value(value)
-    if name == "metric":
-        return metric_name(value)
     if name == "extract_seconds":
         return f"{value:.2g}"
     return f"{value:.0f}" if name in ("n_positive", "train_seconds") else f"{value}"
