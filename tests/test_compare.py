@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from echofocus_core.base.files import lock
+from echofocus_core.base.files import lock, packed_path
+from echofocus_core.video.store import open_folder, write_pack
 
-LINE = ("compare", "--task", "t", "--n_boot", 200, "--epoch_lim", 14, "--learning_rate", "2e-3",
+LINE = ("compare", "--task", "t", "--n_boot", 200, "--epoch_lim", 8, "--learning_rate", "3e-3",
         "--batch_number", 16)  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def write_cohort(folder, width, signal, n=240, seed=0):
             f["embeddings"] = clips
             names = [f"v{k}.avi" for k in range(6)]
             f.create_dataset("videos", data=names, dtype=h5py.string_dtype())
+    write_pack(open_folder(folder), packed_path(folder), np.dtype("float32"))  # faster to read
     return truth
 
 
